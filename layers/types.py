@@ -1,0 +1,108 @@
+"""The values that flow through the model, and the letters their shapes are written in.
+
+====  =====================================  ====  ==================================
+T     tokens in the step                     E     hidden size
+B     sequences in the step                  F     intermediate size of the MLP
+Q     query tokens per sequence              V     vocabulary size
+P     blocks per sequence                    L     layers
+H     query heads                            NB    blocks in the KV cache
+KV    key/value heads                        BS    tokens per block (block size)
+D     head dimension                         R     rows whose logits are wanted
+====  =====================================  ====  ==================================
+
+Everything here is a named tuple of tensors and plain values: a pytree that torch.compile, tests and a
+debugger all read the same way.
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class AttentionWeights(NamedTuple):
+    """Weights of one attention layer. `qkv` stacks the query, key and value projections along its rows."""
+
+    qkv: Tensor
+    output: Tensor
+    qkv_bias: Float[Tensor, "QKV"] | None = None
+    output_bias: Float[Tensor, "E"] | None = None
+    query_norm: Float[Tensor, "D"] | None = None
+    key_norm: Float[Tensor, "D"] | None = None
+
+
+class MlpWeights(NamedTuple):
+    """Weights of one gated MLP. `gate_up` stacks the gate and up projections along its rows."""
+
+    gate_up: Tensor
+    down: Tensor
+
+
+class BlockWeights(NamedTuple):
+    """Weights of one transformer layer."""
+
+    attention_norm: Float[Tensor, "E"]
+    attention: AttentionWeights
+    mlp_norm: Float[Tensor, "E"]
+    mlp: MlpWeights
+
+
+class Weights(NamedTuple):
+    """All weights of a model. Matrices may be in the layout that `ops.linear.pack` made of them.
+
+    `rope_frequencies` is not read from a checkpoint but follows from the config (radians per position).
+    """
+
+    embedding: Float[Tensor, "V E"]
+    blocks: tuple[BlockWeights, ...]
+    final_norm: Float[Tensor, "E"]
+    lm_head: Tensor
+    rope_frequencies: Float[Tensor, "D/2"]
+
+
+class LayerKV(NamedTuple):
+    """The pages of one layer's KV cache.
+
+    Keys hold positions innermost, so that scores vectorise over positions without horizontal sums; values
+    hold the head dimension innermost, for the same reason in the weighted sum.
+    """
+
+    keys: Float[Tensor, "NB KV D BS"]
+    values: Float[Tensor, "NB KV BS D"]
+
+
+KVCache = tuple[LayerKV, ...]
+
+
+class Batch(NamedTuple):
+    """What one forward pass computes.
+
+    Sequence `b` owns rows `query_start[b] : query_start[b + 1]` of the token axis; they are its last tokens,
+    and `context_lens[b]` counts all its tokens up to and including them. Block 0 of the cache is never given
+    to a sequence: padding tokens have slots in it.
+
+    `query_len` is the number of tokens of every sequence where all have the same number (1 in decode, k + 1
+    when k draft tokens are verified), so that T = B * query_len; it is None in a ragged step. It is a plain
+    value, so each one is a compiled graph of its own.
+    """
+
+    token_ids: Int[Tensor, "T"]
+    positions: Int[Tensor, "T"]
+    slot_mapping: Int[Tensor, "T"]
+    block_tables: Int[Tensor, "B P"]
+    query_start: Int[Tensor, "B+1"]
+    context_lens: Int[Tensor, "B"]
+    logits_indices: Int[Tensor, "R"]
+    query_len: int | None = None
+
+
+class Sampling(NamedTuple):
+    """How to choose a token for each of the R rows. A step in which every row is greedy carries None instead.
+
+    `temperature` 0 is greedy. `seed` and `position` are the counter of the random numbers: the same pair gives
+    the same noise whatever else is in the batch.
+    """
+
+    temperature: Float[Tensor, "R"]
+    seed: Int[Tensor, "R"]
+    position: Int[Tensor, "R"]

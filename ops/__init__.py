@@ -1,0 +1,11 @@
+"""Operations on tensors, registered with torch so that compiled graphs call them by name.
+
+Each op has a fake implementation for tracing, a Triton one for CUDA, a torch one for CPU, and an oracle in
+`ops.reference`.
+"""
+
+from ops.kv_cache import copy_blocks, write_kv
+from ops.linear import linear, pack
+from ops.paged_attention import paged_attention
+
+__all__ = ["copy_blocks", "linear", "pack", "paged_attention", "write_kv"]

@@ -1,0 +1,64 @@
+"""Write keys and values into pages, and copy pages.
+
+Both mutate the cache and return nothing. They are opaque to the compiler on purpose: an in-graph scatter
+through a view makes torch 2.11 copy the whole cache on every step, a registered op never does.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_library = torch.library.Library("dispec", "FRAGMENT")
+_library.define("write_kv(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slot_mapping) -> ()")
+_library.define("copy_blocks(Tensor(a!) keys, Tensor(b!) values, Tensor source, Tensor destination) -> ()")
+
+
+def write_kv(
+    keys: Float[Tensor, "NB KV D BS"],
+    values: Float[Tensor, "NB KV BS D"],
+    key: Float[Tensor, "T KV D"],
+    value: Float[Tensor, "T KV D"],
+    slot_mapping: Int[Tensor, "T"],
+) -> None:
+    """Store token t's key and value at slot `slot_mapping[t]` (block * BS + offset), in place.
+
+    Slots must be in [0, NB * BS) and, outside block 0, distinct: block 0 takes the padding, and what it holds
+    is never read. `key` and `value` may be strided views in their first two dimensions.
+    """
+    torch.ops.dispec.write_kv(keys, values, key, value, slot_mapping)
+
+
+def copy_blocks(
+    keys: Float[Tensor, "NB KV D BS"],
+    values: Float[Tensor, "NB KV BS D"],
+    source: Int[Tensor, "N"],
+    destination: Int[Tensor, "N"],
+) -> None:
+    """Copy block `source[i]` to block `destination[i]`, in place. No destination may also be a source."""
+    torch.ops.dispec.copy_blocks(keys, values, source, destination)
+
+
+def _write_kv_cpu(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+    block_size = keys.shape[3]
+    block, offset = slot_mapping // block_size, slot_mapping % block_size
+    keys.permute(0, 3, 1, 2)[block, offset] = key
+    values.permute(0, 2, 1, 3)[block, offset] = value
+
+
+def _write_kv_cuda(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+    from ops.triton.kv_cache import write_kv as kernel
+
+    kernel(keys, values, key, value, slot_mapping)
+
+
+def _copy_blocks(keys: Tensor, values: Tensor, source: Tensor, destination: Tensor) -> None:
+    keys[destination] = keys[source]
+    values[destination] = values[source]
+
+
+_library.impl("write_kv", _write_kv_cpu, "CPU")
+_library.impl("write_kv", _write_kv_cuda, "CUDA")
+_library.impl("copy_blocks", _copy_blocks, "CPU")
+_library.impl("copy_blocks", _copy_blocks, "CUDA")
+torch.library.register_fake("dispec::write_kv", lambda *_: None, lib=_library)
+torch.library.register_fake("dispec::copy_blocks", lambda *_: None, lib=_library)

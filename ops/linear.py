@@ -1,0 +1,3 @@
+"""Matrix products with weights in the layout that the device reads fastest."""
+import torch
+from torch import Tensor

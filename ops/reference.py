@@ -1,0 +1,63 @@
+"""Slow, obvious oracles: what each op means, one sequence and one token at a time, in float64 where it counts."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def write_kv(
+    keys: Float[Tensor, "NB KV D BS"],
+    values: Float[Tensor, "NB KV BS D"],
+    key: Float[Tensor, "T KV D"],
+    value: Float[Tensor, "T KV D"],
+    slot_mapping: Int[Tensor, "T"],
+) -> None:
+    block_size = keys.shape[3]
+    for token, slot in enumerate(slot_mapping.tolist()):
+        block, offset = divmod(slot, block_size)
+        keys[block, :, :, offset] = key[token]
+        values[block, :, offset, :] = value[token]
+
+
+def copy_blocks(
+    keys: Float[Tensor, "NB KV D BS"],
+    values: Float[Tensor, "NB KV BS D"],
+    source: Int[Tensor, "N"],
+    destination: Int[Tensor, "N"],
+) -> None:
+    for old, new in zip(source.tolist(), destination.tolist(), strict=True):
+        keys[new] = keys[old]
+        values[new] = values[old]
+
+
+def paged_attention(
+    query: Float[Tensor, "T H D"],
+    keys: Float[Tensor, "NB KV D BS"],
+    values: Float[Tensor, "NB KV BS D"],
+    block_tables: Int[Tensor, "B P"],
+    query_start: Int[Tensor, "B+1"],
+    context_lens: Int[Tensor, "B"],
+    scale: float,
+) -> Float[Tensor, "T H D"]:
+    """Causal attention of each token over its own sequence's pages, with a softmax in float64.
+
+    Rows that belong to no sequence, and rows of a sequence with context 0, are zero.
+    """
+    block_size = keys.shape[3]
+    group = query.shape[1] // keys.shape[1]
+    output = torch.zeros_like(query)
+    for sequence, context in enumerate(context_lens.tolist()):
+        start, end = query_start[sequence : sequence + 2].tolist()
+        for row in range(start, end):
+            visible = context - (end - 1 - row)
+            if visible <= 0:
+                continue
+            for head in range(query.shape[1]):
+                blocks = block_tables[sequence, : math.ceil(visible / block_size)].long()
+                k = keys[blocks, head // group].permute(0, 2, 1).flatten(0, 1)[:visible].double()
+                v = values[blocks, head // group].flatten(0, 1)[:visible].double()
+                probabilities = torch.softmax(k @ query[row, head].double() * scale, dim=0)
+                output[row, head] = (probabilities @ v).to(query.dtype)
+    return output

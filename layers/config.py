@@ -1,0 +1,188 @@
+"""The shape of a model, read from a Hugging Face config. A family is a set of flags here, not a file."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+class UnsupportedModelError(ValueError):
+    """The checkpoint asks for something that this engine does not implement; the message names it."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the rotation frequencies are stretched past the context that the model was trained on.
+
+    `linear`: all frequencies over `factor` (position interpolation, arXiv:2306.15595). `llama3`: low frequencies
+    over `factor`, high ones kept, a ramp between (Llama 3.1). `yarn`: the same idea with the ramp over the
+    dimension index and a temperature on the attention (arXiv:2309.00071). `frequency_factors`: one divisor a
+    frequency, as GGUF files carry them.
+    """
+
+    kind: Literal["linear", "llama3", "yarn", "frequency_factors"]
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+    frequency_factors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer with grouped-query attention, rotary positions, RMS norms and a gated SiLU MLP.
+
+    Hashable and compared by value, so a compiled graph may be keyed by it.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model config: {field} is {getattr(self, field)}, must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model config: num_heads ({self.num_heads}) is not a multiple of num_kv_heads ({self.num_kv_heads})"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"model config: head_dim is {self.head_dim}, rotary positions need an even number")
+
+    @property
+    def attention_scale(self) -> float:
+        return self.head_dim**-0.5
+
+
+_FAMILIES: dict[str, dict[str, bool]] = {
+    "LlamaForCausalLM": {"qkv_bias": False, "qk_norm": False},
+    "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False},
+    "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
+}
+
+
+def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
+    """Read the contents of a `config.json`, in the layout of transformers 4 or 5.
+
+    Raises UnsupportedModelError for what we cannot run faithfully, ValueError for what makes no sense.
+    """
+    architectures = raw.get("architectures") or []
+    architecture = next((name for name in architectures if name in _FAMILIES), None)
+    if architecture is None:
+        raise UnsupportedModelError(
+            f"architectures {architectures or 'missing'}: supported are {', '.join(sorted(_FAMILIES))}"
+        )
+    _refuse_unsupported(raw)
+    family = _FAMILIES[architecture]
+    hidden_size, num_heads = int(_required(raw, "hidden_size")), int(_required(raw, "num_attention_heads"))
+    max_positions = int(_required(raw, "max_position_embeddings"))
+    biased = bool(raw.get("attention_bias", False))
+    if architecture == "Qwen2ForCausalLM":
+        biased = False  # its qkv bias is fixed by the family, and its output projection never has one
+    rope = raw.get("rope_parameters") or {}
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=int(_required(raw, "vocab_size")),
+        hidden_size=hidden_size,
+        intermediate_size=int(_required(raw, "intermediate_size")),
+        num_layers=int(_required(raw, "num_hidden_layers")),
+        num_heads=num_heads,
+        num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
+        head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
+        max_position_embeddings=max_positions,
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+        rope_scaling=_rope_scaling(rope or raw.get("rope_scaling") or {}, max_positions),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=family["qkv_bias"] or biased,
+        output_bias=biased,
+        qk_norm=family["qk_norm"],
+    )
+
+
+def _required(raw: Mapping[str, Any], field: str) -> Any:
+    if raw.get(field) is None:
+        raise ValueError(f"config.json: {field} is missing")
+    return raw[field]
+
+
+def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
+    quantization = raw.get("quantization_config")
+    if quantization:
+        raise UnsupportedModelError(f"quantization scheme {quantization.get('quant_method', quantization)!r}")
+    sliding = [kind for kind in raw.get("layer_types") or [] if kind != "full_attention"]
+    if sliding or raw.get("use_sliding_window"):
+        raise UnsupportedModelError(f"sliding-window layers ({sliding[0] if sliding else 'use_sliding_window'})")
+    activation = raw.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise UnsupportedModelError(f"hidden_act {activation!r}: only silu is supported")
+    if raw.get("mlp_bias"):
+        raise UnsupportedModelError("mlp_bias")
+    rope = raw.get("rope_parameters") or {}
+    partial = raw.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise UnsupportedModelError(f"partial_rotary_factor {partial}")
+
+
+def _rope_scaling(rope: Mapping[str, Any], max_positions: int) -> RopeScaling | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", factor=float(_required(rope, "factor")))
+    original = int(rope.get("original_max_position_embeddings") or max_positions)
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3",
+            factor=float(_required(rope, "factor")),
+            low_freq_factor=float(_required(rope, "low_freq_factor")),
+            high_freq_factor=float(_required(rope, "high_freq_factor")),
+            original_max_position_embeddings=original,
+        )
+    if kind == "yarn":
+        factor = float(rope.get("factor") or max_positions / original)
+        return RopeScaling(
+            "yarn",
+            factor=factor,
+            original_max_position_embeddings=original,
+            beta_fast=float(rope.get("beta_fast") or 32.0),
+            beta_slow=float(rope.get("beta_slow") or 1.0),
+            attention_factor=yarn_attention_factor(
+                factor, rope.get("attention_factor"), rope.get("mscale"), rope.get("mscale_all_dim")
+            ),
+            truncate=bool(rope.get("truncate", True)),
+        )
+    raise UnsupportedModelError(f"rope scaling {kind!r}: supported are linear, llama3, yarn")
+
+
+def yarn_attention_factor(
+    factor: float, given: float | None = None, mscale: float | None = None, mscale_all_dim: float | None = None
+) -> float:
+    """The multiplier of cos and sin that keeps YaRN's softmax temperature (arXiv:2309.00071, section 3.4)."""
+
+    def temperature(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    if given is not None:
+        return float(given)
+    if mscale and mscale_all_dim:
+        return temperature(mscale) / temperature(mscale_all_dim)
+    return temperature(1.0)

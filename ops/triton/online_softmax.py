@@ -1,0 +1,100 @@
+"""The inner loop that both attention kernels share: scores, online softmax and weighted sum over pages.
+
+The running maximum and sum are those of online softmax (Milakov and Gimelshein, 2018) as FlashAttention-2
+arranges them (Dao, 2023): the accumulator is divided by the sum only once, at the end. Pages are addressed
+through a block table as in PagedAttention (Kwon et al., 2023), directly, without gathering them first.
+
+`no_type_check` keeps run-time shape checkers from wrapping the kernels: Triton reads their source.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+@no_type_check
+def attend(
+    accumulator,
+    maximum,
+    total,
+    query,
+    keys,
+    values,
+    block_table,
+    first_tile,
+    last_tile,
+    visible,
+    context_len,
+    key_block_stride,
+    value_block_stride,
+    score_scale,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Fold tiles `first_tile : last_tile` of BLOCK_N positions into (accumulator, maximum, total).
+
+    query: [rows, D_PADDED]; accumulator: [rows, D_PADDED] float32; maximum and total: [rows] float32, in
+    powers of two (`score_scale` is the softmax scale times log2 e). keys and values point at block 0 of one
+    head; block_table at the sequence's first entry. With MASKED, row r sees positions below visible[r] only
+    and nothing at or past context_len is loaded as a value; without, the caller promises that every row sees
+    every position of these tiles.
+    """
+    lane = tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, D_PADDED)
+    in_head = dim < D
+    for tile in range(first_tile, last_tile):
+        position = tile * BLOCK_N + lane
+        in_context = position < context_len
+        offset = position % BLOCK_SIZE
+        if BLOCK_N <= BLOCK_SIZE:
+            # The whole tile lies in one block: its addresses are one scalar plus constants.
+            block = tl.load(block_table + tile * BLOCK_N // BLOCK_SIZE).to(tl.int64)
+            key_block = tl.zeros([BLOCK_N], tl.int64) + block * key_block_stride
+            value_block = tl.zeros([BLOCK_N], tl.int64) + block * value_block_stride
+        elif MASKED:
+            block = tl.load(block_table + position // BLOCK_SIZE, mask=in_context, other=0).to(tl.int64)
+            key_block = block * key_block_stride
+            value_block = block * value_block_stride
+        else:
+            block = tl.load(block_table + position // BLOCK_SIZE).to(tl.int64)
+            key_block = block * key_block_stride
+            value_block = block * value_block_stride
+
+        # Keys at or past the context are loaded (from block 0, or from the rest of the last block) but only
+        # ever reach scores that are replaced below.
+        key_pointers = keys + (key_block + offset)[None, :] + dim[:, None] * BLOCK_SIZE
+        if D == D_PADDED:
+            key = tl.load(key_pointers)
+        else:
+            key = tl.load(key_pointers, mask=in_head[:, None], other=0.0)
+        scores = tl.dot(query, key, input_precision="ieee")
+        if MASKED:
+            scores = tl.where(position[None, :] < visible[:, None], scores, float("-inf"))
+
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1) * score_scale)
+        if MASKED:
+            # A row that has seen nothing yet: subtract 0 rather than -inf, which would make NaN.
+            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        else:
+            shift = new_maximum
+        weights = tl.math.exp2(scores * score_scale - shift[:, None])
+        rescale = tl.math.exp2(maximum - shift)
+        total = total * rescale + tl.sum(weights, 1)
+        accumulator = accumulator * rescale[:, None]
+        maximum = new_maximum
+
+        value_pointers = values + (value_block + offset * D)[:, None] + dim[None, :]
+        if MASKED:
+            # A weight of 0 does not silence a NaN, so what is past the context must not be loaded at all.
+            value = tl.load(value_pointers, mask=in_context[:, None] & in_head[None, :], other=0.0)
+        elif D == D_PADDED:
+            value = tl.load(value_pointers)
+        else:
+            value = tl.load(value_pointers, mask=in_head[None, :], other=0.0)
+        accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision="ieee")
+    return accumulator, maximum, total

@@ -1,0 +1,124 @@
+"""Launch configurations, pinned by device architecture, padded head dimension and element size.
+
+Autotuning inside an opaque op would time kernels while a CUDA graph is being captured, so configurations are
+looked up instead. To retune, run `python -m bench.kernels --sweep` on the device and copy the lines it prints
+into the table of that architecture; `tests/test_triton_aot.py` then shows whether the new entries spill.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class DecodeConfig(NamedTuple):
+    """How to launch the uniform path. `block_n`: positions per tile; `programs_per_multiprocessor`: how many
+    programs to split the batch into, in multiples of the device's multiprocessors."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_multiprocessor: int
+
+
+class PrefillConfig(NamedTuple):
+    """How to launch the ragged path. `block_m`: rows per tile, a row being one query head of one token;
+    `block_n`: positions per tile."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class Device(NamedTuple):
+    """What a launch decision may depend on."""
+
+    architecture: str
+    multiprocessors: int
+
+
+# (head dimension padded to a power of two, bytes per element) -> configuration.
+DecodeTable = dict[tuple[int, int], DecodeConfig]
+# The same, with one configuration for steps that fill the device with wide tiles and one for those that do not.
+PrefillTable = dict[tuple[int, int], tuple[PrefillConfig, PrefillConfig]]
+
+DECODE: dict[str, DecodeTable] = {
+    "sm_90": {
+        (64, 2): DecodeConfig(128, 4, 3, 2),
+        (128, 2): DecodeConfig(64, 4, 3, 2),
+        (256, 2): DecodeConfig(64, 4, 2, 1),
+        (64, 4): DecodeConfig(32, 4, 2, 4),
+        (128, 4): DecodeConfig(32, 4, 2, 2),
+        (256, 4): DecodeConfig(16, 4, 2, 2),
+    },
+    "sm_80": {
+        (64, 2): DecodeConfig(128, 4, 2, 2),
+        (128, 2): DecodeConfig(64, 4, 2, 2),
+        (256, 2): DecodeConfig(32, 4, 2, 2),
+        (64, 4): DecodeConfig(32, 4, 2, 2),
+        (128, 4): DecodeConfig(32, 4, 2, 2),
+        (256, 4): DecodeConfig(16, 4, 2, 1),
+    },
+    # Anything else: fits the 64 KiB to 99 KiB of shared memory that smaller and newer consumer chips have.
+    "fallback": {
+        (64, 2): DecodeConfig(64, 4, 2, 2),
+        (128, 2): DecodeConfig(32, 4, 2, 2),
+        (256, 2): DecodeConfig(16, 4, 2, 2),
+        (64, 4): DecodeConfig(32, 4, 2, 2),
+        (128, 4): DecodeConfig(16, 4, 2, 2),
+        (256, 4): DecodeConfig(16, 4, 1, 1),
+    },
+}
+
+PREFILL: dict[str, PrefillTable] = {
+    "sm_90": {
+        (64, 2): (PrefillConfig(128, 128, 8, 3), PrefillConfig(64, 64, 4, 3)),
+        (128, 2): (PrefillConfig(128, 64, 8, 3), PrefillConfig(64, 64, 4, 3)),
+        (256, 2): (PrefillConfig(128, 64, 8, 2), PrefillConfig(64, 32, 4, 3)),
+        (64, 4): (PrefillConfig(32, 32, 4, 2), PrefillConfig(16, 32, 4, 2)),
+        (128, 4): (PrefillConfig(32, 32, 4, 2), PrefillConfig(16, 32, 4, 2)),
+        (256, 4): (PrefillConfig(16, 16, 4, 2), PrefillConfig(16, 16, 4, 2)),
+    },
+    "sm_80": {
+        (64, 2): (PrefillConfig(128, 64, 4, 3), PrefillConfig(64, 64, 4, 3)),
+        (128, 2): (PrefillConfig(128, 64, 8, 2), PrefillConfig(64, 64, 4, 2)),
+        (256, 2): (PrefillConfig(64, 32, 8, 2), PrefillConfig(32, 32, 4, 2)),
+        (64, 4): (PrefillConfig(32, 32, 4, 2), PrefillConfig(16, 32, 4, 2)),
+        (128, 4): (PrefillConfig(32, 32, 4, 2), PrefillConfig(16, 32, 4, 2)),
+        (256, 4): (PrefillConfig(16, 16, 4, 2), PrefillConfig(16, 16, 4, 2)),
+    },
+    "fallback": {
+        (64, 2): (PrefillConfig(64, 64, 4, 2), PrefillConfig(32, 64, 4, 2)),
+        (128, 2): (PrefillConfig(64, 32, 4, 2), PrefillConfig(32, 32, 4, 2)),
+        (256, 2): (PrefillConfig(32, 16, 4, 2), PrefillConfig(16, 16, 4, 2)),
+        (64, 4): (PrefillConfig(16, 32, 4, 2), PrefillConfig(16, 32, 4, 2)),
+        (128, 4): (PrefillConfig(16, 16, 4, 2), PrefillConfig(16, 16, 4, 2)),
+        (256, 4): (PrefillConfig(16, 16, 4, 1), PrefillConfig(16, 16, 4, 1)),
+    },
+}
+
+# A decode sequence is cut into pieces of at most this many positions even where the batch alone fills the
+# device, so that one long context among short ones does not run on a single multiprocessor.
+LONGEST_SPLIT = 4096
+
+# Rows of queries that one decode program holds; more (long verification with a large group) take more programs.
+WIDEST_DECODE_TILE = 64
+
+# Tokens that one program of `write_kv` stores. Neighbouring tokens share the memory sectors of a key page
+# (positions are innermost there), which pays once there are enough tokens to fill the device anyway.
+WRITE_TOKENS_LONG = 16
+WRITE_LONG_FROM = 512
+
+
+@functools.cache
+def describe(device: torch.device) -> Device:
+    """The architecture, as the tables name it, and the number of multiprocessors of a device.
+
+    Anything but CUDA (the interpreter in tests) is described as a small fallback device.
+    """
+    if device.type != "cuda":
+        return Device("fallback", 4)
+    properties = torch.cuda.get_device_properties(device)
+    architecture = f"sm_{properties.major}{properties.minor}"
+    return Device(architecture if architecture in DECODE else "fallback", properties.multi_processor_count)

@@ -1,0 +1,213 @@
+"""The Triton kernels against the oracles, run by Triton's interpreter on the CPU.
+
+The interpreter must be chosen before Triton is first imported and would leak into every other test, so under
+an ordinary pytest this module has one test, which runs the module again in a process of its own.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if not INTERPRETED:
+
+    def test_kernels_in_the_interpreter() -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        # One thread: the interpreter calls numpy on small arrays, where threads only get in each other's way.
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+        assert finished.returncode == 0, finished.stdout[-20000:] + finished.stderr[-5000:]
+
+else:
+    from ops import reference
+    from ops.triton import decode_attention, kv_cache, prefill_attention
+    from ops.triton.paged_attention import paged_attention
+    from ops.triton.tuning import DecodeConfig, PrefillConfig
+
+    # No bfloat16: the interpreter's dot takes its bits for integers. tests/test_gpu_kernels.py covers it.
+    TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+
+    def query_view(num_tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+        """Queries as the model has them: a strided view of the fused projection's rows."""
+        rows = torch.randn(num_tokens, (heads + 2 * kv_heads) * head_dim).to(dtype)
+        return rows[:, : heads * head_dim].view(num_tokens, heads, head_dim)
+
+    def poisoned_cache(
+        contexts: list[int], kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, spare_columns: int = 2
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(keys, values, block_tables): shuffled blocks, NaN wherever no sequence's context reaches.
+
+        Table entries past the context point outside the cache: they must not be followed.
+        """
+        needed = [-(-context // block_size) for context in contexts]
+        columns = max([*needed, 1]) + spare_columns
+        num_blocks = sum(needed) + 3
+        free = (torch.randperm(num_blocks - 1) + 1).tolist()
+        keys = torch.full((num_blocks, kv_heads, head_dim, block_size), float("nan"), dtype=dtype)
+        values = torch.full((num_blocks, kv_heads, block_size, head_dim), float("nan"), dtype=dtype)
+        tables = torch.full((len(contexts), columns), 2**30, dtype=torch.int32)
+        for sequence, context in enumerate(contexts):
+            for column in range(needed[sequence]):
+                block, used = free.pop(), min(block_size, context - column * block_size)
+                tables[sequence, column] = block
+                keys[block, :, :, :used] = torch.randn(kv_heads, head_dim, used).to(dtype)
+                values[block, :, :used] = torch.randn(kv_heads, used, head_dim).to(dtype)
+        return keys, values, tables
+
+    def starts(lengths: list[int]) -> Tensor:
+        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+    def expect_equal(actual: Tensor, expected: Tensor) -> None:
+        assert actual.is_contiguous()
+        assert actual.dtype == expected.dtype
+        tolerance = TOLERANCE[actual.dtype]
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+    @pytest.fixture(autouse=True)
+    def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever the launchers allocate is NaN, so that a row nobody writes is seen."""
+        torch.manual_seed(0)
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
+
+    @pytest.mark.parametrize(
+        ("query_len", "heads", "kv_heads", "head_dim", "block_size", "num_splits", "dtype"),
+        [
+            (1, 12, 2, 128, 16, 1, torch.float32),
+            (1, 14, 2, 64, 32, 3, torch.float32),
+            (1, 6, 2, 80, 16, 2, torch.float32),
+            (1, 3, 3, 96, 64, 4, torch.float32),
+            (1, 8, 1, 256, 16, 5, torch.float32),
+            (2, 14, 2, 64, 16, None, torch.float32),
+            (3, 6, 1, 64, 64, 2, torch.float32),
+            (5, 6, 2, 128, 32, 3, torch.float16),
+            (8, 7, 1, 64, 16, 2, torch.float32),
+            (16, 7, 1, 64, 16, 3, torch.float32),  # more rows than one program holds
+            (16, 3, 3, 64, 32, 1, torch.float16),
+            (4, 16, 2, 64, 16, 20, torch.float16),  # more splits than the combine kernel takes at once
+            (1, 12, 2, 128, 16, None, torch.float16),
+        ],
+    )
+    def test_decode(
+        query_len: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        num_splits: int | None,
+        dtype: torch.dtype,
+    ) -> None:
+        config = DecodeConfig(block_n=32, num_warps=4, num_stages=2, programs_per_multiprocessor=2)
+        long = 32 * 22 if num_splits == 20 else 161
+        contexts = [query_len, long, 64, 63 + query_len, 0, 32]
+        if query_len > 1:
+            contexts.remove(32)
+        keys, values, tables = poisoned_cache(contexts, kv_heads, head_dim, block_size, dtype)
+        query = query_view(len(contexts) * query_len, heads, kv_heads, head_dim, dtype)
+        lens = torch.tensor(contexts, dtype=torch.int32)
+        scale = head_dim**-0.5
+        actual = decode_attention.decode(query, keys, values, tables, lens, query_len, scale, num_splits, config)
+        expected = reference.paged_attention(
+            query, keys, values, tables, starts([query_len] * len(contexts)), lens, scale
+        )
+        expect_equal(actual, expected)
+
+    def test_decode_cuts_a_long_context_even_where_the_batch_fills_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(decode_attention, "LONGEST_SPLIT", 64)
+        contexts = [300, 5, 64, 65]
+        keys, values, tables = poisoned_cache(contexts, 2, 64, 16, torch.float32)
+        query = query_view(len(contexts), 4, 2, 64, torch.float32)
+        lens = torch.tensor(contexts, dtype=torch.int32)
+        config = DecodeConfig(block_n=32, num_warps=4, num_stages=2, programs_per_multiprocessor=1)
+        actual = decode_attention.decode(query, keys, values, tables, lens, 1, 0.125, None, config)
+        expect_equal(actual, reference.paged_attention(query, keys, values, tables, starts([1] * 4), lens, 0.125))
+
+    @pytest.mark.parametrize("positions", [1, 16, 4096, 4097, 32768, 131072])
+    @pytest.mark.parametrize("programs", [1, 2, 64, 4096])
+    def test_splits_cover_every_context(programs: int, positions: int) -> None:
+        block_n = 64
+        balanced, longest, splits = decode_attention.plan_splits(programs, positions, block_n, 264)
+        assert splits * min(longest, 10**9) * block_n >= positions
+        for context in {1, min(65, positions), positions // 2, positions} - {0}:
+            tiles = -(-context // block_n)
+            per_split = max(min(-(-tiles // balanced), longest), 1)
+            assert -(-tiles // per_split) <= splits
+
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "head_dim", "block_size", "block_m", "dtype"),
+        [
+            (12, 2, 64, 16, 32, torch.float32),
+            (14, 2, 64, 32, 64, torch.float32),
+            (3, 1, 80, 16, 16, torch.float32),
+            (2, 2, 96, 64, 32, torch.float32),
+            (8, 1, 128, 16, 64, torch.float16),
+            (4, 4, 64, 16, 32, torch.float16),
+            (2, 1, 256, 16, 16, torch.float32),
+        ],
+    )
+    def test_prefill(
+        heads: int, kv_heads: int, head_dim: int, block_size: int, block_m: int, dtype: torch.dtype
+    ) -> None:
+        # Empty sequences first, in a row and last; single tokens; a long prefix; no prefix; whole tiles.
+        lengths = [0, 1, 37, 0, 0, 32, 1, 5, 16, 2, 0]
+        contexts = [0, 1, 37, 9, 0, 64, 96, 143, 16, 0, 3]
+        keys, values, tables = poisoned_cache(contexts, kv_heads, head_dim, block_size, dtype)
+        query = query_view(sum(lengths), heads, kv_heads, head_dim, dtype)
+        lens = torch.tensor(contexts, dtype=torch.int32)
+        config = PrefillConfig(block_m=block_m, block_n=32, num_warps=4, num_stages=2)
+        scale = head_dim**-0.5
+        actual = prefill_attention.prefill(query, keys, values, tables, starts(lengths), lens, scale, config)
+        expect_equal(actual, reference.paged_attention(query, keys, values, tables, starts(lengths), lens, scale))
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_random_ragged_steps(seed: int) -> None:
+        torch.manual_seed(seed)
+        group, kv_heads = [1, 3, 6, 7, 8, 2][seed], 1 + seed % 2
+        lengths = torch.randint(0, 20, (7,)).tolist()
+        contexts = [length + extra for length, extra in zip(lengths, torch.randint(0, 50, (7,)).tolist(), strict=True)]
+        keys, values, tables = poisoned_cache(contexts, kv_heads, 64, 16, torch.float32)
+        query = query_view(sum(lengths) + 3, group * kv_heads, kv_heads, 64, torch.float32)
+        lens = torch.tensor(contexts, dtype=torch.int32)
+        actual = paged_attention(query, keys, values, tables, starts(lengths), lens, None, 0.125)
+        expected = reference.paged_attention(query, keys, values, tables, starts(lengths), lens, 0.125)
+        # Rows past the last sequence are padding: nobody has to write them.
+        expect_equal(actual[: sum(lengths)], expected[: sum(lengths)])
+
+    @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+    @pytest.mark.parametrize(
+        ("head_dim", "block_size", "dtype"),
+        [
+            (64, 16, torch.float32),
+            (80, 32, torch.bfloat16),
+            (96, 64, torch.float32),
+            (128, 16, torch.float16),
+            (256, 16, torch.float32),
+        ],
+    )
+    @pytest.mark.parametrize("tokens_per_program", [1, 16])
+    def test_write_kv(
+        monkeypatch: pytest.MonkeyPatch,
+        tokens_per_program: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+        index_dtype: torch.dtype,
+    ) -> None:
+        monkeypatch.setattr(kv_cache, "WRITE_LONG_FROM", 0 if tokens_per_program > 1 else 10**9)
+        num_tokens, num_blocks, kv_heads = 37, 5, 2
+        keys = torch.randn(num_blocks, kv_heads, head_dim, block_size).to(dtype)
+        values = torch.randn(num_blocks, kv_heads, block_size, head_dim).to(dtype)
+        rows = torch.randn(num_tokens, 4, kv_heads, head_dim).to(dtype)
+        slots = torch.randperm(num_blocks * block_size)[:num_tokens].to(index_dtype)
+        expected_keys, expected_values = keys.clone(), values.clone()
+        reference.write_kv(expected_keys, expected_values, rows[:, 2], rows[:, 3], slots)
+        kv_cache.write_kv(keys, values, rows[:, 2], rows[:, 3], slots)
+        assert torch.equal(keys, expected_keys)
+        assert torch.equal(values, expected_values)

@@ -1,0 +1,233 @@
+"""Find a model (directory, hub id, GGUF file, built-in default) and stream its weights."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.default_model import DEFAULT_MODEL, default_model_file
+from engine.errors import CheckpointError
+from engine.gguf_file import GgufFile
+from engine.tokenizer import Tokenizer
+from engine.tokenizer_files import directory_tokenizer, gguf_tokenizer
+from layers.config import ModelConfig, UnsupportedModelError, config_from_hugging_face
+
+__all__ = ["DEFAULT_MODEL", "Checkpoint", "CheckpointError", "find_checkpoint"]
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
+_HUB_WEIGHTS = [_WEIGHTS, "model-*.safetensors"]  # not the copies that some repositories keep in other layouts
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that is on this machine and has been looked over: its config is supported, its files are whole.
+
+    `directory` is where `Tokenizer.from_directory` finds the tokenizer and chat template. `files` hold the weights.
+    """
+
+    name: str
+    config: ModelConfig
+    directory: Path
+    eos_token_ids: tuple[int, ...]
+    files: tuple[Path, ...]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its Hugging Face name, one at a time, in the dtype of the file.
+
+        The tensors are views of the mapped files (copy before writing), but for quantised GGUF ones, which are
+        dequantised to float32. What follows from the config (rotation tables, a tied `lm_head`) is left out.
+        """
+        for file in self.files:
+            tensors = GgufFile(file).tensors() if file.suffix == ".gguf" else _safetensors(file)
+            for name, tensor in tensors:
+                if not self._is_redundant(name):
+                    yield name, tensor
+
+    def _is_redundant(self, name: str) -> bool:
+        return name.endswith("rotary_emb.inv_freq") or (self.config.tie_embeddings and name == "lm_head.weight")
+
+
+def find_checkpoint(model: str | Path) -> Checkpoint:
+    """Find a model and look it over, without reading its weights.
+
+    `model` is `smollm2` (built in, downloaded once), a directory in Hugging Face layout, a `.gguf` file, or a hub id
+    such as `Qwen/Qwen2.5-0.5B-Instruct` (downloaded into the hub's cache; `HF_HUB_OFFLINE=1` uses the cache alone).
+
+    Raises CheckpointError if it cannot be found or is not whole, UnsupportedModelError if this engine cannot run it.
+    Both are one sentence.
+    """
+    if model == DEFAULT_MODEL:
+        return _open_gguf(default_model_file(), DEFAULT_MODEL)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _open_directory(path, path.resolve().name)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path} is not a .gguf file: give the directory that holds config.json")
+        return _open_gguf(path, path.stem)
+    if isinstance(model, str) and _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
+        return _open_hub(model)
+    raise CheckpointError(
+        f"there is no model at {path}: give a directory, a .gguf file, a hub id (owner/name) or {DEFAULT_MODEL!r}"
+    )
+
+
+def _open_gguf(path: Path, name: str) -> Checkpoint:
+    file = GgufFile(path)
+    directory = gguf_tokenizer(file)
+    eos_token_ids = file.eos_token_ids or _tokenizer_eos(directory)
+    return Checkpoint(name, file.config, directory, eos_token_ids, (path,))
+
+
+def _open_directory(directory: Path, name: str) -> Checkpoint:
+    raw = _read_config(directory)
+    config = _parse_config(raw, directory)
+    files = _weight_files(directory)
+    _check_names(files, directory)
+    prepared = directory_tokenizer(directory)
+    generation = directory / "generation_config.json"
+    eos_token_ids = (
+        (_eos_token_ids(_read_json(generation), generation) if generation.is_file() else ())
+        or _eos_token_ids(raw, directory / "config.json")
+        or _tokenizer_eos(prepared)
+    )
+    return Checkpoint(name, config, prepared, eos_token_ids, files)
+
+
+def _open_hub(model: str) -> Checkpoint:
+    # The small files first: a model that we cannot run is refused before gigabytes are downloaded.
+    directory = _download(model, _HUB_SMALL_FILES)
+    _parse_config(_read_config(directory), directory)
+    return _open_directory(_download(model, _HUB_WEIGHTS), model)
+
+
+def _download(model: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"the hub grants {model} on request only: accept its terms on its page, then log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{model} is neither a local directory nor a model on the hub: check the spelling, "
+            "or log in with `hf auth login` if it is private"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{model} is not in the local cache and the hub cannot be reached: connect (and unset HF_HUB_OFFLINE), "
+            "or give a directory"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:  # ValueError: an id that the hub does not accept
+        summary = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{model} could not be downloaded from the hub ({summary}): try again") from error
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        ggufs = sorted(directory.glob("*.gguf"))
+        advice = f"give the file {ggufs[0]}" if ggufs else "give the directory that holds config.json and the weights"
+        raise CheckpointError(f"{directory} has no config.json: {advice}")
+    return _read_json(path)
+
+
+def _parse_config(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
+    try:
+        return config_from_hugging_face(raw)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{directory}: not supported: {error}") from None
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        reason = str(error).removeprefix("config.json: ")
+        raise CheckpointError(f"{directory / 'config.json'} makes no sense ({reason}): download it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): download it again") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path} is not a JSON object: download it again")
+    return contents
+
+
+def _weight_files(directory: Path) -> tuple[Path, ...]:
+    if (directory / _WEIGHTS).is_file():
+        return (directory / _WEIGHTS,)
+    index = directory / _INDEX
+    if not index.is_file():
+        if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
+            raise CheckpointError(
+                f"{directory} has only pickled PyTorch weights, which can run code when loaded: "
+                "convert them to safetensors"
+            )
+        raise CheckpointError(f"{directory} has neither {_WEIGHTS} nor {_INDEX}: finish its download")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map: download it again")
+    shards = sorted({str(shard) for shard in weight_map.values()})
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} names {shard!r}, which is not a file next to it: download it again")
+        if not (directory / shard).is_file():
+            raise CheckpointError(f"{directory / shard} is missing, but {_INDEX} names it: finish the download")
+    return tuple(directory / shard for shard in shards)
+
+
+def _check_names(files: tuple[Path, ...], directory: Path) -> None:
+    """Read only the headers: they tell whether each file is whole and which tensors it holds."""
+    found: dict[str, Path] = {}
+    for file in files:
+        with _open_safetensors(file) as tensors:
+            names = tensors.keys()
+        for name in names:
+            if name in found:
+                raise CheckpointError(
+                    f"{directory} has the tensor {name} in both {found[name].name} and {file.name}: download it again"
+                )
+            found[name] = file
+    if len(files) > 1:
+        for name, shard in _read_json(directory / _INDEX)["weight_map"].items():
+            if name not in found or found[name].name != shard:
+                raise CheckpointError(f"{directory / shard} lacks {name}, which {_INDEX} promises: download it again")
+
+
+def _open_safetensors(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        with file.open("rb") as start:
+            if start.read(24).startswith(b"version https://git-lfs"):
+                raise CheckpointError(f"{file} is only a Git LFS pointer: run `git lfs pull`") from None
+        raise CheckpointError(f"{file} is not a whole safetensors file ({error}): download it again") from error
+
+
+def _safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    with _open_safetensors(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
+            yield name, tensors.get_tensor(name)
+
+
+def _eos_token_ids(raw: Mapping[str, Any], source: Path) -> tuple[int, ...]:
+    value = raw.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{source} has eos_token_id {value!r}, which is neither a number nor a list of them")
+    return tuple(dict.fromkeys(ids))
+
+
+def _tokenizer_eos(directory: Path) -> tuple[int, ...]:
+    token = Tokenizer.from_directory(directory).eos_token_id
+    return () if token is None else (token,)

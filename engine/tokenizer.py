@@ -1,0 +1,173 @@
+"""Text to token ids and back, from a `tokenizer.json`. Without torch or transformers: the front process uses it."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import tokenizers
+from tokenizers import decoders
+
+from engine.chat_template import ChatTemplate
+from engine.errors import CheckpointError
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character by which GPT-2's byte-level vocabularies spell each byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = (byte for byte in range(256) if byte not in set(printable))
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template. Safe to share between threads."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, Any] | None = None,
+        chat_templates: Mapping[str, str] | None = None,
+    ) -> None:
+        # A file may carry the padding and truncation of its training run; prompts are never cut or padded.
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.special_tokens = dict(special_tokens or {})
+        self._chat_template = ChatTemplate(chat_templates, self.special_tokens) if chat_templates else None
+        special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        self.special_ids = frozenset(token for text in special if (token := backend.token_to_id(text)) is not None)
+        self._bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Self:
+        """Read `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`.
+
+        Raises CheckpointError if the first is missing or one is broken; the others are optional.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{directory} has no tokenizer.json: copy the model's tokenizer files there")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # it raises plain Exception
+            raise CheckpointError(f"{path} is not a tokenizer that we can read ({error}): download it again") from error
+        config = _read_json(directory / "tokenizer_config.json")
+        special_tokens = _special_tokens(_read_json(directory / "special_tokens_map.json") | config)
+        return cls(backend, special_tokens, _chat_templates(directory, config))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. `add_special_tokens` adds what the model expects around a text (often a BOS token);
+        leave it off for the output of a chat template, which has them already. Special tokens spelled out in the text
+        become those tokens.
+        """
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids past the vocabulary are nothing."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The prompt of a conversation; encode it with `add_special_tokens=False`. See `ChatTemplate.render`.
+
+        Raises ValueError if the checkpoint has no chat template, or naming the field that is wrong.
+        """
+        if self._chat_template is None:
+            raise ValueError("the model has no chat template: send it a plain prompt, as to /v1/completions")
+        return self._chat_template.render(messages, add_generation_prompt, tools, continue_final_message, **variables)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens with the added ones. The model's own vocabulary may be padded to more."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_token(self) -> str | None:
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        return self.special_tokens.get("eos_token")
+
+    @property
+    def pad_token(self) -> str | None:
+        return self.special_tokens.get("pad_token")
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return None if self.bos_token is None else self.backend.token_to_id(self.bos_token)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return None if self.eos_token is None else self.backend.token_to_id(self.eos_token)
+
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether tokens are pieces of bytes that simply follow one another, so that a text is their concatenation."""
+        return isinstance(self.backend.decoder, decoders.ByteLevel)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token of a byte-level vocabulary spells, perhaps a part of a character; nothing for unknown ids."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            text = self.backend.id_to_token(token_id) or ""
+            spelled = [_BYTE_OF.get(character) for character in text]
+            # Added tokens may be written plainly: one character outside the alphabet, and the token means itself.
+            known = text.encode() if None in spelled else bytes(byte for byte in spelled if byte is not None)
+            self._bytes[token_id] = known
+        return known
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): download it again") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path} is not a JSON object: download it again")
+    return contents
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokens by role. Each is a string, or an object with a `content`, depending on the age of the file."""
+
+    def text(token: Any) -> str | None:
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else None
+
+    found = {role: token for role in _SPECIAL_TOKENS if (token := text(config.get(role))) is not None}
+    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    names: Iterable[Any] = more if isinstance(more, list) else []
+    return found | {"additional_special_tokens": [token for name in names if (token := text(name)) is not None]}
+
+
+def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name; the file `chat_template.jinja` comes before the older place inside the config."""
+    stated = config.get("chat_template") or {}
+    if isinstance(stated, list):
+        stated = {entry.get("name"): entry.get("template") for entry in stated if isinstance(entry, dict)}
+    elif isinstance(stated, str):
+        stated = {"default": stated}
+    if not isinstance(stated, dict) or not all(isinstance(part, str) for pair in stated.items() for part in pair):
+        raise CheckpointError(f"{directory / 'tokenizer_config.json'}: chat_template is not a template")
+    files = {path.stem: path for path in directory.glob("additional_chat_templates/*.jinja")}
+    files["default"] = directory / "chat_template.jinja"
+    return stated | {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}

@@ -7,6 +7,7 @@ pages once and calls torch's own attention.
 """
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -34,8 +35,8 @@ def paged_attention(
     Sequence b's queries are rows `query_start[b] : query_start[b+1]`, at positions that end at
     `context_lens[b] - 1`; position p lives in page `block_tables[b, p // BS]` at offset `p % BS`. H must be a
     multiple of KV; query head h reads key head `h // (H // KV)`. What lies at or past a sequence's context
-    length is never read into the result, not even if it is NaN. Rows at or past `query_start[B]`, and rows of a
-    sequence with context 0, come out zero.
+    length is never read into the result, not even if it is NaN. Rows of a sequence with context 0 come out zero,
+    rows at or past `query_start[B]` are unspecified.
 
     `query_len` 1…16 promises that every sequence has exactly that many queries (T = B * query_len);
     None promises nothing. The softmax and both sums are in float32. `scale` multiplies the scores.
@@ -45,3 +46,99 @@ def paged_attention(
     return torch.ops.dispec.paged_attention(
         query, keys, values, block_tables, query_start, context_lens, query_len, scale
     )
+
+
+def _uniform_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_len: int,
+    scale: float,
+) -> Tensor:
+    """Scores and weighted sum as multiply-and-sum over gathered pages, for Inductor to fuse.
+
+    Never run eagerly: each product would be a tensor of B * H * Q * P * BS * D elements.
+    """
+    _, kv_heads, _, block_size = keys.shape
+    query = rearrange(query, "(b q) (kv g) d -> b kv g q 1 d 1", q=query_len, kv=kv_heads).float() * scale
+    blocks = block_tables.long()
+    pages = rearrange(keys[blocks], "b p kv d bs -> b kv 1 1 p d bs")
+    scores = (query * pages.float()).sum(dim=-2)
+    position = torch.arange(blocks.shape[1] * block_size, device=query.device).view(-1, block_size)
+    visible = context_lens.view(-1, 1) + torch.arange(1 - query_len, 1, device=query.device)
+    seen = position < rearrange(visible, "b q -> b 1 1 q 1 1")
+    scores = torch.where(seen, scores, -torch.inf)
+    largest = scores.amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    exponentials = torch.exp(scores - largest)
+    total = exponentials.sum(dim=(-2, -1)).clamp_min(torch.finfo(torch.float32).tiny)
+    pages = rearrange(values[blocks], "b p kv bs d -> b kv 1 1 p bs d")
+    # The mask again: an unwritten slot may hold NaN, and zero times NaN is NaN.
+    weighted = torch.where(seen[..., None], exponentials[..., None] * pages.float(), 0.0).sum(dim=(-3, -2))
+    output = weighted / total[..., None]
+    return rearrange(output, "b kv g q d -> (b q) (kv g) d").to(values.dtype)
+
+
+def _paged_attention_cpu(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    query_len: int | None,
+    scale: float,
+) -> Tensor:
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    starts, contexts = query_start.tolist(), context_lens.tolist()
+    block_size = keys.shape[3]
+    for sequence, context in enumerate(contexts):
+        start, end = starts[sequence], starts[sequence + 1]
+        if start == end:
+            continue
+        if context == 0:
+            output[start:end] = 0
+            continue
+        blocks = block_tables[sequence, : -(-context // block_size)].long()
+        k = rearrange(keys[blocks], "p kv d bs -> kv (p bs) d")[:, :context]
+        v = rearrange(values[blocks], "p kv bs d -> kv (p bs) d")[:, :context]
+        output[start:end] = _attend(query[start:end], k, v, scale)
+    return output
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last tokens of one sequence: query [q, H, D], key and value [KV, context, D]."""
+    queries, context = query.shape[0], key.shape[1]
+    q = rearrange(query, "q h d -> 1 h q d")
+    mask = None
+    if 1 < queries < context:
+        mask = torch.ones(queries, context, dtype=torch.bool).tril(context - queries)
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        q, key[None], value[None], attn_mask=mask, is_causal=queries == context, scale=scale, enable_gqa=True
+    )
+    return rearrange(attended, "1 h q d -> q h d")
+
+
+def _paged_attention_cuda(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    query_len: int | None,
+    scale: float,
+) -> Tensor:
+    from ops.triton.paged_attention import paged_attention as kernel
+
+    return kernel(query, keys, values, block_tables, query_start, context_lens, query_len, scale)
+
+
+def _paged_attention_fake(query: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+_library.impl("paged_attention", _paged_attention_cpu, "CPU")
+_library.impl("paged_attention", _paged_attention_cuda, "CUDA")
+torch.library.register_fake("dispec::paged_attention", _paged_attention_fake, lib=_library)

@@ -1,0 +1,104 @@
+"""How much memory the KV cache gets, and a ledger of where memory went."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from engine.options import DTYPES, EngineOptions, parse_bytes
+from layers.config import ModelConfig
+from layers.types import KVCache, LayerKV, Weights
+
+log = logging.getLogger("dispec")
+
+CPU_SHARE_OF_FREE = 0.25
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """How the KV cache is cut: `num_blocks` includes the one that takes padding."""
+
+    num_blocks: int
+    block_size: int
+    block_bytes: int
+    max_model_len: int
+    reason: str
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.num_blocks - 1) * self.block_size
+
+
+def plan_kv_cache(config: ModelConfig, options: EngineOptions, device: torch.device, free_bytes: int) -> KVPlan:
+    """Choose the number of blocks and the longest sequence.
+
+    Raises ValueError if `max_model_len` exceeds the model's own limit, or if a sequence of that length does not
+    fit in the cache.
+    """
+    block_size = options.block_size or (32 if device.type == "cuda" else 16)
+    element = DTYPES[options.dtype].itemsize
+    block_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * element
+    limit = config.max_position_embeddings
+    if options.max_model_len is not None and options.max_model_len > limit:
+        raise ValueError(f"max_model_len is {options.max_model_len}, the model's limit is {limit}")
+    wanted_len = options.max_model_len or limit
+    useful_blocks = options.max_num_seqs * -(-wanted_len // block_size) + 1
+    given = parse_bytes(options.kv_cache_memory)
+    if given is not None:
+        num_blocks, reason = given // block_bytes, "kv_cache_memory"
+    elif device.type == "cuda":
+        num_blocks, reason = free_bytes // block_bytes, f"free under {options.gpu_memory_utilization:.0%} of the device"
+    else:
+        num_blocks = int(free_bytes * CPU_SHARE_OF_FREE) // block_bytes
+        reason = f"{CPU_SHARE_OF_FREE:.0%} of the free memory, at most what {options.max_num_seqs} sequences can use"
+        num_blocks = min(num_blocks, useful_blocks)
+    fits = (num_blocks - 1) * block_size
+    if fits < 2 or (options.max_model_len is not None and fits < options.max_model_len):
+        needed = (-(-wanted_len // block_size) + 1) * block_bytes
+        raise ValueError(
+            f"max_model_len of {wanted_len} tokens needs a KV cache of {format_bytes(needed)}, there is"
+            f" {format_bytes(max(0, num_blocks) * block_bytes)} ({reason}): raise kv_cache_memory or lower max_model_len"
+        )
+    if fits < wanted_len:
+        log.warning("max_model_len is %d instead of the model's %d: the KV cache holds no more", fits, wanted_len)
+    return KVPlan(num_blocks, block_size, block_bytes, min(wanted_len, fits), reason)
+
+
+def allocate_kv_cache(config: ModelConfig, plan: KVPlan, dtype: torch.dtype, device: torch.device) -> KVCache:
+    """Zeroed pages for every layer. On CPU the kernel hands out the memory only as blocks are first written."""
+    keys = (plan.num_blocks, config.num_kv_heads, config.head_dim, plan.block_size)
+    values = (plan.num_blocks, config.num_kv_heads, plan.block_size, config.head_dim)
+
+    def pages(shape: tuple[int, ...]) -> Tensor:
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        # numpy's zeros are calloc's: pages of the process that cost nothing until they are touched.
+        return torch.from_numpy(np.zeros(np.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+
+    return tuple(LayerKV(pages(keys), pages(values)) for _ in range(config.num_layers))
+
+
+def free_memory(device: torch.device, utilization: float) -> int:
+    """Bytes that may still be taken: on CUDA up to `utilization` of the device, on CPU what the system has."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, free - int(total * (1 - utilization)))
+    return psutil.virtual_memory().available
+
+
+def weight_bytes(weights: Weights) -> int:
+    """Bytes of all weights; one that is used in two places, in the same layout, counts once."""
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(weights) if isinstance(leaf, Tensor)]
+    return sum(leaf.numel() * leaf.element_size() for leaf in {id(leaf): leaf for leaf in leaves}.values())
+
+
+def format_bytes(size: float) -> str:
+    """Bytes as people read them: "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

@@ -1,0 +1,95 @@
+"""What an engine can be told at start, checked in one place."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from layers.config import ModelConfig
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BLOCK_SIZES = (16, 32, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Raises ValueError with the option, its value and the limit.
+
+    model: a directory, a hub id, a .gguf file, the built-in "smollm2", or a ModelConfig for dummy weights.
+    dtype: "bfloat16", "float16" (CUDA only) or "float32".
+    device: "cpu", "cuda" or "cuda:N"; None takes CUDA where there is one.
+    kv_cache_memory: bytes, or a string such as "2GiB". None takes what is free on CUDA up to
+        `gpu_memory_utilization` of the device, and on CPU a quarter of the free memory or what `max_num_seqs`
+        full sequences can use, if that is less.
+    max_model_len: most tokens of a sequence, prompt and output; None takes the model's own limit.
+    max_num_seqs: most sequences that run at once.
+    max_num_batched_tokens: most tokens of a step; None takes 8192 on CUDA, 512 on CPU.
+    block_size: tokens per KV block: 16, 32 or 64; None takes 16 on CPU, 32 on CUDA.
+    load_format: "auto" reads the checkpoint, "dummy" makes random weights of its shapes.
+    enforce_eager: compile nothing.
+    """
+
+    model: str | Path | ModelConfig = "smollm2"
+    dtype: str = "bfloat16"
+    device: str | None = None
+    kv_cache_memory: int | str | None = None
+    gpu_memory_utilization: float = 0.9
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    load_format: Literal["auto", "dummy"] = "auto"
+    enforce_eager: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(DTYPES)}")
+        if self.load_format not in ("auto", "dummy"):
+            raise ValueError(f"load_format is {self.load_format!r}, must be 'auto' or 'dummy'")
+        if isinstance(self.model, ModelConfig) and self.load_format != "dummy":
+            raise ValueError("model is a ModelConfig, which has no weights to load: set load_format='dummy'")
+        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size is {self.block_size}, must be one of {BLOCK_SIZES}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization}, must be in (0, 1]")
+        for name, low, high in (
+            ("max_model_len", 2, 2**24),
+            ("max_num_seqs", 1, 4096),
+            ("max_num_batched_tokens", 1, 2**20),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} is {value}, must be between {low} and {high}")
+        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device is {self.device!r}, must be 'cpu', 'cuda' or 'cuda:N'")
+        parse_bytes(self.kv_cache_memory)
+
+    def torch_device(self) -> torch.device:
+        """The device to run on. Raises ValueError if it is not there or cannot run the dtype."""
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(name)
+        if device.type == "cuda":
+            count = torch.cuda.device_count()
+            if not torch.cuda.is_available() or (device.index or 0) >= count:
+                raise ValueError(f"device is {name!r}, but torch sees {count} CUDA devices")
+            device = torch.device("cuda", device.index or 0)
+        elif self.dtype == "float16":
+            raise ValueError("dtype is 'float16', which runs on CUDA only: use bfloat16 or float32 on CPU")
+        return device
+
+
+def parse_bytes(value: int | str | None) -> int | None:
+    """Bytes from an int or a string such as "512MiB", "2GiB", "1.5GB". Raises ValueError."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(value).strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"kv_cache_memory is {value!r}, must be bytes or a size such as '2GiB'")
+    number, prefix, binary = match.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+    if size < 1:
+        raise ValueError(f"kv_cache_memory is {value!r}, must be at least 1 byte")
+    return size

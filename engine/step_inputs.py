@@ -1,0 +1,109 @@
+"""A step's inputs as one flat buffer: written once on the host, copied to the device in one transfer.
+
+    seed | temperature | sample_position | token_ids | positions | slot_mapping | query_start | context_lens | …
+
+Each field starts at a multiple of 16 bytes, because Inductor copies an input whose address is not.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.block_pool import PADDING_BLOCK
+from engine.scheduler import Work
+from engine.sequence import Sequence
+from layers.types import Batch, Sampling
+
+_ALIGNMENT = 4  # int32 elements, 16 bytes
+
+
+class StepShape(NamedTuple):
+    """The sizes of a step's inputs: tokens, sequences, blocks per sequence, rows with logits."""
+
+    tokens: int
+    sequences: int
+    blocks: int
+    rows: int
+    query_len: int | None
+
+    def field_sizes(self) -> tuple[int, ...]:
+        """Elements of int32 that each field takes, in the order of `carve`."""
+        tokens, sequences, rows = self.tokens, self.sequences, self.rows
+        fields = (2 * rows, rows, rows, tokens, tokens, tokens, sequences + 1, sequences, sequences * self.blocks, rows)
+        return tuple(-(-size // _ALIGNMENT) * _ALIGNMENT for size in fields)
+
+
+def carve(buffer: Tensor, shape: StepShape) -> tuple[Batch, Sampling]:
+    """Views of an int32 buffer as the inputs of a step."""
+    seed, temperature, sample_position, token_ids, positions, slots, starts, contexts, tables, rows = buffer[
+        : sum(shape.field_sizes())
+    ].split(shape.field_sizes())
+    batch = Batch(
+        token_ids=token_ids[: shape.tokens],
+        positions=positions[: shape.tokens],
+        slot_mapping=slots[: shape.tokens],
+        block_tables=tables[: shape.sequences * shape.blocks].view(shape.sequences, shape.blocks),
+        query_start=starts[: shape.sequences + 1],
+        context_lens=contexts[: shape.sequences],
+        logits_indices=rows[: shape.rows],
+        query_len=shape.query_len,
+    )
+    sampling = Sampling(
+        temperature=temperature[: shape.rows].view(torch.float32),
+        seed=seed[: 2 * shape.rows].view(torch.int64),
+        position=sample_position[: shape.rows],
+    )
+    return batch, sampling
+
+
+def fill(buffer: Tensor, shape: StepShape, work: tuple[Work, ...], block_size: int) -> list[Sequence | None]:
+    """Write the inputs of `work` to a host buffer; whatever `shape` has beyond it becomes harmless padding.
+
+    Returns the sequence whose next token each row chooses, in order; None for a row whose token nobody wants. A
+    uniform step has a row for every sequence, a ragged one only for those that sample.
+    """
+    buffer.zero_()  # token 0 at position 0, in block 0, greedy
+    batch, sampling = carve(buffer, shape)
+    token_ids, positions, slots = batch.token_ids.numpy(), batch.positions.numpy(), batch.slot_mapping.numpy()
+    starts, contexts = batch.query_start.numpy(), batch.context_lens.numpy()
+    tables, rows = batch.block_tables.numpy(), batch.logits_indices.numpy()
+    temperature, seed, sample_position = (
+        field.numpy() for field in (sampling.temperature, sampling.seed, sampling.position)
+    )
+    token = 0
+    sampled: list[Sequence | None] = []
+    tables[:] = PADDING_BLOCK
+    for index, item in enumerate(work):
+        sequence, num_tokens = item.sequence, item.num_tokens
+        first = sequence.num_computed_tokens
+        table = sequence.block_table
+        if num_tokens == 1:
+            token_ids[token] = sequence.token_ids[first]
+            positions[token] = first
+            slots[token] = table[first // block_size] * block_size + first % block_size
+        else:
+            last = token + num_tokens
+            token_ids[token:last] = sequence.token_ids[first : first + num_tokens]
+            positions[token:last] = range(first, first + num_tokens)
+        tables[index, : len(table)] = table
+        if num_tokens > 1:
+            at = positions[token : token + num_tokens]
+            slots[token : token + num_tokens] = tables[index, at // block_size] * block_size + at % block_size
+        token += num_tokens
+        starts[index + 1] = token
+        contexts[index] = first + num_tokens
+        if item.samples or shape.query_len is not None:
+            row = len(sampled)
+            rows[row] = token - 1
+            temperature[row] = sequence.params.temperature
+            seed[row] = sequence.seed
+            sample_position[row] = first + num_tokens
+            sampled.append(sequence if item.samples else None)
+    if shape.query_len is not None:
+        # A padding sequence attends to itself alone, in the padding block.
+        starts[len(work) + 1 :] = range(token + shape.query_len, shape.tokens + 1, shape.query_len)
+        contexts[len(work) :] = shape.query_len
+    else:
+        starts[len(work) + 1 :] = token
+    return sampled

@@ -1,0 +1,76 @@
+"""Norm, rotary positions and the gated MLP."""
+
+import math
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from layers.config import ModelConfig, RopeScaling
+from layers.types import MlpWeights
+from ops import linear
+
+
+def rms_norm(x: Float[Tensor, "*shape N"], weight: Float[Tensor, "N"], eps: float) -> Float[Tensor, "*shape N"]:
+    """`x / sqrt(mean(x²) + eps) * weight` (arXiv:1910.07467), in float32, rounded to x's dtype before the weight."""
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def swiglu(x: Float[Tensor, "T E"], w: MlpWeights) -> Float[Tensor, "T E"]:
+    """`down(silu(gate(x)) * up(x))` (arXiv:2002.05202)."""
+    gate, up = linear(x, w.gate_up).chunk(2, dim=-1)
+    return linear(torch.nn.functional.silu(gate) * up, w.down)
+
+
+def rope_frequencies(config: ModelConfig) -> Float[Tensor, "D/2"]:
+    """The rotation of each pair of dimensions in radians per position, in float32, after the config's scaling."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "frequency_factors":
+        return frequencies / torch.tensor(scaling.frequency_factors, dtype=torch.float32)
+    if scaling.kind == "llama3":
+        # 0 below the low frequency, 1 above the high one, counted in turns over the original context.
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        return torch.lerp(frequencies / scaling.factor, frequencies, kept.clamp(0, 1))
+    return _yarn_frequencies(frequencies, scaling, config)
+
+
+def _yarn_frequencies(
+    frequencies: Float[Tensor, "D/2"], scaling: RopeScaling, config: ModelConfig
+) -> Float[Tensor, "D/2"]:
+    def dimension_of(turns: float) -> float:
+        original = scaling.original_max_position_embeddings
+        return config.head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    if low == high:
+        high += 0.001
+    stretched = ((torch.arange(config.head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return torch.lerp(frequencies, frequencies / scaling.factor, stretched)
+
+
+def rope_rotation(
+    positions: Int[Tensor, "T"], frequencies: Float[Tensor, "D/2"], attention_factor: float
+) -> tuple[Float[Tensor, "T D/2"], Float[Tensor, "T D/2"]]:
+    """Cosine and sine of each position's angles, in float32: computed once a step, used by every layer."""
+    angles = rearrange(positions.float(), "t -> t 1") * frequencies
+    return angles.cos() * attention_factor, angles.sin() * attention_factor
+
+
+def rope(x: Float[Tensor, "T N D"], cos: Float[Tensor, "T D/2"], sin: Float[Tensor, "T D/2"]) -> Float[Tensor, "T N D"]:
+    """Rotate dimension i with dimension i + D/2 (arXiv:2104.09864, the half-split order of Hugging Face)."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = rearrange(cos, "t d -> t 1 d"), rearrange(sin, "t d -> t 1 d")
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

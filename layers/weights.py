@@ -1,0 +1,197 @@
+"""Every weight of a model, declared once: its place in `Weights`, shape and names in a checkpoint.
+
+Loading, dummy weights and tests all derive from `declare`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import ops
+from layers.config import ModelConfig
+from layers.primitives import rope_frequencies
+from layers.types import AttentionWeights, BlockWeights, MlpWeights, Weights
+
+
+class WeightsError(ValueError):
+    """A checkpoint's tensors do not match the model's declaration; the message names the tensor."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of a checkpoint, by its Hugging Face name, that fills some rows of a weight."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One weight: `name` is its path in `Weights`; its sources are stacked along the first dimension.
+
+    A `matrix` is only ever multiplied by, so it may be packed; a `table` is looked up by row; a `vector` is
+    used elementwise.
+    """
+
+    name: str
+    kind: Literal["matrix", "table", "vector"]
+    sources: tuple[Source, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = sum(source.shape[0] for source in self.sources)
+        return (rows, *self.sources[0].shape[1:])
+
+
+def declare(config: ModelConfig) -> Iterator[WeightSpec]:
+    """All weights of a model, in the order of the forward pass."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    yield WeightSpec("embedding", "table", (Source("model.embed_tokens.weight", (vocab, hidden)),))
+    for layer in range(config.num_layers):
+        yield from _declare_block(config, f"blocks.{layer}", f"model.layers.{layer}")
+    yield WeightSpec("final_norm", "vector", (Source("model.norm.weight", (hidden,)),))
+    if not config.tie_embeddings:
+        yield WeightSpec("lm_head", "matrix", (Source("lm_head.weight", (vocab, hidden)),))
+
+
+def _declare_block(config: ModelConfig, path: str, prefix: str) -> Iterator[WeightSpec]:
+    hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    query_rows, kv_rows = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    projections = (("q_proj", query_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
+    attention = f"{prefix}.self_attn"
+    yield WeightSpec(f"{path}.attention_norm", "vector", (Source(f"{prefix}.input_layernorm.weight", (hidden,)),))
+    yield WeightSpec(
+        f"{path}.attention.qkv",
+        "matrix",
+        tuple(Source(f"{attention}.{name}.weight", (rows, hidden)) for name, rows in projections),
+    )
+    if config.qkv_bias:
+        yield WeightSpec(
+            f"{path}.attention.qkv_bias",
+            "vector",
+            tuple(Source(f"{attention}.{name}.bias", (rows,)) for name, rows in projections),
+        )
+    if config.qk_norm:
+        yield WeightSpec(f"{path}.attention.query_norm", "vector", (Source(f"{attention}.q_norm.weight", (head_dim,)),))
+        yield WeightSpec(f"{path}.attention.key_norm", "vector", (Source(f"{attention}.k_norm.weight", (head_dim,)),))
+    yield WeightSpec(
+        f"{path}.attention.output", "matrix", (Source(f"{attention}.o_proj.weight", (hidden, query_rows)),)
+    )
+    if config.output_bias:
+        yield WeightSpec(f"{path}.attention.output_bias", "vector", (Source(f"{attention}.o_proj.bias", (hidden,)),))
+    yield WeightSpec(f"{path}.mlp_norm", "vector", (Source(f"{prefix}.post_attention_layernorm.weight", (hidden,)),))
+    yield WeightSpec(
+        f"{path}.mlp.gate_up",
+        "matrix",
+        tuple(Source(f"{prefix}.mlp.{name}.weight", (intermediate, hidden)) for name in ("gate_proj", "up_proj")),
+    )
+    yield WeightSpec(f"{path}.mlp.down", "matrix", (Source(f"{prefix}.mlp.down_proj.weight", (hidden, intermediate)),))
+
+
+@dataclass
+class _Loading:
+    """A weight that is being filled, source by source."""
+
+    spec: WeightSpec
+    tensor: Tensor
+    waiting: dict[str, tuple[Source, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.waiting, row = {}, 0
+        for source in self.spec.sources:
+            self.waiting[source.name] = (source, row)
+            row += source.shape[0]
+
+
+def load_weights(
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    device: torch.device,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> Weights:
+    """Stream a checkpoint's tensors into place, one at a time; each matrix is packed once it is whole.
+
+    `tensors` yields (Hugging Face name, tensor) in any order; `on_progress` hears of each one's elements.
+    Raises WeightsError, with the name, for a tensor that is missing, left over, doubled or misshapen.
+    """
+    place_of = {source.name: spec for spec in declare(config) for source in spec.sources}
+    loading: dict[str, _Loading] = {}
+    done: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        spec = place_of.get(name)
+        if spec is None:
+            raise WeightsError(f"tensor {name!r} of the checkpoint has no place in a {config.architecture}")
+        if spec.name in done or (spec.name in loading and name not in loading[spec.name].waiting):
+            raise WeightsError(f"tensor {name!r} occurs twice in the checkpoint")
+        if spec.name not in loading:
+            loading[spec.name] = _Loading(spec, torch.empty(spec.shape, dtype=dtype, device=device))
+        weight = loading[spec.name]
+        source, row = weight.waiting.pop(name)
+        if tuple(tensor.shape) != source.shape:
+            raise WeightsError(
+                f"tensor {name!r} has shape {list(tensor.shape)}, the config calls for {list(source.shape)}"
+            )
+        weight.tensor[row : row + source.shape[0]].copy_(tensor)
+        on_progress(tensor.numel())
+        if not weight.waiting:
+            done[spec.name] = _finished(spec, loading.pop(spec.name).tensor)
+    missing = [name for name, spec in place_of.items() if spec.name not in done and _is_waiting(name, spec, loading)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise WeightsError(f"tensor {missing[0]!r}{more} is missing from the checkpoint")
+    return assemble(config, done, device)
+
+
+def _is_waiting(name: str, spec: WeightSpec, loading: dict[str, _Loading]) -> bool:
+    return spec.name not in loading or name in loading[spec.name].waiting
+
+
+def dummy_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Weights:
+    """Random weights of the real shapes, scaled so that activations neither vanish nor explode."""
+    generator = torch.Generator(device).manual_seed(seed)
+    done = {}
+    for spec in declare(config):
+        tensor = torch.empty(spec.shape, dtype=dtype, device=device)
+        if spec.kind == "vector":
+            tensor.fill_(0.0 if spec.name.endswith("_bias") else 1.0)
+        else:
+            deviation = 1.0 if spec.kind == "table" else spec.shape[1] ** -0.5
+            tensor.normal_(0.0, 0.5 * deviation, generator=generator)
+        done[spec.name] = _finished(spec, tensor)
+    return assemble(config, done, device)
+
+
+def _finished(spec: WeightSpec, tensor: Tensor) -> Tensor:
+    return ops.pack(tensor) if spec.kind == "matrix" else tensor
+
+
+def assemble(config: ModelConfig, weights: dict[str, Tensor], device: torch.device) -> Weights:
+    """Build the `Weights` tree from weights by their declared names."""
+
+    def block(path: str) -> BlockWeights:
+        return BlockWeights(
+            attention_norm=weights[f"{path}.attention_norm"],
+            attention=AttentionWeights(
+                qkv=weights[f"{path}.attention.qkv"],
+                output=weights[f"{path}.attention.output"],
+                qkv_bias=weights.get(f"{path}.attention.qkv_bias"),
+                output_bias=weights.get(f"{path}.attention.output_bias"),
+                query_norm=weights.get(f"{path}.attention.query_norm"),
+                key_norm=weights.get(f"{path}.attention.key_norm"),
+            ),
+            mlp_norm=weights[f"{path}.mlp_norm"],
+            mlp=MlpWeights(gate_up=weights[f"{path}.mlp.gate_up"], down=weights[f"{path}.mlp.down"]),
+        )
+
+    embedding = weights["embedding"]
+    return Weights(
+        embedding=embedding,
+        blocks=tuple(block(f"blocks.{layer}") for layer in range(config.num_layers)),
+        final_norm=weights["final_norm"],
+        lm_head=ops.pack(embedding) if config.tie_embeddings else weights["lm_head"],
+        rope_frequencies=rope_frequencies(config).to(device),
+    )

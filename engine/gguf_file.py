@@ -32,7 +32,7 @@ class _Reader(gguf.GGUFReader):
     Should a later version of the package call this method something else, reading is slow again but right.
     """
 
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+    def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
         if raw_type == gguf.GGUFValueType.ARRAY:
             item_type, count = struct.unpack_from("<IQ", self.data, orig_offs)
             if count > _LONGEST_ARRAY_READ and item_type != gguf.GGUFValueType.ARRAY:
@@ -229,10 +229,16 @@ def _open(path: Path) -> _Reader:
 
 
 def _to_torch(tensor: Any) -> Tensor:
+    data = np.asarray(tensor.data)  # sheds np.memmap, whose every slice costs microseconds
     dtype = _UNQUANTIZED.get(tensor.tensor_type)
-    if dtype is None:
-        return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
-    return torch.from_numpy(np.asarray(tensor.data)).view(dtype)
+    if dtype is not None:
+        return torch.from_numpy(data).view(dtype)
+    # The package works through 16 rows at a time, which is little when they are short. Rows are whole blocks, so
+    # four of them pass as one long row.
+    if data.shape[-1] <= 2048 and data.shape[0] % 4 == 0:
+        data = data.reshape(-1, data.shape[-1] * 4)
+    weight = torch.from_numpy(gguf.dequantize(data, tensor.tensor_type))
+    return weight.reshape(tuple(reversed(tensor.shape.tolist())))
 
 
 def _unpermute(weight: Tensor, heads: int) -> Tensor:

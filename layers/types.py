@@ -19,12 +19,14 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ops import Matrix
+
 
 class AttentionWeights(NamedTuple):
     """Weights of one attention layer. `qkv` stacks the query, key and value projections along its rows."""
 
-    qkv: Tensor
-    output: Tensor
+    qkv: Matrix
+    output: Matrix
     qkv_bias: Float[Tensor, "QKV"] | None = None
     output_bias: Float[Tensor, "E"] | None = None
     query_norm: Float[Tensor, "D"] | None = None
@@ -34,8 +36,8 @@ class AttentionWeights(NamedTuple):
 class MlpWeights(NamedTuple):
     """Weights of one gated MLP. `gate_up` stacks the gate and up projections along its rows."""
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
 
 
 class BlockWeights(NamedTuple):
@@ -48,7 +50,7 @@ class BlockWeights(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """All weights of a model. Matrices may be in the layout that `ops.linear.pack` made of them.
+    """All weights of a model. Each `Matrix` is in the layout that `ops.pack` chose.
 
     `rope_frequencies` is not read from a checkpoint but follows from the config (radians per position).
     """
@@ -56,7 +58,7 @@ class Weights(NamedTuple):
     embedding: Float[Tensor, "V E"]
     blocks: tuple[BlockWeights, ...]
     final_norm: Float[Tensor, "E"]
-    lm_head: Tensor
+    lm_head: Matrix
     rope_frequencies: Float[Tensor, "D/2"]
 
 

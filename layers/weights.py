@@ -5,7 +5,7 @@ Loading, dummy weights and tests all derive from `declare`.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ def load_weights(
     """
     place_of = {source.name: spec for spec in declare(config) for source in spec.sources}
     loading: dict[str, _Loading] = {}
-    done: dict[str, Tensor] = {}
+    done: dict[str, ops.Matrix] = {}
     for name, tensor in tensors:
         spec = place_of.get(name)
         if spec is None:
@@ -165,11 +165,11 @@ def dummy_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device,
     return assemble(config, done, device)
 
 
-def _finished(spec: WeightSpec, tensor: Tensor) -> Tensor:
+def _finished(spec: WeightSpec, tensor: Tensor) -> ops.Matrix:
     return ops.pack(tensor) if spec.kind == "matrix" else tensor
 
 
-def assemble(config: ModelConfig, weights: dict[str, Tensor], device: torch.device) -> Weights:
+def assemble(config: ModelConfig, weights: dict[str, Any], device: torch.device) -> Weights:
     """Build the `Weights` tree from weights by their declared names."""
 
     def block(path: str) -> BlockWeights:

@@ -5,6 +5,8 @@ at 20 to 30 GB/s where the plain layout reaches 16, and matrix-matrix products g
 else a weight stays the plain [N, K] matrix and the compiler may fuse around the product.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,21 +19,31 @@ _library.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, int featur
 _PACKED_FOR_ROWS = 32
 
 
-def pack(weight: Float[Tensor, "N K"]) -> Tensor:
-    """The weight in the layout that `linear` reads fastest on its device; the plain weight where that is it.
+class Packed(NamedTuple):
+    """A weight [features, K] in oneDNN's blocked layout. Its elements are unreadable but for `linear`.
 
-    A packed weight has the same shape and no readable elements: only `linear` understands it.
+    A type of its own, because under tracing the layout of the tensor inside is not to be seen.
     """
+
+    blocked: Tensor
+    features: int
+
+
+Matrix = Tensor | Packed
+
+
+def pack(weight: Float[Tensor, "N K"]) -> Matrix:
+    """The weight in the layout that `linear` reads fastest on its device; the weight itself where that is it."""
     if weight.device.type != "cpu" or weight.dtype is not torch.bfloat16 or not _packs_bfloat16():
         return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
+    return Packed(torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS), weight.shape[0])
 
 
-def linear(x: Float[Tensor, "T K"], weight: Tensor, bias: Float[Tensor, "N"] | None = None) -> Float[Tensor, "T N"]:
+def linear(x: Float[Tensor, "T K"], weight: Matrix, bias: Float[Tensor, "N"] | None = None) -> Float[Tensor, "T N"]:
     """`x @ weight.T + bias` for a weight [N, K] that `pack` returned. Sums in float32, rounds once to x's dtype."""
-    if weight.layout is torch.strided:
-        return torch.nn.functional.linear(x, weight, bias)
-    return torch.ops.dispec.packed_linear(x, weight, bias, weight.shape[0])
+    if isinstance(weight, Packed):
+        return torch.ops.dispec.packed_linear(x, weight.blocked, bias, weight.features)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _packs_bfloat16() -> bool:

@@ -137,7 +137,7 @@ def decode_kernel(
     )
     result = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
     output_row = row_index * H + head
-    if SPLIT:
+    if SPLIT:  # noqa: SIM102 (a constant: the whole branch goes away)
         if tiles > tiles_per_split:
             partial_row = output_row * num_splits + split
             tl.store(partial_output + partial_row[:, None] * D + dim[None, :], result, mask=in_query)
@@ -244,7 +244,7 @@ def decode(
     device = describe(query.device)
     config = config or DECODE[device.architecture][padded, query.element_size()]
     group = num_heads // kv_heads
-    block_m = min(max(triton.next_power_of_2(query_len * group), 16), WIDEST_DECODE_TILE)
+    block_m = min(max(triton.next_power_of_2(query_len * group), 16), WIDEST_DECODE_TILE[query.element_size()])
     row_tiles = triton.cdiv(query_len * group, block_m)
     balanced, longest, splits = plan_splits(
         batch * kv_heads * row_tiles,

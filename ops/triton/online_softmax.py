@@ -51,37 +51,31 @@ def attend(
         position = tile * BLOCK_N + lane
         in_context = position < context_len
         offset = position % BLOCK_SIZE
-        if BLOCK_N <= BLOCK_SIZE:
-            # The whole tile lies in one block: its addresses are one scalar plus constants.
-            block = tl.load(block_table + tile * BLOCK_N // BLOCK_SIZE).to(tl.int64)
-            key_block = tl.zeros([BLOCK_N], tl.int64) + block * key_block_stride
-            value_block = tl.zeros([BLOCK_N], tl.int64) + block * value_block_stride
-        elif MASKED:
-            block = tl.load(block_table + position // BLOCK_SIZE, mask=in_context, other=0).to(tl.int64)
-            key_block = block * key_block_stride
-            value_block = block * value_block_stride
-        else:
-            block = tl.load(block_table + position // BLOCK_SIZE).to(tl.int64)
-            key_block = block * key_block_stride
-            value_block = block * value_block_stride
+        # One scalar load for each block of the tile, spread over its lanes by selects: a vector load would fetch
+        # the same entries once for every thread and position.
+        first_entry = block_table + tile * BLOCK_N // BLOCK_SIZE
+        block = tl.zeros([BLOCK_N], tl.int32) + tl.load(first_entry)
+        for entry in tl.static_range(1, (BLOCK_N + BLOCK_SIZE - 1) // BLOCK_SIZE):
+            if MASKED:
+                start = tile * BLOCK_N + entry * BLOCK_SIZE
+                next_block = tl.load(first_entry + entry, mask=start < context_len, other=0)
+            else:
+                next_block = tl.load(first_entry + entry)
+            block = tl.where(lane // BLOCK_SIZE == entry, next_block, block)
+        key_block = block.to(tl.int64) * key_block_stride
+        value_block = block.to(tl.int64) * value_block_stride
 
         # Keys at or past the context are loaded (from block 0, or from the rest of the last block) but only
         # ever reach scores that are replaced below.
         key_pointers = keys + (key_block + offset)[None, :] + dim[:, None] * BLOCK_SIZE
-        if D == D_PADDED:
-            key = tl.load(key_pointers)
-        else:
-            key = tl.load(key_pointers, mask=in_head[:, None], other=0.0)
+        key = tl.load(key_pointers) if D == D_PADDED else tl.load(key_pointers, mask=in_head[:, None], other=0.0)
         scores = tl.dot(query, key, input_precision="ieee")
         if MASKED:
             scores = tl.where(position[None, :] < visible[:, None], scores, float("-inf"))
 
         new_maximum = tl.maximum(maximum, tl.max(scores, 1) * score_scale)
-        if MASKED:
-            # A row that has seen nothing yet: subtract 0 rather than -inf, which would make NaN.
-            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        else:
-            shift = new_maximum
+        # A row that has seen nothing yet: subtract 0 rather than -inf, which would make NaN.
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum
         weights = tl.math.exp2(scores * score_scale - shift[:, None])
         rescale = tl.math.exp2(maximum - shift)
         total = total * rescale + tl.sum(weights, 1)

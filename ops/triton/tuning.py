@@ -43,31 +43,33 @@ DecodeTable = dict[tuple[int, int], DecodeConfig]
 # The same, with one configuration for steps that fill the device with wide tiles and one for those that do not.
 PrefillTable = dict[tuple[int, int], tuple[PrefillConfig, PrefillConfig]]
 
+# The pipeliner splits `num_stages` between the block ids and the pages that they point to: 3 stages load one tile
+# ahead, 5 stages two.
 DECODE: dict[str, DecodeTable] = {
     "sm_90": {
-        (64, 2): DecodeConfig(128, 4, 3, 2),
-        (128, 2): DecodeConfig(64, 4, 3, 2),
-        (256, 2): DecodeConfig(64, 4, 2, 1),
-        (64, 4): DecodeConfig(32, 4, 2, 4),
-        (128, 4): DecodeConfig(32, 4, 2, 2),
-        (256, 4): DecodeConfig(16, 4, 2, 2),
+        (64, 2): DecodeConfig(128, 4, 5, 2),
+        (128, 2): DecodeConfig(64, 4, 5, 2),
+        (256, 2): DecodeConfig(32, 4, 5, 2),
+        (64, 4): DecodeConfig(32, 4, 3, 4),
+        (128, 4): DecodeConfig(16, 8, 3, 2),
+        (256, 4): DecodeConfig(16, 8, 3, 2),
     },
     "sm_80": {
-        (64, 2): DecodeConfig(128, 4, 2, 2),
-        (128, 2): DecodeConfig(64, 4, 2, 2),
-        (256, 2): DecodeConfig(32, 4, 2, 2),
-        (64, 4): DecodeConfig(32, 4, 2, 2),
-        (128, 4): DecodeConfig(32, 4, 2, 2),
-        (256, 4): DecodeConfig(16, 4, 2, 1),
+        (64, 2): DecodeConfig(64, 4, 5, 2),
+        (128, 2): DecodeConfig(32, 4, 5, 2),
+        (256, 2): DecodeConfig(32, 4, 5, 2),
+        (64, 4): DecodeConfig(32, 4, 3, 2),
+        (128, 4): DecodeConfig(16, 8, 3, 2),
+        (256, 4): DecodeConfig(16, 8, 3, 2),
     },
     # Anything else: fits the 64 KiB to 99 KiB of shared memory that smaller and newer consumer chips have.
     "fallback": {
-        (64, 2): DecodeConfig(64, 4, 2, 2),
-        (128, 2): DecodeConfig(32, 4, 2, 2),
-        (256, 2): DecodeConfig(16, 4, 2, 2),
+        (64, 2): DecodeConfig(64, 4, 3, 2),
+        (128, 2): DecodeConfig(32, 4, 3, 2),
+        (256, 2): DecodeConfig(16, 4, 3, 2),
         (64, 4): DecodeConfig(32, 4, 2, 2),
-        (128, 4): DecodeConfig(16, 4, 2, 2),
-        (256, 4): DecodeConfig(16, 4, 1, 1),
+        (128, 4): DecodeConfig(16, 8, 2, 2),
+        (256, 4): DecodeConfig(16, 8, 2, 1),
     },
 }
 
@@ -75,26 +77,26 @@ PREFILL: dict[str, PrefillTable] = {
     "sm_90": {
         (64, 2): (PrefillConfig(128, 128, 8, 3), PrefillConfig(64, 64, 4, 3)),
         (128, 2): (PrefillConfig(128, 64, 8, 3), PrefillConfig(64, 64, 4, 3)),
-        (256, 2): (PrefillConfig(128, 64, 8, 2), PrefillConfig(64, 32, 4, 3)),
-        (64, 4): (PrefillConfig(32, 32, 4, 2), PrefillConfig(16, 32, 4, 2)),
-        (128, 4): (PrefillConfig(32, 32, 4, 2), PrefillConfig(16, 32, 4, 2)),
-        (256, 4): (PrefillConfig(16, 16, 4, 2), PrefillConfig(16, 16, 4, 2)),
+        (256, 2): (PrefillConfig(128, 32, 8, 3), PrefillConfig(64, 32, 4, 3)),
+        (64, 4): (PrefillConfig(32, 32, 8, 3), PrefillConfig(16, 32, 4, 3)),
+        (128, 4): (PrefillConfig(32, 16, 8, 3), PrefillConfig(16, 16, 8, 3)),
+        (256, 4): (PrefillConfig(16, 16, 8, 3), PrefillConfig(16, 16, 8, 3)),
     },
     "sm_80": {
-        (64, 2): (PrefillConfig(128, 64, 4, 3), PrefillConfig(64, 64, 4, 3)),
-        (128, 2): (PrefillConfig(128, 64, 8, 2), PrefillConfig(64, 64, 4, 2)),
-        (256, 2): (PrefillConfig(64, 32, 8, 2), PrefillConfig(32, 32, 4, 2)),
-        (64, 4): (PrefillConfig(32, 32, 4, 2), PrefillConfig(16, 32, 4, 2)),
-        (128, 4): (PrefillConfig(32, 32, 4, 2), PrefillConfig(16, 32, 4, 2)),
-        (256, 4): (PrefillConfig(16, 16, 4, 2), PrefillConfig(16, 16, 4, 2)),
+        (64, 2): (PrefillConfig(128, 32, 4, 5), PrefillConfig(64, 32, 4, 5)),
+        (128, 2): (PrefillConfig(128, 32, 8, 5), PrefillConfig(64, 32, 4, 5)),
+        (256, 2): (PrefillConfig(64, 16, 8, 5), PrefillConfig(32, 16, 4, 5)),
+        (64, 4): (PrefillConfig(32, 32, 8, 3), PrefillConfig(16, 32, 4, 3)),
+        (128, 4): (PrefillConfig(32, 16, 8, 3), PrefillConfig(16, 16, 8, 3)),
+        (256, 4): (PrefillConfig(16, 16, 8, 3), PrefillConfig(16, 16, 8, 3)),
     },
     "fallback": {
-        (64, 2): (PrefillConfig(64, 64, 4, 2), PrefillConfig(32, 64, 4, 2)),
-        (128, 2): (PrefillConfig(64, 32, 4, 2), PrefillConfig(32, 32, 4, 2)),
-        (256, 2): (PrefillConfig(32, 16, 4, 2), PrefillConfig(16, 16, 4, 2)),
+        (64, 2): (PrefillConfig(64, 32, 4, 3), PrefillConfig(32, 32, 4, 3)),
+        (128, 2): (PrefillConfig(64, 32, 4, 3), PrefillConfig(32, 32, 4, 3)),
+        (256, 2): (PrefillConfig(32, 16, 4, 3), PrefillConfig(16, 16, 4, 3)),
         (64, 4): (PrefillConfig(16, 32, 4, 2), PrefillConfig(16, 32, 4, 2)),
-        (128, 4): (PrefillConfig(16, 16, 4, 2), PrefillConfig(16, 16, 4, 2)),
-        (256, 4): (PrefillConfig(16, 16, 4, 1), PrefillConfig(16, 16, 4, 1)),
+        (128, 4): (PrefillConfig(16, 16, 8, 2), PrefillConfig(16, 16, 8, 2)),
+        (256, 4): (PrefillConfig(16, 16, 8, 1), PrefillConfig(16, 16, 8, 1)),
     },
 }
 
@@ -102,8 +104,9 @@ PREFILL: dict[str, PrefillTable] = {
 # device, so that one long context among short ones does not run on a single multiprocessor.
 LONGEST_SPLIT = 4096
 
-# Rows of queries that one decode program holds; more (long verification with a large group) take more programs.
-WIDEST_DECODE_TILE = 64
+# Rows of queries that one decode program holds, by bytes per element; more (long verification with a large group)
+# take more programs.
+WIDEST_DECODE_TILE = {2: 64, 4: 16}
 
 # Tokens that one program of `write_kv` stores. Neighbouring tokens share the memory sectors of a key page
 # (positions are innermost there), which pays once there are enough tokens to fill the device anyway.

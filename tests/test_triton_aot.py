@@ -1,0 +1,234 @@
+"""Every Triton kernel, compiled without a GPU exactly as the tables launch it: no spills, and it fits.
+
+The launchers run on meta tensors with the kernels replaced by recorders, so what is compiled here follows from
+the launches themselves, specialisations included.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from ops.triton import decode_attention, kv_cache, prefill_attention  # noqa: E402
+from ops.triton.tuning import PREFILL, Device  # noqa: E402
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may use
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it is launched with."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert all(size > 0 for size in grid)
+        assert all(size < 65536 for size in grid[1:])
+
+        def launch(*positional: Any, **named: Any) -> None:
+            options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+            arguments = dict(zip(self.kernel.arg_names, positional, strict=False)) | named
+            assert list(arguments) == list(self.kernel.arg_names)
+            self.launches.append(Launch(self.kernel, arguments, options))
+
+        return launch
+
+
+def record(monkeypatch: pytest.MonkeyPatch, capability: int, launch: Callable[[], object]) -> list[Launch]:
+    launches: list[Launch] = []
+    device = Device(f"sm_{capability}", 132 if capability == 90 else 108)
+    for module in (decode_attention, prefill_attention, kv_cache):
+        for name in ("decode_kernel", "combine_kernel", "prefill_kernel", "write_kv_kernel"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
+        if hasattr(module, "describe"):
+            monkeypatch.setattr(module, "describe", lambda _: device)
+    launch()
+    monkeypatch.undo()
+    return launches
+
+
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """Compile as Triton's launcher would: integers that are 1 are constants, multiples of 16 are known as such."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name] = "constexpr"
+            constants[index,] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            attributes[index,] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers, stack and local bytes per thread, as the assembler recorded them in the binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        listing = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {name: int(size) for name, size in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
+
+
+def check(launch: Launch, capability: int, widest_load: bool = True) -> None:
+    compiled = compile_launch(launch, capability)
+    used = resources(compiled)
+    shared = compiled.metadata.shared
+    shape = {name: value for name, value in launch.arguments.items() if name.isupper() and name != "H"}
+    print(f"sm_{capability} {launch.kernel.__name__} {shape} {launch.options}: {used['REG']} registers, {shared} B")
+    assert used["STACK"] == 0, "spills"
+    assert used["LOCAL"] == 0, "spills"
+    assert shared <= SHARED_MEMORY[capability]
+    if widest_load:
+        # Pages are read 16 bytes at a time, or the kernel is several times too slow.
+        ptx = compiled.asm["ptx"]
+        assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10|ld\.global[.\w:]*\.v4\.b32", ptx)
+
+
+def cache(head_dim: int, block_size: int, kv_heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    keys = torch.empty(4096, kv_heads, head_dim, block_size, dtype=dtype, device="meta")
+    return keys, keys.new_empty(4096, kv_heads, block_size, head_dim)
+
+
+def projected(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    rows = torch.empty(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype, device="meta")
+    return rows[:, :heads]
+
+
+def integers(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int32, device="meta")
+
+
+HALF, FULL = torch.bfloat16, torch.float32
+# head dim, block size, query heads, key heads, queries per sequence, dtype
+DECODES = [
+    (64, 16, 14, 2, 1, HALF),
+    (64, 32, 14, 2, 5, torch.float16),
+    (64, 16, 9, 3, 16, HALF),
+    (80, 16, 32, 32, 1, HALF),
+    (128, 16, 12, 2, 1, HALF),
+    (128, 64, 32, 8, 1, HALF),
+    (128, 32, 12, 2, 8, HALF),
+    (256, 16, 8, 4, 1, HALF),
+    (256, 16, 8, 4, 16, HALF),
+    (64, 16, 9, 3, 1, FULL),
+    (128, 16, 12, 2, 1, FULL),
+    (128, 16, 12, 2, 8, FULL),
+]
+PREFILLS = [
+    (64, 16, 14, 2, HALF),
+    (80, 32, 32, 32, HALF),
+    (128, 16, 12, 2, HALF),
+    (128, 64, 32, 8, torch.float16),
+    (256, 16, 8, 4, HALF),
+    (64, 16, 9, 3, FULL),
+    (128, 16, 12, 2, FULL),
+]
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize(("head_dim", "block_size", "heads", "kv_heads", "query_len", "dtype"), DECODES)
+def test_decode(
+    monkeypatch: pytest.MonkeyPatch,
+    head_dim: int,
+    block_size: int,
+    heads: int,
+    kv_heads: int,
+    query_len: int,
+    dtype: torch.dtype,
+    capability: int,
+) -> None:
+    keys, values = cache(head_dim, block_size, kv_heads, dtype)
+    batch = 1 if head_dim == 128 else 32
+    query = projected(batch * query_len, heads, kv_heads, head_dim, dtype)
+    tables = integers(batch, 32768 // block_size)
+    launches = record(
+        monkeypatch,
+        capability,
+        lambda: decode_attention.decode(query, keys, values, tables, integers(batch), query_len, 0.125),
+    )
+    assert len(launches) == 2
+    check(launches[0], capability)
+    if query_len == 1:
+        check(launches[1], capability)
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize("width", ["wide", "narrow"])
+@pytest.mark.parametrize(("head_dim", "block_size", "heads", "kv_heads", "dtype"), PREFILLS)
+def test_prefill(
+    monkeypatch: pytest.MonkeyPatch,
+    head_dim: int,
+    block_size: int,
+    heads: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+    width: str,
+    capability: int,
+) -> None:
+    keys, values = cache(head_dim, block_size, kv_heads, dtype)
+    tokens = 8192 if width == "wide" else 40
+    query = projected(tokens, heads, kv_heads, head_dim, dtype)
+    tables = integers(2, 8192 // block_size)
+    (launch,) = record(
+        monkeypatch,
+        capability,
+        lambda: prefill_attention.prefill(query, keys, values, tables, integers(3), integers(2), 0.125),
+    )
+    padded = 128 if head_dim == 80 else head_dim
+    expected = PREFILL[f"sm_{capability}"][padded, dtype.itemsize][0 if width == "wide" else 1]
+    assert launch.arguments["BLOCK_M"] == expected.block_m
+    check(launch, capability)
+
+
+@pytest.mark.parametrize("tokens", [1, 2048])
+@pytest.mark.parametrize(("head_dim", "block_size"), [(80, 32), (128, 16), (256, 64)])
+def test_write_kv(monkeypatch: pytest.MonkeyPatch, head_dim: int, block_size: int, tokens: int) -> None:
+    keys, values = cache(head_dim, block_size, 2, HALF)
+    rows = torch.empty(tokens, 16, head_dim, dtype=HALF, device="meta")
+    (launch,) = record(
+        monkeypatch,
+        90,
+        lambda: kv_cache.write_kv(keys, values, rows[:, 12:14], rows[:, 14:], integers(tokens)),
+    )
+    check(launch, 90, widest_load=False)

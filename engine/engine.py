@@ -35,11 +35,13 @@ class Engine:
         self._show_progress = show_progress
         self._ids = itertools.count()
         self.checkpoint: Checkpoint | None = None
+        self.config: ModelConfig
         with self._phase("find"):
-            if not isinstance(options.model, ModelConfig):
+            if isinstance(options.model, ModelConfig):
+                self.config = options.model
+            else:
                 self.checkpoint = find_checkpoint(options.model)
-        self.config = self.checkpoint.config if self.checkpoint else options.model
-        assert isinstance(self.config, ModelConfig)
+                self.config = self.checkpoint.config
         before = free_memory(self.device, options.gpu_memory_utilization)
         # Nothing here needs the weights' size: a context that cannot fit is refused before minutes of loading.
         if self.device.type == "cpu":

@@ -9,7 +9,7 @@ from layers.config import ModelConfig
 from layers.primitives import rms_norm, rope
 from layers.types import AttentionWeights, Batch, LayerKV
 
-Rotation = tuple[Float[Tensor, "T D/2"], Float[Tensor, "T D/2"]]
+Rotation = tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]]
 
 
 def attention(

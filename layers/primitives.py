@@ -25,7 +25,7 @@ def swiglu(x: Float[Tensor, "T E"], w: MlpWeights) -> Float[Tensor, "T E"]:
     return linear(torch.nn.functional.silu(gate) * up, w.down)
 
 
-def rope_frequencies(config: ModelConfig) -> Float[Tensor, "D/2"]:
+def rope_frequencies(config: ModelConfig) -> Float[Tensor, "D2"]:
     """The rotation of each pair of dimensions in radians per position, in float32, after the config's scaling."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
@@ -37,16 +37,17 @@ def rope_frequencies(config: ModelConfig) -> Float[Tensor, "D/2"]:
     if scaling.kind == "frequency_factors":
         return frequencies / torch.tensor(scaling.frequency_factors, dtype=torch.float32)
     if scaling.kind == "llama3":
-        # 0 below the low frequency, 1 above the high one, counted in turns over the original context.
-        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        # The share of each frequency that is kept: 0 where it turns slowly over the original context, 1 where fast.
+        turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
         kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        return torch.lerp(frequencies / scaling.factor, frequencies, kept.clamp(0, 1))
+        kept = kept.clamp(0, 1)
+        return (1 - kept) * (frequencies / scaling.factor) + kept * frequencies
     return _yarn_frequencies(frequencies, scaling, config)
 
 
 def _yarn_frequencies(
-    frequencies: Float[Tensor, "D/2"], scaling: RopeScaling, config: ModelConfig
-) -> Float[Tensor, "D/2"]:
+    frequencies: Float[Tensor, "D2"], scaling: RopeScaling, config: ModelConfig
+) -> Float[Tensor, "D2"]:
     def dimension_of(turns: float) -> float:
         original = scaling.original_max_position_embeddings
         return config.head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
@@ -58,19 +59,19 @@ def _yarn_frequencies(
     if low == high:
         high += 0.001
     stretched = ((torch.arange(config.head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return torch.lerp(frequencies, frequencies / scaling.factor, stretched)
+    return frequencies * (1 - stretched) + frequencies / scaling.factor * stretched
 
 
 def rope_rotation(
-    positions: Int[Tensor, "T"], frequencies: Float[Tensor, "D/2"], attention_factor: float
-) -> tuple[Float[Tensor, "T D/2"], Float[Tensor, "T D/2"]]:
+    positions: Int[Tensor, "T"], frequencies: Float[Tensor, "D2"], attention_factor: float
+) -> tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]]:
     """Cosine and sine of each position's angles, in float32: computed once a step, used by every layer."""
     angles = rearrange(positions.float(), "t -> t 1") * frequencies
     return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
-def rope(x: Float[Tensor, "T N D"], cos: Float[Tensor, "T D/2"], sin: Float[Tensor, "T D/2"]) -> Float[Tensor, "T N D"]:
-    """Rotate dimension i with dimension i + D/2 (arXiv:2104.09864, the half-split order of Hugging Face)."""
+def rope(x: Float[Tensor, "T N D"], cos: Float[Tensor, "T D2"], sin: Float[Tensor, "T D2"]) -> Float[Tensor, "T N D"]:
+    """Rotate dimension i with dimension i + D2 (arXiv:2104.09864, the half-split order of Hugging Face)."""
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = rearrange(cos, "t d -> t 1 d"), rearrange(sin, "t d -> t 1 d")
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

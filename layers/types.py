@@ -8,6 +8,7 @@ P     blocks per sequence                    L     layers
 H     query heads                            NB    blocks in the KV cache
 KV    key/value heads                        BS    tokens per block (block size)
 D     head dimension                         R     rows whose logits are wanted
+D2    half of it, the pairs that rotate
 ====  =====================================  ====  ==================================
 
 Everything here is a named tuple of tensors and plain values: a pytree that torch.compile, tests and a
@@ -59,7 +60,7 @@ class Weights(NamedTuple):
     blocks: tuple[BlockWeights, ...]
     final_norm: Float[Tensor, "E"]
     lm_head: Matrix
-    rope_frequencies: Float[Tensor, "D/2"]
+    rope_frequencies: Float[Tensor, "D2"]
 
 
 class LayerKV(NamedTuple):

@@ -1,0 +1,155 @@
+"""The registered ops on CPU against their oracles, and against torch's own checks of a custom op."""
+
+import random
+
+import pytest
+import torch
+
+import ops
+from ops import reference
+from ops.paged_attention import _uniform_attention
+
+
+def cache(num_blocks: int, kv_heads: int, head_dim: int, block_size: int, dtype=torch.float32):
+    return (
+        torch.randn(num_blocks, kv_heads, head_dim, block_size).to(dtype),
+        torch.randn(num_blocks, kv_heads, block_size, head_dim).to(dtype),
+    )
+
+
+def attention_case(rng: random.Random, query_len: int | None, dtype=torch.float32, group: int | None = None):
+    """Random inputs of paged_attention: shuffled pages, a query that is a view of a wider row, NaN where nothing
+    may be read."""
+    kv_heads, group = rng.choice([1, 2, 3]), group or rng.choice([1, 3, 4, 7])
+    head_dim, block_size = rng.choice([64, 80, 96, 128, 256]), rng.choice([16, 32, 64])
+    sequences = rng.randint(1, 5)
+    queries = [query_len if query_len else rng.choice([0, 1, 2, 17, 40]) for _ in range(sequences)]
+    contexts = [count + rng.choice([0, 1, 15, 16, 48, 63, 64]) for count in queries]
+    columns = max(2, max(-(-context // block_size) for context in contexts) + rng.randint(0, 2))
+    num_blocks = sequences * columns + 3
+    keys, values = cache(num_blocks, kv_heads, head_dim, block_size, dtype)
+    free = list(range(1, num_blocks))
+    rng.shuffle(free)
+    tables = torch.zeros(sequences, columns, dtype=torch.int32)
+    written = torch.zeros(num_blocks, block_size, dtype=torch.bool)
+    for sequence, context in enumerate(contexts):
+        for page in range(-(-context // block_size)):
+            block = free.pop()
+            tables[sequence, page] = block
+            written[block, : max(0, min(block_size, context - page * block_size))] = True
+    keys.permute(0, 3, 1, 2)[~written] = torch.nan
+    values.permute(0, 2, 1, 3)[~written] = torch.nan
+    wide = torch.randn(sum(queries), (group + 2) * kv_heads, head_dim).to(dtype)
+    starts = torch.tensor([0, *queries]).cumsum(0).int()
+    query = wide[:, : group * kv_heads]
+    return query, keys, values, tables, starts, torch.tensor(contexts, dtype=torch.int32), query_len, head_dim**-0.5
+
+
+@pytest.mark.parametrize("query_len", [None, 1, 2, 5, 16])
+@pytest.mark.parametrize("seed", range(6))
+def test_paged_attention(query_len, seed):
+    torch.manual_seed(seed)
+    case = attention_case(random.Random(f"{query_len} {seed}"), query_len)
+    result = ops.paged_attention(*case)
+    torch.testing.assert_close(result, reference.paged_attention(*case[:6], case[7]), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("query_len", [1, 2, 5, 16])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_formulation_that_compiled_steps_inline(query_len, seed):
+    torch.manual_seed(seed)
+    query, keys, values, tables, starts, contexts, _, scale = attention_case(
+        random.Random(f"{query_len} {seed}"), query_len
+    )
+    contexts[0] = query_len - 1  # the first query of this one sees nothing at all
+    result = _uniform_attention(query, keys, values, tables, contexts, query_len, scale)
+    expected = reference.paged_attention(query, keys, values, tables, starts, contexts, scale)
+    torch.testing.assert_close(result, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("query_len", [None, 1])
+def test_paged_attention_in_bfloat16(query_len):
+    torch.manual_seed(0)
+    case = attention_case(random.Random(0), query_len, torch.bfloat16)
+    expected = reference.paged_attention(*case[:6], case[7])
+    torch.testing.assert_close(ops.paged_attention(*case), expected, atol=0.02, rtol=0.02)
+
+
+def test_a_sequence_without_context_is_zero():
+    keys, values = cache(4, 1, 64, 16)
+    query = torch.randn(2, 3, 64)
+    tables = torch.tensor([[0, 0], [1, 0]], dtype=torch.int32)
+    starts, contexts = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    result = ops.paged_attention(query, keys, values, tables, starts, contexts, None, 0.125)
+    assert (result[0] == 0).all()
+    assert (result[1] != 0).all()
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_write_kv(block_size):
+    torch.manual_seed(block_size)
+    keys, values = cache(5, 3, 64, block_size)
+    expected_keys, expected_values = keys.clone(), values.clone()
+    key, value = torch.randn(20, 9, 64)[:, 2:5], torch.randn(20, 9, 64)[:, 5:8]
+    slots = torch.randperm(4 * block_size)[:20].int() + block_size
+    ops.write_kv(keys, values, key, value, slots)
+    reference.write_kv(expected_keys, expected_values, key, value, slots)
+    assert torch.equal(keys, expected_keys)
+    assert torch.equal(values, expected_values)
+
+
+def test_copy_blocks():
+    keys, values = cache(6, 2, 64, 16)
+    expected_keys, expected_values = keys.clone(), values.clone()
+    source, destination = torch.tensor([1, 4]), torch.tensor([5, 2])
+    ops.copy_blocks(keys, values, source, destination)
+    reference.copy_blocks(expected_keys, expected_values, source, destination)
+    assert torch.equal(keys, expected_keys)
+    assert torch.equal(values, expected_values)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_linear_rounds_once(rows, bias):
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(80, 96).bfloat16()
+    offset = torch.randn(80).bfloat16() if bias else None
+    packed = ops.pack(weight)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), offset.double() if bias else None)
+    torch.testing.assert_close(ops.linear(x, packed, offset).double(), exact, atol=0.04, rtol=2**-7)
+
+
+def test_only_bfloat16_on_cpu_is_packed():
+    weight = torch.randn(8, 16)
+    assert ops.pack(weight) is weight
+
+
+def test_opcheck():
+    """Schema, fake implementation and functionalisation agree with what each op does."""
+    torch.manual_seed(0)
+    keys, values = cache(5, 3, 64, 16)
+    key, value = torch.randn(4, 3, 64), torch.randn(4, 3, 64)
+    slots = torch.tensor([16, 40, 41, 79])
+    torch.library.opcheck(torch.ops.dispec.write_kv.default, (keys, values, key, value, slots))
+    pair = torch.tensor([1]), torch.tensor([3])
+    torch.library.opcheck(torch.ops.dispec.copy_blocks.default, (keys, values, *pair))
+    for query_len in (None, 1, 3):
+        case = attention_case(random.Random(1), query_len)
+        case = tuple(item.nan_to_num(0.5) if isinstance(item, torch.Tensor) else item for item in case)
+        torch.library.opcheck(torch.ops.dispec.paged_attention.default, case)
+
+
+def test_opcheck_of_the_packed_product():
+    weight = ops.pack(torch.randn(80, 96).bfloat16())
+    if not isinstance(weight, ops.Packed):
+        pytest.skip("this CPU has no packed bf16 products")
+    x = torch.randn(5, 96).bfloat16()
+    arguments = (x, weight.blocked, None, weight.features)
+    # A blocked tensor has no storage, which opcheck's other tests look into.
+    torch.library.opcheck(
+        torch.ops.dispec.packed_linear.default, arguments, test_utils=("test_autograd_registration",)
+    )
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = torch.ops.dispec.packed_linear(mode.from_tensor(x), torch.empty(80, 96, dtype=x.dtype), None, 80)
+    real = ops.linear(x, weight)
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())

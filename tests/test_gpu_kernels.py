@@ -1,0 +1,241 @@
+"""The Triton kernels on a CUDA device, through the registered ops, against oracles in float64."""
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+import ops
+from ops import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+GROUPS = [(14, 2), (12, 2), (9, 3), (4, 4), (8, 1), (32, 8), (16, 1)]
+
+
+def attention_in_float64(
+    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: list[int], contexts: list[int], scale: float
+) -> Tensor:
+    """What the reference computes, one sequence at a time instead of one row at a time. Output: float64."""
+    group, block_size = query.shape[1] // keys.shape[1], keys.shape[3]
+    outputs = []
+    for sequence, (length, context, q) in enumerate(
+        zip(lengths, contexts, query[: sum(lengths)].double().split(lengths), strict=True)
+    ):
+        if context == 0 or length == 0:
+            outputs.append(torch.zeros_like(q))
+            continue
+        blocks = tables[sequence, : math.ceil(context / block_size)].long()
+        k = keys[blocks].double().permute(0, 3, 1, 2).flatten(0, 1)[:context].repeat_interleave(group, 1)
+        v = values[blocks].double().permute(0, 2, 1, 3).flatten(0, 1)[:context].repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        position = torch.arange(context - length, context, device=query.device)
+        hidden = torch.arange(context, device=query.device)[None] > position[:, None]
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(outputs)
+
+
+def poisoned_cache(
+    contexts: list[int], kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, columns: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(keys, values, block_tables): shuffled blocks, NaN past every context, table entries there out of range."""
+    needed = [math.ceil(context / block_size) for context in contexts]
+    columns = max([*needed, 1, columns])
+    num_blocks = sum(needed) + 2
+    keys = torch.randn(num_blocks, kv_heads, head_dim, block_size, device="cuda").to(dtype)
+    values = torch.randn(num_blocks, kv_heads, block_size, head_dim, device="cuda").to(dtype)
+    keys[0] = values[0] = math.nan
+    order = (torch.randperm(num_blocks - 1) + 1).tolist()
+    tables = torch.full((len(contexts), columns), 2**30, dtype=torch.int32)
+    for sequence, context in enumerate(contexts):
+        for column in range(needed[sequence]):
+            tables[sequence, column] = order.pop()
+        if context % block_size:
+            last = int(tables[sequence, needed[sequence] - 1])
+            keys[last, :, :, context % block_size :] = math.nan
+            values[last, :, context % block_size :] = math.nan
+    for block in order:
+        keys[block] = values[block] = math.nan
+    return keys, values, tables.cuda()
+
+
+def query_view(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    rows = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device="cuda").to(dtype)
+    return rows[:, : heads * head_dim].view(tokens, heads, head_dim)
+
+
+def starts(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
+
+
+def expect_close(actual: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual.double(), expected.double(), atol=tolerance, rtol=tolerance)
+
+
+def compare(
+    lengths: list[int],
+    contexts: list[int],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    uniform: bool,
+    columns: int = 0,
+) -> None:
+    keys, values, tables = poisoned_cache(contexts, kv_heads, head_dim, block_size, dtype, columns)
+    query = query_view(sum(lengths), heads, kv_heads, head_dim, dtype)
+    lens = torch.tensor(contexts, dtype=torch.int32).cuda()
+    scale = head_dim**-0.5
+    # The allocator gives the output a block of memory that was NaN a moment ago.
+    torch.full((sum(lengths), heads, head_dim), math.nan, dtype=dtype, device="cuda")
+    actual = ops.paged_attention(
+        query, keys, values, tables, starts(lengths), lens, lengths[0] if uniform else None, scale
+    )
+    expect_close(actual, attention_in_float64(query, keys, values, tables, lengths, contexts, scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_decode(head_dim: int, dtype: torch.dtype) -> None:
+    chance = random.Random(f"{head_dim} {dtype}")
+    torch.manual_seed(head_dim)
+    for _ in range(6):
+        heads, kv_heads = chance.choice(GROUPS)
+        block_size, query_len = chance.choice([16, 32, 64]), chance.choice([1, 1, 2, 5, 8, 16])
+        contexts = [
+            chance.choice([0, query_len, 64 + query_len - 1, 128, chance.randint(query_len, 700)])
+            for _ in range(chance.choice([1, 3, 20]))
+        ]
+        columns = chance.choice([0, 128, 2048])
+        compare([query_len] * len(contexts), contexts, heads, kv_heads, head_dim, block_size, dtype, True, columns)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_ragged(head_dim: int, dtype: torch.dtype) -> None:
+    chance = random.Random(f"ragged {head_dim} {dtype}")
+    torch.manual_seed(head_dim)
+    for _ in range(6):
+        heads, kv_heads = chance.choice(GROUPS)
+        lengths = [chance.choice([0, 1, 1, 2, 16, chance.randint(1, 300)]) for _ in range(chance.choice([1, 4, 20]))]
+        lengths[chance.randrange(len(lengths))] = 130
+        contexts = [length + chance.choice([0, 0, 1, 64, chance.randint(0, 500)]) for length in lengths]
+        compare(lengths, contexts, heads, kv_heads, head_dim, chance.choice([16, 32, 64]), dtype, False)
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(12, 2, 128), (14, 2, 64)])
+def test_long_contexts(heads: int, kv_heads: int, head_dim: int, block_size: int) -> None:
+    compare([1], [32_000], heads, kv_heads, head_dim, block_size, torch.bfloat16, True)
+    compare([5] * 2, [20_001, 37], heads, kv_heads, head_dim, block_size, torch.bfloat16, True)
+    compare([1] * 300, [9_000, *range(299)], heads, kv_heads, head_dim, block_size, torch.bfloat16, True)
+    compare([600, 1], [9_000, 9_000], heads, kv_heads, head_dim, block_size, torch.bfloat16, False)
+    compare([2_100], [2_100], heads, kv_heads, head_dim, block_size, torch.bfloat16, False)
+
+
+def test_the_reference_agrees() -> None:
+    torch.manual_seed(0)
+    lengths, contexts = [3, 0, 1, 7], [3, 5, 40, 23]
+    keys, values, tables = poisoned_cache(contexts, 2, 64, 16, torch.float32)
+    query = query_view(sum(lengths), 6, 2, 64, torch.float32)
+    lens = torch.tensor(contexts, dtype=torch.int32).cuda()
+    actual = ops.paged_attention(query, keys, values, tables, starts(lengths), lens, None, 0.125)
+    arguments = [tensor.cpu() for tensor in (query, keys, values, tables, starts(lengths), lens)]
+    expect_close(actual.cpu(), reference.paged_attention(*arguments, 0.125))
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("tokens", [1, 37, 3000])
+@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 16), (80, 32), (96, 16), (128, 16), (256, 64)])
+def test_write_kv(head_dim: int, block_size: int, tokens: int, index_dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float32):
+        num_blocks = tokens // block_size + 5
+        keys = torch.randn(num_blocks, 2, head_dim, block_size, device="cuda").to(dtype)
+        values = torch.randn(num_blocks, 2, block_size, head_dim, device="cuda").to(dtype)
+        rows = torch.randn(tokens, 7, 2, head_dim, device="cuda").to(dtype)
+        slots = torch.randperm(num_blocks * block_size, device="cuda")[:tokens].to(index_dtype)
+        expected = [tensor.cpu() for tensor in (keys, values, rows[:, 5], rows[:, 6], slots)]
+        reference.write_kv(*expected)
+        ops.write_kv(keys, values, rows[:, 5], rows[:, 6], slots)
+        assert torch.equal(keys.cpu(), expected[0])
+        assert torch.equal(values.cpu(), expected[1])
+
+
+def test_caches_of_more_than_two_billion_elements() -> None:
+    kv_heads, head_dim, block_size = 2, 128, 16
+    num_blocks = 2**31 // (kv_heads * head_dim * block_size) + 100
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of device memory")
+    keys = torch.zeros(num_blocks, kv_heads, head_dim, block_size, dtype=torch.bfloat16, device="cuda")
+    values = torch.zeros(num_blocks, kv_heads, block_size, head_dim, dtype=torch.bfloat16, device="cuda")
+    tables = torch.arange(num_blocks - 4, num_blocks, dtype=torch.int32, device="cuda")[None]
+    slots = torch.arange(64, device="cuda") + int(tables[0, 0]) * block_size
+    rows = torch.randn(64, 2, kv_heads, head_dim, device="cuda").bfloat16()
+    ops.write_kv(keys, values, rows[:, 0], rows[:, 1], slots)
+    query = query_view(64, 12, kv_heads, head_dim, torch.bfloat16)
+    lens = torch.tensor([64], dtype=torch.int32, device="cuda")
+    prefilled = ops.paged_attention(query, keys, values, tables, starts([64]), lens, None, 0.1)
+    expected = attention_in_float64(query, keys, values, tables, [64], [64], 0.1)
+    expect_close(prefilled, expected)
+    decoded = ops.paged_attention(query[-1:], keys, values, tables, starts([1]), lens, 1, 0.1)
+    expect_close(decoded, expected[-1:])
+
+
+@pytest.mark.parametrize("query_len", [1, 5])
+def test_a_captured_decode_follows_its_inputs(query_len: int) -> None:
+    """One recording serves every context length and block table that fits its buffers."""
+    torch.manual_seed(0)
+    batch, heads, kv_heads, head_dim, block_size, columns = 4, 12, 2, 128, 16, 512
+    query = query_view(batch * query_len, heads, kv_heads, head_dim, torch.bfloat16)
+    tables = torch.zeros(batch, columns, dtype=torch.int32, device="cuda")
+    lens = torch.full((batch,), query_len, dtype=torch.int32, device="cuda")
+    query_start = starts([query_len] * batch)
+    steps = [[3000, 17, 64, 5], [8000, 8192, 0, 4097], [query_len] * batch]
+    caches = [poisoned_cache(contexts, kv_heads, head_dim, block_size, torch.bfloat16, columns) for contexts in steps]
+    size = max(cache[0].shape[0] for cache in caches)
+    keys = torch.zeros(size, *caches[0][0].shape[1:], dtype=torch.bfloat16, device="cuda")
+    values = torch.zeros(size, *caches[0][1].shape[1:], dtype=torch.bfloat16, device="cuda")
+
+    def attend() -> Tensor:
+        return ops.paged_attention(query, keys, values, tables, query_start, lens, query_len, 0.1)
+
+    attend()  # compile before capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = attend()
+    for contexts, (new_keys, new_values, new_tables) in zip(steps, caches, strict=True):
+        keys[: len(new_keys)] = new_keys
+        values[: len(new_values)] = new_values
+        tables.copy_(new_tables)
+        lens.copy_(torch.tensor(contexts))
+        query.copy_(torch.randn_like(query))
+        output.fill_(math.nan)
+        graph.replay()
+        expected = attention_in_float64(query, keys, values, tables, [query_len] * batch, contexts, 0.1)
+        expect_close(output, expected)
+
+
+@pytest.mark.parametrize("query_len", [1, None])
+def test_registration(query_len: int | None) -> None:
+    keys, values, tables = poisoned_cache([20, 33], 2, 64, 16, torch.float32)
+    tables.clamp_(max=len(keys) - 1)
+    query = query_view(2, 6, 2, 64, torch.float32)
+    lens = torch.tensor([20, 33], dtype=torch.int32, device="cuda")
+    checks = ("test_schema", "test_faketensor")
+    arguments = (query, keys.nan_to_num(), values.nan_to_num(), tables, starts([1, 1]), lens, query_len, 0.125)
+    torch.library.opcheck(torch.ops.dispec.paged_attention.default, arguments, test_utils=checks)
+    rows = torch.randn(3, 2, 64, device="cuda")
+    slots = torch.tensor([3, 4, 17], device="cuda")
+    written = (keys.nan_to_num(), values.nan_to_num(), rows, rows, slots)
+    torch.library.opcheck(torch.ops.dispec.write_kv.default, written, test_utils=checks)

@@ -1,0 +1,184 @@
+"""Whether this machine can run the engine, found out by trying: each probe does a small piece of the real work."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from engine.engine import Engine
+from engine.options import EngineOptions
+from engine.sequence import SamplingParams
+from layers.config import ModelConfig
+from ops.linear import Packed, linear, pack
+
+# bf16 keeps 8 bits: a product of rounded inputs, summed in float32, ends within one rounding of the exact one.
+_BF16_TOLERANCE = 2**-7
+
+_TINY = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=128,
+    hidden_size=128,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=64,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+)
+
+
+class Outcome(NamedTuple):
+    """What came of trying something; `reason` is empty where it worked."""
+
+    works: bool
+    reason: str
+    seconds: float
+
+
+class Device(NamedTuple):
+    """A CUDA device that torch sees."""
+
+    name: str
+    title: str
+    capability: str
+    total_bytes: int
+    free_bytes: int
+
+
+def versions() -> dict[str, str | None]:
+    """Of torch and of the CUDA that it was built for, if it was."""
+    return {"torch": torch.__version__, "cuda": torch.version.cuda}
+
+
+def threads() -> int:
+    return torch.get_num_threads()
+
+
+def cuda_devices() -> list[Device]:
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        capability = f"{properties.major}.{properties.minor}"
+        found.append(Device(f"cuda:{index}", properties.name, capability, total, free))
+    return found
+
+
+def try_engine(device: str) -> Outcome:
+    """Generate a few tokens with a tiny random model, eagerly. On CUDA this runs the Triton kernels."""
+
+    def run() -> None:
+        options = EngineOptions(
+            model=_TINY,
+            load_format="dummy",
+            device=device,
+            kv_cache_memory="8MiB",
+            max_num_seqs=1,
+            max_num_batched_tokens=64,
+            enforce_eager=True,
+        )
+        engine = Engine(options)
+        sequence = engine.add(list(range(40)), SamplingParams(temperature=0, max_tokens=4))
+        while engine.has_work:
+            engine.step()
+        _require(sequence.num_output_tokens == 4, f"{sequence.num_output_tokens} tokens came instead of 4")
+
+    return _attempt(run)
+
+
+def try_compiler(device: str) -> Outcome:
+    """Compile a small function, with nothing from an earlier time: a C++ compiler on CPU, Triton on CUDA."""
+
+    def run() -> None:
+        x = torch.linspace(-2, 2, 64, device=device)
+        compiled = torch.compile(_small_function, fullgraph=True)
+        _require(
+            torch.allclose(compiled(x), _small_function(x), atol=1e-5), "the compiled function gives wrong numbers"
+        )
+
+    with tempfile.TemporaryDirectory(prefix="dispec-env-check-") as directory:
+        changed = {"TORCHINDUCTOR_CACHE_DIR": directory, "TRITON_CACHE_DIR": directory}
+        before = {name: os.environ.get(name) for name in changed}
+        os.environ.update(changed)
+        try:
+            return _attempt(run)
+        finally:
+            torch.compiler.reset()
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
+
+def try_bf16(device: str) -> Outcome:
+    """Multiply in bf16, and compare with float32."""
+
+    def run() -> None:
+        a, b = (_random(128, 128, seed).to(device, torch.bfloat16) for seed in (0, 1))
+        _require_close(a @ b, a.float() @ b.float())
+
+    return _attempt(run)
+
+
+def try_packed_bf16() -> Outcome:
+    """Multiply with a weight in the CPU's own layout, which is what makes small batches fast there."""
+
+    def run() -> None:
+        x, weight = (_random(rows, 128, rows).to(torch.bfloat16) for rows in (4, 64))
+        packed = pack(weight)
+        _require(isinstance(packed, Packed), "oneDNN does not support bf16 on this CPU; plain matrices are used")
+        _require_close(linear(x, packed), x.float() @ weight.float().T)
+
+    return _attempt(run)
+
+
+def try_cuda_graph(device: str) -> Outcome:
+    """Record a small graph and replay it on other input."""
+
+    def run() -> None:
+        with torch.cuda.device(device):
+            x = torch.zeros(8, device=device)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = x * 2 + 1
+            x.fill_(3)
+            graph.replay()
+            torch.cuda.synchronize()
+            _require(bool((y == 7).all()), "the replayed graph gives wrong numbers")
+
+    return _attempt(run)
+
+
+def _small_function(x: torch.Tensor) -> torch.Tensor:
+    return (torch.sin(x) * x).exp() + x.sum()
+
+
+def _random(rows: int, columns: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise RuntimeError(otherwise)
+
+
+def _require_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (found.float() - expected).abs().max() / expected.abs().max()
+    _require(error.item() < _BF16_TOLERANCE, f"bf16 products are off by {error.item():.1%}")
+
+
+def _attempt(run: Callable[[], None]) -> Outcome:
+    start = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            run()
+    except Exception as error:  # anything at all can be wrong with a machine, and all of it is to be told
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Outcome(False, first, time.perf_counter() - start)
+    return Outcome(True, "", time.perf_counter() - start)

@@ -1,0 +1,205 @@
+"""The `dispec` command. Nothing here imports torch until a command needs a model, so that help is instant."""
+
+import importlib.metadata
+import json
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from engine.sequence import SamplingParams
+from serving.cli_options import (
+    Debug,
+    IgnoreEos,
+    MaxTokens,
+    Quiet,
+    Seed,
+    System,
+    Temperature,
+    with_engine_options,
+)
+from serving.console import BAD_INPUT, INTERRUPTED, reporting, say
+
+if TYPE_CHECKING:
+    from engine.llm import LLM, Completion
+
+log = logging.getLogger("dispec")
+
+app = typer.Typer(
+    name="dispec",
+    help="An LLM inference engine that can be read.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Given to each command and not once to the group, whose commands would put their own names after the prefix: an
+# option shall have one variable, whichever command reads it.
+_FROM_ENVIRONMENT = {"auto_envvar_prefix": "DISPEC"}
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            version = importlib.metadata.version("dispec")
+        except importlib.metadata.PackageNotFoundError:
+            version = "(not installed)"
+        print(f"dispec {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _dispec(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(context_settings=_FROM_ENVIRONMENT)
+@with_engine_options
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from standard input.")],
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
+    system: System = None,
+    ignore_eos: IgnoreEos = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    *,
+    engine: dict[str, Any],
+) -> None:
+    """Answer one prompt, as it is being generated."""
+    with reporting(quiet=quiet, debug=debug):
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
+        if raw and system is not None:
+            raise ValueError("--system is part of a chat template, which --raw leaves out: give one of them")
+        text = _read_prompt(prompt)
+        llm = _start(engine, quiet)
+        if raw or (system is None and not llm.tokenizer.has_chat_template):
+            token_ids = llm.tokenizer.encode(text)
+        else:
+            messages = [] if system is None else [{"role": "system", "content": system}]
+            token_ids = llm.chat_prompt([*messages, {"role": "user", "content": text}])
+        completion = None
+        written = ""
+        try:
+            for piece in llm.stream(token_ids, params):
+                written = piece.text or written
+                print(piece.text, end="", flush=True)
+                completion = piece.completion
+        finally:
+            if not written.endswith("\n"):
+                print(flush=True)
+        if completion is not None and not quiet:
+            say(summary(completion))
+
+
+@app.command(context_settings=_FROM_ENVIRONMENT)
+@with_engine_options
+def chat(
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    system: System = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    *,
+    engine: dict[str, Any],
+) -> None:
+    """Talk with a model; it remembers what was said. /clear forgets, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
+    from serving.chat import converse
+
+    with reporting(quiet=quiet, debug=debug):
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+        llm = _start(engine, quiet)
+        for completion in converse(llm, params, system):
+            if not quiet:
+                say(summary(completion))
+
+
+@app.command("env-check", context_settings=_FROM_ENVIRONMENT)
+def env_check(
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Try what this machine can do, and tell which parts of DiSpec will work on it."""
+    import serving.env_check as machine
+
+    with reporting(quiet=True, debug=debug):
+        findings = []
+        for finding in machine.findings():
+            findings.append(finding)
+            if not as_json:
+                print(machine.row(finding), flush=True)
+        features = machine.features(findings)
+        if as_json:
+            print(json.dumps(machine.as_json(findings, features), indent=2))
+        else:
+            print("\nwhat of DiSpec will work here")
+            for feature in features:
+                print(machine.feature_row(feature))
+        if not machine.can_run(features):
+            raise typer.Exit(1)
+
+
+def summary(completion: "Completion") -> str:
+    """One line on how an answer came: how many tokens, how fast, and if a limit cut it off."""
+    count = len(completion.token_ids)
+    parts = [f"{count} token{'' if count == 1 else 's'}"]
+    if rate := completion.timing.tokens_per_second(count):
+        parts.append(f"{rate:.1f} tokens/s")
+    parts.append(f"first token after {completion.timing.first_token:.2f} s")
+    if completion.finish_reason == "length":
+        parts.append("cut off by max_tokens or max_model_len")
+    return ", ".join(parts)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point. Exits with 0, with 2 where the user gave something wrong, 130 after Ctrl-C, else with 1."""
+    try:
+        code = app(args=args, prog_name="dispec", standalone_mode=False)
+    except KeyboardInterrupt:
+        say("interrupted")
+        code = INTERRUPTED
+    except Exception as error:
+        # Some versions of typer bring their own copy of click, so there is no one class to name for what it raises.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        say(f"error: {' '.join(message().split())} (see `dispec --help`)")
+        code = BAD_INPUT
+    sys.exit(code)
+
+
+def _read_prompt(given: str) -> str:
+    try:
+        if given == "-":
+            # Almost every text that is piped ends in a newline that nobody meant as part of the question.
+            given = sys.stdin.buffer.read().decode().removesuffix("\n")
+        given.encode()
+    except UnicodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 text: {error}") from error
+    if not given:
+        raise ValueError("the prompt is empty: give a text, or - to read standard input")
+    return given
+
+
+def _start(engine: dict[str, Any], quiet: bool) -> "LLM":
+    """Load the model, for one sequence at a time unless told otherwise: fewer graphs to compile and record."""
+    show_progress = not quiet and sys.stderr.isatty()
+    if not show_progress:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    log.info("loading %s", engine["model"])
+    from engine.llm import LLM
+
+    return LLM(show_progress=show_progress, **({"max_num_seqs": 1} | engine))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Options that several commands share, declared once."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from typer import Option
+
+MaxTokens = Annotated[int, Option(help="Most tokens of an answer.")]
+Temperature = Annotated[float, Option(help="0 takes the likeliest token; higher is more varied.")]
+Seed = Annotated[int | None, Option(help="Makes a temperature above 0 repeatable.", show_default="random")]
+System = Annotated[str | None, Option(help="System message, for models whose chat template knows one.")]
+IgnoreEos = Annotated[bool, Option("--ignore-eos", help="Go on to --max-tokens whatever the model says.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="On standard error, only warnings and errors.")]
+Debug = Annotated[bool, Option("--debug", help="Show where an error came from.")]
+
+_ENGINE = "Engine"
+
+
+def engine_options(
+    model: Annotated[
+        str,
+        Option(
+            "--model", "-m", help="Directory, .gguf file, hub id, or the built-in smollm2.", rich_help_panel=_ENGINE
+        ),
+    ] = "smollm2",
+    dtype: Annotated[
+        str | None,
+        Option(help="bfloat16, float16 (CUDA only) or float32.", show_default="bfloat16", rich_help_panel=_ENGINE),
+    ] = None,
+    device: Annotated[
+        str | None,
+        Option(help="cpu, cuda or cuda:N.", show_default="cuda if there is one", rich_help_panel=_ENGINE),
+    ] = None,
+    kv_cache_memory: Annotated[
+        str | None, Option(help="Size such as 2GiB.", show_default="from what is free", rich_help_panel=_ENGINE)
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None,
+        Option(help="Share of a CUDA device's memory to use.", show_default="0.9", rich_help_panel=_ENGINE),
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        Option(help="Most tokens of prompt and answer.", show_default="the model's limit", rich_help_panel=_ENGINE),
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None,
+        Option(help="Most sequences at once.", show_default="1 for one conversation", rich_help_panel=_ENGINE),
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        Option(help="Most tokens of a step.", show_default="8192 on CUDA, 512 on CPU", rich_help_panel=_ENGINE),
+    ] = None,
+    block_size: Annotated[
+        int | None,
+        Option(help="Tokens per KV block.", show_default="32 on CUDA, 16 on CPU", rich_help_panel=_ENGINE),
+    ] = None,
+    load_format: Annotated[
+        str | None, Option(help="auto, or dummy for random weights.", show_default="auto", rich_help_panel=_ENGINE)
+    ] = None,
+    enforce_eager: Annotated[
+        bool, Option(help="Compile nothing: starts sooner, runs slower.", rich_help_panel=_ENGINE)
+    ] = False,
+) -> dict[str, Any]:
+    """What was given, as keyword arguments of `LLM`. What was not is left out: the engine knows its own defaults."""
+    return {name: value for name, value in locals().items() if value is not None}
+
+
+def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options above after its own; it receives them as one dictionary, `engine`.
+
+    Each can also be set by an environment variable: `DISPEC_` and the option's name in capitals.
+    """
+    shared = inspect.signature(engine_options).parameters
+    own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "engine"]
+    parameters = [*own, *shared.values()]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        engine = engine_options(**{name: given.pop(name) for name in shared})
+        command(**given, engine=engine)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

@@ -81,9 +81,17 @@ class GgufFile:
         return self._metadata.get("tokenizer.ggml.pre")
 
     @property
-    def adds_bos(self) -> bool | None:
-        """Whether a prompt starts with the beginning-of-sequence token; None if the file does not say."""
-        return self._metadata.get("tokenizer.ggml.add_bos_token")
+    def adds_bos(self) -> bool:
+        """Whether a text starts with the beginning-of-sequence token; llama.cpp's defaults where the file is silent."""
+        usual = self._metadata.get("tokenizer.ggml.model") == "llama" or self.pre_tokenizer == "llama-bpe"
+        return bool(self._metadata.get("tokenizer.ggml.add_bos_token", usual))
+
+    @property
+    def special_token_ids(self) -> dict[str, int]:
+        """Ids by the roles that tokenizer_config.json knows."""
+        names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+        ids = {role: self._metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in names.items()}
+        return {role: int(token) for role, token in ids.items() if token is not None}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name; a name we cannot map is left as it is in the file.

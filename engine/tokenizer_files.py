@@ -19,6 +19,7 @@ from engine.errors import CheckpointError
 from engine.gguf_file import GgufFile
 
 _CONVERSION = "1"  # part of the cache key: raise it when the conversion changes
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _CONVERTIBLE = ("tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
 
 # How each vocabulary expects text to be split before merging, by llama.cpp's name. Transformers knows the rules of
@@ -52,7 +53,7 @@ def directory_tokenizer(directory: Path) -> Path:
         )
     prepared = _cache_entry(directory.name, sources)
     if not prepared.is_dir():
-        _convert(prepared, directory, {})
+        _convert(prepared, directory)
     return prepared
 
 
@@ -60,10 +61,7 @@ def gguf_tokenizer(file: GgufFile) -> Path:
     """A directory with the tokenizer and chat template that the GGUF file carries, converted the first time."""
     prepared = _cache_entry(file.path.stem, [file.path])
     if not prepared.is_dir():
-        options: dict[str, Any] = {"gguf_file": file.path.name}
-        if file.pre_tokenizer == "llama-bpe" and file.adds_bos is None:
-            options["add_bos_token"] = True  # the files of Llama 3 do not say so, but llama.cpp adds it
-        _convert(prepared, file.path.parent, options, file.pre_tokenizer)
+        _convert(prepared, file.path.parent, file)
     return prepared
 
 
@@ -76,7 +74,7 @@ def _cache_entry(stem: str, sources: Iterable[Path]) -> Path:
     return cache_directory() / "tokenizers" / f"{stem}-{digest.hexdigest()[:16]}"
 
 
-def _convert(prepared: Path, source: Path, options: Mapping[str, Any], pre_tokenizer: str | None = None) -> None:
+def _convert(prepared: Path, source: Path, file: GgufFile | None = None) -> None:
     from transformers import AutoTokenizer  # 4 s: only here
 
     try:
@@ -84,14 +82,18 @@ def _convert(prepared: Path, source: Path, options: Mapping[str, Any], pre_token
         unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=prepared.parent))
     except OSError as error:
         raise CheckpointError(f"cannot write to the cache {prepared.parent}: {error.strerror}") from error
+    options = {} if file is None else {"gguf_file": file.path.name}
     try:
         AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options).save_pretrained(unfinished)
-        _mend(unfinished / "tokenizer.json", pre_tokenizer)
+        if not (unfinished / "tokenizer.json").is_file():
+            raise ValueError("it has no fast form")
+        if file is not None:
+            _mend(unfinished, file)
         with contextlib.suppress(OSError):  # another process was first: its conversion is as good
             os.rename(unfinished, prepared)
     # Whatever transformers stumbles over (a broken file, a missing package, a new vocabulary) is reported alike.
     except Exception as error:
-        what = options.get("gguf_file", source.name)
+        what = source.name if file is None else file.path.name
         summary = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"the tokenizer of {what} could not be converted to tokenizer.json ({summary}): "
@@ -101,13 +103,29 @@ def _convert(prepared: Path, source: Path, options: Mapping[str, Any], pre_token
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _mend(path: Path, pre_tokenizer: str | None) -> None:
-    if not path.is_file():
-        raise ValueError("it has no fast form")
-    if pre_tokenizer is None or pre_tokenizer not in _PRE_TOKENIZERS:
-        return
+def _mend(directory: Path, file: GgufFile) -> None:
+    """Put right what the conversion takes from its own defaults rather than from the file."""
+    path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
     contents = json.loads(path.read_text(encoding="utf-8"))
-    contents["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[pre_tokenizer]}
-    if pre_tokenizer == "llama-bpe":
+    if (rules := _PRE_TOKENIZERS.get(file.pre_tokenizer or "")) is not None:
+        contents["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": rules}
+    if file.pre_tokenizer == "llama-bpe":
         contents["model"]["ignore_merges"] = True  # a word that is a token needs no merges to reach it
+    tokens = {token: text for text, token in contents["model"]["vocab"].items()}
+    tokens |= {added["id"]: added["content"] for added in contents["added_tokens"]}
+    named = {role: tokens[token] for role, token in file.special_token_ids.items() if token in tokens}
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config = {key: value for key, value in config.items() if key not in _ROLES} | named
+    contents["post_processor"] = (
+        _begin_with(named["bos_token"], file) if file.adds_bos and "bos_token" in named else None
+    )
     path.write_text(json.dumps(contents, ensure_ascii=False), encoding="utf-8")
+    config_path.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def _begin_with(bos: str, file: GgufFile) -> dict[str, Any]:
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    text, second = ({"Sequence": {"id": name, "type_id": index}} for index, name in enumerate("AB"))
+    special = {bos: {"id": bos, "ids": [file.special_token_ids["bos_token"]], "tokens": [bos]}}
+    single, pair = [start, text], [start, text, second]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}

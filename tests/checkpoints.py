@@ -137,11 +137,14 @@ def save_tiny_gguf(
     quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     metadata: dict[str, Any] | None = None,
     extra_tensors: dict[str, np.ndarray] | None = None,
+    pre_tokenizer: str = "smollm",
+    bos_token_id: int | None = None,
 ) -> None:
     """Write a model as llama.cpp's converter does: its names, its row order of Llama's rotated projections.
 
     `quantization` is of the matrices whose rows it can hold; vectors stay F32. `metadata` adds keys after the
-    architecture's name (`rope.scaling.type`); a value of None takes one out.
+    architecture's name (`rope.scaling.type`); a value of None takes one out. `pre_tokenizer` is llama.cpp's name for
+    how text is split into words.
     """
     config = model.config
     family = config.model_type
@@ -163,7 +166,7 @@ def save_tiny_gguf(
     for key, value in (entries | (metadata or {})).items():
         if value is not None:
             _add_value(writer, f"{family}.{key}", value)
-    _add_tokenizer(writer)
+    _add_tokenizer(writer, pre_tokenizer, bos_token_id)
     names = gguf.get_tensor_name_map(_GGUF_ARCHITECTURES[family], config.num_hidden_layers)
     tied = config.tie_word_embeddings
     for name, tensor in model.state_dict().items():
@@ -206,17 +209,19 @@ def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_uint32(key, value)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, pre_tokenizer: str, bos_token_id: int | None) -> None:
     contents = json.loads(tiny_tokenizer().to_str())
     tokens = sorted(contents["model"]["vocab"], key=contents["model"]["vocab"].get)
     padding = [f"[PAD{index}]" for index in range(len(tokens), VOCAB_SIZE)]
     control, normal, unused = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL, gguf.TokenType.UNUSED
     kinds = [control if token in SPECIAL_TOKENS else normal for token in tokens] + [unused] * len(padding)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokens + padding)
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(pair) for pair in contents["model"]["merges"]])
     writer.add_eos_token_id(EOS_TOKEN_ID)
     writer.add_pad_token_id(0)
+    if bos_token_id is not None:
+        writer.add_bos_token_id(bos_token_id)
     writer.add_chat_template(CHATML)

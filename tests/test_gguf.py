@@ -221,6 +221,22 @@ def test_tokenizer_is_converted_once(tmp_path, monkeypatch):
     assert [entry.name for entry in (tmp_path / "cache" / "tokenizers").iterdir()] == [checkpoint.directory.name]
 
 
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "starts", "digits"),
+    [("llama-bpe", True, ["123", "4"]), ("qwen2", False, list("1234")), ("smollm", False, list("1234"))],
+)
+def test_words_are_split_as_the_vocabulary_expects(pre_tokenizer, starts, digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISPEC_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "tiny.gguf"
+    save_tiny_gguf(path, tiny("llama"), pre_tokenizer=pre_tokenizer, bos_token_id=0)
+    tokenizer = Tokenizer.from_directory(find_checkpoint(path).directory)
+    assert tokenizer.bos_token == "<|endoftext|>"
+    assert (tokenizer.encode("Paris")[0] == 0) == starts
+    assert 0 not in tokenizer.encode("Paris", add_special_tokens=False)
+    words = [word for word, _ in tokenizer.backend.pre_tokenizer.pre_tokenize_str("1234")]
+    assert words == digits
+
+
 def test_tokenizer_that_cannot_be_converted(tmp_path, monkeypatch):
     monkeypatch.setenv("DISPEC_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "tiny.gguf"

@@ -193,12 +193,12 @@ def time_tables(block_sizes: list[int], dtype: torch.dtype) -> None:
     step = make_step(GEOMETRIES[0], [32], [1], 16, dtype, cold=False)
     paths: list[tuple[str, int | None]] = [("decode", 1), ("ragged", None)]
     for name, uniform in paths:
+        arguments = (step.query, *step.caches[0], step.block_tables, step.query_start, step.context_lens, uniform, 0.1)
+        paged_attention(*arguments)  # compiles
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for _ in range(200):
-            paged_attention(
-                step.query, *step.caches[0], step.block_tables, step.query_start, step.context_lens, uniform, 0.1
-            )
+            paged_attention(*arguments)
         end.record()
         end.synchronize()
         print(f"launched eagerly, a tiny {name} step takes {begin.elapsed_time(end) / 200 * 1e3:.1f} us")
@@ -207,10 +207,11 @@ def time_tables(block_sizes: list[int], dtype: torch.dtype) -> None:
 def candidates(path: str, head_dim: int) -> list[tuple[int, ...]]:
     """Configurations to try, without `programs_per_multiprocessor`, which takes no compilation of its own."""
     if path == "decode":
-        blocks = {64: (64, 128, 256), 128: (32, 64, 128), 256: (16, 32, 64)}[head_dim]
-        return list(itertools.product(blocks, (4, 8), (3, 5, 7)))
+        tiles = {64: (64, 128, 256), 128: (32, 64, 128), 256: (16, 32, 64)}[head_dim]
+        return list(itertools.product(tiles, (4, 8), (3, 5, 7)))
     blocks = {64: (64, 128), 128: (32, 64, 128), 256: (32, 64)}[head_dim]
-    wide, narrow = itertools.product((128,), blocks, (4, 8), (3, 5)), itertools.product((64,), blocks, (4,), (3, 5))
+    wide: list[tuple[int, ...]] = list(itertools.product((128,), blocks, (4, 8), (3, 5)))
+    narrow = itertools.product((64,), blocks, (4,), (3, 5))
     return [*wide, *narrow, (32, 64, 4, 5), (16, 64, 4, 5)]
 
 
@@ -258,10 +259,10 @@ def sweep(block_size: int, dtype: torch.dtype, head_dims: list[int], processes: 
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         compiling = [
             pool.submit(
-                compile_candidate, path, head_dim, block_size, dtype, (*shape, 2) if path == "decode" else shape
+                compile_candidate, path, head_dim, block_size, dtype, (*candidate, 2) if path == "decode" else candidate
             )
             for path, head_dim in searches
-            for shape in candidates(path, head_dim)
+            for candidate in candidates(path, head_dim)
         ]
         for future in as_completed(compiling):
             if error := future.exception():

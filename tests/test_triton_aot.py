@@ -143,7 +143,6 @@ HALF, FULL = torch.bfloat16, torch.float32
 # head dim, block size, query heads, key heads, queries per sequence, dtype
 DECODES = [
     (64, 16, 14, 2, 1, HALF),
-    (64, 32, 14, 2, 5, torch.float16),
     (64, 16, 9, 3, 16, HALF),
     (80, 16, 32, 32, 1, HALF),
     (128, 16, 12, 2, 1, HALF),
@@ -151,7 +150,6 @@ DECODES = [
     (128, 32, 12, 2, 8, HALF),
     (256, 16, 8, 4, 1, HALF),
     (256, 16, 8, 4, 16, HALF),
-    (64, 16, 9, 3, 1, FULL),
     (128, 16, 12, 2, 1, FULL),
     (128, 16, 12, 2, 8, FULL),
 ]
@@ -161,7 +159,6 @@ PREFILLS = [
     (128, 16, 12, 2, HALF),
     (128, 64, 32, 8, torch.float16),
     (256, 16, 8, 4, HALF),
-    (64, 16, 9, 3, FULL),
     (128, 16, 12, 2, FULL),
 ]
 

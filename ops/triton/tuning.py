@@ -47,7 +47,7 @@ PrefillTable = dict[tuple[int, int], tuple[PrefillConfig, PrefillConfig]]
 # ahead, 5 stages two.
 DECODE: dict[str, DecodeTable] = {
     "sm_90": {
-        (64, 2): DecodeConfig(128, 4, 5, 2),
+        (64, 2): DecodeConfig(64, 4, 5, 3),
         (128, 2): DecodeConfig(64, 4, 5, 2),
         (256, 2): DecodeConfig(32, 4, 5, 2),
         (64, 4): DecodeConfig(32, 4, 3, 4),
@@ -56,7 +56,7 @@ DECODE: dict[str, DecodeTable] = {
     },
     "sm_80": {
         (64, 2): DecodeConfig(64, 4, 5, 2),
-        (128, 2): DecodeConfig(32, 4, 5, 2),
+        (128, 2): DecodeConfig(64, 8, 5, 2),
         (256, 2): DecodeConfig(32, 4, 5, 2),
         (64, 4): DecodeConfig(32, 4, 3, 2),
         (128, 4): DecodeConfig(16, 8, 3, 2),
@@ -87,7 +87,7 @@ PREFILL: dict[str, PrefillTable] = {
         (128, 2): (PrefillConfig(128, 32, 8, 5), PrefillConfig(64, 32, 4, 5)),
         (256, 2): (PrefillConfig(64, 16, 8, 5), PrefillConfig(32, 16, 4, 5)),
         (64, 4): (PrefillConfig(32, 32, 8, 3), PrefillConfig(16, 32, 4, 3)),
-        (128, 4): (PrefillConfig(32, 16, 8, 3), PrefillConfig(16, 16, 8, 3)),
+        (128, 4): (PrefillConfig(32, 16, 8, 3), PrefillConfig(16, 16, 4, 3)),
         (256, 4): (PrefillConfig(16, 16, 8, 3), PrefillConfig(16, 16, 8, 3)),
     },
     "fallback": {

@@ -258,6 +258,7 @@ def smollm2() -> Path:
     return default_model.default_model_file()
 
 
+@pytest.mark.slow
 def test_default_model_is_read_as_transformers_reads_it(smollm2):
     checkpoint = find_checkpoint("smollm2")
     theirs = AutoConfig.from_pretrained(smollm2.parent, gguf_file=smollm2.name)

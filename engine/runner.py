@@ -76,9 +76,10 @@ class Runner:
         """Compute a step. Returns the next token of each sequence whose last token it computed, by sequence id."""
         tokens: dict[int, int] = {}
         for launch in self._split(step):
-            sampled = fill(self._host, launch.shape, launch.work, self.block_size)
+            inputs = self._zeroed_inputs(launch.shape)
+            sampled = fill(inputs, launch.work, self.block_size)
             greedy = all(sequence is None or sequence.params.temperature == 0 for sequence in sampled)
-            chosen = self._launch(launch.shape, greedy)
+            chosen = self._launch(launch.shape, inputs, greedy)
             if chosen is not None:
                 for sequence, token in zip(sampled, chosen.tolist(), strict=False):  # further rows are padding
                     if sequence is not None:
@@ -112,8 +113,9 @@ class Runner:
     def run_padding(self, num_tokens: int, rows: int) -> None:
         """Run a ragged step of padding only, to see what memory it takes."""
         shape = StepShape(num_tokens, 2, self._max_blocks, rows, None)
-        fill(self._host, shape, (), self.block_size)
-        self._launch(shape, greedy=False)
+        inputs = self._zeroed_inputs(shape)
+        fill(inputs, (), self.block_size)
+        self._launch(shape, inputs, greedy=False)
 
     def _split(self, step: Step) -> Iterator[_Launch]:
         """On CUDA a step is one launch. On CPU its decodes are one and its prompts another: the uniform graph's
@@ -138,12 +140,19 @@ class Runner:
         """Columns of the block tables: fixed where graphs are recorded, else no more than needed."""
         return self._max_blocks if self.is_cuda else max(2, *(len(item.sequence.block_table) for item in work))
 
-    def _launch(self, shape: StepShape, greedy: bool, warm_up: bool = False) -> Tensor | None:
-        """Run the model on the inputs in the host buffer; the chosen token of each row, if there are rows."""
+    def _zeroed_inputs(self, shape: StepShape) -> tuple[Batch, Sampling]:
+        self._host[: sum(shape.field_sizes())] = 0
+        return carve(self._host, shape)
+
+    def _launch(
+        self, shape: StepShape, inputs: tuple[Batch, Sampling], greedy: bool, warm_up: bool = False
+    ) -> Tensor | None:
+        """Run the model on host inputs; the chosen token of each row, if there are rows."""
         if self.is_cuda:
             used = sum(shape.field_sizes())
             self._inputs[:used].copy_(self._host[:used], non_blocking=True)
-        batch, sampling = carve(self._inputs, shape)
+            inputs = carve(self._inputs, shape)
+        batch, sampling = inputs
         if warm_up:
             _mark_dynamic(*batch, *sampling)
             if not self.is_cuda:
@@ -179,10 +188,11 @@ class Runner:
 
     @torch.inference_mode()
     def _warm_up(self, shape: StepShape, greedy: bool) -> None:
-        fill(self._host, shape, (), self.block_size)
+        inputs = self._zeroed_inputs(shape)
+        fill(inputs, (), self.block_size)
         # Recording a CUDA graph takes a run to trace, one to warm its memory pool and one to record.
         for _ in range(3 if self.is_cuda else 1):
-            self._launch(shape, greedy, warm_up=True)
+            self._launch(shape, inputs, greedy, warm_up=True)
 
 
 def batch_buckets(max_num_seqs: int) -> list[int]:

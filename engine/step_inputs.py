@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from engine.block_pool import PADDING_BLOCK
 from engine.scheduler import Work
 from engine.sequence import Sequence
 from layers.types import Batch, Sampling
@@ -35,10 +35,15 @@ class StepShape(NamedTuple):
 
 
 def carve(buffer: Tensor, shape: StepShape) -> tuple[Batch, Sampling]:
-    """Views of an int32 buffer as the inputs of a step."""
-    seed, temperature, sample_position, token_ids, positions, slots, starts, contexts, tables, rows = buffer[
-        : sum(shape.field_sizes())
-    ].split(shape.field_sizes())
+    """Views of an int32 buffer as the inputs of a step.
+
+    Each is a tensor with a storage of its own over the buffer's memory: the compiler guards on storage offsets, and
+    those of views would differ from one shape to the next.
+    """
+    views = buffer[: sum(shape.field_sizes())].split(shape.field_sizes())
+    seed, temperature, sample_position, token_ids, positions, slots, starts, contexts, tables, rows = (
+        from_dlpack(to_dlpack(view)) for view in views
+    )
     batch = Batch(
         token_ids=token_ids[: shape.tokens],
         positions=positions[: shape.tokens],
@@ -57,14 +62,13 @@ def carve(buffer: Tensor, shape: StepShape) -> tuple[Batch, Sampling]:
     return batch, sampling
 
 
-def fill(buffer: Tensor, shape: StepShape, work: tuple[Work, ...], block_size: int) -> list[Sequence | None]:
-    """Write the inputs of `work` to a host buffer; whatever `shape` has beyond it becomes harmless padding.
+def fill(inputs: tuple[Batch, Sampling], work: tuple[Work, ...], block_size: int) -> list[Sequence | None]:
+    """Write `work` to zeroed host inputs; rows beyond it stay as harmless padding: token 0 in block 0, greedy.
 
     Returns the sequence whose next token each row chooses, in order; None for a row whose token nobody wants. A
     uniform step has a row for every sequence, a ragged one only for those that sample.
     """
-    buffer.zero_()  # token 0 at position 0, in block 0, greedy
-    batch, sampling = carve(buffer, shape)
+    batch, sampling = inputs
     token_ids, positions, slots = batch.token_ids.numpy(), batch.positions.numpy(), batch.slot_mapping.numpy()
     starts, contexts = batch.query_start.numpy(), batch.context_lens.numpy()
     tables, rows = batch.block_tables.numpy(), batch.logits_indices.numpy()
@@ -73,7 +77,6 @@ def fill(buffer: Tensor, shape: StepShape, work: tuple[Work, ...], block_size: i
     )
     token = 0
     sampled: list[Sequence | None] = []
-    tables[:] = PADDING_BLOCK
     for index, item in enumerate(work):
         sequence, num_tokens = item.sequence, item.num_tokens
         first = sequence.num_computed_tokens
@@ -93,17 +96,17 @@ def fill(buffer: Tensor, shape: StepShape, work: tuple[Work, ...], block_size: i
         token += num_tokens
         starts[index + 1] = token
         contexts[index] = first + num_tokens
-        if item.samples or shape.query_len is not None:
+        if item.samples or batch.query_len is not None:
             row = len(sampled)
             rows[row] = token - 1
             temperature[row] = sequence.params.temperature
             seed[row] = sequence.seed
             sample_position[row] = first + num_tokens
             sampled.append(sequence if item.samples else None)
-    if shape.query_len is not None:
+    if batch.query_len is not None:
         # A padding sequence attends to itself alone, in the padding block.
-        starts[len(work) + 1 :] = range(token + shape.query_len, shape.tokens + 1, shape.query_len)
-        contexts[len(work) :] = shape.query_len
+        starts[len(work) + 1 :] = range(token + batch.query_len, len(token_ids) + 1, batch.query_len)
+        contexts[len(work) :] = batch.query_len
     else:
         starts[len(work) + 1 :] = token
     return sampled

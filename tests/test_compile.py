@@ -1,0 +1,150 @@
+"""What is compiled: whole graphs, no more of them than counted here, and no copies of weights or cache."""
+
+import re
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+
+from engine import LLM, SamplingParams
+from engine.scheduler import Work
+from layers.config import ModelConfig
+
+CONFIG = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=500,
+    hidden_size=96,
+    intermediate_size=160,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=64,
+    max_position_embeddings=640,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+)
+# embed and block: one sequence, several, ragged (embed treats the last two alike); choose: one row or several,
+# greedy or not.
+GRAPHS = 2 + 3 + 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unchecked() -> Iterator[None]:
+    """A function whose shapes are checked does not trace; every other test module runs with the checks on."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def make(dtype: str, enforce_eager: bool = False) -> LLM:
+    return LLM(
+        CONFIG,
+        load_format="dummy",
+        dtype=dtype,
+        device="cpu",
+        kv_cache_memory="16MiB",
+        max_num_seqs=16,
+        max_num_batched_tokens=64,
+        enforce_eager=enforce_eager,
+    )
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def compiled(request) -> LLM:
+    torch._dynamo.reset()
+    counters.clear()
+    return make(request.param)
+
+
+def prompts(count: int) -> list[list[int]]:
+    return [[(7 * index + 3 * token) % 500 for token in range(5 + 11 * index)] for index in range(count)]
+
+
+def test_warm_up_compiles_every_graph_without_a_break(compiled):
+    assert compiled.engine.runner.is_compiled
+    assert counters["stats"]["unique_graphs"] == GRAPHS
+    assert not counters["graph_break"]
+
+
+def test_no_recompile_over_many_batch_sizes_lengths_and_settings(compiled):
+    graphs = counters["stats"]["unique_graphs"]
+    for count in (1, 2, 3, 5, 8, 13, 16, 20):
+        params = [
+            SamplingParams(temperature=0.7 * (index % 2), max_tokens=1 + index % 7, ignore_eos=True, seed=index)
+            for index in range(count)
+        ]
+        compiled.generate(prompts(count), params)
+    compiled.generate([list(range(500))], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+    compiled.generate([[5]], SamplingParams(temperature=1.0, max_tokens=2))
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+def test_compiled_tokens_equal_eager_ones_in_float32():
+    torch._dynamo.reset()
+    params = [SamplingParams(temperature=0.8 * (i % 2), max_tokens=20, ignore_eos=True, seed=i) for i in range(9)]
+    results = [[c.token_ids for c in make("float32", eager).generate(prompts(9), params)] for eager in (False, True)]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_a_compiled_layer_copies_no_cache(uniform):
+    """The generated code allocates nothing as large as the KV cache, clones nothing of it, and calls the ops."""
+    torch._dynamo.reset()
+    counters.clear()
+    llm = make("bfloat16", enforce_eager=True)
+    engine = llm.engine
+    for prompt in prompts(3):
+        engine.add(prompt, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    step = engine.scheduler.schedule()
+    if uniform:
+        engine.scheduler.commit(step, engine.runner.run(step))
+        step = engine.scheduler.schedule()
+        assert all(work.num_tokens == 1 for work in step.work)
+    assert isinstance(step.work[0], Work)
+    captured = {}
+    eager_block = engine.runner._functions.block
+
+    def record(x, w, batch, rotation, kv):
+        captured["arguments"] = (x, w, batch, rotation, kv)
+        return eager_block(x, w, batch, rotation, kv)
+
+    engine.runner._functions = engine.runner._functions._replace(block=record, whole=None)
+    engine.runner.run(step)
+    with torch.inference_mode():
+        _, codes = run_and_get_code(torch.compile(eager_block, fullgraph=True), *captured["arguments"])
+    source = "\n".join(codes)
+    keys = engine.runner.kv_cache[0].keys
+    assert "dispec.write_kv" in source
+    assert ("dispec.paged_attention" in source) == (not uniform)
+    allocations = re.findall(r"empty_strided\w*\(\(([^)]*)\)", source)
+    assert allocations
+    assert all(elements(shape) < keys.numel() for shape in allocations)
+    assert not re.search(r"\.clone\(|copy_\(", source)
+    assert counters["inductor"].get("possibly_missed_reinplacing_opportunities", 0) == 0
+    assert counters["inductor"].get("possibly_missed_reinplacing_bytes", 0) == 0
+
+
+def elements(shape: str) -> int:
+    total = 1
+    for size in shape.split(","):
+        if size.strip():
+            total *= int(size)
+    return total
+
+
+def test_a_failed_compilation_falls_back_with_one_warning(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no C++ compiler today")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: fail)
+    with pytest.warns(RuntimeWarning, match="running eagerly.*no C\\+\\+ compiler today") as warnings:
+        llm = make("float32")
+    assert len([warning for warning in warnings if warning.category is RuntimeWarning]) == 1
+    assert not llm.engine.runner.is_compiled
+    expected = make("float32", enforce_eager=True).generate(prompts(2), SamplingParams(temperature=0, max_tokens=5))
+    found = llm.generate(prompts(2), SamplingParams(temperature=0, max_tokens=5))
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]

@@ -1,0 +1,154 @@
+"""The engine on a CUDA device: against transformers, and replaying CUDA graphs without a copy too many."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from engine import LLM, SamplingParams
+from layers.config import ModelConfig
+from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_tiny
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SMALL = {"device": "cuda", "kv_cache_memory": "256MiB", "max_num_seqs": 16, "max_num_batched_tokens": 256}
+# Head dims that the kernels are tuned for: the tiny checkpoints' are smaller than any real model's.
+CONFIG = ModelConfig(
+    architecture="Qwen2ForCausalLM",
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=64,
+    max_position_embeddings=1024,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    qkv_bias=True,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unchecked() -> Iterator[None]:
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def prompts(count: int, longest: int = 90, vocab: int = VOCAB_SIZE) -> list[list[int]]:
+    rng = random.Random(count)
+    return [[rng.randrange(vocab) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def greedy(max_tokens: int = 16) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def expected_tokens(reference: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    with torch.no_grad():
+        ids = torch.tensor([prompt], device="cuda")
+        return reference.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None)[
+            0, len(prompt) :
+        ].tolist()
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_in_float32_equal_transformers(family: str, enforce_eager: bool, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    reference = save_tiny(tmp_path, family, head_dim=64).eval().to("cuda")
+    llm = LLM(tmp_path, dtype="float32", enforce_eager=enforce_eager, **SMALL)
+    assert llm.engine.runner.is_compiled != enforce_eager
+    for completion, prompt in zip(llm.generate(prompts(9), greedy()), prompts(9), strict=True):
+        assert completion.token_ids == expected_tokens(reference, prompt, 16)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_most_tokens_in_half_precision_equal_transformers(dtype: str, tmp_path: Path) -> None:
+    """One step of teacher forcing per token: ties of half precision must not cascade."""
+    torch._dynamo.reset()
+    reference = save_tiny(tmp_path, "llama", head_dim=64).eval().to("cuda", getattr(torch, dtype))
+    llm = LLM(tmp_path, dtype=dtype, **SMALL)
+    sequences = prompts(64, longest=60)
+    agreed = 0
+    for completion, prompt in zip(llm.generate(sequences, greedy(1)), sequences, strict=True):
+        agreed += completion.token_ids == expected_tokens(reference, prompt, 1)
+    print(f"{dtype}: {agreed} of 64 next tokens agree with transformers")
+    assert agreed >= 60
+
+
+def test_a_decode_step_replays_one_graph_and_copies_only_its_inputs() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._inductor.config.patch({"triton.cudagraph_or_error": True}):
+        llm = LLM(CONFIG, load_format="dummy", dtype="bfloat16", **SMALL)
+    engine = llm.engine
+    assert engine.runner.is_compiled
+    graphs = counters["stats"]["unique_graphs"]
+    for prompt in prompts(5, vocab=1024):
+        engine.add(prompt, greedy(40))
+    for _ in range(8):
+        engine.step()
+    step = engine.scheduler.schedule()
+    assert all(work.num_tokens == 1 for work in step.work)
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(10):
+            engine.scheduler.commit(step, engine.runner.run(step))
+            step = engine.scheduler.schedule()
+        torch.cuda.synchronize()
+    launches = sum(event.count for event in profile.key_averages() if event.key == "cudaGraphLaunch")
+    assert launches == 10
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    # Inputs of a step: ten fields at most, in each of the two uniform graphs (greedy and sampled).
+    assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] <= 10 * 2 * 16
+    assert counters["stats"]["unique_graphs"] == graphs
+    keys = engine.runner.kv_cache[0].keys
+    largest_copy = max(
+        (event.device_memory_usage for event in profile.key_averages() if "copy" in event.key), default=0
+    )
+    assert largest_copy < keys.numel() * keys.element_size()
+
+
+def test_many_batch_sizes_without_a_recompilation() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    llm = LLM(CONFIG, load_format="dummy", dtype="bfloat16", **SMALL)
+    graphs = counters["stats"]["unique_graphs"]
+    for count in (1, 2, 3, 5, 8, 13, 16, 20):
+        params = [
+            SamplingParams(temperature=0.7 * (index % 2), max_tokens=1 + index % 7, ignore_eos=True, seed=index)
+            for index in range(count)
+        ]
+        llm.generate(prompts(count, vocab=1024), params)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+def test_compiled_equals_eager_and_batched_equals_alone_in_float32() -> None:
+    torch._dynamo.reset()
+    params = [SamplingParams(temperature=0.8 * (i % 2), max_tokens=20, ignore_eos=True, seed=i) for i in range(9)]
+    batch = prompts(9, vocab=1024)
+    compiled = LLM(CONFIG, load_format="dummy", dtype="float32", **SMALL)
+    eager = LLM(CONFIG, load_format="dummy", dtype="float32", enforce_eager=True, **SMALL)
+    together = [completion.token_ids for completion in compiled.generate(batch, params)]
+    assert together == [completion.token_ids for completion in eager.generate(batch, params)]
+    assert together == [
+        compiled.generate([prompt], param)[0].token_ids for prompt, param in zip(batch, params, strict=True)
+    ]
+
+
+def test_memory_is_taken_from_what_is_free() -> None:
+    options = SMALL | {"kv_cache_memory": None, "gpu_memory_utilization": 0.5, "enforce_eager": True}
+    engine = LLM(CONFIG, load_format="dummy", **options).engine
+    free, total = torch.cuda.mem_get_info()
+    assert 0.4 < 1 - free / total < 0.6
+    assert engine.kv_plan.num_blocks * engine.kv_plan.block_bytes > 0.3 * total

@@ -93,6 +93,9 @@ class Runner:
         """
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / f"inductor-torch-{torch.__version__}"))
         self._functions = _compiled_functions(self._eager, self.is_cuda)
+        # The number of blocks follows the memory that was free at start: were it in the graphs, no second start would
+        # find them in the disk cache.
+        _mark_dynamic(*(pages for layer in self.kv_cache for pages in layer))
         shapes = [(shape, greedy) for shape in self._warm_up_shapes() for greedy in (True, False)]
         try:
             for shape, greedy in tqdm(shapes, desc="compiling", unit="graph", disable=not show_progress, leave=False):

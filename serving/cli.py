@@ -174,7 +174,7 @@ def main(args: list[str] | None = None) -> None:
             raise
         say(f"error: {' '.join(message().split())} (see `dispec --help`)")
         code = BAD_INPUT
-    sys.exit(code)
+    sys.exit(code or 0)
 
 
 def _read_prompt(given: str) -> str:

@@ -17,6 +17,7 @@ import torch
 import typer
 from tqdm import tqdm
 
+from bench.geometries import NAMES, geometry, model_config
 from bench.machine import Machine, measure_machine
 from bench.workload import Workload
 from engine import LLM, SamplingParams
@@ -45,16 +46,22 @@ def seconds_at_best(machine: Machine, config: ModelConfig, weights: int, workloa
     return decode + prefill
 
 
-def transformers_peer(checkpoint: Checkpoint, dtype: str, device: torch.device) -> Run:
-    """transformers' `generate` on the same weights: one static batch, its own KV cache, greedy."""
-    from transformers import AutoModelForCausalLM, GgufConfig
+def transformers_peer(name: str, checkpoint: Checkpoint | None, dtype: str, device: torch.device) -> Run:
+    """transformers' `generate` on the same weights (random ones of the same shapes for a named geometry): one static
+    batch, its own KV cache, greedy."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-    options: dict[str, Any] = {}
-    directory = checkpoint.directory
-    if checkpoint.files[0].suffix == ".gguf":
-        directory = checkpoint.files[0].parent
-        options = {"gguf_file": checkpoint.files[0].name, "quantization_config": GgufConfig(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], **options).to(device).eval()
+    if checkpoint is None:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**geometry(name)), dtype=DTYPES[dtype])
+    else:
+        options: dict[str, Any] = {}
+        directory = checkpoint.directory
+        if checkpoint.files[0].suffix == ".gguf":
+            directory = checkpoint.files[0].parent
+            options = {"gguf_file": checkpoint.files[0].name, "quantization_config": GgufConfig(dequantize=True)}
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], **options)
+    model = model.to(device).eval()
 
     def run(prompts: list[list[int]], output_tokens: int) -> None:
         inputs = torch.tensor(prompts, device=device)
@@ -84,7 +91,9 @@ def our_engine(llm: LLM) -> Run:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Directory, hub id, .gguf file or built-in name.")] = "smollm2",
+    model: Annotated[
+        str, typer.Option(help=f"Directory, hub id, .gguf file, built-in name, or shapes: {', '.join(NAMES)}.")
+    ] = "smollm2",
     concurrency: Annotated[str, typer.Option(help="Numbers of simultaneous requests.")] = "1,6,16,32",
     prompt_tokens: int = 128,
     output_tokens: int = 128,
@@ -98,12 +107,14 @@ def main(
     """Measure throughput beside transformers and print a table."""
     sizes = [int(size) for size in concurrency.split(",")]
     context = prompt_tokens + output_tokens
+    named = model in NAMES
     llm = LLM(
-        model,
+        model_config(model) if named else model,
+        load_format="dummy" if named else "auto",
         dtype=dtype,
         device=device,
         max_num_seqs=max(sizes),
-        kv_cache_memory=None,
+        max_model_len=context + 16,
         enforce_eager=enforce_eager,
         show_progress=True,
     )
@@ -111,8 +122,8 @@ def main(
     machine = measure_machine(engine.device)
     print(machine.describe())
     contestants: dict[str, Run] = {"dispec": our_engine(llm)}
-    if peer and engine.checkpoint is not None:
-        contestants["transformers"] = transformers_peer(engine.checkpoint, dtype, engine.device)
+    if peer:
+        contestants["transformers"] = transformers_peer(model, engine.checkpoint, dtype, engine.device)
     embedding = engine.runner.weights.embedding
     read = weight_bytes(engine.runner.weights) - embedding.numel() * embedding.element_size()
     if engine.config.tie_embeddings and engine.runner.weights.lm_head is embedding:

@@ -101,7 +101,7 @@ def try_compiler(device: str) -> Outcome:
             torch.allclose(compiled(x), _small_function(x), atol=1e-5), "the compiled function gives wrong numbers"
         )
 
-    with tempfile.TemporaryDirectory(prefix="dispec-env-check-") as directory:
+    with tempfile.TemporaryDirectory(prefix="dispec-env-check-", ignore_cleanup_errors=True) as directory:
         changed = {"TORCHINDUCTOR_CACHE_DIR": directory, "TRITON_CACHE_DIR": directory}
         before = {name: os.environ.get(name) for name in changed}
         os.environ.update(changed)

@@ -1,0 +1,61 @@
+"""`dispec env-check`: what it tries is tried, and what it concludes follows."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from serving import env_check
+from serving.env_check import Finding
+from tests.commands import running
+
+
+def test_env_check_for_machines() -> None:
+    with running(["env-check", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        out, err = process.communicate()
+    assert process.returncode == 0, err.decode()
+    report = json.loads(out)
+    assert report["findings"]["python"]["executable"] == sys.executable
+    assert report["findings"]["memory"]["free_bytes"] > 0
+    assert report["findings"]["cpu engine"]["works"]
+    assert report["features"]["eager CPU"] == {"works": True, "reason": ""}
+    assert report["features"]["compiled CPU"]["works"] == report["findings"]["cpu compiler"]["works"]
+
+
+def test_env_check_without_a_compiler() -> None:
+    environment = {"CXX": "/bin/false", "DISPEC_CACHE_DIR": "/dev/null/nowhere"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with running(["env-check"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            out, err = (stream.decode() for stream in process.communicate())
+    assert process.returncode == 0, err
+    assert err == ""
+    rows = {line[:17].strip(): line[18:] for line in out.splitlines()}
+    assert rows["cpu engine"].startswith("works")
+    assert rows["cpu compiler"].startswith("does not work: ")
+    assert rows["cache"].startswith("not writable: ")
+    assert "compiled CPU              no: cpu compiler: " in out
+
+
+def test_env_check_where_torch_is_broken() -> None:
+    found = [Finding("torch", "cannot be imported: x", {"works": False, "reason": "x"})]
+    features = env_check.features(found)
+    assert not env_check.can_run(features)
+    assert all(not feature.works for feature in features)
+
+
+def test_env_check_tells_which_device_fails() -> None:
+    works, broken = {"works": True, "reason": ""}, {"works": False, "reason": "too old"}
+    names = ["cpu engine", "cpu compiler", "cpu bf16", "cpu packed bf16"]
+    parts = ("bf16", "engine", "compiler", "graphs")
+    found = dict.fromkeys(names, works) | {"torch": {"works": True, "cuda": "13.0"}}
+    for device in ("cuda:0", "cuda:1"):
+        found |= {device: {}} | {f"{device} {part}": works for part in parts}
+    found["cuda:1 engine"] = broken
+    features = {
+        feature.name: feature for feature in env_check.features(Finding(*item, item[1]) for item in found.items())
+    }
+    assert features["eager CPU"].works
+    assert features["CUDA graphs"] == ("CUDA graphs", False, "cuda:1 engine: too old")

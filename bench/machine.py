@@ -49,7 +49,7 @@ def measure_machine(device: torch.device) -> Machine:
 def read_bandwidth(device: torch.device, size: int = 2**30, repeats: int = 7) -> float:
     """Bytes per second of the fastest of several sums over `size` bytes, far more than any cache holds."""
     data = torch.ones(size // 4, dtype=torch.float32, device=device)
-    return size / min(_seconds(lambda: data.sum(), device) for _ in range(repeats))
+    return size / min(_seconds(data.sum, device) for _ in range(repeats))
 
 
 def matrix_rate(device: torch.device, size: int = 2048, repeats: int = 7) -> float:

@@ -17,11 +17,11 @@ import torch
 import typer
 from tqdm import tqdm
 
-from bench.geometries import NAMES, geometry, model_config
+from bench.geometries import NAMES, model_config
 from bench.machine import Machine, measure_machine
+from bench.transformers_peer import transformers_model
 from bench.workload import Workload
 from engine import LLM, SamplingParams
-from engine.checkpoint import Checkpoint
 from engine.memory import weight_bytes
 from engine.options import DTYPES
 from layers.config import ModelConfig
@@ -46,22 +46,8 @@ def seconds_at_best(machine: Machine, config: ModelConfig, weights: int, workloa
     return decode + prefill
 
 
-def transformers_peer(name: str, checkpoint: Checkpoint | None, dtype: str, device: torch.device) -> Run:
-    """transformers' `generate` on the same weights (random ones of the same shapes for a named geometry): one static
-    batch, its own KV cache, greedy."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
-
-    if checkpoint is None:
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**geometry(name)), dtype=DTYPES[dtype])
-    else:
-        options: dict[str, Any] = {}
-        directory = checkpoint.directory
-        if checkpoint.files[0].suffix == ".gguf":
-            directory = checkpoint.files[0].parent
-            options = {"gguf_file": checkpoint.files[0].name, "quantization_config": GgufConfig(dequantize=True)}
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], **options)
-    model = model.to(device).eval()
+def transformers_generate(model: Any, device: torch.device) -> Run:
+    """transformers' `generate`: one static batch, its own KV cache, greedy."""
 
     def run(prompts: list[list[int]], output_tokens: int) -> None:
         inputs = torch.tensor(prompts, device=device)
@@ -123,7 +109,9 @@ def main(
     print(machine.describe())
     contestants: dict[str, Run] = {"dispec": our_engine(llm)}
     if peer:
-        contestants["transformers"] = transformers_peer(model, engine.checkpoint, dtype, engine.device)
+        contestants["transformers"] = transformers_generate(
+            transformers_model(model, engine.checkpoint, DTYPES[dtype], engine.device), engine.device
+        )
     embedding = engine.runner.weights.embedding
     read = weight_bytes(engine.runner.weights) - embedding.numel() * embedding.element_size()
     if engine.config.tie_embeddings and engine.runner.weights.lm_head is embedding:

@@ -1,0 +1,57 @@
+"""How often the engine's next token is transformers' next token, in the dtype that is served.
+
+    python -m bench.agreement --dtype bfloat16
+
+Both see the same text, the engine's own greedy output, token by token (teacher forcing): a tie that falls the
+other way counts once and does not cascade. For scale it prints how often transformers in that dtype agrees with
+transformers in fp32.
+"""
+
+from typing import Annotated
+
+import torch
+import typer
+
+from bench.transformers_peer import transformers_model
+from engine import LLM, SamplingParams
+from engine.options import DTYPES
+
+_STARTS = (
+    "The history of", "In a distant galaxy", "def main():", "The recipe calls for", "Scientists have found that",
+    "My favourite book", "The stock market", "Once upon a time", "A triangle has", "The president said",
+    "How to learn", "Water boils at", "The cat sat on", "import os\n", "Dear diary,", "The best way to",
+)  # fmt: skip
+
+
+def main(
+    model: str = "smollm2",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+    device: str | None = None,
+    output_tokens: int = 64,
+) -> None:
+    """Print the share of next tokens on which the engine and transformers agree."""
+    llm = LLM(model, dtype=dtype, device=device, enforce_eager=True)
+    checkpoint = llm.engine.checkpoint
+    assert checkpoint is not None
+    params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
+    completions = llm.generate(list(_STARTS), params)
+    choices: dict[str, list[int]] = {"dispec": [token for c in completions for token in c.token_ids]}
+    for name, kind in ((f"transformers {dtype}", DTYPES[dtype]), ("transformers float32", torch.float32)):
+        reference = transformers_model(model, checkpoint, kind, llm.engine.device)
+        choices[name] = []
+        for completion in completions:
+            ids = torch.tensor([completion.prompt_token_ids + completion.token_ids], device=llm.engine.device)
+            with torch.inference_mode():
+                logits = reference(ids).logits[0]
+            choices[name] += logits[len(completion.prompt_token_ids) - 1 : -1].argmax(-1).tolist()
+        del reference
+    names = list(choices)
+    for left, right in ((0, 1), (0, 2), (1, 2)):
+        pairs = list(zip(choices[names[left]], choices[names[right]], strict=True))
+        share = sum(a == b for a, b in pairs) / len(pairs)
+        label = f"{names[left]} {dtype}" if left == 0 else names[left]
+        print(f"{label:<28} and {names[right]:<24} agree on {share:7.2%} of {len(pairs)} tokens")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -6,7 +6,7 @@ Writes a trace for https://ui.perfetto.dev with --trace.
 """
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +50,7 @@ def main(
         engine.step()
     for _ in range(10):
         engine.step()
-    phases: Counter[str] = Counter()
+    phases: defaultdict[str, float] = defaultdict(float)
     start = time.perf_counter()
     for _ in range(steps):
         begin = time.perf_counter()
@@ -73,7 +73,7 @@ def main(
         for _ in range(steps):
             engine.step()
     kind = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
-    total: Counter[str] = Counter()
+    total: defaultdict[str, float] = defaultdict(float)
     count: Counter[str] = Counter()
     for event in profile.events():
         if event.device_type == kind:
@@ -81,7 +81,7 @@ def main(
             count[event.name] += 1
     busy = sum(total.values()) / steps / 1e3
     print(f"{'kernels' if on_cuda else 'ops'}: {busy:.3f} ms a step in {sum(count.values()) / steps:.0f} calls")
-    for name, microseconds in total.most_common(top):
+    for name, microseconds in sorted(total.items(), key=lambda item: -item[1])[:top]:
         print(f"  {microseconds / steps / 1e3:8.3f} ms {count[name] / steps:7.1f} x  {name[:100]}")
     if trace is not None:
         profile.export_chrome_trace(str(trace))

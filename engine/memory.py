@@ -57,9 +57,9 @@ def plan_kv_cache(config: ModelConfig, options: EngineOptions, device: torch.dev
         num_blocks = min(num_blocks, useful_blocks)
     fits = (num_blocks - 1) * block_size
     if fits < 2 or (options.max_model_len is not None and fits < options.max_model_len):
-        needed = (-(-wanted_len // block_size) + 1) * block_bytes
+        needed = format_bytes((-(-wanted_len // block_size) + 1) * block_bytes)
         raise ValueError(
-            f"max_model_len of {wanted_len} tokens needs a KV cache of {format_bytes(needed)}, there is"
+            f"max_model_len of {wanted_len} tokens needs a KV cache of {needed}, there is"
             f" {format_bytes(max(0, num_blocks) * block_bytes)} ({reason}): raise kv_cache_memory or lower max_model_len"
         )
     if fits < wanted_len:

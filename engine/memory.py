@@ -60,7 +60,8 @@ def plan_kv_cache(config: ModelConfig, options: EngineOptions, device: torch.dev
         needed = format_bytes((-(-wanted_len // block_size) + 1) * block_bytes)
         raise ValueError(
             f"max_model_len of {wanted_len} tokens needs a KV cache of {needed}, there is"
-            f" {format_bytes(max(0, num_blocks) * block_bytes)} ({reason}): raise kv_cache_memory or lower max_model_len"
+            f" {format_bytes(max(0, num_blocks) * block_bytes)} ({reason}):"
+            " raise kv_cache_memory or lower max_model_len"
         )
     if fits < wanted_len:
         log.warning("max_model_len is %d instead of the model's %d: the KV cache holds no more", fits, wanted_len)

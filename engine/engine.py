@@ -135,9 +135,8 @@ class Engine:
 
     def _activation_bytes(self, weights: Weights) -> int:
         """What the largest step takes beside weights and cache, found by running it on a cache of one block."""
-        block_size = self.options.block_size or 32
         length = self.options.max_model_len or self.config.max_position_embeddings
-        runner = self._make_runner(weights, KVPlan(2, block_size, 0, length, "probe"))
+        runner = self._make_runner(weights, KVPlan(2, self.options.block_size, 0, length, "probe"))
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         runner.run_padding(self.max_num_batched_tokens, self.options.max_num_seqs)

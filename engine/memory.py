@@ -38,7 +38,7 @@ def plan_kv_cache(config: ModelConfig, options: EngineOptions, device: torch.dev
     Raises ValueError if `max_model_len` exceeds the model's own limit, or if a sequence of that length does not
     fit in the cache.
     """
-    block_size = options.block_size or (32 if device.type == "cuda" else 16)
+    block_size = options.block_size
     element = DTYPES[options.dtype].itemsize
     block_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * element
     limit = config.max_position_embeddings

@@ -155,7 +155,13 @@ class Runner:
             used = sum(shape.field_sizes())
             self._inputs[:used].copy_(self._host[:used], non_blocking=True)
             inputs = carve(self._inputs, shape)
-        batch, sampling = inputs
+        # Warm-up has traced every graph there will be, so a step need only tell them apart, not guard what never changes.
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=self.is_compiled):
+            return self._compute(shape, *inputs, greedy, warm_up)
+
+    def _compute(
+        self, shape: StepShape, batch: Batch, sampling: Sampling, greedy: bool, warm_up: bool
+    ) -> Tensor | None:
         if warm_up:
             _mark_dynamic(*batch, *sampling)
             if not self.is_cuda:

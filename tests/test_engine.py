@@ -75,7 +75,7 @@ def test_chunked_prefill_equals_whole(directory, llm):
 def test_preemption_changes_nothing_and_loses_nobody(directory, llm):
     """A pool of nine blocks for eight sequences of up to seven: they take turns."""
     block_bytes = 2 * 3 * 3 * 16 * 16 * 4
-    small = LLM(directory, max_num_seqs=8, max_model_len=112, **OPTIONS | {"kv_cache_memory": 10 * block_bytes})
+    small = LLM(directory, max_num_seqs=8, max_model_len=112, block_size=16, **OPTIONS | {"kv_cache_memory": 10 * block_bytes})
     assert small.engine.kv_plan.num_blocks == 10
     prompts = random_prompts(8, longest=40)
     params = [SamplingParams(temperature=index % 2, max_tokens=60, ignore_eos=True, seed=index) for index in range(8)]
@@ -256,7 +256,7 @@ def test_float16_is_refused_on_cpu(directory):
 
 
 def test_the_cache_is_no_larger_than_it_can_be_of_use(llm):
-    options = EngineOptions(dtype="bfloat16", max_num_seqs=2)
+    options = EngineOptions(dtype="bfloat16", max_num_seqs=2, block_size=16)
     plan = plan_kv_cache(llm.engine.config, options, torch.device("cpu"), free_bytes=2**40)
     assert plan.num_tokens == 2 * 512
     assert plan.max_model_len == 512

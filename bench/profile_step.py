@@ -42,6 +42,7 @@ def main(
         show_progress=True,
     )
     engine = llm.engine
+    print("start: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in engine.phase_seconds.items()))
     on_cuda = engine.device.type == "cuda"
     params = SamplingParams(temperature=0, max_tokens=3 * steps + 16, ignore_eos=True)
     for prompt in Workload(concurrency, context).prompts(engine.config.vocab_size):

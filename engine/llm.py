@@ -1,7 +1,7 @@
 """The Python face of the engine: `LLM.generate`, `.chat`, `.stream`."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +139,7 @@ class LLM:
                     bar.update()
         return [done[request.sequence.id] for request in requests]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Piece]:
         """Continue one prompt, yielding text as it becomes certain. Closing the iterator aborts the request."""
         for request, token_id, text in self._run(self._add_all([prompt], [params or SamplingParams()])):
             finished = request.sequence.finish_reason is not None

@@ -35,8 +35,8 @@ class KVPlan:
 def plan_kv_cache(config: ModelConfig, options: EngineOptions, device: torch.device, free_bytes: int) -> KVPlan:
     """Choose the number of blocks and the longest sequence.
 
-    Raises ValueError if `max_model_len` exceeds the model's own limit, or if a sequence of that length does not
-    fit in the cache.
+    Raises ValueError if `max_model_len` exceeds the model's own limit, if a sequence of that length does not fit in
+    the cache, or if the cache asked for does not fit in memory.
     """
     block_size = options.block_size
     element = DTYPES[options.dtype].itemsize
@@ -48,12 +48,16 @@ def plan_kv_cache(config: ModelConfig, options: EngineOptions, device: torch.dev
     useful_blocks = options.max_num_seqs * -(-wanted_len // block_size) + 1
     given = parse_bytes(options.kv_cache_memory)
     if given is not None:
+        if given > free_bytes:
+            raise ValueError(f"kv_cache_memory is {format_bytes(given)}, only {format_bytes(free_bytes)} are free")
         num_blocks, reason = given // block_bytes, "kv_cache_memory"
     elif device.type == "cuda":
         num_blocks, reason = free_bytes // block_bytes, f"free under {options.gpu_memory_utilization:.0%} of the device"
     else:
         num_blocks = int(free_bytes * CPU_SHARE_OF_FREE) // block_bytes
-        reason = f"{CPU_SHARE_OF_FREE:.0%} of the free memory, at most what {options.max_num_seqs} sequences can use"
+        reason = (
+            f"{CPU_SHARE_OF_FREE:.0%} of the free memory, at most max_num_seqs ({options.max_num_seqs}) full contexts"
+        )
         num_blocks = min(num_blocks, useful_blocks)
     fits = (num_blocks - 1) * block_size
     if fits < 2 or (options.max_model_len is not None and fits < options.max_model_len):

@@ -5,6 +5,7 @@ sizes; ragged steps are compiled layer by layer. On CPU one layer is compiled an
 costs a third of the compile time of the whole and no step time.
 """
 
+import functools
 import logging
 import os
 import warnings
@@ -70,6 +71,9 @@ class Runner:
         size = sum(largest.field_sizes())
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=self.is_cuda)
         self._inputs = torch.zeros_like(self._host, device=self.device) if self.is_cuda else self._host
+        # Making ten views costs as much as the rest of a step's preparation, and shapes recur.
+        self._host_inputs = functools.lru_cache(maxsize=256)(functools.partial(carve, self._host))
+        self._device_inputs = functools.lru_cache(maxsize=256)(functools.partial(carve, self._inputs))
 
     @torch.inference_mode()
     def run(self, step: Step) -> dict[int, int]:
@@ -145,7 +149,7 @@ class Runner:
 
     def _zeroed_inputs(self, shape: StepShape) -> tuple[Batch, Sampling]:
         self._host[: sum(shape.field_sizes())] = 0
-        return carve(self._host, shape)
+        return self._host_inputs(shape)
 
     def _launch(
         self, shape: StepShape, inputs: tuple[Batch, Sampling], greedy: bool, warm_up: bool = False
@@ -154,8 +158,8 @@ class Runner:
         if self.is_cuda:
             used = sum(shape.field_sizes())
             self._inputs[:used].copy_(self._host[:used], non_blocking=True)
-            inputs = carve(self._inputs, shape)
-        # Warm-up has traced every graph there will be, so a step need only tell them apart, not guard what never changes.
+            inputs = self._device_inputs(shape)
+        # Warm-up has traced every graph there will be: a step need only tell them apart, not guard what never changes.
         with torch.compiler.set_stance(skip_guard_eval_unsafe=self.is_compiled):
             return self._compute(shape, *inputs, greedy, warm_up)
 

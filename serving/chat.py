@@ -91,7 +91,7 @@ def _answer(llm: "LLM", prompt: list[int], params: SamplingParams) -> tuple[str,
     texts: list[str] = []
     completion = None
     try:
-        with _interruptible() as interrupted, closing(llm.stream(prompt, params)) as pieces:  # type: ignore[type-var]
+        with _interruptible() as interrupted, closing(llm.stream(prompt, params)) as pieces:
             for piece in pieces:
                 texts.append(piece.text)
                 print(piece.text, end="", flush=True)

@@ -75,7 +75,8 @@ def test_chunked_prefill_equals_whole(directory, llm):
 def test_preemption_changes_nothing_and_loses_nobody(directory, llm):
     """A pool of nine blocks for eight sequences of up to seven: they take turns."""
     block_bytes = 2 * 3 * 3 * 16 * 16 * 4
-    small = LLM(directory, max_num_seqs=8, max_model_len=112, block_size=16, **OPTIONS | {"kv_cache_memory": 10 * block_bytes})
+    options = OPTIONS | {"kv_cache_memory": 10 * block_bytes, "block_size": 16}
+    small = LLM(directory, max_num_seqs=8, max_model_len=112, **options)
     assert small.engine.kv_plan.num_blocks == 10
     prompts = random_prompts(8, longest=40)
     params = [SamplingParams(temperature=index % 2, max_tokens=60, ignore_eos=True, seed=index) for index in range(8)]
@@ -236,6 +237,7 @@ def test_bad_sampling_parameters(field, value):
         ("kv_cache_memory", "lots"),
         ("kv_cache_memory", 0),
         ("kv_cache_memory", "1KiB"),
+        ("kv_cache_memory", "900TiB"),
         ("max_model_len", 1),
         ("max_model_len", 4096),
         ("max_num_seqs", 0),

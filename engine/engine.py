@@ -18,9 +18,10 @@ from engine.options import DTYPES, EngineOptions
 from engine.runner import Runner, mark_static
 from engine.scheduler import Scheduler, TokenOutput
 from engine.sequence import SamplingParams, Sequence
-from layers.config import ModelConfig
+from layers.config import ModelConfig, UnsupportedModelError
 from layers.types import Weights
 from layers.weights import dummy_weights, load_weights
+from ops.paged_attention import TRITON_HEAD_DIMS
 
 log = logging.getLogger("dispec")
 
@@ -42,6 +43,12 @@ class Engine:
             else:
                 self.checkpoint = find_checkpoint(options.model)
                 self.config = self.checkpoint.config
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # Triton launches on the current device
+            if self.config.head_dim not in TRITON_HEAD_DIMS:
+                raise UnsupportedModelError(
+                    f"head_dim {self.config.head_dim} on CUDA: the kernels are made for {TRITON_HEAD_DIMS}"
+                )
         before = free_memory(self.device, options.gpu_memory_utilization)
         # Nothing here needs the weights' size: a context that cannot fit is refused before minutes of loading.
         if self.device.type == "cpu":

@@ -27,6 +27,10 @@ from layers.types import Batch, KVCache, Sampling, Weights
 log = logging.getLogger("dispec")
 
 
+# A ragged step in which no two sizes are equal.
+_WARM_UP = StepShape(tokens=19, sequences=3, blocks=5, rows=2, query_len=None)
+
+
 class _Functions(NamedTuple):
     """The model's composition, compiled or not. `whole` runs a uniform step in one call, where there is one."""
 
@@ -63,12 +67,13 @@ class Runner:
         self.is_cuda = self.device.type == "cuda"
         self.is_compiled = False
         self._functions = self._eager = _eager_functions(config)
+        self._max_num_seqs = max_num_seqs
         self._buckets = batch_buckets(max_num_seqs)
         self._max_blocks = max(2, -(-max_model_len // self.block_size))
-        largest = StepShape(
-            max_num_batched_tokens + 2, self._buckets[-1] + 1, self._max_blocks, self._buckets[-1], None
-        )
-        size = sum(largest.field_sizes())
+        steps = (max_num_batched_tokens, self._buckets[-1], self._max_blocks, self._buckets[-1])
+        # Room for the largest step, and for those that only warm up.
+        largest = (max(sizes) for sizes in zip(steps, _WARM_UP[:4], strict=True))
+        size = sum(StepShape(*largest, None).field_sizes())
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=self.is_cuda)
         self._inputs = torch.zeros_like(self._host, device=self.device) if self.is_cuda else self._host
         # Making ten views costs as much as the rest of a step's preparation, and shapes recur.
@@ -195,9 +200,12 @@ class Runner:
                 yield self._uniform_shape(bucket, self._max_blocks)
         else:
             yield StepShape(1, 1, 5, 1, 1)
-            yield StepShape(3, 3, 5, 3, 1)
-        yield StepShape(19, 3, self._max_blocks if self.is_cuda else 5, 2, None)
-        yield StepShape(19, 3, self._max_blocks if self.is_cuda else 5, 1, None)
+            if self._max_num_seqs > 1:
+                yield StepShape(3, 3, 5, 3, 1)
+        ragged = _WARM_UP._replace(blocks=self._max_blocks) if self.is_cuda else _WARM_UP
+        if self._max_num_seqs > 1:
+            yield ragged
+        yield ragged._replace(rows=1)
 
     @torch.inference_mode()
     def _warm_up(self, shape: StepShape, greedy: bool) -> None:

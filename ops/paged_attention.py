@@ -17,7 +17,8 @@ _library.define(
     " Tensor context_lens, int? query_len, float scale) -> Tensor"
 )
 
-MAX_UNIFORM_QUERY_LEN = 16
+# What the Triton kernels have launch configurations for; the CPU takes any.
+TRITON_HEAD_DIMS = (64, 80, 96, 128, 256)
 
 
 def paged_attention(

@@ -54,7 +54,7 @@ def engine_options(
     ] = None,
     block_size: Annotated[
         int | None,
-        Option(help="Tokens per KV block.", show_default="32 on CUDA, 16 on CPU", rich_help_panel=_ENGINE),
+        Option(help="Tokens per KV block.", show_default="32", rich_help_panel=_ENGINE),
     ] = None,
     load_format: Annotated[
         str | None, Option(help="auto, or dummy for random weights.", show_default="auto", rich_help_panel=_ENGINE)

@@ -144,11 +144,11 @@ def test_a_prompt_that_does_not_fit(tiny: str) -> None:
     assert "must be below max_model_len (32)" in one_sentence(result)
 
 
-@pytest.mark.parametrize(("size", "code"), [("1KiB", 2), ("9999999TiB", 1)])
-def test_absurd_cache_sizes(tiny: str, size: str, code: int) -> None:
+@pytest.mark.parametrize("size", ["1KiB", "9999999TiB"])
+def test_absurd_cache_sizes(tiny: str, size: str) -> None:
     result = dispec("generate", "hi", "--model", tiny, "--enforce-eager", "--kv-cache-memory", size)
     assert "kv_cache_memory" in one_sentence(result)
-    assert result.code == code
+    assert result.code == 2
 
 
 def test_a_truncated_gguf_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jaxtyping
@@ -10,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from engine import LLM, SamplingParams
-from layers.config import ModelConfig
+from layers.config import ModelConfig, UnsupportedModelError
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_tiny
 
 pytestmark = [
@@ -144,6 +145,11 @@ def test_compiled_equals_eager_and_batched_equals_alone_in_float32() -> None:
     assert together == [
         compiled.generate([prompt], param)[0].token_ids for prompt, param in zip(batch, params, strict=True)
     ]
+
+
+def test_a_head_dim_without_kernels_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="head_dim 32 on CUDA"):
+        LLM(replace(CONFIG, head_dim=32), load_format="dummy", **SMALL)
 
 
 def test_memory_is_taken_from_what_is_free() -> None:

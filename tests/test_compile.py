@@ -40,13 +40,13 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def make(dtype: str, enforce_eager: bool = False, config: ModelConfig = CONFIG) -> LLM:
+def make(dtype: str, enforce_eager: bool = False, config: ModelConfig = CONFIG, kv_cache_memory: str = "16MiB") -> LLM:
     return LLM(
         config,
         load_format="dummy",
         dtype=dtype,
         device="cpu",
-        kv_cache_memory="16MiB",
+        kv_cache_memory=kv_cache_memory,
         max_num_seqs=16,
         max_num_batched_tokens=64,
         enforce_eager=enforce_eager,
@@ -82,6 +82,16 @@ def test_no_recompile_over_many_batch_sizes_lengths_and_settings(compiled):
     compiled.generate([[5]], SamplingParams(temperature=1.0, max_tokens=2))
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+def test_a_second_start_finds_its_graphs_in_the_cache_whatever_memory_is_free():
+    make("bfloat16")
+    torch._dynamo.reset()
+    counters.clear()
+    again = make("bfloat16", kv_cache_memory="11MiB")
+    assert again.engine.runner.is_compiled
+    assert counters["inductor"]["fxgraph_cache_miss"] == 0
+    assert counters["inductor"]["fxgraph_cache_hit"] == GRAPHS
 
 
 def test_compiled_tokens_equal_eager_ones_in_float32():

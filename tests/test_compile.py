@@ -1,5 +1,6 @@
 """What is compiled: whole graphs, no more of them than counted here, and no copies of weights or cache."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,9 +9,11 @@ import jaxtyping
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._inductor.utils import run_and_get_code
 
 from engine import LLM, SamplingParams
+from engine.runner import choose_compile_cache
 from engine.scheduler import Work
 from layers.config import ModelConfig
 
@@ -92,6 +95,19 @@ def test_a_second_start_finds_its_graphs_in_the_cache_whatever_memory_is_free():
     assert again.engine.runner.is_compiled
     assert counters["inductor"]["fxgraph_cache_miss"] == 0
     assert counters["inductor"]["fxgraph_cache_hit"] == GRAPHS
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_compiled_code_is_kept_where_the_user_keeps_caches(asked, monkeypatch, tmp_path):
+    monkeypatch.setenv("DISPEC_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    if asked:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as Inductor itself does when asked
+    choose_compile_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
+    choose_compile_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
 
 
 def test_compiled_tokens_equal_eager_ones_in_float32():

@@ -55,12 +55,15 @@ class Engine:
             plan_kv_cache(self.config, options, self.device, before)
         with self._phase("load"):
             weights = self._load_weights()
-        budget = options.max_num_batched_tokens or (8192 if self.device.type == "cuda" else 512)
-        self.max_num_batched_tokens = max(budget, options.max_num_seqs)
+        default_budget = max(8192 if self.device.type == "cuda" else 512, options.max_num_seqs)
+        self.max_num_batched_tokens = options.max_num_batched_tokens or default_budget
         activations = self._activation_bytes(weights) if self.device.type == "cuda" else 0
         free = free_memory(self.device, options.gpu_memory_utilization) - activations
         self.kv_plan = plan_kv_cache(self.config, options, self.device, free)
         self.max_model_len = self.kv_plan.max_model_len
+        limit = self.config.max_position_embeddings
+        if self.max_model_len < (options.max_model_len or limit):
+            log.warning("max_model_len is %d, the model's is %d: the KV cache holds no more", self.max_model_len, limit)
         self.runner = self._make_runner(weights, self.kv_plan)
         if not options.enforce_eager:
             with self._phase("compile"):

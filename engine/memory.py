@@ -1,6 +1,5 @@
 """How much memory the KV cache gets, and a ledger of where memory went."""
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +10,6 @@ from torch import Tensor
 from engine.options import DTYPES, EngineOptions, parse_bytes
 from layers.config import ModelConfig
 from layers.types import KVCache, LayerKV, Weights
-
-log = logging.getLogger("dispec")
 
 CPU_SHARE_OF_FREE = 0.25
 
@@ -67,8 +64,6 @@ def plan_kv_cache(config: ModelConfig, options: EngineOptions, device: torch.dev
             f" {format_bytes(max(0, num_blocks) * block_bytes)} ({reason}):"
             " raise kv_cache_memory or lower max_model_len"
         )
-    if fits < wanted_len:
-        log.warning("max_model_len is %d instead of the model's %d: the KV cache holds no more", fits, wanted_len)
     return KVPlan(num_blocks, block_size, block_bytes, min(wanted_len, fits), reason)
 
 

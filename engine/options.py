@@ -24,10 +24,11 @@ class EngineOptions:
         full sequences can use, if that is less.
     max_model_len: most tokens of a sequence, prompt and output; None takes the model's own limit.
     max_num_seqs: most sequences that run at once.
-    max_num_batched_tokens: most tokens of a step; None takes 8192 on CUDA, 512 on CPU.
+    max_num_batched_tokens: most tokens of a step, at least max_num_seqs; None takes 8192 on CUDA, 512 on CPU.
     block_size: tokens per KV block: 16, 32 or 64. 32 reads a third faster than 16 on CPU; smaller blocks share more.
     load_format: "auto" reads the checkpoint, "dummy" makes random weights of its shapes.
     enforce_eager: compile nothing.
+    seed: of the random weights that load_format "dummy" makes.
     """
 
     model: str | Path | ModelConfig = "smollm2"
@@ -62,6 +63,11 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} is {value}, must be between {low} and {high}")
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, must be at least max_num_seqs"
+                f" ({self.max_num_seqs}): every running sequence needs a token a step"
+            )
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device is {self.device!r}, must be 'cpu', 'cuda' or 'cuda:N'")
         parse_bytes(self.kv_cache_memory)

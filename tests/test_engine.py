@@ -242,6 +242,7 @@ def test_bad_sampling_parameters(field, value):
         ("max_model_len", 4096),
         ("max_num_seqs", 0),
         ("max_num_batched_tokens", -3),
+        ("max_num_batched_tokens", 63),
         ("block_size", 17),
         ("gpu_memory_utilization", 1.5),
         ("load_format", "pickle"),

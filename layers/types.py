@@ -100,7 +100,7 @@ class Batch(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How to choose a token for each of the R rows. A step in which every row is greedy carries None instead.
+    """How to draw a token for each of the R rows.
 
     `temperature` 0 is greedy. `seed` and `position` are the counter of the random numbers: the same pair gives
     the same noise whatever else is in the batch.
@@ -109,3 +109,33 @@ class Sampling(NamedTuple):
     temperature: Float[Tensor, "R"]
     seed: Int[Tensor, "R"]
     position: Int[Tensor, "R"]
+
+
+class Filters(NamedTuple):
+    """Which tokens a draw may choose, by their probabilities: `top_k` is V where it is off, `top_p` 1, `min_p` 0."""
+
+    top_k: Int[Tensor, "R"]
+    top_p: Float[Tensor, "R"]
+    min_p: Float[Tensor, "R"]
+
+
+class Edits(NamedTuple):
+    """Changes of N single logits, for penalties and biases.
+
+    `index` is row * V + token. The logit is divided by `scale` where positive and multiplied by it where negative,
+    then `addend` is added. Entries of scale 1 and addend 0 are padding and change nothing; of the others no two
+    have the same index.
+    """
+
+    index: Int[Tensor, "N"]
+    scale: Float[Tensor, "N"]
+    addend: Float[Tensor, "N"]
+
+
+class Logprobs(NamedTuple):
+    """Natural log-probabilities of a token in each row, of the likeliest tokens, and the token's rank from 1."""
+
+    chosen: Float[Tensor, "R"]
+    rank: Int[Tensor, "R"]
+    top: Float[Tensor, "R K"]
+    top_token_ids: Int[Tensor, "R K"]

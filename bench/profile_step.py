@@ -47,26 +47,19 @@ def main(
     params = SamplingParams(temperature=0, max_tokens=3 * steps + 16, ignore_eos=True)
     for prompt in Workload(concurrency, context).prompts(engine.config.vocab_size):
         engine.add(prompt, params)
-    while any(sequence.num_uncomputed_tokens > 1 for sequence in engine.scheduler.running) or engine.scheduler.waiting:
+    while engine.scheduler.waiting or not engine.records or engine.records[-1].kind != "decode":
         engine.step()
     for _ in range(10):
         engine.step()
-    phases: defaultdict[str, float] = defaultdict(float)
     start = time.perf_counter()
     for _ in range(steps):
-        begin = time.perf_counter()
-        step = engine.scheduler.schedule()
-        scheduled = time.perf_counter()
-        sampled = engine.runner.run(step)
-        ran = time.perf_counter()
-        engine.scheduler.commit(step, sampled)
-        phases["schedule"] += scheduled - begin
-        phases["run"] += ran - scheduled
-        phases["commit"] += time.perf_counter() - ran
+        engine.step()
     wall = time.perf_counter() - start
     print(f"{model}, {concurrency} sequences, context {context}: {wall / steps * 1e3:.3f} ms a step unprofiled")
-    for name, seconds in phases.items():
-        print(f"  {name:<10} {seconds / steps * 1e3:8.3f} ms")
+    records = list(engine.records)[-steps:]
+    for phase in ("schedule", "launch", "wait", "commit"):
+        milliseconds = sum(getattr(record, phase) for record in records) / steps * 1e3
+        print(f"  {phase:<10} {milliseconds:8.3f} ms")
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -4,21 +4,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.llm import LLM, Completion, Piece, Timing, generate
+    from engine.llm import LLM, Choice, Completion, Piece, Timing, generate
     from engine.options import EngineOptions
-    from engine.sequence import SamplingParams
+    from engine.sampling_params import SamplingParams
+    from engine.sequence import TokenLogprobs
 
 _HOME = {
     "LLM": "llm",
+    "Choice": "llm",
     "Completion": "llm",
     "EngineOptions": "options",
     "Piece": "llm",
-    "SamplingParams": "sequence",
+    "SamplingParams": "sampling_params",
     "Timing": "llm",
+    "TokenLogprobs": "sequence",
     "generate": "llm",
 }
 
-__all__ = ["LLM", "Completion", "EngineOptions", "Piece", "SamplingParams", "Timing", "generate"]
+__all__ = ["LLM", "Choice", "Completion", "EngineOptions", "Piece", "SamplingParams", "Timing", "TokenLogprobs", "generate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,20 +4,26 @@ import itertools
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Series
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from engine.block_pool import BlockPool
 from engine.checkpoint import Checkpoint, find_checkpoint
+from engine.logit_edits import LogitEdits, check_something_remains
 from engine.memory import KVPlan, allocate_kv_cache, format_bytes, free_memory, plan_kv_cache, weight_bytes
 from engine.options import DTYPES, EngineOptions
-from engine.runner import Runner, mark_static
-from engine.scheduler import Scheduler, TokenOutput
-from engine.sequence import SamplingParams, Sequence
+from engine.runner import Launched, Runner, mark_static
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler, Step, TokenOutput
+from engine.sequence import FinishReason, Sequence
+from engine.step_record import Kind, StepRecord
 from layers.config import ModelConfig, UnsupportedModelError
 from layers.types import Weights
 from layers.weights import dummy_weights, load_weights
@@ -26,8 +32,19 @@ from ops.paged_attention import TRITON_HEAD_DIMS
 log = logging.getLogger("dispec")
 
 
+class _InFlight(NamedTuple):
+    """A step that was launched and not yet committed, and what its record will say."""
+
+    step: Step
+    launched: Launched
+    record: StepRecord
+
+
 class Engine:
-    """Loads a model and serves sequences with it. Make it and step it in one thread, the process's main one."""
+    """Loads a model and serves sequences with it. Make it and step it in one thread, the process's main one.
+
+    records: of the last thousand steps.
+    """
 
     def __init__(self, options: EngineOptions, show_progress: bool = False) -> None:
         self.options = options
@@ -35,6 +52,8 @@ class Engine:
         self.phase_seconds: dict[str, float] = {}
         self._show_progress = show_progress
         self._ids = itertools.count()
+        self._in_flight: deque[_InFlight] = deque()
+        self.records: deque[StepRecord] = deque(maxlen=1000)
         self.checkpoint: Checkpoint | None = None
         self.config: ModelConfig
         with self._phase("find"):
@@ -55,6 +74,8 @@ class Engine:
             plan_kv_cache(self.config, options, self.device, before)
         with self._phase("load"):
             weights = self._load_weights()
+        # On CPU the work is done when a launch returns, so there is nothing to overlap with.
+        self.overlaps = self.device.type == "cuda" if options.async_scheduling is None else options.async_scheduling
         default_budget = max(8192 if self.device.type == "cuda" else 512, options.max_num_seqs)
         self.max_num_batched_tokens = options.max_num_batched_tokens or default_budget
         activations = self._activation_bytes(weights) if self.device.type == "cuda" else 0
@@ -72,6 +93,9 @@ class Engine:
             BlockPool(self.kv_plan.num_blocks, self.kv_plan.block_size),
             options.max_num_seqs,
             self.max_num_batched_tokens,
+            max_prefill_chunk=options.max_prefill_chunk or (2048 if self.device.type == "cuda" else None),
+            priority_aging=options.priority_aging,
+            enable_prefix_caching=options.enable_prefix_caching,
         )
         self._log_ledger(weights, activations)
 
@@ -81,10 +105,117 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._in_flight)
 
-    def add(self, prompt: Series[int], params: SamplingParams) -> Sequence:
-        """Queue a prompt of token ids. Raises ValueError, and changes nothing, if it cannot be served."""
+    def add(
+        self,
+        prompt: Series[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> Sequence:
+        """Queue a prompt of token ids. Raises ValueError, and changes nothing, if it cannot be served.
+
+        priority: lower goes first. cache_salt: shares cached prefixes only with prompts of the same salt.
+
+        Returns the first of the request's `choices`; where it asked for several, each is a sequence of its own.
+        """
+        self._check(prompt, params, priority)
+        stops = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            stops.update(self.eos_token_ids)
+        stop_token_ids = frozenset(stops)
+        check_something_remains(params, stop_token_ids, self.config.vocab_size)
+        seed = int.from_bytes(os.urandom(8), signed=True) if params.seed is None else params.seed
+        arrival_time = time.perf_counter()
+        choices = []
+        for index in range(params.n):
+            own = replace(params, prompt_logprobs=None) if index else params
+            edits = LogitEdits(own, prompt, self.config.vocab_size, stop_token_ids)
+            choices.append(
+                Sequence(
+                    id=next(self._ids),
+                    token_ids=list(prompt),
+                    params=own,
+                    seed=(seed + index + 2**63) % 2**64 - 2**63,
+                    stop_token_ids=stop_token_ids,
+                    max_len=min(self.max_model_len, len(prompt) + params.max_tokens),
+                    arrival_time=arrival_time,
+                    priority=priority,
+                    cache_salt=cache_salt,
+                    logit_edits=edits if edits.edits or edits.masks else None,
+                )
+            )
+        for choice in choices:
+            choice.choices = tuple(choices)
+        first, *first.forks = choices
+        self.scheduler.add(first)
+        return first
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a sequence now, wherever it is, and free what it holds. The request's other choices go on."""
+        self.finish(sequence, "abort")
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence now, for a reason that only the caller knows, such as a stop string in its text."""
+        self.scheduler.finish(sequence, reason)
+
+    def step(self) -> list[TokenOutput]:
+        """Run the model once over whatever is due; the new tokens, at most one a sequence.
+
+        Where steps overlap, a step is launched before the one before it is waited for, whose tokens are returned; the
+        last one's come from a call that finds nothing more to launch. Without work it returns at once.
+        """
+        started = time.perf_counter()
+        step = self.scheduler.schedule()
+        scheduled = time.perf_counter()
+        if step.work:
+            launched = self.runner.launch(step)
+            record = self._record(step, started, scheduled - started, time.perf_counter() - scheduled)
+            self._in_flight.append(_InFlight(step, launched, record))
+        outputs: list[TokenOutput] = []
+        while len(self._in_flight) > (self.overlaps if step.work else 0):
+            outputs += self._commit(self._in_flight.popleft())
+        if not step.work and not outputs and self.scheduler.has_work:
+            raise RuntimeError("the scheduler has work and schedules none of it: a bug, please report it")
+        return outputs
+
+    def _commit(self, flight: _InFlight) -> list[TokenOutput]:
+        waiting = time.perf_counter()
+        result = flight.launched.wait()
+        waited = time.perf_counter()
+        outputs = self.scheduler.commit(flight.step, result)
+        finished = sum(output.finish_reason is not None for output in outputs)
+        commit = time.perf_counter() - waited
+        self.records.append(flight.record._replace(wait=waited - waiting, commit=commit, num_finished=finished))
+        return outputs
+
+    def _record(self, step: Step, started: float, schedule: float, launch: float) -> StepRecord:
+        prompt_tokens = sum(
+            work.num_tokens for work in step.work if work.num_tokens > 1 or work.start < work.sequence.num_prompt_tokens
+        )
+        kind: Kind = "decode" if not prompt_tokens else "prefill" if prompt_tokens == step.num_tokens else "mixed"
+        return StepRecord(
+            kind=kind,
+            num_sequences=len(step.work),
+            num_tokens=step.num_tokens,
+            num_prompt_tokens=prompt_tokens,
+            num_cached_tokens=step.num_cached_tokens,
+            num_preempted=step.num_preempted,
+            num_admitted=step.num_admitted,
+            num_finished=0,
+            num_running=len(self.scheduler.running),
+            num_waiting=self.scheduler.num_waiting,
+            num_used_blocks=self.scheduler.pool.num_usable - self.scheduler.pool.num_free,
+            started=started,
+            schedule=schedule,
+            launch=launch,
+            wait=0.0,
+            commit=0.0,
+        )
+
+    def _check(self, prompt: Series[int], params: SamplingParams, priority: int) -> None:
         if len(prompt) == 0:
             raise ValueError("prompt is empty: it must have at least 1 token")
         if len(prompt) >= self.max_model_len:
@@ -92,34 +223,14 @@ class Engine:
                 f"prompt has {len(prompt)} tokens, must be below max_model_len ({self.max_model_len}) to leave room"
                 " for an answer"
             )
-        for name, tokens in (("prompt", prompt), ("stop_token_ids", params.stop_token_ids)):
+        for name, tokens in {"prompt": prompt, **params.token_fields()}.items():
             for token in tokens:
                 if not 0 <= token < self.config.vocab_size:
                     raise ValueError(f"{name} holds token id {token}, must be in 0 … {self.config.vocab_size - 1}")
-        stops = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            stops.update(self.eos_token_ids)
-        sequence = Sequence(
-            id=next(self._ids),
-            token_ids=list(prompt),
-            params=params,
-            seed=int.from_bytes(os.urandom(8), signed=True) if params.seed is None else params.seed,
-            stop_token_ids=frozenset(stops),
-            max_len=min(self.max_model_len, len(prompt) + params.max_tokens),
-            arrival_time=time.perf_counter(),
-        )
-        self.scheduler.add(sequence)
-        return sequence
-
-    def abort(self, sequence: Sequence) -> None:
-        """End a sequence now, wherever it is, and free what it holds."""
-        self.scheduler.abort(sequence)
-
-    def step(self) -> list[TokenOutput]:
-        """Run the model once over whatever is due; the new tokens, at most one a sequence."""
-        step = self.scheduler.schedule()
-        sampled = self.runner.run(step)
-        return self.scheduler.commit(step, sampled)
+        if params.stop or params.bad_words:
+            raise ValueError("stop and bad_words are texts, which the engine does not see: use LLM, or token ids")
+        if not -(2**31) <= priority < 2**31:
+            raise ValueError(f"priority is {priority}, must fit in 32 bits")
 
     def _load_weights(self) -> Weights:
         dtype = DTYPES[self.options.dtype]
@@ -141,6 +252,7 @@ class Engine:
             max_num_seqs=self.options.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
+            overlaps=self.overlaps,
         )
 
     def _activation_bytes(self, weights: Weights) -> int:

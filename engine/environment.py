@@ -10,7 +10,7 @@ import torch
 
 from engine.engine import Engine
 from engine.options import EngineOptions
-from engine.sequence import SamplingParams
+from engine.sampling_params import SamplingParams
 from layers.config import ModelConfig
 from ops.linear import Packed, linear, pack
 

@@ -3,16 +3,18 @@
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Series
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from engine.detokenize import IncrementalDetokenizer
 from engine.engine import Engine
 from engine.options import EngineOptions
-from engine.sequence import FinishReason, SamplingParams, Sequence
+from engine.sampling_params import SamplingParams
+from engine.scheduler import TokenOutput
+from engine.sequence import FinishReason, Sequence, TokenLogprobs
+from engine.text_stream import TextStream
 from engine.tokenizer import Tokenizer
 from layers.config import ModelConfig
 
@@ -33,54 +35,131 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Completion:
-    """A finished request. `text` leaves special tokens out, `token_ids` has them."""
+class Choice:
+    """One continuation. `text` leaves special tokens out (unless asked not to), `token_ids` has them.
 
-    prompt_token_ids: list[int]
+    stop_reason: the stop string or the one of `stop_token_ids` that ended it.
+    logprobs: of each of `token_ids`, where asked for.
+    """
+
     token_ids: list[int]
     text: str
     finish_reason: FinishReason
+    stop_reason: str | int | None
+    logprobs: list[TokenLogprobs] | None
     timing: Timing
 
 
 @dataclass(frozen=True)
+class Completion:
+    """A finished request: `n` choices, the first of which can be read off directly.
+
+    prompt_logprobs: of each token of the prompt, where asked for; the first one's is None.
+    num_cached_tokens: prompt tokens whose keys and values were already in the cache.
+    """
+
+    prompt_token_ids: list[int]
+    choices: tuple[Choice, ...]
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    num_cached_tokens: int
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.choices[0].token_ids
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.choices[0].finish_reason
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        return self.choices[0].stop_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        return self.choices[0].logprobs
+
+    @property
+    def timing(self) -> Timing:
+        return self.choices[0].timing
+
+
+@dataclass(frozen=True)
 class Piece:
-    """News of a streamed request: the text that has become certain, and on the last one the whole completion."""
+    """News of a streamed request: the text of one choice that has become certain, and on the very last piece the
+    whole completion.
+
+    index: of the choice. finish_reason: on the choice's last piece.
+    """
 
     text: str
-    token_id: int | None
+    token_id: int
+    index: int = 0
+    finish_reason: FinishReason | None = None
     completion: Completion | None = None
 
 
 @dataclass
-class _Request:
+class _ChoiceUnderWay:
     sequence: Sequence
-    detokenizer: IncrementalDetokenizer | None
-    text: list[str]
+    text: TextStream
+    num_tokens: int = 0  # of the sequence's, those that count: a stop string may be noticed later
     first_token: float = 0.0
+    finished: float = 0.0
 
-    def take(self, token_id: int) -> str:
-        """Note a token's arrival; the text that it makes certain."""
-        if self.sequence.num_output_tokens == 1:
-            self.first_token = time.perf_counter() - self.sequence.arrival_time
-        # The token that ends a sequence is not part of its text, special or not.
-        ends = self.sequence.finish_reason == "stop"
-        new = "" if self.detokenizer is None or ends else self.detokenizer.add(token_id)
-        if self.sequence.finish_reason is not None and self.detokenizer is not None:
-            new += self.detokenizer.finish()
-        self.text.append(new)
+    def take(self, output: TokenOutput) -> str:
+        """Note a token's arrival; the text that it makes certain. May find that a stop string ends the choice."""
+        now = time.perf_counter() - self.sequence.arrival_time
+        self.num_tokens += 1
+        self.first_token = self.first_token or now
+        self.finished = now
+        new = self.text.add(output.token_id, ends=output.finish_reason == "stop")
+        if output.finish_reason is not None:
+            new += self.text.finish()
         return new
 
-    def completion(self) -> Completion:
-        sequence = self.sequence
-        assert sequence.finish_reason is not None
-        finished = time.perf_counter() - sequence.arrival_time
+    def choice(self) -> Choice:
+        sequence, reason = self.sequence, self.sequence.finish_reason
+        assert reason is not None
+        stop_reason: str | int | None = self.text.stop_reason
+        last = sequence.token_ids[-1]
+        if stop_reason is not None:
+            reason = "stop"
+        elif reason == "stop" and last in sequence.params.stop_token_ids:
+            stop_reason = last
+        return Choice(
+            token_ids=sequence.output_token_ids[: self.num_tokens],
+            text=self.text.text,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            logprobs=sequence.logprobs[: self.num_tokens] if sequence.params.logprobs is not None else None,
+            timing=Timing(self.first_token, self.finished),
+        )
+
+
+@dataclass
+class _Request:
+    choices: list[_ChoiceUnderWay]
+    done: list[Choice | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.done = [None] * len(self.choices)
+
+    def completion(self) -> Completion | None:
+        """The whole, once every choice has ended."""
+        choices = tuple(choice for choice in self.done if choice is not None)
+        if len(choices) < len(self.choices):
+            return None
+        first = self.choices[0].sequence
         return Completion(
-            prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens],
-            token_ids=sequence.token_ids[sequence.num_prompt_tokens :],
-            text="".join(self.text),
-            finish_reason=sequence.finish_reason,
-            timing=Timing(self.first_token or finished, finished),
+            prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
+            choices=choices,
+            prompt_logprobs=[None, *first.prompt_logprobs] if first.params.prompt_logprobs is not None else None,
+            num_cached_tokens=first.num_cached_tokens or 0,
         )
 
 
@@ -133,17 +212,16 @@ class LLM:
         disable = None if use_tqdm is None and len(several) >= 8 else not use_tqdm
         done: dict[int, Completion] = {}
         with tqdm(total=len(several), desc="generating", unit="prompt", disable=disable) as bar:
-            for request, _, _ in self._run(requests):
-                if request.sequence.finish_reason is not None:
-                    done[request.sequence.id] = request.completion()
+            for index, piece in self._run(requests):
+                if piece.completion is not None:
+                    done[index] = piece.completion
                     bar.update()
-        return [done[request.sequence.id] for request in requests]
+        return [done[index] for index in range(len(requests))]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Piece]:
         """Continue one prompt, yielding text as it becomes certain. Closing the iterator aborts the request."""
-        for request, token_id, text in self._run(self._add_all([prompt], [params or SamplingParams()])):
-            finished = request.sequence.finish_reason is not None
-            yield Piece(text, token_id, request.completion() if finished else None)
+        for _, piece in self._run(self._add_all([prompt], [params or SamplingParams()])):
+            yield piece
 
     def chat(
         self, messages: Series[Mapping[str, Any]], params: SamplingParams | None = None, **template: Any
@@ -156,39 +234,76 @@ class LLM:
         text = self.tokenizer.apply_chat_template(messages, **template)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def bad_word_token_ids(self, bad_words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """The token ids of texts that shall not be generated, at the start of a word and within one."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in bad_words:
+            for text in (word.lstrip(), " " + word.lstrip()):
+                if ids := tuple(self.tokenizer.encode(text, add_special_tokens=False)):
+                    found[ids] = None
+        return tuple(found)
+
     def _add_all(self, prompts: Series[Prompt], params: Series[SamplingParams]) -> list[_Request]:
         requests: list[_Request] = []
         try:
             for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
                 try:
-                    token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-                    sequence = self.engine.add(token_ids, param)
+                    requests.append(self._add(prompt, param))
                 except ValueError as error:
                     if len(prompts) == 1:
                         raise
                     raise ValueError(f"prompts[{index}]: {error}") from error
-                detokenizer = IncrementalDetokenizer(self._tokenizer) if self._tokenizer else None
-                requests.append(_Request(sequence, detokenizer, []))
         except ValueError:
             self._abort(requests)
             raise
         return requests
 
-    def _run(self, requests: list[_Request]) -> Iterator[tuple[_Request, int, str]]:
-        """Step until all requests have ended, yielding each token as it comes."""
-        by_id = {request.sequence.id: request for request in requests}
+    def _add(self, prompt: Prompt, params: SamplingParams) -> _Request:
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        in_tokens = params
+        if params.stop and self._tokenizer is None:
+            raise ValueError("stop is given, but a model without a tokenizer makes no text")
+        if params.stop or params.bad_words:
+            bad_words = params.bad_words_token_ids + self.bad_word_token_ids(params.bad_words)
+            in_tokens = replace(params, stop=(), bad_words=(), bad_words_token_ids=bad_words)
+        sequence = self.engine.add(token_ids, in_tokens)
+        return _Request(
+            [_ChoiceUnderWay(choice, TextStream(self._tokenizer, params)) for choice in sequence.choices]
+        )
+
+    def _run(self, requests: list[_Request]) -> Iterator[tuple[int, Piece]]:
+        """Step until all requests have ended, yielding each token as it comes, with its request's index."""
+        places = {
+            choice.sequence.id: (number, index)
+            for number, request in enumerate(requests)
+            for index, choice in enumerate(request.choices)
+        }
         try:
-            while any(request.sequence.finish_reason is None for request in requests):
+            while places:
                 for output in self.engine.step():
-                    request = by_id.get(output.sequence.id)
-                    if request is not None and output.token_id is not None:
-                        yield request, output.token_id, request.take(output.token_id)
+                    if output.sequence.id not in places:
+                        continue
+                    number, index = places[output.sequence.id]
+                    request = requests[number]
+                    choice = request.choices[index]
+                    text = choice.take(output)
+                    finished = output.finish_reason
+                    if choice.text.stop_reason is not None:
+                        finished = "stop"
+                        self.engine.finish(choice.sequence, "stop")
+                    completion = None
+                    if finished is not None:
+                        del places[output.sequence.id]
+                        request.done[index] = choice.choice()
+                        completion = request.completion()
+                    yield number, Piece(text, output.token_id, index, finished, completion)
         finally:
             self._abort(requests)
 
     def _abort(self, requests: Iterable[_Request]) -> None:
         for request in requests:
-            self.engine.abort(request.sequence)
+            for choice in request.choices:
+                self.engine.abort(choice.sequence)
 
 
 def as_prompts(prompts: Prompt | Series[Prompt]) -> list[Prompt]:
@@ -218,4 +333,4 @@ def generate(
     return LLM(model, **options).generate(prompts, params)
 
 
-__all__ = ["LLM", "Completion", "Piece", "SamplingParams", "Timing", "generate"]
+__all__ = ["LLM", "Choice", "Completion", "Piece", "SamplingParams", "Timing", "TokenLogprobs", "generate"]

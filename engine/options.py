@@ -25,6 +25,10 @@ class EngineOptions:
     max_model_len: most tokens of a sequence, prompt and output; None takes the model's own limit.
     max_num_seqs: most sequences that run at once.
     max_num_batched_tokens: most tokens of a step, at least max_num_seqs; None takes 8192 on CUDA, 512 on CPU.
+    max_prefill_chunk: most prompt tokens of one sequence in a step; None takes 2048 on CUDA, the whole step on CPU.
+    enable_prefix_caching: compute a prefix once and share its blocks between sequences, later ones included.
+    priority_aging: seconds of waiting that make up for one step of priority.
+    async_scheduling: prepare a step while the device runs the one before it; None does so on CUDA.
     block_size: tokens per KV block: 16, 32 or 64. 32 reads a third faster than 16 on CPU; smaller blocks share more.
     load_format: "auto" reads the checkpoint, "dummy" makes random weights of its shapes.
     enforce_eager: compile nothing.
@@ -39,6 +43,10 @@ class EngineOptions:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
+    max_prefill_chunk: int | None = None
+    enable_prefix_caching: bool = True
+    priority_aging: float = 60.0
+    async_scheduling: bool | None = None
     block_size: int = 32
     load_format: str = "auto"
     enforce_eager: bool = False
@@ -59,10 +67,13 @@ class EngineOptions:
             ("max_model_len", 2, 2**24),
             ("max_num_seqs", 1, 4096),
             ("max_num_batched_tokens", 1, 2**20),
+            ("max_prefill_chunk", 1, 2**20),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} is {value}, must be between {low} and {high}")
+        if not 0 < self.priority_aging <= 1e9:
+            raise ValueError(f"priority_aging is {self.priority_aging}, must be above 0 and at most 1e9 seconds")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, must be at least max_num_seqs"

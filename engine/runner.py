@@ -1,8 +1,9 @@
 """Owns what lives on the device: weights, KV cache, step inputs. The only place where anything is compiled.
 
-On CUDA a uniform step is one graph, sampling included, that replays as a CUDA graph for each bucket of batch
+On CUDA a uniform step is one graph, greedy choice included, that replays as a CUDA graph for each bucket of batch
 sizes; ragged steps are compiled layer by layer. On CPU one layer is compiled and called for every layer, which
-costs a third of the compile time of the whole and no step time.
+costs a third of the compile time of the whole and no step time. What else may be asked of a choice (`TokenChooser`)
+is compiled apart, so that a step runs only what somebody in it uses.
 """
 
 import functools
@@ -18,12 +19,15 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from tqdm import tqdm
 
 from engine.default_model import cache_directory
-from engine.scheduler import Step, Work
-from engine.step_inputs import StepShape, carve, fill
+from engine.scheduler import Step, StepResult, Work
+from engine.sequence import Needs
+from engine.step_inputs import StepInputs, StepShape, carve, fill
+from engine.token_chooser import Choice, TokenChooser
 from layers import model
 from layers.config import ModelConfig
-from layers.sampling import sample
-from layers.types import Batch, KVCache, Sampling, Weights
+from layers.sampling import greedy
+from layers.types import Batch, KVCache, Weights
+from ops import copy_blocks
 
 log = logging.getLogger("dispec")
 
@@ -32,13 +36,20 @@ log = logging.getLogger("dispec")
 _WARM_UP = StepShape(tokens=19, sequences=3, blocks=5, rows=2, query_len=None)
 
 
+class _Feedback(NamedTuple):
+    """Where a step finds the tokens that the step before it chose: see `StepInputs.token_source`."""
+
+    source: Tensor
+    chosen: Tensor
+
+
 class _Functions(NamedTuple):
     """The model's composition, compiled or not. `whole` runs a uniform step in one call, where there is one."""
 
     embed: Callable[..., Any]
     block: Callable[..., Tensor]
-    choose: Callable[..., Tensor]
-    whole: Callable[..., Tensor] | None
+    head: Callable[..., tuple[Tensor, Tensor]]
+    whole: Callable[..., tuple[Tensor, Tensor]] | None
 
 
 class _Launch(NamedTuple):
@@ -48,8 +59,30 @@ class _Launch(NamedTuple):
     shape: StepShape
 
 
+class Launched:
+    """A step that the device was told to run."""
+
+    def __init__(self, choices: list[Choice], event: torch.cuda.Event | None) -> None:
+        self._choices = choices
+        self._event = event
+
+    def wait(self) -> StepResult:
+        """What the step chose, once it has run."""
+        if self._event is not None:
+            self._event.synchronize()
+        token_ids: dict[int, int] = {}
+        logprobs: dict[int, Any] = {}
+        prompt_logprobs: dict[int, Any] = {}
+        for choice in self._choices:
+            choice.read(token_ids, logprobs, prompt_logprobs)
+        return StepResult(token_ids, logprobs, prompt_logprobs)
+
+
 class Runner:
-    """Runs steps. Make it and use it in the process's main thread: CUDA-graph trees belong to a thread."""
+    """Runs steps. Make it and use it in the process's main thread: CUDA-graph trees belong to a thread.
+
+    overlaps: whether a step may be launched before the one before it was waited for.
+    """
 
     def __init__(
         self,
@@ -60,6 +93,7 @@ class Runner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        overlaps: bool = False,
     ) -> None:
         self.weights = weights
         self.kv_cache = kv_cache
@@ -67,6 +101,7 @@ class Runner:
         self.block_size = kv_cache[0].keys.shape[3]
         self.is_cuda = self.device.type == "cuda"
         self.is_compiled = False
+        self._overlaps = overlaps
         self._functions = self._eager = _eager_functions(config)
         self._max_num_seqs = max_num_seqs
         self._buckets = batch_buckets(max_num_seqs)
@@ -80,26 +115,51 @@ class Runner:
             query_len=None,
         )
         size = sum(largest.field_sizes())
-        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=self.is_cuda)
-        self._inputs = torch.zeros_like(self._host, device=self.device) if self.is_cuda else self._host
-        # Making ten views costs as much as the rest of a step's preparation, and shapes recur.
-        self._host_inputs = functools.lru_cache(maxsize=256)(functools.partial(carve, self._host))
-        self._device_inputs = functools.lru_cache(maxsize=256)(functools.partial(carve, self._inputs))
+        # The device may still be reading the inputs of one step while those of the next are written.
+        self._hosts = [torch.zeros(size, dtype=torch.int32, pin_memory=self.is_cuda) for _ in range(1 + overlaps)]
+        self._inputs = torch.zeros_like(self._hosts[0], device=self.device) if self.is_cuda else self._hosts[0]
+        # Making eleven views costs as much as the rest of a step's preparation, and shapes recur.
+        self._host_inputs = [functools.lru_cache(256)(functools.partial(carve, host)) for host in self._hosts]
+        self._device_inputs = functools.lru_cache(256)(functools.partial(carve, self._inputs))
+        self._chosen = torch.zeros(largest.rows, dtype=torch.int64, device=self.device)
+        self._pending_rows: dict[int, int] = {}
+        if self.is_cuda:
+            mark_static(self._chosen)
+        self.chooser = TokenChooser(self.device, config.vocab_size, self._head)
 
     @torch.inference_mode()
-    def run(self, step: Step) -> dict[int, int]:
-        """Compute a step. Returns the next token of each sequence whose last token it computed, by sequence id."""
-        tokens: dict[int, int] = {}
+    def launch(self, step: Step) -> Launched:
+        """Start a step. At most one may be under way that was not waited for, and none without `overlaps`."""
+        if step.copies:
+            source, destination = torch.tensor(step.copies, device=self.device).unbind(1)
+            for layer in self.kv_cache:
+                copy_blocks(layer.keys, layer.values, source, destination)
+        self._hosts.reverse()
+        self._host_inputs.reverse()
+        choices: list[Choice] = []
+        rows: dict[int, int] = {}
+        num_rows = 0
         for launch in self._split(step):
-            inputs = self._zeroed_inputs(launch.shape)
-            sampled = fill(inputs, launch.work, self.block_size)
-            greedy = all(sequence is None or sequence.params.temperature == 0 for sequence in sampled)
-            chosen = self._launch(launch.shape, inputs, greedy)
-            if chosen is not None:
-                for sequence, token in zip(sampled, chosen.tolist(), strict=False):  # further rows are padding
-                    if sequence is not None:
-                        tokens[sequence.id] = token
-        return tokens
+            host = self._zeroed_inputs(launch.shape)
+            sampled = fill(host, launch.work, self.block_size, self._pending_rows)
+            inputs = self._upload(launch.shape)
+            hidden, logits, chosen = self._compute(launch.shape, inputs)
+            choice = self.chooser.choose(launch.work, sampled, hidden, logits, chosen, inputs.sampling)
+            if choice.tokens is not None and self._overlaps:
+                self._chosen[num_rows : num_rows + len(choice.tokens)].copy_(choice.tokens)
+                rows |= {item.sequence.id: num_rows + row for row, item in enumerate(sampled) if item is not None}
+                num_rows += len(choice.tokens)
+            choices.append(choice.to_host())
+        self._pending_rows = rows
+        event = None
+        if self.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        return Launched(choices, event)
+
+    def run(self, step: Step) -> StepResult:
+        """Run a step to its end."""
+        return self.launch(step).wait()
 
     def compile(self, show_progress: bool = False) -> None:
         """Compile every graph that a run can need, by running each once; falls back to eager with one warning.
@@ -108,15 +168,18 @@ class Runner:
         """
         choose_compile_cache()
         self._functions = _compiled_functions(self._eager, self.is_cuda)
+        self.chooser.compile()
         # The number of blocks follows the memory that was free at start: were it in the graphs, no second start would
         # find them in the disk cache.
         _mark_dynamic(*(pages for layer in self.kv_cache for pages in layer))
-        shapes = [(shape, greedy) for shape in self._warm_up_shapes() for greedy in (True, False)]
         try:
-            for shape, greedy in tqdm(shapes, desc="compiling", unit="graph", disable=not show_progress, leave=False):
-                self._warm_up(shape, greedy)
+            for shape in tqdm(
+                list(self._warm_up_shapes()), desc="compiling", unit="graph", disable=not show_progress, leave=False
+            ):
+                self._warm_up(shape)
         except Exception as error:  # a compiler can fail in any way; the engine works without one
             self._functions = self._eager
+            self.chooser.forget_compiled()
             cause: BaseException = error
             while inner := getattr(cause, "inner_exception", None) or cause.__cause__:
                 cause = inner  # the compiler wraps what went wrong, and its own first line says nothing
@@ -134,23 +197,30 @@ class Runner:
     def run_padding(self, num_tokens: int, rows: int) -> None:
         """Run a ragged step of padding only, to see what memory it takes."""
         shape = StepShape(num_tokens, 2, self._max_blocks, rows, None)
-        inputs = self._zeroed_inputs(shape)
-        fill(inputs, (), self.block_size)
-        self._launch(shape, inputs, greedy=False)
+        fill(self._zeroed_inputs(shape), (), self.block_size, {})
+        inputs = self._upload(shape)
+        _, logits, _ = self._compute(shape, inputs)
+        assert logits is not None
+        self.chooser.warm_up(logits, inputs.sampling)
 
     def _split(self, step: Step) -> Iterator[_Launch]:
         """On CUDA a step is one launch. On CPU its decodes are one and its prompts another: the uniform graph's
         attention is so much faster that reading the weights twice is the lesser cost."""
-        ones = tuple(work for work in step.work if work.num_tokens == 1)
-        others = tuple(work for work in step.work if work.num_tokens > 1)
+
+        def is_uniform(work: Work) -> bool:  # the logits of prompt tokens come from ragged launches alone
+            in_prompt = work.start < work.sequence.num_prompt_tokens - 1
+            return work.num_tokens == 1 and not (in_prompt and work.sequence.needs & Needs.PROMPT_LOGPROBS)
+
+        ones = tuple(work for work in step.work if is_uniform(work))
+        others = tuple(work for work in step.work if not is_uniform(work))
         if ones and not (others and self.is_cuda):
             yield _Launch(ones, self._uniform_shape(len(ones), self._width(ones)))
         if others:
             together = ones + others if self.is_cuda else others
             rows = sum(work.samples for work in together)
             tokens = sum(work.num_tokens for work in together)
-            # A size of 1 is a graph of its own to the compiler; an empty sequence avoids that.
-            yield _Launch(together, StepShape(tokens, max(2, len(together)), self._width(together), rows, None))
+            # A size of 1 is a graph of its own to the compiler; an empty sequence and a token of padding avoid that.
+            yield _Launch(together, StepShape(max(2, tokens), max(2, len(together)), self._width(together), rows, None))
 
     def _uniform_shape(self, size: int, width: int) -> StepShape:
         if self.is_cuda:
@@ -161,45 +231,57 @@ class Runner:
         """Columns of the block tables: fixed where graphs are recorded, else no more than needed."""
         return self._max_blocks if self.is_cuda else max(2, *(len(item.sequence.block_table) for item in work))
 
-    def _zeroed_inputs(self, shape: StepShape) -> tuple[Batch, Sampling]:
-        self._host[: sum(shape.field_sizes())] = 0
-        return self._host_inputs(shape)
+    def _zeroed_inputs(self, shape: StepShape) -> StepInputs:
+        self._hosts[0][: sum(shape.field_sizes())] = 0
+        return self._host_inputs[0](shape)
 
-    def _launch(
-        self, shape: StepShape, inputs: tuple[Batch, Sampling], greedy: bool, warm_up: bool = False
-    ) -> Tensor | None:
-        """Run the model on host inputs; the chosen token of each row, if there are rows."""
-        if self.is_cuda:
-            used = sum(shape.field_sizes())
-            self._inputs[:used].copy_(self._host[:used], non_blocking=True)
-            inputs = self._device_inputs(shape)
-        # Warm-up has traced every graph there will be: a step need only tell them apart, not guard what never changes.
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=self.is_compiled):
-            return self._compute(shape, *inputs, greedy, warm_up)
+    def _upload(self, shape: StepShape) -> StepInputs:
+        """The inputs that were written on the host, where the device reads them."""
+        if not self.is_cuda:
+            return self._host_inputs[0](shape)
+        used = sum(shape.field_sizes())
+        self._inputs[:used].copy_(self._hosts[0][:used], non_blocking=True)
+        return self._device_inputs(shape)
 
     def _compute(
-        self, shape: StepShape, batch: Batch, sampling: Sampling, greedy: bool, warm_up: bool
-    ) -> Tensor | None:
+        self, shape: StepShape, inputs: StepInputs, warm_up: bool = False
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Run the model: the hidden states of all tokens of a ragged step, logits and argmax of the rows wanted."""
+        # Warm-up has traced every graph there will be: a step need only tell them apart, not guard what never changes.
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=self.is_compiled):
+            return self._forward(shape, inputs, warm_up)
+
+    def _forward(
+        self, shape: StepShape, inputs: StepInputs, warm_up: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        batch = inputs.batch
+        feedback = _Feedback(inputs.token_source, self._chosen) if self._overlaps else None
         if warm_up:
-            _mark_dynamic(*batch, *sampling)
+            _mark_dynamic(*batch, inputs.token_source)
             if not self.is_cuda:
                 torch._dynamo.maybe_mark_dynamic(batch.block_tables, 1)
-        chooser = None if greedy else sampling
         if self._functions.whole is not None and shape.query_len is not None:
             torch.compiler.cudagraph_mark_step_begin()
-            return self._functions.whole(self.weights, batch, self.kv_cache, chooser)
-        x, rotation = self._functions.embed(self.weights, batch)
+            return None, *self._functions.whole(self.weights, batch, self.kv_cache, feedback)
+        x, rotation = self._functions.embed(self.weights, batch, feedback)
         for w, kv in zip(self.weights.blocks, self.kv_cache, strict=True):
             if warm_up:
                 _mark_dynamic(x, *rotation)
             x = self._functions.block(x, w, batch, rotation, kv)
+        hidden = None if shape.query_len == 1 else x
         if not shape.rows:
-            return None
-        if shape.query_len != 1:
+            return hidden, None, None
+        if hidden is not None:
             x = x[batch.logits_indices]
         if warm_up:
             _mark_dynamic(x)
-        return self._functions.choose(x, self.weights, chooser)
+        return hidden, *self._functions.head(x, self.weights)
+
+    def _head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        # An engine of one sequence has traced the head for one row alone.
+        functions = self._eager if self._max_num_seqs == 1 and len(hidden) > 1 else self._functions
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=self.is_compiled):
+            return functions.head(hidden, self.weights)
 
     def _warm_up_shapes(self) -> Iterator[StepShape]:
         """Shapes that between them trace every graph. Sizes differ from one another, lest the compiler take two
@@ -217,12 +299,14 @@ class Runner:
         yield ragged._replace(rows=1)
 
     @torch.inference_mode()
-    def _warm_up(self, shape: StepShape, greedy: bool) -> None:
-        inputs = self._zeroed_inputs(shape)
-        fill(inputs, (), self.block_size)
+    def _warm_up(self, shape: StepShape) -> None:
+        fill(self._zeroed_inputs(shape), (), self.block_size, {})
+        inputs = self._upload(shape)
         # Recording a CUDA graph takes a run to trace, one to warm its memory pool and one to record.
         for _ in range(3 if self.is_cuda else 1):
-            self._launch(shape, inputs, greedy, warm_up=True)
+            _, logits, _ = self._compute(shape, inputs, warm_up=True)
+        if logits is not None and (shape.query_len is None or not self.is_cuda):
+            self.chooser.warm_up(logits, inputs.sampling)
 
 
 def batch_buckets(max_num_seqs: int) -> list[int]:
@@ -240,27 +324,38 @@ def choose_compile_cache() -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_directory() / f"inductor-torch-{torch.__version__}")
 
 
-def mark_static(weights: Weights, kv_cache: KVCache) -> None:
-    """Tell CUDA graphs that weights and KV cache never move; without it every replay copies them."""
-    for tensor in torch.utils._pytree.tree_leaves((weights, kv_cache)):
+def mark_static(*values: object) -> None:
+    """Tell CUDA graphs that tensors never move: weights, KV cache. Without it every replay copies them."""
+    for tensor in torch.utils._pytree.tree_leaves(values):
         if isinstance(tensor, Tensor):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 def _eager_functions(config: ModelConfig) -> _Functions:
-    def embed(weights: Weights, batch: Batch) -> Any:
-        return model.embed(weights, config, batch)
+    def resolve(batch: Batch, feedback: _Feedback | None) -> Batch:
+        if feedback is None:
+            return batch
+        row = feedback.source.long() - 1
+        chosen = feedback.chosen[row.clamp(min=0)].to(batch.token_ids.dtype)
+        return batch._replace(token_ids=torch.where(row < 0, batch.token_ids, chosen))
+
+    def embed(weights: Weights, batch: Batch, feedback: _Feedback | None) -> Any:
+        return model.embed(weights, config, resolve(batch, feedback))
 
     def block(x: Tensor, w: Any, batch: Batch, rotation: Any, kv: Any) -> Tensor:
         return model.block(x, w, config, batch, rotation, kv)
 
-    def choose(x: Tensor, weights: Weights, sampling: Sampling | None) -> Tensor:
-        return sample(model.logits(x, weights, config), sampling)
+    def head(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+        logits = model.logits(x, weights, config)
+        return logits, greedy(logits)
 
-    def whole(weights: Weights, batch: Batch, kv_cache: KVCache, sampling: Sampling | None) -> Tensor:
-        return sample(model.forward(weights, config, batch, kv_cache), sampling)
+    def whole(
+        weights: Weights, batch: Batch, kv_cache: KVCache, feedback: _Feedback | None
+    ) -> tuple[Tensor, Tensor]:
+        logits = model.forward(weights, config, resolve(batch, feedback), kv_cache)
+        return logits, greedy(logits)
 
-    return _Functions(embed, block, choose, whole)
+    return _Functions(embed, block, head, whole)
 
 
 def _compiled_functions(eager: _Functions, is_cuda: bool) -> _Functions:
@@ -270,8 +365,8 @@ def _compiled_functions(eager: _Functions, is_cuda: bool) -> _Functions:
         torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None
         assert eager.whole is not None
         whole = torch.compile(eager.whole, mode="reduce-overhead", fullgraph=True)
-    embed, block, choose = (torch.compile(function, fullgraph=True) for function in eager[:3])
-    return _Functions(embed, block, choose, whole)
+    embed, block, head = (torch.compile(function, fullgraph=True) for function in eager[:3])
+    return _Functions(embed, block, head, whole)
 
 
 def _mark_dynamic(*tensors: Tensor | int | None) -> None:

@@ -1,56 +1,96 @@
 """Continuous batching: which sequences compute how many tokens in the next step (Orca, OSDI 2022).
 
 A sequence whose prompt is long computes it in chunks under the step's token budget, beside the sequences that
-decode (Sarathi-Serve, arXiv:2403.02310). When blocks run out, the youngest sequence gives its own back and is
-computed again later; nothing accepted is lost.
+decode (Sarathi-Serve, arXiv:2403.02310). Prefixes that are still in the cache are not computed again. When blocks
+run out, the sequence that is last in rank gives its own back and is computed again later, mostly from what it left
+in the cache; nothing accepted is lost.
+
+Everybody has one rank for life: the time of arrival plus a delay for each step of priority. So a lower number goes
+first, first come first served within it, and whoever has waited long enough goes before those who came after. The
+running sequence that is first in rank can always take the blocks it needs, so there is always progress.
 """
 
-from collections import deque
+from bisect import insort
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 from engine.block_pool import BlockPool
-from engine.sequence import FinishReason, Sequence, Status
+from engine.sequence import FinishReason, Sequence, Status, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """The next `num_tokens` uncomputed tokens of a sequence."""
+class Work(NamedTuple):
+    """Tokens `start` … `start + num_tokens - 1` of a sequence, to be computed.
+
+    samples: whether the last of them is the sequence's last, so that the next token can be chosen.
+    """
 
     sequence: Sequence
+    start: int
     num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether this computes the sequence's last token, so that the next one can be chosen."""
-        return self.num_tokens == self.sequence.num_uncomputed_tokens
+    samples: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one pass of the model computes; empty when nothing can run."""
+    """What one pass of the model computes; empty when nothing can run.
+
+    copies: (source, destination) blocks to copy before anything is computed.
+    num_cached_tokens: found in the cache by the sequences that this step admits.
+    """
 
     work: tuple[Work, ...]
+    copies: tuple[tuple[int, int], ...] = ()
     num_preempted: int = 0
+    num_admitted: int = 0
+    num_cached_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
         return sum(work.num_tokens for work in self.work)
 
 
+class StepResult(NamedTuple):
+    """What a step chose, by sequence id: of each sequence that samples its next token, and what it asked for besides.
+
+    prompt_logprobs: of the tokens after each of those that the step computed, as far as they are in the prompt.
+    """
+
+    token_ids: Mapping[int, int]
+    logprobs: Mapping[int, TokenLogprobs] = MappingProxyType({})
+    prompt_logprobs: Mapping[int, list[TokenLogprobs]] = MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """What a step did to one sequence: a new token, an end, or both."""
+    """What a step did to one sequence: a new token, and maybe its end."""
 
     sequence: Sequence
-    token_id: int | None
+    token_id: int
     finish_reason: FinishReason | None
 
 
 class Scheduler:
-    """Owns the queue, the running set and the blocks; knows nothing of tensors."""
+    """Owns the queue, the running set and the blocks; knows nothing of tensors.
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    max_num_seqs: most sequences that run at once.
+    max_num_batched_tokens: most tokens of a step.
+    max_prefill_chunk: most prompt tokens of one sequence in a step.
+    priority_aging: seconds of waiting that make up for one step of priority.
+    enable_prefix_caching: look for prefixes in the cache, and leave one's own there.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        *,
+        max_prefill_chunk: int | None = None,
+        priority_aging: float = 60.0,
+        enable_prefix_caching: bool = True,
+    ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({max_num_batched_tokens}) is below max_num_seqs ({max_num_seqs}):"
@@ -59,115 +99,258 @@ class Scheduler:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of admission: the youngest is the last
+        self.max_prefill_chunk = max_prefill_chunk or max_num_batched_tokens
+        self.priority_aging = priority_aging
+        self.enable_prefix_caching = enable_prefix_caching
+        self.waiting: list[Sequence] = []  # in order of rank
+        self.running: list[Sequence] = []  # in order of admission
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that do not run yet, those included that wait for the prompt they share."""
+        forks = sum(len(sequence.forks) for queue in (self.waiting, self.running) for sequence in queue)
+        return len(self.waiting) + forks
+
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises ValueError if the whole pool could not hold it at its longest."""
+        """Queue a sequence and its forks. Raises ValueError if the whole pool could not hold it at its longest."""
         needed = self.pool.blocks_for(sequence.max_len)
         if needed > self.pool.num_usable:
             raise ValueError(
                 f"a sequence of {sequence.max_len} tokens needs {needed} KV blocks, the cache has"
                 f" {self.pool.num_usable}: raise kv_cache_memory or lower max_model_len"
             )
-        self.waiting.append(sequence)
+        self._enqueue(sequence)
 
     def schedule(self) -> Step:
-        """Choose the next step's work and give it blocks: decodes, then prompts under way, then new ones."""
+        """Choose the next step's work and give it blocks: decodes, then prompts under way, then new ones.
+
+        What it returns counts as computed from then on: commit every step, in order.
+        """
         budget = self.max_num_batched_tokens
         work: dict[Sequence, Work] = {}
+        copies: dict[Sequence, tuple[int, int]] = {}
         num_preempted = 0
-        decoding = [sequence for sequence in self.running if sequence.num_uncomputed_tokens == 1]
-        prefilling = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
+        decoding, prefilling = [], []
+        for sequence in self.running:
+            num_tokens = sequence.num_uncomputed_tokens
+            if num_tokens > 1:
+                prefilling.append(sequence)
+            elif num_tokens == 1 and sequence.can_continue:
+                decoding.append(sequence)
+        prefilling.sort(key=self._rank)
         for sequence in decoding + prefilling:
             if budget == 0:
                 break
             if sequence.status is not Status.RUNNING:
-                continue  # preempted on behalf of an older one
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            while not self._grow(sequence, num_tokens):
-                victim = self.running[-1]
-                self._preempt(victim)
-                num_preempted += 1
+                continue  # preempted on behalf of another
+            num_tokens = min(sequence.num_uncomputed_tokens, self.max_prefill_chunk, budget)
+            while not self._grow(sequence, num_tokens, copies):
+                victim = max(self.running, key=self._rank)
                 undone = work.pop(victim, None)
+                copies.pop(victim, None)
+                self._preempt(victim, undone)
+                num_preempted += 1
                 budget += undone.num_tokens if undone else 0
                 if victim is sequence:
                     break
             else:
-                work[sequence] = Work(sequence, num_tokens)
+                work[sequence] = self._take(sequence, num_tokens)
                 budget -= num_tokens
+        num_running, num_cached_tokens = len(self.running), 0
         # A preemption means that memory is short: whoever is admitted now would be the next victim.
         while self.waiting and budget and len(self.running) < self.max_num_seqs and not num_preempted:
             sequence = self.waiting[0]
-            # The whole prompt must fit now, and each running sequence be able to grow once: fewer preemptions.
-            if self.pool.blocks_for(len(sequence.token_ids)) + len(self.running) > self.pool.num_free and self.running:
+            if sequence.num_pending_tokens or not self._admit(sequence):
                 break
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            if not self._grow(sequence, num_tokens):
-                break
-            self.waiting.popleft()
-            sequence.status = Status.RUNNING
-            self.running.append(sequence)
-            work[sequence] = Work(sequence, num_tokens)
+            num_cached_tokens += sequence.num_computed_tokens
+            num_tokens = min(sequence.num_uncomputed_tokens, self.max_prefill_chunk, budget)
+            grown = self._grow(sequence, num_tokens, copies)
+            assert grown, "a sequence was admitted without room"
+            work[sequence] = self._take(sequence, num_tokens)
             budget -= num_tokens
-        return Step(tuple(work.values()), num_preempted)
+        return Step(
+            tuple(work.values()),
+            tuple(copies.values()),
+            num_preempted,
+            len(self.running) - num_running,
+            num_cached_tokens,
+        )
 
-    def commit(self, step: Step, sampled: Mapping[int, int]) -> list[TokenOutput]:
-        """Record a step that ran: `sampled` gives the new token of each sequence, by id, whose work `samples`."""
+    def commit(self, step: Step, result: StepResult) -> list[TokenOutput]:
+        """Record a step that ran: what it computed can be shared from now on, what it chose is known."""
         outputs = []
+        ended = False
         for work in step.work:
             sequence = work.sequence
-            if sequence.status is not Status.RUNNING:
-                continue  # aborted while the step ran
-            samples = work.samples
-            sequence.num_computed_tokens += work.num_tokens
-            if not samples:
+            if sequence.status is Status.FINISHED:
+                continue  # ended while the step ran
+            end = work.start + work.num_tokens
+            # A sequence that was preempted while the step ran has no blocks left, but its token stands.
+            holds_blocks = sequence.status is Status.RUNNING and sequence.num_computed_tokens >= end
+            if holds_blocks and end // self.pool.block_size > sequence.num_registered_blocks:
+                self._register(sequence, end)
+            if sequence.params.prompt_logprobs is not None and work.start == len(sequence.prompt_logprobs):
+                sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.id, ())
+            if not work.samples:
                 continue
-            token_id = sampled[sequence.id]
+            if sequence.forks:
+                self._fork(sequence, holds_blocks)
+            sequence.num_pending_tokens -= 1
+            token_id = result.token_ids[sequence.id]
+            if sequence.params.logprobs is not None:
+                sequence.logprobs.append(result.logprobs[sequence.id])
             sequence.append(token_id)
             if sequence.finish_reason is not None:
+                if sequence.status is Status.WAITING:
+                    self.waiting.remove(sequence)
+                ended = True
                 self._release(sequence)
             outputs.append(TokenOutput(sequence, token_id, sequence.finish_reason))
-        if any(output.finish_reason for output in outputs):
+        if ended:
             self.running = [sequence for sequence in self.running if sequence.status is Status.RUNNING]
         return outputs
 
-    def abort(self, sequence: Sequence) -> None:
-        """End a sequence wherever it is and free what it holds. Ending it twice does nothing."""
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence wherever it is and free what it holds. Ending it twice does nothing.
+
+        Sequences that wait for its prompt go on without it.
+        """
         if sequence.status is Status.FINISHED:
             return
-        if sequence.status is Status.WAITING:
+        parent = next((other for other in sequence.choices if sequence in other.forks), None)
+        if parent is not None:
+            parent.forks.remove(sequence)
+        elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-        sequence.finish_reason = "abort"
+        if sequence.forks:
+            first, *others = sequence.forks
+            first.forks = others
+            sequence.forks = []
+            self._enqueue(first)
+        sequence.finish_reason = reason
         self._release(sequence)
 
     def check(self) -> None:
         """Prove that every block in use belongs to a running sequence. Raises AssertionError."""
-        assert all(not sequence.block_table for sequence in self.waiting), "a waiting sequence holds blocks"
+        idle = [*self.waiting, *(fork for queue in (self.waiting, self.running) for item in queue for fork in item.forks)]
+        assert all(not sequence.block_table for sequence in idle), "a waiting sequence holds blocks"
+        assert all(sequence.status is Status.WAITING for sequence in idle), "a waiting sequence is not waiting"
+        assert all(sequence.status is Status.RUNNING for sequence in self.running), "a running sequence is not running"
+        ranks = [self._rank(sequence) for sequence in self.waiting]
+        assert ranks == sorted(ranks), "the queue is out of order"
         self.pool.check(sequence.block_table for sequence in self.running)
 
-    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give the sequence the blocks that `num_tokens` more tokens need, or nothing."""
-        needed = self.pool.blocks_for(sequence.num_computed_tokens + num_tokens) - len(sequence.block_table)
-        if needed > self.pool.num_free:
+    def _rank(self, sequence: Sequence) -> tuple[float, int]:
+        return sequence.arrival_time + sequence.priority * self.priority_aging, sequence.id
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        insort(self.waiting, sequence, key=self._rank)
+
+    def _take(self, sequence: Sequence, num_tokens: int) -> Work:
+        start = sequence.num_computed_tokens
+        samples = num_tokens == sequence.num_uncomputed_tokens
+        sequence.num_computed_tokens = start + num_tokens
+        sequence.num_pending_tokens += samples
+        return Work(sequence, start, num_tokens, samples)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Move the first of the queue to the running, with the part of it that is in the cache, if there is room."""
+        num_tokens = len(sequence.token_ids)
+        found = self._find_prefix(sequence)
+        # A prompt that is there entirely still computes its last token, to choose the next one.
+        num_computed = min(len(found) * self.pool.block_size, num_tokens - 1)
+        copies = num_computed < len(found) * self.pool.block_size and not self.pool.num_unused(found[-1:])
+        needed = self.pool.blocks_for(num_tokens) - len(found) + copies
+        # The whole prompt must fit now, and each running sequence be able to grow once: fewer preemptions.
+        if needed + len(self.running) > self.pool.num_free - self.pool.num_unused(found) and self.running:
             return False
-        if needed > 0:
-            sequence.block_table += self.pool.allocate(needed)
+        self.waiting.pop(0)
+        self.pool.share(found)
+        sequence.block_table = found
+        sequence.num_computed_tokens = num_computed
+        sequence.num_registered_blocks = num_computed // self.pool.block_size
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = num_computed
+        sequence.status = Status.RUNNING
+        self.running.append(sequence)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """The blocks of the sequence's tokens that are in the cache, as far as it may use them."""
+        if not self.enable_prefix_caching:
+            return []
+        limit = len(sequence.token_ids)
+        if sequence.params.prompt_logprobs is not None and len(sequence.prompt_logprobs) < sequence.num_prompt_tokens - 1:
+            limit = len(sequence.prompt_logprobs)  # what is not computed has no logits
+        self._name_blocks(sequence, limit)
+        return self.pool.find(sequence.block_names[: limit // self.pool.block_size])
+
+    def _name_blocks(self, sequence: Sequence, num_tokens: int) -> None:
+        """Name the sequence's full blocks among its first `num_tokens` tokens."""
+        names, size = sequence.block_names, self.pool.block_size
+        for index in range(len(names), num_tokens // size):
+            parent = names[-1] if names else self.pool.root_name(sequence.cache_salt)
+            names.append(self.pool.name(parent, sequence.token_ids[index * size : (index + 1) * size]))
+
+    def _register(self, sequence: Sequence, num_tokens: int) -> None:
+        """Let others find the blocks that the first `num_tokens` tokens have filled."""
+        if not self.enable_prefix_caching:
+            return
+        self._name_blocks(sequence, num_tokens)
+        for index in range(sequence.num_registered_blocks, num_tokens // self.pool.block_size):
+            sequence.block_table[index] = self.pool.register(sequence.block_table[index], sequence.block_names[index])
+        sequence.num_registered_blocks = num_tokens // self.pool.block_size
+
+    def _fork(self, sequence: Sequence, holds_blocks: bool) -> None:
+        """Set the sequences free that waited for this one's prompt. Each computes the prompt's last token again, to
+        choose its own next one; whoever writes to a block that others hold copies it first."""
+        size, num_tokens = self.pool.block_size, sequence.num_prompt_tokens
+        for fork in sequence.forks:
+            if not holds_blocks or len(self.running) >= self.max_num_seqs:
+                self._enqueue(fork)  # it will find the full blocks in the cache
+                continue
+            fork.block_table = sequence.block_table[: self.pool.blocks_for(num_tokens)]
+            self.pool.share(fork.block_table)
+            fork.block_names = sequence.block_names[: num_tokens // size]
+            fork.num_computed_tokens = fork.num_cached_tokens = num_tokens - 1
+            fork.num_registered_blocks = fork.num_computed_tokens // size
+            fork.status = Status.RUNNING
+            self.running.append(fork)
+        sequence.forks = []
+
+    def _grow(self, sequence: Sequence, num_tokens: int, copies: dict[Sequence, tuple[int, int]]) -> bool:
+        """Give the sequence blocks of its own to write `num_tokens` more tokens to, or nothing."""
+        table, first = sequence.block_table, sequence.num_computed_tokens // self.pool.block_size
+        needed = self.pool.blocks_for(sequence.num_computed_tokens + num_tokens) - len(table)
+        copy = first < len(table) and self.pool.is_shared(table[first])
+        if needed + copy > self.pool.num_free:
+            return False
+        if copy:
+            source, [destination] = table[first], self.pool.allocate(1)
+            self.pool.free((source,))
+            table[first] = destination
+            copies[sequence] = source, destination
+        if needed > 0:
+            table += self.pool.allocate(needed)
+        return True
+
+    def _preempt(self, sequence: Sequence, undone: Work | None) -> None:
+        """Take a running sequence's blocks, and back the work that this step would have done for it."""
         self.running.remove(sequence)
         self.pool.free(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
-        sequence.status = Status.WAITING
-        self.waiting.appendleft(sequence)
+        sequence.num_registered_blocks = 0
+        if undone is not None and undone.samples:
+            sequence.num_pending_tokens -= 1
+        self._enqueue(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.free(sequence.block_table)

@@ -1,42 +1,15 @@
-"""A request's parameters and its life in the engine."""
+"""A request's life in the engine."""
 
 import enum
-import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.logit_edits import LogitEdits
 
 FinishReason = Literal["stop", "length", "abort"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How to continue one prompt. Raises ValueError with the field, its value and the limit.
-
-    temperature: 0 is greedy; otherwise logits are divided by it.
-    max_tokens: most tokens to generate; the context length ends a sequence as well.
-    seed: 64-bit; None draws one. The same seed gives the same tokens whatever else is in the batch, up to the
-        order in which floating-point sums are taken.
-    ignore_eos: do not stop at the model's end-of-sequence tokens.
-    stop_token_ids: further tokens that end the sequence; the one that did is the last of `token_ids`.
-    """
-
-    temperature: float = 1.0
-    max_tokens: int = 256
-    seed: int | None = None
-    ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
-            raise ValueError(f"temperature is {self.temperature}, must be between 0 and 100")
-        if not 1 <= self.max_tokens <= 2**31 - 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}, must be between 1 and 2147483647")
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}, must fit in 64 bits")
-        for token in self.stop_token_ids:
-            if token < 0:
-                raise ValueError(f"stop_token_ids holds {token}, token ids are at least 0")
 
 
 class Status(enum.Enum):
@@ -45,16 +18,48 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
+class Needs(enum.IntFlag):
+    """What choosing a sequence's tokens takes beyond the likeliest one. A step computes only what somebody needs."""
+
+    DRAW = 1
+    RESTRICT = 2
+    EDIT = 4
+    MASK = 8
+    LOGPROBS = 16
+    PROMPT_LOGPROBS = 32
+
+
+class TokenLogprobs(NamedTuple):
+    """How probable a token was: natural log-probabilities of the model itself, before penalties and temperature.
+
+    rank: 1 for the likeliest token. top: the likeliest tokens and theirs, in falling order.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """One prompt and what was generated after it. It owns its block table.
 
-    The first `num_computed_tokens` of `token_ids` have their keys and values in the cache; a sequence whose
-    computed tokens are all but the last one is decoding.
+    The keys and values of the first `num_computed_tokens` tokens are in the cache, or will be when the steps that
+    were scheduled have run. A step that is still running may be about to give a token: it counts as pending.
 
-        token_ids    | prompt ........................ | generated ....... |
-                     | computed ............................... | to come  |
-        block_table  | b0 | b1 | b2 | …  covers the computed tokens and those of the running step
+        token_ids    | prompt ........................ | generated ....... | pending |
+                     | computed ................................ | to come           |
+        block_table  | b0 | b1 | b2 | …  covers the computed tokens
+
+    seed: of this sequence's random numbers.
+    stop_token_ids: all tokens that end it, end-of-sequence tokens included.
+    max_len: most tokens of prompt and output.
+    arrival_time: seconds on the engine's clock.
+    needs: of its choices, `Needs` as a plain number.
+    choices: the sequences of the same request, this one among them, where it asked for several.
+    forks: those that wait for this one to compute the prompt, and then share its blocks.
+    num_cached_tokens: prompt tokens that were found in the cache when the sequence first ran.
     """
 
     id: int
@@ -64,27 +69,63 @@ class Sequence:
     stop_token_ids: frozenset[int]
     max_len: int
     arrival_time: float
+    priority: int = 0
+    cache_salt: str | None = None
+    logit_edits: "LogitEdits | None" = None
+    needs: int = field(init=False)
+    choices: tuple["Sequence", ...] = ()
+    forks: list["Sequence"] = field(default_factory=list)
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
+    num_cached_tokens: int | None = None
     block_table: list[int] = field(default_factory=list)
+    block_names: list[bytes] = field(default_factory=list)
+    num_registered_blocks: int = 0
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+        self.choices = self.choices or (self,)
+        params, edits = self.params, self.logit_edits
+        needs = {
+            Needs.DRAW: params.temperature > 0,
+            Needs.RESTRICT: params.restricts,
+            Needs.EDIT: edits is not None and edits.edits,
+            Needs.MASK: edits is not None and edits.masks,
+            Needs.LOGPROBS: params.logprobs is not None,
+            Needs.PROMPT_LOGPROBS: params.prompt_logprobs is not None,
+        }
+        self.needs = sum(int(need) for need, is_needed in needs.items() if is_needed)
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
     def num_output_tokens(self) -> int:
+        """Tokens generated so far, without a pending one."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether another token can be computed now: not at the end, nor where the pending one must be known first."""
+        if self.num_pending_tokens == 0:
+            return True
+        at_end = len(self.token_ids) + self.num_pending_tokens >= self.max_len
+        return not (at_end or self.params.needs_last_token)
 
     def append(self, token_id: int) -> None:
         """Take a sampled token, and note if it ends the sequence."""
         self.token_ids.append(token_id)
         if token_id in self.stop_token_ids:
             self.finish_reason = "stop"
-        elif self.num_output_tokens >= self.params.max_tokens or len(self.token_ids) >= self.max_len:
+        elif len(self.token_ids) >= self.max_len:
             self.finish_reason = "length"

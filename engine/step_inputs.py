@@ -1,18 +1,19 @@
 """A step's inputs as one flat buffer: written once on the host, copied to the device in one transfer.
 
-    seed | temperature | sample_position | token_ids | positions | slot_mapping | query_start | context_lens | …
+    seed | temperature | sample_position | token_ids | token_source | positions | slot_mapping | query_start | …
 
 Each field starts at a multiple of 16 bytes, because Inductor copies an input whose address is not.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from engine.scheduler import Work
-from engine.sequence import Sequence
 from layers.types import Batch, Sampling
 
 _ALIGNMENT = 4  # int32 elements, 16 bytes
@@ -30,18 +31,27 @@ class StepShape(NamedTuple):
     def field_sizes(self) -> tuple[int, ...]:
         """Elements of int32 that each field takes, in the order of `carve`."""
         tokens, sequences, rows = self.tokens, self.sequences, self.rows
-        fields = (2 * rows, rows, rows, tokens, tokens, tokens, sequences + 1, sequences, sequences * self.blocks, rows)
+        fields = (2 * rows, rows, rows, tokens, tokens, tokens, tokens, sequences + 1, sequences, sequences * self.blocks, rows)
         return tuple(-(-size // _ALIGNMENT) * _ALIGNMENT for size in fields)
 
 
-def carve(buffer: Tensor, shape: StepShape) -> tuple[Batch, Sampling]:
+class StepInputs(NamedTuple):
+    """What a step reads. `token_source` is 0 for a token whose id the host knows; else the id is what row
+    `token_source - 1` of the step before it chose, which the host may not have seen yet."""
+
+    batch: Batch
+    sampling: Sampling
+    token_source: Int[Tensor, "T"]
+
+
+def carve(buffer: Tensor, shape: StepShape) -> StepInputs:
     """Views of an int32 buffer as the inputs of a step.
 
     Each is a tensor with a storage of its own over the buffer's memory: the compiler guards on storage offsets, and
     those of views would differ from one shape to the next.
     """
     views = buffer[: sum(shape.field_sizes())].split(shape.field_sizes())
-    seed, temperature, sample_position, token_ids, positions, slots, starts, contexts, tables, rows = (
+    seed, temperature, sample_position, token_ids, source, positions, slots, starts, contexts, tables, rows = (
         from_dlpack(to_dlpack(view)) for view in views
     )
     batch = Batch(
@@ -59,30 +69,35 @@ def carve(buffer: Tensor, shape: StepShape) -> tuple[Batch, Sampling]:
         seed=seed[: 2 * shape.rows].view(torch.int64),
         position=sample_position[: shape.rows],
     )
-    return batch, sampling
+    return StepInputs(batch, sampling, source[: shape.tokens])
 
 
-def fill(inputs: tuple[Batch, Sampling], work: tuple[Work, ...], block_size: int) -> list[Sequence | None]:
+def fill(
+    inputs: StepInputs, work: tuple[Work, ...], block_size: int, pending_rows: Mapping[int, int]
+) -> list[Work | None]:
     """Write `work` to zeroed host inputs; rows beyond it stay as harmless padding: token 0 in block 0, greedy.
 
-    Returns the sequence whose next token each row chooses, in order; None for a row whose token nobody wants. A
-    uniform step has a row for every sequence, a ragged one only for those that sample.
+    `pending_rows` tells which row of the step before chooses the next token of a sequence, by sequence id. Returns
+    the work whose next token each row chooses, in order; None for a row whose token nobody wants. A uniform step has
+    a row for every sequence, a ragged one only for those that sample.
     """
-    batch, sampling = inputs
+    batch, sampling = inputs.batch, inputs.sampling
     token_ids, positions, slots = batch.token_ids.numpy(), batch.positions.numpy(), batch.slot_mapping.numpy()
-    starts, contexts = batch.query_start.numpy(), batch.context_lens.numpy()
+    sources, starts, contexts = inputs.token_source.numpy(), batch.query_start.numpy(), batch.context_lens.numpy()
     tables, rows = batch.block_tables.numpy(), batch.logits_indices.numpy()
     temperature, seed, sample_position = (
         field.numpy() for field in (sampling.temperature, sampling.seed, sampling.position)
     )
     token = 0
-    sampled: list[Sequence | None] = []
+    sampled: list[Work | None] = []
     for index, item in enumerate(work):
-        sequence, num_tokens = item.sequence, item.num_tokens
-        first = sequence.num_computed_tokens
+        sequence, first, num_tokens = item.sequence, item.start, item.num_tokens
         table = sequence.block_table
         if num_tokens == 1:
-            token_ids[token] = sequence.token_ids[first]
+            if first < len(sequence.token_ids):
+                token_ids[token] = sequence.token_ids[first]
+            else:
+                sources[token] = pending_rows[sequence.id] + 1
             positions[token] = first
             slots[token] = table[first // block_size] * block_size + first % block_size
         else:
@@ -102,11 +117,14 @@ def fill(inputs: tuple[Batch, Sampling], work: tuple[Work, ...], block_size: int
             temperature[row] = sequence.params.temperature
             seed[row] = sequence.seed
             sample_position[row] = first + num_tokens
-            sampled.append(sequence if item.samples else None)
+            sampled.append(item if item.samples else None)
     if batch.query_len is not None:
         # A padding sequence attends to itself alone, in the padding block.
         starts[len(work) + 1 :] = range(token + batch.query_len, len(token_ids) + 1, batch.query_len)
         contexts[len(work) :] = batch.query_len
     else:
-        starts[len(work) + 1 :] = token
+        # Padding tokens, if there are any, are those of the first padding sequence.
+        starts[len(work) + 1 :] = len(token_ids)
+        if token < len(token_ids):
+            contexts[len(work)] = len(token_ids) - token
     return sampled

@@ -30,9 +30,9 @@ def block(
 
 
 def logits(x: Float[Tensor, "R E"], weights: Weights, config: ModelConfig) -> Float[Tensor, "R V"]:
-    """Logits in float32 of the rows that the caller selected: the head is never computed for other rows."""
+    """Logits, in the weights' type, of the rows that the caller selected: the head is never computed for others."""
     x = rms_norm(x, weights.final_norm, config.rms_norm_eps)
-    return ops.linear(x, weights.lm_head).float()
+    return ops.linear(x, weights.lm_head)
 
 
 def forward(weights: Weights, config: ModelConfig, batch: Batch, kv_cache: KVCache) -> Float[Tensor, "R V"]:

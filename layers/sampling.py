@@ -12,24 +12,36 @@ from torch import Tensor
 from layers.types import Sampling
 
 _MASK = 0xFFFFFFFF
+_BELOW_ONE = 1 - 2.0**-24  # the float32 before 1
 
 
-def sample(logits: Float[Tensor, "R V"], sampling: Sampling | None) -> Int[Tensor, "R"]:
-    """Choose each row's token: the largest logit where greedy, else a draw from softmax(logits / temperature).
+def greedy(logits: Float[Tensor, "R V"]) -> Int[Tensor, "R"]:
+    """Each row's largest logit, the lowest token id of several."""
+    return logits.argmax(dim=-1)
+
+
+def draw(logits: Float[Tensor, "R V"], sampling: Sampling) -> Int[Tensor, "R"]:
+    """A token of each row, drawn from softmax(logits / temperature); the largest logit where the temperature is 0.
 
     A draw is the argmax of logits / temperature plus Gumbel noise (Gumbel 1954), so no softmax, sort or
-    cumulative sum is needed. Ties go to the lowest token id.
+    cumulative sum is needed. A token whose logit is -inf is never drawn while there is another.
     """
-    greedy = logits.argmax(dim=-1)
-    if sampling is None:
-        return greedy
+    logits = logits.float()
     uniform = uniform_noise(sampling.seed, sampling.position, logits.shape[-1])
-    # -log(-log1p(-u)): written so that the winners, whose u is near zero, keep all of u's 32 bits.
-    gumbel = -torch.log(-torch.log1p(-uniform))
-    is_greedy = sampling.temperature == 0
-    temperature = torch.where(is_greedy, torch.ones_like(sampling.temperature), sampling.temperature)
-    drawn = (logits / temperature[:, None] + gumbel).argmax(dim=-1)
-    return torch.where(is_greedy, greedy, drawn)
+    # -log(-log1p(-u)): written so that the winners, whose u is near zero, keep all of u's 32 bits. Noise of -inf, at
+    # u = 1, would make the only token that is left as good as one that is ruled out.
+    gumbel = -torch.log(-torch.log1p(-uniform.clamp(max=_BELOW_ONE)))
+    drawn = (scaled(logits, sampling.temperature) + gumbel).argmax(dim=-1)
+    return torch.where(sampling.temperature == 0, greedy(logits), drawn)
+
+
+def scaled(logits: Float[Tensor, "R V"], temperature: Float[Tensor, "R"]) -> Float[Tensor, "R V"]:
+    """(logits - maximum) / temperature; where the temperature is 0, as if it were 1.
+
+    With the maximum at 0, what a small temperature drives out of range are only tokens that are never drawn.
+    """
+    divisor = torch.where(temperature == 0, torch.ones_like(temperature), temperature)
+    return (logits - logits.amax(dim=-1, keepdim=True)) / divisor[:, None]
 
 
 def uniform_noise(seed: Int[Tensor, "R"], position: Int[Tensor, "R"], size: int) -> Float[Tensor, "R size"]:

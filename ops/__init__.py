@@ -7,5 +7,6 @@ Each op has a fake implementation for tracing, a Triton one for CUDA, a torch on
 from ops.kv_cache import copy_blocks, write_kv
 from ops.linear import Matrix, Packed, linear, pack
 from ops.paged_attention import paged_attention
+from ops.token_threshold import token_threshold
 
-__all__ = ["Matrix", "Packed", "copy_blocks", "linear", "pack", "paged_attention", "write_kv"]
+__all__ = ["Matrix", "Packed", "copy_blocks", "linear", "pack", "paged_attention", "token_threshold", "write_kv"]

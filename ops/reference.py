@@ -61,3 +61,19 @@ def paged_attention(
                 probabilities = torch.softmax(k @ query[row, head].double() * scale, dim=0)
                 output[row, head] = (probabilities @ v).to(query.dtype)
     return output
+
+
+def token_threshold(
+    weights: Float[Tensor, "R V"], top_k: Int[Tensor, "R"], top_p: Float[Tensor, "R"]
+) -> Float[Tensor, "R"]:
+    """The last weight that is needed of each sorted row: first for top_k tokens, then for top_p of their sum."""
+    thresholds = torch.zeros_like(top_p)
+    for row, (k, p) in enumerate(zip(top_k.tolist(), top_p.tolist(), strict=True)):
+        ordered = weights[row].double().sort(descending=True).values
+        if k < len(ordered):
+            thresholds[row] = ordered[k - 1]
+            ordered = ordered[ordered >= ordered[k - 1]]
+        if p < 1:
+            mass = ordered.cumsum(0)
+            thresholds[row] = ordered[mass >= p * mass[-1]][0]
+    return thresholds

@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
-from engine.sequence import SamplingParams
+from engine.sampling_params import SamplingParams
 from serving.console import explain, say
 
 if TYPE_CHECKING:

@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.sequence import SamplingParams
+from engine.sampling_params import SamplingParams
 from serving.cli_options import (
     Debug,
     IgnoreEos,
     MaxTokens,
+    MinP,
     Quiet,
+    RepetitionPenalty,
     Seed,
+    Stop,
     System,
     Temperature,
+    TopK,
+    TopP,
     with_engine_options,
 )
 from serving.console import BAD_INPUT, INTERRUPTED, reporting, say
@@ -65,6 +70,11 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from standard input.")],
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
     seed: Seed = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
     system: System = None,
@@ -76,7 +86,17 @@ def generate(
 ) -> None:
     """Answer one prompt, as it is being generated."""
     with reporting(quiet=quiet, debug=debug):
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=tuple(stop or ()),
+            seed=seed,
+            ignore_eos=ignore_eos,
+        )
         if raw and system is not None:
             raise ValueError("--system is part of a chat template, which --raw leaves out: give one of them")
         text = _read_prompt(prompt)
@@ -105,6 +125,11 @@ def generate(
 def chat(
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
     seed: Seed = None,
     system: System = None,
     quiet: Quiet = False,
@@ -116,7 +141,16 @@ def chat(
     from serving.chat import converse
 
     with reporting(quiet=quiet, debug=debug):
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=tuple(stop or ()),
+            seed=seed,
+        )
         llm = _start(engine, quiet)
         for completion in converse(llm, params, system):
             if not quiet:

@@ -9,6 +9,11 @@ from typer import Option
 
 MaxTokens = Annotated[int, Option(help="Most tokens of an answer.")]
 Temperature = Annotated[float, Option(help="0 takes the likeliest token; higher is more varied.")]
+TopK = Annotated[int, Option(help="Draw from this many likeliest tokens only.", show_default="all")]
+TopP = Annotated[float, Option(help="Draw from the likeliest tokens of this probability together.")]
+MinP = Annotated[float, Option(help="Draw from tokens at least this many times as probable as the likeliest.")]
+RepetitionPenalty = Annotated[float, Option(help="Above 1: tokens that were there already are less likely.")]
+Stop = Annotated[list[str] | None, Option(help="Text that ends the answer; can be given several times.")]
 Seed = Annotated[int | None, Option(help="Makes a temperature above 0 repeatable.", show_default="random")]
 System = Annotated[str | None, Option(help="System message, for models whose chat template knows one.")]
 IgnoreEos = Annotated[bool, Option("--ignore-eos", help="Go on to --max-tokens whatever the model says.")]
@@ -51,6 +56,40 @@ def engine_options(
     max_num_batched_tokens: Annotated[
         int | None,
         Option(help="Most tokens of a step.", show_default="8192 on CUDA, 512 on CPU", rich_help_panel=_ENGINE),
+    ] = None,
+    max_prefill_chunk: Annotated[
+        int | None,
+        Option(
+            help="Most prompt tokens of one sequence in a step.",
+            show_default="2048 on CUDA, the whole step on CPU",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    enable_prefix_caching: Annotated[
+        bool | None,
+        Option(
+            "--prefix-caching/--no-prefix-caching",
+            help="Compute a prefix once and share it.",
+            show_default="on",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    priority_aging: Annotated[
+        float | None,
+        Option(
+            help="Seconds of waiting that make up for one step of priority.",
+            show_default="60",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    async_scheduling: Annotated[
+        bool | None,
+        Option(
+            "--async-scheduling/--no-async-scheduling",
+            help="Prepare a step while the device runs the one before.",
+            show_default="on with CUDA",
+            rich_help_panel=_ENGINE,
+        ),
     ] = None,
     block_size: Annotated[
         int | None,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import ops
 from ops import reference
+from tests.threshold_cases import cases, expect_thresholds, weights_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -239,3 +240,24 @@ def test_registration(query_len: int | None) -> None:
     slots = torch.tensor([3, 4, 17], device="cuda")
     written = (keys.nan_to_num(), values.nan_to_num(), rows, rows, slots)
     torch.library.opcheck(torch.ops.dispec.write_kv.default, written, test_utils=checks)
+
+
+@pytest.mark.parametrize("size", [1, 100, 5_003])
+def test_token_threshold(size: int) -> None:
+    weights, top_k, top_p = cases(size)
+    actual = ops.token_threshold(weights.cuda(), top_k.cuda(), top_p.cuda()).cpu()
+    expect_thresholds(actual, weights, top_k, top_p)
+
+
+@pytest.mark.parametrize("size", [50_257, 151_936, 262_144])
+def test_token_threshold_of_a_large_vocabulary(size: int) -> None:
+    torch.manual_seed(0)
+    settings = [(50, 1.0), (size, 0.95), (2000, 0.9), (1, 0.5), (size, 1.0), (size - 1, 0.3), (size, 1e-9)]
+    top_k, top_p = (torch.tensor(column) for column in zip(*settings * 3, strict=True))
+    spread = torch.tensor([0.3, 3.0, 8.0]).repeat_interleave(len(settings))
+    weights = weights_of((torch.randn(len(spread), size) * spread[:, None]).bfloat16())
+    actual = ops.token_threshold(weights.cuda(), top_k.cuda(), top_p.cuda())
+    expect_thresholds(actual.cpu(), weights, top_k, top_p)
+    for row in range(len(settings)):
+        alone = ops.token_threshold(*(x[row : row + 1].cuda() for x in (weights, top_k, top_p)))
+        assert torch.equal(alone, actual[row : row + 1])

@@ -1,9 +1,12 @@
 """Choosing tokens: greedy is the argmax, draws follow the softmax, noise depends on seed and position alone."""
 
+import pytest
 import torch
 
-from layers.sampling import sample, uniform_noise
-from layers.types import Sampling
+from layers import sampling as module
+from layers.logit_processing import restrict
+from layers.sampling import draw, greedy, uniform_noise
+from layers.types import Filters, Sampling
 
 
 def sampling(temperature, seeds, positions) -> Sampling:
@@ -18,24 +21,70 @@ def sampling(temperature, seeds, positions) -> Sampling:
 def test_greedy_rows_are_the_argmax_beside_sampled_ones():
     torch.manual_seed(0)
     logits = torch.randn(4, 100)
-    chosen = sample(logits, sampling([0.0, 1.0, 0.0, 5.0], [1, 2, 3, 4], [5, 6, 7, 8]))
+    chosen = draw(logits, sampling([0.0, 1.0, 0.0, 5.0], [1, 2, 3, 4], [5, 6, 7, 8]))
     assert torch.equal(chosen[[0, 2]], logits.argmax(-1)[[0, 2]])
-    assert torch.equal(sample(logits, None), logits.argmax(-1))
+    assert torch.equal(greedy(logits), logits.argmax(-1))
+    assert torch.equal(greedy(logits.bfloat16()), logits.bfloat16().float().argmax(-1))
 
 
 def test_draws_follow_the_softmax():
-    """Chi-square over 40,000 draws of 20 tokens, for several temperatures; the 0.1 % quantile at 19 degrees."""
     torch.manual_seed(0)
     logits = torch.randn(20) * 2
     for temperature in (0.5, 1.0, 2.0):
-        draws = 40_000
-        rows = logits.expand(draws, 20)
-        chosen = sample(rows, sampling(temperature, [99] * draws, list(range(draws))))
-        expected = torch.softmax(logits / temperature, -1) * draws
-        observed = torch.bincount(chosen, minlength=20)
-        likely = expected >= 5
+        expect_draws(logits, logits, temperature, torch.softmax(logits / temperature, -1))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"), [(5, 1.0, 0.0), (20, 0.7, 0.0), (20, 1.0, 0.1), (10, 0.8, 0.15), (1, 0.1, 1.0)]
+)
+@pytest.mark.parametrize("temperature", [0.6, 1.5])
+def test_restricted_draws_follow_what_is_left_of_the_softmax(top_k, top_p, min_p, temperature):
+    """By definition, without the functions under test: keep, in falling order, while each filter says so."""
+    torch.manual_seed(1)
+    logits = torch.randn(20) * 2
+    order = logits.argsort(descending=True)
+    kept = torch.softmax(logits[order] / temperature, -1)[:top_k]
+    before = kept.cumsum(0) - kept
+    kept = kept[before < top_p * kept.sum()]
+    kept = kept[kept >= min_p * kept[0]]
+    expected = torch.zeros(20)
+    expected[order[: len(kept)]] = kept / kept.sum()
+    filters = Filters(torch.tensor([top_k]), torch.tensor([top_p]), torch.tensor([min_p]))
+    restricted = restrict(logits[None], torch.tensor([temperature]), filters)[0]
+    expect_draws(logits, restricted, temperature, expected)
+
+
+def expect_draws(logits: torch.Tensor, restricted: torch.Tensor, temperature: float, expected: torch.Tensor) -> None:
+    """40,000 draws of restricted logits against the probabilities, by chi-square at 0.1 %."""
+    draws = 40_000
+    chosen = draw(restricted.expand(draws, len(logits)), sampling(temperature, [99] * draws, list(range(draws))))
+    observed = torch.bincount(chosen, minlength=len(logits))
+    assert (observed[expected == 0] == 0).all(), "drawn, but ruled out"
+    expected = expected * draws
+    likely = expected >= 5
+    if likely.sum() > 1:
         chi_square = ((observed - expected)[likely] ** 2 / expected[likely]).sum()
-        assert chi_square < 43.8
+        degrees = int(likely.sum()) - 1
+        # The quantile by Wilson and Hilferty's cube root, to within 3 %: 43.8 at 19 degrees.
+        assert chi_square < degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3
+
+
+@pytest.mark.parametrize("noise", [1.0, 1 - 2.0**-24, 2.0**-33])
+def test_a_token_of_minus_infinity_is_never_drawn_whatever_the_noise(monkeypatch, noise):
+    monkeypatch.setattr(module, "uniform_noise", lambda seed, position, size: torch.full((len(seed), size), noise))
+    logits = torch.full((2, 40), -torch.inf)
+    logits[0, 17], logits[1, [5, 30]] = -80.0, 3.0
+    assert draw(logits, sampling(1.0, [1, 2], [3, 4])).tolist() == [17, 5]
+
+
+def test_tiny_temperatures_are_greedy_and_not_infinite():
+    torch.manual_seed(0)
+    logits = torch.rand(3, 50) * 20
+    for temperature in (1e-6, 1e-30, 1e-44):
+        assert torch.equal(draw(logits, sampling(temperature, [1, 2, 3], [4, 5, 6])), greedy(logits))
+        filters = Filters(torch.tensor([5] * 3), torch.tensor([0.9] * 3), torch.tensor([0.1] * 3))
+        restricted = restrict(logits, torch.full((3,), temperature), filters)
+        assert torch.equal(restricted.isfinite().sum(-1), torch.ones(3, dtype=torch.int64))
 
 
 def test_noise_is_uniform_and_independent_across_seed_position_and_column():

@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from ops.triton import decode_attention, kv_cache, prefill_attention  # noqa: E402
+from ops.triton import decode_attention, kv_cache, prefill_attention, token_threshold  # noqa: E402
 from ops.triton.tuning import PREFILL, Device  # noqa: E402
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may use
@@ -65,8 +65,8 @@ class Recorder:
 def record(monkeypatch: pytest.MonkeyPatch, capability: int, launch: Callable[[], object]) -> list[Launch]:
     launches: list[Launch] = []
     device = Device(f"sm_{capability}", 132 if capability == 90 else 108)
-    for module in (decode_attention, prefill_attention, kv_cache):
-        for name in ("decode_kernel", "combine_kernel", "prefill_kernel", "write_kv_kernel"):
+    for module in (decode_attention, prefill_attention, kv_cache, token_threshold):
+        for name in ("decode_kernel", "combine_kernel", "prefill_kernel", "write_kv_kernel", "token_threshold_kernel"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
         if hasattr(module, "describe"):
@@ -229,3 +229,16 @@ def test_write_kv(monkeypatch: pytest.MonkeyPatch, head_dim: int, block_size: in
         lambda: kv_cache.write_kv(keys, values, rows[:, 12:14], rows[:, 14:], integers(tokens)),
     )
     check(launch, 90, widest_load=False)
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize("size", [100, 50_257, 151_936, 262_144])
+def test_token_threshold(monkeypatch: pytest.MonkeyPatch, size: int, capability: int) -> None:
+    weights = torch.empty(4, size, device="meta")
+    launches = record(
+        monkeypatch,
+        capability,
+        lambda: token_threshold.token_threshold(weights, integers(4), weights.new_empty(4)),
+    )
+    assert len(launches) == 1
+    check(launches[0], capability, widest_load=size % 16 == 0)

@@ -31,9 +31,10 @@ if not INTERPRETED:
 
 else:
     from ops import reference
-    from ops.triton import decode_attention, kv_cache, prefill_attention
+    from ops.triton import decode_attention, kv_cache, prefill_attention, token_threshold
     from ops.triton.paged_attention import paged_attention
     from ops.triton.tuning import DecodeConfig, PrefillConfig
+    from tests.threshold_cases import cases, expect_thresholds
 
     # No bfloat16: the interpreter's dot takes its bits for integers. tests/test_gpu_kernels.py covers it.
     TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -215,3 +216,13 @@ else:
         kv_cache.write_kv(keys, values, rows[:, 2], rows[:, 3], slots)
         assert torch.equal(keys, expected_keys)
         assert torch.equal(values, expected_values)
+
+    @pytest.mark.parametrize(("size", "block"), [(1, 8192), (129, 64), (1025, 512)])
+    def test_token_threshold(monkeypatch: pytest.MonkeyPatch, size: int, block: int) -> None:
+        monkeypatch.setattr(token_threshold, "THRESHOLD_BLOCK", block)
+        weights, top_k, top_p = (tensor[size % 3 :: 3] for tensor in cases(size))
+        expect_thresholds(token_threshold.token_threshold(weights, top_k, top_p), weights, top_k, top_p)
+
+    def test_token_threshold_ends_on_nan() -> None:
+        broken = torch.full((2, 90), float("nan"))
+        token_threshold.token_threshold(broken, torch.tensor([5, 90]), torch.tensor([0.5, 0.5]))

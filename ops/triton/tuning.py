@@ -113,6 +113,11 @@ WIDEST_DECODE_TILE = {2: 64, 4: 16}
 WRITE_TOKENS_LONG = 16
 WRITE_LONG_FROM = 512
 
+# Weights that one program of `token_threshold` reads at a time, and its warps. Larger blocks are a little faster where
+# the vocabulary is a multiple of 16, but spill where it is not.
+THRESHOLD_BLOCK = 8192
+THRESHOLD_WARPS = 32
+
 
 @functools.cache
 def describe(device: torch.device) -> Device:

@@ -1,0 +1,33 @@
+"""What happened in a step: the numbers that metrics, tests and the profiler read."""
+
+from typing import Literal, NamedTuple
+
+Kind = Literal["decode", "prefill", "mixed"]
+
+
+class StepRecord(NamedTuple):
+    """One step. Times are in seconds; where steps overlap, `wait` is what remained after the next one was launched.
+
+    kind: whether its sequences were decoding, computing prompts, or some of each.
+    num_prompt_tokens: of its tokens, those of prompts (or of what is computed again after a preemption).
+    num_cached_tokens: found in the cache by the sequences that it admitted, and so not computed.
+    num_used_blocks: of the KV cache, held by sequences when the step was scheduled.
+    schedule, launch, wait, commit: choosing the work, handing it to the device, waiting for its result, recording it.
+    """
+
+    kind: Kind
+    num_sequences: int
+    num_tokens: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_preempted: int
+    num_admitted: int
+    num_finished: int
+    num_running: int
+    num_waiting: int
+    num_used_blocks: int
+    started: float
+    schedule: float
+    launch: float
+    wait: float
+    commit: float

@@ -1,0 +1,274 @@
+"""From a step's logits to its tokens: only what somebody in the step asked for is computed.
+
+    logits ─► edit ─► allow ─► restrict ─► draw ─► tokens        greedy steps take the model's own argmax
+        └───────────────────────────────────────► logprobs
+
+Each function is compiled for several rows, and runs eagerly for a single one, where there is nothing to gain.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.sampling_params import MAX_LOGPROBS
+from engine.scheduler import Work
+from engine.sequence import Needs, TokenLogprobs
+from layers.logit_processing import allow, edit, restrict
+from layers.logprobs import logprobs
+from layers.sampling import draw, greedy
+from layers.types import Edits, Filters, Logprobs, Sampling
+
+# Rows of logits of a prompt that exist at a time: 49152 of them in fp32 are 25 MB, 152064 are 78 MB.
+_PROMPT_ROWS = 128
+
+
+@dataclass
+class Choice:
+    """What one launch chose, on the device or on its way to the host.
+
+    sampled: the work whose next token each row of `tokens` and `logprobs` is.
+    prompt_logprobs: of the tokens after those that a work computed.
+    """
+
+    sampled: list[Work | None]
+    tokens: Tensor | None = None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: list[tuple[Work, Logprobs]] = field(default_factory=list)
+
+    def to_host(self) -> "Choice":
+        """Start the transfer of everything to memory that the host can read."""
+        return Choice(
+            self.sampled,
+            None if self.tokens is None else _to_host(self.tokens),
+            None if self.logprobs is None else Logprobs(*map(_to_host, self.logprobs)),
+            [(work, Logprobs(*map(_to_host, found))) for work, found in self.prompt_logprobs],
+        )
+
+    def read(
+        self,
+        token_ids: dict[int, int],
+        token_logprobs: dict[int, TokenLogprobs],
+        prompt_logprobs: dict[int, list[TokenLogprobs]],
+    ) -> None:
+        """Add what arrived to the dictionaries, by sequence id."""
+        if self.tokens is not None:
+            chosen = self.tokens.tolist()
+            rows = [(row, work.sequence) for row, work in enumerate(self.sampled) if work is not None]
+            token_ids.update((sequence.id, chosen[row]) for row, sequence in rows)
+            if self.logprobs is not None:
+                wanted = {row: sequence for row, sequence in rows if sequence.params.logprobs is not None}
+                found = _token_logprobs(self.logprobs, chosen, {row: s.params.logprobs for row, s in wanted.items()})
+                token_logprobs.update((wanted[row].id, value) for row, value in found)
+        for work, values in self.prompt_logprobs:
+            sequence, count = work.sequence, len(values.chosen)
+            targets = sequence.token_ids[work.start + 1 : work.start + 1 + count]
+            each = dict.fromkeys(range(count), sequence.params.prompt_logprobs)
+            prompt_logprobs[sequence.id] = [value for _, value in _token_logprobs(values, targets, each)]
+
+
+class _Functions(NamedTuple):
+    edit: Callable[..., Tensor]
+    allow: Callable[..., Tensor]
+    restrict: Callable[..., Tensor]
+    draw: Callable[..., Tensor]
+    greedy: Callable[..., Tensor]
+    logprobs: Callable[..., Logprobs]
+
+
+_EAGER = _Functions(edit, allow, restrict, draw, greedy, logprobs)
+
+
+class TokenChooser:
+    """Chooses the tokens of a launch.
+
+    head: logits of rows of hidden states, and their argmax.
+    """
+
+    def __init__(self, device: torch.device, vocab_size: int, head: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.device = device
+        self.vocab_size = vocab_size
+        self._head = head
+        self._count = min(MAX_LOGPROBS, vocab_size)
+        self._compiled = _EAGER
+
+    def compile(self) -> None:
+        """Compile from here on; `warm_up` must see every kind of launch before the first step."""
+        self._compiled = _Functions(*(torch.compile(function, fullgraph=True) for function in _EAGER))
+
+    def forget_compiled(self) -> None:
+        """Run eagerly again."""
+        self._compiled = _EAGER
+
+    def warm_up(self, logits: Tensor, sampling: Sampling) -> None:
+        """Trace every function for launches of as many rows: one, or several."""
+        rows = len(logits)
+        logits = logits.float()
+        _mark_dynamic(logits, *sampling)
+        self._compiled.draw(logits, sampling)
+        if rows == 1:
+            return
+        functions = self._compiled
+        words = torch.zeros(rows, -(-self.vocab_size // 32), dtype=torch.int32, device=self.device)
+        edits = Edits(*(self._upload(np.zeros(16, kind)) for kind in (np.int64, np.float32, np.float32)))
+        ones = torch.ones(rows, device=self.device)
+        filters = Filters(torch.full_like(sampling.position, self.vocab_size), ones, torch.zeros_like(ones))
+        tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        _mark_dynamic(words, ones, tokens, *edits, *filters)
+        functions.edit(logits, edits)
+        functions.allow(logits, words)
+        functions.restrict(logits, sampling.temperature, filters)
+        functions.greedy(logits)
+        functions.logprobs(logits, tokens, self._count)
+
+    def choose(
+        self,
+        work: tuple[Work, ...],
+        sampled: list[Work | None],
+        hidden: Tensor | None,
+        logits: Tensor | None,
+        chosen: Tensor | None,
+        sampling: Sampling,
+    ) -> Choice:
+        """The next token of each work in `sampled`, in the launch's first rows.
+
+        hidden: of every token of `work`, [T, E], where the launch was ragged. chosen: the argmax of `logits`, both of
+        which are None where nothing is sampled.
+        """
+        choice = Choice(sampled)
+        if logits is not None and chosen is not None:
+            needs = 0
+            for item in sampled:
+                if item is not None:
+                    needs |= item.sequence.needs
+            choice.tokens = self._tokens(needs, sampled, logits, chosen, sampling)
+            if needs & Needs.LOGPROBS:
+                choice.logprobs = self._pick(len(logits)).logprobs(logits.float(), choice.tokens, self._count)
+        if hidden is not None:
+            choice.prompt_logprobs = list(self._prompt_logprobs(work, hidden))
+        return choice
+
+    def _tokens(
+        self, needs: int, sampled: list[Work | None], logits: Tensor, chosen: Tensor, sampling: Sampling
+    ) -> Tensor:
+        rows = len(logits)
+        functions = self._pick(rows)
+        if not needs & (Needs.DRAW | Needs.EDIT | Needs.MASK):
+            return chosen
+        logits = logits.float()
+        if needs & (Needs.EDIT | Needs.MASK):
+            for item in sampled:
+                if item is not None and item.sequence.logit_edits is not None:
+                    item.sequence.logit_edits.advance(item.sequence.token_ids)
+        if needs & Needs.EDIT and (edits := self._edits(sampled)) is not None:
+            logits = functions.edit(logits, edits)
+        if needs & Needs.MASK and (words := self._allowed(sampled, rows)) is not None:
+            logits = functions.allow(logits, words)
+        if not needs & Needs.DRAW:
+            return functions.greedy(logits)
+        if needs & Needs.RESTRICT:
+            logits = functions.restrict(logits, sampling.temperature, self._filters(sampled, rows))
+        return self._compiled.draw(logits, sampling)
+
+    def _pick(self, rows: int) -> _Functions:
+        return _EAGER if rows == 1 else self._compiled
+
+    def _edits(self, sampled: list[Work | None]) -> Edits | None:
+        """The changes of single logits that the rows' penalties and biases ask for; None if there are none."""
+        indices, scales, addends = [], [], []
+        for row, item in enumerate(sampled):
+            if item is not None and item.sequence.needs & Needs.EDIT:
+                assert item.sequence.logit_edits is not None
+                tokens, scale, addend = item.sequence.logit_edits.entries()
+                indices.append(tokens + row * self.vocab_size)
+                scales.append(scale)
+                addends.append(addend)
+        size = sum(map(len, indices))
+        if not size:
+            return None
+        # A power of two, so that allocations are reused; never 1, which the compiler takes for a case of its own.
+        padded = max(16, 1 << (size - 1).bit_length())
+        arrays = np.zeros(padded, np.int64), np.ones(padded, np.float32), np.zeros(padded, np.float32)
+        for array, parts in zip(arrays, (indices, scales, addends), strict=True):
+            np.concatenate(parts, out=array[:size])
+        return Edits(*map(self._upload, arrays))
+
+    def _allowed(self, sampled: list[Work | None], rows: int) -> Tensor | None:
+        """Bit masks of the tokens that each row may choose; None if that is all of them."""
+        masks = {}
+        for row, item in enumerate(sampled):
+            if item is not None and item.sequence.needs & Needs.MASK:
+                sequence = item.sequence
+                assert sequence.logit_edits is not None
+                # Tokens that the step itself is computing count as generated, whether they are known yet or not.
+                generated = item.start + item.num_tokens - sequence.num_prompt_tokens
+                mask = sequence.logit_edits.allowed_mask(generated, sequence.token_ids)
+                if mask is not None:
+                    masks[row] = mask
+        if not masks:
+            return None
+        words = np.full((rows, -(-self.vocab_size // 32)), -1, np.int32)
+        for row, mask in masks.items():
+            words[row] = mask.view(np.int32)
+        return self._upload(words)
+
+    def _filters(self, sampled: list[Work | None], rows: int) -> Filters:
+        top_k = np.full(rows, self.vocab_size, np.int32)
+        top_p, min_p = np.ones(rows, np.float32), np.zeros(rows, np.float32)
+        for row, item in enumerate(sampled):
+            if item is not None and item.sequence.needs & Needs.RESTRICT:
+                params = item.sequence.params
+                if params.top_k > 0:
+                    top_k[row] = min(params.top_k, self.vocab_size)
+                top_p[row], min_p[row] = params.top_p, params.min_p
+        return Filters(*map(self._upload, (top_k, top_p, min_p)))
+
+    def _prompt_logprobs(self, work: tuple[Work, ...], hidden: Tensor) -> Iterator[tuple[Work, Logprobs]]:
+        first = 0
+        for item in work:
+            sequence = item.sequence
+            # The last token of the prompt says nothing about the prompt.
+            count = min(item.num_tokens, sequence.num_prompt_tokens - 1 - item.start)
+            if sequence.needs & Needs.PROMPT_LOGPROBS and count > 0:
+                targets = self._upload(np.array(sequence.token_ids[item.start + 1 : item.start + 1 + count], np.int64))
+                parts = [
+                    self._logprobs_of(hidden[first + row : first + min(row + _PROMPT_ROWS, count)], targets[row:])
+                    for row in range(0, count, _PROMPT_ROWS)
+                ]
+                yield item, Logprobs(*map(torch.cat, zip(*parts, strict=True)))
+            first += item.num_tokens
+
+    def _logprobs_of(self, hidden: Tensor, targets: Tensor) -> Logprobs:
+        rows = len(hidden)
+        logits, _ = self._head(hidden)
+        # A copy, because targets is a view with an offset, on which the compiler would guard.
+        return self._pick(rows).logprobs(logits.float(), targets[:rows].clone(), self._count)
+
+    def _upload(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _token_logprobs(
+    values: Logprobs, token_ids: list[int], wanted: dict[int, int | None]
+) -> Iterator[tuple[int, TokenLogprobs]]:
+    """The rows in `wanted`, each with as many of the likeliest tokens as it asked for."""
+    chosen, rank, top, top_ids = (value.tolist() for value in values)
+    for row, count in wanted.items():
+        likeliest = tuple(zip(top_ids[row][:count], top[row][:count], strict=True))
+        yield row, TokenLogprobs(token_ids[row], chosen[row], rank[row], likeliest)
+
+
+def _mark_dynamic(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        if tensor.shape[0] > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)

@@ -1,0 +1,63 @@
+"""Logit processing, drawing and log-probabilities trace into whole graphs that serve every number of rows."""
+
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from layers.logit_processing import allow, edit, restrict
+from layers.logprobs import logprobs
+from layers.sampling import draw, greedy
+from layers.types import Edits, Filters, Logprobs, Sampling
+
+VOCAB = 501
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unchecked() -> Iterator[None]:
+    """A function whose shapes are checked does not trace; every other test module runs with the checks on."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def choose(
+    logits: Tensor, edits: Edits, allowed: Tensor, filters: Filters, sampling: Sampling
+) -> tuple[Tensor, Tensor, Logprobs]:
+    restricted = restrict(allow(edit(logits, edits), allowed), sampling.temperature, filters)
+    chosen = draw(restricted, sampling)
+    return restricted, chosen, logprobs(logits, greedy(logits), 20)
+
+
+def inputs(rows: int, entries: int, dtype: torch.dtype) -> tuple[Tensor, Edits, Tensor, Filters, Sampling]:
+    torch.manual_seed(rows)
+    logits = (torch.randn(rows, VOCAB) * 4).to(dtype)
+    edits = Edits(torch.randperm(rows * VOCAB)[:entries].int(), torch.rand(entries) + 0.7, torch.randn(entries))
+    allowed = torch.randint(-(2**31), 2**31 - 1, (rows, -(-VOCAB // 32))).int()
+    filters = Filters(
+        torch.randint(1, 2 * VOCAB, (rows,)).int(), torch.rand(rows).clamp(min=0.01), torch.rand(rows) / 9
+    )
+    seed, position = torch.randint(0, 2**62, (rows,)), torch.arange(rows).int()
+    return logits, edits, allowed, filters, Sampling(torch.rand(rows).round(decimals=1) * 2, seed, position)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_graph_for_all_sizes_that_computes_what_eager_does(dtype):
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(choose, fullgraph=True, dynamic=True)
+    for rows, entries in ((3, 17), (2, 40), (11, 5), (64, 333)):
+        arguments = inputs(rows, entries, dtype)
+        restricted, chosen, likely = compiled(*arguments)
+        expected_restricted, expected_chosen, expected_likely = choose(*arguments)
+        torch.testing.assert_close(restricted, expected_restricted, rtol=1e-5, atol=1e-5)
+        assert torch.equal(chosen, expected_chosen)
+        assert torch.equal(likely.rank, expected_likely.rank)
+        torch.testing.assert_close(likely.top, expected_likely.top, rtol=1e-5, atol=1e-5)
+        assert (likely.chosen == likely.top[:, 0]).all()
+        assert (likely.rank == 1).all()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]

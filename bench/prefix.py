@@ -102,7 +102,9 @@ def main(
         vllm_first_tokens(peer_python, str(checkpoint.directory), requests, prefix_tokens, own_tokens, rounds)
 
 
-def vllm_first_tokens(python: Path, model: str, requests: int, prefix_tokens: int, own_tokens: int, rounds: int) -> None:
+def vllm_first_tokens(
+    python: Path, model: str, requests: int, prefix_tokens: int, own_tokens: int, rounds: int
+) -> None:
     """The same with vLLM in its own environment."""
     script = Path(__file__).with_name("vllm_prefix_peer.py")
     arguments = [model, *map(str, (requests, prefix_tokens, own_tokens, rounds))]

@@ -21,7 +21,17 @@ _HOME = {
     "generate": "llm",
 }
 
-__all__ = ["LLM", "Choice", "Completion", "EngineOptions", "Piece", "SamplingParams", "Timing", "TokenLogprobs", "generate"]
+__all__ = [
+    "LLM",
+    "Choice",
+    "Completion",
+    "EngineOptions",
+    "Piece",
+    "SamplingParams",
+    "Timing",
+    "TokenLogprobs",
+    "generate",
+]
 
 
 def __getattr__(name: str) -> Any:

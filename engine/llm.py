@@ -264,12 +264,10 @@ class LLM:
         if params.stop and self._tokenizer is None:
             raise ValueError("stop is given, but a model without a tokenizer makes no text")
         if params.stop or params.bad_words:
-            bad_words = params.bad_words_token_ids + self.bad_word_token_ids(params.bad_words)
+            bad_words = (*params.bad_words_token_ids, *self.bad_word_token_ids(params.bad_words))
             in_tokens = replace(params, stop=(), bad_words=(), bad_words_token_ids=bad_words)
         sequence = self.engine.add(token_ids, in_tokens)
-        return _Request(
-            [_ChoiceUnderWay(choice, TextStream(self._tokenizer, params)) for choice in sequence.choices]
-        )
+        return _Request([_ChoiceUnderWay(choice, TextStream(self._tokenizer, params)) for choice in sequence.choices])
 
     def _run(self, requests: list[_Request]) -> Iterator[tuple[int, Piece]]:
         """Step until all requests have ended, yielding each token as it comes, with its request's index."""

@@ -349,9 +349,7 @@ def _eager_functions(config: ModelConfig) -> _Functions:
         logits = model.logits(x, weights, config)
         return logits, greedy(logits)
 
-    def whole(
-        weights: Weights, batch: Batch, kv_cache: KVCache, feedback: _Feedback | None
-    ) -> tuple[Tensor, Tensor]:
+    def whole(weights: Weights, batch: Batch, kv_cache: KVCache, feedback: _Feedback | None) -> tuple[Tensor, Tensor]:
         logits = model.forward(weights, config, resolve(batch, feedback), kv_cache)
         return logits, greedy(logits)
 

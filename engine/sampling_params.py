@@ -51,15 +51,15 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    allowed_token_ids: tuple[int, ...] | None = None
-    bad_words: tuple[str, ...] = ()
-    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: Series[int] | None = None
+    bad_words: Series[str] = ()
+    bad_words_token_ids: Series[Series[int]] = ()
     min_tokens: int = 0
     max_tokens: int = 256
     seed: int | None = None
     ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()
+    stop_token_ids: Series[int] = ()
+    stop: Series[str] = ()
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -149,7 +149,7 @@ class SamplingParams:
             raise ValueError("bad_words_token_ids holds an empty list")
 
     @staticmethod
-    def _check_texts(name: str, texts: tuple[str, ...]) -> None:
+    def _check_texts(name: str, texts: Series[str]) -> None:
         for text in texts:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
                 raise ValueError(f"{name} holds {text!r:.50}, must be texts of 1 to {MAX_STOP_LENGTH} characters")

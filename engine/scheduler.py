@@ -238,7 +238,10 @@ class Scheduler:
 
     def check(self) -> None:
         """Prove that every block in use belongs to a running sequence. Raises AssertionError."""
-        idle = [*self.waiting, *(fork for queue in (self.waiting, self.running) for item in queue for fork in item.forks)]
+        idle = [
+            *self.waiting,
+            *(fork for queue in (self.waiting, self.running) for item in queue for fork in item.forks),
+        ]
         assert all(not sequence.block_table for sequence in idle), "a waiting sequence holds blocks"
         assert all(sequence.status is Status.WAITING for sequence in idle), "a waiting sequence is not waiting"
         assert all(sequence.status is Status.RUNNING for sequence in self.running), "a running sequence is not running"
@@ -287,7 +290,10 @@ class Scheduler:
         if not self.enable_prefix_caching:
             return []
         limit = len(sequence.token_ids)
-        if sequence.params.prompt_logprobs is not None and len(sequence.prompt_logprobs) < sequence.num_prompt_tokens - 1:
+        if (
+            sequence.params.prompt_logprobs is not None
+            and len(sequence.prompt_logprobs) < sequence.num_prompt_tokens - 1
+        ):
             limit = len(sequence.prompt_logprobs)  # what is not computed has no logits
         self._name_blocks(sequence, limit)
         return self.pool.find(sequence.block_names[: limit // self.pool.block_size])

@@ -31,7 +31,19 @@ class StepShape(NamedTuple):
     def field_sizes(self) -> tuple[int, ...]:
         """Elements of int32 that each field takes, in the order of `carve`."""
         tokens, sequences, rows = self.tokens, self.sequences, self.rows
-        fields = (2 * rows, rows, rows, tokens, tokens, tokens, tokens, sequences + 1, sequences, sequences * self.blocks, rows)
+        fields = (
+            2 * rows,
+            rows,
+            rows,
+            tokens,
+            tokens,
+            tokens,
+            tokens,
+            sequences + 1,
+            sequences,
+            sequences * self.blocks,
+            rows,
+        )
         return tuple(-(-size // _ALIGNMENT) * _ALIGNMENT for size in fields)
 
 

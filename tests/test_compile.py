@@ -14,7 +14,6 @@ from torch._inductor.utils import run_and_get_code
 
 from engine import LLM, SamplingParams
 from engine.runner import choose_compile_cache
-from engine.scheduler import Work
 from layers.config import ModelConfig
 
 CONFIG = ModelConfig(
@@ -30,9 +29,9 @@ CONFIG = ModelConfig(
     rms_norm_eps=1e-5,
     rope_theta=10000.0,
 )
-# embed and block: one sequence, several, ragged (embed treats the last two alike); choose: one row or several,
-# greedy or not.
-GRAPHS = 2 + 3 + 4
+# embed and block: one sequence, several, ragged (embed treats the last two alike); head and draw: one row or several;
+# edit, allow, restrict, greedy and logprobs: several rows.
+GRAPHS = 2 + 3 + 2 + 2 + 5
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -76,15 +75,26 @@ def test_warm_up_compiles_every_graph_without_a_break(compiled):
 def test_no_recompile_over_many_batch_sizes_lengths_and_settings(compiled):
     graphs = counters["stats"]["unique_graphs"]
     for count in (1, 2, 3, 5, 8, 13, 16, 20):
-        params = [
-            SamplingParams(temperature=0.7 * (index % 2), max_tokens=1 + index % 7, ignore_eos=True, seed=index)
-            for index in range(count)
-        ]
-        compiled.generate(prompts(count), params)
+        compiled.generate(prompts(count), [param for param in every_feature() for _ in range(20)][:count])
+        for param in every_feature():
+            compiled.generate(prompts(count), param)
     compiled.generate([list(range(500))], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
     compiled.generate([[5]], SamplingParams(temperature=1.0, max_tokens=2))
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+def every_feature() -> list[SamplingParams]:
+    short = {"max_tokens": 3, "ignore_eos": True, "seed": 1}
+    return [
+        SamplingParams(temperature=0, **short),
+        SamplingParams(temperature=0.7, **short),
+        SamplingParams(temperature=0.7, top_k=3, top_p=0.9, min_p=0.01, **short),
+        SamplingParams(temperature=0, repetition_penalty=1.2, logit_bias={3: 1.0}, **short),
+        SamplingParams(temperature=1.0, allowed_token_ids=(1, 2, 3), logprobs=5, **short),
+        SamplingParams(temperature=0, bad_words_token_ids=((1,), (2, 3)), prompt_logprobs=2, **short),
+        SamplingParams(temperature=1.0, n=3, presence_penalty=0.5, **short),
+    ]
 
 
 def test_a_second_start_finds_its_graphs_in_the_cache_whatever_memory_is_free():
@@ -112,7 +122,8 @@ def test_compiled_code_is_kept_where_the_user_keeps_caches(asked, monkeypatch, t
 
 def test_compiled_tokens_equal_eager_ones_in_float32():
     torch._dynamo.reset()
-    params = [SamplingParams(temperature=0.8 * (i % 2), max_tokens=20, ignore_eos=True, seed=i) for i in range(9)]
+    features = [replace(param, max_tokens=20, n=1, prompt_logprobs=None) for param in every_feature()]
+    params = [replace(features[i % len(features)], seed=i) for i in range(9)]
     results = [[c.token_ids for c in make("float32", eager).generate(prompts(9), params)] for eager in (False, True)]
     assert results[0] == results[1]
 
@@ -158,7 +169,6 @@ def test_a_compiled_layer_copies_no_cache(uniform):
         engine.scheduler.commit(step, engine.runner.run(step))
         step = engine.scheduler.schedule()
         assert all(work.num_tokens == 1 for work in step.work)
-    assert isinstance(step.work[0], Work)
     captured = {}
     eager_block = engine.runner._functions.block
 

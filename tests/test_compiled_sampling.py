@@ -14,6 +14,7 @@ from layers.sampling import draw, greedy
 from layers.types import Edits, Filters, Logprobs, Sampling
 
 VOCAB = 501
+GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,12 +46,13 @@ def inputs(rows: int, entries: int, dtype: torch.dtype) -> tuple[Tensor, Edits, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_graph_for_all_sizes_that_computes_what_eager_does(dtype):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_one_graph_for_all_sizes_that_computes_what_eager_does(device, dtype):
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(choose, fullgraph=True, dynamic=True)
     for rows, entries in ((3, 17), (2, 40), (11, 5), (64, 333)):
-        arguments = inputs(rows, entries, dtype)
+        arguments = torch.utils._pytree.tree_map(lambda x: x.to(device), inputs(rows, entries, dtype))
         restricted, chosen, likely = compiled(*arguments)
         expected_restricted, expected_chosen, expected_likely = choose(*arguments)
         torch.testing.assert_close(restricted, expected_restricted, rtol=1e-5, atol=1e-5)

@@ -120,7 +120,7 @@ def test_logit_bias_is_transformers():
 
 @pytest.mark.parametrize("output", [[], [5], [5, 9], [4, 9], [31, 5, 9], [9]])
 def test_bad_words_are_transformers(output):
-    words = [[8], [5, 6], [5, 9, 7], [9, 11], [9, 12], [31, 5, 9, 13], [9, 9, 7]]
+    words = [[8], [5, 6], [5, 9, 7], [9, 11], [9, 12], [31, 5, 9, 13], [9, 9, 7], [3, 5, 14]]
     params = SamplingParams(bad_words_token_ids=tuple(map(tuple, words)))
     logits = logits_of(1)
     # transformers matches the prompt as well; DiSpec, like vLLM, only the output.
@@ -249,6 +249,7 @@ def test_state_costs_no_copies_and_masks_are_kept():
     assert state.allowed_mask(0, []) is state.allowed_mask(2, [8, 9]) is not state.allowed_mask(3, [8, 9, 9])
     first, again = (state.allowed_mask(9, [5]) for _ in range(2))
     assert first is again is not state.allowed_mask(9, [4])
+    assert not np.array_equal(first, state.allowed_mask(2, [5])), "stop tokens are withheld there as well"
     assert LogitEdits(SamplingParams(bad_words_token_ids=((5, 6),)), [], VOCAB, STOPS).allowed_mask(2, [4, 4]) is None
 
 

@@ -12,7 +12,7 @@ def weights_of(logits: Tensor) -> Tensor:
 
 
 def cases(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(weights, top_k, top_p): every setting on peaked, flat, tied, masked and constant rows."""
+    """(weights, top_k, top_p): every setting on peaked, flat, tied, masked, constant and nearly constant rows."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(6, size, generator=generator)
     masked = noise[4] * 2
@@ -32,8 +32,9 @@ def cases(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         for top_k in (1, 2, 7, 300, max(size - 1, 1), size, size + 1, 2**31 - 1)
         for top_p in (1e-9, 0.1, 0.5, 0.9, 0.9999, 1.0)
     ]
-    top_k, top_p = zip(*settings * len(rows), strict=True)
-    weights = weights_of(torch.stack(rows)).repeat_interleave(len(settings), 0)
+    top_k, top_p = zip(*settings * (len(rows) + 1), strict=True)
+    adjacent = 1 - torch.arange(size) * 2.0**-24  # each the float32 next to the one before
+    weights = torch.cat([weights_of(torch.stack(rows)), adjacent[None]]).repeat_interleave(len(settings), 0)
     return weights, torch.tensor(top_k, dtype=torch.int32), torch.tensor(top_p)
 
 

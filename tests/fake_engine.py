@@ -1,0 +1,217 @@
+"""An engine without a model, to test the scheduler: its tokens are right only if its cache is.
+
+The KV cache is a dictionary from (block, offset) to what the token there is and follows. Each step writes its tokens
+through the sequences' block tables and reads every context back in the same way before it chooses, so a block that
+was shared, reused or copied wrongly gives another token, or none.
+"""
+
+import itertools
+import zlib
+from collections import Counter, deque
+from collections.abc import Mapping
+from collections.abc import Sequence as Series
+from dataclasses import replace
+from typing import NamedTuple
+
+from engine.block_pool import BlockPool
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler, Step, StepResult, TokenOutput
+from engine.sequence import Sequence, TokenLogprobs
+
+VOCAB_SIZE = 8
+
+
+class Entry(NamedTuple):
+    """A token in the cache; `history` stands for it and everything before it."""
+
+    token_id: int
+    position: int
+    history: int
+
+
+def entry_after(previous: Entry | None, token_id: int) -> Entry:
+    position, history = (previous.position + 1, previous.history) if previous else (0, 0)
+    return Entry(token_id, position, zlib.crc32(b"%d %d" % (token_id, position), history))
+
+
+def entries_of(token_ids: Series[int]) -> list[Entry]:
+    """What the cache must hold of a sequence."""
+    entries: list[Entry] = []
+    for token_id in token_ids:
+        entries.append(entry_after(entries[-1] if entries else None, token_id))
+    return entries
+
+
+def next_token(context: Series[Entry], seed: int) -> int:
+    return zlib.crc32(repr((*context, seed)).encode()) % VOCAB_SIZE
+
+
+def logprob_after(entry: Entry, token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(token_id, -float(entry.history), 1, ())
+
+
+def alone(sequence: Sequence) -> list[int]:
+    """The sequence's tokens if nobody else were there and memory had no end."""
+    same = replace(sequence, token_ids=sequence.token_ids[: sequence.num_prompt_tokens], choices=(), forks=[])
+    same.finish_reason = None
+    while same.finish_reason is None:
+        same.append(next_token(entries_of(same.token_ids), same.seed))
+    return same.output_token_ids
+
+
+class FakeModel:
+    """Runs steps on the fake cache. A step may be run before the one before it is committed."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._size = scheduler.pool.block_size
+        self._cache: dict[tuple[int, int], Entry] = {}
+        self._chosen: Mapping[int, int] = {}  # by the step before
+
+    def run(self, step: Step) -> StepResult:
+        holders = Counter(block for sequence in self._scheduler.running for block in sequence.block_table)
+        self._copy(step, holders)
+        token_ids, prompt_logprobs = {}, {}
+        for work in step.work:
+            self._write(work.sequence, work.start, work.num_tokens, holders)
+        for work in step.work:
+            sequence, end = work.sequence, work.start + work.num_tokens
+            assert work.samples == (end == len(sequence.token_ids) + sequence.num_pending_tokens - work.samples)
+            context = [self._entry(sequence, position) for position in range(end)]
+            assert [entry.position for entry in context] == list(range(end)), "read an entry of another position"
+            if work.samples:
+                token_ids[sequence.id] = next_token(context, sequence.seed)
+            targets = sequence.token_ids[work.start + 1 : min(end + 1, sequence.num_prompt_tokens)]
+            if sequence.params.prompt_logprobs is not None and targets:
+                pairs = zip(context[work.start :], targets, strict=False)
+                prompt_logprobs[sequence.id] = [logprob_after(entry, token_id) for entry, token_id in pairs]
+        self._chosen = token_ids
+        logprobs = {work.sequence.id: logprob_after(Entry(0, 0, 0), 0) for work in step.work if work.samples}
+        return StepResult(token_ids, logprobs, prompt_logprobs)
+
+    def _copy(self, step: Step, holders: Counter[int]) -> None:
+        offsets = range(self._size)
+        read = [[self._cache.get((source, offset)) for offset in offsets] for source, _ in step.copies]
+        for (_, destination), entries in zip(step.copies, read, strict=True):
+            assert holders[destination] == 1, "copied to a block that others hold"
+            for offset, entry in enumerate(entries):
+                self._cache.pop((destination, offset), None)
+                if entry is not None:
+                    self._cache[destination, offset] = entry
+        assert len({destination for _, destination in step.copies}) == len(step.copies), "copied twice to one block"
+
+    def _write(self, sequence: Sequence, start: int, num_tokens: int, holders: Counter[int]) -> None:
+        previous = self._entry(sequence, start - 1) if start else None
+        for position in range(start, start + num_tokens):
+            if position < len(sequence.token_ids):
+                token_id = sequence.token_ids[position]
+            else:
+                assert position == len(sequence.token_ids), "computes a token after one that is not known"
+                token_id = self._chosen[sequence.id]
+            previous = entry_after(previous, token_id)
+            block = sequence.block_table[position // self._size]
+            assert holders[block] == 1, f"writes to block {block}, which {holders[block]} hold"
+            self._cache[block, position % self._size] = previous
+
+    def _entry(self, sequence: Sequence, position: int) -> Entry:
+        return self._cache[sequence.block_table[position // self._size], position % self._size]
+
+
+class FakeEngine:
+    """What `Engine` is, with a clock that ticks once for each request."""
+
+    def __init__(
+        self,
+        num_blocks: int = 1000,
+        block_size: int = 4,
+        *,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 512,
+        max_prefill_chunk: int | None = None,
+        priority_aging: float = 60.0,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        self.pool = BlockPool(num_blocks + 1, block_size, key=b"test")
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_prefill_chunk=max_prefill_chunk,
+            priority_aging=priority_aging,
+            enable_prefix_caching=enable_prefix_caching,
+        )
+        self.max_model_len = num_blocks * block_size
+        self.model = FakeModel(self.scheduler)
+        self.in_flight: deque[tuple[Step, StepResult]] = deque()
+        self.ids = itertools.count()
+        self.clock = itertools.count()
+
+    @property
+    def num_used(self) -> int:
+        return self.pool.num_usable - self.pool.num_free
+
+    def add(
+        self,
+        prompt: Series[int],
+        max_tokens: int = 4,
+        *,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        stop_token_ids: frozenset[int] = frozenset(),
+        arrival_time: float | None = None,
+        **params: int | float | None,
+    ) -> Sequence:
+        """As `Engine.add`; the first of the choices."""
+        shared = SamplingParams(n=n, max_tokens=max_tokens, **params)  # type: ignore[arg-type]
+        now = float(next(self.clock)) if arrival_time is None else arrival_time
+        choices = [
+            Sequence(
+                id=next(self.ids),
+                token_ids=list(prompt),
+                params=replace(shared, prompt_logprobs=None) if index else shared,
+                seed=index,
+                stop_token_ids=stop_token_ids,
+                max_len=min(self.max_model_len, len(prompt) + max_tokens),
+                arrival_time=now,
+                priority=priority,
+                cache_salt=cache_salt,
+            )
+            for index in range(n)
+        ]
+        for choice in choices:
+            choice.choices = tuple(choices)
+        first, *first.forks = choices
+        self.scheduler.add(first)
+        return first
+
+    def step(self, overlaps: bool = False) -> Step:
+        """As `Engine.step`, with every invariant checked; the step that was scheduled."""
+        step = self.scheduler.schedule()
+        self._check(step)
+        if step.work:
+            self.in_flight.append((step, self.model.run(step)))
+        outputs: list[TokenOutput] = []
+        while len(self.in_flight) > (overlaps if step.work else 0):
+            outputs += self.scheduler.commit(*self.in_flight.popleft())
+            self.scheduler.check()
+        assert step.work or outputs or not self.scheduler.has_work, "has work and schedules none of it"
+        return step
+
+    def run(self, overlaps: bool = False, limit: int = 10_000) -> list[Step]:
+        """Step until nothing is left to do."""
+        steps = []
+        while self.scheduler.has_work or self.in_flight:
+            assert len(steps) < limit, f"not done after {limit} steps"
+            steps.append(self.step(overlaps))
+        return steps
+
+    def _check(self, step: Step) -> None:
+        scheduler = self.scheduler
+        scheduler.check()
+        assert step.num_tokens <= scheduler.max_num_batched_tokens
+        assert len(scheduler.running) <= scheduler.max_num_seqs
+        assert len({work.sequence for work in step.work}) == len(step.work)
+        assert {work.sequence for work in step.work} <= set(scheduler.running)
+        assert all(1 <= work.num_tokens <= scheduler.max_prefill_chunk for work in step.work)
+        assert all(work.sequence.num_computed_tokens == work.start + work.num_tokens for work in step.work)

@@ -137,7 +137,7 @@ def check_something_remains(params: SamplingParams, stop_token_ids: Set[int], vo
         raise ValueError(f"{named} rule out every token of the vocabulary, at least one must remain{reason}")
 
 
-def _mask(allowed: tuple[int, ...] | None, banned: Set[int], vocab_size: int) -> np.ndarray | None:
+def _mask(allowed: Sequence[int] | None, banned: Set[int], vocab_size: int) -> np.ndarray | None:
     """One bit for each token that is allowed and not banned, in int32 words; None if that is all of them."""
     if allowed is None and not banned:
         return None

@@ -135,8 +135,9 @@ def fill(
         starts[len(work) + 1 :] = range(token + batch.query_len, len(token_ids) + 1, batch.query_len)
         contexts[len(work) :] = batch.query_len
     else:
-        # Padding tokens, if there are any, are those of the first padding sequence.
-        starts[len(work) + 1 :] = len(token_ids)
-        if token < len(token_ids):
-            contexts[len(work)] = len(token_ids) - token
+        # A padding token beside others is the first padding sequence's; in a step of padding alone they are nobody's.
+        padding = len(token_ids) - token if work else 0
+        starts[len(work) + 1 :] = token + padding
+        if padding:
+            contexts[len(work)] = padding
     return sampled

@@ -8,7 +8,7 @@ Each function is compiled for several rows, and runs eagerly for a single one, w
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,14 +60,16 @@ class Choice:
             rows = [(row, work.sequence) for row, work in enumerate(self.sampled) if work is not None]
             token_ids.update((sequence.id, chosen[row]) for row, sequence in rows)
             if self.logprobs is not None:
-                wanted = {row: sequence for row, sequence in rows if sequence.params.logprobs is not None}
-                found = _token_logprobs(self.logprobs, chosen, {row: s.params.logprobs for row, s in wanted.items()})
-                token_logprobs.update((wanted[row].id, value) for row, value in found)
+                wanted = [(row, s, s.params.logprobs) for row, s in rows if s.params.logprobs is not None]
+                found = _token_logprobs(self.logprobs, chosen, [(row, count) for row, _, count in wanted])
+                token_logprobs.update(
+                    (sequence.id, value) for (_, sequence, _), value in zip(wanted, found, strict=True)
+                )
         for work, values in self.prompt_logprobs:
             sequence, count = work.sequence, len(values.chosen)
             targets = sequence.token_ids[work.start + 1 : work.start + 1 + count]
-            each = dict.fromkeys(range(count), sequence.params.prompt_logprobs)
-            prompt_logprobs[sequence.id] = [value for _, value in _token_logprobs(values, targets, each)]
+            top = sequence.params.prompt_logprobs or 0
+            prompt_logprobs[sequence.id] = list(_token_logprobs(values, targets, [(row, top) for row in range(count)]))
 
 
 class _Functions(NamedTuple):
@@ -97,7 +99,8 @@ class TokenChooser:
 
     def compile(self) -> None:
         """Compile from here on; `warm_up` must see every kind of launch before the first step."""
-        self._compiled = _Functions(*(torch.compile(function, fullgraph=True) for function in _EAGER))
+        functions: list[Any] = [torch.compile(function, fullgraph=True) for function in _EAGER]
+        self._compiled = _Functions(*functions)
 
     def forget_compiled(self) -> None:
         """Run eagerly again."""
@@ -178,23 +181,27 @@ class TokenChooser:
 
     def _edits(self, sampled: list[Work | None]) -> Edits | None:
         """The changes of single logits that the rows' penalties and biases ask for; None if there are none."""
-        indices, scales, addends = [], [], []
+        places, scales, addends = [], [], []
         for row, item in enumerate(sampled):
             if item is not None and item.sequence.needs & Needs.EDIT:
                 assert item.sequence.logit_edits is not None
                 tokens, scale, addend = item.sequence.logit_edits.entries()
-                indices.append(tokens + row * self.vocab_size)
+                places.append(tokens + row * self.vocab_size)
                 scales.append(scale)
                 addends.append(addend)
-        size = sum(map(len, indices))
+        size = sum(map(len, places))
         if not size:
             return None
         # A power of two, so that allocations are reused; never 1, which the compiler takes for a case of its own.
         padded = max(16, 1 << (size - 1).bit_length())
-        arrays = np.zeros(padded, np.int64), np.ones(padded, np.float32), np.zeros(padded, np.float32)
-        for array, parts in zip(arrays, (indices, scales, addends), strict=True):
+        neutral: tuple[np.ndarray, ...] = (
+            np.zeros(padded, np.int64),
+            np.ones(padded, np.float32),
+            np.zeros(padded, np.float32),
+        )
+        for array, parts in zip(neutral, (places, scales, addends), strict=True):
             np.concatenate(parts, out=array[:size])
-        return Edits(*map(self._upload, arrays))
+        return Edits(*(self._upload(array) for array in neutral))
 
     def _allowed(self, sampled: list[Work | None], rows: int) -> Tensor | None:
         """Bit masks of the tokens that each row may choose; None if that is all of them."""
@@ -258,14 +265,12 @@ def _to_host(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def _token_logprobs(
-    values: Logprobs, token_ids: list[int], wanted: dict[int, int | None]
-) -> Iterator[tuple[int, TokenLogprobs]]:
-    """The rows in `wanted`, each with as many of the likeliest tokens as it asked for."""
+def _token_logprobs(values: Logprobs, token_ids: list[int], wanted: list[tuple[int, int]]) -> Iterator[TokenLogprobs]:
+    """The (row, count) that are wanted, each with its `count` likeliest tokens."""
     chosen, rank, top, top_ids = (value.tolist() for value in values)
-    for row, count in wanted.items():
+    for row, count in wanted:
         likeliest = tuple(zip(top_ids[row][:count], top[row][:count], strict=True))
-        yield row, TokenLogprobs(token_ids[row], chosen[row], rank[row], likeliest)
+        yield TokenLogprobs(token_ids[row], chosen[row], rank[row], likeliest)
 
 
 def _mark_dynamic(*tensors: Tensor) -> None:

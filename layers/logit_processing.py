@@ -20,7 +20,7 @@ def edit(logits: Float[Tensor, "R V"], edits: Edits) -> Float[Tensor, "R V"]:
     logits so that a penalty always lowers them.
     """
     flat = logits.float().flatten()
-    index = edits.index.long()
+    index = edits.place.long()
     old = flat[index]
     new = torch.where(old > 0, old / edits.scale, old * edits.scale) + edits.addend
     # Differences are added, not values stored: padding repeats an index that another entry may change, and adds 0.

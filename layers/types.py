@@ -122,12 +122,12 @@ class Filters(NamedTuple):
 class Edits(NamedTuple):
     """Changes of N single logits, for penalties and biases.
 
-    `index` is row * V + token. The logit is divided by `scale` where positive and multiplied by it where negative,
+    `place` is row * V + token. The logit is divided by `scale` where positive and multiplied by it where negative,
     then `addend` is added. Entries of scale 1 and addend 0 are padding and change nothing; of the others no two
-    have the same index.
+    have the same place.
     """
 
-    index: Int[Tensor, "N"]
+    place: Int[Tensor, "N"]
     scale: Float[Tensor, "N"]
     addend: Float[Tensor, "N"]
 

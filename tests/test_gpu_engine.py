@@ -108,9 +108,10 @@ def test_a_decode_step_replays_one_graph_and_copies_only_its_inputs() -> None:
     launches = sum(event.count for event in profile.key_averages() if event.key == "cudaGraphLaunch")
     assert launches == 10
     assert counters["inductor"]["cudagraph_skips"] == 0
-    # Inputs of a step: nine fields at most, in the graph of each bucket.
+    # The fields of a step and its symbolic sizes, in the graph of each bucket: were the weights or the cache among
+    # them, there would be 30 more.
     buckets = len(batch_buckets(SMALL["max_num_seqs"]))
-    assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] <= 9 * buckets
+    assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] <= 24 * buckets
     assert counters["stats"]["unique_graphs"] == graphs
     keys = engine.runner.kv_cache[0].keys
     largest_copy = max(

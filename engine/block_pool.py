@@ -86,10 +86,7 @@ class BlockPool:
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
             self._references[block] = 1
-            name = self._names[block]
-            if name is not None:
-                del self._named[name]
-                self._names[block] = None
+            self.forget(block)
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
@@ -112,6 +109,13 @@ class BlockPool:
             self.share((known,))
             self.free((block,))
         return known
+
+    def forget(self, block: int) -> None:
+        """Take the name, if there is one, from a block that is about to be written to."""
+        name = self._names[block]
+        if name is not None:
+            del self._named[name]
+            self._names[block] = None
 
     def free(self, blocks: Series[int]) -> None:
         """Give one reference of each block back, the last block first; the last reference frees it."""

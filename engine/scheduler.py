@@ -193,8 +193,9 @@ class Scheduler:
             holds_blocks = sequence.status is Status.RUNNING and sequence.num_computed_tokens >= end
             if holds_blocks and end // self.pool.block_size > sequence.num_registered_blocks:
                 self._register(sequence, end)
-            if sequence.params.prompt_logprobs is not None and work.start == len(sequence.prompt_logprobs):
-                sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.id, ())
+            known = len(sequence.prompt_logprobs)
+            if sequence.params.prompt_logprobs is not None and work.start <= known:  # some again after a preemption
+                sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.id, [])[known - work.start :]
             if not work.samples:
                 continue
             if sequence.forks:
@@ -335,7 +336,8 @@ class Scheduler:
         """Give the sequence blocks of its own to write `num_tokens` more tokens to, or nothing."""
         table, first = sequence.block_table, sequence.num_computed_tokens // self.pool.block_size
         needed = self.pool.blocks_for(sequence.num_computed_tokens + num_tokens) - len(table)
-        copy = first < len(table) and self.pool.is_shared(table[first])
+        continues = first < len(table)
+        copy = continues and self.pool.is_shared(table[first])
         if needed + copy > self.pool.num_free:
             return False
         if copy:
@@ -343,6 +345,8 @@ class Scheduler:
             self.pool.free((source,))
             table[first] = destination
             copies[sequence] = source, destination
+        elif continues:
+            self.pool.forget(table[first])
         if needed > 0:
             table += self.pool.allocate(needed)
         return True

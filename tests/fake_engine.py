@@ -68,15 +68,12 @@ class FakeModel:
         self._cache: dict[tuple[int, int], Entry] = {}
         self._chosen: Mapping[int, int] = {}  # by the step before
 
-    def run(self, step: Step, were_running: Series[Sequence]) -> StepResult:
+    def run(self, step: Step) -> StepResult:
         holders = Counter(block for sequence in self._scheduler.running for block in sequence.block_table)
-        # A prompt found whole computes its last token again, in place if nobody holds the block. Whoever is admitted
-        # in the same step finds that block as well, and must find it unchanged.
-        elders = Counter(block for sequence in were_running for block in sequence.block_table)
         self._copy(step, holders)
         token_ids, prompt_logprobs = {}, {}
         for work in step.work:
-            self._write(work.sequence, work.start, work.num_tokens, holders, elders)
+            self._write(work.sequence, work.start, work.num_tokens, holders)
         for work in step.work:
             sequence, end = work.sequence, work.start + work.num_tokens
             assert work.samples == (end == len(sequence.token_ids) + sequence.num_pending_tokens - work.samples)
@@ -103,9 +100,7 @@ class FakeModel:
                     self._cache[destination, offset] = entry
         assert len({destination for _, destination in step.copies}) == len(step.copies), "copied twice to one block"
 
-    def _write(
-        self, sequence: Sequence, start: int, num_tokens: int, holders: Counter[int], elders: Counter[int]
-    ) -> None:
+    def _write(self, sequence: Sequence, start: int, num_tokens: int, holders: Counter[int]) -> None:
         previous = self._entry(sequence, start - 1) if start else None
         for position in range(start, start + num_tokens):
             if position < len(sequence.token_ids):
@@ -114,10 +109,9 @@ class FakeModel:
                 assert position == len(sequence.token_ids), "computes a token after one that is not known"
                 token_id = self._chosen[sequence.id]
             previous = entry_after(previous, token_id)
-            block, offset = sequence.block_table[position // self._size], position % self._size
-            is_same = self._cache.get((block, offset)) == previous and not elders[block]
-            assert holders[block] == 1 or is_same, f"writes to block {block}, which {holders[block]} hold"
-            self._cache[block, offset] = previous
+            block = sequence.block_table[position // self._size]
+            assert holders[block] == 1, f"writes to block {block}, which {holders[block]} hold"
+            self._cache[block, position % self._size] = previous
 
     def _entry(self, sequence: Sequence, position: int) -> Entry:
         return self._cache[sequence.block_table[position // self._size], position % self._size]
@@ -193,11 +187,10 @@ class FakeEngine:
 
     def step(self, overlaps: bool = False) -> Step:
         """As `Engine.step`, with every invariant checked; the step that was scheduled."""
-        were_running = list(self.scheduler.running)
         step = self.scheduler.schedule()
         self._check(step)
         if step.work:
-            self.in_flight.append((step, self.model.run(step, were_running)))
+            self.in_flight.append((step, self.model.run(step)))
         outputs: list[TokenOutput] = []
         while len(self.in_flight) > (overlaps if step.work else 0):
             outputs += self.scheduler.commit(*self.in_flight.popleft())

@@ -1,5 +1,6 @@
 """The scheduler under random traces: whatever happens, every sequence gets the tokens that it would get alone."""
 
+import sys
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -104,7 +105,7 @@ class Traces(RuleBasedStateMachine):
         return [request for request in self.requests if request.finish_reason is None]
 
     def teardown(self) -> None:
-        if self.engine is None:
+        if self.engine is None or sys.exc_info()[0] is not None:  # a step has failed, which says more
             return
         # In each step the running sequence that is first in rank computes a token at least, or waits for its last
         # one. It keeps what it has computed unless one of better rank is admitted, which happens once for each, and

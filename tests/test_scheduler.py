@@ -1,0 +1,319 @@
+"""The scheduler's rules one by one: order, memory, sharing, forks. `tests/test_scheduler_traces.py` mixes them."""
+
+from collections.abc import Iterable
+
+import pytest
+
+from engine.block_pool import BlockPool
+from engine.scheduler import Step
+from engine.sequence import Sequence, Status
+from tests.fake_engine import FakeEngine, alone
+
+SIZE = 4  # tokens in a block
+
+
+def tokens(count: int, first: int = 0) -> list[int]:
+    """`count` tokens; other `first`, other prefixes."""
+    return [first, *(position * position % 7 for position in range(1, count))][:count]
+
+
+def computed(step: Step) -> dict[int, int]:
+    """How many tokens the step computes, by sequence id."""
+    return {work.sequence.id: work.num_tokens for work in step.work}
+
+
+def order_of_first_work(steps: Iterable[Step]) -> list[Sequence]:
+    return list(dict.fromkeys(work.sequence for step in steps for work in step.work))
+
+
+class TestOrder:
+    def test_lower_priorities_go_first_and_equal_ones_as_they_came(self) -> None:
+        engine = FakeEngine(max_num_seqs=1)
+        added = [engine.add(tokens(5), priority=priority) for priority in (1, 0, 1, 0, -1)]
+        assert order_of_first_work(engine.run()) == [added[index] for index in (4, 1, 3, 0, 2)]
+
+    def test_who_came_at_the_same_time_goes_in_order_of_adding(self) -> None:
+        engine = FakeEngine(max_num_seqs=1)
+        added = [engine.add(tokens(5), arrival_time=0) for _ in range(4)]
+        assert order_of_first_work(engine.run()) == added
+
+    @pytest.mark.parametrize(("waited", "goes_first"), [(59.0, False), (61.0, True)])
+    def test_waiting_makes_up_for_priority(self, waited: float, goes_first: bool) -> None:
+        engine = FakeEngine(max_num_seqs=1, priority_aging=60)
+        old = engine.add(tokens(5), priority=1, arrival_time=0)
+        new = engine.add(tokens(5), priority=0, arrival_time=waited)
+        assert order_of_first_work(engine.run()) == ([old, new] if goes_first else [new, old])
+
+    def test_those_who_run_go_on_whatever_is_admitted(self) -> None:
+        engine = FakeEngine(max_num_seqs=4, max_num_batched_tokens=4)
+        first = engine.add(tokens(4), max_tokens=20, priority=5)
+        engine.step()
+        for index in range(20):
+            engine.add(tokens(3, index % 8), max_tokens=1, priority=-5)
+            assert first.finish_reason or computed(engine.step())[first.id] == 1
+
+    @pytest.mark.parametrize("overlaps", [False, True])
+    def test_decodes_are_in_every_step_beside_a_long_prompt(self, overlaps: bool) -> None:
+        engine = FakeEngine(num_blocks=3000, max_num_batched_tokens=512, max_prefill_chunk=256)
+        short = [engine.add(tokens(5, index), max_tokens=100) for index in range(3)]
+        engine.step(overlaps)
+        long = engine.add(tokens(6000, 5), max_tokens=1)
+        steps = [engine.step(overlaps) for _ in range(24)]
+        for step in steps:
+            assert {sequence.id for sequence in short} < set(computed(step))
+        assert [computed(step)[long.id] for step in steps] == [256] * 23 + [6000 - 23 * 256]
+        assert steps[-1].work[-1].samples
+
+    def test_a_chunk_takes_what_the_decodes_leave_of_the_budget(self) -> None:
+        engine = FakeEngine(max_num_seqs=3, max_num_batched_tokens=10)
+        engine.add(tokens(8), max_tokens=9)
+        engine.step()
+        first, second = engine.add(tokens(20, 1)), engine.add(tokens(20, 2))
+        assert list(computed(engine.step()).values()) == [1, 9]
+        assert list(computed(engine.step()).values()) == [1, 9]
+        assert computed(engine.step()) == {0: 1, first.id: 2, second.id: 7}
+
+
+class TestMemory:
+    def test_who_can_never_fit_is_refused_and_nothing_changes(self) -> None:
+        engine = FakeEngine(num_blocks=4)
+        engine.max_model_len = 99
+        with pytest.raises(ValueError, match=r"a sequence of 17 tokens needs 5 KV blocks, the cache has 4"):
+            engine.add(tokens(14), max_tokens=3)
+        assert not engine.scheduler.has_work
+        fits = engine.add(tokens(14), max_tokens=2)
+        engine.run()
+        assert fits.output_token_ids == alone(fits)
+
+    @pytest.mark.parametrize("last", range(3))
+    def test_the_victim_is_the_last_in_rank(self, last: int) -> None:
+        engine = FakeEngine(num_blocks=9, enable_prefix_caching=False)
+        added = [engine.add(tokens(5, index), max_tokens=15, priority=9 * (index == last)) for index in range(3)]
+        steps = []
+        while not any(step.num_preempted for step in steps):
+            steps.append(engine.step())
+        assert engine.scheduler.waiting == [added[last]]
+        assert not added[last].block_table
+        engine.run()
+        assert [sequence.output_token_ids for sequence in added] == [alone(sequence) for sequence in added]
+
+    def test_the_preempted_finds_its_own_prefix(self) -> None:
+        engine = FakeEngine(num_blocks=6)
+        first, second = engine.add(tokens(6), max_tokens=14), engine.add(tokens(6, 1), max_tokens=8)
+        steps = engine.run()
+        assert sum(step.num_preempted for step in steps) == 1
+        [again] = [step for step in steps[1:] if step.num_admitted]
+        assert again.num_cached_tokens >= SIZE
+        assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 0)
+        assert second.output_token_ids == alone(second)
+
+    def test_an_interrupted_prompt_keeps_the_logprobs_it_has(self) -> None:
+        engine = FakeEngine(num_blocks=10, max_num_batched_tokens=4, max_num_seqs=2, max_prefill_chunk=3)
+        engine.add(tokens(3), max_tokens=30)
+        engine.step()
+        asked = engine.add(tokens(20, 1), max_tokens=1, prompt_logprobs=0)
+        while len(asked.prompt_logprobs) < 10:
+            engine.step()
+        victim = engine.scheduler.running[-1]
+        engine.scheduler._preempt(victim, None)
+        assert (victim, asked.num_computed_tokens) == (asked, 0)
+        before = list(asked.prompt_logprobs)
+        engine.run()
+        assert [entry.token_id for entry in asked.prompt_logprobs] == tokens(20, 1)[1:]
+        assert asked.prompt_logprobs[: len(before)] == before
+
+    def test_blocks_are_reused_the_longest_unused_first_and_leaves_before_parents(self) -> None:
+        pool = BlockPool(7, SIZE)
+        old, new = pool.allocate(3), pool.allocate(2)
+        for block in old + new:
+            pool.register(block, b"%d" % block)
+        pool.free(old)
+        pool.free(new)
+        [never_used] = pool.allocate(1)
+        assert never_used not in old + new
+        assert pool.allocate(5) == [*reversed(old), *reversed(new)]
+        assert pool.num_named == 0
+
+    def test_a_block_that_holds_nothing_is_reused_before_a_prefix_is_lost(self) -> None:
+        pool = BlockPool(4, SIZE)
+        named, nameless = pool.allocate(1), pool.allocate(1)
+        pool.register(named[0], b"name")
+        pool.free(named)
+        pool.free(nameless)
+        assert pool.allocate(1) == nameless
+
+    def test_a_prefix_that_is_found_again_is_the_last_to_go(self) -> None:
+        engine = FakeEngine(num_blocks=6)
+        for first in (0, 1, 0):  # the first prompt again, after another
+            engine.add(tokens(2 * SIZE + 1, first), max_tokens=1)
+            engine.run()
+        engine.add(tokens(2 * SIZE + 1, 2), max_tokens=1)
+        engine.run()
+        assert engine.add(tokens(9, 0), max_tokens=1) and engine.step().num_cached_tokens == 2 * SIZE
+        assert engine.add(tokens(9, 1), max_tokens=1) and engine.step().num_cached_tokens < 2 * SIZE
+
+
+class TestSharing:
+    def test_a_prompt_that_is_there_entirely_computes_one_token_in_place(self) -> None:
+        engine = FakeEngine()
+        engine.add(tokens(2 * SIZE))
+        engine.run()
+        again = engine.add(tokens(2 * SIZE))
+        step = engine.step()
+        assert (computed(step), step.copies, step.num_cached_tokens) == ({again.id: 1}, (), 2 * SIZE - 1)
+
+    def test_a_prompt_whose_last_block_is_in_use_copies_it(self) -> None:
+        engine = FakeEngine()
+        first = engine.add(tokens(2 * SIZE), max_tokens=9)
+        engine.step()
+        again = engine.add(tokens(2 * SIZE))
+        step = engine.step()
+        assert computed(step)[again.id] == 1
+        [(source, copy)] = step.copies
+        assert (source, first.block_table[1]) == (first.block_table[1], again.block_table[1])  # one again, once written
+        assert copy not in again.block_table
+
+    def test_a_block_that_is_written_again_is_not_found(self) -> None:
+        engine = FakeEngine()
+        engine.add(tokens(2 * SIZE))
+        engine.run()
+        again, longer = engine.add(tokens(2 * SIZE)), engine.add(tokens(3 * SIZE))
+        assert computed(engine.step()) == {again.id: 1, longer.id: 2 * SIZE}
+        assert again.block_table[:2] == longer.block_table[:2]
+
+    def test_prompts_admitted_together_share_once_they_are_computed(self) -> None:
+        engine = FakeEngine()
+        for _ in range(2):
+            engine.add(tokens(2 * SIZE + 1), max_tokens=2)
+        assert engine.step().num_tokens == 2 * (2 * SIZE + 1)
+        assert engine.num_used == 2 + 2
+
+    def test_nothing_is_found_before_it_is_computed(self) -> None:
+        engine = FakeEngine()
+        engine.add(tokens(3 * SIZE))
+        engine.step(overlaps=True)
+        engine.add(tokens(3 * SIZE))
+        assert engine.step(overlaps=True).num_cached_tokens == 0
+
+    def test_a_second_turn_computes_only_what_is_new(self) -> None:
+        engine = FakeEngine()
+        first = engine.add(tokens(9), max_tokens=10)
+        engine.run()
+        second = engine.add(first.token_ids + tokens(3))
+        step = engine.step()
+        assert second.num_cached_tokens == step.num_cached_tokens == 16  # 18 tokens were computed, in 4 full blocks
+        assert step.num_tokens == 22 - 16
+
+    def test_salts_separate(self) -> None:
+        engine = FakeEngine()
+        for salt, found in ((None, 0), ("a", 0), ("b", 0), ("a", 8), (None, 8)):
+            sequence = engine.add(tokens(9), max_tokens=1, cache_salt=salt)
+            engine.run()
+            assert sequence.num_cached_tokens == found
+
+    def test_keys_separate_pools(self) -> None:
+        pools = [BlockPool(4, SIZE, key) for key in (b"one", b"one", b"two", None, None)]
+        names = [pool.name(pool.root_name(None), tokens(SIZE)) for pool in pools]
+        assert names[0] == names[1]
+        assert len(set(names)) == 4
+
+    def test_a_name_stands_for_all_before_it(self) -> None:
+        engine = FakeEngine()
+        engine.add(tokens(9, 0), max_tokens=1)
+        engine.run()
+        other = engine.add([7, *tokens(9, 0)[1:]], max_tokens=1)
+        engine.run()
+        assert other.num_cached_tokens == 0
+
+    def test_prompt_logprobs_read_no_prefix_and_leave_theirs(self) -> None:
+        engine = FakeEngine()
+        asks = engine.add(tokens(9), max_tokens=1, prompt_logprobs=0)
+        engine.run()
+        asks_as_well = engine.add(tokens(9), max_tokens=1, prompt_logprobs=0)
+        does_not = engine.add(tokens(9), max_tokens=1)
+        engine.run()
+        assert [sequence.num_cached_tokens for sequence in (asks, asks_as_well, does_not)] == [0, 0, 8]
+
+    def test_nothing_is_shared_where_that_is_off(self) -> None:
+        engine = FakeEngine(enable_prefix_caching=False)
+        for _ in range(2):
+            engine.add(tokens(9), max_tokens=1)
+            assert engine.run()[0].num_cached_tokens == 0
+        assert engine.pool.num_named == 0
+
+
+class TestForks:
+    @pytest.mark.parametrize("length", [1, SIZE - 1, 2 * SIZE, 2 * SIZE + 1])
+    @pytest.mark.parametrize("caches", [False, True])
+    def test_the_prompt_is_computed_once_and_its_last_block_copied_on_write(self, length: int, caches: bool) -> None:
+        engine = FakeEngine(enable_prefix_caching=caches)
+        first = engine.add(tokens(length), max_tokens=2, n=4)
+        prompt_blocks = engine.pool.blocks_for(length)
+        assert computed(engine.step()) == {first.id: length}
+        assert engine.num_used == prompt_blocks
+        assert all(sequence.block_table == first.block_table for sequence in first.choices)
+        step = engine.step()
+        assert computed(step) == dict.fromkeys((sequence.id for sequence in first.choices), 1)
+        # The one that writes last keeps the block; of a full block, the parent writes to the next.
+        assert len(step.copies) == 3
+        assert [sequence.output_token_ids for sequence in first.choices] == [
+            alone(sequence)[: 1 + (sequence is first)] for sequence in first.choices
+        ]
+        engine.run()
+        assert [sequence.output_token_ids for sequence in first.choices] == [alone(each) for each in first.choices]
+
+    def test_full_blocks_stay_shared(self) -> None:
+        engine = FakeEngine(enable_prefix_caching=False)
+        first = engine.add(tokens(10 * SIZE + 1), max_tokens=3, n=4)
+        engine.step()
+        engine.step()
+        assert engine.num_used == 10 + 4
+        assert len({tuple(sequence.block_table[:10]) for sequence in first.choices}) == 1
+
+    def test_forks_beyond_max_num_seqs_wait_and_find_the_prompt(self) -> None:
+        engine = FakeEngine(max_num_seqs=2)
+        first = engine.add(tokens(9), n=4)
+        engine.step()
+        assert [sequence.status for sequence in first.choices] == [Status.RUNNING] * 2 + [Status.WAITING] * 2
+        engine.run()
+        assert [sequence.num_cached_tokens for sequence in first.choices] == [0, 8, 8, 8]
+
+    @pytest.mark.parametrize("steps", [0, 1, 2])
+    @pytest.mark.parametrize("overlaps", [False, True])
+    def test_they_go_on_without_the_parent(self, steps: int, overlaps: bool) -> None:
+        engine = FakeEngine(max_num_batched_tokens=8)
+        first, *others = engine.add(tokens(20), n=3).choices
+        assert engine.scheduler.num_waiting == 3
+        for _ in range(steps):
+            engine.step(overlaps)
+        engine.scheduler.finish(first, "abort")
+        engine.scheduler.check()
+        assert engine.scheduler.num_waiting == 2
+        engine.run(overlaps)
+        assert first.output_token_ids == []
+        assert [sequence.output_token_ids for sequence in others] == [alone(sequence) for sequence in others]
+        assert engine.num_used == 0
+
+    def test_one_that_waits_for_the_prompt_can_be_aborted(self) -> None:
+        engine = FakeEngine()
+        first, second, third = engine.add(tokens(20), n=3).choices
+        engine.scheduler.finish(second, "abort")
+        engine.run()
+        assert (second.finish_reason, second.output_token_ids) == ("abort", [])
+        assert [sequence.output_token_ids for sequence in (first, third)] == [alone(first), alone(third)]
+
+    def test_a_block_that_the_parent_filled_is_not_found_with_what_a_fork_wrote(self) -> None:
+        """The parent's next token is on its way to the last block of the prompt when the forks come to share it."""
+        engine = FakeEngine(num_blocks=8)
+        prompt = tokens(2 * SIZE - 1)
+        parent, fork = engine.add(prompt, max_tokens=2, n=2).choices
+        engine.step(overlaps=True)
+        engine.step(overlaps=True)  # the parent's last, and the forks
+        while engine.in_flight:
+            engine.scheduler.commit(*engine.in_flight.popleft())
+        engine.run()
+        assert [each.output_token_ids for each in (parent, fork)] == [alone(parent), alone(fork)]
+        for sequence in (parent, fork):
+            next_turn = engine.add(sequence.token_ids, max_tokens=3)
+            engine.run()
+            assert next_turn.output_token_ids == alone(next_turn)

@@ -200,7 +200,7 @@ class FakeEngine:
 
     def run(self, overlaps: bool = False, limit: int = 10_000) -> list[Step]:
         """Step until nothing is left to do."""
-        steps = []
+        steps: list[Step] = []
         while self.scheduler.has_work or self.in_flight:
             assert len(steps) < limit, f"not done after {limit} steps"
             steps.append(self.step(overlaps))

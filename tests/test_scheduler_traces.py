@@ -36,10 +36,11 @@ REQUESTS = st.fixed_dictionaries(
 class Traces(RuleBasedStateMachine):
     """Requests that come, stop and are aborted at any time, in pools that are nearly always too small."""
 
+    engine: FakeEngine
+
     def __init__(self) -> None:
         super().__init__()
         self.requests: list[Sequence] = []
-        self.engine: FakeEngine | None = None
 
     @initialize(
         num_blocks=st.integers(2, 12),
@@ -105,12 +106,12 @@ class Traces(RuleBasedStateMachine):
         return [request for request in self.requests if request.finish_reason is None]
 
     def teardown(self) -> None:
-        if self.engine is None or sys.exc_info()[0] is not None:  # a step has failed, which says more
+        if not self.requests or sys.exc_info()[0] is not None:  # a step has failed, which says more
             return
-        # In each step the running sequence that is first in rank computes a token at least, or waits for its last
-        # one. It keeps what it has computed unless one of better rank is admitted, which happens once for each, and
-        # nobody is admitted before the first in rank. So everybody pays for itself, for those that it waits for, which
-        # end, and for one that it pushes aside. Where each token must be known before the next, steps are twice as many.
+        # In each step the running sequence that is first in rank computes a token at least, or waits for its last one.
+        # It keeps what it has computed unless one of better rank is admitted, which happens once for each, and nobody
+        # is admitted before the first in rank. So everybody pays for itself, for those that it waits for, which end,
+        # and for one that it pushes aside. Where each token must be known before the next, steps are twice as many.
         lengths = [request.max_len for request in self.alive]
         self.engine.run(overlaps=bool(len(lengths) % 2), limit=2 * 3 * sum(lengths) + 2)
         assert self.engine.num_used == 0
@@ -134,7 +135,7 @@ class Traces(RuleBasedStateMachine):
 
 TestTraces = Traces.TestCase
 TestTraces.settings = settings(
-    max_examples=250,
+    max_examples=400,
     stateful_step_count=20,
     deadline=None,
     report_multiple_bugs=False,

@@ -1,0 +1,138 @@
+"""What the front process and the engine process say to each other: msgpack over a local socket, never pickle.
+
+The front sends `Submit`, `Abort`, `Inspect` and `Shutdown`; the engine answers with the rest. Times are seconds on the
+clock of `time.perf_counter`, which on Linux is one for all processes.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+from engine.sampling_params import SamplingParams
+from engine.sequence import FinishReason, TokenLogprobs
+from engine.step_record import StepRecord
+
+
+class Submit(msgspec.Struct, tag=True):
+    """A request, tokenised. `params` are the fields of `SamplingParams`, without texts (stop, bad_words)."""
+
+    request_id: str
+    prompt: list[int]
+    params: dict[str, Any]
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+class Abort(msgspec.Struct, tag=True):
+    """End a request, or one of its choices: because nobody wants it any more, or because its text holds a stop."""
+
+    request_id: str
+    choice: int | None = None
+    reason: Literal["abort", "stop"] = "abort"
+
+
+class Inspect(msgspec.Struct, tag=True):
+    """Ask for an `Inspection`."""
+
+
+class Shutdown(msgspec.Struct, tag=True):
+    """Leave, whatever is under way."""
+
+
+class EngineInfo(msgspec.Struct, tag=True):
+    """The engine is ready, and this is what it serves.
+
+    directory: of the checkpoint's tokenizer, for `engine.tokenizer.Tokenizer.from_directory`; None for dummy weights.
+    """
+
+    model: str
+    architecture: str
+    directory: str | None
+    dtype: str
+    device: str
+    vocab_size: int
+    eos_token_ids: list[int]
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_blocks: int
+    block_size: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    is_compiled: bool
+    phase_seconds: dict[str, float]
+    pid: int
+
+
+class Refused(msgspec.Struct, tag=True):
+    """A request that cannot be served as it is; the engine goes on."""
+
+    request_id: str
+    message: str
+
+
+class Token(msgspec.Struct, array_like=True):
+    """A token of a choice, in the order of generation.
+
+    started: when the choice was first scheduled; num_cached_tokens: of its prompt; prompt_logprobs: without the first
+    token's. These three come with its first token. error: why, where the finish reason is "error".
+    """
+
+    request_id: str
+    choice: int
+    token_id: int
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+    started: float | None = None
+    num_cached_tokens: int | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+class StepOutput(msgspec.Struct, tag=True):
+    """What a step gave. `finished` is when."""
+
+    tokens: list[Token]
+    record: StepRecord | None
+    finished: float
+
+
+class Failed(msgspec.Struct, tag=True):
+    """An error in the engine that ended this request and no other."""
+
+    request_id: str
+    message: str
+
+
+class Inspection(msgspec.Struct, tag=True):
+    """The books, as `Scheduler.check` proved them; `problem` where it could not."""
+
+    num_running: int
+    num_waiting: int
+    num_used_blocks: int
+    num_cached_blocks: int
+    num_blocks: int
+    problem: str | None
+
+
+class Died(msgspec.Struct, tag=True):
+    """The engine's last words: it could not start, or cannot go on."""
+
+    error: str
+    message: str
+    hint: str
+
+
+FromFront = Submit | Abort | Inspect | Shutdown
+FromEngine = EngineInfo | Refused | StepOutput | Failed | Inspection | Died
+
+
+def encode(message: FromFront | FromEngine) -> bytes:
+    return msgspec.msgpack.encode(message)
+
+
+def encode_params(params: SamplingParams) -> dict[str, Any]:
+    """Fields that differ from their defaults, as plain values."""
+    defaults = SamplingParams()
+    found = {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
+    changed = {name: value for name, value in found.items() if value != getattr(defaults, name)}
+    return {name: dict(value) if name == "logit_bias" else value for name, value in changed.items()}

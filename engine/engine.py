@@ -167,10 +167,20 @@ class Engine:
         Where steps overlap, a step is launched before the one before it is waited for, whose tokens are returned; the
         last one's come from a call that finds nothing more to launch. Without work it returns at once.
         """
+        try:
+            return self._step()
+        except Exception as error:  # whatever it is, it shall cost only those who cause it
+            log.exception("a step failed; its sequences run one by one to find whose fault it is")
+            return self._isolate(error)
+
+    def _step(self) -> list[TokenOutput]:
         started = time.perf_counter()
         step = self.scheduler.schedule()
         scheduled = time.perf_counter()
         if step.work:
+            for work in step.work:
+                if work.sequence.scheduled_time is None:
+                    work.sequence.scheduled_time = started
             launched = self.runner.launch(step)
             record = self._record(step, started, scheduled - started, time.perf_counter() - scheduled)
             self._in_flight.append(_InFlight(step, launched, record))
@@ -179,6 +189,36 @@ class Engine:
             outputs += self._commit(self._in_flight.popleft())
         if not step.work and not outputs and self.scheduler.has_work:
             raise RuntimeError("the scheduler has work and schedules none of it: a bug, please report it")
+        return outputs
+
+    def _isolate(self, error: Exception) -> list[TokenOutput]:
+        """After a failed step: run each of its sequences alone for one token, and end those that fail again.
+
+        Raises the error if the engine fails without any of them, or for all of several: then it is no request's fault.
+        """
+        self._in_flight.clear()
+        suspects = self.scheduler.reset()
+        outputs: list[TokenOutput] = []
+        guilty = []
+        for sequence in suspects:
+            others = [other for other in self.scheduler.waiting if other is not sequence]
+            self.scheduler.waiting = [sequence]
+            try:
+                while self.scheduler.has_work and not any(output.sequence is sequence for output in outputs):
+                    step = self.scheduler.schedule()
+                    outputs += self.scheduler.commit(step, self.runner.launch(step).wait())
+            except Exception as own:
+                sequence.error = f"{type(own).__name__}: {own}"
+                guilty.append(sequence)
+            self.scheduler.reset()
+            for other in others:
+                self.scheduler.add(other)
+        if not suspects or len(guilty) == len(suspects) > 1:
+            raise error
+        self.runner.run_padding(2, 1)  # raises if the device itself is lost
+        for sequence in guilty:
+            self.finish(sequence, "error")
+            outputs.append(TokenOutput(sequence, None, "error"))
         return outputs
 
     def _commit(self, flight: _InFlight) -> list[TokenOutput]:

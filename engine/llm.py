@@ -97,7 +97,7 @@ class Piece:
     """
 
     text: str
-    token_id: int
+    token_id: int | None
     index: int = 0
     finish_reason: FinishReason | None = None
     completion: Completion | None = None
@@ -114,6 +114,8 @@ class _ChoiceUnderWay:
     def take(self, output: TokenOutput) -> str:
         """Note a token's arrival; the text that it makes certain. May find that a stop string ends the choice."""
         now = time.perf_counter() - self.sequence.arrival_time
+        if output.token_id is None:
+            raise RuntimeError(f"the engine failed: {self.sequence.error}")
         self.num_tokens += 1
         self.first_token = self.first_token or now
         self.finished = now

@@ -64,10 +64,10 @@ class StepResult(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """What a step did to one sequence: a new token, and maybe its end."""
+    """What a step did to one sequence: a new token, and maybe its end; an end alone if the engine failed."""
 
     sequence: Sequence
-    token_id: int
+    token_id: int | None
     finish_reason: FinishReason | None
 
 
@@ -236,6 +236,18 @@ class Scheduler:
             self._enqueue(first)
         sequence.finish_reason = reason
         self._release(sequence)
+
+    def reset(self) -> list[Sequence]:
+        """Take back all that was scheduled and not committed: whoever ran waits again, with the tokens it had.
+
+        Returns the sequences that ran. Steps that were under way must not be committed any more.
+        """
+        ran = list(self.running)
+        for sequence in ran:
+            self._preempt(sequence, None)
+        for sequence in self.waiting:
+            sequence.num_pending_tokens = 0
+        return ran
 
     def check(self) -> None:
         """Prove that every block in use belongs to a running sequence. Raises AssertionError."""

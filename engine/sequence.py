@@ -9,7 +9,7 @@ from engine.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from engine.logit_edits import LogitEdits
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Status(enum.Enum):
@@ -59,6 +59,8 @@ class Sequence:
     needs: of its choices, `Needs` as a plain number.
     choices: the sequences of the same request, this one among them, where it asked for several.
     forks: those that wait for this one to compute the prompt, and then share its blocks.
+    scheduled_time: when it first was given work, on the same clock.
+    error: what went wrong in the engine, where the finish reason is "error".
     num_cached_tokens: prompt tokens that were found in the cache when the sequence first ran.
     """
 
@@ -84,6 +86,8 @@ class Sequence:
     num_registered_blocks: int = 0
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
+    scheduled_time: float | None = None
+    error: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
 

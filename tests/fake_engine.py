@@ -79,6 +79,9 @@ class FakeModel:
             assert work.samples == (end == len(sequence.token_ids) + sequence.num_pending_tokens - work.samples)
             context = [self._entry(sequence, position) for position in range(end)]
             assert [entry.position for entry in context] == list(range(end)), "read an entry of another position"
+            assert end < sequence.max_len, "computes a token that nobody will follow"
+            if work.samples and sequence.params.needs_last_token:
+                assert end == len(sequence.token_ids), "chooses a token before the last one is known"
             if work.samples:
                 token_ids[sequence.id] = next_token(context, sequence.seed)
             targets = sequence.token_ids[work.start + 1 : min(end + 1, sequence.num_prompt_tokens)]
@@ -99,6 +102,8 @@ class FakeModel:
                 if entry is not None:
                     self._cache[destination, offset] = entry
         assert len({destination for _, destination in step.copies}) == len(step.copies), "copied twice to one block"
+        written = {work.sequence.block_table[work.start // self._size] for work in step.work}
+        assert written >= {destination for _, destination in step.copies}, "copied a block that nobody writes to"
 
     def _write(self, sequence: Sequence, start: int, num_tokens: int, holders: Counter[int]) -> None:
         previous = self._entry(sequence, start - 1) if start else None
@@ -211,6 +216,7 @@ class FakeEngine:
         scheduler.check()
         assert step.num_tokens <= scheduler.max_num_batched_tokens
         assert len(scheduler.running) <= scheduler.max_num_seqs
+        assert not (step.num_preempted and step.num_admitted)
         assert len({work.sequence for work in step.work}) == len(step.work)
         assert {work.sequence for work in step.work} <= set(scheduler.running)
         assert all(1 <= work.num_tokens <= scheduler.max_prefill_chunk for work in step.work)

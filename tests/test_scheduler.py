@@ -73,6 +73,14 @@ class TestOrder:
         assert list(computed(engine.step()).values()) == [1, 9]
         assert computed(engine.step()) == {0: 1, first.id: 2, second.id: 7}
 
+    def test_prompts_under_way_go_on_in_order_of_rank(self) -> None:
+        engine = FakeEngine(max_num_seqs=2, max_num_batched_tokens=4, max_prefill_chunk=3)
+        low = engine.add(tokens(20), priority=9)
+        engine.step()
+        high = engine.add(tokens(20, 1))
+        assert computed(engine.step()) == {low.id: 3, high.id: 1}
+        assert computed(engine.step()) == {low.id: 1, high.id: 3}
+
 
 class TestMemory:
     def test_who_can_never_fit_is_refused_and_nothing_changes(self) -> None:
@@ -85,17 +93,61 @@ class TestMemory:
         engine.run()
         assert fits.output_token_ids == alone(fits)
 
+    @pytest.mark.parametrize(("num_blocks", "is_admitted"), [(4, False), (5, True)])
+    @pytest.mark.parametrize("prompt", [tokens(2 * SIZE, 1), tokens(2 * SIZE)])
+    def test_who_is_admitted_leaves_a_block_to_each_that_runs(
+        self, num_blocks: int, is_admitted: bool, prompt: list[int]
+    ) -> None:
+        """A new prompt needs two blocks beside the other's; one that is all in use a copy, when that has grown."""
+        engine = FakeEngine(num_blocks)
+        shares = prompt == tokens(2 * SIZE)
+        engine.add(tokens(2 * SIZE if shares else SIZE + 1), max_tokens=4)
+        engine.step()
+        engine.add(prompt, max_tokens=1)
+        assert engine.step().num_admitted == is_admitted
+        assert engine.num_used == (3 if shares else 2) + (not shares) * 2 * is_admitted
+
     @pytest.mark.parametrize("last", range(3))
     def test_the_victim_is_the_last_in_rank(self, last: int) -> None:
         engine = FakeEngine(num_blocks=9, enable_prefix_caching=False)
-        added = [engine.add(tokens(5, index), max_tokens=15, priority=9 * (index == last)) for index in range(3)]
-        steps: list[Step] = []
-        while not any(step.num_preempted for step in steps):
-            steps.append(engine.step())
+        added = []
+        for index in range(3):
+            added.append(engine.add(tokens(5, index), max_tokens=15, priority=9 * (index == last)))
+            engine.step()
+        assert engine.scheduler.running == added
+        while not engine.step().num_preempted:
+            pass
         assert engine.scheduler.waiting == [added[last]]
         assert not added[last].block_table
         engine.run()
         assert [sequence.output_token_ids for sequence in added] == [alone(sequence) for sequence in added]
+
+    def test_a_victim_gives_back_its_part_of_the_budget(self) -> None:
+        engine = FakeEngine(max_num_seqs=3, max_num_batched_tokens=8)
+        low = engine.add(tokens(29), priority=9)
+        for _ in range(4):
+            engine.step()
+        decodes = engine.add(tokens(3, 1))
+        engine.step()
+        chunked = engine.add(tokens(40, 2))
+        assert computed(engine.step()) == {low.id: 1, decodes.id: 1, chunked.id: 6}
+        engine.pool.allocate(engine.pool.num_free)
+        step = engine.scheduler.schedule()
+        assert (computed(step), step.num_preempted) == ({decodes.id: 1, chunked.id: 7}, 1)
+
+    def test_a_victim_takes_its_copy_with_it(self) -> None:
+        engine = FakeEngine(num_blocks=5, max_prefill_chunk=2, enable_prefix_caching=False)
+        parent, fork = engine.add(tokens(7), max_tokens=5, n=2, priority=9).choices
+        engine.step()
+        others = [engine.add(tokens(2, index), max_tokens=5) for index in (1, 2)]
+        for _ in range(3):
+            engine.step()
+        assert engine.scheduler.running == [parent, *others, fork]
+        step = engine.step()  # the parent copies its last block, then the others need one each
+        assert (step.num_preempted, step.copies) == (2, ())
+        engine.run()
+        for sequence in (parent, fork, *others):
+            assert sequence.output_token_ids == alone(sequence)
 
     def test_the_preempted_finds_its_own_prefix(self) -> None:
         engine = FakeEngine(num_blocks=6)
@@ -112,12 +164,13 @@ class TestMemory:
         engine.add(tokens(3), max_tokens=30)
         engine.step()
         asked = engine.add(tokens(20, 1), max_tokens=1, prompt_logprobs=0)
-        while len(asked.prompt_logprobs) < 10:
+        while len(asked.prompt_logprobs) < 9:  # which fill no block
             engine.step()
         victim = engine.scheduler.running[-1]
         engine.scheduler._preempt(victim, None)
         assert (victim, asked.num_computed_tokens) == (asked, 0)
         before = list(asked.prompt_logprobs)
+        assert len(before) == 9
         engine.run()
         assert [entry.token_id for entry in asked.prompt_logprobs] == tokens(20, 1)[1:]
         assert asked.prompt_logprobs[: len(before)] == before
@@ -295,6 +348,25 @@ class TestForks:
         assert first.output_token_ids == []
         assert [sequence.output_token_ids for sequence in others] == [alone(sequence) for sequence in others]
         assert engine.num_used == 0
+
+    def test_a_parent_that_lost_its_blocks_meanwhile_has_none_to_share(self) -> None:
+        engine = FakeEngine()
+        parent, fork = engine.add(tokens(9), n=2).choices
+        step = engine.scheduler.schedule()
+        result = engine.model.run(step)
+        engine.scheduler._preempt(parent, None)
+        engine.scheduler.commit(step, result)
+        assert fork.status is Status.WAITING
+        engine.run()
+        assert [sequence.output_token_ids for sequence in (parent, fork)] == [alone(parent), alone(fork)]
+
+    def test_what_a_fork_computes_can_be_found(self) -> None:
+        engine = FakeEngine()
+        fork = engine.add(tokens(SIZE + 1), max_tokens=3 * SIZE, n=2).choices[1]
+        engine.run()
+        next_turn = engine.add(fork.token_ids, max_tokens=1)
+        engine.run()
+        assert next_turn.num_cached_tokens == 4 * SIZE
 
     def test_one_that_waits_for_the_prompt_can_be_aborted(self) -> None:
         engine = FakeEngine()

@@ -1,0 +1,115 @@
+"""One command for a GPU that is lent for minutes: check, then time, then a short table.
+
+    python -m bench.gpu_run --out /tmp/gpu
+
+Each part is a process of its own with its own log in `--out` and its own limit of seconds, so that one that hangs costs
+only itself. Tests run beside each other, because their time is the compiler's; what is timed runs alone.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+
+MODEL = "qwen2.5-1.5b"
+_PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+
+
+class Part(NamedTuple):
+    """A process: its name, its arguments after the interpreter's, and how long it may take."""
+
+    name: str
+    arguments: list[str]
+    seconds: int
+    under: tuple[str, ...] = ()
+
+
+CHECKS = [
+    Part("engine", [*_PYTEST, "tests/test_gpu_engine.py"], 260),
+    Part("decode", [*_PYTEST, "tests/test_gpu_kernels.py", "-k", "test_decode or long_contexts"], 260),
+    Part("ragged", [*_PYTEST, "tests/test_gpu_kernels.py", "-k", "test_ragged"], 260),
+    Part(
+        "other kernels",
+        [*_PYTEST, "tests/test_gpu_kernels.py", "-k", "not test_decode and not long_contexts and not test_ragged"],
+        260,
+    ),
+    Part(
+        "memcheck",
+        [*_PYTEST, "tests/test_gpu_kernels.py", "-k", "(test_decode or test_ragged or write_kv) and 64 and bfloat16"],
+        260,
+        ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
+    ),
+]
+_THROUGHPUT = ["-m", "bench.throughput", "--model", MODEL, "--rounds", "2"]
+TIMINGS = [
+    Part("cold start and step, c=1", ["-m", "bench.profile_step", "--model", MODEL], 150),
+    Part("warm start and step, c=32", ["-m", "bench.profile_step", "--model", MODEL, "--concurrency", "32"], 120),
+    Part("throughput", [*_THROUGHPUT, "--concurrency", "1,6,16,32,128"], 240),
+    Part("prefill 2048", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "2048", "--output-tokens", "1"], 90),
+    Part("prefill 8192", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "8192", "--output-tokens", "1"], 90),
+    Part("context 8192", [*_THROUGHPUT, "--concurrency", "1,8", "--prompt-tokens", "8192"], 120),
+    Part("context 32000", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "32000"], 120),
+]
+
+
+def start(part: Part, out: Path) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start a part with its output in a file."""
+    log = out / f"{part.name.replace(' ', '_').replace(',', '')}.log"
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [*part.under, sys.executable, *part.arguments], stdout=file, stderr=subprocess.STDOUT
+        ), log
+
+
+def finish(part: Part, process: subprocess.Popen[bytes], started: float) -> str:
+    """Wait for a part, no longer than it may take; what became of it."""
+    try:
+        code = process.wait(max(0.0, part.seconds - (time.monotonic() - started)))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return f"stopped after {part.seconds} s"
+    return f"{'ok' if code == 0 else f'failed ({code})'} in {time.monotonic() - started:.0f} s"
+
+
+def tail(log: Path, lines: int) -> str:
+    """The last lines of a log, without what progress bars overwrote."""
+    text = log.read_text(errors="replace")
+    kept = [line.rsplit("\r", 1)[-1].rstrip() for line in text.splitlines()]
+    return "\n".join(f"    {line}" for line in [line for line in kept if line][-lines:])
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the logs.")],
+    checks: Annotated[bool, typer.Option(help="Run the tests and the memory checker.")] = True,
+    only: Annotated[str, typer.Option(help="Comma-separated beginnings of the names of parts to run.")] = "",
+    minutes: Annotated[float, typer.Option(help="Start nothing after this long.")] = 9.0,
+) -> None:
+    """Run everything that there is time for and print what came of it."""
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    wanted = [name.strip() for name in only.split(",") if name.strip()]
+    rows: list[str] = []
+
+    def is_wanted(part: Part) -> bool:
+        return not wanted or any(part.name.startswith(name) for name in wanted)
+
+    running = [(part, *start(part, out)) for part in CHECKS if checks and is_wanted(part)]
+    for part, process, log in running:
+        rows.append(f"{part.name}: {finish(part, process, began)}\n{tail(log, 3)}")
+    for part in filter(is_wanted, TIMINGS):
+        if time.monotonic() - began > minutes * 60 - 20:
+            rows.append(f"{part.name}: not started, no time left")
+            continue
+        started = time.monotonic()
+        limited = part._replace(seconds=int(min(part.seconds, minutes * 60 - (started - began))))
+        process, log = start(limited, out)
+        rows.append(f"{part.name}: {finish(limited, process, started)}\n{tail(log, 22 if 'step' in part.name else 6)}")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -6,6 +6,7 @@ Each part is a process of its own with its own log in `--out` and its own limit 
 only itself. Tests run beside each other, because their time is the compiler's; what is timed runs alone.
 """
 
+import re
 import subprocess
 import sys
 import time
@@ -57,7 +58,7 @@ TIMINGS = [
 
 def start(part: Part, out: Path) -> tuple[subprocess.Popen[bytes], Path]:
     """Start a part with its output in a file."""
-    log = out / f"{part.name.replace(' ', '_').replace(',', '')}.log"
+    log = out / f"{re.sub('[^a-z0-9]+', '_', part.name)}.log"
     with log.open("wb") as file:
         return subprocess.Popen(
             [*part.under, sys.executable, *part.arguments], stdout=file, stderr=subprocess.STDOUT
@@ -78,7 +79,7 @@ def finish(part: Part, process: subprocess.Popen[bytes], started: float) -> str:
 def tail(log: Path, lines: int) -> str:
     """The last lines of a log, without what progress bars overwrote."""
     text = log.read_text(errors="replace")
-    kept = [line.rsplit("\r", 1)[-1].rstrip() for line in text.splitlines()]
+    kept = [line.rsplit("\r", 1)[-1].rstrip() for line in text.split("\n") if "Warn" not in line]
     return "\n".join(f"    {line}" for line in [line for line in kept if line][-lines:])
 
 

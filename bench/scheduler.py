@@ -14,8 +14,9 @@ import typer
 
 from engine.block_pool import BlockPool
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler, StepResult
+from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.step import StepResult
 
 WARM_UP = 20
 

@@ -4,19 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.llm import LLM, Choice, Completion, Piece, Timing, generate
+    from engine.completion import Choice, Completion, Piece, Timing
+    from engine.llm import LLM, generate
     from engine.options import EngineOptions
     from engine.sampling_params import SamplingParams
     from engine.sequence import TokenLogprobs
 
 _HOME = {
     "LLM": "llm",
-    "Choice": "llm",
-    "Completion": "llm",
+    "Choice": "completion",
+    "Completion": "completion",
     "EngineOptions": "options",
-    "Piece": "llm",
+    "Piece": "completion",
     "SamplingParams": "sampling_params",
-    "Timing": "llm",
+    "Timing": "completion",
     "TokenLogprobs": "sequence",
     "generate": "llm",
 }

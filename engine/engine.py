@@ -16,13 +16,15 @@ from tqdm import tqdm
 
 from engine.block_pool import BlockPool
 from engine.checkpoint import Checkpoint, find_checkpoint
+from engine.compiled_model import mark_static
 from engine.logit_edits import LogitEdits, check_something_remains
 from engine.memory import KVPlan, allocate_kv_cache, format_bytes, free_memory, plan_kv_cache, weight_bytes
 from engine.options import DTYPES, EngineOptions
-from engine.runner import Launched, Runner, mark_static
+from engine.runner import Launched, Runner
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler, Step, TokenOutput
+from engine.scheduler import Scheduler
 from engine.sequence import FinishReason, Sequence
+from engine.step import Step, TokenOutput
 from engine.step_record import Kind, StepRecord
 from layers.config import ModelConfig, UnsupportedModelError
 from layers.types import Weights

@@ -1,7 +1,7 @@
 """What the front process and the engine process say to each other: msgpack over a local socket, never pickle.
 
-The front sends `Submit`, `Abort`, `Inspect` and `Shutdown`; the engine answers with the rest. Times are seconds on the
-clock of `time.perf_counter`, which on Linux is one for all processes.
+The front starts the engine with `Start` and sends `Submit`, `Abort`, `Inspect` and `Shutdown`; the engine answers with
+the rest. Times are seconds on the clock of `time.perf_counter`, which on Linux is one for all processes.
 """
 
 from typing import Any, Literal
@@ -11,6 +11,15 @@ import msgspec
 from engine.sampling_params import SamplingParams
 from engine.sequence import FinishReason, TokenLogprobs
 from engine.step_record import StepRecord
+
+EXIT_AFTER_LAST_WORDS = 70  # of an engine process that could send `Died`
+
+
+class Start(msgspec.Struct):
+    """The first line of the engine's standard input, as JSON. `options` are the fields of `EngineOptions`."""
+
+    options: dict[str, Any]
+    show_progress: bool = False
 
 
 class Submit(msgspec.Struct, tag=True):
@@ -64,6 +73,12 @@ class EngineInfo(msgspec.Struct, tag=True):
     pid: int
 
 
+class Accepted(msgspec.Struct, tag=True):
+    """A request is in the queue."""
+
+    request_id: str
+
+
 class Refused(msgspec.Struct, tag=True):
     """A request that cannot be served as it is; the engine goes on."""
 
@@ -74,8 +89,7 @@ class Refused(msgspec.Struct, tag=True):
 class Token(msgspec.Struct, array_like=True):
     """A token of a choice, in the order of generation.
 
-    started: when the choice was first scheduled; num_cached_tokens: of its prompt; prompt_logprobs: without the first
-    token's. These three come with its first token. error: why, where the finish reason is "error".
+    num_cached_tokens: of its prompt; prompt_logprobs: without the first token's. Both come with its first token.
     """
 
     request_id: str
@@ -83,16 +97,19 @@ class Token(msgspec.Struct, array_like=True):
     token_id: int
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
-    started: float | None = None
     num_cached_tokens: int | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class StepOutput(msgspec.Struct, tag=True):
-    """What a step gave. `finished` is when."""
+    """What a step gave.
+
+    started: when requests were scheduled for the first time; finished: when the step ended.
+    """
 
     tokens: list[Token]
     record: StepRecord | None
+    started: dict[str, float]
     finished: float
 
 
@@ -104,8 +121,12 @@ class Failed(msgspec.Struct, tag=True):
 
 
 class Inspection(msgspec.Struct, tag=True):
-    """The books, as `Scheduler.check` proved them; `problem` where it could not."""
+    """The books, as `Scheduler.check` proved them; `problem` where it could not.
 
+    num_requests: that have not ended; num_running and num_waiting count their choices.
+    """
+
+    num_requests: int
     num_running: int
     num_waiting: int
     num_used_blocks: int
@@ -114,16 +135,27 @@ class Inspection(msgspec.Struct, tag=True):
     problem: str | None
 
 
+class Log(msgspec.Struct, tag=True):
+    """A line for the log, which the front writes. `level` is one of `logging`'s."""
+
+    level: int
+    text: str
+
+
 class Died(msgspec.Struct, tag=True):
-    """The engine's last words: it could not start, or cannot go on."""
+    """The engine's last words: it could not start, or cannot go on.
+
+    error: the class of the exception; hint: what to do about it; traceback: where it came from, if that is of use.
+    """
 
     error: str
     message: str
     hint: str
+    traceback: str = ""
 
 
 FromFront = Submit | Abort | Inspect | Shutdown
-FromEngine = EngineInfo | Refused | StepOutput | Failed | Inspection | Died
+FromEngine = EngineInfo | Accepted | Refused | StepOutput | Failed | Inspection | Log | Died
 
 
 def encode(message: FromFront | FromEngine) -> bytes:

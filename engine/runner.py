@@ -8,25 +8,28 @@ is compiled apart, so that a step runs only what somebody in it uses.
 
 import functools
 import logging
-import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from tqdm import tqdm
 
-from engine.default_model import cache_directory
-from engine.scheduler import Step, StepResult, Work
+from engine.compiled_model import (
+    Feedback,
+    choose_compile_cache,
+    compiled_functions,
+    eager_functions,
+    mark_dynamic,
+    mark_static,
+)
 from engine.sequence import Needs
+from engine.step import Step, StepResult, Work
 from engine.step_inputs import StepInputs, StepShape, carve, fill
 from engine.token_chooser import Choice, TokenChooser
-from layers import model
 from layers.config import ModelConfig
-from layers.sampling import greedy
-from layers.types import Batch, KVCache, Weights
+from layers.types import KVCache, Weights
 from ops import copy_blocks
 
 log = logging.getLogger("dispec")
@@ -34,22 +37,6 @@ log = logging.getLogger("dispec")
 
 # A ragged step in which no two sizes are equal.
 _WARM_UP = StepShape(tokens=19, sequences=3, blocks=5, rows=2, query_len=None)
-
-
-class _Feedback(NamedTuple):
-    """Where a step finds the tokens that the step before it chose: see `StepInputs.token_source`."""
-
-    source: Tensor
-    chosen: Tensor
-
-
-class _Functions(NamedTuple):
-    """The model's composition, compiled or not. `whole` runs a uniform step in one call, where there is one."""
-
-    embed: Callable[..., Any]
-    block: Callable[..., Tensor]
-    head: Callable[..., tuple[Tensor, Tensor]]
-    whole: Callable[..., tuple[Tensor, Tensor]] | None
 
 
 class _Launch(NamedTuple):
@@ -102,7 +89,7 @@ class Runner:
         self.is_cuda = self.device.type == "cuda"
         self.is_compiled = False
         self._overlaps = overlaps
-        self._functions = self._eager = _eager_functions(config)
+        self._functions = self._eager = eager_functions(config)
         self._max_num_seqs = max_num_seqs
         self._buckets = batch_buckets(max_num_seqs)
         self._max_blocks = max(2, -(-max_model_len // self.block_size))
@@ -167,11 +154,11 @@ class Runner:
         What is compiled is kept on disk, so a second process spends seconds here instead of tens.
         """
         choose_compile_cache()
-        self._functions = _compiled_functions(self._eager, self.is_cuda)
+        self._functions = compiled_functions(self._eager, self.is_cuda)
         self.chooser.compile()
         # The number of blocks follows the memory that was free at start: were it in the graphs, no second start would
         # find them in the disk cache.
-        _mark_dynamic(*(pages for layer in self.kv_cache for pages in layer))
+        mark_dynamic(*(pages for layer in self.kv_cache for pages in layer))
         try:
             for shape in tqdm(
                 list(self._warm_up_shapes()), desc="compiling", unit="graph", disable=not show_progress, leave=False
@@ -255,9 +242,9 @@ class Runner:
         self, shape: StepShape, inputs: StepInputs, warm_up: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         batch = inputs.batch
-        feedback = _Feedback(inputs.token_source, self._chosen) if self._overlaps else None
+        feedback = Feedback(inputs.token_source, self._chosen) if self._overlaps else None
         if warm_up:
-            _mark_dynamic(*batch, inputs.token_source)
+            mark_dynamic(*batch, inputs.token_source)
             if not self.is_cuda:
                 torch._dynamo.maybe_mark_dynamic(batch.block_tables, 1)
         if self._functions.whole is not None and shape.query_len is not None:
@@ -266,7 +253,7 @@ class Runner:
         x, rotation = self._functions.embed(self.weights, batch, feedback)
         for w, kv in zip(self.weights.blocks, self.kv_cache, strict=True):
             if warm_up:
-                _mark_dynamic(x, *rotation)
+                mark_dynamic(x, *rotation)
             x = self._functions.block(x, w, batch, rotation, kv)
         hidden = None if shape.query_len == 1 else x
         if not shape.rows:
@@ -274,7 +261,7 @@ class Runner:
         if hidden is not None:
             x = x[batch.logits_indices]
         if warm_up:
-            _mark_dynamic(x)
+            mark_dynamic(x)
         return hidden, *self._functions.head(x, self.weights)
 
     def _head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,61 +300,3 @@ def batch_buckets(max_num_seqs: int) -> list[int]:
     """Batch sizes that uniform steps are padded to: fine steps where a row costs much, coarse ones later."""
     sizes = [2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 32, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max(2, max_num_seqs)]
-
-
-def choose_compile_cache() -> None:
-    """Keep compiled code in the user's cache directory, unless TORCHINDUCTOR_CACHE_DIR names another.
-
-    Inductor writes its default, a temporary directory, into that variable as soon as anybody asks for it.
-    """
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_directory() / f"inductor-torch-{torch.__version__}")
-
-
-def mark_static(*values: object) -> None:
-    """Tell CUDA graphs that tensors never move: weights, KV cache. Without it every replay copies them."""
-    for tensor in torch.utils._pytree.tree_leaves(values):
-        if isinstance(tensor, Tensor):
-            torch._dynamo.mark_static_address(tensor, guard=False)
-
-
-def _eager_functions(config: ModelConfig) -> _Functions:
-    def resolve(batch: Batch, feedback: _Feedback | None) -> Batch:
-        if feedback is None:
-            return batch
-        row = feedback.source.long() - 1
-        chosen = feedback.chosen[row.clamp(min=0)].to(batch.token_ids.dtype)
-        return batch._replace(token_ids=torch.where(row < 0, batch.token_ids, chosen))
-
-    def embed(weights: Weights, batch: Batch, feedback: _Feedback | None) -> Any:
-        return model.embed(weights, config, resolve(batch, feedback))
-
-    def block(x: Tensor, w: Any, batch: Batch, rotation: Any, kv: Any) -> Tensor:
-        return model.block(x, w, config, batch, rotation, kv)
-
-    def head(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-        logits = model.logits(x, weights, config)
-        return logits, greedy(logits)
-
-    def whole(weights: Weights, batch: Batch, kv_cache: KVCache, feedback: _Feedback | None) -> tuple[Tensor, Tensor]:
-        logits = model.forward(weights, config, resolve(batch, feedback), kv_cache)
-        return logits, greedy(logits)
-
-    return _Functions(embed, block, head, whole)
-
-
-def _compiled_functions(eager: _Functions, is_cuda: bool) -> _Functions:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    whole = None
-    if is_cuda:
-        torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None
-        assert eager.whole is not None
-        whole = torch.compile(eager.whole, mode="reduce-overhead", fullgraph=True)
-    embed, block, head = (torch.compile(function, fullgraph=True) for function in eager[:3])
-    return _Functions(embed, block, head, whole)
-
-
-def _mark_dynamic(*tensors: Tensor | int | None) -> None:
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.shape[0] > 1:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)

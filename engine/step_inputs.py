@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from engine.scheduler import Work
+from engine.step import Work
 from layers.types import Batch, Sampling
 
 _ALIGNMENT = 4  # int32 elements, 16 bytes

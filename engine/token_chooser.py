@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.compiled_model import mark_dynamic
 from engine.sampling_params import MAX_LOGPROBS
-from engine.scheduler import Work
 from engine.sequence import Needs, TokenLogprobs
+from engine.step import Work
 from layers.logit_processing import allow, edit, restrict
 from layers.logprobs import logprobs
 from layers.sampling import draw, greedy
@@ -110,7 +111,7 @@ class TokenChooser:
         """Trace every function for launches of as many rows: one, or several."""
         rows = len(logits)
         logits = logits.float()
-        _mark_dynamic(logits, *sampling)
+        mark_dynamic(logits, *sampling)
         self._compiled.draw(logits, sampling)
         if rows == 1:
             return
@@ -120,7 +121,7 @@ class TokenChooser:
         ones = torch.ones(rows, device=self.device)
         filters = Filters(torch.full_like(sampling.position, self.vocab_size), ones, torch.zeros_like(ones))
         tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        _mark_dynamic(words, ones, tokens, *edits, *filters)
+        mark_dynamic(words, ones, tokens, *edits, *filters)
         functions.edit(logits, edits)
         functions.allow(logits, words)
         functions.restrict(logits, sampling.temperature, filters)
@@ -271,9 +272,3 @@ def _token_logprobs(values: Logprobs, token_ids: list[int], wanted: list[tuple[i
     for row, count in wanted:
         likeliest = tuple(zip(top_ids[row][:count], top[row][:count], strict=True))
         yield TokenLogprobs(token_ids[row], chosen[row], rank[row], likeliest)
-
-
-def _mark_dynamic(*tensors: Tensor) -> None:
-    for tensor in tensors:
-        if tensor.shape[0] > 1:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)

@@ -12,7 +12,8 @@ from engine.sampling_params import SamplingParams
 from serving.console import explain, say
 
 if TYPE_CHECKING:
-    from engine.llm import LLM, Completion
+    from engine.completion import Completion
+    from engine.llm import LLM
 
 _COMMAND = re.compile(r"/[a-z]+")  # a whole line: a question may well begin with a path
 

@@ -28,7 +28,8 @@ from serving.cli_options import (
 from serving.console import BAD_INPUT, INTERRUPTED, reporting, say
 
 if TYPE_CHECKING:
-    from engine.llm import LLM, Completion
+    from engine.completion import Completion
+    from engine.llm import LLM
 
 log = logging.getLogger("dispec")
 

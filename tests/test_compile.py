@@ -13,7 +13,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._inductor.utils import run_and_get_code
 
 from engine import LLM, SamplingParams
-from engine.runner import choose_compile_cache
+from engine.compiled_model import choose_compile_cache
 from layers.config import ModelConfig
 
 CONFIG = ModelConfig(

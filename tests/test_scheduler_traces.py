@@ -135,7 +135,7 @@ class Traces(RuleBasedStateMachine):
 
 TestTraces = Traces.TestCase
 TestTraces.settings = settings(
-    max_examples=400,
+    max_examples=250,
     stateful_step_count=20,
     deadline=None,
     report_multiple_bugs=False,

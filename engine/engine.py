@@ -203,8 +203,7 @@ class Engine:
         outputs: list[TokenOutput] = []
         guilty = []
         for sequence in suspects:
-            others = [other for other in self.scheduler.waiting if other is not sequence]
-            self.scheduler.waiting = [sequence]
+            others = self.scheduler.leave_waiting(sequence)
             try:
                 while self.scheduler.has_work and not any(output.sequence is sequence for output in outputs):
                     step = self.scheduler.schedule()
@@ -213,8 +212,7 @@ class Engine:
                 sequence.error = f"{type(own).__name__}: {own}"
                 guilty.append(sequence)
             self.scheduler.reset()
-            for other in others:
-                self.scheduler.add(other)
+            self.scheduler.requeue(others)
         if not suspects or len(guilty) == len(suspects) > 1:
             raise error
         self.runner.run_padding(2, 1)  # raises if the device itself is lost

@@ -50,6 +50,7 @@ class Scheduler:
         self.enable_prefix_caching = enable_prefix_caching
         self.waiting: list[Sequence] = []  # in order of rank
         self.running: list[Sequence] = []  # in order of admission
+        self._num_forks = 0  # that wait for another sequence's prompt, and are in neither
 
     @property
     def has_work(self) -> bool:
@@ -58,8 +59,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that do not run yet, those included that wait for the prompt they share."""
-        forks = sum(len(sequence.forks) for queue in (self.waiting, self.running) for sequence in queue)
-        return len(self.waiting) + forks
+        return len(self.waiting) + self._num_forks
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence and its forks. Raises ValueError if the whole pool could not hold it at its longest."""
@@ -69,6 +69,7 @@ class Scheduler:
                 f"a sequence of {sequence.max_len} tokens needs {needed} KV blocks, the cache has"
                 f" {self.pool.num_usable}: raise kv_cache_memory or lower max_model_len"
             )
+        self._num_forks += len(sequence.forks)
         self._enqueue(sequence)
 
     def schedule(self) -> Step:
@@ -171,6 +172,7 @@ class Scheduler:
         parent = next((other for other in sequence.choices if sequence in other.forks), None)
         if parent is not None:
             parent.forks.remove(sequence)
+            self._num_forks -= 1
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         else:
@@ -179,6 +181,7 @@ class Scheduler:
             first, *others = sequence.forks
             first.forks = others
             sequence.forks = []
+            self._num_forks -= 1
             self._enqueue(first)
         sequence.finish_reason = reason
         self._release(sequence)
@@ -195,12 +198,22 @@ class Scheduler:
             sequence.num_pending_tokens = 0
         return ran
 
+    def leave_waiting(self, sequence: Sequence) -> list[Sequence]:
+        """Take everybody else from the queue; returns them, for `requeue`."""
+        others = [other for other in self.waiting if other is not sequence]
+        self.waiting = [sequence]
+        return others
+
+    def requeue(self, sequences: list[Sequence]) -> None:
+        """Put sequences back that `leave_waiting` took."""
+        for sequence in sequences:
+            self._enqueue(sequence)
+
     def check(self) -> None:
         """Prove that every block in use belongs to a running sequence. Raises AssertionError."""
-        idle = [
-            *self.waiting,
-            *(fork for queue in (self.waiting, self.running) for item in queue for fork in item.forks),
-        ]
+        forks = [fork for queue in (self.waiting, self.running) for sequence in queue for fork in sequence.forks]
+        assert len(forks) == self._num_forks, "forks are miscounted"
+        idle = [*self.waiting, *forks]
         assert all(not sequence.block_table for sequence in idle), "a waiting sequence holds blocks"
         assert all(sequence.status is Status.WAITING for sequence in idle), "a waiting sequence is not waiting"
         assert all(sequence.status is Status.RUNNING for sequence in self.running), "a running sequence is not running"
@@ -288,6 +301,7 @@ class Scheduler:
             fork.num_registered_blocks = fork.num_computed_tokens // size
             fork.status = Status.RUNNING
             self.running.append(fork)
+        self._num_forks -= len(sequence.forks)
         sequence.forks = []
 
     def _grow(self, sequence: Sequence, num_tokens: int, copies: dict[Sequence, tuple[int, int]]) -> bool:

@@ -329,7 +329,9 @@ def main() -> None:
         link.send(last_words(error))
         code = EXIT_AFTER_LAST_WORDS
     link.close()
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking torch apart would only make a restart wait
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from serving.cli_options import (
     with_engine_options,
 )
 from serving.console import BAD_INPUT, INTERRUPTED, reporting, say
+from serving.serve_options import server_options, with_serve_options
+from serving.settings import ServerSettings
 
 if TYPE_CHECKING:
     from engine.completion import Completion
@@ -156,6 +158,24 @@ def chat(
         for completion in converse(llm, params, system):
             if not quiet:
                 say(summary(completion))
+
+
+@app.command(context_settings=_FROM_ENVIRONMENT)
+@with_serve_options
+def serve(quiet: Quiet = False, debug: Debug = False, *, server: dict[str, Any], engine: dict[str, Any]) -> None:
+    """Answer an OpenAI-compatible API, with a dashboard, until told to leave: Ctrl-C lets running requests finish."""
+    # Before anything loads it: a second thread of the tokenizer's would take time from the engine's.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    show_progress = not quiet and sys.stderr.isatty()
+    with reporting(quiet=quiet, debug=debug):
+        from serving.server import run
+
+        settings = ServerSettings(**server_options(**server))
+        if not quiet:
+            say(f"loading {engine['model']}")
+        code = run(settings, engine, quiet=quiet, show_progress=show_progress)
+        if code:
+            raise typer.Exit(code)
 
 
 @app.command("env-check", context_settings=_FROM_ENVIRONMENT)

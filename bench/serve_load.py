@@ -1,0 +1,316 @@
+"""Latencies, throughput and goodput of a server under load: any server that speaks OpenAI's completions.
+
+    dispec serve &
+    python -m bench.serve_load --concurrency 1,8,16 --offline smollm2
+    python -m bench.serve_load --rate 2,4 --slo-ttft 0.5 --slo-tpot 0.05 --url http://127.0.0.1:8080
+
+With `--rate`, requests arrive as a Poisson process whether or not earlier ones have been answered; with
+`--concurrency`, so many are always under way. `--offline` runs the same prompts through `LLM.generate` at the same
+concurrency, in turns with the server, which sleeps meanwhile. The load generator runs on some core as well: its share
+of one stands in the results.
+"""
+
+import asyncio
+import json
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from tqdm import tqdm
+
+from bench.workload import random_tokens
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a server. Exactly one of `rate` (requests per second) and `concurrency` is set."""
+
+    num_requests: int
+    prompt_tokens: int
+    output_tokens: int
+    vocab_size: int
+    rate: float | None = None
+    concurrency: int | None = None
+    chat: bool = False
+    ignore_eos: bool = True
+
+    def prompts(self, seed: int) -> list[list[int]]:
+        return [
+            random_tokens(self.prompt_tokens, self.vocab_size, f"{seed} {self.rate} {self.concurrency} {index}")
+            for index in range(self.num_requests)
+        ]
+
+    def body(self, prompt: list[int], model: str) -> dict[str, Any]:
+        body: dict[str, Any] = {"model": model, "max_tokens": self.output_tokens, "temperature": 0, "stream": True}
+        body["stream_options"] = {"include_usage": True}
+        if self.ignore_eos:
+            body["ignore_eos"] = True
+        if self.chat:  # words, about one token each
+            return body | {"messages": [{"role": "user", "content": " ".join(map(str, prompt))}]}
+        return body | {"prompt": prompt}
+
+
+@dataclass
+class Answer:
+    """How one request went, in seconds of `time.perf_counter`. chunks: when each piece of text came."""
+
+    arrival: float
+    chunks: list[float] = field(default_factory=list)
+    finished: float = 0.0
+    num_tokens: int = 0
+    error: str | None = None
+
+    @property
+    def ttft(self) -> float:
+        return self.chunks[0] - self.arrival
+
+    @property
+    def e2e(self) -> float:
+        return self.finished - self.arrival
+
+    @property
+    def gaps(self) -> list[float]:
+        return [later - earlier for earlier, later in zip(self.chunks, self.chunks[1:], strict=False)]
+
+    @property
+    def tpot(self) -> float:
+        """Seconds per token after the first."""
+        return (self.chunks[-1] - self.chunks[0]) / max(1, self.num_tokens - 1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Seconds that an answer may take; None is no limit."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+    e2e: float | None = None
+
+    def met_by(self, answer: Answer) -> bool:
+        return all(
+            limit is None or getattr(answer, name) <= limit
+            for name, limit in (("ttft", self.ttft), ("tpot", self.tpot), ("e2e", self.e2e))
+        )
+
+
+async def sse_data(response: httpx.Response) -> AsyncIterator[bytes]:
+    """The data of each server-sent event."""
+    rest = b""
+    async for received in response.aiter_raw():
+        *lines, rest = (rest + received).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip()
+
+
+async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Answer:
+    """Send a request and note when its pieces come. Whatever goes wrong is the answer's `error`."""
+    answer = Answer(arrival=time.perf_counter())
+    try:
+        async with client.stream("POST", path, json=body) as response:
+            if response.status_code != 200:
+                text = (await response.aread()).decode(errors="replace")
+                answer.error = f"{response.status_code} {text[:120]}"
+                return answer
+            await _read(response, answer)
+    except httpx.HTTPError as error:
+        answer.error = type(error).__name__
+    answer.finished = time.perf_counter()
+    return answer
+
+
+async def _read(response: httpx.Response, answer: Answer) -> None:
+    answer.error = "broke off before [DONE]"
+    async for data in sse_data(response):
+        if data == b"[DONE]":
+            answer.error = None if answer.chunks else "no text"
+            continue
+        chunk = json.loads(data)
+        if "error" in chunk:
+            answer.error = f"in the stream: {chunk['error'].get('message', '')[:120]}"
+            return
+        if chunk.get("usage"):
+            answer.num_tokens = chunk["usage"]["completion_tokens"]
+        if any(choice.get("text") or choice.get("delta", {}).get("content") for choice in chunk["choices"]):
+            answer.chunks.append(time.perf_counter())
+    answer.num_tokens = answer.num_tokens or len(answer.chunks)
+
+
+async def run_load(
+    client: httpx.AsyncClient, load: Load, model: str, seed: int, on_answer: Callable[[], object] = lambda: None
+) -> list[Answer]:
+    """Put the load on the server; one answer for each request."""
+    path = "/v1/chat/completions" if load.chat else "/v1/completions"
+    rng = random.Random(seed)
+    limit = asyncio.Semaphore(load.concurrency or load.num_requests)
+
+    async def one(body: dict[str, Any]) -> Answer:
+        try:
+            return await ask(client, path, body)
+        finally:
+            limit.release()
+            on_answer()
+
+    tasks = []
+    start, due = time.perf_counter(), 0.0
+    for prompt in load.prompts(seed):
+        if load.rate is not None:
+            due += rng.expovariate(load.rate)
+            await asyncio.sleep(start + due - time.perf_counter())
+        await limit.acquire()
+        tasks.append(asyncio.create_task(one(load.body(prompt, model))))
+    return await asyncio.gather(*tasks)
+
+
+def percentiles(values: list[float]) -> dict[str, float] | None:
+    """Mean and some percentiles of seconds."""
+    if not values:
+        return None
+    cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
+    return {"mean": statistics.fmean(values)} | {f"p{share}": cuts[share - 1] for share in PERCENTILES}
+
+
+def summarize(answers: list[Answer], objective: Objective) -> dict[str, Any]:
+    """What there is to say about a run."""
+    good = [answer for answer in answers if answer.error is None]
+    seconds = max((answer.finished for answer in answers), default=0) - min(answer.arrival for answer in answers)
+    tokens = sum(answer.num_tokens for answer in good)
+    met = sum(objective.met_by(answer) for answer in good)
+    return {
+        "requests": len(answers),
+        "errors": dict(Counter(answer.error for answer in answers if answer.error is not None)),
+        "seconds": seconds,
+        "output_tokens": tokens,
+        "output_tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
+        "requests_per_second": len(good) / seconds if seconds > 0 else 0.0,
+        "goodput_requests_per_second": met / seconds if seconds > 0 else 0.0,
+        "met_objective": met / len(answers),
+        "ttft": percentiles([answer.ttft for answer in good]),
+        "itl": percentiles([gap for answer in good for gap in answer.gaps]),
+        "tpot": percentiles([answer.tpot for answer in good]),
+        "e2e": percentiles([answer.e2e for answer in good]),
+    }
+
+
+async def serve_once(
+    url: str, api_key: str | None, model: str | None, load: Load, seed: int
+) -> tuple[list[Answer], float]:
+    """One run against the server, after a request that warms it; the answers and our own share of a core."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=limits) as client:
+        if model is None:
+            response = await client.get("/v1/models")
+            model = response.raise_for_status().json()["data"][0]["id"]
+        assert model is not None
+        warm = Load(1, load.prompt_tokens, load.output_tokens, load.vocab_size, concurrency=1, chat=load.chat)
+        await run_load(client, warm, model, seed=-1 - seed)
+        name = f"c={load.concurrency}" if load.concurrency else f"{load.rate:g}/s"
+        with tqdm(total=load.num_requests, desc=name, unit="request", leave=False) as bar:
+            began, cpu = time.perf_counter(), time.process_time()
+            answers = await run_load(client, load, model, seed, bar.update)
+            return answers, (time.process_time() - cpu) / (time.perf_counter() - began)
+
+
+def offline_rate(model: str, options: dict[str, Any], load: Load) -> Callable[[int], float]:
+    """`LLM.generate` on a seed's prompts, `load.concurrency` at a time; gives output tokens per second."""
+    from engine import LLM, SamplingParams  # torch: only where it is asked for
+
+    context = load.prompt_tokens + load.output_tokens + 16
+    llm = LLM(model, max_num_seqs=load.concurrency, max_model_len=context, show_progress=True, **options)
+    params = SamplingParams(temperature=0, max_tokens=load.output_tokens, ignore_eos=load.ignore_eos)
+    llm.generate(load.prompts(-1)[:1], params, use_tqdm=False)
+
+    def run(seed: int) -> float:
+        start = time.perf_counter()
+        completions = llm.generate(load.prompts(seed), params, use_tqdm=False)
+        return sum(len(completion.token_ids) for completion in completions) / (time.perf_counter() - start)
+
+    return run
+
+
+def table_row(name: str, summary: dict[str, Any]) -> str:
+    def milliseconds(kind: str) -> str:
+        values = summary[kind]
+        return "/".join(f"{1000 * values[f'p{share}']:.0f}" for share in PERCENTILES) if values else "-"
+
+    cells = [f"{summary['output_tokens_per_second']:>9.1f}", f"{summary['goodput_requests_per_second']:>8.2f}"]
+    cells += [f"{milliseconds(kind):>18}" for kind in ("ttft", "itl", "e2e")]
+    return f"{name:>8} {' '.join(cells)} {sum(summary['errors'].values()):>7}"
+
+
+def main(
+    url: Annotated[str, typer.Option(help="Of the server, without /v1.")] = "http://127.0.0.1:8000",
+    rate: Annotated[str | None, typer.Option(help="Requests per second, Poisson; several with commas.")] = None,
+    concurrency: Annotated[str | None, typer.Option(help="Requests under way at once; several with commas.")] = None,
+    num_requests: Annotated[int, typer.Option(min=1, help="Of each run.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    output_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    chat: Annotated[bool, typer.Option(help="Chat completions of words, not completions of token ids.")] = False,
+    vocab_size: Annotated[int, typer.Option(min=2, help="Prompts are of token ids below this.")] = 32000,
+    model: Annotated[str | None, typer.Option(help="Its name; else the first that /v1/models lists.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", show_default=False)] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Answers of exactly --output-tokens.")] = True,
+    slo_ttft: Annotated[float | None, typer.Option(help="Goodput: seconds to the first token.")] = None,
+    slo_tpot: Annotated[float | None, typer.Option(help="Goodput: seconds per token after that.")] = None,
+    slo_e2e: Annotated[float | None, typer.Option(help="Goodput: seconds in all.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each load, other prompts in each.")] = 1,
+    offline: Annotated[str | None, typer.Option(help="Model to run through LLM.generate beside.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of --offline.")] = "bfloat16",
+    enforce_eager: Annotated[bool, typer.Option(help="Of --offline.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Append results as JSON lines.")] = None,
+) -> None:
+    """Put load on a server and print what came of it."""
+    if (rate is None) == (concurrency is None):
+        raise typer.BadParameter("give either --rate or --concurrency")
+    if offline is not None and concurrency is None:
+        raise typer.BadParameter("--offline needs --concurrency")
+    objective = Objective(slo_ttft, slo_tpot, slo_e2e)
+    rows = [
+        f"{'load':>8} {'tok/s':>9} {'good/s':>8} "
+        + " ".join(f"{f'{k} p50/90/99 ms':>18}" for k in ("ttft", "itl", "e2e"))
+    ]
+    rows[0] += f" {'errors':>7}"
+    shared = (num_requests, prompt_tokens, output_tokens, vocab_size)
+    for size in (rate or concurrency or "").split(","):
+        load = Load(
+            *shared,
+            rate=float(size) if rate else None,
+            concurrency=None if rate else int(size),
+            chat=chat,
+            ignore_eos=ignore_eos,
+        )
+        options = {"dtype": dtype, "enforce_eager": enforce_eager}
+        peer = None if offline is None else offline_rate(offline, options, load)
+        served, alone = [], []
+        for seed in range(rounds):
+            answers, client_share = asyncio.run(serve_once(url, api_key, model, load, seed))
+            summary = summarize(answers, objective) | {"client_cores": client_share}
+            served.append(summary["output_tokens_per_second"])
+            rows.append(table_row(f"c={size}" if concurrency else f"{size}/s", summary))
+            rows += [f"{count:>8} x {error}" for error, count in summary["errors"].items()]
+            if peer is not None:
+                alone.append(peer(seed))
+                summary["offline_tokens_per_second"] = alone[-1]
+            if output is not None:
+                record = {"bench": "serve_load", "url": url, "seed": seed, **asdict(load), **summary}
+                record["objective"] = asdict(objective)
+                with output.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+        if alone:
+            ratio = statistics.median(served) / statistics.median(alone)
+            rows.append(f"{'offline':>8} {statistics.median(alone):>9.1f}   served / offline, of medians: {ratio:.2f}")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,80 @@
+"""The application: routes, the gate that every request passes, and one shape for every error."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from litestar import Litestar, Router, get
+from litestar.datastructures import State
+from litestar.response import Redirect
+from litestar.types import ControllerRouterHandler
+
+from serving import openapi
+from serving.auth import Keys
+from serving.engine_client import EngineClient
+from serving.errors import answer_error
+from serving.gate import Gate
+from serving.routes_chat import chat_completions
+from serving.routes_completions import completions, generate
+from serving.routes_health import health, live, load, metrics, stats
+from serving.routes_models import model, model_info, models, server_info, show_version, tokenizer_info
+from serving.routes_tokenize import detokenize, tokenize
+from serving.service import Service, version
+from serving.settings import ServerSettings
+
+
+class Rendering(Protocol):
+    """What /metrics shows."""
+
+    def render(self) -> bytes: ...
+
+
+@get("/", include_in_schema=False, sync_to_thread=False)
+def root() -> Redirect:
+    """A person with a browser."""
+    return Redirect("/dashboard")
+
+
+_ROUTES: list[ControllerRouterHandler] = [
+    chat_completions,
+    completions,
+    generate,
+    models,
+    model,
+    tokenize,
+    detokenize,
+    tokenizer_info,
+    model_info,
+    server_info,
+    show_version,
+    health,
+    live,
+    load,
+    stats,
+    metrics,
+    root,
+    openapi.schema_asset,
+    openapi.docs,
+    openapi.openapi_json,
+]
+
+
+def create_app(
+    client: EngineClient,
+    settings: ServerSettings,
+    metrics: Rendering,
+    dashboard: Router | None = None,
+    names: Sequence[str] = (),
+) -> Litestar:
+    """The ASGI application. It neither starts nor stops the client. `names` are the model's for clients."""
+    app = Litestar(
+        route_handlers=[*_ROUTES, *([] if dashboard is None else [dashboard])],
+        state=State({"service": Service(client, settings, names), "metrics": metrics}),
+        exception_handlers={Exception: answer_error},
+        openapi_config=openapi.openapi_config(version(), bool(settings.api_keys)),
+        logging_config=None,
+        request_max_body_size=None,  # `serving.body` limits what it reads, and nothing else reads any
+    )
+    openapi.add_schemas(app)
+    # Not as Litestar's own middleware, which requests to unknown routes do not pass.
+    app.asgi_handler = Gate(app.asgi_handler, Keys(settings.api_keys))
+    return app

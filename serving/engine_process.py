@@ -1,0 +1,144 @@
+"""One engine process as the front sees it: started, listened to, and known to have ended."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+
+import engine
+from engine.messages import EXIT_AFTER_LAST_WORDS, Died, FromEngine, FromFront, Start, encode
+from serving.engine_errors import EngineDied
+
+_ROOT = Path(engine.__file__).parent.parent  # what the front imported, the engine process shall import as well
+_EXIT_BELL = "inproc://exit"
+_LONGEST_SOCKET_PATH = 100  # the system's limit is 104 to 108 bytes
+
+
+class EngineProcess:
+    """Starts `engine.service` and reads what it says, in a thread, until it ends.
+
+    `on_message` gets each message but the last words, `on_exit` why the process ended; both are called in the
+    reading thread. Everything else belongs to one thread, the one that made it.
+    """
+
+    def __init__(
+        self, start: Start, on_message: Callable[[FromEngine], None], on_exit: Callable[[EngineDied], None]
+    ) -> None:
+        self._on_message = on_message
+        self._on_exit = on_exit
+        self._last_words: Died | None = None
+        self._directory = _private_directory()
+        self._context = zmq.Context()
+        self._outbox = self._socket(zmq.PUSH, f"ipc://{self._directory}/to-engine")
+        # The thread that waits for the process rings the same socket on which the process speaks.
+        self._inbox = self._socket(zmq.PULL, f"ipc://{self._directory}/to-front", _EXIT_BELL)
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        }
+        # -P: an "engine" in the working directory is not ours. Its own session: Ctrl-C goes to the front alone.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "engine.service", self._directory],
+            stdin=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        assert self._process.stdin is not None
+        self._stdin = self._process.stdin  # its end tells the engine that the front has gone
+        with contextlib.suppress(BrokenPipeError):  # if it ended at once, the waiting thread will tell
+            self._stdin.write(msgspec.json.encode(start) + b"\n")
+            self._stdin.flush()
+        self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
+        self._reader.start()
+        threading.Thread(target=self._wait, name="engine-waiter", daemon=True).start()
+
+    def send(self, message: FromFront) -> None:
+        """Hand a message over. One to a process that has ended goes nowhere: `on_exit` tells about the process."""
+        with contextlib.suppress(zmq.Again):
+            self._outbox.send(encode(message), zmq.NOBLOCK)
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self) -> None:
+        """Free what is left, once `on_exit` was called."""
+        self._reader.join()
+        self._outbox.close(linger=0)
+        self._context.destroy(linger=0)
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _socket(self, kind: int, *addresses: str) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.SNDHWM, 0)  # what may be under way is bounded by the front's queue
+        socket.setsockopt(zmq.RCVHWM, 0)
+        for address in addresses:
+            socket.bind(address)
+        return socket
+
+    def _wait(self) -> None:
+        self._process.wait()
+        with self._context.socket(zmq.PUSH) as bell:
+            bell.connect(_EXIT_BELL)
+            bell.send(b"")
+
+    def _read(self) -> None:
+        try:
+            while data := self._inbox.recv():
+                self._take(data)
+            # What it said just before its end may still be on its way, its last words above all.
+            patience = 5000 if self._process.returncode == EXIT_AFTER_LAST_WORDS else 100
+            while self._last_words is None and self._inbox.poll(patience):
+                self._take(self._inbox.recv())
+            ending = self._ending()
+        except Exception as error:  # it spoke another language
+            self._process.kill()
+            self._process.wait()
+            ending = EngineDied(f"the engine sent what cannot be read ({error})", "see that one version is installed")
+        self._inbox.close(linger=0)
+        self._on_exit(ending)
+
+    def _take(self, data: bytes) -> None:
+        message: FromEngine = self._decoder.decode(data)
+        if isinstance(message, Died):
+            self._last_words = message
+            self._process.kill()  # there is nothing more to expect of it
+        else:
+            self._on_message(message)
+
+    def _ending(self) -> EngineDied:
+        if self._last_words is not None:
+            words = self._last_words
+            return EngineDied(words.message, words.hint, words.error, words.traceback)
+        code = self._process.returncode
+        if code >= 0:
+            return EngineDied(f"the engine process ended with exit code {code}", "the log above may say why")
+        name = signal.Signals(-code).name
+        if -code == signal.SIGKILL:
+            hint = "if nobody killed it, the system ran out of memory: lower kv_cache_memory or max_model_len"
+        else:
+            hint = "the log above may say why"
+        return EngineDied(f"the engine process was ended by {name}", hint)
+
+
+def _private_directory() -> str:
+    """For sockets, whose paths must be short."""
+    directory = tempfile.mkdtemp(prefix="dispec-")
+    if len(directory) + len("/to-engine") > _LONGEST_SOCKET_PATH:
+        os.rmdir(directory)
+        directory = tempfile.mkdtemp(prefix="dispec-", dir="/tmp")
+    return directory

@@ -1,0 +1,85 @@
+"""What every request passes, even one to an unknown route: its id, the key, and a line in the log when it is over."""
+
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from litestar.types import ASGIApp, HTTPResponseStartEvent, Message, Receive, Scope, Send
+
+from serving.auth import Keys
+from serving.errors import CLIENT_LEFT, ApiError
+
+log = logging.getLogger("dispec.access")
+
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # goes into headers and logs as it is
+_QUIET_PATHS = frozenset({"/live", "/ping", "/health", "/metrics", "/load", "/stats"})  # polled all the time
+
+
+class Gate:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        state: dict[str, Any] = scope.setdefault("state", {})  # type: ignore[assignment]
+        state["request_id"] = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        status = CLIENT_LEFT  # unless there is an answer
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                _add_header(message, b"x-request-id", state["request_id"].encode())
+            await send(message)
+
+        try:
+            refusal = self._refusal(scope["method"], scope["path"], headers)
+            if refusal is not None:
+                await _refuse(refusal, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
+        finally:
+            path = scope["path"]
+            level = logging.DEBUG if path in _QUIET_PATHS and status < 400 else logging.INFO
+            if log.isEnabledFor(level):
+                fields = {
+                    "request_id": state["request_id"],
+                    "method": scope["method"],
+                    "path": path,
+                    "status": state.get("status", status),
+                    "seconds": round(time.perf_counter() - started, 6),
+                    **state.get("log", {}),
+                }
+                log.log(level, "request", extra={"fields": fields})
+
+    def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+        if not self._keys.allow(path, headers.get(b"authorization")):
+            challenge = {"WWW-Authenticate": self._keys.challenge(path)}
+            said = "this API key is not known" if b"authorization" in headers else "an API key is needed"
+            return ApiError(401, f"{said}: send it as `Authorization: Bearer KEY`", headers=challenge)
+        if method == "POST" and headers.get(b"sec-fetch-site") == b"cross-site":
+            # A page of some other site, in the browser of somebody who can reach us and may have given it the key.
+            return ApiError(403, "pages of other sites may not use this server")
+        return None
+
+
+async def _refuse(error: ApiError, send: Send) -> None:
+    body = error.body()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _add_header(message: HTTPResponseStartEvent, name: bytes, value: bytes) -> None:
+    message["headers"] = [*message["headers"], (name, value)]

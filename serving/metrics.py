@@ -1,0 +1,192 @@
+"""What Prometheus scrapes: vLLM's names, which dashboards, routers and autoscalers know, and a few of our own.
+
+Only the front process exports. Everything the engine process knows arrives here as messages, so that no two processes
+ever write the same counter.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from engine.messages import EngineInfo
+from engine.step_record import StepRecord
+from serving.distribution import Distribution
+from serving.engine_client import EngineClient, Listener
+from serving.request_stream import RequestSummary, RequestTiming
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_LABELS = ("model_name", "engine")
+_FINISH_REASONS = ("stop", "length", "abort", "error")
+_FIRST_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60)
+_BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2)
+_REQUEST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1800)
+_STEP = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_TOKENS = tuple(float(2**power) for power in range(18))
+
+disable_created_metrics()  # a gauge beside every counter and histogram, with the time it was made
+
+
+class Metrics(Listener):
+    """The numbers of one server. What there is to say about a request is counted when it ends, all at once."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._make_vllm_counters()
+        self._make_vllm_histograms()
+        self._make_our_own()
+        self._num_used_blocks = 0
+
+    def render(self) -> bytes:
+        """All of it in Prometheus's text format."""
+        return generate_latest(self.registry)
+
+    def attach(self, client: EngineClient) -> None:
+        """Count what happens to this client, and read its gauges whenever somebody scrapes."""
+        client.listeners.append(self)
+        for gauge in (self._vllm_running, self._running):
+            gauge.set_function(lambda: client.num_running)
+        for gauge in (self._vllm_waiting, self._waiting):
+            gauge.set_function(lambda: client.num_waiting)
+        # The last step knows what it held; that what it ended gave its blocks back no later step need tell.
+        self._vllm_kv_usage.set_function(lambda: self._used_share(client.info) if client.load else 0.0)
+
+    def on_step(self, record: StepRecord, finished: float) -> None:
+        self._num_used_blocks = record.num_used_blocks
+        self._preemptions.inc(record.num_preempted)
+        self._iteration_tokens.observe(record.num_tokens)
+        self._batch_tokens.observe(record.num_tokens)
+        self._step_seconds.observe(record.schedule + record.launch + record.wait + record.commit)
+
+    def on_request_finished(self, summary: RequestSummary) -> None:
+        self._requests.inc()
+        for reason in summary.finish_reasons:
+            self._success.labels(**self._labels, finished_reason=reason).inc()
+        if summary.started is None:
+            return  # refused, or given up while it waited: it says nothing about how fast requests are served
+        self._generation_tokens.inc(summary.output_tokens)
+        self._tokens_generated.inc(summary.output_tokens)
+        self._request_generation_tokens.observe(summary.output_tokens)
+        self._request_prompt_tokens.observe(summary.prompt_tokens)
+        timing = RequestTiming(summary.arrival, summary.started, summary.first_token, summary.finished)
+        for phase, histogram in self._phases.items():
+            histogram.observe(getattr(timing, phase))
+        self._e2e.observe(timing.total)
+        self._request_seconds.observe(timing.total)
+        if summary.first_token is None:
+            return
+        for counter, tokens in (
+            (self._prompt_tokens, summary.prompt_tokens),
+            (self._prefix_queries, summary.prompt_tokens),
+            (self._prompt_tokens_cached, summary.cached_tokens),
+            (self._prefix_hits, summary.cached_tokens),
+        ):
+            counter.inc(tokens)
+        for histogram in (self._first_token, self._ttft):
+            histogram.observe(summary.first_token - summary.arrival)
+        self._gaps.distribution.add(summary.gaps)
+        if summary.gaps:
+            self._tpot.observe(sum(summary.gaps) / len(summary.gaps))
+
+    def on_drafts(self, num_drafts: int, num_draft_tokens: int, accepted_per_position: Sequence[int]) -> None:
+        """A step checked `num_drafts` drafts; how many of their first, second, … tokens were accepted."""
+        self._drafts.inc(num_drafts)
+        self._draft_tokens.inc(num_draft_tokens)
+        self._accepted_tokens.inc(sum(accepted_per_position))
+        for position, accepted in enumerate(accepted_per_position):
+            self._accepted_per_position.labels(**self._labels, position=str(position)).inc(accepted)
+
+    def set_draft_replicas_desired(self, count: int) -> None:
+        self._draft_replicas_desired.set(count)
+
+    def _used_share(self, info: EngineInfo | None) -> float:
+        return self._num_used_blocks / info.num_blocks if info is not None else 0.0
+
+    def _make_vllm_counters(self) -> None:
+        counter, gauge = self._counter, self._gauge
+        self._vllm_running = gauge("vllm:num_requests_running", "Requests in the engine's batches.")
+        self._vllm_waiting = gauge("vllm:num_requests_waiting", "Requests that wait to be scheduled.")
+        self._vllm_kv_usage = gauge("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 1 being all of it.")
+        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens, cached ones included.")
+        self._prompt_tokens_cached = counter("vllm:prompt_tokens_cached", "Prompt tokens that were in the cache.")
+        self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        self._preemptions = counter("vllm:num_preemptions", "Sequences that gave their memory up for others.")
+        self._prefix_queries = counter("vllm:prefix_cache_queries", "Tokens looked for in the prefix cache.")
+        self._prefix_hits = counter("vllm:prefix_cache_hits", "Tokens found in the prefix cache.")
+        self._success = Counter(
+            "vllm:request_success", "Choices by how they ended.", (*_LABELS, "finished_reason"), registry=self.registry
+        )
+        for reason in _FINISH_REASONS:
+            self._success.labels(**self._labels, finished_reason=reason)
+        self._drafts = counter("vllm:spec_decode_num_drafts", "Drafts that were checked.")
+        self._draft_tokens = counter("vllm:spec_decode_num_draft_tokens", "Tokens of those drafts.")
+        self._accepted_tokens = counter("vllm:spec_decode_num_accepted_tokens", "Draft tokens that were accepted.")
+        self._accepted_per_position = Counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens accepted, by their position in the draft.",
+            (*_LABELS, "position"),
+            registry=self.registry,
+        )
+
+    def _make_vllm_histograms(self) -> None:
+        histogram = self._histogram
+        self._first_token = histogram(
+            "vllm:time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN
+        )
+        self._gaps = _BatchedHistogram(
+            "vllm:inter_token_latency_seconds", "Between one token and the next.", self._labels, _BETWEEN_TOKENS
+        )
+        self.registry.register(self._gaps)
+        self._e2e = histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", _REQUEST)
+        self._phases = {
+            phase: histogram(f"vllm:request_{phase}_time_seconds", text, _REQUEST)
+            for phase, text in (
+                ("queue", "From a request's arrival until it was first scheduled."),
+                ("prefill", "From first being scheduled to the first token."),
+                ("decode", "From the first token to the end."),
+            )
+        }
+        self._request_prompt_tokens = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self._request_generation_tokens = histogram("vllm:request_generation_tokens", "Tokens of an answer.", _TOKENS)
+        self._iteration_tokens = histogram("vllm:iteration_tokens_total", "Tokens computed in a step.", _TOKENS)
+
+    def _make_our_own(self) -> None:
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        self._requests = counter("dispec_requests", "Requests that ended, however they did.")
+        self._tokens_generated = counter("dispec_tokens_generated", "Tokens generated.")
+        self._ttft = histogram("dispec_ttft_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN)
+        self._tpot = histogram("dispec_tpot_seconds", "Time per token after the first, by request.", _BETWEEN_TOKENS)
+        self._request_seconds = histogram("dispec_request_seconds", "From a request's arrival to its end.", _REQUEST)
+        self._step_seconds = histogram("dispec_step_seconds", "Time of a step.", _STEP)
+        self._batch_tokens = histogram("dispec_batch_tokens", "Tokens computed in a step.", _TOKENS)
+        self._running = gauge("dispec_running_requests", "Requests in the engine's batches.")
+        self._waiting = gauge("dispec_waiting_requests", "Requests that wait to be scheduled.")
+        self._draft_replicas_desired = gauge("dispec_draft_replicas_desired", "Draft workers that would be of use.")
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, _LABELS, registry=self.registry).labels(**self._labels)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, _LABELS, registry=self.registry).labels(**self._labels)
+
+    def _histogram(self, name: str, text: str, edges: Sequence[float]) -> Histogram:
+        return Histogram(name, text, _LABELS, buckets=edges, registry=self.registry).labels(**self._labels)
+
+
+class _BatchedHistogram(Collector):
+    """A histogram that takes lists of values."""
+
+    def __init__(self, name: str, text: str, labels: Mapping[str, str], edges: Sequence[float]) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self.distribution = Distribution(edges)
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
+        edges = [*map(str, map(float, self.distribution.edges)), "+Inf"]
+        buckets = list(zip(edges, map(float, self.distribution.cumulative()), strict=True))
+        family.add_metric(list(self._labels.values()), buckets, self.distribution.sum)
+        yield family

@@ -1,0 +1,169 @@
+"""From texts and messages to token ids, in threads, so that nobody's long prompt holds up everybody's tokens."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+from serving.errors import ApiError, invalid
+from serving.protocol import ChatRequest, PromptInput, TokenizeRequest
+from serving.protocol_sampling import template_arguments
+from serving.settings import MAX_BAD_WORDS, MAX_PROMPTS
+
+T = TypeVar("T")
+
+
+class Prompt(NamedTuple):
+    """A prompt as the engine takes it. `text` is for echoing, where the client sent one."""
+
+    token_ids: list[int]
+    text: str | None = None
+
+
+class Prompts:
+    """Makes prompts for one model, and checks that they fit."""
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, max_model_len: int, timeout: float) -> None:
+        self._tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self._timeout = timeout
+        # No text of more characters than that fits. Tokenising one of 32 MiB to find out would take half a minute.
+        vocabulary = () if tokenizer is None else tokenizer.backend.get_vocab()
+        self._longest_text = max_model_len * max((len(token) for token in vocabulary), default=1)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ApiError for a model of dummy weights, which has none."""
+        if self._tokenizer is None:
+            raise ApiError(400, "this model has no tokenizer: send token ids to /v1/completions")
+        return self._tokenizer
+
+    async def of_texts(
+        self, given: PromptInput | None, add_special_tokens: bool | None, truncate: int | None
+    ) -> list[Prompt]:
+        """The four forms of `prompt`: a text, texts, token ids, lists of token ids. Raises ApiError."""
+        if given is None:
+            raise invalid("prompt is missing")
+        several = self._several(given)
+        is_one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
+        special = True if add_special_tokens is None else add_special_tokens
+
+        def tokenize() -> list[Prompt]:
+            return [
+                self._fitting(
+                    Prompt(item) if isinstance(item, list) else Prompt(self._encode(item, special), item),
+                    "prompt" if is_one else f"prompt[{index}]",
+                    truncate,
+                )
+                for index, item in enumerate(several)
+            ]
+
+        if any(isinstance(item, str) for item in several):
+            return await self.off_loop(tokenize)
+        return tokenize()
+
+    async def of_chat(self, request: ChatRequest) -> Prompt:
+        """Raises ApiError."""
+        special = bool(request.add_special_tokens)
+        token_ids = await self.off_loop(lambda: self._encode(self._render(request), special))
+        return self._fitting(Prompt(token_ids), "messages", request.truncate_prompt_tokens)
+
+    async def of_tokenize(self, request: TokenizeRequest) -> list[int]:
+        """Raises ApiError."""
+        if (request.prompt is None) == (request.messages is None):
+            raise invalid("prompt is missing" if request.prompt is None else "prompt and messages exclude each other")
+        text = request.prompt
+        if text is None:
+            special = bool(request.add_special_tokens)
+            return await self.off_loop(lambda: self._encode(self._render(request), special))
+        special = request.add_special_tokens is not False
+        return await self.off_loop(lambda: self._encode(text, special))
+
+    async def without_texts(self, params: SamplingParams) -> SamplingParams:
+        """The same, its bad words as token ids: at the start of a word and within one. Raises ApiError."""
+        if not params.bad_words:
+            return params
+        if len(params.bad_words) > MAX_BAD_WORDS:
+            raise invalid(f"bad_words holds {len(params.bad_words)} texts, must be at most {MAX_BAD_WORDS}")
+
+        def tokenize() -> SamplingParams:
+            found: dict[tuple[int, ...], None] = {}
+            for word in params.bad_words:
+                for text in (word.lstrip(), " " + word.lstrip()):
+                    if ids := tuple(self._encode(text, False)):
+                        found[ids] = None
+            return replace(params, bad_words=(), bad_words_token_ids=(*params.bad_words_token_ids, *found))
+
+        return await self.off_loop(tokenize)
+
+    async def off_loop(self, work: Callable[[], T]) -> T:
+        """Run it in a thread. Raises ApiError if it takes too long: nobody waits for it any more, then."""
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(work), self._timeout)
+        except TimeoutError:
+            raise ApiError(400, f"the prompt takes more than {self._timeout:g} s to prepare: make it shorter") from None
+        except RecursionError:
+            raise ApiError(400, "messages is nested too deeply", param="messages") from None
+
+    def check_tokens(self, token_ids: Sequence[int], field: str) -> None:
+        """Raises ApiError for the first that is no token of the model."""
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
+            index, wrong = next(
+                (index, token) for index, token in enumerate(token_ids) if not 0 <= token < self.vocab_size
+            )
+            raise invalid(f"{field}[{index}] is {wrong}, must be between 0 and {self.vocab_size - 1}")
+
+    def _several(self, given: PromptInput) -> list[str | list[int]]:
+        if isinstance(given, str):
+            return [given]
+        if not given:
+            raise invalid("prompt is empty, must be a text, token ids, or a list of either")
+        kinds = {type(item) for item in given}
+        if len(kinds) > 1:
+            raise invalid("prompt mixes texts, token ids and lists, must hold one kind of them")
+        if kinds == {int}:
+            return [given]  # type: ignore[list-item]
+        if len(given) > MAX_PROMPTS:
+            raise invalid(f"prompt holds {len(given)} prompts, must be at most {MAX_PROMPTS}")
+        return given  # type: ignore[return-value]
+
+    def _fitting(self, prompt: Prompt, field: str, truncate: int | None) -> Prompt:
+        self.check_tokens(prompt.token_ids, field)
+        if truncate is not None:
+            if truncate != -1 and not 1 <= truncate < self.max_model_len:
+                raise invalid(
+                    f"truncate_prompt_tokens is {truncate}, must be -1 or between 1 and {self.max_model_len - 1}"
+                    " (below max_model_len)"
+                )
+            keep = self.max_model_len - 1 if truncate == -1 else truncate
+            if len(prompt.token_ids) > keep:
+                kept = prompt.token_ids[-keep:]
+                prompt = Prompt(kept)
+        if not prompt.token_ids:
+            raise invalid(f"{field} is empty: there is nothing to continue")
+        if len(prompt.token_ids) >= self.max_model_len:
+            raise invalid(
+                f"{field} holds {len(prompt.token_ids)} tokens, must be below max_model_len ({self.max_model_len})"
+            )
+        return prompt
+
+    def _render(self, request: ChatRequest | TokenizeRequest) -> str:
+        continues = bool(request.continue_final_message)
+        opens = not continues if request.add_generation_prompt is None else request.add_generation_prompt
+        arguments: Mapping[str, Any] = template_arguments(request.chat_template_kwargs)
+        try:
+            return self.tokenizer.apply_chat_template(request.messages or [], opens, None, continues, **arguments)
+        except ValueError as error:
+            raise invalid(str(error)) from None
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) > self._longest_text:
+            raise invalid(
+                f"the prompt holds {len(text)} characters, more than could be below max_model_len"
+                f" ({self.max_model_len} tokens)"
+            )
+        # `encode` holds Python's lock for as long as it takes; this does not, nor does it note where tokens begin.
+        return self.tokenizer.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids

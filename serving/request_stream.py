@@ -1,0 +1,289 @@
+"""A request under way in the front: its tokens become text in the reading thread, its updates reach who asked."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+
+from engine.messages import Token
+from engine.sampling_params import SamplingParams
+from engine.sequence import FinishReason, TokenLogprobs
+from engine.text_stream import TextStream
+from engine.tokenizer import Tokenizer
+from serving.engine_errors import EngineDied, EngineFailed, RequestRefused, RequestTimedOut
+
+RequestError = EngineFailed | EngineDied | RequestTimedOut | RequestRefused
+
+
+class GenerationRequest(msgspec.Struct):
+    """What to generate. `params` may hold texts (stop, bad_words); timeout: seconds for the whole request."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str | None = None
+    timeout: float | None = None
+
+
+class ChoiceUpdate(msgspec.Struct, frozen=True):
+    """News of one choice: tokens, and the text that has become certain, which may be empty.
+
+    Several steps are one update where the reader was slower. prompt_logprobs (without the first token's) and
+    num_cached_tokens come with the first update of choice 0. An aborted choice ends with an update without tokens.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int | None = None
+
+
+class RequestSummary(NamedTuple):
+    """A request that has ended. Times as in `RequestTiming`.
+
+    gaps: between each token and the one before it of the same choice, in seconds.
+    error: why it failed, else None; finish_reasons: of its choices in order, "error" or "abort" where unfinished.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    finish_reasons: tuple[FinishReason, ...]
+    arrival: float
+    started: float | None
+    first_token: float | None
+    finished: float
+    gaps: list[float]
+    error: str | None
+
+
+@dataclass(slots=True)
+class RequestTiming:
+    """When what happened, in seconds of `time.perf_counter`; None while it has not.
+
+    started: first scheduled. Queue, prefill and decode add up to the total, whatever the request came to.
+    """
+
+    arrival: float
+    started: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+    @property
+    def queue(self) -> float:
+        return self._until(self.started) - self.arrival
+
+    @property
+    def prefill(self) -> float:
+        return self._until(self.first_token) - self._until(self.started)
+
+    @property
+    def decode(self) -> float:
+        return self._until(self.finished) - self._until(self.first_token)
+
+    @property
+    def total(self) -> float:
+        return self._until(self.finished) - self.arrival
+
+    def _until(self, moment: float | None) -> float:
+        """The moment, or where it did not come the end of the request, or where that did not come either now."""
+        return next((time_ for time_ in (moment, self.finished) if time_ is not None), time.perf_counter())
+
+
+class RequestText:
+    """Tokens of a request to updates. It belongs to the reading thread; others may look at its numbers."""
+
+    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
+        self._params = params
+        self._texts = [TextStream(tokenizer, params) for _ in range(params.n)]
+        self._last_times: list[float | None] = [None] * params.n
+        self._has_ended = [False] * params.n
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.gaps: list[float] = []
+
+    def take(self, token: Token, now: float) -> tuple[ChoiceUpdate, bool] | None:
+        """What a token brings, and whether the engine must be told that its choice has ended.
+
+        None for a token after the end, which the engine gave before it knew.
+        """
+        index, params = token.choice, self._params
+        if self._has_ended[index]:
+            return None
+        stream, reason = self._texts[index], token.finish_reason
+        text = stream.add(token.token_id, ends=reason == "stop")
+        if reason is not None:
+            text += stream.finish()
+        stop_reason: str | int | None = stream.stop_reason
+        tells = stop_reason is not None and reason is None
+        if stop_reason is not None:
+            reason = "stop"
+        elif reason == "stop" and token.token_id in params.stop_token_ids:
+            stop_reason = token.token_id
+        self._has_ended[index] = reason is not None
+        self._note(token, now)
+        logprobs = [token.logprobs] if token.logprobs is not None else None
+        first = index == 0 and token.num_cached_tokens is not None
+        return ChoiceUpdate(
+            index,
+            text,
+            [token.token_id],
+            logprobs,
+            reason,
+            stop_reason,
+            token.prompt_logprobs if first else None,
+            token.num_cached_tokens if first else None,
+        ), tells
+
+    def _note(self, token: Token, now: float) -> None:
+        last = self._last_times[token.choice]
+        if last is not None:
+            self.gaps.append(now - last)
+        self._last_times[token.choice] = now
+        self.num_tokens += 1
+        if token.choice == 0 and token.num_cached_tokens is not None:
+            self.num_cached_tokens = token.num_cached_tokens
+
+
+class RequestStream(AsyncIterator[ChoiceUpdate]):
+    """The updates of a request, for one reader. It ends after the last choice has, or raises what ended the request:
+    EngineFailed, EngineDied, RequestTimedOut or RequestRefused.
+
+    Whoever stops reading before the end must `abort`. Everything here belongs to the event loop's thread, but `text`.
+    """
+
+    def __init__(
+        self, key: str, request: GenerationRequest, text: RequestText, on_abort: Callable[["RequestStream"], None]
+    ) -> None:
+        self.key = key  # ours and unique, whatever clients choose as ids
+        self.request = request
+        self.text = text
+        self.timing = RequestTiming(arrival=time.perf_counter())
+        self.finish_reasons: list[FinishReason | None] = [None] * request.params.n
+        self.error: RequestError | None = None
+        self.is_accepted = False
+        self._on_abort = on_abort
+        self._unread: dict[int, list[ChoiceUpdate]] = {}
+        self._waiter: asyncio.Future[None] | None = None
+        self._waits_for_end = False
+
+    @property
+    def has_ended(self) -> bool:
+        return self.timing.finished is not None
+
+    @property
+    def num_open(self) -> int:
+        """Choices that have not ended."""
+        return 0 if self.has_ended else self.finish_reasons.count(None)
+
+    def abort(self) -> None:
+        """End what has not ended, within one step of the engine. Doing it twice, or after the end, does nothing."""
+        if not self.has_ended:
+            self._on_abort(self)
+
+    async def accepted(self) -> None:
+        """Wait until the engine has taken the request into its queue. Raises what ended the request before it did,
+        RequestRefused above all, so that an answer's status can be chosen before its first token is there."""
+        while not self.is_accepted and not self.has_ended:
+            await self._wait()
+        if self.error is not None and not self.is_accepted:
+            raise self.error
+
+    async def wait(self) -> None:
+        """Wait for the end without being woken by each token; reading then gives one update for each choice."""
+        self._waits_for_end = True
+        while not self.has_ended:
+            await self._wait()
+
+    async def __anext__(self) -> ChoiceUpdate:
+        self._waits_for_end = False
+        while True:
+            if self._unread:
+                index = next(iter(self._unread))
+                return _merged(self._unread.pop(index))
+            if self.error is not None:
+                raise self.error
+            if self.has_ended:
+                raise StopAsyncIteration
+            await self._wait()
+
+    # What the client does to it
+
+    def accept(self) -> None:
+        self.is_accepted = True
+        self._wake()
+
+    def take(self, update: ChoiceUpdate, now: float) -> None:
+        """An update that the engine gave at `now`."""
+        if self.timing.first_token is None:
+            self.timing.first_token = now
+        self._unread.setdefault(update.index, []).append(update)
+        if update.finish_reason is not None:
+            self.finish_reasons[update.index] = update.finish_reason
+            if None not in self.finish_reasons:
+                self.timing.finished = now
+        if self.has_ended or not self._waits_for_end:
+            self._wake()
+
+    def end(self, reason: FinishReason, error: RequestError | None = None) -> None:
+        """End whatever is open, for a reason that is not the engine's own."""
+        for index, known in enumerate(self.finish_reasons):
+            if known is None:
+                self.finish_reasons[index] = reason
+                if error is None:
+                    self._unread.setdefault(index, []).append(ChoiceUpdate(index, "", [], None, reason))
+        self.error = error
+        self.timing.finished = time.perf_counter()
+        self._wake()
+
+    def summary(self) -> RequestSummary:
+        timing = self.timing
+        assert timing.finished is not None
+        return RequestSummary(
+            request_id=self.request.request_id,
+            prompt_tokens=len(self.request.prompt_token_ids),
+            cached_tokens=self.text.num_cached_tokens,
+            output_tokens=self.text.num_tokens,
+            finish_reasons=tuple(reason or "error" for reason in self.finish_reasons),
+            arrival=timing.arrival,
+            started=timing.started,
+            first_token=timing.first_token,
+            finished=timing.finished,
+            gaps=self.text.gaps,
+            error=None if self.error is None else str(self.error),
+        )
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _merged(updates: list[ChoiceUpdate]) -> ChoiceUpdate:
+    """Updates of one choice as one."""
+    if len(updates) == 1:
+        return updates[0]
+    first, last = updates[0], updates[-1]
+    logprobs = [entry for update in updates for entry in update.logprobs or ()]
+    return ChoiceUpdate(
+        first.index,
+        "".join(update.text for update in updates),
+        [token for update in updates for token in update.token_ids],
+        logprobs if any(update.logprobs is not None for update in updates) else None,
+        last.finish_reason,
+        last.stop_reason,
+        first.prompt_logprobs,
+        first.num_cached_tokens,
+    )

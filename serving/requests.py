@@ -1,0 +1,52 @@
+"""From a checked request to a call in the engine: what chat and plain completions do alike."""
+
+from collections.abc import Sequence
+
+from litestar import Request
+
+from engine.sampling_params import SamplingParams
+from serving.call import Call
+from serving.errors import invalid
+from serving.prompts import Prompt
+from serving.protocol import Sampling
+from serving.service import Service
+
+_ID_LENGTH = 128
+_PRIORITY = 2**31
+
+
+def begin(
+    service: Service, request: Request, body: Sampling, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+) -> Call:
+    """Hand the prompts to the engine. Raises what the engine's client does, and ApiError."""
+    settings = service.settings
+    if len(prompts) > settings.max_queued_requests:
+        raise invalid(f"prompt holds {len(prompts)} prompts, must be at most {settings.max_queued_requests}")
+    priority = body.priority or 0
+    if not -_PRIORITY <= priority < _PRIORITY:
+        raise invalid(f"priority is {priority}, must be between {-_PRIORITY} and {_PRIORITY - 1}")
+    return Call(
+        service.client,
+        request_id(request, body.request_id),
+        prompts,
+        params,
+        priority=priority,
+        cache_salt=body.cache_salt,
+        timeout=settings.request_timeout,
+    )
+
+
+def request_id(request: Request, given: str | None) -> str:
+    """The id of the request, which a header may have given, or the body: then it is the one from here on."""
+    if given:
+        if len(given) > _ID_LENGTH or not given.isascii() or not given.isprintable() or " " in given:
+            raise invalid(f"request_id is {given!r:.50}, must be at most {_ID_LENGTH} printable ASCII characters")
+        request.scope["state"]["request_id"] = given
+    return request.scope["state"]["request_id"]
+
+
+def stream_usage(body: Sampling) -> tuple[bool, bool]:
+    """Whether a stream tells what was used at its end, and with every chunk."""
+    options = body.stream_options
+    at_end = bool(options and options.include_usage)
+    return at_end, at_end and bool(options and options.continuous_usage_stats)

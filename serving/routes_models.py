@@ -1,0 +1,109 @@
+"""What is served: /v1/models, /tokenizer_info, /model_info, /server_info, /version."""
+
+from typing import Any
+
+from litestar import Request, get
+from litestar.types import ASGIApp
+
+from serving.openapi import describe
+from serving.protocol_answers import Model, ModelList
+from serving.service import Service, service_of
+from serving.streaming import JsonAnswer
+
+
+@get("/v1/models", **describe(None, ModelList))
+async def models(request: Request) -> ASGIApp:
+    """The model, under each name that it may be called by."""
+    return JsonAnswer(ModelList(_models(service_of(request))))
+
+
+@get("/v1/models/{model_id:path}", **describe(None, Model))
+async def model(request: Request, model_id: str) -> ASGIApp:
+    """The model of that name."""
+    service = service_of(request)
+    name = str(model_id).removeprefix("/")
+    service.model().check_name(name)
+    return JsonAnswer(next(found for found in _models(service) if found.id == name))
+
+
+@get("/tokenizer_info", **describe(None, None))
+async def tokenizer_info(request: Request) -> ASGIApp:
+    """The tokenizer's size, its special tokens, and whether it has a chat template."""
+    served = service_of(request).model()
+    tokenizer = served.prompts.tokenizer
+    return JsonAnswer(
+        {
+            "vocab_size": tokenizer.vocab_size,
+            "model_vocab_size": served.info.vocab_size,
+            "model_max_length": served.info.max_model_len,
+            "has_chat_template": tokenizer.has_chat_template,
+            "is_byte_level": tokenizer.is_byte_level,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "eos_token_ids": served.info.eos_token_ids,
+            **tokenizer.special_tokens,
+        }
+    )
+
+
+@get("/model_info", **describe(None, None))
+async def model_info(request: Request) -> ASGIApp:
+    """The model that is loaded."""
+    served = service_of(request).model()
+    info = served.info
+    return JsonAnswer(
+        {
+            "model_path": info.model,
+            "tokenizer_path": info.directory or "",
+            "served_model_name": served.name,
+            "is_generation": True,
+            "architecture": info.architecture,
+            "dtype": info.dtype,
+            "vocab_size": info.vocab_size,
+            "max_model_len": info.max_model_len,
+            "weight_bytes": info.weight_bytes,
+            "preferred_sampling_params": dict(served.defaults),
+        }
+    )
+
+
+@get("/server_info", **describe(None, None))
+async def server_info(request: Request) -> ASGIApp:
+    """The engine's options as they turned out, and its state."""
+    service = service_of(request)
+    served = service.model()
+    info = served.info
+    return JsonAnswer(
+        {
+            "version": service.version,
+            "state": service.client.state,
+            "model_path": info.model,
+            "served_model_name": served.name,
+            "device": info.device,
+            "dtype": info.dtype,
+            "is_compiled": info.is_compiled,
+            "max_model_len": info.max_model_len,
+            "max_num_seqs": info.max_num_seqs,
+            "max_num_batched_tokens": info.max_num_batched_tokens,
+            "block_size": info.block_size,
+            "num_blocks": info.num_blocks,
+            "max_total_num_tokens": info.num_blocks * info.block_size,
+            "kv_cache_bytes": info.kv_cache_bytes,
+            "start_seconds": info.phase_seconds,
+            "tp_size": 1,
+            "dp_size": 1,
+        }
+    )
+
+
+@get("/version", **describe(None, None))
+async def show_version(request: Request) -> ASGIApp:
+    """The version of DiSpec."""
+    answer: dict[str, Any] = {"version": service_of(request).version}
+    return JsonAnswer(answer)
+
+
+def _models(service: Service) -> list[Model]:
+    served = service.model()
+    created = int(service.started)
+    return [Model(name, created, served.info.max_model_len, served.info.model) for name in served.names]

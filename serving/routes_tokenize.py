@@ -1,0 +1,40 @@
+"""POST /tokenize and /detokenize, in vLLM's shape."""
+
+from litestar import Request, post
+from litestar.types import ASGIApp
+
+from serving.errors import ApiError
+from serving.openapi import describe
+from serving.protocol import DetokenizeRequest, TokenizeRequest
+from serving.protocol_answers import DetokenizeAnswer, TokenizeAnswer
+from serving.service import service_of
+from serving.streaming import JsonAnswer
+
+
+@post("/tokenize", status_code=200, **describe(TokenizeRequest, TokenizeAnswer))
+async def tokenize(request: Request) -> ASGIApp:
+    """The token ids of a text, or of messages in the model's chat template."""
+    service = service_of(request)
+    model = service.model()
+    body = await service.body(request, TokenizeRequest)
+    model.check_name(body.model)
+    token_ids = await model.prompts.of_tokenize(body)
+    texts = [model.texts.of(token)[0] for token in token_ids] if body.return_token_strs else None
+    return JsonAnswer(TokenizeAnswer(len(token_ids), model.info.max_model_len, token_ids, texts))
+
+
+@post("/detokenize", status_code=200, **describe(DetokenizeRequest, DetokenizeAnswer))
+async def detokenize(request: Request) -> ASGIApp:
+    """The text of token ids, special tokens spelled out."""
+    service = service_of(request)
+    model = service.model()
+    body = await service.body(request, DetokenizeRequest)
+    model.check_name(body.model)
+    model.prompts.check_tokens(body.tokens, "tokens")
+    if len(body.tokens) > model.info.max_model_len:
+        raise ApiError(
+            400, f"tokens holds {len(body.tokens)}, must be at most max_model_len ({model.info.max_model_len})"
+        )
+    decode = model.prompts.tokenizer.decode
+    text = await model.prompts.off_loop(lambda: decode(body.tokens, skip_special_tokens=False))
+    return JsonAnswer(DetokenizeAnswer(text))

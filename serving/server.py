@@ -1,0 +1,195 @@
+"""A server from its start to its end: the socket first, then the engine, and on a signal nothing new until all is done."""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from litestar.types import ASGIApp
+
+from engine.messages import EngineInfo
+from serving.app import create_app
+from serving.engine_client import EngineClient
+from serving.live import Live
+from serving.metrics import Metrics
+from serving.routes_dashboard import dashboard_router
+from serving.service import Service, version
+from serving.settings import ServerSettings
+from serving.structured_log import logging_to
+
+log = logging.getLogger("dispec.server")
+
+_BACKLOG = 4096
+_IDLE_SECONDS = 75  # more than clients and proxies keep connections for, so that it is they who close them
+_LAST_WORDS_SECONDS = 3  # for what is still being written when everything is done; open dashboards never are
+
+
+def run(settings: ServerSettings, engine_options: dict[str, Any], *, quiet: bool, show_progress: bool) -> int:
+    """Serve in this process until a signal comes; returns the exit code. Raises as `serve` does."""
+
+    def say(line: str) -> None:
+        if not quiet or line.startswith("warning: "):
+            print(line, flush=True)
+
+    with logging_to(sys.stderr, settings.log_format, logging.WARNING if quiet else logging.INFO):
+        return asyncio.run(serve(settings, engine_options, say, show_progress))
+
+
+async def serve(
+    settings: ServerSettings, engine_options: dict[str, Any], say: Callable[[str], None], show_progress: bool = False
+) -> int:
+    """Serve until a signal comes; returns the exit code. `say` gets a few lines for people.
+
+    Raises OSError if the address cannot be had, EngineDied if the engine cannot start.
+    """
+    listener = listen(settings.host, settings.port)
+    with listener:
+        _allow_many_connections()
+        client = EngineClient(
+            engine_options,
+            max_queued_requests=settings.max_queued_requests,
+            max_queued_tokens=settings.max_queued_tokens,
+            stall_seconds=settings.stall_seconds,
+            show_progress=show_progress,
+        )
+        names = settings.served_model_names or (model_name(str(engine_options["model"])),)
+        metrics, live = Metrics(names[0]), Live()
+        metrics.attach(client)
+        client.listeners.append(live)
+        app = create_app(client, settings, metrics, dashboard_router(client, live), names=names)
+        server = DrainingServer(app, settings, client)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        starting = asyncio.create_task(_start(client, app.state["service"]))
+        try:
+            await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                info = await starting  # raises what kept it from starting
+                for line in _welcome(info, settings, names[0], listener):
+                    say(line)
+            await serving
+        finally:
+            starting.cancel()
+            server.should_exit = server.force_exit = True
+            with contextlib.suppress(asyncio.CancelledError):
+                await client.stop()
+            await serving
+    return server.exit_code
+
+
+async def _start(client: EngineClient, service: Service) -> EngineInfo:
+    info = await client.start()
+    await asyncio.to_thread(service.model)  # reads the vocabulary, which the first request need not wait for
+    return info
+
+
+class DrainingServer(uvicorn.Server):
+    """Listens to the last: on SIGTERM or Ctrl-C new requests are told to go elsewhere while the running ones finish.
+    A second signal ends those as well.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings, client: EngineClient) -> None:
+        config = uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            http="h11",  # bounds its headers
+            ws="none",
+            lifespan="off",
+            h11_max_incomplete_event_size=settings.max_header_bytes,
+            timeout_keep_alive=_IDLE_SECONDS,
+            timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+            backlog=_BACKLOG,
+            access_log=False,
+            log_config=None,
+            server_header=False,
+        )
+        super().__init__(config)
+        self.exit_code = 0
+        self._client = client
+        self._drain_timeout = settings.drain_timeout
+        self._draining: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Unlike uvicorn's, whose way is to be ended by the signal once more when all is done."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for number in signals:
+            loop.add_signal_handler(number, self._take_signal, number)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    def _take_signal(self, number: signal.Signals) -> None:
+        if self._client.state == "loading":
+            self.should_exit = True
+        elif self._draining is None:
+            log.info("%s: finishing %d requests, taking no new ones", number.name, self._client.load)
+            self._draining = asyncio.create_task(self._drain())
+        else:
+            log.warning("%s again: leaving at once", number.name)
+            self.exit_code = 128 + number
+            self.force_exit = self.should_exit = True
+
+    async def _drain(self) -> None:
+        try:
+            if not await self._client.drain(self._drain_timeout):
+                log.warning("some requests were not done after %g s and have been ended", self._drain_timeout)
+        finally:
+            self.should_exit = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there, and nowhere else. Raises OSError or ValueError with the way out."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError):
+        raise ValueError(f"host is {host!r}, which is no address of this machine") from None
+    # Of the two addresses of "localhost", clients try the older one in any case.
+    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    try:
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ValueError(f"cannot listen on {host} port {port} ({why}): choose another --host or --port") from error
+
+
+def model_name(model: str) -> str:
+    """What clients call a model: a hub id as it is, a directory or file by its own name."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.is_file() else model
+
+
+def _allow_many_connections() -> None:
+    """Each takes a file descriptor, and 1024 of them are usual."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _welcome(info: EngineInfo, settings: ServerSettings, name: str, listener: socket.socket) -> Iterator[str]:
+    address, port = listener.getsockname()[:2]
+    is_open = not address.startswith("127.") and address != "::1"
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
+    url = f"http://{shown}:{port}"
+    seconds = ", ".join(f"{phase} {took:.1f} s" for phase, took in info.phase_seconds.items())
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_keys else ""
+    message = '{"messages": [{"role": "user", "content": "Hello!"}]}'
+    yield f"DiSpec {version()} serves {name} ({info.dtype} on {info.device}), listening on {address} port {port}"
+    yield f"  start      {seconds}"
+    yield f"  API        {url}/v1"
+    yield f"  dashboard  {url}/dashboard"
+    yield f"  try        curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{message}'"
+    if is_open and not settings.api_keys:
+        yield f"warning: whoever reaches {address} can use this server: set --api-key, or leave --host out"

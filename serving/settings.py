@@ -1,0 +1,73 @@
+"""What the front process can be told at start, and the limits that it holds its clients to."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+MAX_CHOICES = 128
+MAX_PROMPTS = 1024
+MAX_STOPS = 4
+MAX_BAD_WORDS = 1024
+MAX_TEMPLATE_ARGUMENTS = 32
+
+LogFormat = Literal["auto", "json", "text"]
+GenerationConfig = Literal["auto", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Raises ValueError with the option, its value and the limit.
+
+    host, port: where to listen; port 0 takes a free one.
+    api_keys: any of them opens every route; with none, all routes are open.
+    served_model_names: what clients may call the model, the first of which answers carry; empty takes its own name.
+    max_queued_requests, max_queued_tokens: most choices, and most prompt tokens, that wait for the engine.
+    request_timeout: seconds for a whole request; None has no limit.
+    stall_seconds: not ready if work is pending and no step ended for so long.
+    drain_timeout: seconds that running requests have after SIGTERM.
+    keep_alive_seconds: a stream that is silent for so long gets a comment line.
+    tokenize_timeout: seconds for a prompt's template and tokens, and for a body to arrive.
+    max_body_bytes, max_header_bytes: of a request.
+    generation_config: "auto" takes what a request leaves open from the checkpoint's generation_config.json.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    served_model_names: tuple[str, ...] = ()
+    max_queued_requests: int = 1024
+    max_queued_tokens: int = 1_000_000
+    request_timeout: float | None = None
+    stall_seconds: float = 60.0
+    drain_timeout: float = 60.0
+    keep_alive_seconds: float = 5.0
+    tokenize_timeout: float = 30.0
+    max_body_bytes: int = 32 * 2**20
+    max_header_bytes: int = 64 * 2**10
+    generation_config: GenerationConfig = "auto"
+    log_format: LogFormat = "auto"
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("port", 0, 65535),
+            ("max_queued_requests", 1, 2**20),
+            ("max_queued_tokens", 1, 2**31),
+            ("max_body_bytes", 1024, 2**30),
+            ("max_header_bytes", 4096, 2**20),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be between {low} and {high}")
+        for name in ("request_timeout", "stall_seconds", "drain_timeout", "keep_alive_seconds", "tokenize_timeout"):
+            seconds = getattr(self, name)
+            if seconds is not None and not (math.isfinite(seconds) and 0 < seconds <= 1e7):
+                raise ValueError(f"{name} is {seconds}, must be above 0 and at most 1e7 seconds")
+        for name, choices in (("generation_config", ("auto", "none")), ("log_format", ("auto", "json", "text"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
+        for key in self.api_keys:
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise ValueError("api_key holds a key that is empty or has spaces or characters other than ASCII")
+        if not self.host:
+            raise ValueError("host is empty, must be a name or an address")
+        if not all(self.served_model_names):
+            raise ValueError("served_model_name is empty, must be a name")

@@ -1,0 +1,118 @@
+"""Engine clients with real engine processes, for tests: started, asked, and looked over when the test is done."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.messages import Inspection
+from engine.sampling_params import SamplingParams
+from engine.sequence import TokenLogprobs
+from engine.step_record import StepRecord
+from serving.engine_client import EngineClient, GenerationRequest, Listener, RequestStream, RequestSummary, State
+from tests.small_engine import OPTIONS
+
+PATIENCE = 120  # seconds after which a condition counts as never coming
+
+
+@pytest.fixture(autouse=True)
+def one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engine processes that share cores with others must not wait for one another's threads."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+class Recorder(Listener):
+    """Remembers what happened."""
+
+    def __init__(self) -> None:
+        self.records: list[StepRecord] = []
+        self.summaries: list[RequestSummary] = []
+        self.states: list[State] = []
+
+    def on_step(self, record: StepRecord, finished: float) -> None:
+        self.records.append(record)
+
+    def on_request_finished(self, summary: RequestSummary) -> None:
+        self.summaries.append(summary)
+
+    def on_state(self, state: State) -> None:
+        self.states.append(state)
+
+
+def new_client(directory: Path, engine: dict[str, Any] | None = None, **settings: Any) -> EngineClient:
+    defaults = {"max_queued_requests": 1000, "max_queued_tokens": 1_000_000, "stall_seconds": 60.0}
+    return EngineClient(OPTIONS | {"model": str(directory)} | (engine or {}), **defaults | settings)
+
+
+@asynccontextmanager
+async def running_client(
+    directory: Path, engine: dict[str, Any] | None = None, **settings: Any
+) -> AsyncIterator[EngineClient]:
+    """A client that serves. Whatever the test did, an engine that still lives has nothing left of it."""
+    client = new_client(directory, engine, **settings)
+    await client.start()
+    try:
+        yield client
+        if client.state in ("ready", "draining"):
+            assert_empty(await client.inspect())
+        assert (client.load, client.num_running, client.num_waiting) == (0, 0, 0)
+    finally:
+        await client.stop()
+
+
+def assert_empty(books: Inspection) -> None:
+    assert books.problem is None
+    assert (books.num_requests, books.num_running, books.num_waiting, books.num_used_blocks) == (0, 0, 0, 0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        await asyncio.sleep(0.002)
+
+
+def ask(client: EngineClient, prompt: list[int], params: SamplingParams, **more: Any) -> RequestStream:
+    return client.submit(GenerationRequest("test", prompt, params, **more))
+
+
+class Answer:
+    """What all updates of a choice said together."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] | None = None
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self.num_cached_tokens: int | None = None
+        self.num_updates = 0
+
+
+async def read(stream: RequestStream) -> list[Answer]:
+    """Read to the end; the choices in their order."""
+    answers = [Answer() for _ in range(stream.request.params.n)]
+    async for update in stream:
+        answer = answers[update.index]
+        assert answer.finish_reason is None, "an update after the end"
+        answer.num_updates += 1
+        answer.text += update.text
+        answer.token_ids += update.token_ids
+        if update.logprobs is not None:
+            answer.logprobs = (answer.logprobs or []) + update.logprobs
+        if update.num_cached_tokens is not None:
+            assert answer.num_cached_tokens is None
+            assert update.index == 0
+            answer.num_cached_tokens, answer.prompt_logprobs = update.num_cached_tokens, update.prompt_logprobs
+        answer.finish_reason, answer.stop_reason = update.finish_reason, update.stop_reason
+    assert all(answer.finish_reason is not None for answer in answers)
+    return answers
+
+
+async def generate(client: EngineClient, prompt: list[int], params: SamplingParams, **more: Any) -> list[Answer]:
+    return await read(ask(client, prompt, params, **more))

@@ -25,7 +25,7 @@ async def _read(request: Request, limit: int) -> bytes:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientLeft
-        part = message.get("body", b"")
+        part: bytes = message.get("body", b"")  # type: ignore[assignment]
         size += len(part)
         if size <= limit:
             parts.append(part)

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.messages import Inspection
 from engine.step_record import StepRecord
-from serving.engine_client import EngineClient, Listener
+from serving.engine_client import EngineClient, Listener, State
 from serving.engine_errors import EngineDied, NotReady
 from serving.live import Live
 
@@ -33,7 +33,7 @@ class PoolWatch(Listener):
     def on_step(self, record: StepRecord, finished: float) -> None:
         self._is_stale = True
 
-    def on_state(self, state: str) -> None:
+    def on_state(self, state: State) -> None:
         self._is_stale, self._last = True, None
 
     def look(self) -> dict[str, int] | None:

@@ -19,6 +19,7 @@ from engine.messages import EXIT_AFTER_LAST_WORDS, Died, FromEngine, FromFront, 
 from serving.engine_errors import EngineDied
 
 _ROOT = Path(engine.__file__).parent.parent  # what the front imported, the engine process shall import as well
+_SERVICE = "engine.service"
 _EXIT_BELL = "inproc://exit"
 _LONGEST_SOCKET_PATH = 100  # the system's limit is 104 to 108 bytes
 
@@ -47,7 +48,7 @@ class EngineProcess:
         }
         # -P: an "engine" in the working directory is not ours. Its own session: Ctrl-C goes to the front alone.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "engine.service", self._directory],
+            [sys.executable, "-P", "-m", _SERVICE, self._directory],
             stdin=subprocess.PIPE,
             env=environment,
             start_new_session=True,

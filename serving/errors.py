@@ -104,10 +104,10 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(503, str(error) or "the engine died", code="engine_died", retry_after=5)
     if isinstance(error, EngineFailed):
         return ApiError(500, str(error) or "the engine failed at this request", code="engine_error")
+    if isinstance(error, HTTPException):  # some of which are ValueErrors
+        return _of_litestar(error)
     if isinstance(error, RequestRefused | ValueError):
         return invalid(str(error))
-    if isinstance(error, HTTPException):
-        return _of_litestar(error)
     return ApiError(500, f"internal error ({type(error).__name__}): the server's log says more", code="internal_error")
 
 

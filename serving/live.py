@@ -44,8 +44,8 @@ class Second:
 class Live(Listener):
     """The window. `clock` is the one that steps and requests are timed by."""
 
-    def __init__(self, client: EngineClient, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._client = client
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._client: EngineClient | None = None
         self._clock = clock
         self._epoch = time.time() - clock()
         self._last_step: float | None = None
@@ -55,7 +55,12 @@ class Live(Listener):
         self._requests: deque[dict[str, Any]] = deque(maxlen=REQUESTS)
         self._num_requests = 0
         self._speculates = False
-        client.listeners.append(self)
+
+    def attach(self, client: EngineClient) -> None:
+        """Follow what happens to this client."""
+        self._client = client
+        if self not in client.listeners:
+            client.listeners.append(self)
 
     def on_step(self, record: StepRecord, finished: float) -> None:
         decode = record.num_tokens - record.num_prompt_tokens
@@ -64,7 +69,7 @@ class Live(Listener):
         second.computed += record.num_prompt_tokens
         second.cached += record.num_cached_tokens
         # The books of the step are those of its beginning; that it was the last for now, no later one will tell.
-        is_last = not self._client.load
+        is_last = self._client is not None and not self._client.load
         second.running = 0 if is_last else record.num_running
         second.waiting = 0 if is_last else record.num_waiting
         if decode and self._last_step is not None:
@@ -84,6 +89,8 @@ class Live(Listener):
     def on_request_finished(self, summary: RequestSummary) -> None:
         timing = RequestTiming(summary.arrival, summary.started, summary.first_token, summary.finished)
         second = self._second()
+        if self._client is not None and not self._client.load:
+            second.running = second.waiting = 0
         if summary.first_token is not None:
             second.prompt += summary.prompt_tokens
             second.prompt_cached += summary.cached_tokens

@@ -47,7 +47,8 @@ class Metrics(Listener):
 
     def attach(self, client: EngineClient) -> None:
         """Count what happens to this client, and read its gauges whenever somebody scrapes."""
-        client.listeners.append(self)
+        if self not in client.listeners:
+            client.listeners.append(self)
         for gauge in (self._vllm_running, self._running):
             gauge.set_function(lambda: client.num_running)
         for gauge in (self._vllm_waiting, self._waiting):

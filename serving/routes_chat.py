@@ -56,13 +56,13 @@ class _Answer:
         self._body = body
         self._call = call
         self._texts = model.texts
-        self._head = {"id": f"chatcmpl-{call.request_id}", "created": int(time.time()), "model": model.name}
+        self._head = (f"chatcmpl-{call.request_id}", int(time.time()), model.name)
 
     def whole(self, updates: list[ChoiceUpdate]) -> ChatCompletion:
         body, call = self._body, self._call
         of_prompt = updates[0].prompt_logprobs
         return ChatCompletion(
-            **self._head,
+            *self._head,
             choices=[
                 ChatChoice(
                     index,
@@ -101,18 +101,18 @@ class _Answer:
                     update.token_ids if returns_ids else UNSET,
                 )
                 usage = call.usage() if always else None if at_end else UNSET
-                data += event(ChatChunk(**head, choices=[choice], usage=usage))
+                data += event(ChatChunk(*head, choices=[choice], usage=usage))
             if data:
                 yield data
         if at_end:
-            yield event(ChatChunk(**head, choices=[], usage=call.usage()))
+            yield event(ChatChunk(*head, choices=[], usage=call.usage()))
 
     def _opening(self, at_end: bool, always: bool) -> bytes:
         """The role of each choice."""
         call, body = self._call, self._body
         usage = call.usage() if always else None if at_end else UNSET
         chunks = [
-            ChatChunk(**self._head, choices=[ChatChunkChoice(index, Delta(role="assistant", content=""))], usage=usage)
+            ChatChunk(*self._head, choices=[ChatChunkChoice(index, Delta(role="assistant", content=""))], usage=usage)
             for index in range(call.num_choices)
         ]
         if body.return_token_ids:

@@ -68,7 +68,7 @@ class _Answer:
         self._body = body
         self._call = call
         self._only_prompt = body.max_tokens == 0
-        self._head = {"id": f"cmpl-{call.request_id}", "created": int(time.time()), "model": model.name}
+        self._head = (f"cmpl-{call.request_id}", int(time.time()), model.name)
         self._prompt_texts: dict[int, str] = {}
         skips = body.skip_special_tokens is not False
         self._makers = [
@@ -88,7 +88,7 @@ class _Answer:
             if self._body.prompt_logprobs is not None:
                 of_prompt = first.prompt_logprobs or []
                 choice.prompt_logprobs = prompt_logprobs(self._model.texts, of_prompt, self._body.prompt_logprobs)
-        return Completion(**self._head, choices=choices, usage=self._usage())
+        return Completion(*self._head, choices=choices, usage=self._usage())
 
     async def events(self) -> AsyncIterator[bytes]:
         call, head = self._call, self._head
@@ -105,9 +105,9 @@ class _Answer:
             # A token may make no text certain, and then there is nothing to say about it.
             if choice.text or choice.finish_reason is not None or says_all:
                 usage = self._usage() if always else None if at_end else UNSET
-                yield event(Completion(**head, choices=[choice], usage=usage))
+                yield event(Completion(*head, choices=[choice], usage=usage))
         if at_end:
-            yield event(Completion(**head, choices=[], usage=self._usage()))
+            yield event(Completion(*head, choices=[], usage=self._usage()))
 
     def _choice(self, index: int, update: ChoiceUpdate, first: ChoiceUpdate | None) -> CompletionChoice:
         """A choice, or a piece of it. `first`, at its beginning, is the first update of its prompt."""

@@ -46,6 +46,7 @@ def _packed(path: Path) -> bytes:
 
 def dashboard_router(client: EngineClient, live: Live) -> Router:
     """/dashboard and what it loads."""
+    live.attach(client)
     pool = PoolWatch(client)
 
     @get("/", sync_to_thread=False)
@@ -59,7 +60,7 @@ def dashboard_router(client: EngineClient, live: Live) -> Router:
         return _file(_DIRECTORY / name)
 
     @get("/plotly.js")
-    async def plotly(request: Request) -> Response[bytes]:  # type: ignore[type-arg]
+    async def plotly(request: Request) -> Response[bytes]:
         path = plotly_script()
         if path is None:
             raise NotFoundException("the Python package plotly is not installed")

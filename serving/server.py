@@ -1,8 +1,9 @@
-"""A server from its start to its end: the socket first, then the engine, and on a signal nothing new until all is done."""
+"""A server from start to end: the socket first, then the engine, and on a signal nothing new until all is done."""
 
 import asyncio
 import contextlib
 import logging
+import os
 import resource
 import signal
 import socket
@@ -63,7 +64,6 @@ async def serve(
         names = settings.served_model_names or (model_name(str(engine_options["model"])),)
         metrics, live = Metrics(names[0]), Live()
         metrics.attach(client)
-        client.listeners.append(live)
         app = create_app(client, settings, metrics, dashboard_router(client, live), names=names)
         server = DrainingServer(app, settings, client)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -97,7 +97,7 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, client: EngineClient) -> None:
         config = uvicorn.Config(
-            app,  # type: ignore[arg-type]
+            app,
             http="h11",  # bounds its headers
             ws="none",
             lifespan="off",
@@ -158,7 +158,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
-        why = error.strerror or str(error)
+        why = os.strerror(error.errno) if error.errno else str(error)
         raise ValueError(f"cannot listen on {host} port {port} ({why}): choose another --host or --port") from error
 
 

@@ -146,7 +146,7 @@ def _watching(receive: Receive, on_leave: Callable[[], None]) -> Iterator[Callab
     task = asyncio.create_task(watch())
     task.add_done_callback(left)
     try:
-        yield lambda: task.done()
+        yield task.done
     finally:
         with contextlib.suppress(asyncio.CancelledError):
             task.cancel()

@@ -342,8 +342,14 @@ def test_an_idle_engine_does_not_wake_up(loop, client):
         times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         return times, [line for line in status if "voluntary_ctxt" in line or line.startswith("State")]
 
-    loop.run(until(lambda: "State:\tS (sleeping)" in activity()[1]))
-    before = activity()
+    seen = [activity()]
+
+    def has_settled() -> bool:
+        seen.append(activity())
+        return seen[-1] == seen[-2] and "State:\tS (sleeping)" in seen[-1][1]
+
+    loop.run(until(has_settled))
+    before = seen[-1]
     ours = time.process_time()
     while time.process_time() < ours + 0.3:
         pass

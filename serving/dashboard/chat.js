@@ -105,7 +105,7 @@ function describe(result, began, stopped) {
   if (tokens > 1 && seconds > 0) parts.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
   parts.push(`first after ${Math.round(result.firstToken - began)} ms`);
   if (stopped) parts.push("stopped");
-  if (result.finishReason === "length") parts.push("cut off at the most tokens");
+  if (result.finishReason === "length") parts.push("ended at the limit of tokens");
   return parts.join(" · ");
 }
 

@@ -1,0 +1,33 @@
+"""`engine.service` with faults that only a broken kernel, driver or operator could cause, chosen by a request's seed."""
+
+import ctypes
+from typing import Any
+
+from engine import runner, service
+from engine.scheduler import Step
+
+FAILS_ALONE, FAILS_FOR_ALL, CRASHES = 666, 667, 668
+
+
+def _launch(self: Any, step: Step) -> Any:
+    seeds = {work.sequence.seed for work in step.work if work.sequence.num_output_tokens >= 3}
+    if CRASHES in seeds:
+        ctypes.string_at(0)
+    if FAILS_ALONE in seeds:
+        raise RuntimeError("this one cannot be computed")
+    if FAILS_FOR_ALL in seeds:
+        _Broken.is_broken = True
+    if _Broken.is_broken:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    return _LAUNCH(self, step)
+
+
+class _Broken:
+    is_broken = False
+
+
+_LAUNCH = runner.Runner.launch
+runner.Runner.launch = _launch  # type: ignore[method-assign]
+
+if __name__ == "__main__":
+    service.main()

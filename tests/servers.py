@@ -1,0 +1,108 @@
+"""`dispec serve` in a process of its own, on a free port, for tests."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.commands import running
+from tests.small_engine import OPTIONS
+
+PATIENCE = 60  # seconds after which a condition counts as never coming
+KEY = "key-of-the-tests"
+
+
+@dataclass
+class Server:
+    """A server that is ready. `log` is the file that its standard error goes to."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def request(self, method: str, path: str, **more: Any) -> httpx.Response:
+        headers = self.headers | more.pop("headers", {})
+        return httpx.request(method, self.url + path, headers=headers, timeout=PATIENCE, **more)
+
+    def get(self, path: str, **more: Any) -> httpx.Response:
+        return self.request("GET", path, **more)
+
+    def post(self, path: str, body: Any = None, **more: Any) -> httpx.Response:
+        return self.request("POST", path, **({"json": body} if body is not None else {}), **more)
+
+    def stats(self) -> dict[str, Any]:
+        return self.get("/stats").json()
+
+    def log_lines(self) -> list[dict[str, Any]]:
+        lines = self.log.read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def engine_process(self) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(child for child in children if "engine.service" in child.cmdline())
+
+    def is_idle(self) -> bool:
+        """Whether front and engine have nothing under way, and the engine's books are in order."""
+        stats = self.stats()
+        books = stats["engine"]
+        if books is None or stats["requests"] or books["running"] or books["waiting"]:
+            return False
+        assert books["problem"] is None
+        return books["used_blocks"] == 0
+
+
+def wait_for(condition: Callable[[], Any], what: str = "the condition") -> Any:
+    """Its first true value."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"{what} never came")
+
+
+def options(model: Path | str, **others: Any) -> list[str]:
+    """The options of the tests' small engines as flags."""
+    given = OPTIONS | {"model": str(model), "port": 0} | others
+    flags: list[str] = []
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        flags += [flag] if value is True else [flag, str(value)]
+    return flags
+
+
+@contextmanager
+def server(directory: Path, model: Path | str, *, args: list[str] | None = None, **others: Any) -> Iterator[Server]:
+    """Start one and wait until it is ready; `directory` is for its log."""
+    log = directory / "server.log"
+    flags = options(model, **others) if args is None else args
+    with log.open("wb") as errors, running(["serve", *flags], stdout=subprocess.PIPE, stderr=errors) as process:
+        url = _url_of(process, log)
+        headers = {"Authorization": f"Bearer {others['api_key']}"} if "api_key" in others else {}
+        family = psutil.Process(process.pid).children(recursive=True)
+        try:
+            yield Server(process, url, log, headers)
+        finally:
+            process.kill()
+            _, left = psutil.wait_procs(family, timeout=PATIENCE)
+            assert not left, "an engine process outlived its front"
+
+
+def _url_of(process: subprocess.Popen[bytes], log: Path) -> str:
+    assert process.stdout is not None
+    seen = b""
+    while b"\n  try " not in seen:
+        data = os.read(process.stdout.fileno(), 4096)
+        assert data, f"the server did not start: {seen.decode()} {log.read_text()}"
+        seen += data
+    line = next(line for line in seen.decode().splitlines() if line.startswith("  API "))
+    return line.split()[1].removesuffix("/v1")

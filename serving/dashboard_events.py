@@ -67,8 +67,9 @@ class PoolWatch(Listener):
 async def dashboard_events(client: EngineClient, live: Live, pool: PoolWatch) -> AsyncIterator[dict[str, Any]]:
     """What a page is told. It ends with the work of a server that shuts down, so as not to keep it."""
     for view in live.views():
-        yield view | _state(client) | {"pool": pool.look()}
-        if client.state == "draining" and not client.load:
+        state, is_idle = _state(client), not client.load
+        yield view | state | {"pool": pool.look()}
+        if state["state"] == "draining" and is_idle:
             return
         await asyncio.sleep(INTERVAL)
 

@@ -36,7 +36,7 @@ _CODES = {
     503: "service_unavailable",
     504: "timeout",
 }
-_FIELD = re.compile(r"[a-z_]+(?=(\[\d+\])?(\.[\w\[\].]+)?( |:))")
+_FIELD = re.compile(r"[a-z_]+(?=(\[\d+\])*(\.[\w\[\].]+)?( |:))")
 
 
 class ErrorDetail(msgspec.Struct):

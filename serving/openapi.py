@@ -14,6 +14,7 @@ from litestar.exceptions import NotFoundException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, OpenAPIRenderPlugin, SwaggerRenderPlugin
 from litestar.openapi.spec import Components, Operation, SecurityScheme
+from litestar.params import FromPath
 from litestar.response import Redirect
 
 from serving.errors import ErrorBody
@@ -95,7 +96,7 @@ def assets_directory() -> Path | None:
 
 
 @get("/schema/assets/{name:str}", include_in_schema=False, sync_to_thread=True)
-def schema_asset(name: str) -> Response[bytes]:
+def schema_asset(name: FromPath[str]) -> Response[bytes]:
     """A file of the document's page."""
     directory = assets_directory()
     if directory is None or name not in _ASSETS:

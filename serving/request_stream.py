@@ -1,4 +1,4 @@
-"""A request under way in the front: its tokens become text in the reading thread, its updates reach who asked."""
+"""A request under way in the front: its updates, in the event loop, until it ends."""
 
 import asyncio
 import time
@@ -8,12 +8,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from engine.messages import Token
 from engine.sampling_params import SamplingParams
-from engine.sequence import FinishReason, TokenLogprobs
-from engine.text_stream import TextStream
-from engine.tokenizer import Tokenizer
+from engine.sequence import FinishReason
 from serving.engine_errors import EngineDied, EngineFailed, RequestRefused, RequestTimedOut
+from serving.request_text import ChoiceUpdate, RequestText, merged
 
 RequestError = EngineFailed | EngineDied | RequestTimedOut | RequestRefused
 
@@ -27,23 +25,6 @@ class GenerationRequest(msgspec.Struct):
     priority: int = 0
     cache_salt: str | None = None
     timeout: float | None = None
-
-
-class ChoiceUpdate(msgspec.Struct, frozen=True):
-    """News of one choice: tokens, and the text that has become certain, which may be empty.
-
-    Several steps are one update where the reader was slower. prompt_logprobs (without the first token's) and
-    num_cached_tokens come with the first update of choice 0. An aborted choice ends with an update without tokens.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None
-    num_cached_tokens: int | None = None
 
 
 class RequestSummary(NamedTuple):
@@ -99,66 +80,11 @@ class RequestTiming:
         return next((time_ for time_ in (moment, self.finished) if time_ is not None), time.perf_counter())
 
 
-class RequestText:
-    """Tokens of a request to updates. It belongs to the reading thread; others may look at its numbers."""
-
-    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
-        self._params = params
-        self._texts = [TextStream(tokenizer, params) for _ in range(params.n)]
-        self._last_times: list[float | None] = [None] * params.n
-        self._has_ended = [False] * params.n
-        self.num_tokens = 0
-        self.num_cached_tokens = 0
-        self.gaps: list[float] = []
-
-    def take(self, token: Token, now: float) -> tuple[ChoiceUpdate, bool] | None:
-        """What a token brings, and whether the engine must be told that its choice has ended.
-
-        None for a token after the end, which the engine gave before it knew.
-        """
-        index, params = token.choice, self._params
-        if self._has_ended[index]:
-            return None
-        stream, reason = self._texts[index], token.finish_reason
-        text = stream.add(token.token_id, ends=reason == "stop")
-        if reason is not None:
-            text += stream.finish()
-        stop_reason: str | int | None = stream.stop_reason
-        tells = stop_reason is not None and reason is None
-        if stop_reason is not None:
-            reason = "stop"
-        elif reason == "stop" and token.token_id in params.stop_token_ids:
-            stop_reason = token.token_id
-        self._has_ended[index] = reason is not None
-        self._note(token, now)
-        logprobs = [token.logprobs] if token.logprobs is not None else None
-        first = index == 0 and token.num_cached_tokens is not None
-        return ChoiceUpdate(
-            index,
-            text,
-            [token.token_id],
-            logprobs,
-            reason,
-            stop_reason,
-            token.prompt_logprobs if first else None,
-            token.num_cached_tokens if first else None,
-        ), tells
-
-    def _note(self, token: Token, now: float) -> None:
-        last = self._last_times[token.choice]
-        if last is not None:
-            self.gaps.append(now - last)
-        self._last_times[token.choice] = now
-        self.num_tokens += 1
-        if token.choice == 0 and token.num_cached_tokens is not None:
-            self.num_cached_tokens = token.num_cached_tokens
-
-
 class RequestStream(AsyncIterator[ChoiceUpdate]):
     """The updates of a request, for one reader. It ends after the last choice has, or raises what ended the request:
     EngineFailed, EngineDied, RequestTimedOut or RequestRefused.
 
-    Whoever stops reading before the end must `abort`. Everything here belongs to the event loop's thread, but `text`.
+    Whoever stops reading before the end must `abort`. Everything here belongs to the event loop's thread, but for `text`.
     """
 
     def __init__(
@@ -209,7 +135,7 @@ class RequestStream(AsyncIterator[ChoiceUpdate]):
         while True:
             if self._unread:
                 index = next(iter(self._unread))
-                return _merged(self._unread.pop(index))
+                return merged(self._unread.pop(index))
             if self.error is not None:
                 raise self.error
             if self.has_ended:
@@ -269,21 +195,3 @@ class RequestStream(AsyncIterator[ChoiceUpdate]):
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-def _merged(updates: list[ChoiceUpdate]) -> ChoiceUpdate:
-    """Updates of one choice as one."""
-    if len(updates) == 1:
-        return updates[0]
-    first, last = updates[0], updates[-1]
-    logprobs = [entry for update in updates for entry in update.logprobs or ()]
-    return ChoiceUpdate(
-        first.index,
-        "".join(update.text for update in updates),
-        [token for update in updates for token in update.token_ids],
-        logprobs if any(update.logprobs is not None for update in updates) else None,
-        last.finish_reason,
-        last.stop_reason,
-        first.prompt_logprobs,
-        first.num_cached_tokens,
-    )

@@ -3,6 +3,7 @@
 from typing import Any
 
 from litestar import Request, get
+from litestar.params import FromPath
 from litestar.types import ASGIApp
 
 from serving.openapi import describe
@@ -18,7 +19,7 @@ async def models(request: Request) -> ASGIApp:
 
 
 @get("/v1/models/{model_id:path}", **describe(None, Model))
-async def model(request: Request, model_id: str) -> ASGIApp:
+async def model(request: Request, model_id: FromPath[str]) -> ASGIApp:
     """The model of that name."""
     service = service_of(request)
     name = str(model_id).removeprefix("/")

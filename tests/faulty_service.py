@@ -1,4 +1,4 @@
-"""`engine.service` with faults that only a broken kernel, driver or operator could cause, chosen by a request's seed."""
+"""`engine.service` with faults that only a broken kernel or driver could cause, chosen by a request's seed."""
 
 import ctypes
 from typing import Any

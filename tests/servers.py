@@ -5,8 +5,8 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ class Server:
     process: subprocess.Popen[bytes]
     url: str
     log: Path
-    headers: dict[str, str] = field(default_factory=dict)
+    http: httpx.Client
 
     def request(self, method: str, path: str, **more: Any) -> httpx.Response:
-        headers = self.headers | more.pop("headers", {})
-        return httpx.request(method, self.url + path, headers=headers, timeout=PATIENCE, **more)
+        return self.http.request(method, path, **more)
+
+    def stream(self, path: str, body: dict[str, Any]) -> AbstractContextManager[httpx.Response]:
+        return self.http.stream("POST", path, json=body | {"stream": True})
 
     def get(self, path: str, **more: Any) -> httpx.Response:
         return self.request("GET", path, **more)
@@ -89,9 +91,11 @@ def server(directory: Path, model: Path | str, *, args: list[str] | None = None,
         url = _url_of(process, log)
         headers = {"Authorization": f"Bearer {others['api_key']}"} if "api_key" in others else {}
         family = psutil.Process(process.pid).children(recursive=True)
+        http = httpx.Client(base_url=url, headers=headers, timeout=PATIENCE)
         try:
-            yield Server(process, url, log, headers)
+            yield Server(process, url, log, http)
         finally:
+            http.close()
             process.kill()
             _, left = psutil.wait_procs(family, timeout=PATIENCE)
             assert not left, "an engine process outlived its front"

@@ -357,7 +357,7 @@ def test_an_idle_engine_does_not_wake_up(loop, client):
 
 
 def test_the_sockets_are_private(loop, client):
-    directory = Path(client._process._directory)
+    directory = Path(client._supervisor._process._directory)
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert {path.name for path in directory.iterdir()} == {"to-engine", "to-front"}
 
@@ -434,7 +434,7 @@ def test_a_drain_that_takes_too_long_aborts_the_rest(directory):
 def test_stopping_leaves_no_process_and_no_file(directory):
     async def stop() -> tuple[int, str]:
         async with running_client(directory) as client:
-            return client.info.pid, client._process._directory
+            return client.info.pid, client._supervisor._process._directory
 
     pid, sockets = asyncio.run(stop())
     with pytest.raises(ProcessLookupError):

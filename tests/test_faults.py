@@ -242,9 +242,9 @@ def test_an_engine_killed_while_it_loads(directory):
     async def start() -> None:
         client = new_client(directory)
         starting = asyncio.create_task(client.start())
-        await until(lambda: client._process is not None)
+        await until(lambda: client._supervisor._process is not None)
         assert client.is_ready() == (False, "the model is being loaded")
-        os.kill(client._process.pid, signal.SIGKILL)
+        os.kill(client._supervisor._process.pid, signal.SIGKILL)
         with pytest.raises(EngineDied, match="SIGKILL"):
             await starting
         assert client.state == "dead"
@@ -258,10 +258,10 @@ def test_a_tokenizer_that_cannot_be_read_ends_the_start(tmp_path):
 
     async def start() -> None:
         client = new_client(tmp_path / "model")
-        with pytest.raises(EngineDied, match="tokenizer.json"):
+        with pytest.raises(EngineDied, match=r"tokenizer\.json"):
             await client.start()
         assert client.state == "dead"
-        assert client._process is None
+        assert client._supervisor._process is None
 
     asyncio.run(start())
 
@@ -339,9 +339,9 @@ from tests.small_engine import greedy
 async def main(directory: str, phase: str) -> None:
     client = new_client(Path(directory))
     starting = asyncio.create_task(client.start())
-    while client._process is None:
+    while client._supervisor._process is None:
         await asyncio.sleep(0)
-    print(client._process.pid, client._process._directory, flush=True)
+    print(client._supervisor._process.pid, client._supervisor._process._directory, flush=True)
     if phase != "loading":
         await starting
     if phase == "busy":
@@ -372,7 +372,7 @@ def test_the_engine_does_not_outlive_the_front(directory, phase):
 
 def test_an_engine_directory_in_the_working_directory_is_not_ours(directory, tmp_path, monkeypatch):
     (tmp_path / "engine").mkdir()
-    (tmp_path / "engine/__init__.py").write_text("raise SystemExit('somebody else’s engine')")
+    (tmp_path / "engine/__init__.py").write_text("raise SystemExit('another one')")
     monkeypatch.chdir(tmp_path)
 
     async def start() -> None:

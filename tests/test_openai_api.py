@@ -107,7 +107,7 @@ def test_usage_with_every_chunk(client: OpenAI) -> None:
 
 def test_the_bytes_of_a_stream(served: Server) -> None:
     body = {"prompt": "hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{served.url}/v1/completions", json=body) as answer:
+    with served.stream("/v1/completions", body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         text = answer.read().decode()
     events = text.split("\n\n")

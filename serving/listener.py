@@ -1,0 +1,18 @@
+"""What metrics and pages hear of the engine."""
+
+from engine.step_record import StepRecord
+from serving.engine_supervisor import State
+from serving.request_stream import RequestSummary
+
+
+class Listener:
+    """Called in the event loop, so it must be quick. Override what is of use; an exception is logged and forgotten."""
+
+    def on_step(self, record: StepRecord, finished: float) -> None:
+        """A step has ended, at `finished`."""
+
+    def on_request_finished(self, summary: RequestSummary) -> None:
+        """A request has ended, in whatever way."""
+
+    def on_state(self, state: State) -> None:
+        """The engine's state has changed."""

@@ -13,13 +13,12 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
-import zmq
 
+from engine.front_link import Link, log_to_front
 from engine.last_words import last_words
 from engine.messages import (
     EXIT_AFTER_LAST_WORDS,
@@ -27,18 +26,15 @@ from engine.messages import (
     Accepted,
     EngineInfo,
     Failed,
-    FromEngine,
     FromFront,
     Inspect,
     Inspection,
-    Log,
     Refused,
     Shutdown,
     Start,
     StepOutput,
     Submit,
     Token,
-    encode,
 )
 from engine.sampling_params import SamplingParams
 
@@ -49,37 +45,6 @@ if TYPE_CHECKING:
     from engine.step_record import StepRecord
 
 log = logging.getLogger("dispec")
-
-
-class Link:
-    """The two sockets to the front. It belongs to the thread that made it."""
-
-    def __init__(self, directory: str) -> None:
-        self._context = zmq.Context()
-        self._inbox = self._context.socket(zmq.PULL)
-        self._outbox = self._context.socket(zmq.PUSH)
-        for socket in (self._inbox, self._outbox):
-            socket.setsockopt(zmq.RCVHWM, 0)  # what may be under way at once is bounded by the front's queue
-            socket.setsockopt(zmq.SNDHWM, 0)
-        self._inbox.connect(f"ipc://{directory}/to-engine")
-        self._outbox.connect(f"ipc://{directory}/to-front")
-        self._decoder = msgspec.msgpack.Decoder(FromFront)
-
-    def send(self, message: FromEngine) -> None:
-        self._outbox.send(encode(message))
-
-    def receive(self, *, wait: bool) -> FromFront | None:
-        """The next message; None if there is none and it shall not `wait`."""
-        try:
-            data = self._inbox.recv(0 if wait else zmq.NOBLOCK)
-        except zmq.Again:
-            return None
-        message: FromFront = self._decoder.decode(data)
-        return message
-
-    def close(self) -> None:
-        """Leave when everything has been handed over, or after five seconds."""
-        self._context.destroy(linger=5000)
 
 
 @dataclass(eq=False)
@@ -275,36 +240,6 @@ def _serve(start: Start, link: Link) -> None:
     Service(engine, link).run()
 
 
-class _LogToFront(logging.Handler):
-    """Hands log lines to the front, which knows where they go."""
-
-    def __init__(self, link: Link) -> None:
-        super().__init__()
-        self._link = link
-        self._thread = threading.get_ident()
-        self.setFormatter(logging.Formatter("%(message)s"))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
-        if threading.get_ident() == self._thread:
-            self._link.send(Log(record.levelno, text))
-        else:
-            print(text, file=sys.stderr)
-
-
-def _set_up_log(link: Link) -> None:
-    handler = _LogToFront(link)
-    for name in ("dispec", "engine"):
-        logger = logging.getLogger(name)
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-
-    def show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
-        log.warning("%s", " ".join(str(message).split()))
-
-    warnings.showwarning = show_warning
-
-
 def _end_with_the_front(directory: str) -> None:
     """Wait for the end of standard input, whatever the main thread does: compile, load, or a long step."""
     with contextlib.suppress(OSError):
@@ -321,7 +256,7 @@ def main() -> None:
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
     threading.Thread(target=_end_with_the_front, args=(directory,), daemon=True).start()
     link = Link(directory)
-    _set_up_log(link)
+    log_to_front(link)
     code = 0
     try:
         _serve(start, link)

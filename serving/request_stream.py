@@ -84,7 +84,7 @@ class RequestStream(AsyncIterator[ChoiceUpdate]):
     """The updates of a request, for one reader. It ends after the last choice has, or raises what ended the request:
     EngineFailed, EngineDied, RequestTimedOut or RequestRefused.
 
-    Whoever stops reading before the end must `abort`. Everything here belongs to the event loop's thread, but for `text`.
+    Whoever stops reading before the end must `abort`. Everything here but `text` belongs to the event loop's thread.
     """
 
     def __init__(

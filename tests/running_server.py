@@ -20,9 +20,10 @@ class Server(NamedTuple):
     url: str
     process: subprocess.Popen[bytes]
 
-    def completion(self, prompt: str, max_tokens: int, **fields: object) -> httpx.Response:
+    def completion(self, prompt: str, max_tokens: int, key: str | None = None, **fields: object) -> httpx.Response:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **fields}
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=PATIENCE)
+        return httpx.post(f"{self.url}/v1/completions", json=body, headers=headers, timeout=PATIENCE)
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def serving(directory: Path, *args: str, port: int = 0) -> Iterator[Server]:
 
 
 @contextmanager
-def under_load(server: Server, concurrency: int = 4, max_tokens: int = 150) -> Iterator[None]:
+def under_load(server: Server, concurrency: int = 4, max_tokens: int = 150, key: str | None = None) -> Iterator[None]:
     """So many requests are under way all the time, half of whose prompts have been seen before."""
     over = threading.Event()
 
@@ -46,7 +47,7 @@ def under_load(server: Server, concurrency: int = 4, max_tokens: int = 150) -> I
         while not over.is_set():
             turn += 1
             prompt = "the same text for everybody, again and again " * 4 if turn % 2 else f"{number} {turn} is new"
-            assert server.completion(prompt, max_tokens).status_code == 200
+            assert server.completion(prompt, max_tokens, key).status_code == 200
 
     with ThreadPoolExecutor(concurrency) as threads:
         tasks = [threads.submit(ask, number) for number in range(concurrency)]

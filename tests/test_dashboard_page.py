@@ -106,7 +106,9 @@ def test_numbers_move_under_load_and_nothing_is_asked_of_others(visit, server) -
         view.until("(before) => document.querySelector('#out-rate').textContent !== before", before)
         # What the charts were drawn from, and that something is drawn.
         for chart, trace in (("out", 0), ("in", 1), ("load", 0), ("ttft", 1), ("gap", 1), ("steps", 0), ("steps", 1)):
-            view.until("([id, n]) => document.getElementById(id).data[n].y.some((y) => y > 0)", [f"chart-{chart}", trace])
+            view.until(
+                "([id, n]) => document.getElementById(id).data[n].y.some((y) => y > 0)", [f"chart-{chart}", trace]
+            )
         for chart in ("out", "in", "ttft", "gap", "load", "steps", "pool", "requests"):
             assert view.page.locator(f"#chart-{chart} .main-svg").first.is_visible()
         kinds = "() => new Set(document.getElementById('chart-pool').data[0].z.flat())"
@@ -155,10 +157,11 @@ def test_an_answer_can_be_stopped_and_a_refusal_gives_the_question_back(visit, s
     view.page.click("#chat-send")
     view.until_text("#chat-send", "^Send$")
     view.until_text("#running", "^0$")
-    view.page.fill("#chat-max-tokens", "1000000")
-    view.say("Too much")
-    view.until_text(".message.failed", "max_tokens|max_completion_tokens|context")
-    assert view.page.input_value("#chat-input") == "Too much"
+    too_much = "far too much to say " * 400
+    view.say(too_much)
+    view.until_text(".message.failed", "max_model_len")
+    assert view.page.input_value("#chat-input") == too_much.strip()
+    assert view.page.locator(".message.user").count() == 1
 
 
 def test_it_says_what_has_become_of_the_engine_and_of_the_server(visit, checkpoint) -> None:
@@ -262,3 +265,24 @@ def test_nothing_sticks_out_of_a_screen(visit, server, width) -> None:
     assert view.page.evaluate("document.documentElement.scrollWidth") <= width
     # The chat box is there without scrolling far.
     assert view.page.locator("#chat-send").bounding_box()["y"] < 800
+
+
+def test_acceptance_of_drafts_is_shown_where_there_are_drafts(visit, server) -> None:
+    with httpx.stream("GET", f"{server.url}/dashboard/events") as response:
+        event = json.loads(next(response.iter_lines()).removeprefix("data: "))
+    event["speculation"] = {"rate": 0.625, "accepted_per_draft": 2.5}
+    view = visit()
+    body = f"data: {json.dumps(event)}\n\n"
+    view.page.route("**/dashboard/events", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    view.open(server.url)
+    view.until_text("#acceptance", "^63 %$")
+    view.until_text("#accepted-length", "^2.50$")
+
+
+def test_without_plotly_there_are_numbers_and_a_way_to_get_charts(visit, server) -> None:
+    view = visit()
+    view.page.route("**/dashboard/plotly.js", lambda route: route.fulfill(status=404))
+    view.open(server.url)
+    view.until_text("#pool-free", r"^\d")
+    assert "pip install plotly" in view.text("#no-charts")
+    assert view.page.locator("figure.card:visible").count() == 1  # how to send a request

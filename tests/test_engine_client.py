@@ -337,16 +337,17 @@ def test_an_idle_engine_does_not_wake_up(loop, client):
     loop.run(client.inspect())
     pid = client.info.pid
 
-    def activity() -> tuple[list[str], list[str]]:
-        status = Path(f"/proc/{pid}/status").read_text().splitlines()
-        times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-        return times, [line for line in status if "voluntary_ctxt" in line or line.startswith("State")]
+    def activity() -> list[str]:
+        """What each of its threads does, and how often it has begun to."""
+        statuses = sorted(Path(f"/proc/{pid}/task").glob("*/status"))
+        lines = [line for status in statuses for line in status.read_text().splitlines()]
+        return [line for line in lines if line.startswith("State") or "ctxt_switches" in line]
 
     seen = [activity()]
 
     def has_settled() -> bool:
         seen.append(activity())
-        return seen[-1] == seen[-2] and "State:\tS (sleeping)" in seen[-1][1]
+        return seen[-1] == seen[-2] and "State:\tR (running)" not in seen[-1]
 
     loop.run(until(has_settled))
     before = seen[-1]

@@ -22,11 +22,11 @@ inter_token_latency_seconds e2e_request_latency_seconds request_queue_time_secon
 request_decode_time_seconds request_prompt_tokens request_generation_tokens iteration_tokens_total
 spec_decode_num_drafts spec_decode_num_draft_tokens spec_decode_num_accepted_tokens
 spec_decode_num_accepted_tokens_per_pos
-""".split()
+"""
 OURS = """
 requests tokens_generated ttft_seconds tpot_seconds request_seconds step_seconds batch_tokens running_requests
 waiting_requests draft_replicas_desired
-""".split()
+"""
 
 
 def families(metrics: Metrics) -> dict[str, prometheus_client.Metric]:
@@ -64,7 +64,7 @@ def step(**fields) -> StepRecord:
 
 def test_the_names_are_all_there_and_no_others() -> None:
     assert sorted(families(Metrics("m"))) == sorted(
-        [f"vllm:{name}" for name in VLLM] + [f"dispec_{name}" for name in OURS]
+        [f"vllm:{name}" for name in VLLM.split()] + [f"dispec_{name}" for name in OURS.split()]
     )
 
 

@@ -1,0 +1,99 @@
+import asyncio
+import json
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from bench import serve_load
+from bench.openai_load import Answer, Load, run_load
+from bench.serve_load import Objective, summarize
+from tests.checkpoints import VOCAB_SIZE, save_tiny
+from tests.running_server import serving
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny")
+    save_tiny(directory, "llama")
+    with serving(directory) as server:
+        yield server
+
+
+def put(url: str, load: Load, model: str = "") -> list[Answer]:
+    async def run() -> list[Answer]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            return await run_load(client, load, model, seed=1)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("fields", [{"rate": 200.0}, {"concurrency": 3}, {"concurrency": 2, "chat": True}])
+def test_answers_are_timed_and_counted(server, fields) -> None:
+    answers = put(server.url, Load(7, 12, 5, VOCAB_SIZE, **fields))
+    assert [answer.error for answer in answers] == [None] * 7
+    assert [answer.num_tokens for answer in answers] == [5] * 7
+    for answer in answers:
+        assert answer.arrival < answer.chunks[0] <= answer.chunks[-1] <= answer.finished
+
+
+def test_no_more_than_the_concurrency_is_under_way(server) -> None:
+    answers = put(server.url, Load(9, 4, 6, VOCAB_SIZE, concurrency=2))
+    ends = sorted(answer.finished for answer in answers)
+    starts = sorted(answer.arrival for answer in answers)
+    assert all(start >= end for start, end in zip(starts[2:], ends, strict=False))
+
+
+def test_errors_are_counted_and_not_fatal(server) -> None:
+    refused = put(server.url, Load(3, 4, 4, VOCAB_SIZE, concurrency=3), model="another")
+    assert all(answer.error is not None and answer.error.startswith("404 ") for answer in refused)
+    nobody = put("http://127.0.0.1:9", Load(2, 4, 4, VOCAB_SIZE, rate=100.0))
+    summary = summarize(refused + nobody, Objective())
+    assert sum(summary["errors"].values()) == 5
+    assert summary["errors"]["ConnectError"] == 2
+    assert summary["output_tokens"] == summary["goodput_requests_per_second"] == 0
+    assert summary["ttft"] is None
+
+
+def answer_of(first: float, gap: float, num_tokens: int = 5) -> Answer:
+    chunks = [10 + first + gap * index for index in range(num_tokens)]
+    return Answer(arrival=10.0, chunks=chunks, finished=chunks[-1], num_tokens=num_tokens)
+
+
+def test_what_a_summary_says() -> None:
+    quick, slow_start, slow = answer_of(0.1, 0.1), answer_of(1.6, 0.1), answer_of(0.4, 0.4)
+    summary = summarize([quick, slow_start, slow], Objective(ttft=0.5, tpot=0.2))
+    assert summary["seconds"] == pytest.approx(2.0)
+    assert summary["output_tokens_per_second"] == pytest.approx(7.5)
+    assert summary["goodput_requests_per_second"] == pytest.approx(0.5)
+    assert summary["met_objective"] == pytest.approx(1 / 3)
+    assert summary["ttft"]["p50"] == pytest.approx(0.4)
+    assert summary["itl"]["mean"] == pytest.approx(0.2)
+    assert summary["e2e"]["p99"] == pytest.approx(2.0)
+
+
+@pytest.mark.slow
+def test_the_command_appends_json_lines_and_compares_with_the_engine_alone(server, tmp_path) -> None:
+    results = tmp_path / "results.jsonl"
+    directory = tmp_path / "tiny"
+    save_tiny(directory, "llama")
+    app = serve_load.typer.Typer()
+    app.command()(serve_load.main)
+    arguments = f"--url {server.url} --concurrency 1,2 --num-requests 4 --prompt-tokens 8 --output-tokens 4 --rounds 2"
+    arguments += f" --vocab-size {VOCAB_SIZE} --offline {directory} --enforce-eager --dtype float32 --output {results}"
+    done = CliRunner().invoke(app, arguments.split())
+    assert done.exit_code == 0, done.output
+    assert done.output.count("served / offline") == 2
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [record["concurrency"] for record in records] == [1, 1, 2, 2]
+    for record in records:
+        assert record["output_tokens"] == 16
+        assert record["errors"] == {}
+        assert record["offline_tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("arguments", ["", "--rate 1 --concurrency 1", "--rate 1 --offline m"])
+def test_options_that_contradict_each_other_are_refused(arguments) -> None:
+    app = serve_load.typer.Typer()
+    app.command()(serve_load.main)
+    assert CliRunner().invoke(app, arguments.split()).exit_code == 2

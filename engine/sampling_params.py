@@ -136,8 +136,8 @@ class SamplingParams:
     def _check_tokens(self) -> None:
         for name, tokens in self.token_fields().items():
             for token in tokens:
-                if token < 0:
-                    raise ValueError(f"{name} holds {token}, token ids are at least 0")
+                if not 0 <= token < 2**31:
+                    raise ValueError(f"{name} holds {token}, must be token ids between 0 and {2**31 - 1}")
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise ValueError(f"logit_bias holds {len(self.logit_bias)} tokens, must be at most {MAX_LOGIT_BIAS}")
         for token, bias in self.logit_bias.items():

@@ -76,5 +76,5 @@ def create_app(
     )
     openapi.add_schemas(app)
     # Not as Litestar's own middleware, which requests to unknown routes do not pass.
-    app.asgi_handler = Gate(app.asgi_handler, Keys(settings.api_keys))
+    app.asgi_handler = Gate(app.asgi_handler, Keys(settings.api_keys), settings.max_header_bytes)
     return app

@@ -130,8 +130,12 @@ class EngineClient:
             raise RequestRefused(
                 f"prompt has {num_tokens} tokens, must be below max_model_len ({limit}) to leave room for an answer"
             )
+        for token_id in request.prompt_token_ids:
+            if not 0 <= token_id < self.info.vocab_size:
+                raise RequestRefused(f"prompt holds token id {token_id}, must be in 0 … {self.info.vocab_size - 1}")
         params = without_texts(request.params, self.tokenizer)
         key = str(next(self._keys))
+        message = Submit(key, request.prompt_token_ids, encode_params(params), request.priority, request.cache_salt)
         self._admission.enter(key, num_tokens)
         stream = RequestStream(key, request, RequestText(self.tokenizer, request.params), self._abort)
         if not self._is_waited_for:
@@ -139,9 +143,10 @@ class EngineClient:
         self._streams[key] = stream
         if request.timeout is not None:
             self._timers[key] = self._loop.call_later(request.timeout, self._time_out, stream)
-        self._supervisor.send(
-            Submit(key, request.prompt_token_ids, encode_params(params), request.priority, request.cache_salt)
-        )
+        try:
+            self._supervisor.send(message)
+        except Exception as error:  # what cannot be sent must not be waited for
+            self._end(stream, EngineFailed(f"{type(error).__name__}: {error}"), tell_engine=False)
         return stream
 
     @property

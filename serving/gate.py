@@ -21,9 +21,10 @@ _QUIET_PATHS = frozenset({"/live", "/ping", "/health", "/metrics", "/load", "/st
 class Gate:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, max_header_bytes: int) -> None:
         self._app = app
         self._keys = keys
+        self._max_header_bytes = max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
@@ -68,6 +69,9 @@ class Gate:
             challenge = {"WWW-Authenticate": self._keys.challenge(path)}
             said = "this API key is not known" if b"authorization" in headers else "an API key is needed"
             return ApiError(401, f"{said}: send it as `Authorization: Bearer KEY`", headers=challenge)
+        size = sum(len(name) + len(value) + 4 for name, value in headers.items())
+        if size > self._max_header_bytes:  # uvicorn looks only where they come in several pieces
+            return ApiError(431, f"the headers hold {size} bytes, must be at most {self._max_header_bytes}")
         if method == "POST" and headers.get(b"sec-fetch-site") == b"cross-site":
             # A page of some other site, in the browser of somebody who can reach us and may have given it the key.
             return ApiError(403, "pages of other sites may not use this server")

@@ -155,9 +155,15 @@ def listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"host is {host!r}, which is no address of this machine") from None
     # Of the two addresses of "localhost", clients try the older one in any case.
     family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    # The protocol must be named: asyncio looks at it, and leaves a socket of protocol 0 to wait 40 ms for more to send.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+        return listener
     except OSError as error:
+        listener.close()
         why = os.strerror(error.errno) if error.errno else str(error)
         raise ValueError(f"cannot listen on {host} port {port} ({why}): choose another --host or --port") from error
 

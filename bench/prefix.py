@@ -2,16 +2,12 @@
 
     python -m bench.prefix --requests 32 --prefix-tokens 1024
 
-Three ways for the prefix to be there: nobody has computed it (all requests at once), an earlier request left it in the
-cache, or it lies in a conversation whose next turn comes. `--peer-python` names the interpreter of an environment with
-vLLM, which then gets the same prompts.
+Twice: when nobody has computed the prefix yet and all requests come at once, and when an earlier request left it in the
+cache. The contestants alternate.
 """
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +44,6 @@ def main(
     dtype: str = "bfloat16",
     device: str | None = None,
     enforce_eager: bool = False,
-    peer_python: Annotated[Path | None, typer.Option(help="Python of an environment with vLLM.")] = None,
     output: Annotated[Path | None, typer.Option(help="Append results as JSON lines.")] = None,
 ) -> None:
     """Measure time to first token with and without prefix sharing, and print a table."""
@@ -73,7 +68,9 @@ def main(
     print(machine.describe())
     seconds: dict[tuple[str, str], list[float]] = {}
     tokens: dict[tuple[str, str], int] = {}
-    for round_ in range(rounds + 1):
+    for llm in engines.values():  # warm allocators
+        first_token_seconds(llm, shared_prompts(2, prefix_tokens, own_tokens, engine.config.vocab_size, -1))
+    for round_ in range(rounds):
         for name, llm in engines.items():
             prompts = shared_prompts(requests, prefix_tokens, own_tokens, engine.config.vocab_size, round_)
             for case in ("all at once", "prefix in the cache"):
@@ -81,8 +78,7 @@ def main(
                     again = shared_prompts(requests, 0, own_tokens, engine.config.vocab_size, round_ + 1000)
                     prompts = [prompts[0][:prefix_tokens] + own for own in again]
                 taken, tokens[case, name] = first_token_seconds(llm, prompts)
-                if round_:  # the first warms allocators
-                    seconds.setdefault((case, name), []).append(taken)
+                seconds.setdefault((case, name), []).append(taken)
     print(f"{requests} requests of {prefix_tokens} shared and {own_tokens} own tokens: mean time to first token")
     for case in ("all at once", "prefix in the cache"):
         median = {name: statistics.median(seconds[case, name]) for name in engines}
@@ -95,21 +91,6 @@ def main(
             record = {"bench": "prefix", "model": model, "case": case, "median": median, "machine": machine.as_record()}
             with output.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-    if peer_python is not None:
-        checkpoint = engine.checkpoint
-        assert checkpoint is not None, "the peer needs a model from disk"
-        del engines
-        vllm_first_tokens(peer_python, str(checkpoint.directory), requests, prefix_tokens, own_tokens, rounds)
-
-
-def vllm_first_tokens(
-    python: Path, model: str, requests: int, prefix_tokens: int, own_tokens: int, rounds: int
-) -> None:
-    """The same with vLLM in its own environment."""
-    script = Path(__file__).with_name("vllm_prefix_peer.py")
-    arguments = [model, *map(str, (requests, prefix_tokens, own_tokens, rounds))]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    subprocess.run([python, script, *arguments], check=True, env=environment, stdout=sys.stdout)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ SPAN = 120  # seconds
 STEPS = 80
 REQUESTS = 14
 _RECENT = 10  # seconds whose observations make up the percentiles shown for one second
+_NOW = 30  # seconds that count as now
 _EDGES = geometric(1e-4, 200, per_decade=40)
 _SHARES = (0.5, 0.95)
 
@@ -155,16 +156,22 @@ class Live(Listener):
             "cached": second.cached,
             "running": second.running,
             "waiting": second.waiting,
-            "ttft": percentiles((other.first_tokens for other in recent), _SHARES),
-            "gap": percentiles((other.gaps for other in recent), _SHARES),
+            **self._latencies(recent),
+        }
+
+    @staticmethod
+    def _latencies(seconds: Sequence[Second]) -> dict[str, list[float] | None]:
+        """Median and 95th percentile of the time to the first token and of that between tokens."""
+        return {
+            "ttft": percentiles((second.first_tokens for second in seconds), _SHARES),
+            "gap": percentiles((second.gaps for second in seconds), _SHARES),
         }
 
     def _summary(self) -> dict[str, Any]:
         seconds = self._seconds
         prompt = sum(second.prompt for second in seconds)
         return {
-            "ttft": percentiles((second.first_tokens for second in seconds), _SHARES),
-            "gap": percentiles((second.gaps for second in seconds), _SHARES),
+            **self._latencies(list(seconds)[-_NOW:]),
             "hit_rate": sum(second.prompt_cached for second in seconds) / prompt if prompt else None,
             "speculation": self._speculation(),
         }

@@ -192,7 +192,11 @@ def _explain(said: str, body: bytes) -> str:
     must_be = " or ".join(kind for kind in kinds if kind != "null" or len(kinds) == 1)
     if found["key"]:
         return f"{path} has a key that is not {must_be}"
-    return f"{path or 'the body'} is {_shown(_value_at(body, path))}, must be {must_be}"
+    try:
+        value = _shown(_value_at(body, path))
+    except (RecursionError, ValueError, LookupError):  # what comes after the first mistake may be worse
+        return f"{path or 'the body'} must be {must_be}"
+    return f"{path or 'the body'} is {value}, must be {must_be}"
 
 
 def _value_at(body: bytes, path: str) -> Any:

@@ -59,7 +59,7 @@ WHOLE_BODIES: dict[str, bytes] = {
     "not UTF-8": b'{"prompt": "\xff\xfe", "messages": [{"role": "user", "content": "\xc3"}]}',
     "surrogates in UTF-8": b'{"prompt": "\xed\xa0\x80"}',
     "a zero byte": b'{"prompt": "a\x00b"}',
-    "an escaped zero": b'{"prompt": "a\\u0000b", "messages": [{"role": "user", "content": "\\u0000"}], "max_tokens": 1}',
+    "an escaped zero": b'{"prompt": "a\\u0000b", "messages": [{"role": "user", "content": "\\u0000"}], "max_tokens":1}',
     "lone surrogate": b'{"prompt": "\\ud800", "messages": [{"role": "user", "content": "\\udfff"}]}',
     "UTF-16": '{"prompt": "x"}'.encode("utf-16"),
     "NaN": b'{"prompt": "x", "temperature": NaN, "messages": []}',

@@ -114,7 +114,10 @@ def test_percentiles_are_of_the_last_seconds(live, clock) -> None:
     assert view["ttft"] == [pytest.approx(0.75, rel=0.06)] * 2
     assert view["hit_rate"] == 0.5
     clock.now += 60
-    assert next(live.views())["seconds"][-1]["gap"] is None
+    view = next(live.views())
+    assert view["seconds"][-1]["gap"] is None
+    assert view["gap"] is view["ttft"] is None
+    assert view["hit_rate"] == 0.5
     clock.now += SPAN
     assert next(live.views())["hit_rate"] is None
 

@@ -74,7 +74,7 @@ def create_app(
         logging_config=None,
         request_max_body_size=None,  # `serving.body` limits what it reads, and nothing else reads any
     )
-    openapi.add_schemas(app)
+    openapi.add_schemas(app, names)
     # Not as Litestar's own middleware, which requests to unknown routes do not pass.
     app.asgi_handler = Gate(app.asgi_handler, Keys(settings.api_keys), settings.max_header_bytes)
     return app

@@ -125,6 +125,7 @@ def _of_litestar(error: HTTPException) -> ApiError:
 def answer_error(request: Request, error: Exception) -> Response:
     """Litestar's exception handler, for its own errors and for ours."""
     told = as_api_error(error)
+    request.scope["state"].setdefault("log", {})["error"] = told.detail.message[:200]
     if told.status == 500:
         log.error("%s", told.detail.message, exc_info=error, extra={"request_id": request_id(request.scope)})
     return Response(told.body(), status_code=told.status, headers=told.headers, media_type="application/json")

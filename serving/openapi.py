@@ -5,6 +5,7 @@ page's script and style come from an installed package, so that it works without
 """
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,14 @@ def openapi_config(version: str, needs_key: bool) -> OpenAPIConfig:
     )
 
 
-def add_schemas(app: Litestar) -> None:
+def add_schemas(app: Litestar, model_names: Sequence[str]) -> None:
     """Put the bodies' schemas into the document. Called once, when all routes are there."""
     _, found = msgspec.json.schema_components(_known.values(), ref_template=_REFERENCE)
     for schema in found.values():
         for name in UNSUPPORTED_FIELDS & schema.get("properties", {}).keys():
             del schema["properties"][name]
+        if model_names and "model" in schema.get("properties", {}) and "choices" not in schema["properties"]:
+            schema["properties"]["model"] = {"enum": [*model_names, None], "default": None}
     # A completion echoes, a chat does not; both have the field.
     found["ChatRequest"]["properties"].pop("echo", None)
     app.openapi_schema.components.schemas.update(found)

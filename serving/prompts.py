@@ -41,12 +41,8 @@ class Prompts:
             raise ApiError(400, "this model has no tokenizer: send token ids to /v1/completions")
         return self._tokenizer
 
-    async def of_texts(
-        self, given: PromptInput | None, add_special_tokens: bool | None, truncate: int | None
-    ) -> list[Prompt]:
+    async def of_texts(self, given: PromptInput, add_special_tokens: bool | None, truncate: int | None) -> list[Prompt]:
         """The four forms of `prompt`: a text, texts, token ids, lists of token ids. Raises ApiError."""
-        if given is None:
-            raise invalid("prompt is missing")
         several = self._several(given)
         is_one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
         special = True if add_special_tokens is None else add_special_tokens

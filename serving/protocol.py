@@ -17,6 +17,29 @@ def _limits(low: float | None = None, high: float | None = None, description: st
     return Meta(extra_json_schema=limits, description=description or None)
 
 
+def _shape(**schema: Any) -> Meta:
+    """The same for what is not a number. Keywords say nothing about values of types that they do not know."""
+    return Meta(extra_json_schema=schema)
+
+
+_TOKENS = _shape(items={"type": "integer", "minimum": 0})
+_TEXT = {"type": "string", "minLength": 1, "maxLength": 1024}
+_STOP = _shape(minLength=1, maxLength=1024, items=_TEXT, maxItems=4)
+_BIASES = _shape(propertyNames={"pattern": "^[0-9]+$"}, additionalProperties={"minimum": -100, "maximum": 100})
+_NAME = _shape(pattern="^[!-~]*$", maxLength=128)
+_ROLE_AND_CONTENT = {"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}}
+_CUT = Meta(extra_json_schema={"minimum": -1, "not": {"const": 0}}, description="Keep the last of them; -1: what fits.")
+_MESSAGES = _shape(
+    minItems=1,
+    allOf=[{"items": {"properties": _ROLE_AND_CONTENT, "required": ["role", "content"]}}],  # msgspec has "items"
+)
+_ARGUMENTS = _shape(
+    maxProperties=32,
+    propertyNames={"pattern": "^[a-z]{2,}_[a-z]{2,}$"},
+    additionalProperties={"type": ["string", "number", "boolean", "null"]},
+)
+
+
 class StreamOptions(Struct):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -26,7 +49,7 @@ class Sampling(Struct, kw_only=True):
     """What chat and plain completions have in common."""
 
     model: str | None = None
-    max_tokens: Annotated[int | None, _limits(0)] = None
+    max_tokens: Annotated[int | None, _limits(1)] = None
     n: Annotated[int | None, _limits(1, 128)] = None
     temperature: Annotated[float | None, _limits(0, 100)] = None
     top_p: Annotated[float | None, _limits(0, 1, "Above 0.")] = None
@@ -35,23 +58,23 @@ class Sampling(Struct, kw_only=True):
     frequency_penalty: Annotated[float | None, _limits(-2, 2)] = None
     presence_penalty: Annotated[float | None, _limits(-2, 2)] = None
     repetition_penalty: Annotated[float | None, _limits(0, 100, "Above 0; 1 is off.")] = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Annotated[dict[int, float] | None, _BIASES] = None
     seed: Annotated[int | None, _limits(-(2**63), 2**63 - 1)] = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: Annotated[str | list[str] | None, _STOP] = None
+    stop_token_ids: Annotated[list[int] | None, _TOKENS] = None
     include_stop_str_in_output: bool | None = None
     min_tokens: Annotated[int | None, _limits(0)] = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
+    bad_words: Annotated[list[str] | None, _shape(items=_TEXT)] = None
+    allowed_token_ids: Annotated[list[int] | None, _TOKENS, _shape(minItems=1)] = None
     prompt_logprobs: Annotated[int | None, _limits(0, 20)] = None
-    truncate_prompt_tokens: Annotated[int | None, _limits(-1, None, "Keep the last of them; -1: what fits.")] = None
+    truncate_prompt_tokens: Annotated[int | None, _CUT] = None
     add_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int | None, _limits(-(2**31), 2**31 - 1, "Lower goes first.")] = None
-    request_id: str | None = None
+    request_id: Annotated[str | None, _NAME] = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None
 
@@ -74,13 +97,13 @@ class Sampling(Struct, kw_only=True):
 
 
 class ChatRequest(Sampling, kw_only=True):
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], _MESSAGES]
     max_completion_tokens: Annotated[int | None, _limits(1)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, _limits(0, 20)] = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, _ARGUMENTS] = None
 
     audio: Any = None
     modalities: Any = None
@@ -93,7 +116,7 @@ class ChatRequest(Sampling, kw_only=True):
 
 
 class CompletionRequest(Sampling, kw_only=True):
-    prompt: PromptInput | None = None
+    prompt: Annotated[PromptInput, _shape(minItems=1, minLength=1)]
     logprobs: Annotated[int | None, _limits(0, 20)] = None
     echo: bool | None = None
 
@@ -103,7 +126,7 @@ class CompletionRequest(Sampling, kw_only=True):
 class GenerateRequest(Struct, kw_only=True):
     """The short form, without a model's name or roles."""
 
-    prompt: str | list[int]
+    prompt: Annotated[str | list[int], _shape(minItems=1, minLength=1)]
     max_new_tokens: Annotated[int | None, _limits(1)] = None
     temperature: Annotated[float | None, _limits(0, 100)] = None
     priority: Annotated[int | None, _limits(-(2**31), 2**31 - 1)] = None
@@ -114,14 +137,14 @@ class TokenizeRequest(Struct, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Annotated[list[dict[str, Any]] | None, _MESSAGES] = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, _ARGUMENTS] = None
 
 
 class DetokenizeRequest(Struct, kw_only=True):
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], _TOKENS]

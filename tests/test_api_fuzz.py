@@ -197,4 +197,6 @@ def test_schemathesis_finds_nothing(served: Server, tmp_path: Path) -> None:
     command += ["--exclude-path", "/live", "--request-timeout", "30", "--generation-database", "none"]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert "No issues found" in done.stdout, done.stdout[-5000:]
+    # Much of what it makes is refused; some of it reaches the engine.
+    answered = {line["path"] for line in served.log_lines() if line.get("status") == 200}
+    assert answered >= {*ROUTES, "/v1/models"}

@@ -477,7 +477,7 @@ def test_a_prompt_beyond_the_context(client: OpenAI) -> None:
         ([[1, 2], [3, -1]], "prompt[1][1] is -1"),
         ([[1]] * 1025, "prompt holds 1025 prompts, must be at most 1024"),
         ({"a": 1}, "must be a text or a list"),
-        (None, "prompt is missing"),
+        (None, "prompt is null, must be a text or a list"),
     ],
     ids=lambda value: f"{value}"[:20],
 )

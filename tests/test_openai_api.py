@@ -12,6 +12,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from engine import LLM, Completion, SamplingParams
+from serving.logprobs import finite
+from serving.service import generation_defaults
 from tests.checkpoints import EOS_TOKEN_ID, save_tiny
 from tests.servers import Server, server, wait_for
 from tests.small_engine import make, random_tokens
@@ -223,8 +225,6 @@ def test_what_is_not_supported_is_refused_by_name(client: OpenAI, field: str, va
 
 
 def test_sampling_that_the_checkpoint_suggests(tmp_path: Path, model: Path) -> None:
-    from serving.service import generation_defaults
-
     stated = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": True, "repetition_penalty": "high"}
     (tmp_path / "generation_config.json").write_text(json.dumps(stated))
     assert generation_defaults(str(tmp_path)) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
@@ -310,6 +310,7 @@ def test_prompt_logprobs_in_the_shape_of_vllm(served: Server, llm: LLM) -> None:
 
 
 def test_nothing_impossible_is_written_as_infinity(served: Server) -> None:
+    assert [finite(value) for value in (float("nan"), float("-inf"), -1e6, -2.5)] == [-9999.0] * 3 + [-2.5]
     body = {"prompt": "hello", "max_tokens": 4, "temperature": 0, "logprobs": 5, "allowed_token_ids": [50]}
     answer = served.post("/v1/completions", body)
     assert "NaN" not in answer.text
@@ -520,6 +521,17 @@ def test_request_ids_are_echoed(served: Server) -> None:
     assert len({*made, "a b\x7f"}) == 3
 
 
+@pytest.mark.slow
+def test_the_default_model(tmp_path: Path) -> None:
+    question = [{"role": "user", "content": "What is the capital of France? Answer briefly."}]
+    with server(tmp_path, "smollm2", args=["--port", "0", "--enforce-eager", "--dtype", "float32"]) as running:
+        with OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as client:
+            name = client.models.list().data[0].id
+            chunks = client.chat.completions.create(model=name, messages=question, temperature=0, stream=True)
+            assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        wait_for(running.is_idle, "an idle engine")
+
+
 # Many at once, and those that leave
 
 
@@ -588,6 +600,7 @@ def test_a_client_that_does_not_wait_for_its_answer(served: Server) -> None:
     wait_for(served.is_idle, "an idle engine")
     line = next(line for line in reversed(served.log_lines()) if line.get("path") == "/v1/chat/completions")
     assert line["status"] == 499
+    assert line["completion_tokens"] < 4 * 400
 
 
 def test_the_log_tells_what_each_request_was(served: Server) -> None:

@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def guarded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """With a key, a second name, and room for one sequence and one that waits."""
     directory = tmp_path_factory.mktemp("server")
-    limits = {"max_num_seqs": 1, "max_queued_requests": 1, "max_body_bytes": 100_000}
+    limits = {"keep_alive_seconds": 0.1, "max_num_seqs": 1, "max_queued_requests": 1, "max_body_bytes": 100_000}
     with server(directory, model, api_key=KEY, served_model_name="nick", **limits) as running_server:
         yield running_server
 
@@ -232,6 +232,20 @@ def test_a_full_queue_is_told_when_to_come_back(guarded: Server) -> None:
     wait_for(guarded.is_idle)
 
 
+def test_comments_break_the_silence_of_a_stream(guarded: Server) -> None:
+    engine = guarded.engine_process()
+    with guarded.stream("/v1/completions", LONG) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        engine.suspend()
+        try:
+            assert ": keep-alive" in lines
+        finally:
+            engine.resume()
+        assert any(line.startswith("data: ") for line in lines)
+    wait_for(guarded.is_idle)
+
+
 def test_what_a_request_leaves_open_is_the_checkpoints(guarded: Server) -> None:
     body = {"prompt": "hello", "max_tokens": 12}
     texts = {guarded.post("/v1/completions", body).json()["choices"][0]["text"] for _ in range(3)}
@@ -278,7 +292,7 @@ def test_sigterm_lets_running_requests_finish(model: Path, tmp_path: Path) -> No
     with server(tmp_path, model) as running_server:
         process = running_server.process
         engine = running_server.engine_process()
-        with running_server.stream("/v1/completions", LONG | {"max_tokens": 1000}) as stream:
+        with running_server.stream("/v1/completions", LONG | {"max_tokens": 600}) as stream:
             lines = stream.iter_lines()
             first = next(lines)
             process.send_signal(signal.SIGTERM)

@@ -156,6 +156,12 @@ def test_it_listens_on_loopback_alone(guarded: Server) -> None:
     assert [(address.ip, address.port) for address in addresses] == [("127.0.0.1", httpx.URL(guarded.url).port)]
 
 
+def test_the_socket_says_its_protocol() -> None:
+    with serving.server.listen("localhost", 0) as listener:  # or asyncio lets each answer wait for 40 ms
+        assert listener.proto == socket.IPPROTO_TCP
+        assert listener.family == socket.AF_INET
+
+
 def _routes(guarded: Server) -> list[tuple[str, str]]:
     document = guarded.get("/schema/openapi.json").json()
     found = [(method.upper(), path) for path, methods in document["paths"].items() for method in methods]
@@ -229,6 +235,16 @@ def test_a_full_queue_is_told_when_to_come_back(guarded: Server) -> None:
             running_one.close()
             assert waiting.result().status_code == 200
             assert patient.result().choices[0].finish_reason in ("length", "stop")
+    wait_for(guarded.is_idle)
+
+
+def test_who_leaves_the_queue_is_gone_at_once(guarded: Server) -> None:
+    with guarded.stream("/v1/completions", LONG) as running_one:
+        lines = running_one.iter_lines()
+        next(lines)
+        with guarded.stream("/v1/completions", LONG):
+            wait_for(lambda: guarded.get("/load").json()["waiting"] == 1)
+        wait_for(lambda: guarded.get("/load").json() == {"server_load": 1, "running": 1, "waiting": 0})
     wait_for(guarded.is_idle)
 
 

@@ -48,6 +48,8 @@ def mark_static(*values: object) -> None:
 
 
 def eager_functions(config: ModelConfig) -> ModelFunctions:
+    """The model of a config, nothing of it compiled. Hidden states are [T, E], logits [R, V], chosen tokens [R]."""
+
     def resolve(batch: Batch, feedback: Feedback | None) -> Batch:
         if feedback is None:
             return batch
@@ -73,6 +75,7 @@ def eager_functions(config: ModelConfig) -> ModelFunctions:
 
 
 def compiled_functions(eager: ModelFunctions, is_cuda: bool) -> ModelFunctions:
+    """The same, to be compiled when first called; on CUDA `whole` replays as CUDA graphs, on CPU there is none."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     whole = None
     if is_cuda:
@@ -84,6 +87,7 @@ def compiled_functions(eager: ModelFunctions, is_cuda: bool) -> ModelFunctions:
 
 
 def mark_dynamic(*tensors: Tensor | int | None) -> None:
+    """Tell the compiler that first dimensions vary, those of size 1 excepted, which are graphs of their own."""
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)

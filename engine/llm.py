@@ -3,7 +3,7 @@
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Series
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from engine.options import EngineOptions
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence, TokenLogprobs
 from engine.step import TokenOutput
-from engine.text_stream import TextStream
+from engine.text_stream import TextStream, without_texts
 from engine.tokenizer import Tokenizer
 from layers.config import ModelConfig
 
@@ -155,15 +155,6 @@ class LLM:
         text = self.tokenizer.apply_chat_template(messages, **template)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def bad_word_token_ids(self, bad_words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-        """The token ids of texts that shall not be generated, at the start of a word and within one."""
-        found: dict[tuple[int, ...], None] = {}
-        for word in bad_words:
-            for text in (word.lstrip(), " " + word.lstrip()):
-                if ids := tuple(self.tokenizer.encode(text, add_special_tokens=False)):
-                    found[ids] = None
-        return tuple(found)
-
     def _add_all(self, prompts: Series[Prompt], params: Series[SamplingParams]) -> list[_Request]:
         requests: list[_Request] = []
         try:
@@ -181,13 +172,7 @@ class LLM:
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> _Request:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        in_tokens = params
-        if params.stop and self._tokenizer is None:
-            raise ValueError("stop is given, but a model without a tokenizer makes no text")
-        if params.stop or params.bad_words:
-            bad_words = (*params.bad_words_token_ids, *self.bad_word_token_ids(params.bad_words))
-            in_tokens = replace(params, stop=(), bad_words=(), bad_words_token_ids=bad_words)
-        sequence = self.engine.add(token_ids, in_tokens)
+        sequence = self.engine.add(token_ids, without_texts(params, self._tokenizer))
         return _Request([_ChoiceUnderWay(choice, TextStream(self._tokenizer, params)) for choice in sequence.choices])
 
     def _run(self, requests: list[_Request]) -> Iterator[tuple[int, Piece]]:

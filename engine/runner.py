@@ -1,4 +1,4 @@
-"""Owns what lives on the device: weights, KV cache, step inputs. The only place where anything is compiled.
+"""Owns what lives on the device: weights, KV cache, step inputs. What is compiled is warmed up here.
 
 On CUDA a uniform step is one graph, greedy choice included, that replays as a CUDA graph for each bucket of batch
 sizes; ragged steps are compiled layer by layer. On CPU one layer is compiled and called for every layer, which

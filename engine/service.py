@@ -222,7 +222,7 @@ def _info(engine: "Engine") -> EngineInfo:
         block_size=plan.block_size,
         weight_bytes=weight_bytes(engine.runner.weights),
         kv_cache_bytes=plan.num_blocks * plan.block_bytes,
-        is_compiled=not options.enforce_eager,
+        is_compiled=engine.runner.is_compiled,
         phase_seconds=engine.phase_seconds,
         pid=os.getpid(),
     )

@@ -1,6 +1,7 @@
 """The text of one continuation as a client may see it: no half characters, and nothing of a stop string too early."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from engine.detokenize import IncrementalDetokenizer
@@ -100,6 +101,20 @@ class TextStream:
         if text:
             self._pieces.append(text)
         return text
+
+
+def without_texts(params: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
+    """What the engine gets to see: words as token ids, and no stop strings, which a `TextStream` looks for.
+
+    Raises ValueError if there are texts and no tokenizer.
+    """
+    if not params.stop and not params.bad_words:
+        return params
+    if tokenizer is None:
+        name = "stop" if params.stop else "bad_words"
+        raise ValueError(f"{name} is given, but a model without a tokenizer makes no text")
+    bad_words = (*params.bad_words_token_ids, *tokenizer.bad_word_token_ids(params.bad_words))
+    return replace(params, stop=(), bad_words=(), bad_words_token_ids=bad_words)
 
 
 class _Search:

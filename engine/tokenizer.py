@@ -68,6 +68,15 @@ class Tokenizer:
         """
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def bad_word_token_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of texts that shall not be generated, at the start of a word and within one."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for text in (word.lstrip(), " " + word.lstrip()):
+                if ids := tuple(self.encode(text, add_special_tokens=False)):
+                    found[ids] = None
+        return tuple(found)
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids past the vocabulary are nothing."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)

@@ -23,6 +23,7 @@ from engine.messages import (
     Submit,
     encode_params,
 )
+from engine.text_stream import without_texts
 from engine.tokenizer import Tokenizer
 from serving.admission import Admission
 from serving.engine_errors import (
@@ -36,7 +37,7 @@ from serving.engine_errors import (
 from serving.engine_supervisor import EngineSupervisor, State
 from serving.listener import Listener
 from serving.request_stream import GenerationRequest, RequestError, RequestStream, RequestSummary, RequestTiming
-from serving.request_text import ChoiceUpdate, RequestText, without_texts
+from serving.request_text import ChoiceUpdate, RequestText
 
 log = logging.getLogger("dispec")
 
@@ -133,7 +134,10 @@ class EngineClient:
         for token_id in request.prompt_token_ids:
             if not 0 <= token_id < 2**31:  # a message could not carry it; what else there is to say, the engine says
                 raise RequestRefused(f"prompt holds token id {token_id}, must be in 0 … {self.info.vocab_size - 1}")
-        params = without_texts(request.params, self.tokenizer)
+        try:
+            params = without_texts(request.params, self.tokenizer)
+        except ValueError as error:
+            raise RequestRefused(str(error)) from None
         key = str(next(self._keys))
         message = Submit(key, request.prompt_token_ids, encode_params(params), request.priority, request.cache_salt)
         self._admission.enter(key, num_tokens)

@@ -86,11 +86,7 @@ class Prompts:
             raise invalid(f"bad_words holds {len(params.bad_words)} texts, must be at most {MAX_BAD_WORDS}")
 
         def tokenize() -> SamplingParams:
-            found: dict[tuple[int, ...], None] = {}
-            for word in params.bad_words:
-                for text in (word.lstrip(), " " + word.lstrip()):
-                    if ids := tuple(self._encode(text, False)):
-                        found[ids] = None
+            found = self.tokenizer.bad_word_token_ids(params.bad_words)
             return replace(params, bad_words=(), bad_words_token_ids=(*params.bad_words_token_ids, *found))
 
         return await self.off_loop(tokenize)

@@ -1,7 +1,4 @@
-"""A request's tokens to the text that its reader sees, away from the event loop, and its texts to tokens."""
-
-from collections.abc import Iterable
-from dataclasses import replace
+"""A request's tokens to the text that its reader sees, away from the event loop."""
 
 import msgspec
 
@@ -10,7 +7,6 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import FinishReason, TokenLogprobs
 from engine.text_stream import TextStream
 from engine.tokenizer import Tokenizer
-from serving.engine_errors import RequestRefused
 
 
 class ChoiceUpdate(msgspec.Struct, frozen=True):
@@ -102,27 +98,3 @@ def merged(updates: list[ChoiceUpdate]) -> ChoiceUpdate:
         first.prompt_logprobs,
         first.num_cached_tokens,
     )
-
-
-def without_texts(params: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
-    """What the engine gets to see: words as token ids, and no stop strings, which are looked for in the text here.
-
-    Raises RequestRefused if there are texts and no tokenizer.
-    """
-    if not params.stop and not params.bad_words:
-        return params
-    if tokenizer is None:
-        name = "stop" if params.stop else "bad_words"
-        raise RequestRefused(f"{name} is given, but a model without a tokenizer makes no text")
-    bad_words = (*params.bad_words_token_ids, *_token_ids(params.bad_words, tokenizer))
-    return replace(params, stop=(), bad_words=(), bad_words_token_ids=bad_words)
-
-
-def _token_ids(words: Iterable[str], tokenizer: Tokenizer) -> Iterable[tuple[int, ...]]:
-    """Of texts that shall not be generated, at the start of a word and within one."""
-    found: dict[tuple[int, ...], None] = {}
-    for word in words:
-        for text in (word.lstrip(), " " + word.lstrip()):
-            if ids := tuple(tokenizer.encode(text, add_special_tokens=False)):
-                found[ids] = None
-    return found

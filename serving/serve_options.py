@@ -11,6 +11,7 @@ import typer
 from typer import Argument, Option
 
 from serving.cli_options import engine_options
+from serving.settings import ServerSettings
 
 _SERVER = "Server"
 _LIMITS = "Limits"
@@ -48,8 +49,8 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 def server_options(
     host: Annotated[
         str, Option(help="Address to listen on; 0.0.0.0 is every one.", rich_help_panel=_SERVER)
-    ] = "127.0.0.1",
-    port: Annotated[int, Option(help="0 takes a free one.", rich_help_panel=_SERVER)] = 8000,
+    ] = ServerSettings.host,
+    port: Annotated[int, Option(help="0 takes a free one.", rich_help_panel=_SERVER)] = ServerSettings.port,
     api_key: Annotated[
         list[str] | None,
         Option(help="Key without which nothing is answered; can be given several times.", rich_help_panel=_SERVER),
@@ -71,34 +72,38 @@ def server_options(
             help="auto takes what a request leaves open from the model's generation_config.json; none does not.",
             rich_help_panel=_SERVER,
         ),
-    ] = "auto",
+    ] = ServerSettings.generation_config,
     log_format: Annotated[
         str,
         Option(help="json, text, or auto: text on a terminal, otherwise JSON.", rich_help_panel=_SERVER),
-    ] = "auto",
+    ] = ServerSettings.log_format,
     max_queued_requests: Annotated[
         int, Option(help="Most requests that wait; further ones get 503.", rich_help_panel=_LIMITS)
-    ] = 1024,
+    ] = ServerSettings.max_queued_requests,
     max_queued_tokens: Annotated[
         int, Option(help="Most prompt tokens that wait.", rich_help_panel=_LIMITS)
-    ] = 1_000_000,
+    ] = ServerSettings.max_queued_tokens,
     request_timeout: Annotated[
         float | None, Option(help="Seconds for a whole request.", show_default="none", rich_help_panel=_LIMITS)
     ] = None,
     stall_seconds: Annotated[
         float, Option(help="Without a step while there is work: not ready after so long.", rich_help_panel=_LIMITS)
-    ] = 60.0,
+    ] = ServerSettings.stall_seconds,
     drain_timeout: Annotated[
         float, Option(help="Seconds that running requests have after SIGTERM.", rich_help_panel=_LIMITS)
-    ] = 60.0,
+    ] = ServerSettings.drain_timeout,
     keep_alive_seconds: Annotated[
         float, Option(help="Of silence, after which a stream gets a comment line.", rich_help_panel=_LIMITS)
-    ] = 5.0,
+    ] = ServerSettings.keep_alive_seconds,
     tokenize_timeout: Annotated[
         float, Option(help="Seconds for a body to arrive, and to be tokenised.", rich_help_panel=_LIMITS)
-    ] = 30.0,
-    max_body_bytes: Annotated[int, Option(help="Of a request's body.", rich_help_panel=_LIMITS)] = 32 * 2**20,
-    max_header_bytes: Annotated[int, Option(help="Of a request's headers.", rich_help_panel=_LIMITS)] = 64 * 2**10,
+    ] = ServerSettings.tokenize_timeout,
+    max_body_bytes: Annotated[
+        int, Option(help="Of a request's body.", rich_help_panel=_LIMITS)
+    ] = ServerSettings.max_body_bytes,
+    max_header_bytes: Annotated[
+        int, Option(help="Of a request's headers.", rich_help_panel=_LIMITS)
+    ] = ServerSettings.max_header_bytes,
 ) -> dict[str, Any]:
     """What was given, as keyword arguments of `ServerSettings`. Raises ValueError for a key file without keys."""
     given = dict(locals())
@@ -133,7 +138,9 @@ _MODEL = inspect.Parameter(
     "model_argument",
     inspect.Parameter.KEYWORD_ONLY,
     default=None,
-    annotation=Annotated[str | None, Argument(metavar="[MODEL]", help="The same as --model.", show_default=False)],
+    annotation=Annotated[
+        str | None, Argument(metavar="[MODEL]", help="The same as --model, and before it.", show_default=False)
+    ],
 )
 _MAX_NUM_SEQS = Annotated[
     int | None, Option(help="Most sequences at once.", show_default="64", rich_help_panel="Engine")

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.messages import Inspection
 from engine.sampling_params import SamplingParams
 from engine.sequence import TokenLogprobs
 from engine.step_record import StepRecord
 from serving.engine_client import EngineClient, GenerationRequest, Listener, RequestStream, RequestSummary, State
-from tests.small_engine import OPTIONS
+from tests.checkpoints import save_tiny
+from tests.small_engine import OPTIONS, make
 
 PATIENCE = 120  # seconds after which a condition counts as never coming
 
@@ -23,6 +25,21 @@ PATIENCE = 120  # seconds after which a condition counts as never coming
 def one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engine processes that share cores with others must not wait for one another's threads."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    save_tiny(path, "llama")
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm(directory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the engine process has, which shares the cores with us
+    yield make(directory)
+    torch.set_num_threads(threads)
 
 
 class Recorder(Listener):

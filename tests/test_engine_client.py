@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from engine.sampling_params import SamplingParams
 from serving.engine_client import (
@@ -19,29 +18,15 @@ from serving.engine_client import (
     RequestRefused,
     RequestTimedOut,
 )
-from tests.checkpoints import save_tiny
 from tests.engine_clients import Recorder, ask, assert_empty, generate, read, running_client, until
+from tests.engine_clients import directory as directory
+from tests.engine_clients import llm as llm
 from tests.engine_clients import one_thread_each as one_thread_each
-from tests.small_engine import greedy, make, mixed_params, random_prompts, random_tokens
+from tests.small_engine import greedy, mixed_params, random_prompts, random_tokens
 
 # Small steps, so that there is something to interrupt.
 SMALL_STEPS = {"max_num_seqs": 16, "max_num_batched_tokens": 32}
 LONG = greedy(400)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    save_tiny(path, "llama")
-    return path
-
-
-@pytest.fixture(scope="module")
-def llm(directory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the engine process has, which shares the cores with us
-    yield make(directory)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

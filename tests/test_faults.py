@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from engine.sampling_params import SamplingParams
 from serving import engine_process
@@ -19,25 +18,12 @@ from tests import faulty_service
 from tests.checkpoints import save_tiny
 from tests.commands import ROOT
 from tests.engine_clients import Recorder, ask, generate, new_client, read, running_client, until
+from tests.engine_clients import directory as directory
+from tests.engine_clients import llm as llm
 from tests.engine_clients import one_thread_each as one_thread_each
-from tests.small_engine import BLOCK_SIZE, OPTIONS, greedy, make, mixed_params, random_prompts, random_tokens
+from tests.small_engine import BLOCK_SIZE, OPTIONS, greedy, mixed_params, random_prompts, random_tokens
 
 LONG = greedy(400)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    save_tiny(path, "llama")
-    return path
-
-
-@pytest.fixture(scope="module")
-def llm(directory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield make(directory)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -165,7 +165,7 @@ def test_bad_words_as_texts(llm):
     text = llm.generate(["the"], params)[0].text
     word = next(word for word in text.split() if word.isascii())
     clean = llm.generate(["the"], greedy(40, bad_words=(word,)))[0].text
-    ids = llm.bad_word_token_ids([word])
+    ids = llm.tokenizer.bad_word_token_ids([word])
     assert word in text
     tokens = llm.generate(["the"], greedy(40, bad_words=(word,)))[0].token_ids
     for forbidden in ids:

@@ -250,7 +250,8 @@ def _end_with_the_front(directory: str) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front, which decides what becomes of us
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the front decides what becomes of us
+        signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     directory = sys.argv[1]
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)

@@ -278,12 +278,19 @@ class EngineClient:
             update, has_stopped = found
             if has_stopped:
                 self._supervisor.send(Abort(stream.key, update.index, "stop"))
-            stream.take(update, message.finished)
-            if stream.has_ended:
-                self._forget(stream)
+            self._update(stream, update, message.finished)
         record = message.record
         if record is not None:
             self._tell(lambda listener: listener.on_step(record, message.finished))
+
+    def _update(self, stream: RequestStream, update: ChoiceUpdate, now: float) -> None:
+        is_first = stream.timing.first_token is None
+        stream.take(update, now)
+        if is_first:
+            first = stream.first_token()
+            self._tell(lambda listener: listener.on_first_token(first))
+        if stream.has_ended:
+            self._forget(stream)
 
     def _take(self, message: FromEngine) -> None:
         self._last_news = time.perf_counter()

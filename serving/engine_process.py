@@ -68,9 +68,6 @@ class EngineProcess:
         with contextlib.suppress(zmq.Again):
             self._outbox.send(encode(message), zmq.NOBLOCK)
 
-    def terminate(self) -> None:
-        self._process.terminate()
-
     def kill(self) -> None:
         self._process.kill()
 

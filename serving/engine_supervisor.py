@@ -130,14 +130,12 @@ class EngineSupervisor:
             self._set_state("draining" if self._is_draining else "ready")
 
     async def _end(self, process: EngineProcess, *, gently: bool) -> None:
-        """In ever less friendly ways until it has ended."""
+        """Politely if asked to, and if that does not help by force."""
         if gently:
             process.send(Shutdown())
             await asyncio.wait((self._exit,), timeout=3)
-        for end in (process.terminate, process.kill):
-            if not self._exit.done():
-                end()
-                await asyncio.wait((self._exit,), timeout=2)
+        if not self._exit.done():
+            process.kill()
         await asyncio.wait((self._exit,))
 
     def _hear(self, message: FromEngine) -> None:

@@ -2,7 +2,7 @@
 
 from engine.step_record import StepRecord
 from serving.engine_supervisor import State
-from serving.request_stream import RequestSummary
+from serving.request_stream import FirstToken, RequestSummary
 
 
 class Listener:
@@ -10,6 +10,9 @@ class Listener:
 
     def on_step(self, record: StepRecord, finished: float) -> None:
         """A step has ended, at `finished`."""
+
+    def on_first_token(self, first: FirstToken) -> None:
+        """A request has its first token."""
 
     def on_request_finished(self, summary: RequestSummary) -> None:
         """A request has ended, in whatever way."""

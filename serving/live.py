@@ -12,7 +12,7 @@ from typing import Any
 from engine.step_record import StepRecord
 from serving.distribution import Distribution, geometric, percentiles
 from serving.engine_client import EngineClient, Listener
-from serving.request_stream import RequestSummary, RequestTiming
+from serving.request_stream import FirstToken, RequestSummary, RequestTiming
 
 SPAN = 120  # seconds
 STEPS = 80
@@ -87,15 +87,17 @@ class Live(Listener):
             }
         )
 
+    def on_first_token(self, first: FirstToken) -> None:
+        second = self._second()
+        second.prompt += first.prompt_tokens
+        second.prompt_cached += first.cached_tokens
+        second.first_tokens.add([first.seconds])
+
     def on_request_finished(self, summary: RequestSummary) -> None:
         timing = RequestTiming(summary.arrival, summary.started, summary.first_token, summary.finished)
         second = self._second()
         if self._client is not None and not self._client.load:
             second.running = second.waiting = 0
-        if summary.first_token is not None:
-            second.prompt += summary.prompt_tokens
-            second.prompt_cached += summary.cached_tokens
-            second.first_tokens.add([summary.first_token - summary.arrival])
         self._num_requests += 1
         self._requests.append(
             {

@@ -15,7 +15,7 @@ from engine.messages import EngineInfo
 from engine.step_record import StepRecord
 from serving.distribution import Distribution
 from serving.engine_client import EngineClient, Listener
-from serving.request_stream import RequestSummary, RequestTiming
+from serving.request_stream import FirstToken, RequestSummary, RequestTiming
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -63,6 +63,17 @@ class Metrics(Listener):
         self._batch_tokens.observe(record.num_tokens)
         self._step_seconds.observe(record.schedule + record.launch + record.wait + record.commit)
 
+    def on_first_token(self, first: FirstToken) -> None:
+        for counter, tokens in (
+            (self._prompt_tokens, first.prompt_tokens),
+            (self._prefix_queries, first.prompt_tokens),
+            (self._prompt_tokens_cached, first.cached_tokens),
+            (self._prefix_hits, first.cached_tokens),
+        ):
+            counter.inc(tokens)
+        for histogram in (self._first_token, self._ttft):
+            histogram.observe(first.seconds)
+
     def on_request_finished(self, summary: RequestSummary) -> None:
         self._requests.inc()
         for reason in summary.finish_reasons:
@@ -78,17 +89,6 @@ class Metrics(Listener):
             histogram.observe(getattr(timing, phase))
         self._e2e.observe(timing.total)
         self._request_seconds.observe(timing.total)
-        if summary.first_token is None:
-            return
-        for counter, tokens in (
-            (self._prompt_tokens, summary.prompt_tokens),
-            (self._prefix_queries, summary.prompt_tokens),
-            (self._prompt_tokens_cached, summary.cached_tokens),
-            (self._prefix_hits, summary.cached_tokens),
-        ):
-            counter.inc(tokens)
-        for histogram in (self._first_token, self._ttft):
-            histogram.observe(summary.first_token - summary.arrival)
         self._gaps.distribution.add(summary.gaps)
         if summary.gaps:
             self._tpot.observe(sum(summary.gaps) / len(summary.gaps))

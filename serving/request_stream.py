@@ -27,6 +27,14 @@ class GenerationRequest(msgspec.Struct):
     timeout: float | None = None
 
 
+class FirstToken(NamedTuple):
+    """What a request's first token tells. seconds: since the request came."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    seconds: float
+
+
 class RequestSummary(NamedTuple):
     """A request that has ended. Times as in `RequestTiming`.
 
@@ -170,6 +178,12 @@ class RequestStream(AsyncIterator[ChoiceUpdate]):
         self.error = error
         self.timing.finished = time.perf_counter()
         self._wake()
+
+    def first_token(self) -> FirstToken:
+        """Once there is one."""
+        assert self.timing.first_token is not None
+        seconds = self.timing.first_token - self.timing.arrival
+        return FirstToken(len(self.request.prompt_token_ids), self.text.num_cached_tokens, seconds)
 
     def summary(self) -> RequestSummary:
         timing = self.timing

@@ -15,6 +15,7 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import TokenLogprobs
 from engine.step_record import StepRecord
 from serving.engine_client import EngineClient, GenerationRequest, Listener, RequestStream, RequestSummary, State
+from serving.request_stream import FirstToken
 from tests.checkpoints import save_tiny
 from tests.small_engine import OPTIONS, make
 
@@ -47,11 +48,16 @@ class Recorder(Listener):
 
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
+        self.firsts: list[FirstToken] = []
         self.summaries: list[RequestSummary] = []
         self.states: list[State] = []
 
     def on_step(self, record: StepRecord, finished: float) -> None:
         self.records.append(record)
+
+    def on_first_token(self, first: FirstToken) -> None:
+        assert len(self.firsts) >= len(self.summaries)
+        self.firsts.append(first)
 
     def on_request_finished(self, summary: RequestSummary) -> None:
         self.summaries.append(summary)

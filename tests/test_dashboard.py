@@ -10,7 +10,7 @@ from engine.sampling_params import SamplingParams
 from engine.step_record import StepRecord
 from serving.dashboard_events import PoolWatch, dashboard_events
 from serving.live import REQUESTS, SPAN, STEPS, Live
-from serving.request_stream import RequestSummary
+from serving.request_stream import FirstToken, RequestSummary
 from serving.routes_dashboard import plotly_script
 from tests.checkpoints import save_tiny
 from tests.engine_clients import ask, generate, one_thread_each, running_client, until  # noqa: F401
@@ -54,7 +54,10 @@ def finish(live: Live, number: int = 0, **fields) -> None:
         "gaps": [1.0, 1.0],
         "error": None,
     }
-    live.on_request_finished(RequestSummary(**usual | fields))
+    ended = RequestSummary(**usual | fields)
+    if ended.first_token is not None:
+        live.on_first_token(FirstToken(ended.prompt_tokens, ended.cached_tokens, ended.first_token - ended.arrival))
+    live.on_request_finished(ended)
 
 
 def test_a_view_holds_whole_seconds_and_the_next_what_is_new(live, clock) -> None:

@@ -290,7 +290,10 @@ def test_times_add_up_and_are_told(loop, client):
         timing = stream.timing
         assert timing.queue + timing.prefill + timing.decode == pytest.approx(timing.total, abs=1e-9)
         assert timing.arrival < timing.started < timing.first_token < timing.finished <= time.perf_counter()
-    assert len(recorder.summaries) == 20
+    assert len(recorder.summaries) == len(recorder.firsts) == 20
+    assert sorted(first.seconds for first in recorder.firsts) == pytest.approx(
+        sorted(stream.timing.first_token - stream.timing.arrival for stream in streams)
+    )
     for summary in recorder.summaries:
         assert (summary.request_id, summary.prompt_tokens, summary.output_tokens) == ("test", 60, 20)
         assert summary.finish_reasons == ("length", "length")

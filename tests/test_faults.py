@@ -93,7 +93,7 @@ def test_an_engine_that_lived_long_after_a_restart_is_restarted_again(directory)
         async with running_client(directory, restart_window=0) as client:
             for _ in range(2):
                 pid = client.info.pid
-                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGKILL)
                 await until(lambda: client.state == "restarting")
                 await until(lambda: client.state == "ready")
                 assert client.info.pid != pid

@@ -11,7 +11,7 @@ from engine.sampling_params import SamplingParams
 from engine.step_record import StepRecord
 from serving.distribution import Distribution, geometric, percentiles
 from serving.metrics import Metrics
-from serving.request_stream import RequestSummary
+from serving.request_stream import FirstToken, RequestSummary
 from tests.checkpoints import save_tiny
 from tests.engine_clients import ask, generate, one_thread_each, running_client, until  # noqa: F401
 
@@ -62,6 +62,13 @@ def step(**fields) -> StepRecord:
     return StepRecord(**usual | fields)
 
 
+def finish(metrics: Metrics, ended: RequestSummary) -> None:
+    """What the client tells of a request in its life."""
+    if ended.first_token is not None:
+        metrics.on_first_token(FirstToken(ended.prompt_tokens, ended.cached_tokens, ended.first_token - ended.arrival))
+    metrics.on_request_finished(ended)
+
+
 def test_the_names_are_all_there_and_no_others() -> None:
     assert sorted(families(Metrics("m"))) == sorted(
         [f"vllm:{name}" for name in VLLM.split()] + [f"dispec_{name}" for name in OURS.split()]
@@ -70,7 +77,7 @@ def test_the_names_are_all_there_and_no_others() -> None:
 
 def test_every_sample_says_which_model_and_engine() -> None:
     metrics = Metrics('a "model"')
-    metrics.on_request_finished(summary())
+    finish(metrics, summary())
     metrics.on_drafts(1, 3, [1, 0])
     labels = [sample.labels for family in families(metrics).values() for sample in family.samples]
     assert all((label["model_name"], label["engine"]) == ('a "model"', "0") for label in labels)
@@ -87,7 +94,7 @@ def test_queue_prefill_and_decode_add_up_whatever_became_of_the_request(cases) -
         arrival, *middle, finished = sorted(times)
         started = middle[0] if known > 2 else None
         first_token = middle[1] if known > 3 else None
-        metrics.on_request_finished(summary(arrival, started, first_token, finished))
+        finish(metrics, summary(arrival, started, first_token, finished))
     found = samples(metrics)
     total = sum(found[f"vllm:request_{phase}_time_seconds_sum"] for phase in ("queue", "prefill", "decode"))
     assert math.isclose(total, found["vllm:e2e_request_latency_seconds_sum"], rel_tol=1e-9, abs_tol=1e-6)
@@ -96,7 +103,7 @@ def test_queue_prefill_and_decode_add_up_whatever_became_of_the_request(cases) -
 
 def test_what_a_request_leaves_behind() -> None:
     metrics = Metrics("m")
-    metrics.on_request_finished(summary())
+    finish(metrics, summary())
     found = samples(metrics)
     expected = {
         "vllm:request_queue_time_seconds_sum": 1,
@@ -124,8 +131,9 @@ def test_what_a_request_leaves_behind() -> None:
 def test_a_request_that_never_started_counts_as_an_end_and_as_nothing_else() -> None:
     metrics = Metrics("m")
     before = samples(metrics)
-    metrics.on_request_finished(
-        summary(started=None, first_token=None, finish_reasons=("error",), output_tokens=0, gaps=[], error="refused")
+    finish(
+        metrics,
+        summary(started=None, first_token=None, finish_reasons=("error",), output_tokens=0, gaps=[], error="refused"),
     )
     after = samples(metrics)
     changed = {name for name in after if after[name] != before[name]}
@@ -134,7 +142,7 @@ def test_a_request_that_never_started_counts_as_an_end_and_as_nothing_else() -> 
 
 def test_ends_are_counted_by_choice_and_reason() -> None:
     metrics = Metrics("m")
-    metrics.on_request_finished(summary(finish_reasons=("stop", "stop", "length")))
+    finish(metrics, summary(finish_reasons=("stop", "stop", "length")))
     ends = {
         sample.labels["finished_reason"]: sample.value
         for sample in families(metrics)["vllm:request_success"].samples
@@ -178,7 +186,7 @@ def test_drafts_are_counted_by_position() -> None:
 def test_a_batched_histogram_says_what_one_that_takes_each_value_says(gaps) -> None:
     metrics = Metrics("m")
     for part in (gaps[:20], gaps[20:]):
-        metrics.on_request_finished(summary(gaps=part))
+        finish(metrics, summary(gaps=part))
     family = families(metrics)["vllm:inter_token_latency_seconds"]
     edges = [float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels]
     registry = prometheus_client.CollectorRegistry()
@@ -220,17 +228,17 @@ def test_with_a_real_engine_the_numbers_are_those_of_the_answers(tmp_path) -> No
             await generate(client, prompt, params)
             await generate(client, prompt, params)
             endless = ask(client, prompt, SamplingParams(max_tokens=400, ignore_eos=True))
-            await until(lambda: client.num_running == 1)
+            await until(lambda: endless.timing.first_token is not None)
             busy = samples(metrics)
             endless.abort()
             idle = samples(metrics)
         assert busy["vllm:num_requests_running"] == busy["dispec_running_requests"] == 1
         assert busy["vllm:num_requests_waiting"] == busy["dispec_waiting_requests"] == 0
         assert busy["vllm:generation_tokens_total"] == 2 * 2 * 9
-        assert busy["vllm:prompt_tokens_total"] == busy["vllm:prefix_cache_queries_total"] == 2 * 40
-        assert busy["vllm:prompt_tokens_cached_total"] == busy["vllm:prefix_cache_hits_total"] == 32
+        assert busy["vllm:prompt_tokens_total"] == busy["vllm:prefix_cache_queries_total"] == 3 * 40
+        assert busy["vllm:prompt_tokens_cached_total"] == busy["vllm:prefix_cache_hits_total"] == 2 * 32
         assert busy["vllm:inter_token_latency_seconds_count"] == 2 * 2 * 8
-        assert busy["vllm:time_to_first_token_seconds_count"] == 2
+        assert busy["vllm:time_to_first_token_seconds_count"] == 3
         assert idle["vllm:num_requests_running"] == idle["vllm:kv_cache_usage_perc"] == 0
         assert idle["dispec_requests_total"] == 3
 

@@ -311,7 +311,8 @@ def test_sigterm_lets_running_requests_finish(model: Path, tmp_path: Path) -> No
         with running_server.stream("/v1/completions", LONG | {"max_tokens": 600}) as stream:
             lines = stream.iter_lines()
             first = next(lines)
-            process.send_signal(signal.SIGTERM)
+            for member in (engine, process):  # as service managers do, who tell every process of a group
+                member.send_signal(signal.SIGTERM)
             wait_for(lambda: running_server.get("/health").status_code == 503)
             refused = running_server.post("/v1/completions", {"prompt": "hello"})
             assert refused.status_code == 503

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ops.cpu import attention as cpu_attention
+
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define("write_kv(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slot_mapping) -> ()")
 _library.define("copy_blocks(Tensor(a!) keys, Tensor(b!) values, Tensor source, Tensor destination) -> ()")
@@ -40,6 +42,9 @@ def copy_blocks(
 
 def _write_kv_cpu(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
     block_size = keys.shape[3]
+    if cpu_attention.has_kernels(keys.dtype, keys.shape[2], block_size):
+        cpu_attention.write_kv(keys, values, key, value, slot_mapping)
+        return
     block, offset = slot_mapping // block_size, slot_mapping % block_size
     keys.permute(0, 3, 1, 2)[block, offset] = key
     values.permute(0, 2, 1, 3)[block, offset] = value

@@ -1,15 +1,17 @@
 """Attention over a paged KV cache: one op for ragged prefill, decode and verification.
 
-CUDA runs the Triton kernels of `ops.triton.paged_attention`. On CPU a compiled uniform step inlines
-`_uniform_attention`, whose page gathers Inductor fuses into the reductions that read them, six to eight times
-faster than gathering first; everything else goes through the registered op, which gathers each sequence's
-pages once and calls torch's own attention.
+CUDA runs the Triton kernels of `ops.triton.paged_attention`. On CPU, sequences with few query tokens are read straight
+from their pages by the kernel of `ops.cpu.attention`, and for those with many the pages are gathered once for torch's
+own attention. Where that kernel cannot be had, a compiled uniform step inlines `_uniform_attention`, whose page gathers
+Inductor fuses into the reductions that read them, six to eight times faster than gathering first.
 """
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from ops.cpu import attention as cpu_attention
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define(
@@ -19,6 +21,8 @@ _library.define(
 
 # What the Triton kernels have launch configurations for; the CPU takes any.
 TRITON_HEAD_DIMS = (64, 80, 96, 128, 256)
+
+_FEW_QUERIES = 16  # up to which reading the pages in place beats gathering them for matrix products
 
 
 def paged_attention(
@@ -42,11 +46,21 @@ def paged_attention(
     `query_len` 1…16 promises that every sequence has exactly that many queries (T = B * query_len);
     None promises nothing. The softmax and both sums are in float32. `scale` multiplies the scores.
     """
-    if query_len is not None and query.device.type == "cpu" and torch.compiler.is_compiling():
+    if (
+        query_len is not None
+        and query.device.type == "cpu"
+        and torch.compiler.is_compiling()
+        and not _has_cpu_kernel(keys.dtype, keys.shape[2], keys.shape[3])
+    ):
         return _uniform_attention(query, keys, values, block_tables, context_lens, query_len, scale)
     return torch.ops.dispec.paged_attention(
         query, keys, values, block_tables, query_start, context_lens, query_len, scale
     )
+
+
+@torch.compiler.assume_constant_result
+def _has_cpu_kernel(dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
+    return cpu_attention.has_kernels(dtype, head_dim, block_size)
 
 
 def _uniform_attention(
@@ -92,11 +106,19 @@ def _paged_attention_cpu(
     scale: float,
 ) -> Tensor:
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    starts, contexts = query_start.tolist(), context_lens.tolist()
     block_size = keys.shape[3]
+    longest = 0
+    if cpu_attention.has_kernels(keys.dtype, keys.shape[2], block_size):
+        longest = _FEW_QUERIES
+        cpu_attention.paged_attention(
+            query, keys, values, block_tables, query_start, context_lens, longest, scale, output
+        )
+        if query_len is not None and query_len <= longest:
+            return output
+    starts, contexts = query_start.tolist(), context_lens.tolist()
     for sequence, context in enumerate(contexts):
         start, end = starts[sequence], starts[sequence + 1]
-        if start == end:
+        if end - start <= longest:
             continue
         if context == 0:
             output[start:end] = 0

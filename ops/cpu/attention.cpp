@@ -1,0 +1,216 @@
+// Attention of a few query tokens per sequence over a paged KV cache: decoding and verification.
+//
+// A task is one key head of one sequence with some of the query rows that read it (heads of the group times tokens) and
+// one span of positions; it makes one pass over the span's pages with an online softmax (arXiv:2205.14135), and spans
+// are put together at the end (flash decoding, arXiv:2311.01282). Spans are fixed, so that a sequence's result does not
+// depend on its neighbours or on the number of threads, not in the last bit.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int MAX_ROWS = 6;
+constexpr int64_t SPAN = 512;       // positions
+constexpr int64_t MAX_HEAD = 256;   // dimensions
+constexpr int64_t MAX_BLOCK = 256;  // positions
+
+struct Shape {
+    int64_t heads, kv_heads, head_dim, block_size;
+};
+
+struct Rows {
+    float query[MAX_ROWS][MAX_HEAD];  // scaled
+    float sums[MAX_ROWS][MAX_HEAD];
+    float weights[MAX_ROWS][MAX_BLOCK];
+    float largest[MAX_ROWS], total[MAX_ROWS];
+    int64_t visible[MAX_ROWS];  // positions that a row sees
+};
+
+template <typename T, int ROWS>
+void score_page(Rows &rows, const T *keys, const Shape &shape, int64_t start) {
+    for (int64_t offset = 0; offset < shape.block_size; offset += LANES) {
+        Floats scores[ROWS] = {};
+        for (int64_t d = 0; d < shape.head_dim; ++d) {
+            const Floats key = load(keys + d * shape.block_size + offset);
+#pragma GCC unroll 8
+            for (int row = 0; row < ROWS; ++row) scores[row] += rows.query[row][d] * key;
+        }
+        for (int row = 0; row < ROWS; ++row) {
+            const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+            const int32_t seen = int32_t(std::clamp<int64_t>(rows.visible[row] - start - offset, 0, LANES));
+            store(rows.weights[row] + offset, lane < seen ? scores[row] : splat(-INFINITY));
+        }
+    }
+}
+
+template <typename T, int ROWS>
+void add_page(Rows &rows, const T *keys, const T *values, const Shape &shape, int64_t start, int64_t count) {
+    score_page<T, ROWS>(rows, keys, shape, start);
+    float kept[ROWS];
+    for (int row = 0; row < ROWS; ++row) {
+        Floats peaks = splat(-INFINITY);
+        for (int64_t i = 0; i < shape.block_size; i += LANES) peaks = larger(load(rows.weights[row] + i), peaks);
+        const float peak = std::max(rows.largest[row], largest(peaks));
+        // A row that has seen nothing yet stays at -infinity, and subtracting that from itself would be NaN.
+        const float base = std::isinf(peak) ? 0.0f : peak;
+        kept[row] = std::exp(rows.largest[row] - base);
+        Floats total = {};
+        for (int64_t i = 0; i < shape.block_size; i += LANES) {
+            const Floats weight = exp_negative(load(rows.weights[row] + i) - base);
+            store(rows.weights[row] + i, weight);
+            total += weight;
+        }
+        rows.total[row] = rows.total[row] * kept[row] + sum(total);
+        rows.largest[row] = peak;
+    }
+    for (int64_t d = 0; d < shape.head_dim; d += LANES) {
+        Floats sums[ROWS];
+        for (int row = 0; row < ROWS; ++row) sums[row] = load(rows.sums[row] + d) * kept[row];
+        for (int64_t i = 0; i < count; ++i) {
+            const Floats value = load(values + i * shape.head_dim + d);
+#pragma GCC unroll 8
+            for (int row = 0; row < ROWS; ++row) sums[row] += rows.weights[row][i] * value;
+        }
+        for (int row = 0; row < ROWS; ++row) store(rows.sums[row] + d, sums[row]);
+    }
+}
+
+template <typename T>
+void add_pages(Rows &rows, int num_rows, const T *keys, const T *values, const int32_t *table, int64_t head,
+               const Shape &shape, int64_t begin, int64_t end) {
+    using AddPage = void (*)(Rows &, const T *, const T *, const Shape &, int64_t, int64_t);
+    constexpr AddPage ADD[MAX_ROWS + 1] = {nullptr,         add_page<T, 1>, add_page<T, 2>, add_page<T, 3>,
+                                           add_page<T, 4>, add_page<T, 5>, add_page<T, 6>};
+    const int64_t size = shape.head_dim * shape.block_size;
+    for (int64_t start = begin; start < end; start += shape.block_size) {
+        const int64_t page = (table[start / shape.block_size] * shape.kv_heads + head) * size;
+        ADD[num_rows](rows, keys + page, values + page, shape, start, std::min(shape.block_size, end - start));
+    }
+}
+
+struct Task {
+    int64_t sequence, head, first_row, num_rows, begin, end, partial;  // partial: where its result waits, or -1
+};
+
+// Query row `row` of a key head: token row / group, head row % group of the group.
+template <typename T>
+void attend(const Task &task, const T *query, int64_t query_stride, const T *keys, const T *values,
+            const int32_t *block_tables, int64_t table_stride, int64_t first_token, int64_t num_tokens, int64_t context,
+            const Shape &shape, float scale, T *output, float *partials) {
+    static thread_local Rows rows;
+    const int64_t group = shape.heads / shape.kv_heads, d = shape.head_dim;
+    for (int64_t row = 0; row < task.num_rows; ++row) {
+        const int64_t token = (task.first_row + row) / group, head = task.head * group + (task.first_row + row) % group;
+        const T *from = query + (first_token + token) * query_stride + head * d;
+        for (int64_t i = 0; i < d; ++i) {
+            rows.query[row][i] = scalar(from[i]) * scale;
+            rows.sums[row][i] = 0;
+        }
+        rows.visible[row] = context - num_tokens + token + 1;
+        rows.largest[row] = -INFINITY;
+        rows.total[row] = 0;
+    }
+    add_pages(rows, int(task.num_rows), keys, values, block_tables + task.sequence * table_stride, task.head, shape,
+              task.begin, task.end);
+    for (int64_t row = 0; row < task.num_rows; ++row) {
+        if (task.partial >= 0) {
+            float *at = partials + (task.partial + row) * (d + 2);
+            at[0] = rows.largest[row];
+            at[1] = rows.total[row];
+            std::copy_n(rows.sums[row], d, at + 2);
+            continue;
+        }
+        const int64_t token = (task.first_row + row) / group, head = task.head * group + (task.first_row + row) % group;
+        const Floats factor = splat(1.0f / std::max(rows.total[row], 1e-37f));
+        T *to = output + ((first_token + token) * shape.heads + head) * d;
+        for (int64_t i = 0; i < d; i += LANES) store(to + i, load(rows.sums[row] + i) * factor);
+    }
+}
+
+// A row's spans, `stride` floats apart, into its output.
+template <typename T>
+void combine(const float *partial, int64_t spans, int64_t stride, int64_t d, T *to) {
+    float peak = -INFINITY, total = 0;
+    for (int64_t span = 0; span < spans; ++span) peak = std::max(peak, partial[span * stride]);
+    const float base = std::isinf(peak) ? 0.0f : peak;
+    for (int64_t span = 0; span < spans; ++span)
+        total += partial[span * stride + 1] * std::exp(partial[span * stride] - base);
+    const float factor = 1.0f / std::max(total, 1e-37f);
+    for (int64_t i = 0; i < d; i += LANES) {
+        Floats sums = {};
+        for (int64_t span = 0; span < spans; ++span)
+            sums += load(partial + span * stride + 2 + i) * std::exp(partial[span * stride] - base);
+        store(to + i, sums * factor);
+    }
+}
+
+template <typename T>
+void paged_attention(const T *query, int64_t query_stride, const T *keys, const T *values, const int32_t *block_tables,
+                     int64_t table_stride, const int32_t *query_start, const int32_t *context_lens, int64_t sequences,
+                     int64_t longest, const Shape &shape, float scale, T *output) {
+    static thread_local std::vector<Task> tasks;
+    static thread_local std::vector<float> partials;
+    tasks.clear();
+    int64_t num_partials = 0;
+    const int64_t group = shape.heads / shape.kv_heads;
+    for (int64_t b = 0; b < sequences; ++b) {
+        const int64_t tokens = query_start[b + 1] - query_start[b], context = context_lens[b];
+        if (tokens > longest) continue;  // somebody else's
+        const int64_t rows = tokens * group, chunks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+        const int64_t spans = std::max<int64_t>(1, (context + SPAN - 1) / SPAN);
+        for (int64_t head = 0; head < shape.kv_heads; ++head)
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+                const int64_t first = rows * chunk / chunks, last = rows * (chunk + 1) / chunks;
+                for (int64_t span = 0; span < spans; ++span) {
+                    const int64_t partial = spans > 1 ? num_partials + span * (last - first) : -1;
+                    tasks.push_back({b, head, first, last - first, span * SPAN, std::min(context, (span + 1) * SPAN),
+                                     partial});
+                }
+                if (spans > 1) num_partials += spans * (last - first);
+            }
+    }
+    partials.resize(num_partials * (shape.head_dim + 2));
+    Task *all = tasks.data();
+    float *scratch = partials.data();
+    const int64_t count = tasks.size();
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t b = all[i].sequence;
+        attend(all[i], query, query_stride, keys, values, block_tables, table_stride, query_start[b],
+               query_start[b + 1] - query_start[b], context_lens[b], shape, scale, output, scratch);
+    }
+    if (!num_partials) return;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < count; ++i) {
+        const Task &task = all[i];
+        if (task.partial < 0 || task.begin > 0) continue;
+        const int64_t spans = (context_lens[task.sequence] + SPAN - 1) / SPAN, size = shape.head_dim + 2;
+        for (int64_t row = 0; row < task.num_rows; ++row) {
+            const int64_t token = query_start[task.sequence] + (task.first_row + row) / group;
+            const int64_t head = task.head * group + (task.first_row + row) % group;
+            combine(scratch + (task.partial + row) * size, spans, task.num_rows * size, shape.head_dim,
+                    output + (token * shape.heads + head) * shape.head_dim);
+        }
+    }
+}
+
+}  // namespace
+
+// query [tokens, heads, head_dim], its tokens `query_stride` elements apart; keys [blocks, kv_heads, head_dim,
+// block_size]; values [blocks, kv_heads, block_size, head_dim]; output [tokens, heads, head_dim]. Only sequences of at
+// most `longest` query tokens are computed. head_dim and block_size must be multiples of 16 up to 256.
+#define PAGED_ATTENTION(name, T)                                                                                      \
+    extern "C" void name(const T *query, int64_t query_stride, const T *keys, const T *values,                        \
+                         const int32_t *block_tables, int64_t table_stride, const int32_t *query_start,               \
+                         const int32_t *context_lens, int64_t sequences, int64_t longest, int64_t heads,              \
+                         int64_t kv_heads, int64_t head_dim, int64_t block_size, float scale, T *output) {            \
+        paged_attention(query, query_stride, keys, values, block_tables, table_stride, query_start, context_lens,     \
+                        sequences, longest, Shape{heads, kv_heads, head_dim, block_size}, scale, output);             \
+    }
+
+PAGED_ATTENTION(dispec_paged_attention_bfloat16, bfloat16)
+PAGED_ATTENTION(dispec_paged_attention_float32, float)

@@ -1,0 +1,77 @@
+"""Attention of a few query tokens per sequence over pages, and writing those pages: see the C++ files."""
+
+import torch
+from torch import Tensor
+
+from ops.cpu.library import library
+
+_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+def has_kernels(dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
+    """Whether caches of this kind can be attended to."""
+    sizes = (head_dim, block_size)
+    return dtype in _NAMES and all(size % 16 == 0 and size <= 256 for size in sizes) and library() is not None
+
+
+def paged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    longest: int,
+    scale: float,
+    output: Tensor,
+) -> None:
+    """As `ops.paged_attention` into `output` [T, H, D], for sequences of at most `longest` query tokens."""
+    query = _dense(query)
+    block_tables, query_start, context_lens = map(_int32, (block_tables, query_start, context_lens))
+    _, kv_heads, head_dim, block_size = keys.shape
+    getattr(library(), f"dispec_paged_attention_{_NAMES[keys.dtype]}")(
+        query.data_ptr(),
+        query.stride(0),
+        keys.data_ptr(),
+        values.data_ptr(),
+        block_tables.data_ptr(),
+        block_tables.stride(0),
+        query_start.data_ptr(),
+        context_lens.data_ptr(),
+        len(context_lens),
+        longest,
+        query.shape[1],
+        kv_heads,
+        head_dim,
+        block_size,
+        scale,
+        output.data_ptr(),
+    )
+
+
+def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+    """As `ops.write_kv`."""
+    key, value, slot_mapping = _dense(key), _dense(value), _int32(slot_mapping)
+    _, kv_heads, head_dim, block_size = keys.shape
+    getattr(library(), f"dispec_write_kv_{_NAMES[keys.dtype]}")(
+        keys.data_ptr(),
+        values.data_ptr(),
+        key.data_ptr(),
+        key.stride(0),
+        value.data_ptr(),
+        value.stride(0),
+        slot_mapping.data_ptr(),
+        len(slot_mapping),
+        kv_heads,
+        head_dim,
+        block_size,
+    )
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Tokens may lie apart; within one, all is in a row."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _int32(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.int32 and x.stride(-1) == 1 else x.int().contiguous()

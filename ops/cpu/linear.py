@@ -1,0 +1,40 @@
+"""Products with bf16 weights in tiles of 32 outputs: see linear.cpp."""
+
+import torch
+from jaxtyping import BFloat16
+from torch import Tensor
+
+from ops.cpu.library import library
+
+TILE = 32
+
+
+def pack(weight: BFloat16[Tensor, "N K"]) -> BFloat16[Tensor, "tiles pairs 32 2"]:
+    """The weight in tiles: 32 rows side by side, two neighbouring elements of each together, padded with zeros."""
+    kernels = library()
+    assert kernels is not None
+    rows, columns = weight.shape
+    packed = weight.new_empty(-(-rows // TILE), -(-columns // 2), TILE, 2)
+    kernels.dispec_pack(weight.contiguous().data_ptr(), packed.data_ptr(), rows, columns)
+    return packed
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, features: int) -> Tensor:
+    """`x @ weight.T + bias`, [T, features]. A row's result depends on that row alone, to the last bit."""
+    kernels = library()
+    assert kernels is not None
+    tokens, size = x.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    output = torch.empty(tokens, features, dtype=torch.bfloat16)
+    kernels.dispec_linear(
+        x.data_ptr(),
+        x.stride(0),
+        packed.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        output.data_ptr(),
+        tokens,
+        features,
+        size,
+    )
+    return output

@@ -1,0 +1,84 @@
+// Sixteen floats at a time, in GCC's vector types: the compiler makes AVX-512, AVX2 or NEON of them.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+constexpr int LANES = 16;
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline Floats splat(float x) { return Floats{} + x; }
+
+inline Floats load(const float *at) {
+    Floats x;
+    std::memcpy(&x, at, sizeof x);
+    return x;
+}
+
+inline Floats load(const bfloat16 *at) {
+    Halves x;
+    std::memcpy(&x, at, sizeof x);
+    return (Floats)(__builtin_convertvector(x, Words) << 16);
+}
+
+inline float scalar(float x) { return x; }
+
+inline float scalar(bfloat16 x) {
+    const uint32_t word = uint32_t(x.bits) << 16;
+    float result;
+    std::memcpy(&result, &word, sizeof result);
+    return result;
+}
+
+inline void store(float *at, Floats x) { std::memcpy(at, &x, sizeof x); }
+
+// Rounds to the nearest, ties to even, as torch does; NaN stays NaN.
+inline void store(bfloat16 *at, Floats x) {
+    const Words word = (Words)x;
+    const Words rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+    const Words is_nan = (Words)(x != x);
+    const Halves result = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), Halves);
+    std::memcpy(at, &result, sizeof result);
+}
+
+inline Floats larger(Floats x, Floats y) { return x > y ? x : y; }
+
+inline float largest(Floats x) {
+    float result = x[0];
+    for (int i = 1; i < LANES; ++i) result = x[i] > result ? x[i] : result;
+    return result;
+}
+
+inline float sum(Floats x) {
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) x[i] += x[i + width];
+    return x[0];
+}
+
+// e^x for x <= 0, to two units in the last place; 0 below -87, and for -infinity.
+// 2^f for f in [-0.5, 0.5] by its Taylor series, 2^n by writing the exponent.
+inline Floats exp_negative(Floats x) {
+    const Floats lowest = splat(-87.0f);
+    const Ints too_low = x < lowest;
+    x = too_low ? lowest : x;
+    const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Floats n = (x * 1.44269504f + shift) - shift;
+    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+    Floats p = splat(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
+    return too_low ? splat(0.0f) : p * (Floats)exponent;
+}

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from engine.block_pool import BlockPool
 from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.compiled_model import mark_static
+from engine.launched import Launched
 from engine.logit_edits import LogitEdits, check_something_remains
 from engine.memory import KVPlan, allocate_kv_cache, format_bytes, free_memory, plan_kv_cache, weight_bytes
 from engine.options import DTYPES, EngineOptions
-from engine.runner import Launched, Runner
+from engine.runner import Runner
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import FinishReason, Sequence

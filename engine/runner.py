@@ -1,16 +1,16 @@
 """Owns what lives on the device: weights, KV cache, step inputs. What is compiled is warmed up here.
 
 On CUDA a uniform step is one graph, greedy choice included, that replays as a CUDA graph for each bucket of batch
-sizes; ragged steps are compiled layer by layer. On CPU one layer is compiled and called for every layer, which
-costs a third of the compile time of the whole and no step time. What else may be asked of a choice (`TokenChooser`)
-is compiled apart, so that a step runs only what somebody in it uses.
+sizes; ragged steps are compiled layer by layer, and those of few tokens recorded (`RaggedGraphs`). On CPU one layer is
+compiled and called for every layer, which costs a third of the compile time of the whole and no step time. What else
+may be asked of a choice (`TokenChooser`) is compiled apart, so that a step runs only what somebody in it uses.
 """
 
 import functools
 import logging
 import warnings
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ from engine.compiled_model import (
     mark_dynamic,
     mark_static,
 )
+from engine.launched import Launched
+from engine.ragged_graphs import Outputs, RaggedGraphs
 from engine.sequence import Needs
 from engine.step import Step, StepResult, Work
-from engine.step_inputs import StepInputs, StepShape, carve, fill
+from engine.step_inputs import StepInputs, StepShape, batch_buckets, carve, fill
 from engine.token_chooser import Choice, TokenChooser
 from layers.config import ModelConfig
 from layers.types import KVCache, Weights
@@ -44,25 +46,6 @@ class _Launch(NamedTuple):
 
     work: tuple[Work, ...]
     shape: StepShape
-
-
-class Launched:
-    """A step that the device was told to run."""
-
-    def __init__(self, choices: list[Choice], event: torch.cuda.Event | None) -> None:
-        self._choices = choices
-        self._event = event
-
-    def wait(self) -> StepResult:
-        """What the step chose, once it has run."""
-        if self._event is not None:
-            self._event.synchronize()
-        token_ids: dict[int, int] = {}
-        logprobs: dict[int, Any] = {}
-        prompt_logprobs: dict[int, Any] = {}
-        for choice in self._choices:
-            choice.read(token_ids, logprobs, prompt_logprobs)
-        return StepResult(token_ids, logprobs, prompt_logprobs)
 
 
 class Runner:
@@ -91,6 +74,7 @@ class Runner:
         self._overlaps = overlaps
         self._functions = self._eager = eager_functions(config)
         self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._buckets = batch_buckets(max_num_seqs)
         self._max_blocks = max(2, -(-max_model_len // self.block_size))
         # Room for the largest step, and for those that only warm up.
@@ -110,6 +94,7 @@ class Runner:
         self._device_inputs = functools.lru_cache(256)(functools.partial(carve, self._inputs))
         self._chosen = torch.zeros(largest.rows, dtype=torch.int64, device=self.device)
         self._pending_rows: dict[int, int] = {}
+        self._ragged_graphs: RaggedGraphs | None = None
         if self.is_cuda:
             mark_static(self._chosen)
         self.chooser = TokenChooser(self.device, config.vocab_size, self._head)
@@ -164,6 +149,8 @@ class Runner:
                 list(self._warm_up_shapes()), desc="compiling", unit="graph", disable=not show_progress, leave=False
             ):
                 self._warm_up(shape)
+            if self.is_cuda:
+                self._record_ragged_graphs()
         except Exception as error:  # a compiler can fail in any way; the engine works without one
             self._functions = self._eager
             self.chooser.forget_compiled()
@@ -207,7 +194,8 @@ class Runner:
             rows = sum(work.samples for work in together)
             tokens = sum(work.num_tokens for work in together)
             # A size of 1 is a graph of its own to the compiler; an empty sequence and a token of padding avoid that.
-            yield _Launch(together, StepShape(max(2, tokens), max(2, len(together)), self._width(together), rows, None))
+            shape = StepShape(max(2, tokens), max(2, len(together)), self._width(together), rows, None)
+            yield _Launch(together, self._ragged_graphs.padded(shape) if self._ragged_graphs else shape)
 
     def _uniform_shape(self, size: int, width: int) -> StepShape:
         if self.is_cuda:
@@ -234,6 +222,8 @@ class Runner:
         self, shape: StepShape, inputs: StepInputs, warm_up: bool = False
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Run the model: the hidden states of all tokens of a ragged step, logits and argmax of the rows wanted."""
+        if self._ragged_graphs is not None and (outputs := self._ragged_graphs.replay(shape)) is not None:
+            return outputs
         # Warm-up has traced every graph there will be: a step need only tell them apart, not guard what never changes.
         with torch.compiler.set_stance(skip_guard_eval_unsafe=self.is_compiled):
             return self._forward(shape, inputs, warm_up)
@@ -295,8 +285,23 @@ class Runner:
         if logits is not None and (shape.query_len is None or not self.is_cuda):
             self.chooser.warm_up(logits, inputs.sampling)
 
+    @torch.inference_mode()
+    def _record_ragged_graphs(self) -> None:
+        def prepare(shape: StepShape) -> Callable[[], Outputs]:
+            fill(self._zeroed_inputs(shape), (), self.block_size, {})
+            inputs = self._upload(shape)
 
-def batch_buckets(max_num_seqs: int) -> list[int]:
-    """Batch sizes that uniform steps are padded to: fine steps where a row costs much, coarse ones later."""
-    sizes = [2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 32, 32)]
-    return [size for size in sizes if size < max_num_seqs] + [max(2, max_num_seqs)]
+            def launch() -> Outputs:
+                hidden, logits, chosen = self._compute(shape, inputs, warm_up=True)
+                assert hidden is not None
+                assert logits is not None
+                assert chosen is not None
+                return hidden, logits, chosen
+
+            return launch
+
+        graphs = RaggedGraphs(
+            self._max_num_batched_tokens, self._buckets[-1], self._max_blocks, rows=self._max_num_seqs
+        )
+        graphs.record(prepare)
+        self._ragged_graphs = graphs

@@ -141,3 +141,9 @@ def fill(
         if padding:
             contexts[len(work)] = padding
     return sampled
+
+
+def batch_buckets(max_num_seqs: int) -> list[int]:
+    """Batch sizes that uniform steps are padded to: fine steps where a row costs much, coarse ones later."""
+    sizes = [2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 32, 32)]
+    return [size for size in sizes if size < max_num_seqs] + [max(2, max_num_seqs)]

@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from engine import LLM, SamplingParams
-from engine.runner import batch_buckets
+from engine.step_inputs import batch_buckets
 from layers.config import ModelConfig, UnsupportedModelError
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_tiny
 
@@ -146,6 +146,28 @@ def test_compiled_equals_eager_and_batched_equals_alone_in_float32() -> None:
     assert together == [
         compiled.generate([prompt], param)[0].token_ids for prompt, param in zip(batch, params, strict=True)
     ]
+
+
+def test_a_short_prompt_is_one_graph_whose_padding_changes_nothing() -> None:
+    torch._dynamo.reset()
+    compiled = LLM(CONFIG, load_format="dummy", dtype="float32", **SMALL)
+    eager = LLM(CONFIG, load_format="dummy", dtype="float32", enforce_eager=True, **SMALL)
+    for length in (1, 31, 32, 33, 127, 200, 256, 300):  # beside sizes, at them, and over the budget of a step
+        prompt = [(7 * token + length) % 1024 for token in range(length)]
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, prompt_logprobs=1)
+        found, expected = (llm.generate([prompt], params)[0] for llm in (compiled, eager))
+        assert found.token_ids == expected.token_ids
+        assert [entry and entry.token_id for entry in found.prompt_logprobs or ()] == [
+            entry and entry.token_id for entry in expected.prompt_logprobs or ()
+        ]
+    engine = compiled.engine
+    for prompt in prompts(3, vocab=1024):
+        engine.add(prompt, greedy(4))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        engine.step()
+        torch.cuda.synchronize()
+    launches = {event.key: event.count for event in profile.key_averages() if "aunch" in event.key}
+    assert launches.get("cudaGraphLaunch") == 1, launches
 
 
 def test_a_head_dim_without_kernels_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Whether this machine can run the engine, found out by trying: each probe does a small piece of the real work."""
 
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from engine.engine import Engine
 from engine.options import EngineOptions
 from engine.sampling_params import SamplingParams
 from layers.config import ModelConfig
+from ops.cpu.library import build
 from ops.linear import Packed, linear, pack
 
 # bf16 keeps 8 bits: a product of rounded inputs, summed in float32, ends within one rounding of the exact one.
@@ -125,13 +127,25 @@ def try_bf16(device: str) -> Outcome:
     return _attempt(run)
 
 
+def try_cpu_kernels() -> Outcome:
+    """Build our C++ kernels, or find them built."""
+
+    def run() -> None:
+        try:
+            build()
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(f"{error.cmd[0]} fails: {(error.stderr or '').strip()[:200]}") from error
+
+    return _attempt(run)
+
+
 def try_packed_bf16() -> Outcome:
     """Multiply with a weight in the CPU's own layout, which is what makes small batches fast there."""
 
     def run() -> None:
         x, weight = (_random(rows, 128, rows).to(torch.bfloat16) for rows in (4, 64))
         packed = pack(weight)
-        _require(isinstance(packed, Packed), "oneDNN does not support bf16 on this CPU; plain matrices are used")
+        _require(isinstance(packed, Packed), "neither we nor oneDNN pack bf16 for this CPU; plain matrices are used")
         _require_close(linear(x, packed), x.float() @ weight.float().T)
 
     return _attempt(run)

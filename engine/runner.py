@@ -33,6 +33,7 @@ from engine.token_chooser import Choice, TokenChooser
 from layers.config import ModelConfig
 from layers.types import KVCache, Weights
 from ops import copy_blocks
+from ops.paged_attention import has_cpu_kernel
 
 log = logging.getLogger("dispec")
 
@@ -72,6 +73,8 @@ class Runner:
         self.is_cuda = self.device.type == "cuda"
         self.is_compiled = False
         self._overlaps = overlaps
+        keys = kv_cache[0].keys
+        self._mixes = self.is_cuda or has_cpu_kernel(keys.dtype, keys.shape[2], self.block_size)
         self._functions = self._eager = eager_functions(config)
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -178,8 +181,8 @@ class Runner:
         self.chooser.warm_up(logits, inputs.sampling)
 
     def _split(self, step: Step) -> Iterator[_Launch]:
-        """On CUDA a step is one launch. On CPU its decodes are one and its prompts another: the uniform graph's
-        attention is so much faster that reading the weights twice is the lesser cost."""
+        """A step is one launch. Only without a kernel for attention over pages its decodes are one and its prompts
+        another: the uniform graph's attention is so much faster then that reading the weights twice costs less."""
 
         def is_uniform(work: Work) -> bool:  # the logits of prompt tokens come from ragged launches alone
             in_prompt = work.start < work.sequence.num_prompt_tokens - 1
@@ -187,10 +190,10 @@ class Runner:
 
         ones = tuple(work for work in step.work if is_uniform(work))
         others = tuple(work for work in step.work if not is_uniform(work))
-        if ones and not (others and self.is_cuda):
+        if ones and not (others and self._mixes):
             yield _Launch(ones, self._uniform_shape(len(ones), self._width(ones)))
         if others:
-            together = ones + others if self.is_cuda else others
+            together = ones + others if self._mixes else others
             rows = sum(work.samples for work in together)
             tokens = sum(work.num_tokens for work in together)
             # A size of 1 is a graph of its own to the compiler; an empty sequence and a token of padding avoid that.

@@ -22,7 +22,7 @@ _library.define(
 # What the Triton kernels have launch configurations for; the CPU takes any.
 TRITON_HEAD_DIMS = (64, 80, 96, 128, 256)
 
-_FEW_QUERIES = 16  # up to which reading the pages in place beats gathering them for matrix products
+_FEW_QUERIES = 256  # up to which reading the pages in place beats gathering them for matrix products
 
 
 def paged_attention(
@@ -50,7 +50,7 @@ def paged_attention(
         query_len is not None
         and query.device.type == "cpu"
         and torch.compiler.is_compiling()
-        and not _has_cpu_kernel(keys.dtype, keys.shape[2], keys.shape[3])
+        and not has_cpu_kernel(keys.dtype, keys.shape[2], keys.shape[3])
     ):
         return _uniform_attention(query, keys, values, block_tables, context_lens, query_len, scale)
     return torch.ops.dispec.paged_attention(
@@ -59,7 +59,8 @@ def paged_attention(
 
 
 @torch.compiler.assume_constant_result
-def _has_cpu_kernel(dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
+def has_cpu_kernel(dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
+    """Whether caches of this kind are read in place on CPU, in steps of any shape."""
     return cpu_attention.has_kernels(dtype, head_dim, block_size)
 
 

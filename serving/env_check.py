@@ -6,6 +6,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +63,8 @@ def findings() -> Iterator[Finding]:
     )
     triton = _version("triton")
     yield Finding("triton", triton or "not installed", {"version": triton})
+    yield _tried("cpu kernels", environment.try_cpu_kernels())
+    warnings.filterwarnings("ignore", "the CPU kernels could not be built")  # that was said just now
     yield _tried("cpu engine", environment.try_engine("cpu"))
     yield _tried("cpu compiler", environment.try_compiler("cpu"))
     yield _tried("cpu bf16", environment.try_bf16("cpu"))
@@ -87,11 +90,12 @@ def features(found: Iterable[Finding]) -> list[Feature]:
     data = {finding.name: finding.data for finding in found}
     if not data["torch"]["works"]:
         reason = "torch cannot be imported"
-        return [Feature(name, False, reason) for name in ("eager CPU", "compiled CPU", "packed bf16")]
+        return [Feature(name, False, reason) for name in ("eager CPU", "compiled CPU", "CPU kernels", "packed bf16")]
     devices = [name for name in data if name.startswith("cuda:") and " " not in name]
     return [
         _feature("eager CPU", data, ["cpu engine"]),
         _feature("compiled CPU", data, ["cpu engine", "cpu compiler"]),
+        _feature("CPU kernels", data, ["cpu kernels"]),
         _feature("packed bf16", data, ["cpu bf16", "cpu packed bf16"]),
         _cuda_feature("CUDA with Triton kernels", data, devices, ("bf16", "engine")),
         _cuda_feature("CUDA graphs", data, devices, ("engine", "compiler", "graphs")),

@@ -15,6 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from engine import LLM, SamplingParams
 from engine.compiled_model import choose_compile_cache
 from layers.config import ModelConfig
+from ops.cpu import attention as cpu_attention
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -155,9 +156,12 @@ def test_a_budget_smaller_than_the_warm_up():
     assert len(llm.generate(prompts(2), SamplingParams(max_tokens=3, ignore_eos=True))[1].token_ids) == 3
 
 
+@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("uniform", [True, False])
-def test_a_compiled_layer_copies_no_cache(uniform):
+def test_a_compiled_layer_copies_no_cache(uniform, kernels, monkeypatch):
     """The generated code allocates nothing as large as the KV cache, clones nothing of it, and calls the ops."""
+    if not kernels:
+        monkeypatch.setattr(cpu_attention, "library", lambda: None)
     torch._dynamo.reset()
     counters.clear()
     llm = make("bfloat16", enforce_eager=True)
@@ -183,7 +187,7 @@ def test_a_compiled_layer_copies_no_cache(uniform):
     source = "\n".join(codes)
     keys = engine.runner.kv_cache[0].keys
     assert "dispec.write_kv" in source
-    assert ("dispec.paged_attention" in source) == (not uniform)
+    assert ("dispec.paged_attention" in source) == (not uniform or kernels)
     allocations = re.findall(r"empty_strided\w*\(\(([^)]*)\)", source)
     assert allocations
     assert all(elements(shape) < keys.numel() for shape in allocations)

@@ -35,6 +35,7 @@ def test_env_check_without_a_compiler() -> None:
     rows = {line[:17].strip(): line[18:] for line in out.splitlines()}
     assert rows["cpu engine"].startswith("works")
     assert rows["cpu compiler"].startswith("does not work: ")
+    assert rows["cpu kernels"].startswith("does not work: ")
     assert rows["cache"].startswith("not writable: ")
     assert "compiled CPU              no: cpu compiler: " in out
 
@@ -48,7 +49,7 @@ def test_env_check_where_torch_is_broken() -> None:
 
 def test_env_check_tells_which_device_fails() -> None:
     works, broken = {"works": True, "reason": ""}, {"works": False, "reason": "too old"}
-    names = ["cpu engine", "cpu compiler", "cpu bf16", "cpu packed bf16"]
+    names = ["cpu kernels", "cpu engine", "cpu compiler", "cpu bf16", "cpu packed bf16"]
     parts = ("bf16", "engine", "compiler", "graphs")
     found = dict.fromkeys(names, works) | {"torch": {"works": True, "cuda": "13.0"}}
     for device in ("cuda:0", "cuda:1"):

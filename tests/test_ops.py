@@ -1,13 +1,25 @@
 """The registered ops on CPU against their oracles, and against torch's own checks of a custom op."""
 
 import random
+import sys
 
 import pytest
 import torch
 
 import ops
 from ops import reference
+from ops.cpu import attention as cpu_attention
+from ops.cpu.library import has_linear
 from ops.paged_attention import _uniform_attention
+
+
+@pytest.fixture(params=["C++", "torch"], autouse=True)
+def _implementation(request, monkeypatch):
+    """Each test runs with our own kernels and with what replaces them where they cannot be built."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_attention, "library", lambda: None)
+        monkeypatch.setattr(sys.modules["ops.linear"], "has_linear", lambda: False)  # `ops.linear` is the function
+        monkeypatch.setitem(globals(), "has_linear", lambda: False)
 
 
 def cache(num_blocks: int, kv_heads: int, head_dim: int, block_size: int, dtype=torch.float32):
@@ -119,6 +131,43 @@ def test_packed_linear_rounds_once(rows, bias):
     torch.testing.assert_close(ops.linear(x, packed, offset).double(), exact, atol=0.04, rtol=2**-7)
 
 
+def test_a_row_of_a_packed_product_does_not_depend_on_the_others():
+    if not has_linear():
+        pytest.skip("oneDNN does not promise it")
+    torch.manual_seed(0)
+    x, packed = torch.randn(70, 97).bfloat16(), ops.pack(torch.randn(83, 97).bfloat16())
+    alone = torch.cat([ops.linear(row, packed) for row in x.split(1)])
+    for rows in (2, 11, 12, 13, 25, 70):
+        assert torch.equal(ops.linear(x[:rows], packed), alone[:rows])
+
+
+def test_rows_of_a_packed_product_may_lie_apart():
+    x, weight = torch.randn(6, 200).bfloat16(), torch.randn(40, 96).bfloat16()
+    for view in (x[:, 7:103], x.T[:96, :5].T):
+        assert torch.equal(ops.linear(view, ops.pack(weight)), ops.linear(view.contiguous(), ops.pack(weight)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_a_sequence_does_not_depend_on_the_others(dtype):
+    """Not in the last bit, over spans and pages, where the kernel reads them in place."""
+    if not cpu_attention.has_kernels(dtype, 64, 16):
+        pytest.skip("torch does not promise it")
+    torch.manual_seed(0)
+    contexts = [1, 513, 1500, 37]
+    keys, values = (page.to(dtype) for page in cache(120 * 4, 2, 64, 16))
+    tables = torch.randperm(120 * 4)[: 4 * 100].view(4, 100).int()
+    query = torch.randn(4, 6, 64).to(dtype)
+
+    def attend(chosen: list[int]) -> torch.Tensor:
+        starts = torch.arange(len(chosen) + 1, dtype=torch.int32)
+        context = torch.tensor([contexts[i] for i in chosen], dtype=torch.int32)
+        return ops.paged_attention(query[chosen], keys, values, tables[chosen], starts, context, 1, 0.125)
+
+    together = attend([0, 1, 2, 3])
+    for i in range(4):
+        assert torch.equal(attend([i])[0], together[i])
+
+
 def test_only_bfloat16_on_cpu_is_packed():
     weight = torch.randn(8, 16)
     assert ops.pack(weight) is weight
@@ -137,6 +186,14 @@ def test_opcheck():
         case = attention_case(random.Random(1), query_len)
         case = tuple(item.nan_to_num(0.5) if isinstance(item, torch.Tensor) else item for item in case)
         torch.library.opcheck(torch.ops.dispec.paged_attention.default, case)
+
+
+def test_opcheck_of_our_packed_product():
+    if not has_linear():
+        pytest.skip("this CPU has no AVX512-BF16")
+    x, weight, bias = torch.randn(5, 96).bfloat16(), torch.randn(80, 96).bfloat16(), torch.randn(80).bfloat16()
+    for offset in (None, bias):
+        torch.library.opcheck(torch.ops.dispec.tiled_linear.default, (x, ops.pack(weight).blocked, offset, 80))
 
 
 def test_opcheck_of_the_packed_product():

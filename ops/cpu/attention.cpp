@@ -30,15 +30,19 @@ struct Rows {
     int64_t visible[MAX_ROWS];  // positions that a row sees
 };
 
+// Pages lie anywhere, so the hardware does not see the next one coming: `next` is fetched while this one is read.
 template <typename T, int ROWS>
-void score_page(Rows &rows, const T *keys, const Shape &shape, int64_t start) {
+void score_page(Rows &rows, const T *keys, const T *next, const Shape &shape, int64_t start) {
     for (int64_t offset = 0; offset < shape.block_size; offset += LANES) {
         Floats scores[ROWS] = {};
         for (int64_t d = 0; d < shape.head_dim; ++d) {
             const Floats key = load(keys + d * shape.block_size + offset);
+            __builtin_prefetch(next + d * shape.block_size + offset);
 #pragma GCC unroll 8
             for (int row = 0; row < ROWS; ++row) scores[row] += rows.query[row][d] * key;
         }
+        // Unrolled like the loop above, lest the scores live in memory.
+#pragma GCC unroll 8
         for (int row = 0; row < ROWS; ++row) {
             const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
             const int32_t seen = int32_t(std::clamp<int64_t>(rows.visible[row] - start - offset, 0, LANES));
@@ -48,8 +52,9 @@ void score_page(Rows &rows, const T *keys, const Shape &shape, int64_t start) {
 }
 
 template <typename T, int ROWS>
-void add_page(Rows &rows, const T *keys, const T *values, const Shape &shape, int64_t start, int64_t count) {
-    score_page<T, ROWS>(rows, keys, shape, start);
+void add_page(Rows &rows, const T *keys, const T *values, const T *next_keys, const T *next_values,
+              const Shape &shape, int64_t start, int64_t count) {
+    score_page<T, ROWS>(rows, keys, next_keys, shape, start);
     float kept[ROWS];
     for (int row = 0; row < ROWS; ++row) {
         Floats peaks = splat(-INFINITY);
@@ -69,12 +74,15 @@ void add_page(Rows &rows, const T *keys, const T *values, const Shape &shape, in
     }
     for (int64_t d = 0; d < shape.head_dim; d += LANES) {
         Floats sums[ROWS];
+#pragma GCC unroll 8
         for (int row = 0; row < ROWS; ++row) sums[row] = load(rows.sums[row] + d) * kept[row];
         for (int64_t i = 0; i < count; ++i) {
             const Floats value = load(values + i * shape.head_dim + d);
+            __builtin_prefetch(next_values + i * shape.head_dim + d);
 #pragma GCC unroll 8
             for (int row = 0; row < ROWS; ++row) sums[row] += rows.weights[row][i] * value;
         }
+#pragma GCC unroll 8
         for (int row = 0; row < ROWS; ++row) store(rows.sums[row] + d, sums[row]);
     }
 }
@@ -82,13 +90,18 @@ void add_page(Rows &rows, const T *keys, const T *values, const Shape &shape, in
 template <typename T>
 void add_pages(Rows &rows, int num_rows, const T *keys, const T *values, const int32_t *table, int64_t head,
                const Shape &shape, int64_t begin, int64_t end) {
-    using AddPage = void (*)(Rows &, const T *, const T *, const Shape &, int64_t, int64_t);
+    using AddPage = void (*)(Rows &, const T *, const T *, const T *, const T *, const Shape &, int64_t, int64_t);
     constexpr AddPage ADD[MAX_ROWS + 1] = {nullptr,         add_page<T, 1>, add_page<T, 2>, add_page<T, 3>,
                                            add_page<T, 4>, add_page<T, 5>, add_page<T, 6>};
     const int64_t size = shape.head_dim * shape.block_size;
+    const auto page_of = [&](int64_t start) {
+        return (table[start / shape.block_size] * shape.kv_heads + head) * size;
+    };
     for (int64_t start = begin; start < end; start += shape.block_size) {
-        const int64_t page = (table[start / shape.block_size] * shape.kv_heads + head) * size;
-        ADD[num_rows](rows, keys + page, values + page, shape, start, std::min(shape.block_size, end - start));
+        const int64_t page = page_of(start), after = start + shape.block_size;
+        const int64_t next = after < end ? page_of(after) : page;
+        ADD[num_rows](rows, keys + page, values + page, keys + next, values + next, shape, start,
+                      std::min(shape.block_size, end - start));
     }
 }
 
@@ -165,9 +178,10 @@ void paged_attention(const T *query, int64_t query_stride, const T *keys, const 
         for (int64_t head = 0; head < shape.kv_heads; ++head)
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
                 const int64_t first = rows * chunk / chunks, last = rows * (chunk + 1) / chunks;
+                const int64_t seen = std::max<int64_t>(0, context - tokens + (last - 1) / group + 1);  // by the last row
                 for (int64_t span = 0; span < spans; ++span) {
                     const int64_t partial = spans > 1 ? num_partials + span * (last - first) : -1;
-                    tasks.push_back({b, head, first, last - first, span * SPAN, std::min(context, (span + 1) * SPAN),
+                    tasks.push_back({b, head, first, last - first, span * SPAN, std::min(seen, (span + 1) * SPAN),
                                      partial});
                 }
                 if (spans > 1) num_partials += spans * (last - first);

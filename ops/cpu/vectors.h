@@ -50,16 +50,26 @@ inline void store(bfloat16 *at, Floats x) {
 
 inline Floats larger(Floats x, Floats y) { return x > y ? x : y; }
 
+typedef float EightFloats __attribute__((vector_size(32)));
+typedef float FourFloats __attribute__((vector_size(16)));
+
 inline float largest(Floats x) {
-    float result = x[0];
-    for (int i = 1; i < LANES; ++i) result = x[i] > result ? x[i] : result;
-    return result;
+    const EightFloats a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
+    const EightFloats b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    const EightFloats eight = a > b ? a : b;
+    const FourFloats c = __builtin_shufflevector(eight, eight, 0, 1, 2, 3);
+    const FourFloats d = __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+    const FourFloats four = c > d ? c : d;
+    const float e = four[0] > four[1] ? four[0] : four[1], f = four[2] > four[3] ? four[2] : four[3];
+    return e > f ? e : f;
 }
 
 inline float sum(Floats x) {
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; ++i) x[i] += x[i + width];
-    return x[0];
+    const EightFloats eight = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                              __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    const FourFloats four =
+        __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+    return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
 // e^x for x <= 0, to two units in the last place; 0 below -87, and for -infinity.

@@ -1,6 +1,6 @@
 """How often the engine's next token is transformers' next token, in the dtype that is served.
 
-    python -m bench.agreement --dtype bfloat16
+    dispec bench agreement --dtype bfloat16
 
 Both see the same text, the engine's own greedy output, token by token (teacher forcing): a tie that falls the
 other way counts once and does not cascade. For scale it prints how often transformers in that dtype agrees with
@@ -12,6 +12,9 @@ from typing import Annotated
 import torch
 import typer
 
+from bench.loading import Device, Dtype
+from bench.machine import choose_device, describe_machine
+from bench.report import Output, Report
 from bench.transformers_peer import transformers_model
 from engine import LLM, SamplingParams
 from engine.options import DTYPES
@@ -24,12 +27,16 @@ _STARTS = (
 
 
 def main(
-    model: str = "smollm2",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
-    device: str | None = None,
-    output_tokens: int = 64,
+    model: Annotated[str, typer.Option(help="Directory, hub id, .gguf file or built-in name.")] = "smollm2",
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    output_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    output: Output = None,
 ) -> None:
-    """Print the share of next tokens on which the engine and transformers agree."""
+    """The share of next tokens on which the engine and transformers agree."""
+    settings = dict(locals())
+    columns = {"": "", " ": "", "agree on": ".2%", "of tokens": "d"}
+    report = Report("agreement", settings, describe_machine(choose_device(device)), columns, output)
     llm = LLM(model, dtype=dtype, device=device, enforce_eager=True)
     checkpoint = llm.engine.checkpoint
     assert checkpoint is not None
@@ -50,7 +57,8 @@ def main(
         pairs = list(zip(choices[names[left]], choices[names[right]], strict=True))
         share = sum(a == b for a, b in pairs) / len(pairs)
         label = f"{names[left]} {dtype}" if left == 0 else names[left]
-        print(f"{label:<28} and {names[right]:<24} agree on {share:7.2%} of {len(pairs)} tokens")
+        report.add({"left": label, "right": names[right]}, {"agree": share}, [label, names[right], share, len(pairs)])
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -1,65 +1,97 @@
 """What this machine is and what it can do at best: the limits that figures are shares of."""
 
+import os
 import platform
+import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+import psutil
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGES = ("torch", "transformers", "triton", "dispec")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine and its measured rates: reading memory, and multiplying large bf16 matrices."""
+    """What the figures were made on."""
 
     device: str
     cores: int
-    python: str
-    torch: str
-    transformers: str
-    dispec: str
+    memory_bytes: int
+    threads: str | None  # OMP_NUM_THREADS, where it was set
+
+    def as_record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does at best, measured: reading memory, and multiplying large bf16 matrices."""
+
     bytes_per_second: float
     flop_per_second: float
 
-    def as_record(self) -> dict[str, object]:
+    def as_record(self) -> dict[str, float]:
         return asdict(self)
 
     def describe(self) -> str:
         return (
-            f"{self.device}, {self.cores} cores, torch {self.torch}, transformers {self.transformers}; reads"
-            f" {self.bytes_per_second / 1e9:.1f} GB/s, multiplies bf16 at {self.flop_per_second / 1e12:.2f} TFLOP/s"
+            f"reads {self.bytes_per_second / 1e9:.1f} GB/s,"
+            f" multiplies bf16 at {self.flop_per_second / 1e12:.2f} TFLOP/s"
         )
 
 
-def measure_machine(device: torch.device) -> Machine:
-    """Describe the machine and measure its two rates; takes a few seconds."""
-    return Machine(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        cores=torch.get_num_threads(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        transformers=version("transformers"),
-        dispec=_commit(),
-        bytes_per_second=read_bandwidth(device),
-        flop_per_second=matrix_rate(device),
-    )
+def describe_machine(device: "torch.device | None" = None) -> Machine:
+    """The device, or without one the CPU, for which nothing loads torch."""
+    name = _cpu_name()
+    if device is not None and device.type == "cuda":
+        import torch
+
+        name = torch.cuda.get_device_name(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(name, cores, psutil.virtual_memory().total, os.environ.get("OMP_NUM_THREADS"))
 
 
-def read_bandwidth(device: torch.device, size: int = 2**30, repeats: int = 7) -> float:
+def choose_device(name: str | None) -> "torch.device":
+    """The device of that name, or CUDA where there is one."""
+    import torch
+
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def measure_rates(device: "torch.device") -> Rates:
+    """Measure the two rates; takes a few seconds."""
+    return Rates(read_bandwidth(device), matrix_rate(device))
+
+
+def read_bandwidth(device: "torch.device", size: int = 2**30, repeats: int = 7) -> float:
     """Bytes per second of the fastest of several sums over `size` bytes, far more than any cache holds."""
+    import torch
+
     data = torch.ones(size // 4, dtype=torch.float32, device=device)
-    return size / min(_seconds(data.sum, device) for _ in range(repeats))
+    return size / min(seconds_of(data.sum, device) for _ in range(repeats))
 
 
-def matrix_rate(device: torch.device, size: int = 2048, repeats: int = 7) -> float:
+def matrix_rate(device: "torch.device", size: int = 2048, repeats: int = 7) -> float:
     """Floating-point operations per second of the fastest of several bf16 products of square matrices."""
+    import torch
+
     size = 8192 if device.type == "cuda" else size
     left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    return 2 * size**3 / min(_seconds(lambda: left @ right, device) for _ in range(repeats))
+    return 2 * size**3 / min(seconds_of(lambda: left @ right, device) for _ in range(repeats))
 
 
-def _seconds(function, device: torch.device) -> float:  # type: ignore[no-untyped-def]
+def seconds_of(function: Callable[[], object], device: "torch.device") -> float:
+    """How long a call takes, until the device has done what it was told."""
+    import torch
+
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -69,6 +101,29 @@ def _seconds(function, device: torch.device) -> float:  # type: ignore[no-untype
     return time.perf_counter() - start
 
 
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that matter."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit that is checked out, with "-dirty" where files differ from it; "unknown" without a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -76,18 +131,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """The commit that is checked out, or the installed version where there is no checkout."""
-    git = Path(__file__).resolve().parent.parent / ".git"
-    try:
-        head = (git / "HEAD").read_text().strip()
-        if head.startswith("ref: "):
-            return (git / head[5:]).read_text().strip()[:12]
-        return head[:12]
-    except OSError:
-        try:
-            return version("dispec")
-        except PackageNotFoundError:
-            return "unknown"

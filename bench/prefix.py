@@ -1,29 +1,24 @@
 """Time to first token where requests share a prefix, with sharing and without.
 
-    python -m bench.prefix --requests 32 --prefix-tokens 1024
+    dispec bench prefix --requests 32 --prefix-tokens 1024
 
 Twice: when nobody has computed the prefix yet and all requests come at once, and when an earlier request left it in the
 cache. The contestants alternate.
 """
 
-import json
 import statistics
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bench.geometries import NAMES, model_config
-from bench.machine import measure_machine
-from bench.workload import random_tokens
+from bench.loading import Device, Dtype, EnforceEager, Model, load
+from bench.machine import choose_device, describe_machine
+from bench.report import Output, Plot, Report
+from bench.workload import Workload
 from engine import LLM, SamplingParams
 from engine.step_record import StepRecord
 
-
-def shared_prompts(requests: int, prefix_tokens: int, own_tokens: int, vocab_size: int, seed: int) -> list[list[int]]:
-    """Prompts of random tokens that begin alike."""
-    prefix = random_tokens(prefix_tokens, vocab_size, f"prefix {seed}")
-    return [prefix + random_tokens(own_tokens, vocab_size, f"{seed} {index}") for index in range(requests)]
+CASES = ("all at once", "prefix in the cache")
 
 
 def first_token_seconds(llm: LLM, prompts: list[list[int]]) -> tuple[float, int]:
@@ -36,61 +31,66 @@ def first_token_seconds(llm: LLM, prompts: list[list[int]]) -> tuple[float, int]
 
 
 def main(
-    model: Annotated[str, typer.Option(help=f"A model, or shapes: {', '.join(NAMES)}.")] = "smollm2",
-    requests: int = 32,
-    prefix_tokens: int = 1024,
-    own_tokens: Annotated[int, typer.Option(help="Tokens that each prompt has for itself.")] = 32,
-    rounds: int = 3,
-    dtype: str = "bfloat16",
-    device: str | None = None,
-    enforce_eager: bool = False,
-    output: Annotated[Path | None, typer.Option(help="Append results as JSON lines.")] = None,
+    model: Model = "smollm2",
+    requests: Annotated[int, typer.Option(min=1)] = 32,
+    prefix_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    own_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each prompt has for itself.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    enforce_eager: EnforceEager = False,
+    output: Output = None,
+    plot: Plot = None,
 ) -> None:
-    """Measure time to first token with and without prefix sharing, and print a table."""
-    named = model in NAMES
+    """Time to first token with and without prefix sharing."""
+    settings = dict(locals())
+    columns = {"": "", "sharing s": ".3f", "computed": "d", "without s": ".3f", "computed ": "d", "ratio": ".1fx"}
+    report = Report("prefix", settings, describe_machine(choose_device(device)), columns, output, plot)
     engines = {
-        name: LLM(
-            model_config(model) if named else model,
-            load_format="dummy" if named else "auto",
+        name: load(
+            model,
             dtype=dtype,
             device=device,
             max_num_seqs=requests,
             max_model_len=prefix_tokens + own_tokens + 16,
             kv_cache_memory="2GiB",
-            enable_prefix_caching=sharing,
+            enable_prefix_caching=name == "sharing",
             enforce_eager=enforce_eager,
-            show_progress=True,
         )
-        for name, sharing in (("sharing", True), ("no sharing", False))
+        for name in ("sharing", "without")
     }
-    engine = engines["sharing"].engine
-    machine = measure_machine(engine.device)
-    print(machine.describe())
+    vocab_size = engines["sharing"].engine.config.vocab_size
+    workload = Workload(requests, prefix_tokens + own_tokens, 2, shared_tokens=prefix_tokens)
     seconds: dict[tuple[str, str], list[float]] = {}
     tokens: dict[tuple[str, str], int] = {}
     for llm in engines.values():  # warm allocators
-        first_token_seconds(llm, shared_prompts(2, prefix_tokens, own_tokens, engine.config.vocab_size, -1))
+        first_token_seconds(llm, workload.prompts(vocab_size, -1)[:2])
     for round_ in range(rounds):
+        prompts = workload.prompts(vocab_size, round_)
+        others = workload.prompts(vocab_size, round_ + 1000)
+        after = [prompts[0][:prefix_tokens] + other[prefix_tokens:] for other in others]  # others after the same prefix
         for name, llm in engines.items():
-            prompts = shared_prompts(requests, prefix_tokens, own_tokens, engine.config.vocab_size, round_)
-            for case in ("all at once", "prefix in the cache"):
-                if case == "prefix in the cache":  # other prompts after the same prefix
-                    again = shared_prompts(requests, 0, own_tokens, engine.config.vocab_size, round_ + 1000)
-                    prompts = [prompts[0][:prefix_tokens] + own for own in again]
-                taken, tokens[case, name] = first_token_seconds(llm, prompts)
+            for case, given in zip(CASES, (prompts, after), strict=True):
+                taken, tokens[case, name] = first_token_seconds(llm, given)
                 seconds.setdefault((case, name), []).append(taken)
-    print(f"{requests} requests of {prefix_tokens} shared and {own_tokens} own tokens: mean time to first token")
-    for case in ("all at once", "prefix in the cache"):
+    for case in CASES:
         median = {name: statistics.median(seconds[case, name]) for name in engines}
-        print(
-            f"  {case:<20} sharing {median['sharing']:7.3f} s ({tokens[case, 'sharing']} prompt tokens computed),"
-            f" without {median['no sharing']:7.3f} s ({tokens[case, 'no sharing']}):"
-            f" {median['no sharing'] / median['sharing']:.1f}x"
+        computed = {name: tokens[case, name] for name in engines}
+        ratio = median["without"] / median["sharing"]
+        report.add(
+            {"case": case},
+            {
+                "first_token_seconds": median,
+                "seconds": {name: seconds[case, name] for name in engines},
+                "computed_prompt_tokens": computed,
+                "ratio": ratio,
+            },
+            [case, median["sharing"], computed["sharing"], median["without"], computed["without"], ratio],
         )
-        if output is not None:
-            record = {"bench": "prefix", "model": model, "case": case, "median": median, "machine": machine.as_record()}
-            with output.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+        for name in engines:
+            report.point("", f"{case}, {name}", median[name])
+    print(f"{requests} requests of {prefix_tokens} shared and {own_tokens} own tokens: mean time to first token")
+    report.finish(y="mean seconds to first token", kind="bars")
 
 
 if __name__ == "__main__":

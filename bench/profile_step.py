@@ -1,6 +1,6 @@
 """Where the time of a decode step goes: host phases, device kernels, idle.
 
-    python -m bench.profile_step --model qwen2.5-1.5b --concurrency 1
+    dispec bench profile-step --model qwen2.5-1.5b --concurrency 1
 
 Writes a trace for https://ui.perfetto.dev with --trace.
 """
@@ -13,35 +13,38 @@ from typing import Annotated
 import torch
 import typer
 
-from bench.geometries import NAMES, model_config
+from bench.loading import Device, Dtype, EnforceEager, Model, load
+from bench.machine import describe_machine
+from bench.report import Output, Report
 from bench.workload import Workload
-from engine import LLM, SamplingParams
+from engine import SamplingParams
 
 
 def main(
-    model: str = "smollm2",
-    concurrency: int = 1,
+    model: Model = "smollm2",
+    concurrency: Annotated[int, typer.Option(min=1, help="Sequences of the step.")] = 1,
     context: Annotated[int, typer.Option(help="Prompt tokens of each sequence.")] = 128,
     steps: Annotated[int, typer.Option(help="Decode steps to measure.")] = 50,
-    dtype: str = "bfloat16",
-    device: str | None = None,
-    enforce_eager: bool = False,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    enforce_eager: EnforceEager = False,
     top: Annotated[int, typer.Option(help="Kernels to list.")] = 15,
     trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace here.")] = None,
+    output: Output = None,
 ) -> None:
-    """Profile decode steps and print a table."""
-    named = model in NAMES
-    llm = LLM(
-        model_config(model) if named else model,
-        load_format="dummy" if named else "auto",
+    """Where the time of a decode step goes: host phases, kernels."""
+    settings = dict(locals())
+    llm = load(
+        model,
         dtype=dtype,
         device=device,
         max_num_seqs=concurrency,
         max_model_len=context + 3 * steps + 32,
         enforce_eager=enforce_eager,
-        show_progress=True,
     )
     engine = llm.engine
+    columns = {"": "", "ms a step": ".3f", "calls a step": ".1f"}
+    report = Report("profile-step", settings, describe_machine(engine.device), columns, output)
     print("start: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in engine.phase_seconds.items()))
     on_cuda = engine.device.type == "cuda"
     params = SamplingParams(temperature=0, max_tokens=3 * steps + 16, ignore_eos=True)
@@ -56,10 +59,11 @@ def main(
         engine.step()
     wall = time.perf_counter() - start
     print(f"{model}, {concurrency} sequences, context {context}: {wall / steps * 1e3:.3f} ms a step unprofiled")
+    report.add({"part": "step"}, {"seconds": wall / steps}, ["step", wall / steps * 1e3, None])
     records = list(engine.records)[-steps:]
     for phase in ("schedule", "launch", "wait", "commit"):
-        milliseconds = sum(getattr(record, phase) for record in records) / steps * 1e3
-        print(f"  {phase:<10} {milliseconds:8.3f} ms")
+        seconds = sum(getattr(record, phase) for record in records) / steps
+        report.add({"part": phase}, {"seconds": seconds}, [f"  {phase}", seconds * 1e3, None])
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -73,10 +77,14 @@ def main(
         if event.device_type == kind:
             total[event.name] += event.self_device_time_total if on_cuda else event.self_cpu_time_total
             count[event.name] += 1
-    busy = sum(total.values()) / steps / 1e3
-    print(f"{'kernels' if on_cuda else 'ops'}: {busy:.3f} ms a step in {sum(count.values()) / steps:.0f} calls")
+    busy, calls = sum(total.values()) / steps / 1e6, sum(count.values()) / steps
+    part = "kernels" if on_cuda else "ops"
+    report.add({"part": part}, {"seconds": busy, "calls": calls}, [f"{part}, profiled", busy * 1e3, calls])
     for name, microseconds in sorted(total.items(), key=lambda item: -item[1])[:top]:
-        print(f"  {microseconds / steps / 1e3:8.3f} ms {count[name] / steps:7.1f} x  {name[:100]}")
+        seconds, calls = microseconds / steps / 1e6, count[name] / steps
+        row = [f"  {name[:100]}", seconds * 1e3, calls]
+        report.add({"part": part, "name": name}, {"seconds": seconds, "calls": calls}, row)
+    report.finish()
     if trace is not None:
         profile.export_chrome_trace(str(trace))
 

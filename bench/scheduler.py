@@ -1,6 +1,6 @@
 """What scheduling costs beside the model: milliseconds of `schedule` and `commit` for one decode step.
 
-    python -m bench.scheduler --sequences 16,64,256 --context 128,1024,8192
+    dispec bench scheduler --sequences 16,64,256 --context 128,1024,8192
 
 No model runs: a step's tokens are made up. The cost should grow with the number of running sequences and not with
 their length.
@@ -12,6 +12,9 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from bench.machine import describe_machine
+from bench.report import Output, Plot, Report
+from bench.workload import sizes
 from engine.block_pool import BlockPool
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
@@ -67,22 +70,29 @@ def main(
     sequences: Annotated[str, typer.Option(help="Numbers of running sequences.")] = "16,64,256",
     context: Annotated[str, typer.Option(help="Tokens of each prompt.")] = "128,1024,8192",
     steps: Annotated[int, typer.Option(min=1, help="Decode steps to measure.")] = 500,
-    block_size: int = 16,
+    block_size: Annotated[int, typer.Option(min=1)] = 16,
+    output: Output = None,
+    plot: Plot = None,
 ) -> None:
-    """Measure schedule and commit and print a table."""
-    print(
-        f"{'sequences':>9} {'context':>8} {'median ms':>10} {'p99 ms':>8} {'schedule':>9} {'commit':>8} {'us/seq':>7}"
-    )
-    for num_sequences in map(int, sequences.split(",")):
-        for tokens in map(int, context.split(",")):
+    """Milliseconds of scheduling a decode step, without a model."""
+    settings = dict(locals())
+    milliseconds = dict.fromkeys(("median ms", "p99 ms", "schedule", "commit"), ".3f")
+    columns = {"sequences": "d", "context": "d"} | milliseconds | {"us/seq": ".2f"}
+    report = Report("scheduler", settings, describe_machine(), columns, output, plot)
+    for tokens in sizes(context):
+        for num_sequences in sizes(sequences):
             costs = measure(num_sequences, tokens, steps, block_size)
             totals = sorted(map(sum, costs))
             median, worst = statistics.median(totals), totals[int(0.99 * (len(totals) - 1))]
             schedule, commit = (statistics.median(values) for values in zip(*costs, strict=True))
-            print(
-                f"{num_sequences:>9} {tokens:>8} {median:>8.3f} {worst:>8.3f} {schedule:>9.3f} {commit:>8.3f}   "
-                f" {median / num_sequences * 1e3:>7.2f}"
+            figures = {"median": median, "p99": worst, "schedule": schedule, "commit": commit}
+            report.add(
+                {"sequences": num_sequences, "context": tokens},
+                {f"{name}_seconds": value / 1e3 for name, value in figures.items()},
+                [num_sequences, tokens, *figures.values(), median / num_sequences * 1e3],
             )
+            report.point(f"context {tokens}", num_sequences, median)
+    report.finish("running sequences", "ms a step")
 
 
 if __name__ == "__main__":

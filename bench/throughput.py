@@ -1,148 +1,97 @@
-"""Output tokens per second at several concurrencies, beside transformers in the same run.
+"""Tokens per second at several concurrencies, beside peers that take turns with us.
 
-    python -m bench.throughput --concurrency 1,6,16,32
+    dispec bench throughput --concurrency 1,6,16,32
+    dispec bench throughput --concurrency 1 --prompt-tokens 2048 --output-tokens 1       # prefill
+    dispec bench throughput --concurrency 8 --prompt-tokens 4096 --decode-only           # decoding at a long context
 
-Contestants alternate, so that a drift of the machine hits both; each figure is the median of the rounds. The
-limit is what the machine's measured bandwidth and matrix rate allow for the same work.
+Each figure is the median of the rounds. Output tokens count, over the seconds from the first prompt to the last token;
+with one output token the prompt's tokens count, and with `--decode-only` the prompts' time does not. The limit is what
+the machine's bandwidth and matrix rate, measured at the start, allow for the same work.
 """
 
-import json
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from tqdm import tqdm
 
-from bench.geometries import NAMES, model_config
-from bench.machine import Machine, measure_machine
-from bench.transformers_peer import transformers_model
-from bench.workload import Workload
-from engine import LLM, SamplingParams
-from engine.memory import weight_bytes
-from engine.options import DTYPES
-from layers.config import ModelConfig
-
-Run = Callable[[list[list[int]], int], None]
-
-
-def seconds_at_best(machine: Machine, config: ModelConfig, weights: int, workload: Workload) -> float:
-    """The least time in which the workload could be done: every weight read once a step, every product at full rate.
-
-    The embedding is read by row, so `weights` leaves it out; the head is in.
-    """
-    element = 2
-    matrices = weights / element
-    tokens, batch = workload.output_tokens, workload.concurrency
-    kv_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * element
-    context = workload.prompt_tokens + tokens / 2
-    step_bytes = weights + batch * context * kv_per_token
-    step_flops = 2 * matrices * batch
-    decode = (tokens - 1) * max(step_bytes / machine.bytes_per_second, step_flops / machine.flop_per_second)
-    prefill = 2 * matrices * batch * workload.prompt_tokens / machine.flop_per_second
-    return decode + prefill
-
-
-def transformers_generate(model: Any, device: torch.device) -> Run:
-    """transformers' `generate`: one static batch, its own KV cache, greedy."""
-
-    def run(prompts: list[list[int]], output_tokens: int) -> None:
-        inputs = torch.tensor(prompts, device=device)
-        with torch.inference_mode():
-            result = model.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=output_tokens,
-                min_new_tokens=output_tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        assert result.shape[1] == len(prompts[0]) + output_tokens
-
-    return run
-
-
-def our_engine(llm: LLM) -> Run:
-    """`LLM.generate` on the same prompts."""
-
-    def run(prompts: list[list[int]], output_tokens: int) -> None:
-        params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
-        completions = llm.generate(prompts, params, use_tqdm=False)
-        assert all(len(completion.token_ids) == output_tokens for completion in completions)
-
-    return run
+from bench.limits import seconds_at_best
+from bench.loading import Device, Dtype, EnforceEager, Model, config_of
+from bench.machine import choose_device, describe_machine, measure_rates
+from bench.peers import PeerBin, PeerGguf, PeerHf, PeerPreload, PeerPython, Peers, choose_peers, contestants
+from bench.report import Output, Plot, Report
+from bench.rounds import NOISY, take_turns
+from bench.workload import Workload, sizes
+from engine.memory import format_bytes
 
 
 def main(
-    model: Annotated[
-        str, typer.Option(help=f"Directory, hub id, .gguf file, built-in name, or shapes: {', '.join(NAMES)}.")
-    ] = "smollm2",
+    model: Model = "smollm2",
     concurrency: Annotated[str, typer.Option(help="Numbers of simultaneous requests.")] = "1,6,16,32",
     prompt_tokens: int = 128,
     output_tokens: int = 128,
+    decode_only: Annotated[bool, typer.Option(help="Leave the time of the prompts out.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each contestant; the median counts.")] = 3,
-    dtype: str = "bfloat16",
-    device: str | None = None,
-    peer: Annotated[bool, typer.Option(help="Run transformers beside.")] = True,
-    enforce_eager: bool = False,
-    output: Annotated[Path | None, typer.Option(help="Append results as JSON lines.")] = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    enforce_eager: EnforceEager = False,
+    peer: Peers = None,
+    peer_python: PeerPython = None,
+    peer_hf: PeerHf = None,
+    peer_preload: PeerPreload = None,
+    peer_bin: PeerBin = None,
+    peer_gguf: PeerGguf = None,
+    output: Output = None,
+    plot: Plot = None,
 ) -> None:
-    """Measure throughput beside transformers and print a table."""
-    sizes = [int(size) for size in concurrency.split(",")]
-    context = prompt_tokens + output_tokens
-    named = model in NAMES
-    llm = LLM(
-        model_config(model) if named else model,
-        load_format="dummy" if named else "auto",
-        dtype=dtype,
-        device=device,
-        max_num_seqs=max(sizes),
-        max_model_len=context + 16,
-        enforce_eager=enforce_eager,
-        show_progress=True,
-    )
-    engine = llm.engine
-    machine = measure_machine(engine.device)
-    print(machine.describe())
-    contestants: dict[str, Run] = {"dispec": our_engine(llm)}
-    if peer:
-        contestants["transformers"] = transformers_generate(
-            transformers_model(model, engine.checkpoint, DTYPES[dtype], engine.device), engine.device
-        )
-    embedding = engine.runner.weights.embedding
-    read = weight_bytes(engine.runner.weights) - embedding.numel() * embedding.element_size()
-    if engine.config.tie_embeddings and engine.runner.weights.lm_head is embedding:
-        read += embedding.numel() * embedding.element_size()
-    header = f"{'c':>4} " + " ".join(f"{name + ' tok/s':>20}" for name in contestants)
-    rows = [header + f" {'ratio':>7} {'weights GB/s':>13} {'limit tok/s':>12} {'share':>6}"]
-    for size in sizes:
-        workload = Workload(size, prompt_tokens, output_tokens)
-        rates: dict[str, list[float]] = {name: [] for name in contestants}
-        schedule = [(name, round_) for round_ in range(rounds + 1) for name in contestants]
-        for name, round_ in tqdm(schedule, desc=f"c={size}", unit="run", leave=False):
-            prompts = workload.prompts(engine.config.vocab_size, seed=round_)
-            start = time.perf_counter()
-            contestants[name](prompts, output_tokens)
-            if round_ > 0:  # the first run of each warms caches and allocators
-                rates[name].append(size * output_tokens / (time.perf_counter() - start))
-        median = {name: statistics.median(values) for name, values in rates.items()}
-        limit = size * output_tokens / seconds_at_best(machine, engine.config, read, workload)
-        ours = median["dispec"]
-        ratio = f"{ours / median['transformers']:.2f}x" if "transformers" in median else "-"
-        rows.append(
-            f"{size:>4} "
-            + " ".join(f"{median[name]:>20.1f}" for name in contestants)
-            + f" {ratio:>7} {ours / size * read / 1e9:>13.1f} {limit:>12.0f} {ours / limit:>6.0%}"
-        )
-        if output is not None:
-            record = {"bench": "throughput", "model": model, "dtype": dtype, "context": context, "c": size}
-            record |= {"median": median, "all": rates, "limit": limit, "machine": machine.as_record()}
-            with output.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-    print("\n".join(rows))
+    """Tokens per second, beside transformers, vLLM and llama.cpp, and as a share of the machine's limit."""
+    settings = dict(locals())
+    peers = choose_peers(peer, peer_python, peer_hf, peer_preload, peer_bin, peer_gguf)
+    workloads = [Workload(size, prompt_tokens, output_tokens) for size in sizes(concurrency)]
+    names = ("dispec", *peers.names)
+    columns = {"c": "d"} | {f"{name} tok/s": ".1f" for name in names} | {f"/ {name}": ".2fx" for name in peers.names}
+    columns |= {"limit tok/s": ".0f", "share": ".0%"}
+    report = Report("throughput", settings, describe_machine(choose_device(device)), columns, output, plot)
+    config = config_of(model)
+    rates = measure_rates(choose_device(device))
+    report.rates = rates.as_record()
+    print(rates.describe(), flush=True)
+    is_prefill = output_tokens == 1 and not decode_only
+    longest = max(workload.concurrency for workload in workloads)
+    room = prompt_tokens + output_tokens + 16
+    with contestants(peers, model, dtype, device, longest, room, enforce_eager=enforce_eager) as running:
+        for contestant in running:
+            report.versions |= contestant.versions
+        noisiest = 0.0
+        for workload in workloads:
+            counted = workload.concurrency * (prompt_tokens if is_prefill else output_tokens)
+            taken = take_turns(running, workload, config.vocab_size, rounds, decode_only)
+            noisiest = max(noisiest, taken.others)
+            rate = {name: counted / taken.median(name) for name in names}
+            ratio = {name: rate["dispec"] / rate[name] for name in peers.names}
+            limit = counted / seconds_at_best(rates, config, workload, decode_only)
+            report.add(
+                {"concurrency": workload.concurrency, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens},
+                {
+                    "counts": "prompt tokens" if is_prefill else "output tokens",
+                    "tokens_per_second": rate,
+                    "ratio": ratio,
+                    "seconds": taken.seconds,
+                    "limit_tokens_per_second": limit,
+                    "share_of_limit": rate["dispec"] / limit,
+                    "peak_bytes": {contestant.name: contestant.peak_bytes for contestant in running},
+                    "start_seconds": {contestant.name: contestant.start_seconds for contestant in running},
+                    "others_cores": taken.others,
+                },
+                [workload.concurrency, *rate.values(), *ratio.values(), limit, rate["dispec"] / limit],
+            )
+            for name in names:
+                report.point(name, workload.concurrency, rate[name])
+            report.point("limit", workload.concurrency, limit)
+        for contestant in running:
+            ready = f", ready after {contestant.start_seconds:.1f} s" if contestant.start_seconds else ""
+            print(f"{contestant.name}: at most {format_bytes(contestant.peak_bytes)} resident{ready}")
+        if noisiest > NOISY:
+            print(f"not a quiet machine: other processes took up to {noisiest:.1f} cores during the runs")
+    report.finish("sequences", f"{'prompt' if is_prefill else 'output'} tokens/s")
 
 
 if __name__ == "__main__":

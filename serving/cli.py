@@ -1,5 +1,6 @@
 """The `dispec` command. Nothing here imports torch until a command needs a model, so that help is instant."""
 
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -201,6 +202,18 @@ def env_check(
                 print(machine.feature_row(feature))
         if not machine.can_run(features):
             raise typer.Exit(1)
+
+
+# Its options belong to the benchmark that it names.
+@app.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
+)
+def bench(context: typer.Context) -> None:
+    """Measure: throughput, latency, startup and more; without a name it lists what there is."""
+    # By name: benchmarks may import everything, and nothing that serves needs them.
+    if code := importlib.import_module("bench.cli").main(list(context.args)):
+        raise typer.Exit(code)
 
 
 def summary(completion: "Completion") -> str:

@@ -1,8 +1,8 @@
 """Latencies, throughput and goodput of a server under load: any server that speaks OpenAI's completions.
 
     dispec serve &
-    python -m bench.serve_load --concurrency 1,8,16 --offline smollm2
-    python -m bench.serve_load --rate 2,4 --slo-ttft 0.5 --slo-tpot 0.05 --url http://127.0.0.1:8080
+    dispec bench serve --concurrency 1,8,16 --offline smollm2
+    dispec bench serve --rate 2,4 --slo-ttft 0.5 --slo-tpot 0.05 --url http://127.0.0.1:8080
 
 With `--rate`, requests arrive as a Poisson process whether or not earlier ones have been answered; with
 `--concurrency`, so many are always under way. `--offline` runs the same prompts through `LLM.generate` at the same
@@ -11,22 +11,23 @@ of one stands in the results.
 """
 
 import asyncio
-import json
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import typer
 from tqdm import tqdm
 
+from bench.machine import describe_machine
 from bench.openai_load import Answer, Load, run_load
+from bench.report import Output, Plot, Report
 
 PERCENTILES = (50, 90, 99)
+KINDS = ("ttft", "itl", "e2e")
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,15 @@ def offline_rate(model: str, options: dict[str, Any], load: Load) -> Callable[[i
     return run
 
 
-def table_row(name: str, summary: dict[str, Any]) -> str:
+def cells(name: str, summary: dict[str, Any]) -> list[Any]:
+    """The summary as a row of the table."""
+
     def milliseconds(kind: str) -> str:
         values = summary[kind]
         return "/".join(f"{1000 * values[f'p{share}']:.0f}" for share in PERCENTILES) if values else "-"
 
-    cells = [f"{summary['output_tokens_per_second']:>9.1f}", f"{summary['goodput_requests_per_second']:>8.2f}"]
-    cells += [f"{milliseconds(kind):>18}" for kind in ("ttft", "itl", "e2e")]
-    return f"{name:>8} {' '.join(cells)} {sum(summary['errors'].values()):>7}"
+    rates = [summary["output_tokens_per_second"], summary["goodput_requests_per_second"]]
+    return [name, *rates, *map(milliseconds, KINDS), sum(summary["errors"].values())]
 
 
 def main(
@@ -140,19 +142,18 @@ def main(
     offline: Annotated[str | None, typer.Option(help="Model to run through LLM.generate beside.")] = None,
     dtype: Annotated[str, typer.Option(help="Of --offline.")] = "bfloat16",
     enforce_eager: Annotated[bool, typer.Option(help="Of --offline.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Append results as JSON lines.")] = None,
+    output: Output = None,
+    plot: Plot = None,
 ) -> None:
-    """Put load on a server and print what came of it."""
+    """Latencies, throughput and goodput of a server under load."""
+    settings = dict(locals())
     if (rate is None) == (concurrency is None):
         raise typer.BadParameter("give either --rate or --concurrency")
     if offline is not None and concurrency is None:
         raise typer.BadParameter("--offline needs --concurrency")
     objective = Objective(slo_ttft, slo_tpot, slo_e2e)
-    rows = [
-        f"{'load':>8} {'tok/s':>9} {'good/s':>8} "
-        + " ".join(f"{f'{k} p50/90/99 ms':>18}" for k in ("ttft", "itl", "e2e"))
-    ]
-    rows[0] += f" {'errors':>7}"
+    columns = {"load": " ", "tok/s": ".1f", "good/s": ".2f"} | {f"{kind} p50/90/99 ms": " " for kind in KINDS}
+    report = Report("serve", settings, describe_machine(), columns | {"errors": "d"}, output, plot)
     shared = (num_requests, prompt_tokens, output_tokens, vocab_size)
     for size in (rate or concurrency or "").split(","):
         load = Load(
@@ -169,20 +170,21 @@ def main(
             answers, client_share = asyncio.run(serve_once(url, api_key, model, load, seed))
             summary = summarize(answers, objective) | {"client_cores": client_share}
             served.append(summary["output_tokens_per_second"])
-            rows.append(table_row(f"c={size}" if concurrency else f"{size}/s", summary))
-            rows += [f"{count:>8} x {error}" for error, count in summary["errors"].items()]
             if peer is not None:
                 alone.append(peer(seed))
                 summary["offline_tokens_per_second"] = alone[-1]
-            if output is not None:
-                record = {"bench": "serve_load", "url": url, "seed": seed, **asdict(load), **summary}
-                record["objective"] = asdict(objective)
-                with output.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+            name = f"c={size}" if concurrency else f"{size}/s"
+            report.add({"seed": seed, **asdict(load)}, summary, cells(name, summary))
+            for error, count in summary["errors"].items():
+                print(f"{name}: {count} x {error}")
+        report.point("served", float(size), statistics.median(served))
         if alone:
             ratio = statistics.median(served) / statistics.median(alone)
-            rows.append(f"{'offline':>8} {statistics.median(alone):>9.1f}   served / offline, of medians: {ratio:.2f}")
-    print("\n".join(rows))
+            report.point("offline", float(size), statistics.median(alone))
+            print(
+                f"c={size}: offline {statistics.median(alone):.1f} tokens/s, served / offline {ratio:.2f}, of medians"
+            )
+    report.finish("requests per second" if rate else "requests under way", "output tokens/s")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from bench import serve_load
+from bench import serve
 from bench.openai_load import Answer, Load, run_load
-from bench.serve_load import Objective, summarize
+from bench.serve import Objective, summarize
 from tests.checkpoints import VOCAB_SIZE, save_tiny
 from tests.running_server import serving
 
@@ -77,23 +77,24 @@ def test_the_command_appends_json_lines_and_compares_with_the_engine_alone(serve
     results = tmp_path / "results.jsonl"
     directory = tmp_path / "tiny"
     save_tiny(directory, "llama")
-    app = serve_load.typer.Typer()
-    app.command()(serve_load.main)
+    app = serve.typer.Typer()
+    app.command()(serve.main)
     arguments = f"--url {server.url} --concurrency 1,2 --num-requests 4 --prompt-tokens 8 --output-tokens 4 --rounds 2"
     arguments += f" --vocab-size {VOCAB_SIZE} --offline {directory} --enforce-eager --dtype float32 --output {results}"
     done = CliRunner().invoke(app, arguments.split())
     assert done.exit_code == 0, done.output
-    assert done.output.count("served / offline") == 2
+    assert done.output.count("served / offline ") == 2
     records = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [record["concurrency"] for record in records] == [1, 1, 2, 2]
+    assert [record["case"]["concurrency"] for record in records] == [1, 1, 2, 2]
     for record in records:
-        assert record["output_tokens"] == 16
-        assert record["errors"] == {}
-        assert record["offline_tokens_per_second"] > 0
+        assert record["figures"]["output_tokens"] == 16
+        assert record["figures"]["errors"] == {}
+        assert record["figures"]["offline_tokens_per_second"] > 0
+        assert "api_key" not in record["settings"]
 
 
 @pytest.mark.parametrize("arguments", ["", "--rate 1 --concurrency 1", "--rate 1 --offline m"])
 def test_options_that_contradict_each_other_are_refused(arguments) -> None:
-    app = serve_load.typer.Typer()
-    app.command()(serve_load.main)
+    app = serve.typer.Typer()
+    app.command()(serve.main)
     assert CliRunner().invoke(app, arguments.split()).exit_code == 2

@@ -1,0 +1,94 @@
+"""What each technique is worth: every row has the techniques of the rows above it and one more.
+
+    dispec bench ablations --requests 16
+
+All rows answer the same requests, which come at once and begin with the same tokens, and take turns. Rows exist for
+what the engine can be told to do without; its packed weights are in all of ours.
+"""
+
+from contextlib import ExitStack
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from bench.contestants import Contestant, our_engine, transformers
+from bench.geometries import NAMES
+from bench.loading import Device, Dtype, Model, config_of, useful_kv_memory
+from bench.machine import choose_device, describe_machine
+from bench.report import Output, Plot, Report
+from bench.rounds import take_turns
+from bench.workload import Workload
+from engine.options import DTYPES
+
+
+class Row(NamedTuple):
+    """A set-up: `options` of our engine, or None for transformers."""
+
+    name: str
+    options: dict[str, Any] | None
+
+
+def rows(is_cuda: bool, requests: int) -> list[Row]:
+    """The set-ups, each with one technique more than the one before."""
+    options: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 1, "enable_prefix_caching": False}
+    if is_cuda:
+        options["async_scheduling"] = False
+    result = [Row("transformers", None), Row("ours, eager, one at a time", options)]
+    steps: list[tuple[str, dict[str, Any]]] = [
+        ("+ compiled steps, CUDA graphs" if is_cuda else "+ compiled steps", {"enforce_eager": False}),
+        *([("+ next step prepared meanwhile", {"async_scheduling": True})] if is_cuda else []),
+        ("+ continuous batching", {"max_num_seqs": requests}),
+        ("+ prefix sharing", {"enable_prefix_caching": True}),
+    ]
+    for name, change in steps:
+        options = options | change
+        result.append(Row(name, options))
+    return result
+
+
+def main(
+    model: Model = "smollm2",
+    requests: Annotated[int, typer.Option(min=2, help="That come at once.")] = 16,
+    shared_tokens: Annotated[int, typer.Option(min=0, help="With which all prompts begin.")] = 256,
+    own_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each prompt has for itself.")] = 64,
+    output_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    output: Output = None,
+    plot: Plot = None,
+) -> None:
+    """Tokens per second as techniques are added one by one."""
+    settings = dict(locals())
+    chosen = choose_device(device)
+    workload = Workload(requests, shared_tokens + own_tokens, output_tokens, shared_tokens)
+    columns = {"": "", "tok/s": ".1f", "/ the row above": ".2fx", "/ the first": ".2fx"}
+    report = Report("ablations", settings, describe_machine(chosen), columns, output, plot)
+    config, room = config_of(model), workload.tokens + 16
+    common: dict[str, Any] = {"dtype": dtype, "device": device, "max_model_len": room}
+    common["kv_cache_memory"] = useful_kv_memory(config, requests, room, DTYPES[dtype].itemsize)
+    with ExitStack() as stack:
+        running: list[Contestant] = []
+        for row in rows(chosen.type == "cuda", requests):
+            if row.options is None:
+                peer = {"model": model, "is_geometry": model in NAMES, "dtype": dtype, "device": device}
+                contestant = transformers(row.name, peer | {"one_at_a_time": True})
+            else:
+                contestant = our_engine(model, common | row.options, row.name)
+            stack.callback(contestant.close)
+            running.append(contestant)
+        taken = take_turns(running, workload, config.vocab_size, rounds)
+    rates = {name: requests * output_tokens / taken.median(name) for name in taken.seconds}
+    above = first = next(iter(rates.values()))
+    for name, rate in rates.items():
+        figures = {"tokens_per_second": rate, "ratio_to_row_above": rate / above, "ratio_to_first": rate / first}
+        figures["others_cores"] = taken.others
+        report.add({"row": name}, figures | {"seconds": taken.seconds[name]}, [name, rate, rate / above, rate / first])
+        report.point("", name, rate)
+        above = rate
+    print(f"{requests} requests at once, {shared_tokens} shared and {own_tokens} own tokens in, {output_tokens} out")
+    report.finish(y="output tokens/s", kind="bars")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,184 @@
+"""Engines that take turns on the same work, each in a process of its own, asleep until it is asked."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from bench.llama_cpp import parse_batched_bench
+from bench.resident_memory import cpu_seconds, peak_bytes
+from bench.workload import Workload
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class ContestantFailed(RuntimeError):
+    """A peer's process ended or did something else than it was asked; the message has its last words."""
+
+
+class Contestant(Protocol):
+    """name: in tables. versions: of what runs. peak_bytes: most resident memory of its processes so far.
+    start_seconds: from the start of the process until it was ready. cpu: seconds of its processes on cores."""
+
+    name: str
+    versions: dict[str, str]
+    start_seconds: float | None
+    peak_bytes: int
+
+    def run(self, workload: Workload, prompts: list[list[int]], decode_only: bool) -> float: ...
+    def cpu(self) -> float: ...
+    def close(self) -> None: ...
+
+
+class Worker:
+    """A process that loads once and is then asked for rounds, over the protocol of bench/worker.py."""
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> None:
+        self.name = name
+        self.peak_bytes = 0
+        self._log = tempfile.NamedTemporaryFile(prefix=f"dispec-bench-{name.replace(' ', '-')}-", suffix=".log")  # noqa: SIM115
+        start = time.perf_counter()
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        try:
+            self.versions: dict[str, str] = self._read()["ready"]
+        except BaseException:
+            self.close()
+            raise
+        self.start_seconds: float | None = time.perf_counter() - start
+
+    def run(self, workload: Workload, prompts: list[list[int]], decode_only: bool) -> float:
+        """Seconds that the workload took. Raises ContestantFailed unless it was done as asked."""
+        assert self._process.stdin is not None
+        request = {"prompts": prompts, "output_tokens": workload.output_tokens, "decode_only": decode_only}
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # what it said last tells more
+        answer = self._read()
+        self.peak_bytes = max(self.peak_bytes, peak_bytes(self._process.pid))
+        if answer["output_tokens"] != [workload.output_tokens] * len(prompts):
+            raise ContestantFailed(
+                f"{self.name} made {answer['output_tokens']} tokens, not {workload.output_tokens} each"
+            )
+        cached, computed = answer["cached_tokens"], workload.concurrency * workload.prompt_tokens
+        # The last block of a prompt is computed again; blocks are of 128 tokens at most.
+        if decode_only and cached is not None and cached < computed - 128 * workload.concurrency:
+            raise ContestantFailed(
+                f"{self.name} found {cached} of {computed} prompt tokens in its cache: it is too small"
+            )
+        return float(answer["seconds"])
+
+    def cpu(self) -> float:
+        return cpu_seconds(self._process.pid)
+
+    def close(self) -> None:
+        """End the process, gently first."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._log.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            words = Path(self._log.name).read_text(errors="replace").strip().splitlines()[-15:]
+            raise ContestantFailed(f"{self.name} ended with code {code}; its last words:\n" + "\n".join(words))
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+class LlamaCpp:
+    """`llama-batched-bench`, a process for each round, which loads the model, warms up and times itself."""
+
+    start_seconds: float | None = None  # every round pays for its own, which does not count
+
+    def __init__(self, program: Path, model: Path, threads: int) -> None:
+        self.name = "llama.cpp"
+        self.versions = {"llama.cpp": _version(program)}
+        self.peak_bytes = 0
+        self._cpu = 0.0
+        self._program, self._model, self._threads = program, model, threads
+
+    def run(self, workload: Workload, prompts: list[list[int]], decode_only: bool) -> float:
+        """Seconds that the workload took: prompts and decoding, or with `decode_only` the latter alone.
+
+        Its prompts are its own random ones. The first of its tokens needs a decode step where others have it from the
+        prompt: where one token is asked for, the prompt's time counts.
+        """
+        context = workload.concurrency * -(-workload.tokens // 256) * 256
+        numbers = {"-npp": workload.prompt_tokens, "-ntg": workload.output_tokens, "-npl": workload.concurrency}
+        numbers |= {"-c": context, "-t": self._threads}
+        command = [str(self._program), "-m", str(self._model), "--output-format", "jsonl"]
+        command += [str(word) for pair in numbers.items() for word in pair]
+        with tempfile.TemporaryFile("w+") as out:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+            spent = 0.0
+            try:
+                while process.poll() is None:
+                    self.peak_bytes = max(self.peak_bytes, peak_bytes(process.pid))
+                    spent = max(spent, cpu_seconds(process.pid))
+                    time.sleep(0.05)
+            finally:
+                process.kill()
+                process.wait()
+            self._cpu += spent
+            out.seek(0)
+            text = out.read()
+        if process.returncode != 0:
+            words = "\n".join(text.strip().splitlines()[-15:])
+            raise ContestantFailed(f"llama.cpp ended with code {process.returncode}; its last words:\n{words}")
+        timing = parse_batched_bench(text, workload.concurrency)
+        if workload.output_tokens == 1 and not decode_only:
+            return timing.prompt_seconds
+        return timing.decode_seconds if decode_only else timing.prompt_seconds + timing.decode_seconds
+
+    def cpu(self) -> float:
+        return self._cpu
+
+    def close(self) -> None:
+        pass
+
+
+def our_engine(model: str, options: dict[str, Any], name: str = "dispec") -> Worker:
+    """`LLM.generate` with these options of the engine."""
+    return _own_worker(name, {"engine": "dispec", "model": model, "options": options})
+
+
+def transformers(name: str, settings: dict[str, Any]) -> Worker:
+    """transformers' `generate`. settings: model, is_geometry, dtype, device, one_at_a_time."""
+    return _own_worker(name, {"engine": "transformers"} | settings)
+
+
+def _own_worker(name: str, settings: dict[str, Any]) -> Worker:
+    return Worker(name, [sys.executable, "-m", "bench.worker", json.dumps(settings)])
+
+
+def _version(program: Path) -> str:
+    """What `llama-…` says of itself, such as "b11434"."""
+    done = subprocess.run([str(program), "--version"], capture_output=True, text=True, timeout=60, check=False)
+    for line in (done.stdout + done.stderr).splitlines():
+        if line.startswith("version:"):
+            return line.removeprefix("version:").strip()
+    return "unknown"

@@ -1,0 +1,49 @@
+"""What processes hold in memory and how long they ran on a core, read from the system while they live."""
+
+from pathlib import Path
+
+import psutil
+
+
+def peak_bytes(pid: int) -> int:
+    """The largest resident set so far of a process and those it started, added up; 0 once it has gone.
+
+    Not the kernel's account at its end: that includes what the parent held before it became this program.
+    """
+    return sum(_peak(process.pid) for process in _tree(pid))
+
+
+def cpu_seconds(pid: int) -> float:
+    """The time that a process and those it started have spent on cores."""
+    total = 0.0
+    for process in _tree(pid):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def machine_cpu_seconds() -> float:
+    """The time that all processes of the machine have spent on cores."""
+    times = psutil.cpu_times()
+    return times.user + times.system + times.nice
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _peak(pid: int) -> int:
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

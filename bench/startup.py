@@ -1,0 +1,132 @@
+"""Seconds from the start of a process to the first token of an answer, with compiled code in the cache and without.
+
+    dispec bench startup
+
+Of `dispec generate`, and of `dispec serve` asked as soon as it listens. Each start is a process of its own.
+"""
+
+import http.client
+import json
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from typing import Annotated, NamedTuple
+
+import typer
+
+from bench.compile_cache import fresh_cache
+from bench.contestants import ROOT
+from bench.loading import EnforceEager
+from bench.machine import describe_machine
+from bench.report import Output, Plot, Report
+from bench.resident_memory import peak_bytes
+
+PROMPT = "What is the capital of France?"
+_COMMAND = [sys.executable, "-m", "serving.cli"]
+
+
+class Start(NamedTuple):
+    """Seconds from the start of the process until it was ready (a server's only) and to the first token."""
+
+    ready: float | None
+    first_token: float
+    peak_bytes: int
+
+
+def start_generate(options: list[str], environment: dict[str, str]) -> Start:
+    """`dispec generate`, to the first byte of its answer."""
+    command = [*_COMMAND, "generate", PROMPT, "--max-tokens", "16", "--ignore-eos", "--quiet", *options]
+    began = time.perf_counter()
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        seconds = time.perf_counter() - began
+        peak = peak_bytes(process.pid)
+        process.stdout.read()
+    if not first or process.returncode != 0:
+        raise RuntimeError(f"dispec generate ended with code {process.returncode}")
+    return Start(None, seconds, peak)
+
+
+def start_serve(options: list[str], environment: dict[str, str]) -> Start:
+    """`dispec serve`, to the first piece of a streamed answer."""
+    began = time.perf_counter()
+    command = [*_COMMAND, "serve", "--port", "0", *options]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            address = None
+            for line in process.stdout:
+                if address := re.search(r"http://([^/\s]+)/dashboard", line):
+                    break
+            if address is None:
+                raise RuntimeError("dispec serve ended before it listened")
+            ready = time.perf_counter() - began
+            body = {"prompt": PROMPT, "max_tokens": 16, "temperature": 0, "stream": True, "ignore_eos": True}
+            connection = http.client.HTTPConnection(address.group(1), timeout=600)
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            for line_ in response:
+                if line_.startswith(b"data:") and b'"text"' in line_:
+                    break
+            else:
+                raise RuntimeError(f"dispec serve answered {response.status} without a token")
+            first_token = time.perf_counter() - began
+            peak = peak_bytes(process.pid)
+            connection.close()
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    return Start(ready, first_token, peak)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Directory, hub id, .gguf file or built-in name.")] = "smollm2",
+    cold_starts: Annotated[int, typer.Option(min=0, help="Each in a new cache.")] = 1,
+    warm_starts: Annotated[int, typer.Option(min=0, help="In the cache that a cold start filled.")] = 3,
+    enforce_eager: EnforceEager = False,
+    output: Output = None,
+    plot: Plot = None,
+) -> None:
+    """Seconds to the first token of a fresh process, with a cold and a warm cache."""
+    settings = dict(locals())
+    columns = {"command": "", "cache": "", "ready s": ".2f", "first token s": ".2f", "peak MiB": ".0f"}
+    report = Report("startup", settings, describe_machine(), columns, output, plot)
+    options = ["--model", model, *(["--enforce-eager"] if enforce_eager else [])]
+    for name, start in (("generate", start_generate), ("serve", start_serve)):
+        found: dict[str, list[Start]] = {"cold": [], "warm": []}
+        for _ in range(cold_starts):
+            with fresh_cache() as environment:
+                found["cold"].append(start(options, environment))
+        if warm_starts:
+            with fresh_cache() as environment:
+                start(options, environment)  # fills it
+                found["warm"] = [start(options, environment) for _ in range(warm_starts)]
+        for cache, starts in found.items():
+            if not starts:
+                continue
+            first = statistics.median(start_.first_token for start_ in starts)
+            ready = None if starts[0].ready is None else statistics.median(start_.ready or 0.0 for start_ in starts)
+            peak = max(start_.peak_bytes for start_ in starts)
+            report.add(
+                {"command": name, "cache": cache},
+                {
+                    "first_token_seconds": first,
+                    "ready_seconds": ready,
+                    "peak_bytes": peak,
+                    "seconds": [start_.first_token for start_ in starts],
+                },
+                [f"dispec {name}", cache, ready, first, peak / 2**20],
+            )
+            report.point("", f"{name}, {cache} cache", first)
+    report.finish(y="seconds to the first token", kind="bars")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,42 @@
+"""vLLM as a contestant, run by the Python of its own environment: nothing here is imported but vLLM and the standard
+library. Loads once, then answers lines of JSON on standard input with lines on standard output; see bench/worker.py.
+"""
+
+import json
+import os
+import sys
+import time
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print shall not mix with our answers
+
+    import vllm
+
+    llm = vllm.LLM(skip_tokenizer_init=True, **settings)
+    channel.write(json.dumps({"ready": {"vllm": vllm.__version__}}) + "\n")
+    for line in sys.stdin:
+        request = json.loads(line)
+        prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
+
+        def generate(tokens, prompts=prompts):  # type: ignore[no-untyped-def]
+            params = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+            start = time.perf_counter()
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            return time.perf_counter() - start, outputs
+
+        if request["decode_only"]:
+            generate(1)  # leaves the prompts' keys and values in the cache
+        seconds, outputs = generate(request["output_tokens"])
+        answer = {
+            "seconds": seconds,
+            "output_tokens": [len(output.outputs[0].token_ids) for output in outputs],
+            "cached_tokens": sum(output.num_cached_tokens or 0 for output in outputs),
+        }
+        channel.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":  # vLLM's own processes import this file again
+    main()

@@ -1,0 +1,103 @@
+"""A contestant in a process of its own: DiSpec, or transformers, started by `bench.contestants`.
+
+It says that it is ready, and then answers each line of standard input with one of standard output, all of them JSON:
+
+    → {"prompts": [[…], …], "output_tokens": 128, "decode_only": false}
+    ← {"seconds": 1.5, "output_tokens": [128, …], "cached_tokens": 0}
+
+`decode_only` leaves the computation of the prompts out of the seconds.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Answer = dict[str, Any]
+Run = Callable[[list[list[int]], int, bool], Answer]
+
+
+def dispec(settings: dict[str, Any]) -> Run:
+    """`LLM.generate`. settings: model, options."""
+    from bench.loading import load
+    from engine import SamplingParams
+
+    llm = load(settings["model"], **settings["options"])
+
+    def run(prompts: list[list[int]], output_tokens: int, decode_only: bool) -> Answer:
+        def generate(tokens: int) -> Answer:
+            params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+            start = time.perf_counter()
+            completions = llm.generate(prompts, params, use_tqdm=False)
+            return {
+                "seconds": time.perf_counter() - start,
+                "output_tokens": [len(completion.token_ids) for completion in completions],
+                "cached_tokens": sum(completion.num_cached_tokens for completion in completions),
+            }
+
+        if decode_only:
+            generate(1)  # leaves the prompts' keys and values in the cache
+        return generate(output_tokens)
+
+    return run
+
+
+def transformers(settings: dict[str, Any]) -> Run:
+    """`generate`: one static batch and its own KV cache, or one prompt after another with `one_at_a_time`."""
+    import torch
+
+    from bench.machine import choose_device
+    from bench.transformers_peer import transformers_model
+    from engine.checkpoint import find_checkpoint
+    from engine.options import DTYPES
+
+    device = choose_device(settings["device"])
+    checkpoint = None if settings["is_geometry"] else find_checkpoint(settings["model"])
+    model: Any = transformers_model(settings["model"], checkpoint, DTYPES[settings["dtype"]], device)
+
+    def generate(prompts: list[list[int]], tokens: int) -> list[int]:
+        inputs = torch.tensor(prompts, device=device)
+        with torch.inference_mode():
+            result = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        return [len(row) - inputs.shape[1] for row in result.cpu()]
+
+    def timed(prompts: list[list[int]], tokens: int) -> Answer:
+        batches = [[prompt] for prompt in prompts] if settings.get("one_at_a_time") else [prompts]
+        start = time.perf_counter()
+        counts = [count for batch in batches for count in generate(batch, tokens)]
+        return {"seconds": time.perf_counter() - start, "output_tokens": counts, "cached_tokens": None}
+
+    def run(prompts: list[list[int]], output_tokens: int, decode_only: bool) -> Answer:
+        # It keeps nothing from one call to the next: the prompts alone are timed and taken off.
+        prompts_alone = timed(prompts, 1)["seconds"] if decode_only else 0.0
+        answer = timed(prompts, output_tokens + decode_only)
+        answer["seconds"] -= prompts_alone
+        answer["output_tokens"] = [count - decode_only for count in answer["output_tokens"]]
+        return answer
+
+    return run
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print shall not mix with our answers
+    run = {"dispec": dispec, "transformers": transformers}[settings["engine"]](settings)
+    channel.write(json.dumps({"ready": {}}) + "\n")
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = run(request["prompts"], request["output_tokens"], request["decode_only"])
+        channel.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()

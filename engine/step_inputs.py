@@ -135,11 +135,9 @@ def fill(
         starts[len(work) + 1 :] = range(token + batch.query_len, len(token_ids) + 1, batch.query_len)
         contexts[len(work) :] = batch.query_len
     else:
-        # A padding token beside others is the first padding sequence's; in a step of padding alone they are nobody's.
-        padding = len(token_ids) - token if work else 0
-        starts[len(work) + 1 :] = token + padding
-        if padding:
-            contexts[len(work)] = padding
+        # Padding tokens are nobody's: there may be as many sequences as there is room for, and no block table has room
+        # for a whole step's padding.
+        starts[len(work) + 1 :] = token
     return sampled
 
 

@@ -49,9 +49,10 @@ TIMINGS = [
     Part("cold start and step, c=1", ["-m", "bench.profile_step", "--model", MODEL], 150),
     Part("warm start and step, c=32", ["-m", "bench.profile_step", "--model", MODEL, "--concurrency", "32"], 120),
     Part("throughput", [*_THROUGHPUT, "--concurrency", "1,6,16,32,128"], 240),
-    Part("prefill 2048", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "2048", "--output-tokens", "1"], 90),
-    Part("prefill 8192", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "8192", "--output-tokens", "1"], 90),
+    Part("prefill 2048", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "2048", "--output-tokens", "1"], 120),
+    Part("prefill 8192", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "8192", "--output-tokens", "1"], 120),
     Part("context 8192", [*_THROUGHPUT, "--concurrency", "1,8", "--prompt-tokens", "8192"], 120),
+    Part("products", ["-m", "bench.products", "--models", MODEL, "--rows", "2,32"], 60),
     Part("context 32000", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "32000"], 120),
 ]
 
@@ -108,7 +109,7 @@ def main(
         started = time.monotonic()
         limited = part._replace(seconds=int(min(part.seconds, minutes * 60 - (started - began))))
         process, log = start(limited, out)
-        rows.append(f"{part.name}: {finish(limited, process, started)}\n{tail(log, 22 if 'step' in part.name else 6)}")
+        rows.append(f"{part.name}: {finish(limited, process, started)}\n{tail(log, 22 if 'step' in part.name else 10)}")
     print("\n".join(rows))
 
 

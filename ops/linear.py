@@ -2,7 +2,8 @@
 
 On a CPU with AVX512-BF16, bf16 weights are packed once into the tiles of `ops.cpu.linear`; on others into oneDNN's
 blocked layout. At one row a product then runs at the speed of memory, where the plain layout reaches half of it.
-Everywhere else a weight stays the plain [N, K] matrix and the compiler may fuse around the product.
+Everywhere else a weight stays the plain [N, K] matrix; on CUDA products of few rows in 16 bits, which are decode steps,
+have kernels of their own where those are faster (`ops.triton.few_rows`).
 """
 
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from ops.cpu.library import has_linear
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, int features) -> Tensor")
 _library.define("tiled_linear(Tensor x, Tensor weight, Tensor? bias, int features) -> Tensor")
+_library.define("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 # The row count that the packed layout is chosen for. The layout oneDNN picks for 32 rows is also the best or
 # near it for one row and for thousands.
@@ -58,6 +60,8 @@ def linear(x: Float[Tensor, "T K"], weight: Matrix, bias: Float[Tensor, "N"] | N
         return torch.ops.dispec.tiled_linear(x, weight.blocked, bias, weight.features)
     if isinstance(weight, Packed):
         return torch.ops.dispec.packed_linear(x, weight.blocked, bias, weight.features)
+    if x.is_cuda and x.dtype.itemsize == 2:
+        return torch.ops.dispec.few_rows_linear(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -73,7 +77,19 @@ def _packed_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, features
     return x.new_empty(x.shape[0], features)
 
 
+def _few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from ops.triton.few_rows import linear as kernel
+
+    return kernel(x, weight, bias)
+
+
+def _few_rows_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 _library.impl("packed_linear", _packed_linear, "CPU")
+_library.impl("few_rows_linear", _few_rows_linear, "CUDA")
+torch.library.register_fake("dispec::few_rows_linear", _few_rows_linear_fake, lib=_library)
 _library.impl("packed_linear", _packed_linear, "MkldnnCPU")
 _library.impl("tiled_linear", cpu_linear.linear, "CPU")
 for _name in ("packed_linear", "tiled_linear"):

@@ -22,11 +22,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from ops.triton import decode_attention, kv_cache, prefill_attention, token_threshold  # noqa: E402
+from ops.triton import decode_attention, few_rows, kv_cache, prefill_attention, token_threshold  # noqa: E402
 from ops.triton.tuning import PREFILL, Device  # noqa: E402
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may use
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+KERNELS = {
+    decode_attention: ("decode_kernel", "combine_kernel"),
+    few_rows: ("sum_kernel", "dot_kernel", "reduce_kernel"),
+    kv_cache: ("write_kv_kernel",),
+    prefill_attention: ("prefill_kernel",),
+    token_threshold: ("token_threshold_kernel",),
+}
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -65,10 +73,9 @@ class Recorder:
 def record(monkeypatch: pytest.MonkeyPatch, capability: int, launch: Callable[[], object]) -> list[Launch]:
     launches: list[Launch] = []
     device = Device(f"sm_{capability}", 132 if capability == 90 else 108)
-    for module in (decode_attention, prefill_attention, kv_cache, token_threshold):
-        for name in ("decode_kernel", "combine_kernel", "prefill_kernel", "write_kv_kernel", "token_threshold_kernel"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
+    for module, names in KERNELS.items():
+        for name in names:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
         if hasattr(module, "describe"):
             monkeypatch.setattr(module, "describe", lambda _: device)
     launch()
@@ -110,13 +117,13 @@ def resources(compiled: Any) -> dict[str, int]:
     return {name: int(size) for name, size in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
 
 
-def check(launch: Launch, capability: int, widest_load: bool = True) -> None:
+def check(launch: Launch, capability: int, widest_load: bool = True, spilled: int = 0) -> None:
     compiled = compile_launch(launch, capability)
     used = resources(compiled)
     shared = compiled.metadata.shared
     shape = {name: value for name, value in launch.arguments.items() if name.isupper() and name != "H"}
     print(f"sm_{capability} {launch.kernel.__name__} {shape} {launch.options}: {used['REG']} registers, {shared} B")
-    assert used["STACK"] == 0, "spills"
+    assert used["STACK"] <= spilled, "spills"
     assert used["LOCAL"] == 0, "spills"
     assert shared <= SHARED_MEMORY[capability]
     if widest_load:
@@ -215,7 +222,8 @@ def test_prefill(
     padded = 128 if head_dim == 80 else head_dim
     expected = PREFILL[f"sm_{capability}"][padded, dtype.itemsize][0 if width == "wide" else 1]
     assert launch.arguments["BLOCK_M"] == expected.block_m
-    check(launch, capability)
+    # On an H100 the widest tiles are the fastest although a few registers do not fit.
+    check(launch, capability, spilled=96 if (capability, width) == (90, "wide") else 0)
 
 
 @pytest.mark.parametrize("tokens", [1, 2048])
@@ -242,3 +250,35 @@ def test_token_threshold(monkeypatch: pytest.MonkeyPatch, size: int, capability:
     )
     assert len(launches) == 1
     check(launches[0], capability, widest_load=size % 16 == 0)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "features", "columns", "kernels"),
+    [
+        (2, 2048, 1536, ["sum_kernel"]),
+        (1, 896, 896, ["sum_kernel"]),
+        (8, 1536, 1536, ["dot_kernel"]),
+        (2, 17920, 1536, ["dot_kernel"]),
+        (32, 9728, 896, ["dot_kernel"]),
+        (32, 1536, 8960, ["dot_kernel", "reduce_kernel"]),
+        (2, 151936, 1536, ["dot_kernel"]),
+        (64, 128256, 4096, ["dot_kernel"]),
+    ],
+)
+def test_few_rows(
+    monkeypatch: pytest.MonkeyPatch, rows: int, features: int, columns: int, kernels: list[str], has_bias: bool
+) -> None:
+    x = torch.empty(rows, columns, dtype=HALF, device="meta")
+    weight = torch.empty(features, columns, dtype=HALF, device="meta")
+    bias = weight.new_empty(features) if has_bias else None
+    launches = record(monkeypatch, 90, lambda: few_rows.linear(x, weight, bias))
+    assert [launch.kernel.__name__ for launch in launches] == kernels
+    for launch in launches:
+        check(launch, 90, widest_load=launch.kernel.__name__ != "reduce_kernel")
+
+
+@pytest.mark.parametrize(("rows", "features"), [(16, 1536), (33, 17920), (65, 151936)])
+def test_what_torch_multiplies_faster_is_left_to_it(monkeypatch: pytest.MonkeyPatch, rows: int, features: int) -> None:
+    x = torch.empty(rows, 1536, dtype=HALF, device="meta")
+    assert not record(monkeypatch, 90, lambda: few_rows.linear(x, x.new_empty(features, 1536), None))

@@ -31,9 +31,9 @@ if not INTERPRETED:
 
 else:
     from ops import reference
-    from ops.triton import decode_attention, kv_cache, prefill_attention, token_threshold
+    from ops.triton import decode_attention, few_rows, kv_cache, prefill_attention, token_threshold
     from ops.triton.paged_attention import paged_attention
-    from ops.triton.tuning import DecodeConfig, PrefillConfig
+    from ops.triton.tuning import DecodeConfig, FewRowsConfig, PrefillConfig
     from tests.threshold_cases import cases, expect_thresholds
 
     # No bfloat16: the interpreter's dot takes its bits for integers. tests/test_gpu_kernels.py covers it.
@@ -226,3 +226,35 @@ else:
     def test_token_threshold_ends_on_nan() -> None:
         broken = torch.full((2, 90), float("nan"))
         token_threshold.token_threshold(broken, torch.tensor([5, 90]), torch.tensor([0.5, 0.5]))
+
+    @pytest.mark.parametrize("has_bias", [False, True])
+    @pytest.mark.parametrize(
+        ("rows", "features", "columns", "config"),
+        [
+            (1, 70, 96, FewRowsConfig(2, 64, 0, 2)),
+            (2, 33, 128, FewRowsConfig(4, 64, 0, 2)),
+            (3, 8, 80, FewRowsConfig(2, 64, 0, 2)),
+            (1, 70, 96, FewRowsConfig(64, 32, 1, 4, 3)),
+            (7, 64, 80, FewRowsConfig(32, 64, 1, 4, 3)),
+            (17, 130, 128, FewRowsConfig(64, 32, 1, 4, 3)),
+            (5, 70, 208, FewRowsConfig(64, 32, 3, 4, 3)),  # 7 tiles in splits of 3, 3 and 1
+            (20, 64, 160, FewRowsConfig(32, 32, 4, 4, 3)),  # 5 tiles: no more than 3 splits of 2
+            (4, 64, 64, FewRowsConfig(32, 64, 9, 4, 3)),  # one tile: nothing to split
+            (0, 64, 64, FewRowsConfig(32, 64, 1, 4, 3)),
+        ],
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_few_rows(
+        dtype: torch.dtype, rows: int, features: int, columns: int, config: FewRowsConfig, has_bias: bool
+    ) -> None:
+        wide = torch.randn(rows, columns + 16).to(dtype)
+        weight = (torch.randn(features, columns) * columns**-0.5).to(dtype)
+        bias = torch.randn(features).to(dtype) if has_bias else None
+        x = wide[:, :columns]
+        actual = few_rows.linear(x, weight, bias, config)
+        expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
+        expect_equal(actual, expected.to(dtype))
+
+    def test_few_rows_leaves_to_torch_what_it_has_no_kernel_for() -> None:
+        x, weight = torch.randn(3, 8), torch.randn(5, 8)
+        assert torch.equal(few_rows.linear(x, weight, None), torch.nn.functional.linear(x, weight))

@@ -167,7 +167,8 @@ def prefill(
     if config is None:
         device = describe(query.device)
         wide, narrow = PREFILL[device.architecture][padded, query.element_size()]
-        fills = num_tokens * num_heads >= wide.block_m * device.multiprocessors
+        # Twice: tiles for one and a half rounds of the device would leave a quarter of it idle.
+        fills = num_tokens * num_heads >= 2 * wide.block_m * device.multiprocessors
         config = wide if fills else narrow
     block_m = max(config.block_m, triton.next_power_of_2(group))
     prefill_kernel[(kv_heads, num_tokens // (block_m // group) + batch)](

@@ -31,6 +31,17 @@ class PrefillConfig(NamedTuple):
     num_stages: int
 
 
+class FewRowsConfig(NamedTuple):
+    """How to launch a product of few rows. `block_n`: features per program; `block_k`: columns per tile; `splits`: of
+    the columns over programs, 0 for the kernel without tensor cores, which has no `num_stages`."""
+
+    block_n: int
+    block_k: int
+    splits: int
+    num_warps: int
+    num_stages: int = 1
+
+
 class Device(NamedTuple):
     """What a launch decision may depend on."""
 
@@ -47,8 +58,8 @@ PrefillTable = dict[tuple[int, int], tuple[PrefillConfig, PrefillConfig]]
 # ahead, 5 stages two.
 DECODE: dict[str, DecodeTable] = {
     "sm_90": {
-        (64, 2): DecodeConfig(64, 4, 5, 3),
-        (128, 2): DecodeConfig(64, 4, 5, 2),
+        (64, 2): DecodeConfig(64, 4, 5, 1),
+        (128, 2): DecodeConfig(32, 4, 5, 1),
         (256, 2): DecodeConfig(32, 4, 5, 2),
         (64, 4): DecodeConfig(32, 4, 3, 4),
         (128, 4): DecodeConfig(16, 8, 3, 2),
@@ -75,8 +86,8 @@ DECODE: dict[str, DecodeTable] = {
 
 PREFILL: dict[str, PrefillTable] = {
     "sm_90": {
-        (64, 2): (PrefillConfig(128, 128, 8, 3), PrefillConfig(64, 64, 4, 3)),
-        (128, 2): (PrefillConfig(128, 64, 8, 3), PrefillConfig(64, 64, 4, 3)),
+        (64, 2): (PrefillConfig(128, 64, 4, 3), PrefillConfig(64, 64, 4, 5)),
+        (128, 2): (PrefillConfig(128, 128, 8, 3), PrefillConfig(64, 64, 4, 3)),
         (256, 2): (PrefillConfig(128, 32, 8, 3), PrefillConfig(64, 32, 4, 3)),
         (64, 4): (PrefillConfig(32, 32, 8, 3), PrefillConfig(16, 32, 4, 3)),
         (128, 4): (PrefillConfig(32, 16, 8, 3), PrefillConfig(16, 16, 8, 3)),
@@ -113,6 +124,9 @@ WIDEST_DECODE_TILE = {2: 64, 4: 16}
 WRITE_TOKENS_LONG = 16
 WRITE_LONG_FROM = 512
 
+# Elements of the output that one program adds the parts of, in a product whose columns are split.
+REDUCE_BLOCK = 256
+
 # Weights that one program of `token_threshold` reads at a time, and its warps. Larger blocks are a little faster where
 # the vocabulary is a multiple of 16, but spill where it is not.
 THRESHOLD_BLOCK = 8192
@@ -130,3 +144,26 @@ def describe(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     architecture = f"sm_{properties.major}{properties.minor}"
     return Device(architecture if architecture in DECODE else "fallback", properties.multi_processor_count)
+
+
+def choose_few_rows(device: Device, rows: int, features: int, columns: int) -> FewRowsConfig | None:
+    """The kernel for a product of `rows` rows with a weight [features, columns]; None where torch's was no slower.
+
+    From `python -m bench.products --sweep` on an H100, over the weights of three models; elsewhere torch decides.
+    """
+    if device.architecture != "sm_90" or columns % 16:
+        return None
+    tiles = features // 64
+    if tiles >= 3 * device.multiprocessors and rows <= 64:
+        return FewRowsConfig(128, 128, 1, 4, 4)
+    if rows > 32:
+        return None
+    if tiles >= device.multiprocessors:
+        return FewRowsConfig(64, 128, 1, 4, 3)
+    if columns > 4096:  # worth a second kernel, so that more programs read
+        return FewRowsConfig(64, 128, device.multiprocessors // max(tiles, 1), 4, 5)
+    if rows <= 2 and columns < 4096:
+        return FewRowsConfig(2, 512, 0, 2)
+    if rows <= 8 or (columns == 4096 and rows <= 16):
+        return FewRowsConfig(64, 128, 1, 4, 5)
+    return None

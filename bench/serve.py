@@ -148,9 +148,9 @@ def main(
     """Latencies, throughput and goodput of a server under load."""
     settings = dict(locals())
     if (rate is None) == (concurrency is None):
-        raise typer.BadParameter("give either --rate or --concurrency")
+        raise ValueError("give either --rate or --concurrency")
     if offline is not None and concurrency is None:
-        raise typer.BadParameter("--offline needs --concurrency")
+        raise ValueError("--offline needs --concurrency")
     objective = Objective(slo_ttft, slo_tpot, slo_e2e)
     columns = {"load": " ", "tok/s": ".1f", "good/s": ".2f"} | {f"{kind} p50/90/99 ms": " " for kind in KINDS}
     report = Report("serve", settings, describe_machine(), columns | {"errors": "d"}, output, plot)

@@ -5,7 +5,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from bench import serve
+from bench import cli, serve
 from bench.openai_load import Answer, Load, run_load
 from bench.serve import Objective, summarize
 from tests.checkpoints import VOCAB_SIZE, save_tiny
@@ -95,6 +95,4 @@ def test_the_command_appends_json_lines_and_compares_with_the_engine_alone(serve
 
 @pytest.mark.parametrize("arguments", ["", "--rate 1 --concurrency 1", "--rate 1 --offline m"])
 def test_options_that_contradict_each_other_are_refused(arguments) -> None:
-    app = serve.typer.Typer()
-    app.command()(serve.main)
-    assert CliRunner().invoke(app, arguments.split()).exit_code == 2
+    assert cli.main(["serve", *arguments.split()]) == 2

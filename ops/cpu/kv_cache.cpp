@@ -7,6 +7,7 @@ template <typename T>
 void write_kv(T *keys, T *values, const T *key, int64_t key_stride, const T *value, int64_t value_stride,
               const int32_t *slot_mapping, int64_t tokens, int64_t kv_heads, int64_t head_dim, int64_t block_size) {
     const int64_t page = head_dim * block_size;
+    // Slots are distinct but for padding's, and what lies there is never read.
 #pragma omp parallel for collapse(2) schedule(static) if (tokens * kv_heads * head_dim > 1024)
     for (int64_t head = 0; head < kv_heads; ++head)
         for (int64_t token = 0; token < tokens; ++token) {

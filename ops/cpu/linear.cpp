@@ -10,15 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-extern "C" int dispec_has_linear() {
-#ifdef __AVX512BF16__
-    return 1;
-#else
-    return 0;
-#endif
-}
-
-#ifdef __AVX512BF16__
+#ifdef __AVX512BF16__  // elsewhere the library lacks these functions, and whoever loads it sees that
 #include <immintrin.h>
 #include <omp.h>
 

@@ -230,9 +230,12 @@ def _info(engine: "Engine") -> EngineInfo:
 
 def _serve(start: Start, link: Link) -> None:
     began = time.perf_counter()
+    from tqdm import tqdm
+
     from engine.engine import Engine  # takes seconds, and may fail, which the front shall hear
     from engine.options import EngineOptions
 
+    tqdm.monitor_interval = 0  # a thread that would wake the process for ever after
     imported = time.perf_counter() - began
     engine = Engine(EngineOptions(**start.options), start.show_progress)
     engine.phase_seconds = {"import": imported, **engine.phase_seconds}

@@ -44,7 +44,8 @@ class EngineProcess:
         self._inbox = self._socket(zmq.PULL, f"ipc://{self._directory}/to-front", _EXIT_BELL)
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
+            "OPENBLAS_NUM_THREADS": "1",  # NumPy's, of which the engine uses no product
         }
         # -P: an "engine" in the working directory is not ours. Its own session: Ctrl-C goes to the front alone.
         self._process = subprocess.Popen(

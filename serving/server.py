@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ log = logging.getLogger("dispec.server")
 
 _BACKLOG = 4096
 _IDLE_SECONDS = 75  # more than clients and proxies keep connections for, so that it is they who close them
+_WORKERS = 4
 _LAST_WORDS_SECONDS = 3  # for what is still being written when everything is done; open dashboards never are
 
 
@@ -51,6 +53,8 @@ async def serve(
 
     Raises OSError if the address cannot be had, EngineDied if the engine cannot start.
     """
+    # Long prompts are tokenised in threads, in parallel: more of them would take every core from the engine.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_WORKERS, "worker"))
     listener = listen(settings.host, settings.port)
     with listener:
         _allow_many_connections()

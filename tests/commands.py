@@ -17,6 +17,8 @@ from serving import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "serving.cli"]
+# Threads that wait for one another collapse where other processes share their cores, as on a busy build machine.
+THREADS = "1"
 
 
 class Result(NamedTuple):
@@ -50,8 +52,7 @@ def one_sentence(result: Result) -> str:
 def _spawn(args: list[str], **options: Any) -> subprocess.Popen[bytes]:
     # A shell may have started us with SIGINT ignored, which a child would inherit; a handler it does not.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Threads that wait for one another collapse where other processes share their cores, as on a busy build machine.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": THREADS}
     try:
         return subprocess.Popen([*COMMAND, *args], cwd=ROOT, env=environment, start_new_session=True, **options)
     finally:

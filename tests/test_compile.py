@@ -16,6 +16,7 @@ from engine import LLM, SamplingParams
 from engine.compiled_model import choose_compile_cache
 from layers.config import ModelConfig
 from ops.cpu import attention as cpu_attention
+from tests.allocations import largest_allocation, smallest_matrix_or_cache
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -83,6 +84,12 @@ def test_no_recompile_over_many_batch_sizes_lengths_and_settings(compiled):
     compiled.generate([[5]], SamplingParams(temperature=1.0, max_tokens=2))
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+def test_a_compiled_step_allocates_nothing_as_large_as_a_weight_matrix_or_the_cache(compiled):
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    largest = largest_allocation(lambda: compiled.generate([[1, 2], [3, 4]], params))
+    assert largest < smallest_matrix_or_cache(compiled)
 
 
 def every_feature() -> list[SamplingParams]:

@@ -6,7 +6,6 @@ from torch import Tensor
 
 import ops
 from layers.config import ModelConfig
-from layers.primitives import rms_norm, rope
 from layers.types import AttentionWeights, Batch, LayerKV
 
 Rotation = tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]]
@@ -14,27 +13,21 @@ Rotation = tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]]
 
 def attention(
     x: Float[Tensor, "T E"],
+    norm: ops.Norm,
     w: AttentionWeights,
     config: ModelConfig,
     batch: Batch,
     rotation: Rotation,
     kv: LayerKV,
 ) -> Float[Tensor, "T E"]:
-    """Grouped-query attention (arXiv:2305.13245) of the step's tokens over their sequences' pages.
+    """`x` plus the grouped-query attention (arXiv:2305.13245) of its norm over the tokens' sequences' pages.
 
     Writes the tokens' keys and values to `kv` first, so that they attend to one another through the cache.
     """
-    query_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    projected = ops.linear(x, w.qkv, w.qkv_bias)
-    query, key, value = projected.split((query_rows, kv_rows, kv_rows), dim=-1)
-    query = rearrange(query, "t (h d) -> t h d", d=config.head_dim)
-    key = rearrange(key, "t (kv d) -> t kv d", d=config.head_dim)
-    value = rearrange(value, "t (kv d) -> t kv d", d=config.head_dim)
-    if w.query_norm is not None and w.key_norm is not None:
-        query = rms_norm(query, w.query_norm, config.rms_norm_eps)
-        key = rms_norm(key, w.key_norm, config.rms_norm_eps)
-    query, key = rope(query, *rotation), rope(key, *rotation)
-    ops.write_kv(kv.keys, kv.values, key, value, batch.slot_mapping)
+    projected = ops.linear(x, w.qkv, w.qkv_bias, norm=norm)
+    query_norm = None if w.query_norm is None else ops.Norm(w.query_norm, config.rms_norm_eps)
+    key_norm = None if w.key_norm is None else ops.Norm(w.key_norm, config.rms_norm_eps)
+    query = ops.rotate_and_write(projected, rotation, *kv, batch.slot_mapping, query_norm, key_norm)
     attended = ops.paged_attention(
         query,
         kv.keys,
@@ -45,4 +38,4 @@ def attention(
         batch.query_len,
         config.attention_scale,
     )
-    return ops.linear(rearrange(attended, "t h d -> t (h d)"), w.output, w.output_bias)
+    return ops.linear(rearrange(attended, "t h d -> t (h d)"), w.output, w.output_bias, residual=x)

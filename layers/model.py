@@ -6,7 +6,7 @@ from torch import Tensor
 import ops
 from layers.attention import Rotation, attention
 from layers.config import ModelConfig
-from layers.primitives import rms_norm, rope_rotation, swiglu
+from layers.rope import rope_rotation
 from layers.types import Batch, BlockWeights, KVCache, LayerKV, Weights
 
 
@@ -25,14 +25,14 @@ def block(
     kv: LayerKV,
 ) -> Float[Tensor, "T E"]:
     """One transformer layer, residual connections included. Writes the layer's pages."""
-    x = x + attention(rms_norm(x, w.attention_norm, config.rms_norm_eps), w.attention, config, batch, rotation, kv)
-    return x + swiglu(rms_norm(x, w.mlp_norm, config.rms_norm_eps), w.mlp)
+    x = attention(x, ops.Norm(w.attention_norm, config.rms_norm_eps), w.attention, config, batch, rotation, kv)
+    gated = ops.linear(x, w.mlp.gate_up, norm=ops.Norm(w.mlp_norm, config.rms_norm_eps), is_gated=True)
+    return ops.linear(gated, w.mlp.down, residual=x)
 
 
 def logits(x: Float[Tensor, "R E"], weights: Weights, config: ModelConfig) -> Float[Tensor, "R V"]:
     """Logits, in the weights' type, of the rows that the caller selected: the head is never computed for others."""
-    x = rms_norm(x, weights.final_norm, config.rms_norm_eps)
-    return ops.linear(x, weights.lm_head)
+    return ops.linear(x, weights.lm_head, norm=ops.Norm(weights.final_norm, config.rms_norm_eps))
 
 
 def forward(weights: Weights, config: ModelConfig, batch: Batch, kv_cache: KVCache) -> Float[Tensor, "R V"]:

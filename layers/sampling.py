@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+import ops
 from layers.types import Sampling
 
 _MASK = 0xFFFFFFFF
@@ -17,7 +18,7 @@ _BELOW_ONE = 1 - 2.0**-24  # the float32 before 1
 
 def greedy(logits: Float[Tensor, "R V"]) -> Int[Tensor, "R"]:
     """Each row's largest logit, the lowest token id of several."""
-    return logits.argmax(dim=-1)
+    return ops.argmax(logits)
 
 
 def draw(logits: Float[Tensor, "R V"], sampling: Sampling) -> Int[Tensor, "R"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ops
 from layers.config import ModelConfig
-from layers.primitives import rope_frequencies
+from layers.rope import rope_frequencies
 from layers.types import AttentionWeights, BlockWeights, MlpWeights, Weights
 
 

@@ -4,9 +4,25 @@ Each op has a fake implementation for tracing, a Triton one for CUDA, a torch on
 `ops.reference`.
 """
 
+from ops.argmax import argmax
 from ops.kv_cache import copy_blocks, write_kv
 from ops.linear import Matrix, Packed, linear, pack
+from ops.norm import Norm, rms_norm
 from ops.paged_attention import paged_attention
+from ops.rotary import rotate_and_write
 from ops.token_threshold import token_threshold
 
-__all__ = ["Matrix", "Packed", "copy_blocks", "linear", "pack", "paged_attention", "token_threshold", "write_kv"]
+__all__ = [
+    "Matrix",
+    "Norm",
+    "Packed",
+    "argmax",
+    "copy_blocks",
+    "linear",
+    "pack",
+    "paged_attention",
+    "rms_norm",
+    "rotate_and_write",
+    "token_threshold",
+    "write_kv",
+]

@@ -1,4 +1,4 @@
-"""Matrix products with weights in the layout that the device reads fastest.
+"""Matrix products with weights in the layout that the device reads fastest, and what a layer does around them.
 
 On a CPU with AVX512-BF16, bf16 weights are packed once into the tiles of `ops.cpu.linear`; on others into oneDNN's
 blocked layout. At one row a product then runs at the speed of memory, where the plain layout reaches half of it.
@@ -14,10 +14,14 @@ from torch import Tensor
 
 from ops.cpu import linear as cpu_linear
 from ops.cpu.library import has_linear
+from ops.norm import Norm, rms_norm
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, int features) -> Tensor")
-_library.define("tiled_linear(Tensor x, Tensor weight, Tensor? bias, int features) -> Tensor")
+_library.define(
+    "tiled_linear(Tensor x, Tensor weight, int features, Tensor? bias, Tensor? norm, float eps, Tensor? residual,"
+    " bool is_gated) -> Tensor"
+)
 _library.define("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 # The row count that the packed layout is chosen for. The layout oneDNN picks for 32 rows is also the best or
@@ -54,10 +58,36 @@ def pack(weight: Float[Tensor, "N K"]) -> Matrix:
     return Packed(torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS), weight.shape[0])
 
 
-def linear(x: Float[Tensor, "T K"], weight: Matrix, bias: Float[Tensor, "N"] | None = None) -> Float[Tensor, "T N"]:
-    """`x @ weight.T + bias` for a weight [N, K] that `pack` returned. Sums in float32, rounds once to x's dtype."""
+def linear(
+    x: Float[Tensor, "T K"],
+    weight: Matrix,
+    bias: Float[Tensor, "N"] | None = None,
+    *,
+    norm: Norm | None = None,
+    residual: Float[Tensor, "T M"] | None = None,
+    is_gated: bool = False,
+) -> Float[Tensor, "T M"]:
+    """`norm(x) @ weight.T + bias + residual` for a weight [N, K] that `pack` returned; M is N.
+
+    If `is_gated`, the first half of the N features gates the second before `residual` is added, `silu(gate) * up`
+    (arXiv:2002.05202), and M is N / 2. Products are summed in float32 and rounded once to x's dtype; what is asked for
+    around them is computed as if it were an operation of its own, and costs no pass of its own where a kernel has it.
+    """
+    if isinstance(weight, Packed) and weight.is_tiled and not (is_gated and weight.features % (2 * cpu_linear.TILE)):
+        norm_weight, eps = norm or (None, 0.0)
+        added = None if is_gated else residual
+        y = torch.ops.dispec.tiled_linear(x, weight.blocked, weight.features, bias, norm_weight, eps, added, is_gated)
+        return y if added is residual else residual + y
+    y = _product(x if norm is None else rms_norm(x, norm), weight, bias)
+    if is_gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = torch.nn.functional.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+def _product(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
     if isinstance(weight, Packed) and weight.is_tiled:
-        return torch.ops.dispec.tiled_linear(x, weight.blocked, bias, weight.features)
+        return torch.ops.dispec.tiled_linear(x, weight.blocked, weight.features, bias, None, 0.0, None, False)
     if isinstance(weight, Packed):
         return torch.ops.dispec.packed_linear(x, weight.blocked, bias, weight.features)
     if x.is_cuda and x.dtype.itemsize == 2:
@@ -77,6 +107,19 @@ def _packed_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, features
     return x.new_empty(x.shape[0], features)
 
 
+def _tiled_linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    features: int,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    is_gated: bool,
+) -> Tensor:
+    return x.new_empty(x.shape[0], features // 2 if is_gated else features)
+
+
 def _few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from ops.triton.few_rows import linear as kernel
 
@@ -92,5 +135,5 @@ _library.impl("few_rows_linear", _few_rows_linear, "CUDA")
 torch.library.register_fake("dispec::few_rows_linear", _few_rows_linear_fake, lib=_library)
 _library.impl("packed_linear", _packed_linear, "MkldnnCPU")
 _library.impl("tiled_linear", cpu_linear.linear, "CPU")
-for _name in ("packed_linear", "tiled_linear"):
-    torch.library.register_fake(f"dispec::{_name}", _packed_linear_fake, lib=_library)
+torch.library.register_fake("dispec::packed_linear", _packed_linear_fake, lib=_library)
+torch.library.register_fake("dispec::tiled_linear", _tiled_linear_fake, lib=_library)

@@ -131,6 +131,72 @@ def test_packed_linear_rounds_once(rows, bias):
     torch.testing.assert_close(ops.linear(x, packed, offset).double(), exact, atol=0.04, rtol=2**-7)
 
 
+@pytest.mark.parametrize("rows", [1, 13, 40])
+@pytest.mark.parametrize(("features", "columns"), [(192, 96), (70, 33), (96, 40)])
+def test_what_surrounds_a_packed_product(rows, features, columns):
+    """Norm, gate and residual are those of separate operations in float32, each rounded where those would round."""
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, columns).bfloat16(), (torch.randn(features, columns) / columns**0.5).bfloat16()
+    bias, residual = torch.randn(features).bfloat16(), torch.randn(rows, features).bfloat16()
+    norm = ops.Norm(torch.rand(columns).bfloat16(), 1e-5)
+    packed = ops.pack(weight)
+    normed = torch.nn.functional.rms_norm(x.double(), (columns,), norm.weight.double(), norm.eps)
+    product = normed @ weight.double().T + bias.double()
+    given = ops.linear(x, packed, bias, norm=norm, residual=residual)
+    torch.testing.assert_close(given.double(), product + residual.double(), atol=0.05, rtol=2**-6)
+    gate, up = product.chunk(2, dim=-1)
+    gated = torch.nn.functional.silu(gate) * up
+    given = ops.linear(x, packed, bias, norm=norm, is_gated=True)
+    torch.testing.assert_close(given.double(), gated, atol=0.05, rtol=2**-5)
+    half = residual[:, : features // 2]
+    given = ops.linear(x, packed, bias, norm=norm, residual=half, is_gated=True)
+    torch.testing.assert_close(given.double(), gated + half.double(), atol=0.05, rtol=2**-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax_is_torchs(dtype):
+    torch.manual_seed(0)
+    for size in (1, 5, 16, 4096, 9001):
+        x = torch.randn(7, size + 3).to(dtype)[:, :size]
+        assert torch.equal(ops.argmax(x), x.argmax(-1))  # bf16 has many equal largest ones
+        x[1], x[2], x[3, size // 2], x[4, -1] = -torch.inf, torch.inf, torch.nan, torch.nan
+        x[5] = x[5].round()
+        assert ops.argmax(x)[[0, 2, 3, 4, 6]].tolist() == x.argmax(-1)[[0, 2, 3, 4, 6]].tolist()
+        assert ops.argmax(x)[1] == 0
+        assert ops.argmax(x)[5] == (x[5] == x[5].max()).nonzero()[0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 128])
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_rotate_and_write(dtype, head_dim, has_norm):
+    """Against complex multiplication in float64 and the oracle of the write."""
+    torch.manual_seed(head_dim)
+    tokens, heads, kv_heads, block_size = 9, 6, 2, 16
+    projected = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim + 5).to(dtype)[:, :-5]
+    angles = torch.rand(tokens, head_dim // 2) * 100
+    keys, values = (torch.full(shape, 0.5, dtype=dtype) for shape in ((5, 2, head_dim, 16), (5, 2, 16, head_dim)))
+    expected_keys, expected_values = keys.clone(), values.clone()
+    slots = torch.randperm(4 * block_size)[:tokens].int() + block_size
+    norms = [ops.Norm(torch.rand(head_dim).to(dtype), 1e-6) if has_norm else None for _ in range(2)]
+
+    def rotated(x: torch.Tensor, norm: ops.Norm | None) -> torch.Tensor:
+        x = x.double()
+        if norm is not None:
+            x = torch.nn.functional.rms_norm(x, (head_dim,), norm.weight.double(), norm.eps)
+        pairs = torch.complex(x[..., : head_dim // 2], x[..., head_dim // 2 :])
+        turned = pairs * torch.polar(torch.ones_like(angles), angles).to(torch.complex128)[:, None]
+        return torch.cat((turned.real, turned.imag), -1)
+
+    split = projected.unflatten(1, (-1, head_dim)).split((heads, kv_heads, kv_heads), 1)
+    reference.write_kv(expected_keys, expected_values, rotated(split[1], norms[1]).to(dtype), split[2], slots)
+    query = ops.rotate_and_write(projected, (angles.cos(), angles.sin()), keys, values, slots, *norms)
+    close = {"atol": 1e-4, "rtol": 1e-4} if dtype is torch.float32 else {"atol": 0.02, "rtol": 2**-6}
+    torch.testing.assert_close(query.double(), rotated(split[0], norms[0]), **close)
+    torch.testing.assert_close(keys, expected_keys, **close)
+    assert torch.equal(values, expected_values)
+
+
 def test_a_row_of_a_packed_product_does_not_depend_on_the_others():
     if not has_linear():
         pytest.skip("oneDNN does not promise it")
@@ -182,6 +248,12 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.dispec.write_kv.default, (keys, values, key, value, slots))
     pair = torch.tensor([1]), torch.tensor([3])
     torch.library.opcheck(torch.ops.dispec.copy_blocks.default, (keys, values, *pair))
+    if cpu_attention.has_kernels(keys.dtype, 64, 16):
+        rotation = torch.rand(4, 32), torch.rand(4, 32)
+        norm = torch.rand(64)
+        given = (torch.randn(4, 9 * 64), *rotation, keys, values, slots, norm, norm, 1e-5)
+        torch.library.opcheck(torch.ops.dispec.rotate_and_write.default, given)
+    torch.library.opcheck(torch.ops.dispec.argmax.default, (torch.randn(3, 50),))
     for query_len in (None, 1, 3):
         case = attention_case(random.Random(1), query_len)
         case = tuple(item.nan_to_num(0.5) if isinstance(item, torch.Tensor) else item for item in case)
@@ -193,7 +265,13 @@ def test_opcheck_of_our_packed_product():
         pytest.skip("this CPU has no AVX512-BF16")
     x, weight, bias = torch.randn(5, 96).bfloat16(), torch.randn(80, 96).bfloat16(), torch.randn(80).bfloat16()
     for offset in (None, bias):
-        torch.library.opcheck(torch.ops.dispec.tiled_linear.default, (x, ops.pack(weight).blocked, offset, 80))
+        plain = (x, ops.pack(weight).blocked, 80, offset, None, 0.0, None, False)
+        torch.library.opcheck(torch.ops.dispec.tiled_linear.default, plain)
+    norm, residual = torch.randn(96).bfloat16(), torch.randn(5, 80).bfloat16()
+    fused = (x, ops.pack(weight).blocked, 80, bias, norm, 1e-5, residual, False)
+    torch.library.opcheck(torch.ops.dispec.tiled_linear.default, fused)
+    gated = (x, ops.pack(weight[:64]).blocked, 64, None, norm, 1e-5, None, True)
+    torch.library.opcheck(torch.ops.dispec.tiled_linear.default, gated)
 
 
 def test_opcheck_of_the_packed_product():

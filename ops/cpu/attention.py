@@ -1,4 +1,4 @@
-"""Attention of a few query tokens per sequence over pages, and writing those pages: see the C++ files."""
+"""Attention of a few query tokens per sequence over pages, and filling those pages: see the C++ files."""
 
 import torch
 from torch import Tensor
@@ -66,6 +66,46 @@ def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapp
         head_dim,
         block_size,
     )
+
+
+def rotate_and_write(
+    projected: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot_mapping: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """As `ops.rotate_and_write`."""
+    slot_mapping = _int32(slot_mapping)
+    if projected.stride(1) != 1:
+        projected = projected.contiguous()
+    _, kv_heads, head_dim, block_size = keys.shape
+    tokens, size = projected.shape
+    heads = size // head_dim - 2 * kv_heads
+    query = torch.empty(tokens, heads, head_dim, dtype=projected.dtype)
+    getattr(library(), f"dispec_rotate_and_write_{_NAMES[keys.dtype]}")(
+        projected.data_ptr(),
+        projected.stride(0),
+        None if query_norm is None else query_norm.data_ptr(),
+        None if key_norm is None else key_norm.data_ptr(),
+        eps,
+        cosine.contiguous().data_ptr(),
+        sine.contiguous().data_ptr(),
+        slot_mapping.data_ptr(),
+        tokens,
+        heads,
+        kv_heads,
+        head_dim,
+        block_size,
+        query.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+    )
+    return query
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -18,16 +18,22 @@ from pathlib import Path
 
 import platformdirs
 
-_SOURCES = ("linear.cpp", "attention.cpp", "kv_cache.cpp")
+_SOURCES = ("linear.cpp", "attention.cpp", "kv_cache.cpp", "rotary.cpp", "argmax.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-w")
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 # What each kernel takes; all of them return nothing.
 _ATTENTION = [_POINTER, _NUMBER, *[_POINTER] * 3, _NUMBER, *[_POINTER] * 2, *[_NUMBER] * 6, ctypes.c_float, _POINTER]
 _WRITE = [*[_POINTER] * 3, _NUMBER, _POINTER, _NUMBER, _POINTER, *[_NUMBER] * 4]
+_ROTATE = [_POINTER, _NUMBER, _POINTER, _POINTER, ctypes.c_float, *[_POINTER] * 3, *[_NUMBER] * 5, *[_POINTER] * 3]
+_ARGMAX = [_POINTER, *[_NUMBER] * 3, _POINTER]
 _SIGNATURES = {
     "dispec_pack": [_POINTER, _POINTER, _NUMBER, _NUMBER],
-    "dispec_linear": [_POINTER, _NUMBER, _POINTER, _POINTER, _POINTER, _NUMBER, _NUMBER, _NUMBER],
+    "dispec_linear": [_POINTER, _NUMBER, _POINTER, ctypes.c_float, *[_POINTER] * 4, *[_NUMBER] * 4],
+    "dispec_argmax_bfloat16": _ARGMAX,
+    "dispec_argmax_float32": _ARGMAX,
+    "dispec_rotate_and_write_bfloat16": _ROTATE,
+    "dispec_rotate_and_write_float32": _ROTATE,
     "dispec_paged_attention_bfloat16": _ATTENTION,
     "dispec_paged_attention_float32": _ATTENTION,
     "dispec_write_kv_bfloat16": _WRITE,

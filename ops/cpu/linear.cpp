@@ -6,13 +6,21 @@
 //
 // Each output is one chain of additions over K in order, whatever the number of rows and threads: a row's results
 // do not depend on the rows beside it, not in the last bit.
+//
+// What surrounds a product in a transformer layer is done on the way, because at few rows each further pass over the
+// threads costs as much as the arithmetic in it: the norm of the input, the gate of an MLP, the residual connection.
+// Every rounding to bf16 is where the separate operations have it.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #ifdef __AVX512BF16__  // elsewhere the library lacks these functions, and whoever loads it sees that
 #include <immintrin.h>
 #include <omp.h>
+
+#include "vectors.h"
 
 namespace {
 
@@ -28,17 +36,30 @@ inline int32_t pair_of(const uint16_t *x, int64_t pair, int64_t k) {
     return both;
 }
 
+inline __m512 widened(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+
+// Sixteen sums, rounded, into `to`; plus `residual`, rounded again, where there is one.
+inline void finish(__m512 sums, const uint16_t *residual, uint16_t *to, __mmask16 mask) {
+    __m256i rounded = (__m256i)_mm512_cvtneps_pbh(sums);
+    if (residual)
+        rounded = (__m256i)_mm512_cvtneps_pbh(widened(rounded) + widened(_mm256_maskz_loadu_epi16(mask, residual)));
+    _mm256_mask_storeu_epi16(to, mask, rounded);
+}
+
+// `residual` is null or lies as `out` does. `next` is what to fetch meanwhile, as many cache lines as the tile has pairs;
+// null means this very tile, a little ahead of its use.
 template <int ROWS>
-void tile_product(const uint16_t *x, int64_t x_stride, const uint16_t *tile, const uint16_t *bias, uint16_t *out,
-                  int64_t out_stride, int64_t k, int width) {
+void tile_product(const uint16_t *x, int64_t x_stride, const uint16_t *tile, const uint16_t *bias,
+                  const uint16_t *residual, const char *next, uint16_t *out, int64_t out_stride, int64_t k, int width) {
     __m512 sums[ROWS][2];
     const __mmask16 low = _cvtu32_mask16(width >= 16 ? 0xffff : (1u << width) - 1);
     const __mmask16 high = _cvtu32_mask16(width >= 32 ? 0xffff : width > 16 ? (1u << (width - 16)) - 1 : 0);
     __m512 first = _mm512_setzero_ps(), second = _mm512_setzero_ps();
     if (bias) {
-        first = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(low, bias)), 16));
-        second =
-            _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(high, bias + 16)), 16));
+        first = widened(_mm256_maskz_loadu_epi16(low, bias));
+        second = widened(_mm256_maskz_loadu_epi16(high, bias + 16));
     }
     for (int row = 0; row < ROWS; ++row) {
         sums[row][0] = first;
@@ -47,7 +68,9 @@ void tile_product(const uint16_t *x, int64_t x_stride, const uint16_t *tile, con
     const int64_t whole = k / 2;
     for (int64_t pair = 0; pair < whole; ++pair) {
         const uint16_t *at = tile + pair * TILE * 2;
-        if constexpr (ROWS <= 6) {
+        if (next) {
+            _mm_prefetch(next + pair * 64, _MM_HINT_T1);
+        } else if constexpr (ROWS <= 6) {
             _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
             _mm_prefetch((const char *)at + AHEAD + 64, _MM_HINT_T0);
         }
@@ -71,16 +94,66 @@ void tile_product(const uint16_t *x, int64_t x_stride, const uint16_t *tile, con
         }
     }
     for (int row = 0; row < ROWS; ++row) {
-        _mm256_mask_storeu_epi16(out + row * out_stride, low, (__m256i)_mm512_cvtneps_pbh(sums[row][0]));
-        _mm256_mask_storeu_epi16(out + row * out_stride + 16, high, (__m256i)_mm512_cvtneps_pbh(sums[row][1]));
+        const int64_t at = row * out_stride;
+        finish(sums[row][0], residual ? residual + at : nullptr, out + at, low);
+        finish(sums[row][1], residual ? residual + at + 16 : nullptr, out + at + 16, high);
     }
 }
 
-using TileProduct = void (*)(const uint16_t *, int64_t, const uint16_t *, const uint16_t *, uint16_t *, int64_t,
-                             int64_t, int);
+using TileProduct = void (*)(const uint16_t *, int64_t, const uint16_t *, const uint16_t *, const uint16_t *,
+                             const char *, uint16_t *, int64_t, int64_t, int);
 constexpr TileProduct PRODUCTS[MAX_ROWS + 1] = {
     nullptr,         tile_product<1>, tile_product<2>, tile_product<3>,  tile_product<4>,  tile_product<5>,  tile_product<6>,
     tile_product<7>, tile_product<8>, tile_product<9>, tile_product<10>, tile_product<11>, tile_product<12>,
+};
+
+// x / sqrt(mean(x^2) + eps), rounded, times weight, rounded.
+void norm_row(const bfloat16 *x, const bfloat16 *weight, float eps, bfloat16 *out, int64_t k) {
+    Floats squares = {};
+    const int64_t whole = k / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) squares += load(x + i) * load(x + i);
+    float total = sum(squares);
+    for (int64_t i = whole; i < k; ++i) total += scalar(x[i]) * scalar(x[i]);
+    const float factor = 1.0f / std::sqrt(total / float(k) + eps);
+    for (int64_t i = 0; i < whole; i += LANES) {
+        bfloat16 normed[LANES];
+        store(normed, load(x + i) * factor);
+        store(out + i, load(normed) * load(weight + i));
+    }
+    if (whole == k) return;
+    bfloat16 rest[LANES] = {}, weights[LANES] = {};
+    std::copy(x + whole, x + k, rest);
+    std::copy(weight + whole, weight + k, weights);
+    store(rest, load(rest) * factor);
+    store(rest, load(rest) * load(weights));
+    std::copy(rest, rest + (k - whole), out + whole);
+}
+
+// out = silu(gate) * up, 32 of each; both factors rounded before.
+void gated(const bfloat16 *gate, const bfloat16 *up, bfloat16 *out) {
+    for (int64_t i = 0; i < TILE; i += LANES) {
+        const Floats x = load(gate + i), e = exp_negative(x < 0.0f ? x : -x);
+        bfloat16 silu[LANES];
+        store(silu, x * (x < 0.0f ? e : splat(1.0f)) / (e + 1.0f));
+        store(out + i, load(silu) * load(up + i));
+    }
+}
+
+struct Product {
+    const uint16_t *x;
+    int64_t x_stride;
+    const uint16_t *packed, *bias;
+    int64_t rows, n, k;
+
+    // The first two groups of rows have time to fetch half of the tile after this one each.
+    void tile(int64_t index, int64_t group, int64_t groups, const uint16_t *added, uint16_t *to, int64_t stride) const {
+        const int64_t begin = rows * group / groups, end = rows * (group + 1) / groups, pairs = (k + 1) / 2;
+        const int width = int(std::min<int64_t>(TILE, n - index * TILE));
+        const char *next = nullptr;
+        if (groups > 1 && group < 2) next = (const char *)(packed + (index + 1) * pairs * TILE * 2) + group * pairs * 64;
+        PRODUCTS[end - begin](x + begin * x_stride, x_stride, packed + index * pairs * TILE * 2,
+                              bias ? bias + index * TILE : nullptr, added, next, to, stride, k, width);
+    }
 };
 
 }  // namespace
@@ -101,25 +174,47 @@ extern "C" void dispec_pack(const uint16_t *weight, uint16_t *packed, int64_t n,
         }
 }
 
-// out [rows, n] = x [rows, k] @ weight.T + bias. Strides in elements; bias may be null.
-extern "C" void dispec_linear(const uint16_t *x, int64_t x_stride, const uint16_t *packed, const uint16_t *bias,
-                              uint16_t *out, int64_t rows, int64_t n, int64_t k) {
-    const int64_t pairs = (k + 1) / 2, tiles = (n + TILE - 1) / TILE;
+// out [rows, n] = norm(x) [rows, k] @ weight.T + bias + residual [rows, n]. Strides in elements. `norm` [k], bias and
+// residual may be null. If `is_gated`, n is a multiple of 64, the first half of the features gates the second, and out
+// is [rows, n / 2].
+extern "C" void dispec_linear(const uint16_t *x, int64_t x_stride, const uint16_t *norm, float eps,
+                              const uint16_t *packed, const uint16_t *bias, const uint16_t *residual, uint16_t *out,
+                              int64_t rows, int64_t n, int64_t k, int64_t is_gated) {
+    static thread_local std::vector<uint16_t> normed;
+    Product product{x, x_stride, packed, bias, rows, n, k};
+    if (norm) {
+        normed.resize(rows * k + 2);
+        product.x = normed.data();
+        product.x_stride = k;
+    }
+    uint16_t *norms = normed.data();
+    const int64_t outputs = is_gated ? n / 2 : n, tiles = (outputs + TILE - 1) / TILE;
     const int64_t groups = (rows + MAX_ROWS - 1) / MAX_ROWS;
 #pragma omp parallel
     {
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        if (norm) {
+            for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; ++row)
+                norm_row((const bfloat16 *)x + row * x_stride, (const bfloat16 *)norm, eps,
+                         (bfloat16 *)norms + row * k, k);
+#pragma omp barrier
+        }
         const int64_t first = tiles * thread / threads, last = tiles * (thread + 1) / threads;
-        for (int64_t tile = first; tile < last; ++tile) {
-            const int width = int(std::min<int64_t>(TILE, n - tile * TILE));
-            const uint16_t *at = packed + tile * pairs * TILE * 2;
-            const uint16_t *tile_bias = bias ? bias + tile * TILE : nullptr;
+        for (int64_t tile = first; tile < last; ++tile)
             for (int64_t group = 0; group < groups; ++group) {  // sizes as equal as can be
                 const int64_t begin = rows * group / groups, end = rows * (group + 1) / groups;
-                PRODUCTS[end - begin](x + begin * x_stride, x_stride, at, tile_bias, out + begin * n + tile * TILE, n, k,
-                                      width);
+                const int64_t at = begin * outputs + tile * TILE;
+                if (!is_gated) {
+                    product.tile(tile, group, groups, residual ? residual + at : nullptr, out + at, outputs);
+                    continue;
+                }
+                uint16_t gates[MAX_ROWS * TILE], ups[MAX_ROWS * TILE];
+                product.tile(tile, group, groups, nullptr, gates, TILE);
+                product.tile(tiles + tile, group, groups, nullptr, ups, TILE);
+                for (int64_t row = 0; row < end - begin; ++row)
+                    gated((bfloat16 *)gates + row * TILE, (bfloat16 *)ups + row * TILE,
+                          (bfloat16 *)out + at + row * outputs);
             }
-        }
     }
 }
 #endif

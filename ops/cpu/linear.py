@@ -19,22 +19,37 @@ def pack(weight: BFloat16[Tensor, "N K"]) -> BFloat16[Tensor, "tiles pairs 32 2"
     return packed
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None, features: int) -> Tensor:
-    """`x @ weight.T + bias`, [T, features]. A row's result depends on that row alone, to the last bit."""
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    features: int,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    is_gated: bool,
+) -> Tensor:
+    """As `ops.linear`, [T, features] or half of that. A row's result depends on that row alone, to the last bit."""
     kernels = library()
     assert kernels is not None
     tokens, size = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
-    output = torch.empty(tokens, features, dtype=torch.bfloat16)
+    if residual is not None:
+        residual = residual.contiguous()
+    output = torch.empty(tokens, features // 2 if is_gated else features, dtype=torch.bfloat16)
     kernels.dispec_linear(
         x.data_ptr(),
         x.stride(0),
+        None if norm is None else norm.data_ptr(),
+        eps,
         packed.data_ptr(),
         None if bias is None else bias.data_ptr(),
+        None if residual is None else residual.data_ptr(),
         output.data_ptr(),
         tokens,
         features,
         size,
+        is_gated,
     )
     return output

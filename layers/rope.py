@@ -1,4 +1,4 @@
-"""Norm, rotary positions and the gated MLP."""
+"""Rotary positions (arXiv:2104.09864): how fast each pair of dimensions turns, and where a step's tokens stand."""
 
 import math
 
@@ -8,21 +8,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from layers.config import ModelConfig, RopeScaling
-from layers.types import MlpWeights
-from ops import linear
-
-
-def rms_norm(x: Float[Tensor, "*shape N"], weight: Float[Tensor, "N"], eps: float) -> Float[Tensor, "*shape N"]:
-    """`x / sqrt(mean(x²) + eps) * weight` (arXiv:1910.07467), in float32, rounded to x's dtype before the weight."""
-    x32 = x.float()
-    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
-
-
-def swiglu(x: Float[Tensor, "T E"], w: MlpWeights) -> Float[Tensor, "T E"]:
-    """`down(silu(gate(x)) * up(x))` (arXiv:2002.05202)."""
-    gate, up = linear(x, w.gate_up).chunk(2, dim=-1)
-    return linear(torch.nn.functional.silu(gate) * up, w.down)
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Tensor, "D2"]:
@@ -68,10 +53,3 @@ def rope_rotation(
     """Cosine and sine of each position's angles, in float32: computed once a step, used by every layer."""
     angles = rearrange(positions.float(), "t -> t 1") * frequencies
     return angles.cos() * attention_factor, angles.sin() * attention_factor
-
-
-def rope(x: Float[Tensor, "T N D"], cos: Float[Tensor, "T D2"], sin: Float[Tensor, "T D2"]) -> Float[Tensor, "T N D"]:
-    """Rotate dimension i with dimension i + D2 (arXiv:2104.09864, the half-split order of Hugging Face)."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = rearrange(cos, "t d -> t 1 d"), rearrange(sin, "t d -> t 1 d")
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

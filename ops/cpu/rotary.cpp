@@ -1,0 +1,85 @@
+// The queries of a step, rotated, and its keys and values into their pages, from one pass over what was projected.
+#include <cmath>
+#include <cstdint>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t MAX_HEAD_DIM = 256;
+
+// Norm (where there is a weight) and rotation of one head, with a rounding to T after each step that has one in torch.
+template <typename T>
+void rotate(const T *x, const T *norm, float eps, const float *cosine, const float *sine, int64_t d, T *out) {
+    T normed[MAX_HEAD_DIM];
+    if (norm) {
+        Floats squares = {};
+        for (int64_t i = 0; i < d; i += LANES) squares += load(x + i) * load(x + i);
+        const float factor = 1.0f / std::sqrt(sum(squares) / float(d) + eps);
+        for (int64_t i = 0; i < d; i += LANES) {
+            store(normed + i, load(x + i) * factor);
+            store(normed + i, load(normed + i) * load(norm + i));
+        }
+        x = normed;
+    }
+    const int64_t half = d / 2;
+    int64_t i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        const Floats first = load(x + i), second = load(x + half + i), c = load(cosine + i), s = load(sine + i);
+        store(out + i, first * c - second * s);
+        store(out + half + i, second * c + first * s);
+    }
+    for (; i < half; ++i) {
+        const float first = scalar(x[i]), second = scalar(x[half + i]);
+        T pair[2 * LANES];
+        store(pair, splat(first * cosine[i] - second * sine[i]));
+        store(pair + LANES, splat(second * cosine[i] + first * sine[i]));
+        out[i] = pair[0];
+        out[half + i] = pair[LANES];
+    }
+}
+
+template <typename T>
+void rotate_and_write(const T *projected, int64_t stride, const T *query_norm, const T *key_norm, float eps,
+                      const float *cosine, const float *sine, const int32_t *slot_mapping, int64_t tokens,
+                      int64_t heads, int64_t kv_heads, int64_t d, int64_t block_size, T *query, T *keys, T *values) {
+    const int64_t page = d * block_size, all = heads + 2 * kv_heads;
+    // Slots are distinct but for padding's, and what lies there is never read.
+#pragma omp parallel for collapse(2) schedule(static) if (tokens * all * d > 4096)
+    for (int64_t head = 0; head < all; ++head)
+        for (int64_t token = 0; token < tokens; ++token) {
+            const T *from = projected + token * stride + head * d;
+            const float *c = cosine + token * (d / 2), *s = sine + token * (d / 2);
+            if (head < heads) {
+                rotate(from, query_norm, eps, c, s, d, query + (token * heads + head) * d);
+                continue;
+            }
+            const bool is_key = head < heads + kv_heads;
+            const int64_t kv_head = head - heads - (is_key ? 0 : kv_heads);
+            const int64_t slot = slot_mapping[token], block = slot / block_size, offset = slot % block_size;
+            const int64_t to = (block * kv_heads + kv_head) * page;
+            if (!is_key) {
+                std::memcpy(values + to + offset * d, from, d * sizeof(T));
+                continue;
+            }
+            T key[MAX_HEAD_DIM];
+            rotate(from, key_norm, eps, c, s, d, key);
+            for (int64_t i = 0; i < d; ++i) keys[to + i * block_size + offset] = key[i];
+        }
+}
+
+}  // namespace
+
+// projected: queries, keys and values of all heads side by side, tokens `stride` elements apart. cosine and sine
+// [tokens, d / 2], dense. query [tokens, heads, d]. query_norm and key_norm [d] may be null. d is a multiple of 16 up
+// to 256.
+#define ROTATE_AND_WRITE(name, T)                                                                                      \
+    extern "C" void name(const T *projected, int64_t stride, const T *query_norm, const T *key_norm, float eps,        \
+                         const float *cosine, const float *sine, const int32_t *slot_mapping, int64_t tokens,          \
+                         int64_t heads, int64_t kv_heads, int64_t d, int64_t block_size, T *query, T *keys, T *values) { \
+        rotate_and_write(projected, stride, query_norm, key_norm, eps, cosine, sine, slot_mapping, tokens, heads,      \
+                         kv_heads, d, block_size, query, keys, values);                                                \
+    }
+
+ROTATE_AND_WRITE(dispec_rotate_and_write_bfloat16, bfloat16)
+ROTATE_AND_WRITE(dispec_rotate_and_write_float32, float)

@@ -1,0 +1,63 @@
+"""From what a layer projected to queries and pages: norm of the heads, rotation, and the write, in one op."""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ops.cpu import attention as cpu_attention
+from ops.kv_cache import write_kv
+from ops.norm import Norm, rms_norm
+from ops.paged_attention import has_cpu_kernel
+
+_library = torch.library.Library("dispec", "FRAGMENT")
+_library.define(
+    "rotate_and_write(Tensor projected, Tensor cosine, Tensor sine, Tensor(a!) keys, Tensor(b!) values,"
+    " Tensor slot_mapping, Tensor? query_norm, Tensor? key_norm, float eps) -> Tensor"
+)
+
+
+def rotate_and_write(
+    projected: Float[Tensor, "T QKV"],
+    rotation: tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]],
+    keys: Float[Tensor, "NB KV D BS"],
+    values: Float[Tensor, "NB KV BS D"],
+    slot_mapping: Int[Tensor, "T"],
+    query_norm: Norm | None = None,
+    key_norm: Norm | None = None,
+) -> Float[Tensor, "T H D"]:
+    """The tokens' queries, ready to attend; their keys and values go to slots `slot_mapping`, as in `write_kv`.
+
+    `projected` holds each token's query, key and value heads side by side. Queries and keys are normed per head where
+    there is a norm (both have the same `eps`), and rotated by `rotation`, the cosine and sine of their positions.
+    """
+    kv_heads, head_dim, block_size = keys.shape[1:]
+    if projected.device.type == "cpu" and has_cpu_kernel(keys.dtype, head_dim, block_size):
+        query_weight, eps = query_norm or (None, 0.0)
+        key_weight, _ = key_norm or (None, 0.0)
+        return torch.ops.dispec.rotate_and_write(
+            projected, *rotation, keys, values, slot_mapping, query_weight, key_weight, eps
+        )
+    heads = rearrange(projected, "t (n d) -> t n d", d=head_dim)
+    query, key, value = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+    if query_norm is not None and key_norm is not None:
+        query, key = rms_norm(query, query_norm), rms_norm(key, key_norm)
+    write_kv(keys, values, rope(key, *rotation), value, slot_mapping)
+    return rope(query, *rotation)
+
+
+def rope(x: Float[Tensor, "T N D"], cos: Float[Tensor, "T D2"], sin: Float[Tensor, "T D2"]) -> Float[Tensor, "T N D"]:
+    """Rotate dimension i with dimension i + D2 (arXiv:2104.09864, the half-split order of Hugging Face)."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = rearrange(cos, "t d -> t 1 d"), rearrange(sin, "t d -> t 1 d")
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _fake(projected: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, *_: object) -> Tensor:
+    kv_heads, head_dim = keys.shape[1:3]
+    heads = projected.shape[1] // head_dim - 2 * kv_heads
+    return projected.new_empty(projected.shape[0], heads, head_dim)
+
+
+_library.impl("rotate_and_write", cpu_attention.rotate_and_write, "CPU")
+torch.library.register_fake("dispec::rotate_and_write", _fake, lib=_library)

@@ -1,14 +1,19 @@
-"""Load on a server that speaks OpenAI's completions: requests sent, and when the pieces of each answer came."""
+"""Load on a server that speaks OpenAI's completions: requests sent, and when the pieces of each answer came.
+
+What came is put away with its time, and read when all answers are there: on a machine with few cores, what the reading
+of JSON takes while the load lasts is taken from the server.
+"""
 
 import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
+from urllib.parse import urlsplit
 
-import httpx
+import httptools
 
 from bench.workload import random_tokens
 
@@ -70,70 +75,163 @@ class Answer:
         return (self.chunks[-1] - self.chunks[0]) / max(1, self.num_tokens - 1)
 
 
-async def sse_data(response: httpx.Response) -> AsyncIterator[bytes]:
-    """The data of each server-sent event."""
-    rest = b""
-    async for received in response.aiter_raw():
-        *lines, rest = (rest + received).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip()
+class Connection(asyncio.Protocol):
+    """One request after another to a server, and what came of the last: `status`, `pieces` and when each came."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.pieces: list[tuple[float, bytes]] = []
+        self.is_open = False
+        self._end: asyncio.Future[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self.is_open = True
+
+    async def ask(self, request: bytes) -> None:
+        """Send a request; returns when its answer is there. Raises ConnectionError, or httptools.HttpParserError."""
+        self.status, self.pieces = 0, []
+        self._parser = httptools.HttpResponseParser(self)
+        self._end = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        await self._end
+
+    def close(self) -> None:
+        self.is_open = False
+        self._transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._stop(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop(ConnectionError("the server closed the connection"))
+
+    def _stop(self, error: Exception) -> None:
+        self.is_open = False
+        if self._end is not None and not self._end.done():
+            self._end.set_exception(error)
+
+    # What the parser finds
+
+    def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
+
+    def on_body(self, data: bytes) -> None:
+        self.pieces.append((time.perf_counter(), data))
+
+    def on_message_complete(self) -> None:
+        self.is_open = self.is_open and self._parser.should_keep_alive()
+        if self._end is not None and not self._end.done():
+            self._end.set_result(None)
 
 
-async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Answer:
-    """Send a request and note when its pieces come. Whatever goes wrong is the answer's `error`."""
-    answer = Answer(arrival=time.perf_counter())
+class Client:
+    """Connections to a server, as many as there are requests at once, each used again and again."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        parts = urlsplit(url)
+        self._is_secure = parts.scheme == "https"
+        self._host, self._port = parts.hostname or "", parts.port or (443 if self._is_secure else 80)
+        self._prefix = parts.path.rstrip("/")
+        self._headers = f"Host: {parts.netloc}\r\nContent-Type: application/json\r\n"
+        if api_key:
+            self._headers += f"Authorization: Bearer {api_key}\r\n"
+        self._idle: list[Connection] = []
+
+    async def ask(self, path: str, body: bytes) -> tuple[Answer, int, list[tuple[float, bytes]]]:
+        """Post a request: its answer, not read yet, with its status and its pieces."""
+        head = f"POST {self._prefix}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(body)}\r\n\r\n"
+        answer = Answer(arrival=time.perf_counter())
+        connection = None
+        try:
+            connection = await self._connection()
+            await connection.ask(head.encode() + body)
+        except (OSError, httptools.HttpParserError) as error:
+            answer.error = "ConnectError" if connection is None else type(error).__name__
+        answer.finished = time.perf_counter()
+        if connection is None:
+            return answer, 0, []
+        if connection.is_open:
+            self._idle.append(connection)
+        return answer, connection.status, connection.pieces
+
+    def close(self) -> None:
+        for connection in self._idle:
+            connection.close()
+
+    async def _connection(self) -> Connection:
+        while self._idle:
+            if (idle := self._idle.pop()).is_open:
+                return idle
+        _, made = await asyncio.get_running_loop().create_connection(
+            Connection, self._host, self._port, ssl=self._is_secure or None
+        )
+        return made
+
+
+def read(answer: Answer, status: int, pieces: list[tuple[float, bytes]]) -> Answer:
+    """Make the times of its pieces of text and the number of its tokens of what came, or an error."""
+    if status != 200:
+        answer.error = answer.error or f"{status} {b''.join(data for _, data in pieces).decode(errors='replace')[:120]}"
+        return answer
     try:
-        async with client.stream("POST", path, json=body) as response:
-            if response.status_code == 200:
-                await _read(response, answer)
-            else:
-                text = (await response.aread()).decode(errors="replace")
-                answer.error = f"{response.status_code} {text[:120]}"
-    except (httpx.HTTPError, ValueError, KeyError) as error:  # the connection, or what came over it
-        answer.error = type(error).__name__
-    answer.finished = time.perf_counter()
+        error = _read_events(answer, pieces)
+    except (ValueError, KeyError) as unreadable:
+        error = type(unreadable).__name__
+    answer.error = answer.error or error
     return answer
 
 
-async def _read(response: httpx.Response, answer: Answer) -> None:
-    answer.error = "broke off before [DONE]"
-    async for data in sse_data(response):
-        if data == b"[DONE]":
-            answer.error = None if answer.chunks else "no text"
-            continue
-        chunk = json.loads(data)
-        if "error" in chunk:
-            answer.error = f"in the stream: {chunk['error'].get('message', '')[:120]}"
-            return
-        if chunk.get("usage"):
-            answer.num_tokens = chunk["usage"]["completion_tokens"]
-        if any(choice.get("text") or choice.get("delta", {}).get("content") for choice in chunk["choices"]):
-            answer.chunks.append(time.perf_counter())
+def _read_events(answer: Answer, pieces: list[tuple[float, bytes]]) -> str | None:
+    """Reads the server-sent events; returns what is wrong with them."""
+    rest, is_done = b"", False
+    for moment, data in pieces:
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if not line.startswith(b"data:"):
+                continue
+            said = line[5:].strip()
+            if said == b"[DONE]":
+                is_done = True
+                continue
+            chunk = json.loads(said)
+            if "error" in chunk:
+                return f"in the stream: {chunk['error'].get('message', '')[:120]}"
+            if chunk.get("usage"):
+                answer.num_tokens = chunk["usage"]["completion_tokens"]
+            if any(choice.get("text") or choice.get("delta", {}).get("content") for choice in chunk["choices"]):
+                answer.chunks.append(moment)
     answer.num_tokens = answer.num_tokens or len(answer.chunks)
+    if not is_done:
+        return "broke off before [DONE]"
+    return None if answer.chunks else "no text"
 
 
 async def run_load(
-    client: httpx.AsyncClient, load: Load, model: str, seed: int, on_answer: Callable[[], object] = lambda: None
+    client: Client, load: Load, model: str, seed: int, on_answer: Callable[[], object] = lambda: None
 ) -> list[Answer]:
-    """Put the load on the server; one answer for each request."""
+    """Put the load on the server; one answer for each request. Whatever goes wrong with one is its `error`."""
     path = "/v1/chat/completions" if load.chat else "/v1/completions"
+    bodies = [json.dumps(load.body(prompt, model)).encode() for prompt in load.prompts(seed)]
     rng = random.Random(seed)
     limit = asyncio.Semaphore(load.concurrency or load.num_requests)
 
-    async def one(body: dict[str, Any]) -> Answer:
+    async def one(body: bytes) -> tuple[Answer, int, list[tuple[float, bytes]]]:
         try:
-            return await ask(client, path, body)
+            return await client.ask(path, body)
         finally:
             limit.release()
             on_answer()
 
     tasks = []
     start, due = time.perf_counter(), 0.0
-    for prompt in load.prompts(seed):
+    for body in bodies:
         if load.rate is not None:
             due += rng.expovariate(load.rate)
             await asyncio.sleep(start + due - time.perf_counter())
         await limit.acquire()
-        tasks.append(asyncio.create_task(one(load.body(prompt, model))))
-    return await asyncio.gather(*tasks)
+        tasks.append(asyncio.create_task(one(body)))
+    return [read(*found) for found in await asyncio.gather(*tasks)]

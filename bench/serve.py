@@ -10,7 +10,6 @@ concurrency, in turns with the server, which sleeps meanwhile. The load generato
 of one stands in the results.
 """
 
-import asyncio
 import statistics
 import time
 from collections import Counter
@@ -20,10 +19,11 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+import uvloop
 from tqdm import tqdm
 
 from bench.machine import describe_machine
-from bench.openai_load import Answer, Load, run_load
+from bench.openai_load import Answer, Client, Load, run_load
 from bench.report import Output, Plot, Report
 
 PERCENTILES = (50, 90, 99)
@@ -75,24 +75,26 @@ def summarize(answers: list[Answer], objective: Objective) -> dict[str, Any]:
     }
 
 
-async def serve_once(
-    url: str, api_key: str | None, model: str | None, load: Load, seed: int
-) -> tuple[list[Answer], float]:
-    """One run against the server, after a request that warms it; the answers and our own share of a core."""
+def served_model(url: str, api_key: str | None) -> str:
+    """The first model that the server lists."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=limits) as client:
-        if model is None:
-            response = await client.get("/v1/models")
-            model = response.raise_for_status().json()["data"][0]["id"]
-        assert model is not None
-        warm = Load(1, load.prompt_tokens, load.output_tokens, load.vocab_size, concurrency=1, chat=load.chat)
-        await run_load(client, warm, model, seed=-1 - seed)
-        name = f"c={load.concurrency}" if load.concurrency else f"{load.rate:g}/s"
-        with tqdm(total=load.num_requests, desc=name, unit="request", leave=False) as bar:
-            began, cpu = time.perf_counter(), time.process_time()
-            answers = await run_load(client, load, model, seed, bar.update)
-            return answers, (time.process_time() - cpu) / (time.perf_counter() - began)
+    response = httpx.get(f"{url.rstrip('/')}/v1/models", headers=headers, timeout=60)
+    name: str = response.raise_for_status().json()["data"][0]["id"]
+    return name
+
+
+async def serve_once(url: str, api_key: str | None, model: str, load: Load, seed: int) -> tuple[list[Answer], float]:
+    """One run against the server, after a request that warms it; the answers and our own share of a core."""
+    client = Client(url, api_key)
+    warm = Load(1, load.prompt_tokens, load.output_tokens, load.vocab_size, concurrency=1, chat=load.chat)
+    await run_load(client, warm, model, seed=-1 - seed)
+    name = f"c={load.concurrency}" if load.concurrency else f"{load.rate:g}/s"
+    with tqdm(total=load.num_requests, desc=name, unit="request", leave=False, mininterval=1.0) as bar:
+        began, cpu = time.perf_counter(), time.process_time()
+        answers = await run_load(client, load, model, seed, bar.update)
+        share = (time.process_time() - cpu) / (time.perf_counter() - began)
+    client.close()
+    return answers, share
 
 
 def offline_rate(model: str, options: dict[str, Any], load: Load) -> Callable[[int], float]:
@@ -154,6 +156,7 @@ def main(
     objective = Objective(slo_ttft, slo_tpot, slo_e2e)
     columns = {"load": " ", "tok/s": ".1f", "good/s": ".2f"} | {f"{kind} p50/90/99 ms": " " for kind in KINDS}
     report = Report("serve", settings, describe_machine(), columns | {"errors": "d"}, output, plot)
+    name_of_model = model or served_model(url, api_key)
     shared = (num_requests, prompt_tokens, output_tokens, vocab_size)
     for size in (rate or concurrency or "").split(","):
         load = Load(
@@ -167,7 +170,7 @@ def main(
         peer = None if offline is None else offline_rate(offline, options, load)
         served, alone = [], []
         for seed in range(rounds):
-            answers, client_share = asyncio.run(serve_once(url, api_key, model, load, seed))
+            answers, client_share = uvloop.run(serve_once(url, api_key, name_of_model, load, seed))
             summary = summarize(answers, objective) | {"client_cores": client_share}
             served.append(summary["output_tokens_per_second"])
             if peer is not None:

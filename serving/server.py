@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+import uvloop
 from litestar.types import ASGIApp
 
 from engine.messages import EngineInfo
 from serving.app import create_app
 from serving.engine_client import EngineClient
+from serving.http_protocol import BoundedHttp
 from serving.live import Live
 from serving.metrics import Metrics
 from serving.routes_dashboard import dashboard_router
@@ -43,7 +45,7 @@ def run(settings: ServerSettings, engine_options: dict[str, Any], *, quiet: bool
             print(line, flush=True)
 
     with logging_to(sys.stderr, settings.log_format, logging.WARNING if quiet else logging.INFO):
-        return asyncio.run(serve(settings, engine_options, say, show_progress))
+        return uvloop.run(serve(settings, engine_options, say, show_progress))
 
 
 async def serve(
@@ -102,10 +104,9 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, app: ASGIApp, settings: ServerSettings, client: EngineClient) -> None:
         config = uvicorn.Config(
             app,
-            http="h11",  # bounds its headers
+            http=BoundedHttp.of(settings.max_header_bytes),
             ws="none",
             lifespan="off",
-            h11_max_incomplete_event_size=settings.max_header_bytes,
             timeout_keep_alive=_IDLE_SECONDS,
             timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
             backlog=_BACKLOG,

@@ -1,12 +1,11 @@
 import asyncio
 import json
 
-import httpx
 import pytest
 from typer.testing import CliRunner
 
 from bench import cli, serve
-from bench.openai_load import Answer, Load, run_load
+from bench.openai_load import Answer, Client, Load, run_load
 from bench.serve import Objective, summarize
 from tests.checkpoints import VOCAB_SIZE, save_tiny
 from tests.running_server import serving
@@ -22,8 +21,11 @@ def server(tmp_path_factory):
 
 def put(url: str, load: Load, model: str = "") -> list[Answer]:
     async def run() -> list[Answer]:
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        client = Client(url)
+        try:
             return await run_load(client, load, model, seed=1)
+        finally:
+            client.close()
 
     return asyncio.run(run())
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -217,6 +218,22 @@ def test_a_body_and_headers_that_are_too_long(guarded: Server) -> None:
     with contextlib.suppress(httpx.TransportError):  # it is not read to its end
         assert guarded.get("/version", headers={"X-Long": "x" * 200_000}).status_code in (400, 431)
     assert guarded.get("/version").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"GET /version HTTP/1.1\r\nX-Long: ",
+        b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\nX-Long: ",
+    ],
+)
+def test_a_header_or_trailer_without_end_is_not_kept(guarded: Server, beginning: bytes) -> None:
+    address = urlsplit(guarded.url)
+    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
+        connection.sendall(beginning)
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):  # more than any buffer between us holds
+                connection.sendall(b"x" * 65536)
 
 
 def test_a_full_queue_is_told_when_to_come_back(guarded: Server) -> None:

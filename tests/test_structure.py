@@ -149,8 +149,8 @@ def test_threads_of_the_processes(tmp_path, monkeypatch):
         assert server.completion("the quick brown fox " * 8, 8).status_code == 200
         front = psutil.Process(server.process.pid)
         (engine,) = front.children()
-        # The event loop, its four workers at most, the log's writer, who reads from the engine and who waits for its end; the
-        # socket library's two.
+        # The event loop, its four workers at most, the log's writer, who reads from the engine and who waits for its
+        # end; the socket library's two.
         assert front.num_threads() <= 8 + 2
         # The one that steps and OpenMP's second; who waits for the front's end; the socket library's two.
         assert engine.num_threads() <= 2 + 1 + 2

@@ -2,8 +2,7 @@
 
     dispec bench ablations --requests 16
 
-All rows answer the same requests, which come at once and begin with the same tokens, and take turns. Rows exist for
-what the engine can be told to do without; its packed weights are in all of ours.
+All rows answer the same requests, which come at once and begin with the same tokens, and take turns.
 """
 
 from contextlib import ExitStack
@@ -20,30 +19,46 @@ from bench.rounds import take_turns
 from bench.workload import Workload
 from engine.options import DTYPES
 
+# What the engine on a CPU computes with in the rows that go without.
+_PLAIN = {"DISPEC_PACKED_WEIGHTS": "off", "DISPEC_CPU_KERNELS": "off"}
+
 
 class Row(NamedTuple):
-    """A set-up: `options` of our engine, or None for transformers."""
+    """A set-up: `options` of our engine, or None for transformers, and variables set in its process."""
 
     name: str
     options: dict[str, Any] | None
+    environment: dict[str, str]
 
 
 def rows(is_cuda: bool, requests: int) -> list[Row]:
     """The set-ups, each with one technique more than the one before."""
     options: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 1, "enable_prefix_caching": False}
+    environment: dict[str, str] = {}
     if is_cuda:
         options["async_scheduling"] = False
-    result = [Row("transformers", None), Row("ours, eager, one at a time", options)]
-    steps: list[tuple[str, dict[str, Any]]] = [
-        ("+ compiled steps, CUDA graphs" if is_cuda else "+ compiled steps", {"enforce_eager": False}),
-        *([("+ next step prepared meanwhile", {"async_scheduling": True})] if is_cuda else []),
-        ("+ continuous batching", {"max_num_seqs": requests}),
-        ("+ prefix sharing", {"enable_prefix_caching": True}),
-    ]
-    for name, change in steps:
-        options = options | change
-        result.append(Row(name, options))
-    return result
+        first = "ours, eager, one at a time"
+        of_device: list[tuple[str, dict[str, Any], dict[str, str]]] = [
+            ("+ compiled steps, CUDA graphs", {"enforce_eager": False}, {}),
+            ("+ next step prepared meanwhile", {"async_scheduling": True}, {}),
+        ]
+    else:
+        environment = _PLAIN
+        first = "ours, eager, torch's operations, one at a time"
+        of_device = [
+            ("+ compiled layers", {"enforce_eager": False}, {}),
+            ("+ packed weights", {}, {"DISPEC_PACKED_WEIGHTS": "on"}),
+            ("+ kernels of our own", {}, {"DISPEC_CPU_KERNELS": "on"}),
+        ]
+    found = [Row("transformers", None, {}), Row(first, options, environment)]
+    for name, change, variables in (
+        *of_device,
+        ("+ continuous batching", {"max_num_seqs": requests}, {}),
+        ("+ prefix sharing", {"enable_prefix_caching": True}, {}),
+    ):
+        options, environment = options | change, environment | variables
+        found.append(Row(name, options, environment))
+    return found
 
 
 def main(
@@ -74,7 +89,7 @@ def main(
                 peer = {"model": model, "is_geometry": model in NAMES, "dtype": dtype, "device": device}
                 contestant = transformers(row.name, peer | {"one_at_a_time": True})
             else:
-                contestant = our_engine(model, common | row.options, row.name)
+                contestant = our_engine(model, common | row.options, row.name, row.environment)
             stack.callback(contestant.close)
             running.append(contestant)
         taken = take_turns(running, workload, config.vocab_size, rounds)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -161,9 +162,11 @@ class LlamaCpp:
         pass
 
 
-def our_engine(model: str, options: dict[str, Any], name: str = "dispec") -> Worker:
-    """`LLM.generate` with these options of the engine."""
-    return _own_worker(name, {"engine": "dispec", "model": model, "options": options})
+def our_engine(
+    model: str, options: dict[str, Any], name: str = "dispec", environment: dict[str, str] | None = None
+) -> Worker:
+    """`LLM.generate` with these options of the engine, and these variables set in its process."""
+    return _own_worker(name, {"engine": "dispec", "model": model, "options": options}, environment)
 
 
 def transformers(name: str, settings: dict[str, Any]) -> Worker:
@@ -171,8 +174,9 @@ def transformers(name: str, settings: dict[str, Any]) -> Worker:
     return _own_worker(name, {"engine": "transformers"} | settings)
 
 
-def _own_worker(name: str, settings: dict[str, Any]) -> Worker:
-    return Worker(name, [sys.executable, "-m", "bench.worker", json.dumps(settings)])
+def _own_worker(name: str, settings: dict[str, Any], environment: dict[str, str] | None = None) -> Worker:
+    command = [sys.executable, "-m", "bench.worker", json.dumps(settings)]
+    return Worker(name, command, os.environ | environment if environment else None)
 
 
 def _version(program: Path) -> str:

@@ -6,6 +6,7 @@ Everywhere else a weight stays the plain [N, K] matrix; on CUDA products of few 
 have kernels of their own where those are faster (`ops.triton.few_rows`).
 """
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -48,8 +49,12 @@ Matrix = Tensor | Packed
 
 
 def pack(weight: Float[Tensor, "N K"]) -> Matrix:
-    """The weight in the layout that `linear` reads fastest on its device; the weight itself where that is it."""
+    """The weight in the layout that `linear` reads fastest on its device; the weight itself where that is it, or where
+    `DISPEC_PACKED_WEIGHTS=off` asks for it, as measurements of what packing is worth do.
+    """
     if weight.device.type != "cpu" or weight.dtype is not torch.bfloat16:
+        return weight
+    if os.environ.get("DISPEC_PACKED_WEIGHTS", "on") == "off":
         return weight
     if has_linear():
         return Packed(cpu_linear.pack(weight), weight.shape[0])

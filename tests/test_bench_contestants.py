@@ -1,17 +1,22 @@
 """Contestants: processes that are asked for rounds, and what other programs print."""
 
+import itertools
 import json
 import stat
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import ops
+from bench import ablations
 from bench.contestants import ContestantFailed, LlamaCpp, Worker, our_engine, transformers
 from bench.llama_cpp import BatchTiming, parse_batched_bench
 from bench.peers import choose_peers
 from bench.rounds import take_turns
 from bench.workload import Workload
+from engine.options import EngineOptions
 from tests.checkpoints import VOCAB_SIZE, save_tiny
 
 # Printed by llama-batched-bench b11434 for -npp 128 -ntg 16 -npl 4 -t 2 -c 1024, as a table and as JSON lines.
@@ -140,3 +145,21 @@ def test_ours_and_transformers_answer_as_asked(tmp_path) -> None:
     finally:
         for worker in started:
             worker.close()
+
+
+@pytest.mark.parametrize("is_cuda", [False, True])
+def test_each_row_of_the_ablations_changes_one_thing_and_the_last_is_the_engine_as_it_is(is_cuda) -> None:
+    ours = [row for row in ablations.rows(is_cuda, 16) if row.options is not None]
+    settings = [{**row.options, **row.environment} for row in ours]
+    for before, after in itertools.pairwise(settings):
+        assert len(before.items() ^ after.items()) == 2
+    as_it_is: dict[str, object] = {"max_num_seqs": 16, "async_scheduling": True}  # on CUDA, without being asked
+    as_it_is |= {name: "on" for name in ("DISPEC_PACKED_WEIGHTS", "DISPEC_CPU_KERNELS")}
+    for name, value in settings[-1].items():
+        assert value == (as_it_is[name] if name in as_it_is else getattr(EngineOptions(model="m"), name))
+
+
+def test_weights_can_be_left_unpacked(monkeypatch) -> None:
+    weight = torch.zeros(64, 32, dtype=torch.bfloat16)
+    monkeypatch.setenv("DISPEC_PACKED_WEIGHTS", "off")
+    assert ops.pack(weight) is weight

@@ -154,7 +154,7 @@ def test_each_row_of_the_ablations_changes_one_thing_and_the_last_is_the_engine_
     for before, after in itertools.pairwise(settings):
         assert len(before.items() ^ after.items()) == 2
     as_it_is: dict[str, object] = {"max_num_seqs": 16, "async_scheduling": True}  # on CUDA, without being asked
-    as_it_is |= {name: "on" for name in ("DISPEC_PACKED_WEIGHTS", "DISPEC_CPU_KERNELS")}
+    as_it_is |= dict.fromkeys(("DISPEC_PACKED_WEIGHTS", "DISPEC_CPU_KERNELS"), "on")
     for name, value in settings[-1].items():
         assert value == (as_it_is[name] if name in as_it_is else getattr(EngineOptions(model="m"), name))
 

@@ -34,7 +34,7 @@ def by_mapping() -> Counter[str]:
 
 
 def say(phase: str) -> None:
-    print(f"{phase:<28}" + "  ".join(f"{name} {size:6.0f}" for name, size in status().items()), flush=True)
+    print(f"{phase:<30}" + "  ".join(f"{name} {size:6.0f}" for name, size in status().items()), flush=True)
 
 
 def main(

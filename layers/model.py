@@ -25,8 +25,31 @@ def block(
     kv: LayerKV,
 ) -> Float[Tensor, "T E"]:
     """One transformer layer, residual connections included. Writes the layer's pages."""
-    x = attention(x, ops.Norm(w.attention_norm, config.rms_norm_eps), w.attention, config, batch, rotation, kv)
-    gated = ops.linear(x, w.mlp.gate_up, norm=ops.Norm(w.mlp_norm, config.rms_norm_eps), is_gated=True)
+    attention_norm, mlp_norm = (ops.Norm(weight, config.rms_norm_eps) for weight in (w.attention_norm, w.mlp_norm))
+    a, mlp = w.attention, w.mlp
+    if batch.query_len is not None and ops.has_layer_kernel((a.qkv, a.output, mlp.down), mlp.gate_up, kv.keys):
+        return ops.decoder_layer(
+            x,
+            attention_norm,
+            a.qkv,
+            a.qkv_bias,
+            a.query_norm,
+            a.key_norm,
+            a.output,
+            a.output_bias,
+            mlp_norm,
+            mlp.gate_up,
+            mlp.down,
+            rotation,
+            *kv,
+            batch.slot_mapping,
+            batch.block_tables,
+            batch.query_start,
+            batch.context_lens,
+            config.attention_scale,
+        )
+    x = attention(x, attention_norm, a, config, batch, rotation, kv)
+    gated = ops.linear(x, mlp.gate_up, norm=mlp_norm, is_gated=True)
     return ops.linear(gated, w.mlp.down, residual=x)
 
 

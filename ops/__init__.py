@@ -6,6 +6,7 @@ Each op has a fake implementation for tracing, a Triton one for CUDA, a torch on
 
 from ops.argmax import argmax
 from ops.kv_cache import copy_blocks, write_kv
+from ops.layer import decoder_layer, has_layer_kernel
 from ops.linear import Matrix, Packed, linear, pack
 from ops.norm import Norm, rms_norm
 from ops.paged_attention import paged_attention
@@ -18,6 +19,8 @@ __all__ = [
     "Packed",
     "argmax",
     "copy_blocks",
+    "decoder_layer",
+    "has_layer_kernel",
     "linear",
     "pack",
     "paged_attention",

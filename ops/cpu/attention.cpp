@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "vectors.h"
+#include "parts.h"
 
 namespace {
 
@@ -17,10 +17,6 @@ constexpr int MAX_ROWS = 6;
 constexpr int64_t SPAN = 512;       // positions
 constexpr int64_t MAX_HEAD = 256;   // dimensions
 constexpr int64_t MAX_BLOCK = 256;  // positions
-
-struct Shape {
-    int64_t heads, kv_heads, head_dim, block_size;
-};
 
 struct Rows {
     float query[MAX_ROWS][MAX_HEAD];  // scaled
@@ -105,30 +101,25 @@ void add_pages(Rows &rows, int num_rows, const T *keys, const T *values, const i
     }
 }
 
-struct Task {
-    int64_t sequence, head, first_row, num_rows, begin, end, partial;  // partial: where its result waits, or -1
-};
-
 // Query row `row` of a key head: token row / group, head row % group of the group.
 template <typename T>
-void attend(const Task &task, const T *query, int64_t query_stride, const T *keys, const T *values,
-            const int32_t *block_tables, int64_t table_stride, int64_t first_token, int64_t num_tokens, int64_t context,
-            const Shape &shape, float scale, T *output, float *partials) {
+void attend_task(const AttentionTask &task, const Attention<T> &a, const Shape &shape, float *partials) {
     static thread_local Rows rows;
-    const int64_t group = shape.heads / shape.kv_heads, d = shape.head_dim;
+    const int64_t group = shape.heads / shape.kv_heads, d = shape.head_dim, first_token = a.query_start[task.sequence];
+    const int64_t num_tokens = a.query_start[task.sequence + 1] - first_token, context = a.context_lens[task.sequence];
     for (int64_t row = 0; row < task.num_rows; ++row) {
         const int64_t token = (task.first_row + row) / group, head = task.head * group + (task.first_row + row) % group;
-        const T *from = query + (first_token + token) * query_stride + head * d;
+        const T *from = a.query + (first_token + token) * a.query_stride + head * d;
         for (int64_t i = 0; i < d; ++i) {
-            rows.query[row][i] = scalar(from[i]) * scale;
+            rows.query[row][i] = scalar(from[i]) * a.scale;
             rows.sums[row][i] = 0;
         }
         rows.visible[row] = context - num_tokens + token + 1;
         rows.largest[row] = -INFINITY;
         rows.total[row] = 0;
     }
-    add_pages(rows, int(task.num_rows), keys, values, block_tables + task.sequence * table_stride, task.head, shape,
-              task.begin, task.end);
+    add_pages(rows, int(task.num_rows), a.keys, a.values, a.block_tables + task.sequence * a.table_stride, task.head,
+              shape, task.begin, task.end);
     for (int64_t row = 0; row < task.num_rows; ++row) {
         if (task.partial >= 0) {
             float *at = partials + (task.partial + row) * (d + 2);
@@ -139,7 +130,7 @@ void attend(const Task &task, const T *query, int64_t query_stride, const T *key
         }
         const int64_t token = (task.first_row + row) / group, head = task.head * group + (task.first_row + row) % group;
         const Floats factor = splat(1.0f / std::max(rows.total[row], 1e-37f));
-        T *to = output + ((first_token + token) * shape.heads + head) * d;
+        T *to = a.output + ((first_token + token) * shape.heads + head) * d;
         for (int64_t i = 0; i < d; i += LANES) store(to + i, load(rows.sums[row] + i) * factor);
     }
 }
@@ -161,12 +152,10 @@ void combine(const float *partial, int64_t spans, int64_t stride, int64_t d, T *
     }
 }
 
-template <typename T>
-void paged_attention(const T *query, int64_t query_stride, const T *keys, const T *values, const int32_t *block_tables,
-                     int64_t table_stride, const int32_t *query_start, const int32_t *context_lens, int64_t sequences,
-                     int64_t longest, const Shape &shape, float scale, T *output) {
-    static thread_local std::vector<Task> tasks;
-    static thread_local std::vector<float> partials;
+}  // namespace
+
+void AttentionPlan::make(const int32_t *query_start, const int32_t *context_lens, int64_t sequences, int64_t longest,
+                         const Shape &shape) {
     tasks.clear();
     int64_t num_partials = 0;
     const int64_t group = shape.heads / shape.kv_heads;
@@ -188,42 +177,47 @@ void paged_attention(const T *query, int64_t query_stride, const T *keys, const 
             }
     }
     partials.resize(num_partials * (shape.head_dim + 2));
-    Task *all = tasks.data();
-    float *scratch = partials.data();
-    const int64_t count = tasks.size();
-#pragma omp parallel for schedule(dynamic)
+}
+
+template <typename T>
+void attend(const Attention<T> &a, AttentionPlan &plan, const Shape &shape) {
+    const AttentionTask *tasks = plan.tasks.data();
+    float *scratch = plan.partials.data();
+    const int64_t count = plan.tasks.size(), group = shape.heads / shape.kv_heads, size = shape.head_dim + 2;
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < count; ++i) attend_task(tasks[i], a, shape, scratch);
+    if (plan.partials.empty()) return;
+#pragma omp barrier
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < count; ++i) {
-        const int64_t b = all[i].sequence;
-        attend(all[i], query, query_stride, keys, values, block_tables, table_stride, query_start[b],
-               query_start[b + 1] - query_start[b], context_lens[b], shape, scale, output, scratch);
-    }
-    if (!num_partials) return;
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < count; ++i) {
-        const Task &task = all[i];
+        const AttentionTask &task = tasks[i];
         if (task.partial < 0 || task.begin > 0) continue;
-        const int64_t spans = (context_lens[task.sequence] + SPAN - 1) / SPAN, size = shape.head_dim + 2;
+        const int64_t spans = (a.context_lens[task.sequence] + SPAN - 1) / SPAN;
         for (int64_t row = 0; row < task.num_rows; ++row) {
-            const int64_t token = query_start[task.sequence] + (task.first_row + row) / group;
+            const int64_t token = a.query_start[task.sequence] + (task.first_row + row) / group;
             const int64_t head = task.head * group + (task.first_row + row) % group;
             combine(scratch + (task.partial + row) * size, spans, task.num_rows * size, shape.head_dim,
-                    output + (token * shape.heads + head) * shape.head_dim);
+                    a.output + (token * shape.heads + head) * shape.head_dim);
         }
     }
 }
 
-}  // namespace
+template void attend(const Attention<bfloat16> &, AttentionPlan &, const Shape &);
+template void attend(const Attention<float> &, AttentionPlan &, const Shape &);
 
-// query [tokens, heads, head_dim], its tokens `query_stride` elements apart; keys [blocks, kv_heads, head_dim,
-// block_size]; values [blocks, kv_heads, block_size, head_dim]; output [tokens, heads, head_dim]. Only sequences of at
-// most `longest` query tokens are computed. head_dim and block_size must be multiples of 16 up to 256.
+// head_dim and block_size must be multiples of 16 up to 256.
 #define PAGED_ATTENTION(name, T)                                                                                      \
     extern "C" void name(const T *query, int64_t query_stride, const T *keys, const T *values,                        \
                          const int32_t *block_tables, int64_t table_stride, const int32_t *query_start,               \
                          const int32_t *context_lens, int64_t sequences, int64_t longest, int64_t heads,              \
                          int64_t kv_heads, int64_t head_dim, int64_t block_size, float scale, T *output) {            \
-        paged_attention(query, query_stride, keys, values, block_tables, table_stride, query_start, context_lens,     \
-                        sequences, longest, Shape{heads, kv_heads, head_dim, block_size}, scale, output);             \
+        static thread_local AttentionPlan plans;                                                                      \
+        AttentionPlan &plan = plans; /* the caller's, not each thread's */                                            \
+        const Shape shape{heads, kv_heads, head_dim, block_size};                                                     \
+        const Attention<T> attention{query, query_stride, keys, values, block_tables, table_stride,                   \
+                                     query_start, context_lens, sequences, longest, scale, output};                   \
+        plan.make(query_start, context_lens, sequences, longest, shape);                                              \
+        _Pragma("omp parallel") attend(attention, plan, shape);                                                       \
     }
 
 PAGED_ATTENTION(dispec_paged_attention_bfloat16, bfloat16)

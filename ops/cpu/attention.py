@@ -27,7 +27,7 @@ def paged_attention(
 ) -> None:
     """As `ops.paged_attention` into `output` [T, H, D], for sequences of at most `longest` query tokens."""
     query = _dense(query)
-    block_tables, query_start, context_lens = map(_int32, (block_tables, query_start, context_lens))
+    block_tables, query_start, context_lens = map(int32, (block_tables, query_start, context_lens))
     _, kv_heads, head_dim, block_size = keys.shape
     getattr(library(), f"dispec_paged_attention_{_NAMES[keys.dtype]}")(
         query.data_ptr(),
@@ -51,7 +51,7 @@ def paged_attention(
 
 def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
     """As `ops.write_kv`."""
-    key, value, slot_mapping = _dense(key), _dense(value), _int32(slot_mapping)
+    key, value, slot_mapping = _dense(key), _dense(value), int32(slot_mapping)
     _, kv_heads, head_dim, block_size = keys.shape
     getattr(library(), f"dispec_write_kv_{_NAMES[keys.dtype]}")(
         keys.data_ptr(),
@@ -80,7 +80,7 @@ def rotate_and_write(
     eps: float,
 ) -> Tensor:
     """As `ops.rotate_and_write`."""
-    slot_mapping = _int32(slot_mapping)
+    slot_mapping = int32(slot_mapping)
     if projected.stride(1) != 1:
         projected = projected.contiguous()
     _, kv_heads, head_dim, block_size = keys.shape
@@ -113,5 +113,6 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def _int32(x: Tensor) -> Tensor:
+def int32(x: Tensor) -> Tensor:
+    """Integers as the kernels read them."""
     return x if x.dtype is torch.int32 and x.stride(-1) == 1 else x.int().contiguous()

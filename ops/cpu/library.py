@@ -18,7 +18,8 @@ from pathlib import Path
 
 import platformdirs
 
-_SOURCES = ("linear.cpp", "attention.cpp", "kv_cache.cpp", "rotary.cpp", "argmax.cpp")
+_SOURCES = ("linear.cpp", "attention.cpp", "kv_cache.cpp", "rotary.cpp", "argmax.cpp", "layer.cpp")
+_HEADERS = ("parts.h", "vectors.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-w")
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
@@ -27,11 +28,22 @@ _ATTENTION = [_POINTER, _NUMBER, *[_POINTER] * 3, _NUMBER, *[_POINTER] * 2, *[_N
 _WRITE = [*[_POINTER] * 3, _NUMBER, _POINTER, _NUMBER, _POINTER, *[_NUMBER] * 4]
 _ROTATE = [_POINTER, _NUMBER, _POINTER, _POINTER, ctypes.c_float, *[_POINTER] * 3, *[_NUMBER] * 5, *[_POINTER] * 3]
 _ARGMAX = [_POINTER, *[_NUMBER] * 3, _POINTER]
+_LAYER = [
+    *[_POINTER] * 2,
+    *[_NUMBER] * 3,
+    ctypes.c_float,
+    *[_POINTER] * 16,
+    _NUMBER,
+    *[_POINTER] * 2,
+    *[_NUMBER] * 5,
+    ctypes.c_float,
+]
 _SIGNATURES = {
     "dispec_pack": [_POINTER, _POINTER, _NUMBER, _NUMBER],
     "dispec_linear": [_POINTER, _NUMBER, _POINTER, ctypes.c_float, *[_POINTER] * 4, *[_NUMBER] * 4],
     "dispec_argmax_bfloat16": _ARGMAX,
     "dispec_argmax_float32": _ARGMAX,
+    "dispec_layer": _LAYER,
     "dispec_rotate_and_write_bfloat16": _ROTATE,
     "dispec_rotate_and_write_float32": _ROTATE,
     "dispec_paged_attention_bfloat16": _ATTENTION,
@@ -82,7 +94,7 @@ def build() -> Path:
         raise FileNotFoundError("neither g++ nor clang++ was found")
     sources = [Path(__file__).with_name(name) for name in _SOURCES]
     digest = hashlib.sha256(" ".join((*_FLAGS, compiler, _cpu())).encode())
-    for path in (*sources, Path(__file__).with_name("vectors.h")):
+    for path in (*sources, *(Path(__file__).with_name(name) for name in _HEADERS)):
         digest.update(path.read_bytes())
     chosen = os.environ.get("DISPEC_CACHE_DIR") or platformdirs.user_cache_dir("dispec")
     directory = Path(chosen).expanduser() / "cpu-kernels"

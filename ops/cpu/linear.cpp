@@ -18,9 +18,8 @@
 
 #ifdef __AVX512BF16__  // elsewhere the library lacks these functions, and whoever loads it sees that
 #include <immintrin.h>
-#include <omp.h>
 
-#include "vectors.h"
+#include "parts.h"
 
 namespace {
 
@@ -139,24 +138,46 @@ void gated(const bfloat16 *gate, const bfloat16 *up, bfloat16 *out) {
     }
 }
 
-struct Product {
-    const uint16_t *x;
-    int64_t x_stride;
-    const uint16_t *packed, *bias;
-    int64_t rows, n, k;
-
-    // The first two groups of rows have time to fetch half of the tile after this one each.
-    void tile(int64_t index, int64_t group, int64_t groups, const uint16_t *added, uint16_t *to, int64_t stride) const {
-        const int64_t begin = rows * group / groups, end = rows * (group + 1) / groups, pairs = (k + 1) / 2;
-        const int width = int(std::min<int64_t>(TILE, n - index * TILE));
-        const char *next = nullptr;
-        if (groups > 1 && group < 2) next = (const char *)(packed + (index + 1) * pairs * TILE * 2) + group * pairs * 64;
-        PRODUCTS[end - begin](x + begin * x_stride, x_stride, packed + index * pairs * TILE * 2,
-                              bias ? bias + index * TILE : nullptr, added, next, to, stride, k, width);
-    }
-};
+// Rows of one of `groups` groups times a tile. The first two groups have time to fetch half of the next tile each.
+void tile(const Product &p, int64_t index, int64_t group, int64_t groups, const uint16_t *residual, uint16_t *to,
+          int64_t stride) {
+    const int64_t begin = p.rows * group / groups, end = p.rows * (group + 1) / groups, pairs = (p.k + 1) / 2;
+    const uint16_t *x = p.norm ? p.normed : p.x;
+    const int64_t x_stride = p.norm ? p.k : p.x_stride;
+    const uint16_t *at = p.packed + index * pairs * TILE * 2;
+    const char *next = groups > 1 && group < 2 ? (const char *)(at + pairs * TILE * 2) + group * pairs * 64 : nullptr;
+    PRODUCTS[end - begin](x + begin * x_stride, x_stride, at, p.bias ? p.bias + index * TILE : nullptr, residual, next,
+                          to, stride, p.k, int(std::min<int64_t>(TILE, p.n - index * TILE)));
+}
 
 }  // namespace
+
+void multiply(const Product &p) {
+    if (p.norm) {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < p.rows; ++row)
+            norm_row((const bfloat16 *)p.x + row * p.x_stride, (const bfloat16 *)p.norm, p.eps,
+                     (bfloat16 *)p.normed + row * p.k, p.k);
+    }
+    const int64_t outputs = p.is_gated ? p.n / 2 : p.n, tiles = (outputs + TILE - 1) / TILE;
+    const int64_t groups = (p.rows + MAX_ROWS - 1) / MAX_ROWS;
+#pragma omp for schedule(static) nowait
+    for (int64_t index = 0; index < tiles; ++index)
+        for (int64_t group = 0; group < groups; ++group) {  // sizes as equal as can be
+            const int64_t begin = p.rows * group / groups, end = p.rows * (group + 1) / groups;
+            const int64_t at = begin * outputs + index * TILE;
+            if (!p.is_gated) {
+                tile(p, index, group, groups, p.residual ? p.residual + at : nullptr, p.out + at, outputs);
+                continue;
+            }
+            uint16_t gates[MAX_ROWS * TILE], ups[MAX_ROWS * TILE];
+            tile(p, index, group, groups, nullptr, gates, TILE);
+            tile(p, tiles + index, group, groups, nullptr, ups, TILE);
+            for (int64_t row = 0; row < end - begin; ++row)
+                gated((bfloat16 *)gates + row * TILE, (bfloat16 *)ups + row * TILE,
+                      (bfloat16 *)p.out + at + row * outputs);
+        }
+}
 
 // weight [n, k] row by row -> packed [ceil(n / 32), ceil(k / 2), 32, 2], zeros where there is nothing. packed must be
 // aligned to 64 bytes.
@@ -174,47 +195,13 @@ extern "C" void dispec_pack(const uint16_t *weight, uint16_t *packed, int64_t n,
         }
 }
 
-// out [rows, n] = norm(x) [rows, k] @ weight.T + bias + residual [rows, n]. Strides in elements. `norm` [k], bias and
-// residual may be null. If `is_gated`, n is a multiple of 64, the first half of the features gates the second, and out
-// is [rows, n / 2].
 extern "C" void dispec_linear(const uint16_t *x, int64_t x_stride, const uint16_t *norm, float eps,
                               const uint16_t *packed, const uint16_t *bias, const uint16_t *residual, uint16_t *out,
                               int64_t rows, int64_t n, int64_t k, int64_t is_gated) {
     static thread_local std::vector<uint16_t> normed;
-    Product product{x, x_stride, packed, bias, rows, n, k};
-    if (norm) {
-        normed.resize(rows * k + 2);
-        product.x = normed.data();
-        product.x_stride = k;
-    }
-    uint16_t *norms = normed.data();
-    const int64_t outputs = is_gated ? n / 2 : n, tiles = (outputs + TILE - 1) / TILE;
-    const int64_t groups = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    if (norm) normed.resize(rows * k + 2);
+    const Product product{x, x_stride, norm, eps, normed.data(), packed, bias, residual, out, rows, n, k, is_gated != 0};
 #pragma omp parallel
-    {
-        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        if (norm) {
-            for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; ++row)
-                norm_row((const bfloat16 *)x + row * x_stride, (const bfloat16 *)norm, eps,
-                         (bfloat16 *)norms + row * k, k);
-#pragma omp barrier
-        }
-        const int64_t first = tiles * thread / threads, last = tiles * (thread + 1) / threads;
-        for (int64_t tile = first; tile < last; ++tile)
-            for (int64_t group = 0; group < groups; ++group) {  // sizes as equal as can be
-                const int64_t begin = rows * group / groups, end = rows * (group + 1) / groups;
-                const int64_t at = begin * outputs + tile * TILE;
-                if (!is_gated) {
-                    product.tile(tile, group, groups, residual ? residual + at : nullptr, out + at, outputs);
-                    continue;
-                }
-                uint16_t gates[MAX_ROWS * TILE], ups[MAX_ROWS * TILE];
-                product.tile(tile, group, groups, nullptr, gates, TILE);
-                product.tile(tiles + tile, group, groups, nullptr, ups, TILE);
-                for (int64_t row = 0; row < end - begin; ++row)
-                    gated((bfloat16 *)gates + row * TILE, (bfloat16 *)ups + row * TILE,
-                          (bfloat16 *)out + at + row * outputs);
-            }
-    }
+    multiply(product);
 }
 #endif

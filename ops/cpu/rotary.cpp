@@ -2,7 +2,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "vectors.h"
+#include "parts.h"
 
 namespace {
 
@@ -39,46 +39,48 @@ void rotate(const T *x, const T *norm, float eps, const float *cosine, const flo
     }
 }
 
+}  // namespace
+
 template <typename T>
-void rotate_and_write(const T *projected, int64_t stride, const T *query_norm, const T *key_norm, float eps,
-                      const float *cosine, const float *sine, const int32_t *slot_mapping, int64_t tokens,
-                      int64_t heads, int64_t kv_heads, int64_t d, int64_t block_size, T *query, T *keys, T *values) {
-    const int64_t page = d * block_size, all = heads + 2 * kv_heads;
+void rotate_and_write(const Rotation<T> &r, const Shape &shape) {
+    const int64_t d = shape.head_dim, heads = shape.heads, kv_heads = shape.kv_heads;
+    const int64_t page = d * shape.block_size, all = heads + 2 * kv_heads;
     // Slots are distinct but for padding's, and what lies there is never read.
-#pragma omp parallel for collapse(2) schedule(static) if (tokens * all * d > 4096)
+#pragma omp for collapse(2) schedule(static)
     for (int64_t head = 0; head < all; ++head)
-        for (int64_t token = 0; token < tokens; ++token) {
-            const T *from = projected + token * stride + head * d;
-            const float *c = cosine + token * (d / 2), *s = sine + token * (d / 2);
+        for (int64_t token = 0; token < r.tokens; ++token) {
+            const T *from = r.projected + token * r.stride + head * d;
+            const float *c = r.cosine + token * (d / 2), *s = r.sine + token * (d / 2);
             if (head < heads) {
-                rotate(from, query_norm, eps, c, s, d, query + (token * heads + head) * d);
+                rotate(from, r.query_norm, r.eps, c, s, d, r.query + (token * heads + head) * d);
                 continue;
             }
             const bool is_key = head < heads + kv_heads;
             const int64_t kv_head = head - heads - (is_key ? 0 : kv_heads);
-            const int64_t slot = slot_mapping[token], block = slot / block_size, offset = slot % block_size;
-            const int64_t to = (block * kv_heads + kv_head) * page;
+            const int64_t slot = r.slot_mapping[token], block = slot / shape.block_size;
+            const int64_t offset = slot % shape.block_size, to = (block * kv_heads + kv_head) * page;
             if (!is_key) {
-                std::memcpy(values + to + offset * d, from, d * sizeof(T));
+                std::memcpy(r.values + to + offset * d, from, d * sizeof(T));
                 continue;
             }
             T key[MAX_HEAD_DIM];
-            rotate(from, key_norm, eps, c, s, d, key);
-            for (int64_t i = 0; i < d; ++i) keys[to + i * block_size + offset] = key[i];
+            rotate(from, r.key_norm, r.eps, c, s, d, key);
+            for (int64_t i = 0; i < d; ++i) r.keys[to + i * shape.block_size + offset] = key[i];
         }
 }
 
-}  // namespace
+template void rotate_and_write(const Rotation<bfloat16> &, const Shape &);
+template void rotate_and_write(const Rotation<float> &, const Shape &);
 
-// projected: queries, keys and values of all heads side by side, tokens `stride` elements apart. cosine and sine
-// [tokens, d / 2], dense. query [tokens, heads, d]. query_norm and key_norm [d] may be null. d is a multiple of 16 up
-// to 256.
+// head_dim is a multiple of 16 up to 256.
 #define ROTATE_AND_WRITE(name, T)                                                                                      \
     extern "C" void name(const T *projected, int64_t stride, const T *query_norm, const T *key_norm, float eps,        \
                          const float *cosine, const float *sine, const int32_t *slot_mapping, int64_t tokens,          \
                          int64_t heads, int64_t kv_heads, int64_t d, int64_t block_size, T *query, T *keys, T *values) { \
-        rotate_and_write(projected, stride, query_norm, key_norm, eps, cosine, sine, slot_mapping, tokens, heads,      \
-                         kv_heads, d, block_size, query, keys, values);                                                \
+        const Rotation<T> rotation{projected, stride, query_norm, key_norm, eps, cosine, sine, slot_mapping, tokens,    \
+                                   query, keys, values};                                                               \
+        _Pragma("omp parallel if (tokens * (heads + 2 * kv_heads) * d > 4096)")                                        \
+        rotate_and_write(rotation, Shape{heads, kv_heads, d, block_size});                                             \
     }
 
 ROTATE_AND_WRITE(dispec_rotate_and_write_bfloat16, bfloat16)

@@ -1,0 +1,91 @@
+"""A whole transformer layer as one op, where there is a kernel for it: decoding on a CPU with tiled weights."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ops.cpu import layer as cpu_layer
+from ops.cpu.linear import TILE
+from ops.linear import Matrix, Packed
+from ops.norm import Norm
+from ops.paged_attention import has_cpu_kernel
+
+_library = torch.library.Library("dispec", "FRAGMENT")
+_library.define(
+    "decoder_layer(Tensor x, Tensor attention_norm, Tensor qkv, Tensor? qkv_bias, Tensor? query_norm, Tensor? key_norm,"
+    " Tensor output, Tensor? output_bias, Tensor mlp_norm, Tensor gate_up, Tensor down, float eps, Tensor cosine,"
+    " Tensor sine, Tensor(a!) keys, Tensor(b!) values, Tensor slot_mapping, Tensor block_tables, Tensor query_start,"
+    " Tensor context_lens, int heads, int intermediate, float scale) -> Tensor"
+)
+
+
+def has_layer_kernel(matrices: tuple[Matrix, ...], gate_up: Matrix, keys: Float[Tensor, "NB KV D BS"]) -> bool:
+    """Whether `decoder_layer` can take a layer's matrices, of which one is `gate_up`, and cache."""
+    return (
+        all(isinstance(matrix, Packed) and matrix.is_tiled for matrix in (*matrices, gate_up))
+        and isinstance(gate_up, Packed)
+        and gate_up.features % (2 * TILE) == 0
+        and keys.dtype is torch.bfloat16
+        and has_cpu_kernel(keys.dtype, keys.shape[2], keys.shape[3])
+    )
+
+
+def decoder_layer(
+    x: Float[Tensor, "T E"],
+    attention_norm: Norm,
+    qkv: Matrix,
+    qkv_bias: Float[Tensor, "QKV"] | None,
+    query_norm: Float[Tensor, "D"] | None,
+    key_norm: Float[Tensor, "D"] | None,
+    output: Matrix,
+    output_bias: Float[Tensor, "E"] | None,
+    mlp_norm: Norm,
+    gate_up: Matrix,
+    down: Matrix,
+    rotation: tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]],
+    keys: Float[Tensor, "NB KV D BS"],
+    values: Float[Tensor, "NB KV BS D"],
+    slot_mapping: Int[Tensor, "T"],
+    block_tables: Int[Tensor, "B P"],
+    query_start: Int[Tensor, "B+1"],
+    context_lens: Int[Tensor, "B"],
+    scale: float,
+) -> Float[Tensor, "T E"]:
+    """Attention and MLP with their norms and residual connections; writes the tokens' keys and values first.
+
+    The very bits that `linear`, `rotate_and_write` and `paged_attention` give one after the other, all of whose norms
+    have the same `eps`. Only where `has_layer_kernel`, and for few query tokens per sequence.
+    """
+    assert isinstance(qkv, Packed)
+    assert isinstance(output, Packed)
+    assert isinstance(gate_up, Packed)
+    assert isinstance(down, Packed)
+    kv_heads, head_dim = keys.shape[1:3]
+    return torch.ops.dispec.decoder_layer(
+        x,
+        attention_norm.weight,
+        qkv.blocked,
+        qkv_bias,
+        query_norm,
+        key_norm,
+        output.blocked,
+        output_bias,
+        mlp_norm.weight,
+        gate_up.blocked,
+        down.blocked,
+        mlp_norm.eps,
+        *rotation,
+        keys,
+        values,
+        slot_mapping,
+        block_tables,
+        query_start,
+        context_lens,
+        qkv.features // head_dim - 2 * kv_heads,
+        gate_up.features // 2,
+        scale,
+    )
+
+
+_library.impl("decoder_layer", cpu_layer.decoder_layer, "CPU")
+torch.library.register_fake("dispec::decoder_layer", lambda x, *_: torch.empty_like(x), lib=_library)

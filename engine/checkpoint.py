@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -39,14 +40,14 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]
     files: tuple[Path, ...]
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name, one at a time, in the dtype of the file.
 
         The tensors are views of the mapped files (copy before writing), but for quantised GGUF ones, which are
-        dequantised to float32. What follows from the config (rotation tables, a tied `lm_head`) is left out.
+        dequantised to `dtype`. What follows from the config (rotation tables, a tied `lm_head`) is left out.
         """
         for file in self.files:
-            tensors = GgufFile(file).tensors() if file.suffix == ".gguf" else _safetensors(file)
+            tensors = GgufFile(file).tensors(dtype) if file.suffix == ".gguf" else _safetensors(file)
             for name, tensor in tensors:
                 if not self._is_redundant(name):
                     yield name, tensor

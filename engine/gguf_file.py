@@ -21,6 +21,8 @@ _ARCHITECTURES = {
 _ROPE_FACTORS = "rope_freqs.weight"
 
 _Type = gguf.GGMLQuantizationType
+# Elements. An embedding in float32 would be the largest thing that a start ever holds.
+_DEQUANTIZED_AT_ONCE = 2**21
 _UNQUANTIZED = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
 
 _LONGEST_ARRAY_READ = 1024  # more layers than any model has; what is longer is the vocabulary
@@ -93,16 +95,16 @@ class GgufFile:
         ids = {role: self._metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in names.items()}
         return {role: int(token) for role, token in ids.items() if token is not None}
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name; a name we cannot map is left as it is in the file.
 
-        F32, F16 and BF16 tensors are views of the mapped file; quantised ones are dequantised to float32 one by one.
+        F32, F16 and BF16 tensors are views of the mapped file; quantised ones are dequantised to `dtype` one by one.
         """
         names = self._hugging_face_names()
         for tensor in self._reader.tensors:
             if tensor.name == _ROPE_FACTORS or tensor.name.endswith(".attn_rot_embd.weight"):
                 continue  # part of the config, or a table that follows from it
-            weight = _to_torch(tensor)
+            weight = _to_torch(tensor, dtype)
             if self._metadata["general.architecture"] == "llama":
                 if ".attn_q." in tensor.name:
                     weight = _unpermute(weight, self.config.num_heads)
@@ -236,17 +238,23 @@ def _open(path: Path) -> _Reader:
     return reader
 
 
-def _to_torch(tensor: Any) -> Tensor:
+def _to_torch(tensor: Any, dequantized: torch.dtype = torch.float32) -> Tensor:
     data = np.asarray(tensor.data)  # sheds np.memmap, whose every slice costs microseconds
     dtype = _UNQUANTIZED.get(tensor.tensor_type)
     if dtype is not None:
         return torch.from_numpy(data).view(dtype)
+    shape = tuple(reversed(tensor.shape.tolist()))
     # The package works through 16 rows at a time, which is little when they are short. Rows are whole blocks, so
     # four of them pass as one long row.
     if data.shape[-1] <= 2048 and data.shape[0] % 4 == 0:
         data = data.reshape(-1, data.shape[-1] * 4)
-    weight = torch.from_numpy(gguf.dequantize(data, tensor.tensor_type))
-    return weight.reshape(tuple(reversed(tensor.shape.tolist())))
+    weight = torch.empty(shape, dtype=dequantized)
+    rows = weight.view(len(data), -1)
+    step = max(1, _DEQUANTIZED_AT_ONCE // rows.shape[1])
+    for first in range(0, len(data), step):
+        part = torch.from_numpy(gguf.dequantize(data[first : first + step], tensor.tensor_type))
+        rows[first : first + step] = part.view(-1, rows.shape[1])
+    return weight
 
 
 def _unpermute(weight: Tensor, heads: int) -> Tensor:

@@ -1,5 +1,7 @@
 """How much memory the KV cache gets, and a ledger of where memory went."""
 
+import ctypes
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +95,12 @@ def weight_bytes(weights: Weights) -> int:
     """Bytes of all weights; one that is used in two places, in the same layout, counts once."""
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(weights) if isinstance(leaf, Tensor)]
     return sum(leaf.numel() * leaf.element_size() for leaf in {id(leaf): leaf for leaf in leaves}.values())
+
+
+def return_freed_memory() -> None:
+    """Give what was freed back to the system: glibc keeps it, and loading frees much in small pieces."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def format_bytes(size: float) -> str:

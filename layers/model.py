@@ -13,7 +13,8 @@ from layers.types import Batch, BlockWeights, KVCache, LayerKV, Weights
 def embed(weights: Weights, config: ModelConfig, batch: Batch) -> tuple[Float[Tensor, "T E"], Rotation]:
     """The tokens' embeddings and the rotation of their positions."""
     factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
-    return weights.embedding[batch.token_ids], rope_rotation(batch.positions, weights.rope_frequencies, factor)
+    x = ops.embedding(weights.embedding, batch.token_ids, config.hidden_size)
+    return x, rope_rotation(batch.positions, weights.rope_frequencies, factor)
 
 
 def block(

@@ -53,10 +53,11 @@ class BlockWeights(NamedTuple):
 class Weights(NamedTuple):
     """All weights of a model. Each `Matrix` is in the layout that `ops.pack` chose.
 
-    `rope_frequencies` is not read from a checkpoint but follows from the config (radians per position).
+    `rope_frequencies` is not read from a checkpoint but follows from the config (radians per position). A tied
+    `embedding` is the very `lm_head` where its layout lets rows be read from it.
     """
 
-    embedding: Float[Tensor, "V E"]
+    embedding: Matrix
     blocks: tuple[BlockWeights, ...]
     final_norm: Float[Tensor, "E"]
     lm_head: Matrix

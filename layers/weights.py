@@ -188,10 +188,13 @@ def assemble(config: ModelConfig, weights: dict[str, Any], device: torch.device)
         )
 
     embedding = weights["embedding"]
+    lm_head = ops.pack(embedding) if config.tie_embeddings else weights["lm_head"]
+    if config.tie_embeddings and isinstance(lm_head, ops.Packed) and lm_head.is_tiled:
+        embedding = lm_head
     return Weights(
         embedding=embedding,
         blocks=tuple(block(f"blocks.{layer}") for layer in range(config.num_layers)),
         final_norm=weights["final_norm"],
-        lm_head=ops.pack(embedding) if config.tie_embeddings else weights["lm_head"],
+        lm_head=lm_head,
         rope_frequencies=rope_frequencies(config).to(device),
     )

@@ -5,6 +5,7 @@ Each op has a fake implementation for tracing, a Triton one for CUDA, a torch on
 """
 
 from ops.argmax import argmax
+from ops.embedding import embedding
 from ops.kv_cache import copy_blocks, write_kv
 from ops.layer import decoder_layer, has_layer_kernel
 from ops.linear import Matrix, Packed, linear, pack
@@ -20,6 +21,7 @@ __all__ = [
     "argmax",
     "copy_blocks",
     "decoder_layer",
+    "embedding",
     "has_layer_kernel",
     "linear",
     "pack",

@@ -38,7 +38,7 @@ class PagedModel:
         random.Random(seed).shuffle(numbers)
         self.tables = [[numbers.pop() for _ in range(count)] for count in blocks_each]
         shape = (sum(blocks_each) + 4, config.num_kv_heads)
-        dtype = weights.embedding.dtype
+        dtype = weights.final_norm.dtype
         self.kv_cache = tuple(
             LayerKV(
                 torch.full((*shape, config.head_dim, block_size), torch.nan, dtype=dtype),

@@ -9,6 +9,7 @@ from engine.checkpoint import find_checkpoint
 from layers.config import ModelConfig
 from layers.types import Weights
 from layers.weights import WeightsError, declare, dummy_weights, load_weights
+from ops.cpu.library import has_linear
 from tests.checkpoints import FAMILIES, save_tiny
 
 CPU = torch.device("cpu")
@@ -108,4 +109,8 @@ def test_bfloat16_matrices_are_packed_and_the_tied_head_too(tmp_path):
     packs = isinstance(ops.pack(torch.zeros(16, 16, dtype=torch.bfloat16)), ops.Packed)
     assert isinstance(weights.lm_head, ops.Packed) == packs
     assert isinstance(weights.blocks[0].mlp.down, ops.Packed) == packs
-    assert isinstance(weights.embedding, Tensor)
+    if has_linear():
+        assert weights.embedding is weights.lm_head
+    table = dict(found.tensors())["model.embed_tokens.weight"].bfloat16()
+    ids = torch.tensor([0, 5, 31, 32, len(table) - 1])
+    assert torch.equal(ops.embedding(weights.embedding, ids, found.config.hidden_size), table[ids])

@@ -40,6 +40,7 @@ _LAYER = [
 ]
 _SIGNATURES = {
     "dispec_pack": [_POINTER, _POINTER, _NUMBER, _NUMBER],
+    "dispec_unpack_rows": [_POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER],
     "dispec_linear": [_POINTER, _NUMBER, _POINTER, ctypes.c_float, *[_POINTER] * 4, *[_NUMBER] * 4],
     "dispec_argmax_bfloat16": _ARGMAX,
     "dispec_argmax_float32": _ARGMAX,

@@ -195,6 +195,19 @@ extern "C" void dispec_pack(const uint16_t *weight, uint16_t *packed, int64_t n,
         }
 }
 
+// Rows of a packed weight [n, k] as they were: out [count, k].
+extern "C" void dispec_unpack_rows(const uint16_t *packed, const int32_t *indices, int64_t count, int64_t k,
+                                   uint16_t *out) {
+    const int64_t pairs = (k + 1) / 2;
+#pragma omp parallel for schedule(static) if (count > 4)
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = indices[i];
+        const uint16_t *at = packed + (row / TILE * pairs * TILE + row % TILE) * 2;
+        for (int64_t pair = 0; pair < pairs; ++pair)
+            std::memcpy(out + i * k + 2 * pair, at + pair * TILE * 2, 2 * pair + 1 < k ? 4 : 2);
+    }
+}
+
 extern "C" void dispec_linear(const uint16_t *x, int64_t x_stride, const uint16_t *norm, float eps,
                               const uint16_t *packed, const uint16_t *bias, const uint16_t *residual, uint16_t *out,
                               int64_t rows, int64_t n, int64_t k, int64_t is_gated) {

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import BFloat16
 from torch import Tensor
 
+from ops.cpu.attention import int32
 from ops.cpu.library import library
 
 TILE = 32
@@ -52,4 +53,14 @@ def linear(
         size,
         is_gated,
     )
+    return output
+
+
+def rows(packed: Tensor, indices: Tensor, size: int) -> Tensor:
+    """Rows of the weight [N, size] that was packed, [T, size]."""
+    kernels = library()
+    assert kernels is not None
+    indices = int32(indices)
+    output = torch.empty(len(indices), size, dtype=torch.bfloat16)
+    kernels.dispec_unpack_rows(packed.data_ptr(), indices.data_ptr(), len(indices), size, output.data_ptr())
     return output

@@ -16,10 +16,20 @@ from tqdm import tqdm
 
 from engine.block_pool import BlockPool
 from engine.checkpoint import Checkpoint, find_checkpoint
+from engine.compile_behind import CompileBehind
+from engine.compile_cache import Order
 from engine.compiled_model import mark_static
 from engine.launched import Launched
 from engine.logit_edits import LogitEdits, check_something_remains
-from engine.memory import KVPlan, allocate_kv_cache, format_bytes, free_memory, plan_kv_cache, weight_bytes
+from engine.memory import (
+    KVPlan,
+    allocate_kv_cache,
+    format_bytes,
+    free_memory,
+    plan_kv_cache,
+    return_freed_memory,
+    weight_bytes,
+)
 from engine.options import DTYPES, EngineOptions
 from engine.runner import Runner
 from engine.sampling_params import SamplingParams
@@ -46,7 +56,8 @@ class _InFlight(NamedTuple):
 class Engine:
     """Loads a model and serves sequences with it. Make it and step it in one thread, the process's main one.
 
-    records: of the last thousand steps.
+    records: of the last thousand steps. compiled_seconds: from the start until compiled steps took over, if they did
+    so while the engine was already answering.
     """
 
     def __init__(self, options: EngineOptions, show_progress: bool = False) -> None:
@@ -77,6 +88,7 @@ class Engine:
             plan_kv_cache(self.config, options, self.device, before)
         with self._phase("load"):
             weights = self._load_weights()
+            return_freed_memory()
         # On CPU the work is done when a launch returns, so there is nothing to overlap with.
         self.overlaps = self.device.type == "cuda" if options.async_scheduling is None else options.async_scheduling
         default_budget = max(8192 if self.device.type == "cuda" else 512, options.max_num_seqs)
@@ -89,9 +101,14 @@ class Engine:
         if self.max_model_len < (options.max_model_len or limit):
             log.warning("max_model_len is %d, the model's is %d: the KV cache holds no more", self.max_model_len, limit)
         self.runner = self._make_runner(weights, self.kv_plan)
-        if not options.enforce_eager:
-            with self._phase("compile"):
-                self.runner.compile(show_progress)
+        self._compiling: CompileBehind | None = None
+        self.compiled_seconds: float | None = None
+        match options.when_to_compile(self.device):
+            case "startup":
+                with self._phase("compile"):
+                    self.runner.compile(show_progress)
+            case "background":
+                self._compiling = CompileBehind(self._order(), self.runner.compile_pieces())
         self.scheduler = Scheduler(
             BlockPool(self.kv_plan.num_blocks, self.kv_plan.block_size),
             options.max_num_seqs,
@@ -170,11 +187,49 @@ class Engine:
         Where steps overlap, a step is launched before the one before it is waited for, whose tokens are returned; the
         last one's come from a call that finds nothing more to launch. Without work it returns at once.
         """
+        if self._compiling is not None:
+            self._go_on_compiling(is_idle=False)
         try:
             return self._step()
         except Exception as error:  # whatever it is, it shall cost only those who cause it
             log.exception("a step failed; its sequences run one by one to find whose fault it is")
             return self._isolate(error)
+
+    @property
+    def has_idle_work(self) -> bool:
+        """Whether `work_while_idle` has something to do at once."""
+        return self._compiling is not None and not self._compiling.is_waiting
+
+    @property
+    def wake_up(self) -> int | None:
+        """A file descriptor that becomes readable when `work_while_idle` gets something to do; None if nothing will."""
+        return self._compiling.fileno() if self._compiling is not None else None
+
+    def work_while_idle(self) -> None:
+        """Do a little, at most a second, of what can wait: take what another process has compiled."""
+        self._go_on_compiling(is_idle=True)
+
+    def _go_on_compiling(self, *, is_idle: bool) -> None:
+        assert self._compiling is not None
+        compiled = self._compiling.advance(is_idle=is_idle)
+        if compiled is not None:
+            self.runner.take(compiled)
+            self.compiled_seconds = self._compiling.seconds
+            log.info("compiled steps from here on, %.1f s after the start", self._compiling.seconds)
+        if self._compiling.has_ended:
+            self._compiling = None
+
+    def _order(self) -> Order:
+        options = self.options
+        return Order(
+            config=self.config,
+            dtype=options.dtype,
+            block_size=options.block_size,
+            max_num_seqs=options.max_num_seqs,
+            overlaps=self.overlaps,
+            with_model=self.runner.compiles_model,
+            threads=torch.get_num_threads(),
+        )
 
     def _step(self) -> list[TokenOutput]:
         started = time.perf_counter()
@@ -280,7 +335,7 @@ class Engine:
         with tqdm(
             desc="loading weights", unit="param", unit_scale=True, disable=not self._show_progress, leave=False
         ) as bar:
-            return load_weights(self.config, self.checkpoint.tensors(), dtype, self.device, bar.update)
+            return load_weights(self.config, self.checkpoint.tensors(dtype), dtype, self.device, bar.update)
 
     def _make_runner(self, weights: Weights, plan: KVPlan) -> Runner:
         kv_cache = allocate_kv_cache(self.config, plan, DTYPES[self.options.dtype], self.device)

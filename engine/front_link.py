@@ -31,8 +31,14 @@ class Link:
     def send(self, message: FromEngine) -> None:
         self._outbox.send(encode(message))
 
-    def receive(self, *, wait: bool) -> FromFront | None:
-        """The next message; None if there is none and it shall not `wait`."""
+    def receive(self, *, wait: bool, wake_up: int | None = None) -> FromFront | None:
+        """The next message; None if there is none and it shall not `wait`, or when `wake_up` becomes readable."""
+        if wait and wake_up is not None:
+            poller = zmq.Poller()
+            poller.register(self._inbox, zmq.POLLIN)
+            poller.register(wake_up, zmq.POLLIN)
+            poller.poll()
+            wait = False
         try:
             data = self._inbox.recv(0 if wait else zmq.NOBLOCK)
         except zmq.Again:

@@ -40,7 +40,7 @@ def _hint(error: BaseException, message: str) -> str:
     if "CUDA" in message or name == "AcceleratorError":
         return "the GPU or its driver failed: `dispec env-check` and nvidia-smi say what works"
     if name in ("BackendCompilerFailed", "InductorError", "InvalidCxxCompiler", "CppCompileError"):
-        return "--enforce-eager serves without compiling; `dispec env-check` looks for the compiler"
+        return "--compile off serves without compiling; `dispec env-check` looks for the compiler"
     if isinstance(error, OSError):
         return "see that the files are there and readable, and that the disk is not full"
     return "this is a bug: please report it with the traceback in the log"

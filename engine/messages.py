@@ -52,6 +52,7 @@ class EngineInfo(msgspec.Struct, tag=True):
     """The engine is ready, and this is what it serves.
 
     directory: of the checkpoint's tokenizer, for `engine.tokenizer.Tokenizer.from_directory`; None for dummy weights.
+    compiled_seconds: after which the engine, answering already, was compiled; None if it was not so.
     """
 
     model: str
@@ -71,6 +72,7 @@ class EngineInfo(msgspec.Struct, tag=True):
     is_compiled: bool
     phase_seconds: dict[str, float]
     pid: int
+    compiled_seconds: float | None = None
 
 
 class Accepted(msgspec.Struct, tag=True):
@@ -135,6 +137,12 @@ class Inspection(msgspec.Struct, tag=True):
     problem: str | None
 
 
+class IsCompiled(msgspec.Struct, tag=True):
+    """From here on steps are compiled, so many seconds after the engine began to answer."""
+
+    seconds: float
+
+
 class Log(msgspec.Struct, tag=True):
     """A line for the log, which the front writes. `level` is one of `logging`'s."""
 
@@ -155,7 +163,7 @@ class Died(msgspec.Struct, tag=True):
 
 
 FromFront = Submit | Abort | Inspect | Shutdown
-FromEngine = EngineInfo | Accepted | Refused | StepOutput | Failed | Inspection | Log | Died
+FromEngine = EngineInfo | Accepted | Refused | StepOutput | Failed | Inspection | IsCompiled | Log | Died
 
 
 def encode(message: FromFront | FromEngine) -> bytes:

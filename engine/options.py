@@ -10,6 +10,7 @@ from layers.config import ModelConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BLOCK_SIZES = (16, 32, 64)
+COMPILE = ("background", "startup", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,10 @@ class EngineOptions:
     async_scheduling: prepare a step while the device runs the one before it; None does so on CUDA.
     block_size: tokens per KV block: 16, 32 or 64. 32 reads a third faster than 16 on CPU; smaller blocks share more.
     load_format: "auto" reads the checkpoint, "dummy" makes random weights of its shapes.
-    enforce_eager: compile nothing.
+    compile: "startup" compiles before the first request; "background" (CPU only) answers at once and compiles in a
+        process beside it, which ends with this one; "off" compiles nothing. None takes "startup" on CUDA, else
+        "background".
+    enforce_eager: the same as compile="off".
     seed: of the random weights that load_format "dummy" makes.
     """
 
@@ -49,6 +53,7 @@ class EngineOptions:
     async_scheduling: bool | None = None
     block_size: int = 32
     load_format: str = "auto"
+    compile: str | None = None
     enforce_eager: bool = False
     seed: int = 0
 
@@ -59,6 +64,10 @@ class EngineOptions:
             raise ValueError(f"load_format is {self.load_format!r}, must be 'auto' or 'dummy'")
         if isinstance(self.model, ModelConfig) and self.load_format != "dummy":
             raise ValueError("model is a ModelConfig, which has no weights to load: set load_format='dummy'")
+        if self.compile is not None and self.compile not in COMPILE:
+            raise ValueError(f"compile is {self.compile!r}, must be one of {', '.join(COMPILE)}")
+        if self.enforce_eager and self.compile not in (None, "off"):
+            raise ValueError(f"enforce_eager compiles nothing, and compile is {self.compile!r}: give one of them")
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size is {self.block_size}, must be one of {BLOCK_SIZES}")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -94,7 +103,15 @@ class EngineOptions:
             device = torch.device("cuda", device.index or 0)
         elif self.dtype == "float16":
             raise ValueError("dtype is 'float16', which runs on CUDA only: use bfloat16 or float32 on CPU")
+        if device.type == "cuda" and self.compile == "background":
+            raise ValueError("compile is 'background', which is for CPU only: use startup or off on CUDA")
         return device
+
+    def when_to_compile(self, device: torch.device) -> str:
+        """One of `COMPILE`."""
+        if self.enforce_eager:
+            return "off"
+        return self.compile or ("startup" if device.type == "cuda" else "background")
 
 
 def parse_bytes(value: int | str | None) -> int | None:

@@ -8,27 +8,32 @@ may be asked of a choice (`TokenChooser`) is compiled apart, so that a step runs
 
 import functools
 import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from engine import token_chooser
+from engine.compile_cache import choose_compile_cache
+from engine.compile_pieces import RAGGED, Compiled, ModelParts, compile_pieces
 from engine.compiled_model import (
     Feedback,
-    choose_compile_cache,
     compiled_functions,
     eager_functions,
+    first_cause,
+    is_worth_compiling,
     mark_dynamic,
     mark_static,
+    warn_eager,
 )
 from engine.launched import Launched
 from engine.ragged_graphs import Outputs, RaggedGraphs
 from engine.sequence import Needs
 from engine.step import Step, StepResult, Work
-from engine.step_inputs import StepInputs, StepShape, batch_buckets, carve, fill
+from engine.step_inputs import StepInputs, StepShape, batch_buckets, carve, chosen_rows, fill
 from engine.token_chooser import Choice, TokenChooser
 from layers.config import ModelConfig
 from layers.types import KVCache, Weights
@@ -36,10 +41,6 @@ from ops import copy_blocks
 from ops.paged_attention import has_cpu_kernel
 
 log = logging.getLogger("dispec")
-
-
-# A ragged step in which no two sizes are equal.
-_WARM_UP = StepShape(tokens=19, sequences=3, blocks=5, rows=2, query_len=None)
 
 
 class _Launch(NamedTuple):
@@ -76,16 +77,17 @@ class Runner:
         keys = kv_cache[0].keys
         self._mixes = self.is_cuda or has_cpu_kernel(keys.dtype, keys.shape[2], self.block_size)
         self._functions = self._eager = eager_functions(config)
+        self.compiles_model = is_worth_compiling(self.device, keys.dtype, keys.shape[2], self.block_size)
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._buckets = batch_buckets(max_num_seqs)
         self._max_blocks = max(2, -(-max_model_len // self.block_size))
         # Room for the largest step, and for those that only warm up.
         largest = StepShape(
-            tokens=max(max_num_batched_tokens, _WARM_UP.tokens),
-            sequences=max(self._buckets[-1], _WARM_UP.sequences),
-            blocks=max(self._max_blocks, _WARM_UP.blocks),
-            rows=max(self._buckets[-1], _WARM_UP.rows),
+            tokens=max(max_num_batched_tokens, RAGGED.tokens),
+            sequences=max(self._buckets[-1], RAGGED.sequences),
+            blocks=max(self._max_blocks, RAGGED.blocks),
+            rows=chosen_rows(max_num_seqs),
             query_len=None,
         )
         size = sum(largest.field_sizes())
@@ -142,32 +144,48 @@ class Runner:
         What is compiled is kept on disk, so a second process spends seconds here instead of tens.
         """
         choose_compile_cache()
-        self._functions = compiled_functions(self._eager, self.is_cuda)
-        self.chooser.compile()
-        # The number of blocks follows the memory that was free at start: were it in the graphs, no second start would
-        # find them in the disk cache.
-        mark_dynamic(*(pages for layer in self.kv_cache for pages in layer))
         try:
-            for shape in tqdm(
-                list(self._warm_up_shapes()), desc="compiling", unit="graph", disable=not show_progress, leave=False
-            ):
-                self._warm_up(shape)
-            if self.is_cuda:
-                self._record_ragged_graphs()
+            with tqdm(desc="compiling", unit="graph", disable=not show_progress, leave=False) as bar:
+                if self.is_cuda:
+                    self._compile_cuda(bar.update)
+                else:
+                    self._compile_cpu(bar.update)
         except Exception as error:  # a compiler can fail in any way; the engine works without one
             self._functions = self._eager
             self.chooser.forget_compiled()
-            cause: BaseException = error
-            while inner := getattr(cause, "inner_exception", None) or cause.__cause__:
-                cause = inner  # the compiler wraps what went wrong, and its own first line says nothing
-            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-            warnings.warn(
-                f"compilation failed, running eagerly and slower: {type(cause).__name__}: {reason}"
-                " (is a C++ compiler installed? `dispec env-check` tells; --enforce-eager silences this)",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return
+            warn_eager(first_cause(error))
+
+    def compile_pieces(self) -> Generator[None, None, Compiled]:
+        """The same on CPU, a graph at each `next`; steps may run in between, and the result be taken with `take`."""
+        chosen = self._chosen if self._overlaps else None
+        parts = ModelParts(self._eager, self.weights, self.kv_cache[0], chosen) if self.compiles_model else None
+        return compile_pieces(parts, self.chooser.vocab_size, self.block_size, self._max_num_seqs)
+
+    def take(self, compiled: Compiled) -> None:
+        """Run what was compiled from the next step on. Every graph of it has been traced."""
+        self._functions = compiled.model or self._eager
+        self.chooser.functions = compiled.chooser
+        self.is_compiled = True
+
+    @torch.inference_mode()
+    def _compile_cpu(self, on_progress: Callable[[], object]) -> None:
+        pieces = self.compile_pieces()
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                self.take(end.value)
+                return
+            on_progress()
+
+    def _compile_cuda(self, on_progress: Callable[[], object]) -> None:
+        self._functions = compiled_functions(self._eager, self.is_cuda)
+        self.chooser.functions = token_chooser.compiled_functions()
+        mark_dynamic(*(pages for layer in self.kv_cache for pages in layer))
+        for shape in self._warm_up_shapes():
+            self._warm_up(shape)
+            on_progress()
+        self._record_ragged_graphs()
         self.is_compiled = True
 
     @torch.inference_mode()
@@ -227,9 +245,17 @@ class Runner:
         """Run the model: the hidden states of all tokens of a ragged step, logits and argmax of the rows wanted."""
         if self._ragged_graphs is not None and (outputs := self._ragged_graphs.replay(shape)) is not None:
             return outputs
-        # Warm-up has traced every graph there will be: a step need only tell them apart, not guard what never changes.
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=self.is_compiled):
+        with self._guards():
             return self._forward(shape, inputs, warm_up)
+
+    def _guards(self) -> AbstractContextManager[object]:
+        """Warm-up has traced every graph there will be: a step need only tell them apart, not guard what never changes.
+
+        Eagerly there is nothing to guard, and asking for it would import the compiler.
+        """
+        if self.is_compiled and self._functions is not self._eager:
+            return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+        return nullcontext()
 
     def _forward(
         self, shape: StepShape, inputs: StepInputs, warm_up: bool
@@ -238,10 +264,9 @@ class Runner:
         feedback = Feedback(inputs.token_source, self._chosen) if self._overlaps else None
         if warm_up:
             mark_dynamic(*batch, inputs.token_source)
-            if not self.is_cuda:
-                torch._dynamo.maybe_mark_dynamic(batch.block_tables, 1)
         if self._functions.whole is not None and shape.query_len is not None:
-            torch.compiler.cudagraph_mark_step_begin()
+            if self.is_cuda:
+                torch.compiler.cudagraph_mark_step_begin()
             return None, *self._functions.whole(self.weights, batch, self.kv_cache, feedback)
         x, rotation = self._functions.embed(self.weights, batch, feedback)
         for w, kv in zip(self.weights.blocks, self.kv_cache, strict=True):
@@ -260,20 +285,15 @@ class Runner:
     def _head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         # An engine of one sequence has traced the head for one row alone.
         functions = self._eager if self._max_num_seqs == 1 and len(hidden) > 1 else self._functions
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=self.is_compiled):
+        with self._guards():
             return functions.head(hidden, self.weights)
 
     def _warm_up_shapes(self) -> Iterator[StepShape]:
-        """Shapes that between them trace every graph. Sizes differ from one another, lest the compiler take two
-        that happen to be equal for one; largest CUDA graphs first, so that smaller ones reuse their memory."""
-        if self.is_cuda:
-            for bucket in reversed(self._buckets):
-                yield self._uniform_shape(bucket, self._max_blocks)
-        else:
-            yield StepShape(1, 1, 5, 1, 1)
-            if self._max_num_seqs > 1:
-                yield StepShape(3, 3, 5, 3, 1)
-        ragged = _WARM_UP._replace(blocks=self._max_blocks) if self.is_cuda else _WARM_UP
+        """Shapes that between them trace and record every graph on CUDA: the largest graphs first, so that smaller
+        ones reuse their memory."""
+        for bucket in reversed(self._buckets):
+            yield self._uniform_shape(bucket, self._max_blocks)
+        ragged = RAGGED._replace(blocks=self._max_blocks)
         if self._max_num_seqs > 1:
             yield ragged
         yield ragged._replace(rows=1)
@@ -283,9 +303,9 @@ class Runner:
         fill(self._zeroed_inputs(shape), (), self.block_size, {})
         inputs = self._upload(shape)
         # Recording a CUDA graph takes a run to trace, one to warm its memory pool and one to record.
-        for _ in range(3 if self.is_cuda else 1):
+        for _ in range(3):
             _, logits, _ = self._compute(shape, inputs, warm_up=True)
-        if logits is not None and (shape.query_len is None or not self.is_cuda):
+        if logits is not None and shape.query_len is None:
             self.chooser.warm_up(logits, inputs.sampling)
 
     @torch.inference_mode()

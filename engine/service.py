@@ -29,6 +29,7 @@ from engine.messages import (
     FromFront,
     Inspect,
     Inspection,
+    IsCompiled,
     Refused,
     Shutdown,
     Start,
@@ -66,15 +67,22 @@ class Service:
         self._unstarted: set[_Request] = set()
         self._last_record: StepRecord | None = None
         self._is_running = True
+        self._is_compiled = engine.runner.is_compiled
 
     def run(self) -> None:
         """Until the front says that it is enough."""
         while self._is_running:
-            message = self._link.receive(wait=not self._engine.has_work)
+            engine = self._engine
+            message = self._link.receive(wait=not (engine.has_work or engine.has_idle_work), wake_up=engine.wake_up)
             if message is not None:
                 self._handle(message)
-            elif self._engine.has_work:
+            elif engine.has_work:
                 self._step()
+            elif engine.wake_up is not None or engine.has_idle_work:
+                engine.work_while_idle()
+            if engine.runner.is_compiled != self._is_compiled:
+                self._is_compiled = engine.runner.is_compiled
+                self._link.send(IsCompiled(engine.compiled_seconds or 0.0))
 
     def _handle(self, message: FromFront) -> None:
         match message:

@@ -141,6 +141,11 @@ def fill(
     return sampled
 
 
+def chosen_rows(max_num_seqs: int) -> int:
+    """Rows of the tokens that one step chooses and the next may read."""
+    return max(2, max_num_seqs)
+
+
 def batch_buckets(max_num_seqs: int) -> list[int]:
     """Batch sizes that uniform steps are padded to: fine steps where a row costs much, coarse ones later."""
     sizes = [2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 32, 32)]

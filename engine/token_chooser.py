@@ -73,7 +73,9 @@ class Choice:
             prompt_logprobs[sequence.id] = list(_token_logprobs(values, targets, [(row, top) for row in range(count)]))
 
 
-class _Functions(NamedTuple):
+class Functions(NamedTuple):
+    """What may be asked of a choice, compiled or not."""
+
     edit: Callable[..., Tensor]
     allow: Callable[..., Tensor]
     restrict: Callable[..., Tensor]
@@ -82,51 +84,71 @@ class _Functions(NamedTuple):
     logprobs: Callable[..., Logprobs]
 
 
-_EAGER = _Functions(edit, allow, restrict, draw, greedy, logprobs)
+_EAGER = Functions(edit, allow, restrict, draw, greedy, logprobs)
+
+
+def compiled_functions() -> Functions:
+    """Each to be compiled when first called; `warm_up` must see every kind of launch before the first step."""
+    functions: list[Any] = [torch.compile(function, fullgraph=True) for function in _EAGER]
+    return Functions(*functions)
+
+
+def warm_up(functions: Functions, logits: Tensor, sampling: Sampling) -> Iterator[None]:
+    """Trace every function, one at each `next`, for launches of as many rows: one, or several."""
+    rows, vocab_size = logits.shape
+    device = logits.device
+    logits = logits.float()
+    if functions is not _EAGER:
+        mark_dynamic(logits, *sampling)
+    functions.draw(logits, sampling)
+    yield
+    if rows == 1:
+        return
+    words = torch.zeros(rows, -(-vocab_size // 32), dtype=torch.int32, device=device)
+    place = torch.zeros(16, dtype=torch.int64, device=device)
+    edits = Edits(place, *(torch.zeros(16, device=device) for _ in range(2)))
+    ones = torch.ones(rows, device=device)
+    filters = Filters(torch.full_like(sampling.position, vocab_size), ones, torch.zeros_like(ones))
+    tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+    if functions is not _EAGER:
+        mark_dynamic(words, ones, tokens, *edits, *filters)
+    functions.edit(logits, edits)
+    yield
+    functions.allow(logits, words)
+    yield
+    functions.restrict(logits, sampling.temperature, filters)
+    yield
+    functions.greedy(logits)
+    yield
+    functions.logprobs(logits, tokens, _num_logprobs(vocab_size))
+    yield
+
+
+def _num_logprobs(vocab_size: int) -> int:
+    return min(MAX_LOGPROBS, vocab_size)
 
 
 class TokenChooser:
     """Chooses the tokens of a launch.
 
-    head: logits of rows of hidden states, and their argmax.
+    head: logits of rows of hidden states, and their argmax. functions: eager until somebody replaces them.
     """
 
     def __init__(self, device: torch.device, vocab_size: int, head: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         self.device = device
         self.vocab_size = vocab_size
         self._head = head
-        self._count = min(MAX_LOGPROBS, vocab_size)
-        self._compiled = _EAGER
-
-    def compile(self) -> None:
-        """Compile from here on; `warm_up` must see every kind of launch before the first step."""
-        functions: list[Any] = [torch.compile(function, fullgraph=True) for function in _EAGER]
-        self._compiled = _Functions(*functions)
+        self._count = _num_logprobs(vocab_size)
+        self.functions = _EAGER
 
     def forget_compiled(self) -> None:
         """Run eagerly again."""
-        self._compiled = _EAGER
+        self.functions = _EAGER
 
     def warm_up(self, logits: Tensor, sampling: Sampling) -> None:
-        """Trace every function for launches of as many rows: one, or several."""
-        rows = len(logits)
-        logits = logits.float()
-        mark_dynamic(logits, *sampling)
-        self._compiled.draw(logits, sampling)
-        if rows == 1:
-            return
-        functions = self._compiled
-        words = torch.zeros(rows, -(-self.vocab_size // 32), dtype=torch.int32, device=self.device)
-        edits = Edits(*(self._upload(np.zeros(16, kind)) for kind in (np.int64, np.float32, np.float32)))
-        ones = torch.ones(rows, device=self.device)
-        filters = Filters(torch.full_like(sampling.position, self.vocab_size), ones, torch.zeros_like(ones))
-        tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        mark_dynamic(words, ones, tokens, *edits, *filters)
-        functions.edit(logits, edits)
-        functions.allow(logits, words)
-        functions.restrict(logits, sampling.temperature, filters)
-        functions.greedy(logits)
-        functions.logprobs(logits, tokens, self._count)
+        """Run every function once for as many rows."""
+        for _ in warm_up(self.functions, logits, sampling):
+            pass
 
     def choose(
         self,
@@ -175,10 +197,10 @@ class TokenChooser:
             return functions.greedy(logits)
         if needs & Needs.RESTRICT:
             logits = functions.restrict(logits, sampling.temperature, self._filters(sampled, rows))
-        return self._compiled.draw(logits, sampling)
+        return self.functions.draw(logits, sampling)
 
-    def _pick(self, rows: int) -> _Functions:
-        return _EAGER if rows == 1 else self._compiled
+    def _pick(self, rows: int) -> Functions:
+        return _EAGER if rows == 1 else self.functions
 
     def _edits(self, sampled: list[Work | None]) -> Edits | None:
         """The changes of single logits that the rows' penalties and biases ask for; None if there are none."""

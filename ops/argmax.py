@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ops.cpu import argmax as cpu_argmax
 from ops.cpu.library import library
+from ops.tracing import constant
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define("argmax(Tensor logits) -> Tensor")
@@ -18,7 +19,7 @@ def argmax(logits: Float[Tensor, "R V"]) -> Int[Tensor, "R"]:
     return logits.argmax(dim=-1)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _has_kernels() -> bool:
     return library() is not None
 

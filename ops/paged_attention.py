@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ops.cpu import attention as cpu_attention
+from ops.tracing import constant
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define(
@@ -58,7 +59,7 @@ def paged_attention(
     )
 
 
-@torch.compiler.assume_constant_result
+@constant
 def has_cpu_kernel(dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
     """Whether caches of this kind are read in place on CPU, in steps of any shape."""
     return cpu_attention.has_kernels(dtype, head_dim, block_size)

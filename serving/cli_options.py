@@ -98,9 +98,15 @@ def engine_options(
     load_format: Annotated[
         str | None, Option(help="auto, or dummy for random weights.", show_default="auto", rich_help_panel=_ENGINE)
     ] = None,
-    enforce_eager: Annotated[
-        bool, Option(help="Compile nothing: starts sooner, runs slower.", rich_help_panel=_ENGINE)
-    ] = False,
+    compile: Annotated[
+        str | None,
+        Option(
+            help="startup: before the first answer; background: behind the answers; off: nothing.",
+            show_default="startup on CUDA, background on CPU",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    enforce_eager: Annotated[bool, Option(help="The same as --compile off.", rich_help_panel=_ENGINE)] = False,
 ) -> dict[str, Any]:
     """What was given, as keyword arguments of `LLM`. What was not is left out: the engine knows its own defaults."""
     return {name: value for name, value in locals().items() if value is not None}

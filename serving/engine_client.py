@@ -16,6 +16,7 @@ from engine.messages import (
     FromEngine,
     Inspect,
     Inspection,
+    IsCompiled,
     Log,
     Refused,
     Start,
@@ -305,6 +306,9 @@ class EngineClient:
                 future = self._inspections.popleft()
                 if not future.done():
                     future.set_result(message)
+            case IsCompiled(seconds=seconds) if self.info is not None:
+                self.info.is_compiled = True
+                self.info.compiled_seconds = seconds
             case Log():
                 log.log(message.level, "%s", message.text)
             case _:

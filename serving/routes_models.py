@@ -83,6 +83,7 @@ async def server_info(request: Request) -> ASGIApp:
             "device": info.device,
             "dtype": info.dtype,
             "is_compiled": info.is_compiled,
+            "compiled_seconds": info.compiled_seconds,
             "max_model_len": info.max_model_len,
             "max_num_seqs": info.max_num_seqs,
             "max_num_batched_tokens": info.max_num_batched_tokens,

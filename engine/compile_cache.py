@@ -1,0 +1,59 @@
+"""Where compiled code is kept, and what is known to be there. Imports nothing of the compiler."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import msgspec
+import torch
+
+from engine.default_model import cache_directory
+from layers.config import ModelConfig
+
+_ROOT = Path(__file__).resolve().parent.parent
+_COMPILED_FROM = ("layers", "ops", "engine")
+
+
+class Order(msgspec.Struct, frozen=True):
+    """All that decides which graphs an engine on CPU compiles. `threads` are in the generated loops."""
+
+    config: ModelConfig
+    dtype: str
+    block_size: int
+    max_num_seqs: int
+    overlaps: bool
+    with_model: bool
+    threads: int
+
+
+def choose_compile_cache() -> Path:
+    """Keep compiled code in the user's cache directory, unless TORCHINDUCTOR_CACHE_DIR names another.
+
+    Inductor writes its default, a temporary directory, into that variable as soon as anybody asks for it, and
+    processes inherit it: that is nobody's choice.
+    """
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if chosen is None or _is_default(Path(chosen)):
+        chosen = str(cache_directory() / f"inductor-torch-{torch.__version__}")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = chosen
+    return Path(chosen)
+
+
+def _is_default(directory: Path) -> bool:
+    return directory.parent == Path(tempfile.gettempdir()) and directory.name.startswith("torchinductor_")
+
+
+def marker(order: Order) -> Path:
+    """The file that says that everything of an order is in the cache: it goes when the cache goes."""
+    digest = hashlib.sha256(msgspec.json.encode(order))
+    digest.update(f"{torch.__version__} {os.environ.get('DISPEC_CPU_KERNELS')} {_processor()}".encode())
+    for package in _COMPILED_FROM:
+        for path in sorted((_ROOT / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return choose_compile_cache() / f"dispec-{digest.hexdigest()[:24]}"
+
+
+def _processor() -> str:
+    """What generated code is made for: a cache may be shared between machines."""
+    return torch.backends.cpu.get_cpu_capability()

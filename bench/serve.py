@@ -166,7 +166,7 @@ def main(
             chat=chat,
             ignore_eos=ignore_eos,
         )
-        options = {"dtype": dtype, "enforce_eager": enforce_eager}
+        options = {"dtype": dtype, "compile": "off" if enforce_eager else "startup"}
         peer = None if offline is None else offline_rate(offline, options, load)
         served, alone = [], []
         for seed in range(rounds):

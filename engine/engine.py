@@ -17,7 +17,7 @@ from tqdm import tqdm
 from engine.block_pool import BlockPool
 from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.compile_behind import CompileBehind
-from engine.compile_cache import Order
+from engine.compile_cache import Order, marker
 from engine.compiled_model import mark_static
 from engine.launched import Launched
 from engine.logit_edits import LogitEdits, check_something_remains
@@ -107,6 +107,8 @@ class Engine:
             case "startup":
                 with self._phase("compile"):
                     self.runner.compile(show_progress)
+                if self.runner.is_compiled and self.device.type == "cpu":
+                    marker(self._order()).touch()  # a later start need not look
             case "background":
                 self._compiling = CompileBehind(self._order(), self.runner.compile_pieces())
         self.scheduler = Scheduler(

@@ -207,7 +207,7 @@ def test_a_compiled_layer_copies_no_cache(uniform, kernels, monkeypatch):
     assert called & {"rotate_and_write", "decoder_layer"} if kernels else "write_kv" in called
     assert bool(called & {"paged_attention", "decoder_layer"}) == (not uniform or kernels)
     allocations = re.findall(r"empty_strided\w*\(\(([^)]*)\)", source)
-    assert allocations or "decoder_layer" in called
+    assert allocations or kernels  # whose results are the only ones, and are allocated inside
     assert all(elements(shape) < keys.numel() for shape in allocations)
     assert not re.search(r"\.clone\(|copy_\(", source)
     assert counters["inductor"].get("possibly_missed_reinplacing_opportunities", 0) == 0

@@ -184,9 +184,16 @@ def test_headers_that_nobody_sends(served: Server) -> None:
         {"Content-Type": "application/msgpack"},
         {"Content-Encoding": "gzip"},
         {"Accept": "text/html"},
-        {"Transfer-Encoding": "chunked"},
     ):
         check(served.post("/v1/completions", content=b"\x80", headers=headers))
+    for headers in (
+        {"Transfer-Encoding": "chunked"},  # beside a length: the way to smuggle a second request past a proxy
+        {"X-Request-ID": "a b\x7f"},
+    ):
+        answer = served.post("/v1/completions", content=b"\x80", headers=headers)
+        check(answer)
+        assert answer.status_code == 400
+        assert answer.headers["x-request-id"] not in ("", headers.get("X-Request-ID"))
     for path in ("/v1/models/%2e%2e%2f", "/v1/models/%00", "/%ff", "//", "/v1//models", "/schema/assets/%2e%2e"):
         check(served.get(path))
 

@@ -217,8 +217,8 @@ def test_request_ids_are_echoed(served: Server) -> None:
     answer = served.post("/v1/completions", body | {"request_id": "mine-2"})
     assert answer.headers["x-request-id"] == "mine-2"
     assert served.get("/nowhere", headers={"X-Request-ID": "mine-3"}).headers["x-request-id"] == "mine-3"
-    made = [served.get("/version", headers={"X-Request-ID": "a b\x7f"}).headers["x-request-id"] for _ in range(2)]
-    assert len({*made, "a b\x7f"}) == 3
+    made = [served.get("/version", headers={"X-Request-ID": "a b"}).headers["x-request-id"] for _ in range(2)]
+    assert len({*made, "a b"}) == 3
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
 """Attention over a paged KV cache: one op for ragged prefill, decode and verification.
 
-CUDA runs the Triton kernels of `ops.triton.paged_attention`. On CPU, sequences with few query tokens are read straight
-from their pages by the kernel of `ops.cpu.attention`, and for those with many the pages are gathered once for torch's
-own attention. Where that kernel cannot be had, a compiled uniform step inlines `_uniform_attention`, whose page gathers
-Inductor fuses into the reductions that read them, six to eight times faster than gathering first.
+CUDA runs the Triton kernels of `ops.triton.paged_attention`. On CPU, the kernels of `ops.cpu.attention` read sequences
+straight from their pages, one those with few query tokens, one those with many; where the latter cannot be had, the
+pages are gathered for torch's own attention. Where neither can, a compiled uniform step inlines `_uniform_attention`,
+whose page gathers Inductor fuses into the reductions that read them, six to eight times faster than gathering first.
 """
 
 import torch
@@ -23,7 +23,8 @@ _library.define(
 # What the Triton kernels have launch configurations for; the CPU takes any.
 TRITON_HEAD_DIMS = (64, 80, 96, 128, 256)
 
-_FEW_QUERIES = 256  # up to which reading the pages in place beats gathering them for matrix products
+# Up to how many query tokens a sequence is decoded rather than prefilled: with our prefill, and with torch's.
+_FEW_QUERIES, _FEW_QUERIES_GATHERED = 16, 256
 
 
 def paged_attention(
@@ -111,11 +112,14 @@ def _paged_attention_cpu(
     block_size = keys.shape[3]
     longest = 0
     if cpu_attention.has_kernels(keys.dtype, keys.shape[2], block_size):
-        longest = _FEW_QUERIES
-        cpu_attention.paged_attention(
-            query, keys, values, block_tables, query_start, context_lens, longest, scale, output
-        )
+        has_prefill = cpu_attention.has_prefill(keys.dtype)
+        longest = _FEW_QUERIES if has_prefill else _FEW_QUERIES_GATHERED
+        case = (query, keys, values, block_tables, query_start, context_lens, longest, scale, output)
+        cpu_attention.paged_attention(*case)
         if query_len is not None and query_len <= longest:
+            return output
+        if has_prefill:
+            cpu_attention.prefill_attention(*case)
             return output
     starts, contexts = query_start.tolist(), context_lens.tolist()
     for sequence, context in enumerate(contexts):

@@ -29,14 +29,21 @@ def cache(num_blocks: int, kv_heads: int, head_dim: int, block_size: int, dtype=
     )
 
 
-def attention_case(rng: random.Random, query_len: int | None, dtype=torch.float32, group: int | None = None):
+def attention_case(
+    rng: random.Random,
+    query_len: int | None,
+    dtype=torch.float32,
+    group: int | None = None,
+    counts: tuple[int, ...] = (0, 1, 2, 17, 40),
+    prefixes: tuple[int, ...] = (0, 1, 15, 16, 48, 63, 64),
+):
     """Random inputs of paged_attention: shuffled pages, a query that is a view of a wider row, NaN where nothing
     may be read."""
     kv_heads, group = rng.choice([1, 2, 3]), group or rng.choice([1, 3, 4, 7])
     head_dim, block_size = rng.choice([64, 80, 96, 128, 256]), rng.choice([16, 32, 64])
     sequences = rng.randint(1, 5)
-    queries = [query_len if query_len else rng.choice([0, 1, 2, 17, 40]) for _ in range(sequences)]
-    contexts = [count + rng.choice([0, 1, 15, 16, 48, 63, 64]) for count in queries]
+    queries = [query_len if query_len else rng.choice(counts) for _ in range(sequences)]
+    contexts = [count + rng.choice(prefixes) for count in queries]
     columns = max(2, max(-(-context // block_size) for context in contexts) + rng.randint(0, 2))
     num_blocks = sequences * columns + 3
     keys, values = cache(num_blocks, kv_heads, head_dim, block_size, dtype)
@@ -80,11 +87,41 @@ def test_the_formulation_that_compiled_steps_inline(query_len, seed):
 
 
 @pytest.mark.parametrize("query_len", [None, 1])
-def test_paged_attention_in_bfloat16(query_len):
-    torch.manual_seed(0)
-    case = attention_case(random.Random(0), query_len, torch.bfloat16)
+@pytest.mark.parametrize("seed", range(4))
+def test_paged_attention_in_bfloat16(query_len, seed):
+    torch.manual_seed(seed)
+    case = attention_case(random.Random(f"{query_len} {seed}"), query_len, torch.bfloat16)
     expected = reference.paged_attention(*case[:6], case[7])
     torch.testing.assert_close(ops.paged_attention(*case), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_prefill_in_bfloat16(seed):
+    """Long enough for several spans and several tasks of a key head."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    case = attention_case(rng, None, torch.bfloat16, group=3, counts=(3, 20, 130, 300), prefixes=(0, 1, 255, 256, 700))
+    expected = reference.paged_attention(*case[:6], case[7])
+    torch.testing.assert_close(ops.paged_attention(*case), expected, atol=0.01, rtol=0.02)
+
+
+def test_a_prefill_does_not_depend_on_its_neighbours():
+    """Not in the last bit, and neither on how many of its rows are computed in one call."""
+    if not cpu_attention.has_prefill(torch.bfloat16):
+        pytest.skip("torch does not promise it")
+    torch.manual_seed(0)
+    keys, values = cache(80, 3, 64, 16, torch.bfloat16)
+    tables = torch.randperm(80).view(2, 40).int()
+    query = torch.randn(500, 9, 64).bfloat16()
+
+    def attend(chosen: list[int], counts: list[int], contexts: list[int], rows: torch.Tensor) -> torch.Tensor:
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        return ops.paged_attention(rows, keys, values, tables[chosen], starts, torch.tensor(contexts), None, 0.125)
+
+    together = attend([0, 1], [300, 200], [300, 600], query)
+    assert torch.equal(attend([0], [300], [300], query[:300]), together[:300])
+    assert torch.equal(attend([1], [200], [600], query[300:]), together[300:])
+    assert torch.equal(attend([1], [37], [600], query[463:]), together[463:])
 
 
 def test_a_sequence_without_context_is_zero():

@@ -1,4 +1,6 @@
-"""Attention of a few query tokens per sequence over pages, and filling those pages: see the C++ files."""
+"""Attention over pages, and filling those pages: see the C++ files."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,10 +28,47 @@ def paged_attention(
     output: Tensor,
 ) -> None:
     """As `ops.paged_attention` into `output` [T, H, D], for sequences of at most `longest` query tokens."""
+    kernel = getattr(library(), f"dispec_paged_attention_{_NAMES[keys.dtype]}")
+    _attend(kernel, query, keys, values, block_tables, query_start, context_lens, longest, scale, output)
+
+
+def has_prefill(dtype: torch.dtype) -> bool:
+    """Whether `prefill_attention` can attend to caches of that type; `has_kernels` tells the rest."""
+    return dtype is torch.bfloat16 and hasattr(library(), "dispec_prefill_attention")
+
+
+def prefill_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    longest: int,
+    scale: float,
+    output: Tensor,
+) -> None:
+    """As `ops.paged_attention` into `output` [T, H, D], for sequences of more than `longest` query tokens."""
+    kernel = library().dispec_prefill_attention  # type: ignore[union-attr]
+    _attend(kernel, query, keys, values, block_tables, query_start, context_lens, longest, scale, output)
+
+
+def _attend(
+    kernel: Callable[..., None],
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    longest: int,
+    scale: float,
+    output: Tensor,
+) -> None:
     query = _dense(query)
     block_tables, query_start, context_lens = map(int32, (block_tables, query_start, context_lens))
     _, kv_heads, head_dim, block_size = keys.shape
-    getattr(library(), f"dispec_paged_attention_{_NAMES[keys.dtype]}")(
+    kernel(
         query.data_ptr(),
         query.stride(0),
         keys.data_ptr(),

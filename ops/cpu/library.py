@@ -18,8 +18,8 @@ from pathlib import Path
 
 import platformdirs
 
-_SOURCES = ("linear.cpp", "attention.cpp", "kv_cache.cpp", "rotary.cpp", "argmax.cpp", "layer.cpp")
-_HEADERS = ("parts.h", "vectors.h")
+_SOURCES = ("linear.cpp", "attention.cpp", "prefill.cpp", "kv_cache.cpp", "rotary.cpp", "argmax.cpp", "layer.cpp")
+_HEADERS = ("parts.h", "tiles.h", "vectors.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-w")
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
@@ -49,6 +49,7 @@ _SIGNATURES = {
     "dispec_rotate_and_write_float32": _ROTATE,
     "dispec_paged_attention_bfloat16": _ATTENTION,
     "dispec_paged_attention_float32": _ATTENTION,
+    "dispec_prefill_attention": _ATTENTION,
     "dispec_write_kv_bfloat16": _WRITE,
     "dispec_write_kv_float32": _WRITE,
 }

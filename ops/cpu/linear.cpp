@@ -1,7 +1,6 @@
 // Products of a few to many rows with a packed bf16 weight, on AVX512-BF16.
 //
-// A weight [N, K] is packed as [tiles][pairs][32][2]: 32 outputs side by side, two neighbouring elements of K together,
-// which is what one VDPBF16PS multiplies and adds. A tile is read from its beginning to its end, so at few rows the
+// A weight [N, K] is packed into tiles: see tiles.h. A tile is read from its beginning to its end, so at few rows the
 // product runs at the speed of memory, and up to 12 rows share each load, so at many it runs at that of the multipliers.
 //
 // Each output is one chain of additions over K in order, whatever the number of rows and threads: a row's results
@@ -17,17 +16,12 @@
 #include <vector>
 
 #ifdef __AVX512BF16__  // elsewhere the library lacks these functions, and whoever loads it sees that
-#include <immintrin.h>
-
 #include "parts.h"
+#include "tiles.h"
 
 namespace {
 
-constexpr int TILE = 32;
-constexpr int MAX_ROWS = 12;     // 24 accumulators, 2 registers of weights, the rest for broadcasts
 constexpr int64_t AHEAD = 2048;  // bytes of weight fetched before they are needed
-
-inline __m512bh as_bf16(__m512i x) { return (__m512bh)x; }
 
 inline int32_t pair_of(const uint16_t *x, int64_t pair, int64_t k) {
     int32_t both = 0;
@@ -65,24 +59,15 @@ void tile_product(const uint16_t *x, int64_t x_stride, const uint16_t *tile, con
         sums[row][1] = second;
     }
     const int64_t whole = k / 2;
-    for (int64_t pair = 0; pair < whole; ++pair) {
-        const uint16_t *at = tile + pair * TILE * 2;
+    add_product<ROWS>(sums, x, x_stride, tile, whole, [&](int64_t pair) {
+        const char *at = (const char *)(tile + pair * TILE * 2);
         if (next) {
             _mm_prefetch(next + pair * 64, _MM_HINT_T1);
         } else if constexpr (ROWS <= 6) {
-            _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
-            _mm_prefetch((const char *)at + AHEAD + 64, _MM_HINT_T0);
+            _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(at + AHEAD + 64, _MM_HINT_T0);
         }
-        const __m512bh left = as_bf16(_mm512_load_si512(at)), right = as_bf16(_mm512_load_si512(at + TILE));
-#pragma GCC unroll 12
-        for (int row = 0; row < ROWS; ++row) {
-            int32_t both;
-            std::memcpy(&both, x + row * x_stride + 2 * pair, 4);
-            const __m512bh spread = as_bf16(_mm512_set1_epi32(both));
-            sums[row][0] = _mm512_dpbf16_ps(sums[row][0], left, spread);
-            sums[row][1] = _mm512_dpbf16_ps(sums[row][1], right, spread);
-        }
-    }
+    });
     if (k % 2) {
         const uint16_t *at = tile + whole * TILE * 2;
         const __m512bh left = as_bf16(_mm512_load_si512(at)), right = as_bf16(_mm512_load_si512(at + TILE));
@@ -101,7 +86,7 @@ void tile_product(const uint16_t *x, int64_t x_stride, const uint16_t *tile, con
 
 using TileProduct = void (*)(const uint16_t *, int64_t, const uint16_t *, const uint16_t *, const uint16_t *,
                              const char *, uint16_t *, int64_t, int64_t, int);
-constexpr TileProduct PRODUCTS[MAX_ROWS + 1] = {
+constexpr TileProduct PRODUCTS[TILE_ROWS + 1] = {
     nullptr,         tile_product<1>, tile_product<2>, tile_product<3>,  tile_product<4>,  tile_product<5>,  tile_product<6>,
     tile_product<7>, tile_product<8>, tile_product<9>, tile_product<10>, tile_product<11>, tile_product<12>,
 };
@@ -160,7 +145,7 @@ void multiply(const Product &p) {
                      (bfloat16 *)p.normed + row * p.k, p.k);
     }
     const int64_t outputs = p.is_gated ? p.n / 2 : p.n, tiles = (outputs + TILE - 1) / TILE;
-    const int64_t groups = (p.rows + MAX_ROWS - 1) / MAX_ROWS;
+    const int64_t groups = (p.rows + TILE_ROWS - 1) / TILE_ROWS;
 #pragma omp for schedule(static) nowait
     for (int64_t index = 0; index < tiles; ++index)
         for (int64_t group = 0; group < groups; ++group) {  // sizes as equal as can be
@@ -170,7 +155,7 @@ void multiply(const Product &p) {
                 tile(p, index, group, groups, p.residual ? p.residual + at : nullptr, p.out + at, outputs);
                 continue;
             }
-            uint16_t gates[MAX_ROWS * TILE], ups[MAX_ROWS * TILE];
+            uint16_t gates[TILE_ROWS * TILE], ups[TILE_ROWS * TILE];
             tile(p, index, group, groups, nullptr, gates, TILE);
             tile(p, tiles + index, group, groups, nullptr, ups, TILE);
             for (int64_t row = 0; row < end - begin; ++row)

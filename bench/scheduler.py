@@ -51,7 +51,7 @@ def decode(scheduler: Scheduler) -> Cost:
     start = time.perf_counter()
     step = scheduler.schedule()
     scheduled = time.perf_counter()
-    result = StepResult({work.sequence.id: 7 for work in step.work if work.samples})
+    result = StepResult({work.sequence.id: [7] for work in step.work if work.samples})
     ran = time.perf_counter()
     scheduler.commit(step, result)
     return Cost((scheduled - start) * 1e3, (time.perf_counter() - ran) * 1e3)

@@ -67,8 +67,15 @@ def mark_static(*values: object) -> None:
             torch._dynamo.mark_static_address(tensor, guard=False)
 
 
-def eager_functions(config: ModelConfig) -> ModelFunctions:
-    """The model of a config, nothing of it compiled. Hidden states are [T, E], logits [R, V], chosen tokens [R]."""
+def eager_functions(config: ModelConfig, vocab_size: int | None = None) -> ModelFunctions:
+    """The model of a config, nothing of it compiled. Hidden states are [T, E], logits [R, V], chosen tokens [R].
+
+    Where V shall be another than the model's, logits are cut, or filled up with -inf.
+    """
+    more = (vocab_size or config.vocab_size) - config.vocab_size
+
+    def fit(logits: Tensor) -> Tensor:
+        return torch.nn.functional.pad(logits, (0, more), value=-torch.inf) if more else logits
 
     def resolve(batch: Batch, feedback: Feedback | None) -> Batch:
         if feedback is None:
@@ -78,17 +85,19 @@ def eager_functions(config: ModelConfig) -> ModelFunctions:
         return batch._replace(token_ids=torch.where(row < 0, batch.token_ids, chosen))
 
     def embed(weights: Weights, batch: Batch, feedback: Feedback | None) -> Any:
+        if more > 0:  # padding of the larger vocabulary, which no tokenizer knows
+            batch = batch._replace(token_ids=batch.token_ids.clamp(max=config.vocab_size - 1))
         return model.embed(weights, config, resolve(batch, feedback))
 
     def block(x: Tensor, w: Any, batch: Batch, rotation: Any, kv: Any) -> Tensor:
         return model.block(x, w, config, batch, rotation, kv)
 
     def head(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-        logits = model.logits(x, weights, config)
+        logits = fit(model.logits(x, weights, config))
         return logits, greedy(logits)
 
     def whole(weights: Weights, batch: Batch, kv_cache: KVCache, feedback: Feedback | None) -> tuple[Tensor, Tensor]:
-        logits = model.forward(weights, config, resolve(batch, feedback), kv_cache)
+        logits = fit(model.forward(weights, config, resolve(batch, feedback), kv_cache))
         return logits, greedy(logits)
 
     return ModelFunctions(embed, block, head, whole)

@@ -19,6 +19,7 @@ from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.compile_behind import CompileBehind
 from engine.compile_cache import Order, marker
 from engine.compiled_model import mark_static
+from engine.draft_model import DraftModel, find_draft
 from engine.launched import Launched
 from engine.logit_edits import LogitEdits, check_something_remains
 from engine.memory import (
@@ -35,6 +36,7 @@ from engine.runner import Runner
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import FinishReason, Sequence
+from engine.speculation import Speculator
 from engine.step import Step, TokenOutput
 from engine.step_record import Kind, StepRecord
 from layers.config import ModelConfig, UnsupportedModelError
@@ -76,6 +78,7 @@ class Engine:
             else:
                 self.checkpoint = find_checkpoint(options.model)
                 self.config = self.checkpoint.config
+            draft = find_draft(options, self.checkpoint)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # Triton launches on the current device
             if self.config.head_dim not in TRITON_HEAD_DIMS:
@@ -85,22 +88,35 @@ class Engine:
         before = free_memory(self.device, options.gpu_memory_utilization)
         # Nothing here needs the weights' size: a context that cannot fit is refused before minutes of loading.
         if self.device.type == "cpu":
-            plan_kv_cache(self.config, options, self.device, before)
+            plan_kv_cache(self.config, options, self.device, before, draft.config if draft else None)
         with self._phase("load"):
-            weights = self._load_weights()
+            weights = self._load_weights(self.checkpoint, self.config)
+            draft_weights = self._load_weights(draft.checkpoint, draft.config) if draft else None
             return_freed_memory()
         # On CPU the work is done when a launch returns, so there is nothing to overlap with.
         self.overlaps = self.device.type == "cuda" if options.async_scheduling is None else options.async_scheduling
+        self.overlaps = self.overlaps and options.speculative_model is None
         default_budget = max(8192 if self.device.type == "cuda" else 512, options.max_num_seqs)
         self.max_num_batched_tokens = options.max_num_batched_tokens or default_budget
         activations = self._activation_bytes(weights) if self.device.type == "cuda" else 0
         free = free_memory(self.device, options.gpu_memory_utilization) - activations
-        self.kv_plan = plan_kv_cache(self.config, options, self.device, free)
+        self.kv_plan = plan_kv_cache(self.config, options, self.device, free, draft.config if draft else None)
         self.max_model_len = self.kv_plan.max_model_len
         limit = self.config.max_position_embeddings
         if self.max_model_len < (options.max_model_len or limit):
             log.warning("max_model_len is %d, the model's is %d: the KV cache holds no more", self.max_model_len, limit)
-        self.runner = self._make_runner(weights, self.kv_plan)
+        self.runner = self._make_runner(self.config, weights, self.kv_plan)
+        self.speculator: Speculator | None = None
+        if options.speculative_model is not None:
+            draft_model = None
+            if draft is not None:
+                assert draft_weights is not None
+                drafter = self._make_runner(draft.config, draft_weights, self.kv_plan)
+                if options.when_to_compile(self.device) == "startup":
+                    with self._phase("compile draft"):
+                        drafter.compile(show_progress)
+                draft_model = DraftModel(drafter, self.max_num_batched_tokens)
+            self.speculator = Speculator(options.num_speculative_tokens, draft_model)
         self._compiling: CompileBehind | None = None
         self.compiled_seconds: float | None = None
         match options.when_to_compile(self.device):
@@ -235,14 +251,18 @@ class Engine:
 
     def _step(self) -> list[TokenOutput]:
         started = time.perf_counter()
+        if self.speculator is not None:
+            self.speculator.plan(self.scheduler.running)
         step = self.scheduler.schedule()
         scheduled = time.perf_counter()
+        draft = self.speculator.propose(step) if self.speculator is not None else 0.0
         if step.work:
             for work in step.work:
                 if work.sequence.scheduled_time is None:
                     work.sequence.scheduled_time = started
             launched = self.runner.launch(step)
-            record = self._record(step, started, scheduled - started, time.perf_counter() - scheduled)
+            launch = time.perf_counter() - scheduled - draft
+            record = self._record(step, started, scheduled - started, draft, launch)
             self._in_flight.append(_InFlight(step, launched, record))
         outputs: list[TokenOutput] = []
         while len(self._in_flight) > (self.overlaps if step.work else 0):
@@ -285,13 +305,18 @@ class Engine:
         waited = time.perf_counter()
         outputs = self.scheduler.commit(flight.step, result)
         finished = sum(output.finish_reason is not None for output in outputs)
-        commit = time.perf_counter() - waited
-        self.records.append(flight.record._replace(wait=waited - waiting, commit=commit, num_finished=finished))
+        record = flight.record._replace(wait=waited - waiting, num_finished=finished)
+        if self.speculator is not None:
+            stood = self.speculator.observe(flight.step, result, record.launch + record.wait)
+            record = record._replace(num_stood=stood)
+        self.records.append(record._replace(commit=time.perf_counter() - waited))
         return outputs
 
-    def _record(self, step: Step, started: float, schedule: float, launch: float) -> StepRecord:
+    def _record(self, step: Step, started: float, schedule: float, draft: float, launch: float) -> StepRecord:
         prompt_tokens = sum(
-            work.num_tokens for work in step.work if work.num_tokens > 1 or work.start < work.sequence.num_prompt_tokens
+            work.num_tokens
+            for work in step.work
+            if work.num_tokens > 1 + work.num_drafts or work.start < work.sequence.num_prompt_tokens
         )
         kind: Kind = "decode" if not prompt_tokens else "prefill" if prompt_tokens == step.num_tokens else "mixed"
         return StepRecord(
@@ -311,6 +336,9 @@ class Engine:
             launch=launch,
             wait=0.0,
             commit=0.0,
+            draft=draft,
+            num_drafts=sum(work.num_drafts > 0 for work in step.work),
+            num_draft_tokens=sum(work.num_drafts for work in step.work),
         )
 
     def _check(self, prompt: Series[int], params: SamplingParams, priority: int) -> None:
@@ -330,33 +358,35 @@ class Engine:
         if not -(2**31) <= priority < 2**31:
             raise ValueError(f"priority is {priority}, must fit in 32 bits")
 
-    def _load_weights(self) -> Weights:
+    def _load_weights(self, checkpoint: Checkpoint | None, config: ModelConfig) -> Weights:
         dtype = DTYPES[self.options.dtype]
-        if self.options.load_format == "dummy" or self.checkpoint is None:
-            return dummy_weights(self.config, dtype, self.device, self.options.seed)
+        if self.options.load_format == "dummy" or checkpoint is None:
+            return dummy_weights(config, dtype, self.device, self.options.seed)
         with tqdm(
             desc="loading weights", unit="param", unit_scale=True, disable=not self._show_progress, leave=False
         ) as bar:
-            return load_weights(self.config, self.checkpoint.tensors(dtype), dtype, self.device, bar.update)
+            return load_weights(config, checkpoint.tensors(dtype), dtype, self.device, bar.update)
 
-    def _make_runner(self, weights: Weights, plan: KVPlan) -> Runner:
-        kv_cache = allocate_kv_cache(self.config, plan, DTYPES[self.options.dtype], self.device)
+    def _make_runner(self, config: ModelConfig, weights: Weights, plan: KVPlan) -> Runner:
+        kv_cache = allocate_kv_cache(config, plan, DTYPES[self.options.dtype], self.device)
         if self.device.type == "cuda":
             mark_static(weights, kv_cache)
         return Runner(
-            self.config,
+            config,
             weights,
             kv_cache,
             max_num_seqs=self.options.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
+            max_num_drafts=self.options.num_speculative_tokens if self.options.speculative_model is not None else 0,
+            vocab_size=self.config.vocab_size,
             overlaps=self.overlaps,
         )
 
     def _activation_bytes(self, weights: Weights) -> int:
         """What the largest step takes beside weights and cache, found by running it on a cache of one block."""
         length = self.options.max_model_len or self.config.max_position_embeddings
-        runner = self._make_runner(weights, KVPlan(2, self.options.block_size, 0, length, "probe"))
+        runner = self._make_runner(self.config, weights, KVPlan(2, self.options.block_size, 0, length, "probe"))
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         runner.run_padding(self.max_num_batched_tokens, self.options.max_num_seqs)

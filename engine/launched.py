@@ -19,7 +19,7 @@ class Launched:
         """What the step chose, once it has run."""
         if self._event is not None:
             self._event.synchronize()
-        token_ids: dict[int, int] = {}
+        token_ids: dict[int, list[int]] = {}
         logprobs: dict[int, Any] = {}
         prompt_logprobs: dict[int, Any] = {}
         for choice in self._choices:

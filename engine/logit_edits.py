@@ -4,7 +4,7 @@ This is the host's half, without torch: one `LogitEdits` for each sequence that 
 the device's half. State is brought up to date token by token, so a step costs the same however long the sequence is.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 
 import numpy as np
 
@@ -80,6 +80,35 @@ class LogitEdits:
         """
         size = len(self._slots)
         return self._tokens[:size], self._scale[:size], self._addend[:size]
+
+    def entries_ahead(
+        self, token_ids: Sequence[int], drafts: Sequence[int]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """`entries` after `token_ids`, and after each of the drafts that may follow; copies. No draft is remembered."""
+        self.advance(token_ids)
+        kept = [(token, self._output_counts.get(token)) for token in dict.fromkeys(drafts)]
+        known = [
+            (slot, self._scale[slot], self._addend[slot])
+            for token in drafts
+            if (slot := self._slots.get(token)) is not None
+        ]
+        size = len(self._slots)
+        yield tuple(array.copy() for array in self.entries())  # type: ignore[misc]
+        for count in range(1, len(drafts) + 1):
+            self.advance([*token_ids, *drafts[:count]])
+            yield tuple(array.copy() for array in self.entries())  # type: ignore[misc]
+        if not drafts or not self._params.penalizes:
+            return
+        self._num_seen = len(token_ids)
+        for token in [token for token, slot in self._slots.items() if slot >= size]:
+            del self._slots[token]
+        for slot, scale, addend in known:
+            self._scale[slot], self._addend[slot] = scale, addend
+        for token, number in kept:
+            if number is None:
+                self._output_counts.pop(token, None)
+            else:
+                self._output_counts[token] = number
 
     def allowed_mask(self, num_output_tokens: int, last_token_ids: Sequence[int]) -> np.ndarray | None:
         """The tokens that may be chosen next, in the layout of `layers.logit_processing.allow`; None if all may.

@@ -31,16 +31,23 @@ class KVPlan:
         return (self.num_blocks - 1) * self.block_size
 
 
-def plan_kv_cache(config: ModelConfig, options: EngineOptions, device: torch.device, free_bytes: int) -> KVPlan:
-    """Choose the number of blocks and the longest sequence.
+def plan_kv_cache(
+    config: ModelConfig,
+    options: EngineOptions,
+    device: torch.device,
+    free_bytes: int,
+    draft: ModelConfig | None = None,
+) -> KVPlan:
+    """Choose the number of blocks and the longest sequence. A draft model has its own part of each block.
 
     Raises ValueError if `max_model_len` exceeds the model's own limit, if a sequence of that length does not fit in
     the cache, or if the cache asked for does not fit in memory.
     """
     block_size = options.block_size
     element = DTYPES[options.dtype].itemsize
-    block_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * element
-    limit = config.max_position_embeddings
+    numbers = sum(model.num_layers * model.num_kv_heads * model.head_dim for model in (config, draft) if model)
+    block_bytes = 2 * numbers * block_size * element
+    limit = min(model.max_position_embeddings for model in (config, draft) if model)
     if options.max_model_len is not None and options.max_model_len > limit:
         raise ValueError(f"max_model_len is {options.max_model_len}, the model's limit is {limit}")
     wanted_len = options.max_model_len or limit

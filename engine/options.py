@@ -36,6 +36,10 @@ class EngineOptions:
         process beside it, which ends with this one; "off" compiles nothing. None takes "startup" on CUDA, else
         "background".
     enforce_eager: the same as compile="off".
+    speculative_model: who guesses tokens ahead, for steps that verify several at once: "ngram" looks in the sequence's
+        own text; else a smaller model with the same tokenizer, named as `model` is. None guesses nothing. Answers
+        are the same either way.
+    num_speculative_tokens: most tokens to guess for a sequence in a step; as many as pay are.
     seed: of the random weights that load_format "dummy" makes.
     """
 
@@ -55,6 +59,8 @@ class EngineOptions:
     load_format: str = "auto"
     compile: str | None = None
     enforce_eager: bool = False
+    speculative_model: str | Path | ModelConfig | None = None
+    num_speculative_tokens: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -77,6 +83,7 @@ class EngineOptions:
             ("max_num_seqs", 1, 4096),
             ("max_num_batched_tokens", 1, 2**20),
             ("max_prefill_chunk", 1, 2**20),
+            ("num_speculative_tokens", 1, 15),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -87,6 +94,15 @@ class EngineOptions:
             raise ValueError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, must be at least max_num_seqs"
                 f" ({self.max_num_seqs}): every running sequence needs a token a step"
+            )
+        if isinstance(self.speculative_model, ModelConfig) and self.load_format != "dummy":
+            raise ValueError(
+                "speculative_model is a ModelConfig, which has no weights to load: set load_format='dummy'"
+            )
+        if self.speculative_model is not None and self.async_scheduling:
+            raise ValueError(
+                "async_scheduling starts a step before the last one's tokens are known: not with a"
+                " speculative_model, whose guesses follow them"
             )
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device is {self.device!r}, must be 'cpu', 'cuda' or 'cuda:N'")

@@ -42,6 +42,8 @@ from ops.paged_attention import has_cpu_kernel
 
 log = logging.getLogger("dispec")
 
+_FEW = 16  # tokens of a sequence in a uniform step
+
 
 class _Launch(NamedTuple):
     """One pass over the model: a step, or a part of it."""
@@ -53,6 +55,8 @@ class _Launch(NamedTuple):
 class Runner:
     """Runs steps. Make it and use it in the process's main thread: CUDA-graph trees belong to a thread.
 
+    max_num_drafts: most guesses of one sequence that a step verifies.
+    vocab_size: columns of the logits, if not the model's own: a draft model's are those of its target.
     overlaps: whether a step may be launched before the one before it was waited for.
     """
 
@@ -65,6 +69,8 @@ class Runner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        max_num_drafts: int = 0,
+        vocab_size: int | None = None,
         overlaps: bool = False,
     ) -> None:
         self.weights = weights
@@ -76,7 +82,8 @@ class Runner:
         self._overlaps = overlaps
         keys = kv_cache[0].keys
         self._mixes = self.is_cuda or has_cpu_kernel(keys.dtype, keys.shape[2], self.block_size)
-        self._functions = self._eager = eager_functions(config)
+        vocab_size = vocab_size or config.vocab_size
+        self._functions = self._eager = eager_functions(config, vocab_size)
         self.compiles_model = is_worth_compiling(self.device, keys.dtype, keys.shape[2], self.block_size)
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -87,7 +94,7 @@ class Runner:
             tokens=max(max_num_batched_tokens, RAGGED.tokens),
             sequences=max(self._buckets[-1], RAGGED.sequences),
             blocks=max(self._max_blocks, RAGGED.blocks),
-            rows=chosen_rows(max_num_seqs),
+            rows=chosen_rows(max_num_seqs * (1 + max_num_drafts)),
             query_len=None,
         )
         size = sum(largest.field_sizes())
@@ -102,7 +109,7 @@ class Runner:
         self._ragged_graphs: RaggedGraphs | None = None
         if self.is_cuda:
             mark_static(self._chosen)
-        self.chooser = TokenChooser(self.device, config.vocab_size, self._head)
+        self.chooser = TokenChooser(self.device, vocab_size, self._head)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
@@ -206,17 +213,30 @@ class Runner:
             in_prompt = work.start < work.sequence.num_prompt_tokens - 1
             return work.num_tokens == 1 and not (in_prompt and work.sequence.needs & Needs.PROMPT_LOGPROBS)
 
+        if (num_tokens := self._same_drafts(step)) is not None:
+            size = num_tokens * len(step.work)
+            yield _Launch(step.work, StepShape(size, len(step.work), self._width(step.work), size, num_tokens))
+            return
         ones = tuple(work for work in step.work if is_uniform(work))
         others = tuple(work for work in step.work if not is_uniform(work))
         if ones and not (others and self._mixes):
             yield _Launch(ones, self._uniform_shape(len(ones), self._width(ones)))
         if others:
             together = ones + others if self._mixes else others
-            rows = sum(work.samples for work in together)
+            rows = sum(work.num_rows for work in together)
             tokens = sum(work.num_tokens for work in together)
             # A size of 1 is a graph of its own to the compiler; an empty sequence and a token of padding avoid that.
             shape = StepShape(max(2, tokens), max(2, len(together)), self._width(together), rows, None)
             yield _Launch(together, self._ragged_graphs.padded(shape) if self._ragged_graphs else shape)
+
+    def _same_drafts(self, step: Step) -> int | None:
+        """The tokens of each of the step's works, if all have as many guesses: their layers are single kernels then, as
+        in decoding. A compiled layer has no such graph."""
+        num_tokens = step.work[0].num_tokens if step.work else 0
+        if self._functions is not self._eager or self.is_cuda or not self._mixes or not 1 < num_tokens <= _FEW:
+            return None
+        is_same = all(work.num_tokens == num_tokens == 1 + work.num_drafts for work in step.work)
+        return num_tokens if is_same else None
 
     def _uniform_shape(self, size: int, width: int) -> StepShape:
         if self.is_cuda:

@@ -11,6 +11,7 @@ running sequence that is first in rank can always take the blocks it needs, so t
 """
 
 from bisect import insort
+from collections.abc import Sequence as Series
 
 from engine.block_pool import BlockPool
 from engine.sequence import FinishReason, Sequence, Status
@@ -81,7 +82,8 @@ class Scheduler:
         work: dict[Sequence, Work] = {}
         copies: dict[Sequence, tuple[int, int]] = {}
         num_preempted = 0
-        decoding, prefilling = [], []
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
         for sequence in self.running:
             num_tokens = sequence.num_uncomputed_tokens
             if num_tokens > 1:
@@ -89,11 +91,17 @@ class Scheduler:
             elif num_tokens == 1 and sequence.can_continue:
                 decoding.append(sequence)
         prefilling.sort(key=self._rank)
-        for sequence in decoding + prefilling:
+        for index, sequence in enumerate(decoding + prefilling):
             if budget == 0:
                 break
             if sequence.status is not Status.RUNNING:
                 continue  # preempted on behalf of another
+            # Guesses take what the others' own tokens leave, and nobody gives blocks back for them.
+            num_drafts = self._num_drafts(sequence, budget - len(decoding) + index) if index < len(decoding) else 0
+            if num_drafts and self._grow(sequence, 1 + num_drafts, copies):
+                work[sequence] = self._take(sequence, 1 + num_drafts, num_drafts)
+                budget -= 1 + num_drafts
+                continue
             num_tokens = min(sequence.num_uncomputed_tokens, self.max_prefill_chunk, budget)
             while not self._grow(sequence, num_tokens, copies):
                 victim = max(self.running, key=self._rank)
@@ -138,8 +146,14 @@ class Scheduler:
             end = work.start + work.num_tokens
             # A sequence that was preempted while the step ran has no blocks left, but its token stands.
             holds_blocks = sequence.status is Status.RUNNING and sequence.num_computed_tokens >= end
+            token_ids = result.token_ids[sequence.id] if work.samples else ()
+            if work.num_drafts:
+                num_wrong = work.num_drafts + 1 - len(token_ids)
+                end -= num_wrong
+                if holds_blocks:
+                    sequence.num_computed_tokens -= num_wrong
             if holds_blocks and end // self.pool.block_size > sequence.num_registered_blocks:
-                self._register(sequence, end)
+                self._register(sequence, end, token_ids)
             known = len(sequence.prompt_logprobs)
             if sequence.params.prompt_logprobs is not None and work.start <= known:  # some again after a preemption
                 sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.id, [])[known - work.start :]
@@ -148,16 +162,18 @@ class Scheduler:
             if sequence.forks:
                 self._fork(sequence, holds_blocks)
             sequence.num_pending_tokens -= 1
-            token_id = result.token_ids[sequence.id]
-            if sequence.params.logprobs is not None:
-                sequence.logprobs.append(result.logprobs[sequence.id])
-            sequence.append(token_id)
+            for index, token_id in enumerate(token_ids):
+                if sequence.params.logprobs is not None:
+                    sequence.logprobs.append(result.logprobs[sequence.id][index])
+                sequence.append(token_id)
+                outputs.append(TokenOutput(sequence, token_id, sequence.finish_reason, sequence.num_output_tokens))
+                if sequence.finish_reason is not None:
+                    break
             if sequence.finish_reason is not None:
                 if sequence.status is Status.WAITING:
                     self.waiting.remove(sequence)
                 ended = True
                 self._release(sequence)
-            outputs.append(TokenOutput(sequence, token_id, sequence.finish_reason))
         if ended:
             self.running = [sequence for sequence in self.running if sequence.status is Status.RUNNING]
         return outputs
@@ -196,6 +212,7 @@ class Scheduler:
             self._preempt(sequence, None)
         for sequence in self.waiting:
             sequence.num_pending_tokens = 0
+            sequence.num_draft_tokens = 0
         return ran
 
     def leave_waiting(self, sequence: Sequence) -> list[Sequence]:
@@ -228,12 +245,19 @@ class Scheduler:
         sequence.status = Status.WAITING
         insort(self.waiting, sequence, key=self._rank)
 
-    def _take(self, sequence: Sequence, num_tokens: int) -> Work:
+    def _num_drafts(self, sequence: Sequence, room: int) -> int:
+        """Guesses that the sequence's next step may verify: their blocks are its own, and none is past its end."""
+        if sequence.num_pending_tokens:
+            return 0
+        left = sequence.max_len - len(sequence.token_ids) - 1
+        return max(0, min(sequence.num_draft_tokens, left, room))
+
+    def _take(self, sequence: Sequence, num_tokens: int, num_drafts: int = 0) -> Work:
         start = sequence.num_computed_tokens
-        samples = num_tokens == sequence.num_uncomputed_tokens
+        samples = num_tokens - num_drafts == sequence.num_uncomputed_tokens
         sequence.num_computed_tokens = start + num_tokens
         sequence.num_pending_tokens += samples
-        return Work(sequence, start, num_tokens, samples)
+        return Work(sequence, start, num_tokens, samples, num_drafts)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Move the first of the queue to the running, with the part of it that is in the cache, if there is room."""
@@ -251,6 +275,7 @@ class Scheduler:
         sequence.block_table = found
         sequence.num_computed_tokens = num_computed
         sequence.num_registered_blocks = num_computed // self.pool.block_size
+        sequence.num_drafter_tokens = num_computed
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = num_computed
         sequence.status = Status.RUNNING
@@ -270,18 +295,21 @@ class Scheduler:
         self._name_blocks(sequence, limit)
         return self.pool.find(sequence.block_names[: limit // self.pool.block_size])
 
-    def _name_blocks(self, sequence: Sequence, num_tokens: int) -> None:
-        """Name the sequence's full blocks among its first `num_tokens` tokens."""
+    def _name_blocks(self, sequence: Sequence, num_tokens: int, new: Series[int] = ()) -> None:
+        """Name the sequence's full blocks among the first `num_tokens` of its tokens and the `new` ones after them."""
         names, size = sequence.block_names, self.pool.block_size
         for index in range(len(names), num_tokens // size):
             parent = names[-1] if names else self.pool.root_name(sequence.cache_salt)
-            names.append(self.pool.name(parent, sequence.token_ids[index * size : (index + 1) * size]))
+            first, last = index * size, (index + 1) * size
+            beyond = last - len(sequence.token_ids)
+            token_ids = sequence.token_ids[first:last] + list(new[: max(0, beyond)])
+            names.append(self.pool.name(parent, token_ids))
 
-    def _register(self, sequence: Sequence, num_tokens: int) -> None:
-        """Let others find the blocks that the first `num_tokens` tokens have filled."""
+    def _register(self, sequence: Sequence, num_tokens: int, new: Series[int] = ()) -> None:
+        """Let others find the blocks that the first `num_tokens` tokens have filled, `new` ones among them."""
         if not self.enable_prefix_caching:
             return
-        self._name_blocks(sequence, num_tokens)
+        self._name_blocks(sequence, num_tokens, new)
         for index in range(sequence.num_registered_blocks, num_tokens // self.pool.block_size):
             sequence.block_table[index] = self.pool.register(sequence.block_table[index], sequence.block_names[index])
         sequence.num_registered_blocks = num_tokens // self.pool.block_size
@@ -299,6 +327,7 @@ class Scheduler:
             fork.block_names = sequence.block_names[: num_tokens // size]
             fork.num_computed_tokens = fork.num_cached_tokens = num_tokens - 1
             fork.num_registered_blocks = fork.num_computed_tokens // size
+            fork.num_drafter_tokens = min(sequence.num_drafter_tokens, fork.num_computed_tokens)
             fork.status = Status.RUNNING
             self.running.append(fork)
         self._num_forks -= len(sequence.forks)

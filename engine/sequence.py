@@ -8,6 +8,7 @@ from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from engine.logit_edits import LogitEdits
+    from engine.speculation import Drafting
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -62,6 +63,10 @@ class Sequence:
     scheduled_time: when it first was given work, on the same clock.
     error: what went wrong in the engine, where the finish reason is "error".
     num_cached_tokens: prompt tokens that were found in the cache when the sequence first ran.
+    num_draft_tokens: how many tokens are to be guessed in the next step, at most.
+    draft_token_ids: guesses of the tokens after `token_ids`, for a step to verify.
+    drafting: what speculation keeps for it.
+    num_drafter_tokens: the first tokens whose keys and values a draft model has computed.
     """
 
     id: int
@@ -81,6 +86,10 @@ class Sequence:
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
     num_cached_tokens: int | None = None
+    num_draft_tokens: int = 0
+    draft_token_ids: list[int] = field(default_factory=list)
+    num_drafter_tokens: int = 0
+    drafting: "Drafting | None" = None
     block_table: list[int] = field(default_factory=list)
     block_names: list[bytes] = field(default_factory=list)
     num_registered_blocks: int = 0

@@ -203,8 +203,8 @@ def _token(request_id: str, choice: int, output: "TokenOutput", token_id: int) -
     sequence, params = output.sequence, output.sequence.params
     token = Token(request_id, choice, token_id, output.finish_reason)
     if params.logprobs is not None:
-        token.logprobs = sequence.logprobs[-1]
-    if sequence.num_output_tokens == 1:
+        token.logprobs = sequence.logprobs[output.number - 1]
+    if output.number == 1:
         token.num_cached_tokens = sequence.num_cached_tokens or 0
         if params.prompt_logprobs is not None:
             token.prompt_logprobs = sequence.prompt_logprobs

@@ -91,7 +91,7 @@ def fill(
 
     `pending_rows` tells which row of the step before chooses the next token of a sequence, by sequence id. Returns
     the work whose next token each row chooses, in order; None for a row whose token nobody wants. A uniform step has
-    a row for every sequence, a ragged one only for those that sample.
+    a row for every sequence, a ragged one only for those that sample; a work with drafts has one more for each.
     """
     batch, sampling = inputs.batch, inputs.sampling
     token_ids, positions, slots = batch.token_ids.numpy(), batch.positions.numpy(), batch.slot_mapping.numpy()
@@ -108,13 +108,17 @@ def fill(
         if num_tokens == 1:
             if first < len(sequence.token_ids):
                 token_ids[token] = sequence.token_ids[first]
+            elif guesses := item.guesses:
+                token_ids[token] = guesses[-1]
             else:
                 sources[token] = pending_rows[sequence.id] + 1
             positions[token] = first
             slots[token] = table[first // block_size] * block_size + first % block_size
         else:
             last = token + num_tokens
-            token_ids[token:last] = sequence.token_ids[first : first + num_tokens]
+            guesses = item.guesses
+            token_ids[token : last - len(guesses)] = sequence.token_ids[first : first + num_tokens]
+            token_ids[last - len(guesses) : last] = guesses
             positions[token:last] = range(first, first + num_tokens)
         tables[index, : len(table)] = table
         if num_tokens > 1:
@@ -124,12 +128,13 @@ def fill(
         starts[index + 1] = token
         contexts[index] = first + num_tokens
         if item.samples or batch.query_len is not None:
-            row = len(sampled)
-            rows[row] = token - 1
-            temperature[row] = sequence.params.temperature
-            seed[row] = sequence.seed
-            sample_position[row] = first + num_tokens
-            sampled.append(item if item.samples else None)
+            row, count = len(sampled), max(1, item.num_rows)
+            of_work = slice(row, row + count)
+            rows[of_work] = range(token - count, token)
+            temperature[of_work] = sequence.params.temperature
+            seed[of_work] = sequence.seed
+            sample_position[of_work] = range(first + num_tokens - count + 1, first + num_tokens + 1)
+            sampled += [item if item.samples else None] * count
     if batch.query_len is not None:
         # A padding sequence attends to itself alone, in the padding block.
         starts[len(work) + 1 :] = range(token + batch.query_len, len(token_ids) + 1, batch.query_len)

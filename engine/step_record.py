@@ -12,6 +12,8 @@ class StepRecord(NamedTuple):
     num_prompt_tokens: of its tokens, those of prompts (or of what is computed again after a preemption).
     num_cached_tokens: found in the cache by the sequences that it admitted, and so not computed.
     num_used_blocks: of the KV cache, held by sequences when the step was scheduled.
+    num_drafts: sequences that had tokens guessed ahead; num_draft_tokens: guesses; num_stood: of these, how many were
+        right, by their place. draft: seconds of guessing.
     schedule, launch, wait, commit: choosing the work, handing it to the device, waiting for its result, recording it.
     """
 
@@ -31,3 +33,7 @@ class StepRecord(NamedTuple):
     launch: float
     wait: float
     commit: float
+    draft: float = 0.0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_stood: tuple[int, ...] = ()

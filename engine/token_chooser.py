@@ -31,7 +31,8 @@ _PROMPT_ROWS = 128
 class Choice:
     """What one launch chose, on the device or on its way to the host.
 
-    sampled: the work whose next token each row of `tokens` and `logprobs` is.
+    sampled: the work whose next token each row of `tokens` and `logprobs` is. A work with drafts has a row for the
+        token before each of them and one for the token after the last.
     prompt_logprobs: of the tokens after those that a work computed.
     """
 
@@ -51,21 +52,26 @@ class Choice:
 
     def read(
         self,
-        token_ids: dict[int, int],
-        token_logprobs: dict[int, TokenLogprobs],
+        token_ids: dict[int, list[int]],
+        token_logprobs: dict[int, list[TokenLogprobs]],
         prompt_logprobs: dict[int, list[TokenLogprobs]],
     ) -> None:
         """Add what arrived to the dictionaries, by sequence id."""
         if self.tokens is not None:
             chosen = self.tokens.tolist()
-            rows = [(row, work.sequence) for row, work in enumerate(self.sampled) if work is not None]
-            token_ids.update((sequence.id, chosen[row]) for row, sequence in rows)
+            wanted: list[tuple[int, int]] = []
+            wanting: list[int] = []
+            for first, work in _first_rows(self.sampled):
+                sequence = work.sequence
+                count = 1 + _num_right(work.guesses if work.num_drafts else [], chosen[first:])
+                token_ids[sequence.id] = chosen[first : first + count]
+                if sequence.params.logprobs is not None:
+                    wanted += [(row, sequence.params.logprobs) for row in range(first, first + count)]
+                    wanting += [sequence.id] * count
             if self.logprobs is not None:
-                wanted = [(row, s, s.params.logprobs) for row, s in rows if s.params.logprobs is not None]
-                found = _token_logprobs(self.logprobs, chosen, [(row, count) for row, _, count in wanted])
-                token_logprobs.update(
-                    (sequence.id, value) for (_, sequence, _), value in zip(wanted, found, strict=True)
-                )
+                found = _token_logprobs(self.logprobs, chosen, wanted)
+                for sequence_id, value in zip(wanting, found, strict=True):
+                    token_logprobs.setdefault(sequence_id, []).append(value)
         for work, values in self.prompt_logprobs:
             sequence, count = work.sequence, len(values.chosen)
             targets = sequence.token_ids[work.start + 1 : work.start + 1 + count]
@@ -185,10 +191,6 @@ class TokenChooser:
         if not needs & (Needs.DRAW | Needs.EDIT | Needs.MASK):
             return chosen
         logits = logits.float()
-        if needs & (Needs.EDIT | Needs.MASK):
-            for item in sampled:
-                if item is not None and item.sequence.logit_edits is not None:
-                    item.sequence.logit_edits.advance(item.sequence.token_ids)
         if needs & Needs.EDIT and (edits := self._edits(sampled)) is not None:
             logits = functions.edit(logits, edits)
         if needs & Needs.MASK and (words := self._allowed(sampled, rows)) is not None:
@@ -205,13 +207,15 @@ class TokenChooser:
     def _edits(self, sampled: list[Work | None]) -> Edits | None:
         """The changes of single logits that the rows' penalties and biases ask for; None if there are none."""
         places, scales, addends = [], [], []
-        for row, item in enumerate(sampled):
-            if item is not None and item.sequence.needs & Needs.EDIT:
-                assert item.sequence.logit_edits is not None
-                tokens, scale, addend = item.sequence.logit_edits.entries()
-                places.append(tokens + row * self.vocab_size)
-                scales.append(scale)
-                addends.append(addend)
+        for first, item in _first_rows(sampled):
+            sequence = item.sequence
+            if sequence.needs & Needs.EDIT:
+                assert sequence.logit_edits is not None
+                after_each = [*sequence.logit_edits.entries_ahead(sequence.token_ids, item.guesses)]
+                for row, (tokens, scale, addend) in enumerate(after_each[-item.num_rows :], first):
+                    places.append(tokens + row * self.vocab_size)
+                    scales.append(scale)
+                    addends.append(addend)
         size = sum(map(len, places))
         if not size:
             return None
@@ -229,15 +233,18 @@ class TokenChooser:
     def _allowed(self, sampled: list[Work | None], rows: int) -> Tensor | None:
         """Bit masks of the tokens that each row may choose; None if that is all of them."""
         masks = {}
-        for row, item in enumerate(sampled):
-            if item is not None and item.sequence.needs & Needs.MASK:
-                sequence = item.sequence
+        for first, item in _first_rows(sampled):
+            sequence = item.sequence
+            if sequence.needs & Needs.MASK:
                 assert sequence.logit_edits is not None
                 # Tokens that the step itself is computing count as generated, whether they are known yet or not.
-                generated = item.start + item.num_tokens - sequence.num_prompt_tokens
-                mask = sequence.logit_edits.allowed_mask(generated, sequence.token_ids)
-                if mask is not None:
-                    masks[row] = mask
+                generated = item.start + item.num_tokens - item.num_drafts - sequence.num_prompt_tokens
+                for ahead in range(item.num_drafts + 1):
+                    guesses = item.guesses[: len(item.guesses) - item.num_drafts + ahead]
+                    token_ids = [*sequence.token_ids, *guesses] if guesses else sequence.token_ids
+                    mask = sequence.logit_edits.allowed_mask(generated + ahead, token_ids)
+                    if mask is not None:
+                        masks[first + ahead] = mask
         if not masks:
             return None
         words = np.full((rows, -(-self.vocab_size // 32)), -1, np.int32)
@@ -280,6 +287,21 @@ class TokenChooser:
     def _upload(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+
+def _first_rows(sampled: list[Work | None]) -> Iterator[tuple[int, Work]]:
+    """Each work of a launch that samples, with the first of its rows."""
+    row = 0
+    while row < len(sampled):
+        work = sampled[row]
+        if work is not None:
+            yield row, work
+        row += work.num_rows if work is not None else 1
+
+
+def _num_right(drafts: list[int], chosen: list[int]) -> int:
+    """How many drafts were what was chosen in their places, up to the first that was not."""
+    return next((index for index, draft in enumerate(drafts) if draft != chosen[index]), len(drafts))
 
 
 def _to_host(tensor: Tensor) -> Tensor:

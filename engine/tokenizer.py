@@ -107,6 +107,11 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id, added ones included."""
+        return self.backend.get_vocab(with_added_tokens=True)
+
+    @property
     def bos_token(self) -> str | None:
         return self.special_tokens.get("bos_token")
 

@@ -106,6 +106,18 @@ def engine_options(
             rich_help_panel=_ENGINE,
         ),
     ] = None,
+    speculative_model: Annotated[
+        str | None,
+        Option(
+            help="Who guesses tokens ahead: ngram, or a smaller model with the same tokenizer. Answers stay the same.",
+            show_default="nobody",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    num_speculative_tokens: Annotated[
+        int | None,
+        Option(help="Most tokens to guess for a sequence in a step.", show_default="5", rich_help_panel=_ENGINE),
+    ] = None,
     enforce_eager: Annotated[bool, Option(help="The same as --compile off.", rich_help_panel=_ENGINE)] = False,
 ) -> dict[str, Any]:
     """What was given, as keyword arguments of `LLM`. What was not is left out: the engine knows its own defaults."""

@@ -6,6 +6,7 @@ was shared, reused or copied wrongly gives another token, or none.
 """
 
 import itertools
+import random
 import zlib
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -78,30 +79,39 @@ class FakeModel:
         self._scheduler = scheduler
         self._size = scheduler.pool.block_size
         self._cache: dict[tuple[int, int], Entry] = {}
-        self._chosen: Mapping[int, int] = {}  # by the step before
+        self._chosen: Mapping[int, list[int]] = {}  # by the step before
 
     def run(self, step: Step) -> StepResult:
         holders = Counter(block for sequence in self._scheduler.running for block in sequence.block_table)
         self._copy(step, holders)
-        token_ids, prompt_logprobs = {}, {}
+        token_ids: dict[int, list[int]] = {}
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        prompt_logprobs = {}
         for work in step.work:
-            self._write(work.sequence, work.start, work.num_tokens, holders)
+            self._write(work.sequence, work.start, work.num_tokens, work.num_drafts, holders)
         for work in step.work:
             sequence, end = work.sequence, work.start + work.num_tokens
+            end -= work.num_drafts
             assert work.samples == (end == len(sequence.token_ids) + sequence.num_pending_tokens - work.samples)
+            end += work.num_drafts
             context = [self._entry(sequence, position) for position in range(end)]
             assert [entry.position for entry in context] == list(range(end)), "read an entry of another position"
             assert end < sequence.max_len, "computes a token that nobody will follow"
             if work.samples and sequence.params.needs_last_token:
-                assert end == len(sequence.token_ids), "chooses a token before the last one is known"
+                assert end - work.num_drafts == len(sequence.token_ids), "chooses a token before the last one is known"
             if work.samples:
-                token_ids[sequence.id] = next_token(context, sequence.seed)
+                chosen: list[int] = []
+                for known in range(end - work.num_drafts, end + 1):
+                    chosen.append(next_token(context[:known], sequence.seed))
+                    if known < end and chosen[-1] != work.guesses[len(chosen) - 1]:
+                        break
+                token_ids[sequence.id] = chosen
+                logprobs[sequence.id] = [logprob_after(Entry(0, 0, 0), 0) for _ in chosen]
             targets = sequence.token_ids[work.start + 1 : min(end + 1, sequence.num_prompt_tokens)]
             if sequence.params.prompt_logprobs is not None and targets:
                 pairs = zip(context[work.start :], targets, strict=False)
                 prompt_logprobs[sequence.id] = [logprob_after(entry, token_id) for entry, token_id in pairs]
         self._chosen = token_ids
-        logprobs = {work.sequence.id: logprob_after(Entry(0, 0, 0), 0) for work in step.work if work.samples}
         return StepResult(token_ids, logprobs, prompt_logprobs)
 
     def _copy(self, step: Step, holders: Counter[int]) -> None:
@@ -117,14 +127,18 @@ class FakeModel:
         written = {work.sequence.block_table[work.start // self._size] for work in step.work}
         assert written >= {destination for _, destination in step.copies}, "copied a block that nobody writes to"
 
-    def _write(self, sequence: Sequence, start: int, num_tokens: int, holders: Counter[int]) -> None:
+    def _write(self, sequence: Sequence, start: int, num_tokens: int, num_drafts: int, holders: Counter[int]) -> None:
         previous = self._entry(sequence, start - 1) if start else None
         for position in range(start, start + num_tokens):
             if position < len(sequence.token_ids):
                 token_id = sequence.token_ids[position]
             else:
-                assert position == len(sequence.token_ids), "computes a token after one that is not known"
-                token_id = self._chosen[sequence.id]
+                ahead = position - len(sequence.token_ids)
+                if num_drafts:
+                    token_id = sequence.draft_token_ids[ahead]
+                else:
+                    assert ahead == 0, "computes a token after one that is not known"
+                    token_id = self._chosen[sequence.id][-1]
             previous = entry_after(previous, token_id)
             block, offset = sequence.block_table[position // self._size], position % self._size
             # A prompt found whole computes its last token again in place, where others may find it in the same step.
@@ -149,7 +163,9 @@ class FakeEngine:
         max_prefill_chunk: int | None = None,
         priority_aging: float = 60.0,
         enable_prefix_caching: bool = True,
+        guesses: random.Random | None = None,
     ) -> None:
+        self.guesses = guesses
         self.pool = BlockPool(num_blocks + 1, block_size, key=b"test")
         self.scheduler = Scheduler(
             self.pool,
@@ -206,6 +222,7 @@ class FakeEngine:
 
     def step(self, overlaps: bool = False) -> Step:
         """As `Engine.step`, with every invariant checked; the step that was scheduled."""
+        self._guess()
         step = self.scheduler.schedule()
         self._check(step)
         if step.work:
@@ -225,6 +242,21 @@ class FakeEngine:
             steps.append(self.step(overlaps))
         return steps
 
+    def _guess(self) -> None:
+        """As `Speculator.plan`: up to four guesses, most of them right."""
+        if self.guesses is None:
+            return
+        for sequence in self.scheduler.running:
+            sequence.num_draft_tokens = 0
+            if sequence.num_pending_tokens or sequence.num_uncomputed_tokens != 1:
+                continue
+            sequence.num_draft_tokens, sequence.draft_token_ids = self.guesses.randrange(5), []
+            for _ in range(sequence.num_draft_tokens):
+                known = [*sequence.token_ids, *sequence.draft_token_ids]
+                right = next_token(entries_of(known), sequence.seed)
+                wrong = (right + 1) % VOCAB_SIZE
+                sequence.draft_token_ids.append(right if self.guesses.random() < 0.7 else wrong)
+
     def _check(self, step: Step) -> None:
         scheduler = self.scheduler
         scheduler.check()
@@ -233,5 +265,5 @@ class FakeEngine:
         assert not (step.num_preempted and step.num_admitted)
         assert len({work.sequence for work in step.work}) == len(step.work)
         assert {work.sequence for work in step.work} <= set(scheduler.running)
-        assert all(1 <= work.num_tokens <= scheduler.max_prefill_chunk for work in step.work)
+        assert all(1 <= work.num_tokens - work.num_drafts <= scheduler.max_prefill_chunk for work in step.work)
         assert all(work.sequence.num_computed_tokens == work.start + work.num_tokens for work in step.work)

@@ -1,5 +1,6 @@
 """The scheduler under random traces: whatever happens, every sequence gets the tokens that it would get alone."""
 
+import random
 import sys
 from typing import Any
 
@@ -49,6 +50,7 @@ class Traces(RuleBasedStateMachine):
         more_tokens=st.integers(0, 8),
         max_prefill_chunk=st.none() | st.integers(1, 6),
         enable_prefix_caching=st.sampled_from([True, True, True, False]),
+        guesses=st.none() | st.integers(0, 999).map(random.Random),
     )
     def start(self, num_blocks: int, block_size: int, max_num_seqs: int, more_tokens: int, **options: Any) -> None:
         self.engine = FakeEngine(

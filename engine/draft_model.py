@@ -1,0 +1,103 @@
+"""Guesses from a smaller model, whose KV cache is addressed by the sequences' own block tables.
+
+It chooses tokens as its target does: with the sequence's own random numbers, which depend on seed and position alone,
+and after the same edits and filters. So where the two models agree it guesses the very token that the target draws, at
+any temperature: Gumbel coupling (arXiv:2408.07978), with which what a target draws does not depend on who guesses.
+"""
+
+from typing import NamedTuple
+
+from engine.checkpoint import Checkpoint, find_checkpoint
+from engine.options import EngineOptions
+from engine.runner import Runner
+from engine.sequence import Sequence
+from engine.step import Step, Work
+from engine.tokenizer import Tokenizer
+from layers.config import ModelConfig
+
+
+class Draft(NamedTuple):
+    """Which model guesses; of dummy weights without a checkpoint."""
+
+    config: ModelConfig
+    checkpoint: Checkpoint | None
+
+
+def find_draft(options: EngineOptions, target: Checkpoint | None) -> Draft | None:
+    """The draft model of the options, if they name one. Raises ValueError if its tokenizer is not the target's."""
+    name = options.speculative_model
+    if name is None or name == "ngram":
+        return None
+    if isinstance(name, ModelConfig):
+        return Draft(name, None)
+    checkpoint = find_checkpoint(name)
+    if target is not None and _vocabulary(checkpoint) != _vocabulary(target):
+        raise ValueError(
+            f"speculative_model {str(name)!r} has another tokenizer than {str(options.model)!r}: its guesses would mean"
+            " something else"
+        )
+    return Draft(checkpoint.config, checkpoint)
+
+
+def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
+    return Tokenizer.from_directory(checkpoint.directory).vocabulary
+
+
+class DraftModel:
+    """Guesses for sequences whose blocks are allocated up to their last guess.
+
+    A sequence's `num_drafter_tokens` says how much of it this model has computed; the rest is made up for when it first
+    guesses. What it finds in blocks that it has not computed itself can only make its guesses worse.
+    """
+
+    def __init__(self, runner: Runner, max_num_batched_tokens: int) -> None:
+        self._runner = runner
+        self._max_num_batched_tokens = max_num_batched_tokens
+
+    def propose(self, step: Step) -> int:
+        """Fill `draft_token_ids` of the step's sequences that are to have some. Returns how often the model ran."""
+        if step.copies:
+            self._runner.run(Step((), step.copies))
+        guessing = {work.sequence: work.num_drafts for work in step.work if work.num_drafts}
+        for sequence in guessing:
+            sequence.draft_token_ids = []
+        runs = self._catch_up(list(guessing))
+        for depth in range(max(guessing.values(), default=0)):
+            deep = [sequence for sequence, count in guessing.items() if count > depth]
+            # The first takes the token that the target chose last, and the one before it if that was a guess.
+            self._run([_work(sequence, samples=True) for sequence in deep])
+            runs += 1
+        return runs
+
+    def _catch_up(self, sequences: list[Sequence]) -> int:
+        """Compute all but the last two tokens of each."""
+        runs, budget, works = 0, self._max_num_batched_tokens, []
+        waiting = [sequence for sequence in sequences if _missing(sequence) > 2]
+        while waiting:
+            sequence = waiting[0]
+            count = min(_missing(sequence) - 1, budget)
+            works.append(Work(sequence, sequence.num_drafter_tokens, count, samples=False))
+            budget -= count
+            sequence.num_drafter_tokens += count
+            if _missing(sequence) == 1:
+                waiting.pop(0)
+            if not budget or not waiting:
+                self._runner.run(Step(tuple(works)))
+                runs, budget, works = runs + 1, self._max_num_batched_tokens, []
+        return runs
+
+    def _run(self, works: list[Work]) -> None:
+        result = self._runner.run(Step(tuple(works)))
+        for work in works:
+            work.sequence.num_drafter_tokens = work.start + work.num_tokens
+            work.sequence.draft_token_ids.append(result.token_ids[work.sequence.id][0])
+
+
+def _missing(sequence: Sequence) -> int:
+    return len(sequence.token_ids) - sequence.num_drafter_tokens
+
+
+def _work(sequence: Sequence, *, samples: bool) -> Work:
+    """All that the model has not computed yet, guesses included: they are its own, and none is to be verified."""
+    known = len(sequence.token_ids) + len(sequence.draft_token_ids)
+    return Work(sequence, sequence.num_drafter_tokens, known - sequence.num_drafter_tokens, samples)

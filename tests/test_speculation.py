@@ -1,0 +1,179 @@
+"""With speculation every answer is the one without it, token by token, whatever was asked for; only steps are fewer."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from engine import LLM, SamplingParams
+from engine.logit_edits import LogitEdits
+from engine.ngram import NgramIndex
+from tests.checkpoints import save_tiny
+from tests.small_engine import greedy, make, mixed_params, random_prompts, random_tokens
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    found = tmp_path_factory.mktemp("qwen3")
+    save_tiny(found, "qwen3")
+    return found
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A model of other weights, whose guesses are nearly always wrong."""
+    found = tmp_path_factory.mktemp("other")
+    save_tiny(found, "qwen3", num_hidden_layers=1, seed=7)
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(directory) -> LLM:
+    return make(directory)
+
+
+def speculating(directory, speculative_model, *, is_adaptive=False, **options) -> LLM:
+    llm = make(directory, speculative_model=speculative_model, **options)
+    llm.engine.speculator.is_adaptive = is_adaptive
+    return llm
+
+
+def stood(llm: LLM) -> int:
+    return sum(sum(record.num_stood) for record in llm.engine.records)
+
+
+def same(ours, expected) -> None:
+    for one, other in zip(ours, expected, strict=True):
+        assert [choice.token_ids for choice in one.choices] == [choice.token_ids for choice in other.choices]
+        for choice, reference in zip(one.choices, other.choices, strict=True):
+            assert choice.finish_reason == reference.finish_reason
+            if reference.logprobs is not None:
+                assert [entry.token_id for entry in choice.logprobs] == choice.token_ids
+                assert [entry.logprob for entry in choice.logprobs] == pytest.approx(
+                    [entry.logprob for entry in reference.logprobs], abs=1e-4
+                )
+
+
+@pytest.mark.parametrize("count", [1, 16])
+@pytest.mark.parametrize("drafter", ["ngram", "itself", "other"])
+@pytest.mark.parametrize("is_adaptive", [False, True])
+def test_answers_are_those_without(directory, other, plain, drafter, count, is_adaptive):
+    prompts = random_prompts(count)
+    params = mixed_params(count, max_tokens=30)
+    expected = plain.generate(prompts, params)
+    name = {"ngram": "ngram", "itself": directory, "other": other}[drafter]
+    llm = speculating(directory, name, is_adaptive=is_adaptive)
+    same(llm.generate(prompts, params), expected)
+    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_usable
+    if drafter == "itself" and not is_adaptive:
+        # A model agrees with itself, at any temperature and after any edit: six tokens a step but for the ends.
+        records = [record for record in llm.engine.records if record.num_drafts]
+        guesses = sum(record.num_draft_tokens for record in records)
+        assert stood(llm) == guesses
+        assert len(llm.engine.records) < 30
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "itself"])
+def test_under_preemption_and_prefix_hits(directory, plain, drafter):
+    prompts = [random_tokens(40), *random_prompts(6), random_tokens(40)]
+    params = mixed_params(8, max_tokens=40)
+    expected = plain.generate(prompts, params)
+    name = "ngram" if drafter == "ngram" else directory
+    llm = speculating(directory, name, kv_cache_memory="512KiB", max_model_len=160)
+    same(llm.generate(prompts, params), expected)
+    assert sum(record.num_preempted for record in llm.engine.records) > 0
+    same(llm.generate(prompts, params), expected)
+    assert sum(record.num_cached_tokens for record in llm.engine.records) > 0
+    llm.engine.scheduler.check()
+
+
+def test_stops_limits_and_choices(directory, plain):
+    prompt = random_tokens(20)
+    free = plain.generate([prompt], greedy(30))[0].token_ids
+    cases = [
+        SamplingParams(temperature=0, max_tokens=30, stop_token_ids=(free[7],), min_tokens=3),
+        SamplingParams(temperature=0, max_tokens=30, stop_token_ids=(free[2],), min_tokens=12),
+        *(greedy(length) for length in range(1, 9)),
+        SamplingParams(temperature=1.0, seed=3, n=3, max_tokens=12, ignore_eos=True, logprobs=2),
+        SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, prompt_logprobs=1),
+    ]
+    llm = speculating(directory, directory)
+    same(llm.generate([prompt] * len(cases), cases), plain.generate([prompt] * len(cases), cases))
+    assert stood(llm) > 0
+    same([llm.generate([prompt], case)[0] for case in cases], [plain.generate([prompt], case)[0] for case in cases])
+
+
+def test_vocabularies_may_be_padded_differently(directory, plain, tmp_path):
+    """Of two models that know the same tokens, either may have more rows than that."""
+    prompts, params = random_prompts(4), mixed_params(4)
+    expected = plain.generate(prompts, params)
+    vocab_size = plain.engine.config.vocab_size
+    for rows in (vocab_size + 37, vocab_size - 5):
+        draft = replace(plain.engine.config, vocab_size=rows, num_layers=1)
+        llm = LLM(
+            plain.engine.config,
+            speculative_model=draft,
+            load_format="dummy",
+            dtype="float32",
+            device="cpu",
+            enforce_eager=True,
+            kv_cache_memory="16MiB",
+        )
+        llm.engine.speculator.is_adaptive = False
+        llm.engine.runner.weights = plain.engine.runner.weights
+        same(llm.generate(prompts, params), expected)
+
+
+def test_another_tokenizer_is_refused(directory, tmp_path):
+    save_tiny(tmp_path, "qwen3")
+    file = tmp_path / "tokenizer.json"
+    text = file.read_text()
+    file.write_text(
+        text.replace('"zebra"', '"zebrb"') if '"zebra"' in text else text.replace('"a"', '"\\u00ff\\u00ff"')
+    )
+    with pytest.raises(ValueError, match=r"speculative_model .* has another tokenizer"):
+        make(directory, speculative_model=tmp_path)
+
+
+def test_edits_ahead_leave_nothing_behind():
+    params = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2, logit_bias={3: 1.0})
+    prompt, rng = [1, 2, 3], random.Random(0)
+    for _ in range(50):
+        output = [rng.randrange(8) for _ in range(rng.randrange(6))]
+        drafts = [rng.randrange(8) for _ in range(rng.randrange(5))]
+        edits = LogitEdits(params, prompt, 10, frozenset())
+        edits.advance(prompt + output[: len(output) // 2])
+        ahead = list(edits.entries_ahead(prompt + output, drafts))
+        for count, found in enumerate(ahead):
+            fresh = LogitEdits(params, prompt, 10, frozenset())
+            fresh.advance(prompt + output + drafts[:count])
+            assert entries(found) == entries(fresh.entries())
+        again = prompt + output + [rng.randrange(8)]
+        edits.advance(again)
+        fresh = LogitEdits(params, prompt, 10, frozenset())
+        fresh.advance(again)
+        assert entries(edits.entries()) == entries(fresh.entries())
+
+
+def entries(arrays) -> dict[int, tuple[float, float]]:
+    """By token, those that change nothing left out."""
+    found = {token: (scale, addend) for token, scale, addend in zip(*(a.tolist() for a in arrays), strict=True)}
+    return {token: pair for token, pair in found.items() if pair != (1.0, 0.0)}
+
+
+def test_ngrams_are_the_latest_and_the_longest():
+    rng = random.Random(1)
+    index, tokens = NgramIndex(), []
+    for _ in range(400):
+        tokens.append(rng.randrange(3))
+        expected = []
+        for size in (4, 3, 2):
+            starts = [at for at in range(len(tokens) - size) if tokens[at : at + size] == tokens[-size:]]
+            if starts:
+                after = starts[-1] + size
+                copied = list(tokens)
+                for position in range(3):
+                    copied.append(copied[after + position])
+                expected = copied[-3:]
+                break
+        assert index.propose(tokens, 3) == expected

@@ -18,6 +18,7 @@ COMMANDS = {
     "startup": "seconds to the first token of a fresh process, cold and warm cache",
     "memory": "resident memory of one long request, beside the peers'",
     "ablations": "tokens per second as techniques are added one by one",
+    "spec": "what speculative decoding is worth, and why",
     "compile": "compile times by phase; graphs, kernels, recompilations",
     "serve": "latencies and throughput of a server under load",
     "roofline": "steps as shares of the machine's measured limits",

@@ -1,12 +1,11 @@
 """transformers as a contestant: the same weights, or random ones of the same shapes."""
 
-from typing import Any
-
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.geometries import geometry
 from engine.checkpoint import Checkpoint
+from engine.distill_models import transformers_model as transformers_model_of
 
 
 def transformers_model(
@@ -17,9 +16,4 @@ def transformers_model(
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**geometry(name)), dtype=dtype)
         return model.eval()
-    options: dict[str, Any] = {}
-    directory = checkpoint.directory
-    if checkpoint.files[0].suffix == ".gguf":
-        directory = checkpoint.files[0].parent
-        options = {"gguf_file": checkpoint.files[0].name, "quantization_config": GgufConfig(dequantize=True)}
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options).to(device).eval()
+    return transformers_model_of(checkpoint, dtype, device)

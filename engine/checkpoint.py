@@ -47,7 +47,7 @@ class Checkpoint:
         dequantised to `dtype`. What follows from the config (rotation tables, a tied `lm_head`) is left out.
         """
         for file in self.files:
-            tensors = GgufFile(file).tensors(dtype) if file.suffix == ".gguf" else _safetensors(file)
+            tensors = GgufFile(file).tensors(dtype) if file.suffix == ".gguf" else read_safetensors(file)
             for name, tensor in tensors:
                 if not self._is_redundant(name):
                     yield name, tensor
@@ -215,7 +215,8 @@ def _open_safetensors(file: Path) -> Any:
         raise CheckpointError(f"{file} is not a whole safetensors file ({error}): download it again") from error
 
 
-def _safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+def read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a file, by name. Raises CheckpointError if the file is not whole."""
     with _open_safetensors(file) as tensors:
         for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
             yield name, tensors.get_tensor(name)

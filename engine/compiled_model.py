@@ -67,14 +67,20 @@ def mark_static(*values: object) -> None:
             torch._dynamo.mark_static_address(tensor, guard=False)
 
 
-def eager_functions(config: ModelConfig, vocab_size: int | None = None) -> ModelFunctions:
+def eager_functions(
+    config: ModelConfig, vocab_size: int | None = None, head_tokens: Tensor | None = None
+) -> ModelFunctions:
     """The model of a config, nothing of it compiled. Hidden states are [T, E], logits [R, V], chosen tokens [R].
 
-    Where V shall be another than the model's, logits are cut, or filled up with -inf.
+    Where V shall be another than the model's, logits are cut, or filled up with -inf. head_tokens: which tokens the rows
+    of the head stand for, if not for all in order; the others' logits are -inf.
     """
-    more = (vocab_size or config.vocab_size) - config.vocab_size
+    size = vocab_size or config.vocab_size
+    more = size - config.vocab_size
 
     def fit(logits: Tensor) -> Tensor:
+        if head_tokens is not None:
+            return logits.new_full((len(logits), size), -torch.inf).index_copy_(1, head_tokens, logits)
         return torch.nn.functional.pad(logits, (0, more), value=-torch.inf) if more else logits
 
     def resolve(batch: Batch, feedback: Feedback | None) -> Batch:

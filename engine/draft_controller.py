@@ -5,7 +5,7 @@ Both are learned: the chance from each sequence's own guesses, the seconds from 
 pays there are none, but for one now and then that finds out whether that has changed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _PRIOR, _PRIOR_WEIGHT = 0.6, 2.0  # a sequence's chance before anything is known of it, and how many guesses that counts
@@ -119,11 +119,6 @@ def predicted_speedup(chance: float, num_drafts: int, decode: float, verify: flo
     """
     expected = sum(chance**place for place in range(num_drafts + 1))
     return expected * decode / (verify + draft)
-
-
-def mean(values: Iterable[int]) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
 
 
 def _rounded(num_tokens: int) -> int:

@@ -8,6 +8,7 @@ any temperature: Gumbel coupling (arXiv:2408.07978), with which what a target dr
 from typing import NamedTuple
 
 from engine.checkpoint import Checkpoint, find_checkpoint
+from engine.draft_checkpoint import SharedDraft, find_shared_draft
 from engine.options import EngineOptions
 from engine.runner import Runner
 from engine.sequence import Sequence
@@ -20,27 +21,37 @@ class Draft(NamedTuple):
     """Which model guesses; of dummy weights without a checkpoint."""
 
     config: ModelConfig
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint | SharedDraft | None
+
+    @property
+    def head_tokens(self) -> tuple[int, ...] | None:
+        """What the rows of its head stand for, if not for all tokens in order."""
+        return self.checkpoint.head_tokens if isinstance(self.checkpoint, SharedDraft) else None
 
 
-def find_draft(options: EngineOptions, target: Checkpoint | None) -> Draft | None:
-    """The draft model of the options, if they name one. Raises ValueError if its tokenizer is not the target's."""
+def find_draft(options: EngineOptions, target: Checkpoint | None, config: ModelConfig) -> Draft | None:
+    """The draft model of the options, if they name one. config: the target's.
+
+    Raises ValueError if its tokenizer is not the target's.
+    """
     name = options.speculative_model
     if name is None or name == "ngram":
         return None
     if isinstance(name, ModelConfig):
         return Draft(name, None)
+    if options.load_format == "dummy":
+        return Draft(find_checkpoint(name).config, None)
+    tokenizer = Tokenizer.from_directory(target.directory) if target is not None else None
+    shared = find_shared_draft(name, tokenizer, config)
+    if shared is not None:
+        return Draft(shared.config, shared)
     checkpoint = find_checkpoint(name)
-    if target is not None and _vocabulary(checkpoint) != _vocabulary(target):
+    if tokenizer is not None and Tokenizer.from_directory(checkpoint.directory).vocabulary != tokenizer.vocabulary:
         raise ValueError(
             f"speculative_model {str(name)!r} has another tokenizer than {str(options.model)!r}: its guesses would mean"
             " something else"
         )
     return Draft(checkpoint.config, checkpoint)
-
-
-def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
-    return Tokenizer.from_directory(checkpoint.directory).vocabulary
 
 
 class DraftModel:

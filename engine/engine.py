@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Series
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +19,7 @@ from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.compile_behind import CompileBehind
 from engine.compile_cache import Order, marker
 from engine.compiled_model import mark_static
+from engine.draft_checkpoint import SharedDraft
 from engine.draft_model import DraftModel, find_draft
 from engine.launched import Launched
 from engine.logit_edits import LogitEdits, check_something_remains
@@ -42,6 +43,7 @@ from engine.step_record import Kind, StepRecord
 from layers.config import ModelConfig, UnsupportedModelError
 from layers.types import Weights
 from layers.weights import dummy_weights, load_weights
+from ops import Matrix
 from ops.paged_attention import TRITON_HEAD_DIMS
 
 log = logging.getLogger("dispec")
@@ -78,7 +80,7 @@ class Engine:
             else:
                 self.checkpoint = find_checkpoint(options.model)
                 self.config = self.checkpoint.config
-            draft = find_draft(options, self.checkpoint)
+            draft = find_draft(options, self.checkpoint, self.config)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # Triton launches on the current device
             if self.config.head_dim not in TRITON_HEAD_DIMS:
@@ -91,7 +93,11 @@ class Engine:
             plan_kv_cache(self.config, options, self.device, before, draft.config if draft else None)
         with self._phase("load"):
             weights = self._load_weights(self.checkpoint, self.config)
-            draft_weights = self._load_weights(draft.checkpoint, draft.config) if draft else None
+            draft_weights = None
+            if draft is not None:
+                shared = draft.checkpoint if isinstance(draft.checkpoint, SharedDraft) else None
+                borrowed = shared.borrowed(weights) if shared is not None else None
+                draft_weights = self._load_weights(draft.checkpoint, draft.config, borrowed)
             return_freed_memory()
         # On CPU the work is done when a launch returns, so there is nothing to overlap with.
         self.overlaps = self.device.type == "cuda" if options.async_scheduling is None else options.async_scheduling
@@ -111,7 +117,7 @@ class Engine:
             draft_model = None
             if draft is not None:
                 assert draft_weights is not None
-                drafter = self._make_runner(draft.config, draft_weights, self.kv_plan)
+                drafter = self._make_runner(draft.config, draft_weights, self.kv_plan, draft.head_tokens)
                 if options.when_to_compile(self.device) == "startup":
                     with self._phase("compile draft"):
                         drafter.compile(show_progress)
@@ -339,6 +345,7 @@ class Engine:
             draft=draft,
             num_drafts=sum(work.num_drafts > 0 for work in step.work),
             num_draft_tokens=sum(work.num_drafts for work in step.work),
+            num_wanted_drafts=self.speculator.num_wanted if self.speculator is not None else 0,
         )
 
     def _check(self, prompt: Series[int], params: SamplingParams, priority: int) -> None:
@@ -358,16 +365,23 @@ class Engine:
         if not -(2**31) <= priority < 2**31:
             raise ValueError(f"priority is {priority}, must fit in 32 bits")
 
-    def _load_weights(self, checkpoint: Checkpoint | None, config: ModelConfig) -> Weights:
+    def _load_weights(
+        self,
+        checkpoint: Checkpoint | SharedDraft | None,
+        config: ModelConfig,
+        borrowed: Mapping[str, Matrix] | None = None,
+    ) -> Weights:
         dtype = DTYPES[self.options.dtype]
         if self.options.load_format == "dummy" or checkpoint is None:
             return dummy_weights(config, dtype, self.device, self.options.seed)
         with tqdm(
             desc="loading weights", unit="param", unit_scale=True, disable=not self._show_progress, leave=False
         ) as bar:
-            return load_weights(config, checkpoint.tensors(dtype), dtype, self.device, bar.update)
+            return load_weights(config, checkpoint.tensors(dtype), dtype, self.device, bar.update, borrowed)
 
-    def _make_runner(self, config: ModelConfig, weights: Weights, plan: KVPlan) -> Runner:
+    def _make_runner(
+        self, config: ModelConfig, weights: Weights, plan: KVPlan, head_tokens: tuple[int, ...] | None = None
+    ) -> Runner:
         kv_cache = allocate_kv_cache(config, plan, DTYPES[self.options.dtype], self.device)
         if self.device.type == "cuda":
             mark_static(weights, kv_cache)
@@ -380,6 +394,7 @@ class Engine:
             max_model_len=plan.max_model_len,
             max_num_drafts=self.options.num_speculative_tokens if self.options.speculative_model is not None else 0,
             vocab_size=self.config.vocab_size,
+            head_tokens=None if head_tokens is None else torch.tensor(head_tokens, device=self.device),
             overlaps=self.overlaps,
         )
 

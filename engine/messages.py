@@ -92,6 +92,7 @@ class Token(msgspec.Struct, array_like=True):
     """A token of a choice, in the order of generation.
 
     num_cached_tokens: of its prompt; prompt_logprobs: without the first token's. Both come with its first token.
+    num_right, num_wrong: guesses of the step that stood and that did not, with the first token of the step.
     """
 
     request_id: str
@@ -101,6 +102,8 @@ class Token(msgspec.Struct, array_like=True):
     logprobs: TokenLogprobs | None = None
     num_cached_tokens: int | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    num_right: int = 0
+    num_wrong: int = 0
 
 
 class StepOutput(msgspec.Struct, tag=True):

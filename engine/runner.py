@@ -57,6 +57,7 @@ class Runner:
 
     max_num_drafts: most guesses of one sequence that a step verifies.
     vocab_size: columns of the logits, if not the model's own: a draft model's are those of its target.
+    head_tokens: which tokens the rows of the head stand for, if not for all in order.
     overlaps: whether a step may be launched before the one before it was waited for.
     """
 
@@ -71,6 +72,7 @@ class Runner:
         max_model_len: int,
         max_num_drafts: int = 0,
         vocab_size: int | None = None,
+        head_tokens: Tensor | None = None,
         overlaps: bool = False,
     ) -> None:
         self.weights = weights
@@ -83,7 +85,7 @@ class Runner:
         keys = kv_cache[0].keys
         self._mixes = self.is_cuda or has_cpu_kernel(keys.dtype, keys.shape[2], self.block_size)
         vocab_size = vocab_size or config.vocab_size
-        self._functions = self._eager = eager_functions(config, vocab_size)
+        self._functions = self._eager = eager_functions(config, vocab_size, head_tokens)
         self.compiles_model = is_worth_compiling(self.device, keys.dtype, keys.shape[2], self.block_size)
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens

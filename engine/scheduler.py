@@ -166,7 +166,13 @@ class Scheduler:
                 if sequence.params.logprobs is not None:
                     sequence.logprobs.append(result.logprobs[sequence.id][index])
                 sequence.append(token_id)
-                outputs.append(TokenOutput(sequence, token_id, sequence.finish_reason, sequence.num_output_tokens))
+                number, reason = sequence.num_output_tokens, sequence.finish_reason
+                if index == 0 and work.num_drafts:
+                    num_right = len(token_ids) - 1
+                    guesses = (num_right, work.num_drafts - num_right)
+                else:
+                    guesses = (0, 0)
+                outputs.append(TokenOutput(sequence, token_id, reason, number, *guesses))
                 if sequence.finish_reason is not None:
                     break
             if sequence.finish_reason is not None:

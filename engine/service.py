@@ -201,7 +201,9 @@ class Service:
 
 def _token(request_id: str, choice: int, output: "TokenOutput", token_id: int) -> Token:
     sequence, params = output.sequence, output.sequence.params
-    token = Token(request_id, choice, token_id, output.finish_reason)
+    token = Token(
+        request_id, choice, token_id, output.finish_reason, num_right=output.num_right, num_wrong=output.num_wrong
+    )
     if params.logprobs is not None:
         token.logprobs = sequence.logprobs[output.number - 1]
     if output.number == 1:

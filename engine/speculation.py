@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from engine.draft_controller import Acceptance, DraftController, mean
+from engine.draft_controller import Acceptance, DraftController
 from engine.draft_model import DraftModel
 from engine.ngram import NgramIndex
 from engine.sequence import Sequence
@@ -32,7 +32,7 @@ class Speculator:
     max_num_drafts: most guesses of one sequence in a step.
     draft_model: who guesses; the sequence's own text if None.
     is_adaptive: choose how many pay; else always as many as there can be.
-    desired, actual: guesses a sequence in the last step that decoded: wanted, and verified.
+    num_wanted: guesses that the last plan asked for.
     """
 
     def __init__(self, max_num_drafts: int, draft_model: DraftModel | None = None, *, is_adaptive: bool = True) -> None:
@@ -40,7 +40,7 @@ class Speculator:
         self.draft_model = draft_model
         self.is_adaptive = is_adaptive
         self.controller = DraftController()
-        self.desired = self.actual = 0.0
+        self.num_wanted = 0
 
     def plan(self, running: Iterable[Sequence]) -> None:
         """Set how many tokens of each running sequence are to be guessed in the next step."""
@@ -66,7 +66,7 @@ class Speculator:
             chosen = self.controller.choose(available, acceptance, len(decoding))
         for sequence in decoding:
             sequence.num_draft_tokens = chosen.get(sequence.id, 0)
-        self.desired = mean(sequence.num_draft_tokens for sequence in decoding)
+        self.num_wanted = sum(chosen.values())
 
     def propose(self, step: Step) -> float:
         """Make the guesses that the step is to verify; returns the seconds that took."""
@@ -98,5 +98,4 @@ class Speculator:
                 stood[place] += 1
         if step.work and all(work.samples and work.num_tokens == 1 + work.num_drafts for work in step.work):
             self.controller.verify.observe(step.num_tokens, seconds)
-            self.actual = num_drafts / len(step.work)
         return tuple(stood) if num_drafts else ()

@@ -69,10 +69,13 @@ class StepResult(NamedTuple):
 class TokenOutput:
     """What a step did to one sequence: a new token, and maybe its end; an end alone if the engine failed.
 
-    number: the token's in the sequence's output, from 1.
+    number: the token's in the sequence's output, from 1. num_right and num_wrong: guesses of the sequence in this step
+    that stood and that did not, told with its first token of the step.
     """
 
     sequence: Sequence
     token_id: int | None
     finish_reason: FinishReason | None
     number: int = 0
+    num_right: int = 0
+    num_wrong: int = 0

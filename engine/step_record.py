@@ -12,8 +12,9 @@ class StepRecord(NamedTuple):
     num_prompt_tokens: of its tokens, those of prompts (or of what is computed again after a preemption).
     num_cached_tokens: found in the cache by the sequences that it admitted, and so not computed.
     num_used_blocks: of the KV cache, held by sequences when the step was scheduled.
-    num_drafts: sequences that had tokens guessed ahead; num_draft_tokens: guesses; num_stood: of these, how many were
-        right, by their place. draft: seconds of guessing.
+    num_drafts: sequences that had tokens guessed ahead; num_draft_tokens: guesses; num_wanted_drafts: guesses that were
+        thought to pay, before memory and the step's budget had a say; num_stood: how many were right, by their place.
+    draft: seconds of guessing.
     schedule, launch, wait, commit: choosing the work, handing it to the device, waiting for its result, recording it.
     """
 
@@ -36,4 +37,15 @@ class StepRecord(NamedTuple):
     draft: float = 0.0
     num_drafts: int = 0
     num_draft_tokens: int = 0
+    num_wanted_drafts: int = 0
     num_stood: tuple[int, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """What the engine did for it."""
+        return self.schedule + self.draft + self.launch + self.wait + self.commit
+
+    @property
+    def num_decoded_tokens(self) -> int:
+        """Tokens of answers that it added, but for first tokens: guesses that were wrong are none."""
+        return self.num_tokens - self.num_prompt_tokens - self.num_draft_tokens + sum(self.num_stood)

@@ -3,7 +3,7 @@
 Loading, dummy weights and tests all derive from `declare`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -112,13 +112,17 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     on_progress: Callable[[int], None] = lambda _: None,
+    borrowed: Mapping[str, ops.Matrix] | None = None,
 ) -> Weights:
     """Stream a checkpoint's tensors into place, one at a time; each matrix is packed once it is whole.
 
-    `tensors` yields (Hugging Face name, tensor) in any order; `on_progress` hears of each one's elements.
+    `tensors` yields (Hugging Face name, tensor) in any order; `on_progress` hears of each one's elements. `borrowed`
+    weights, by their names in `Weights`, are another model's and not among the tensors.
     Raises WeightsError, with the name, for a tensor that is missing, left over, doubled or misshapen.
     """
-    place_of = {source.name: spec for spec in declare(config) for source in spec.sources}
+    borrowed = borrowed or {}
+    own = (spec for spec in declare(config) if spec.name not in borrowed)
+    place_of = {source.name: spec for spec in own for source in spec.sources}
     loading: dict[str, _Loading] = {}
     done: dict[str, ops.Matrix] = {}
     for name, tensor in tensors:
@@ -143,7 +147,7 @@ def load_weights(
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise WeightsError(f"tensor {missing[0]!r}{more} is missing from the checkpoint")
-    return assemble(config, done, device)
+    return assemble(config, {**done, **borrowed}, device)
 
 
 def _is_waiting(name: str, spec: WeightSpec, loading: dict[str, _Loading]) -> bool:
@@ -188,9 +192,11 @@ def assemble(config: ModelConfig, weights: dict[str, Any], device: torch.device)
         )
 
     embedding = weights["embedding"]
-    lm_head = ops.pack(embedding) if config.tie_embeddings else weights["lm_head"]
-    if config.tie_embeddings and isinstance(lm_head, ops.Packed) and lm_head.is_tiled:
-        embedding = lm_head
+    lm_head = weights.get("lm_head")
+    if lm_head is None:  # tied
+        lm_head = ops.pack(embedding)
+        if isinstance(lm_head, ops.Packed) and lm_head.is_tiled:
+            embedding = lm_head
     return Weights(
         embedding=embedding,
         blocks=tuple(block(f"blocks.{layer}") for layer in range(config.num_layers)),

@@ -3,11 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
+from msgspec import UNSET
+
 from engine.sampling_params import SamplingParams
 from serving.engine_client import ChoiceUpdate, EngineClient, GenerationRequest, RequestStream
 from serving.errors import ApiError
 from serving.prompts import Prompt
-from serving.protocol_answers import PromptTokensDetails, Usage
+from serving.protocol_answers import CompletionTokensDetails, PromptTokensDetails, Usage
 
 
 class Call:
@@ -32,6 +34,7 @@ class Call:
         self.prompts = prompts
         self.num_choices = params[0].n
         self.cached_tokens = 0
+        self.right_guesses = self.wrong_guesses = 0
         self.completion_tokens = 0
         self.streams: list[RequestStream] = []
         try:
@@ -91,7 +94,14 @@ class Call:
 
     def usage(self) -> Usage:
         prompt, completion = self.prompt_tokens, self.completion_tokens
-        return Usage(prompt, completion, prompt + completion, PromptTokensDetails(self.cached_tokens))
+        guessed = CompletionTokensDetails(self.right_guesses, self.wrong_guesses)
+        return Usage(
+            prompt,
+            completion,
+            prompt + completion,
+            PromptTokensDetails(self.cached_tokens),
+            guessed if self.right_guesses or self.wrong_guesses else UNSET,
+        )
 
     def log_fields(self) -> dict[str, int]:
         return {
@@ -105,6 +115,8 @@ class Call:
             raise ApiError(503, "the request was ended before it was done", code="aborted", retry_after=5)
         self.completion_tokens += len(update.token_ids)
         self.cached_tokens += update.num_cached_tokens or 0
+        self.right_guesses += update.num_right_guesses
+        self.wrong_guesses += update.num_wrong_guesses
         return update
 
 

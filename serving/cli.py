@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -177,6 +178,55 @@ def serve(quiet: Quiet = False, debug: Debug = False, *, server: dict[str, Any],
         code = run(settings, engine, quiet=quiet, show_progress=show_progress)
         if code:
             raise typer.Exit(code)
+
+
+@app.command(context_settings=_FROM_ENVIRONMENT)
+def distill(
+    target: Annotated[str, typer.Argument(help="The model to make a draft for: as --model elsewhere.")],
+    layers: Annotated[int, typer.Option(help="Of the target's layers, that the draft begins with.")],
+    out: Annotated[Path, typer.Option(help="Directory of the draft; what an earlier call began there goes on.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file with a prompt in each line.", show_default="some of our own")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Of answers that the target writes for the draft to learn from.")
+    ] = 1_000_000,
+    epochs: Annotated[int, typer.Option(help="How often to train on each.")] = 3,
+    batch_tokens: Annotated[int, typer.Option(help="Of a training step.")] = 4096,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 1e-3,
+    own_embedding: Annotated[
+        bool,
+        typer.Option("--own-embedding", help="Train embedding and head as well, instead of borrowing the target's."),
+    ] = False,
+    head_tokens: Annotated[
+        int, typer.Option(help="How many tokens, the most frequent ones, a borrowed head can guess; 0 is all.")
+    ] = 8192,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 256,
+    max_num_seqs: Annotated[int, typer.Option(help="Answers that the target writes at once.")] = 32,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if there is one")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Make a draft model for --speculative-model: a few layers of the target, trained on what the target writes."""
+    with reporting(quiet=False, debug=debug):
+        from engine.distill import Recipe, distill
+        from engine.distill_text import SEED_PROMPTS, read_prompts
+        from engine.options import EngineOptions
+
+        recipe = Recipe(
+            layers=layers,
+            num_tokens=tokens,
+            epochs=epochs,
+            batch_tokens=batch_tokens,
+            learning_rate=learning_rate,
+            shares_embedding=not own_embedding,
+            head_tokens=head_tokens,
+            max_tokens=max_tokens,
+        )
+        options = EngineOptions(model=target, device=device, max_num_seqs=max_num_seqs, max_model_len=2048)
+        agreement = distill(options, recipe, read_prompts(prompts or SEED_PROMPTS), out)
+        say(f"{out}: its likeliest token is the target's {agreement.greedy:.1%} of the time")
 
 
 @app.command("env-check", context_settings=_FROM_ENVIRONMENT)

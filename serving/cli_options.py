@@ -109,7 +109,7 @@ def engine_options(
     speculative_model: Annotated[
         str | None,
         Option(
-            help="Who guesses tokens ahead: ngram, or a smaller model with the same tokenizer. Answers stay the same.",
+            help="Who guesses tokens ahead: ngram, or a smaller model of the same tokenizer. Answers stay the same.",
             show_default="nobody",
             rich_help_panel=_ENGINE,
         ),

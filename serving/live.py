@@ -64,7 +64,7 @@ class Live(Listener):
             client.listeners.append(self)
 
     def on_step(self, record: StepRecord, finished: float) -> None:
-        decode = record.num_tokens - record.num_prompt_tokens
+        decode = record.num_decoded_tokens
         second = self._second()
         second.output += decode
         second.computed += record.num_prompt_tokens
@@ -75,7 +75,8 @@ class Live(Listener):
         second.waiting = 0 if is_last else record.num_waiting
         if decode and self._last_step is not None:
             # Whatever decodes had its last token from the step before, so nothing was idle in between.
-            second.gaps.add([finished - self._last_step] * decode)
+            at_once = sum(record.num_stood)
+            second.gaps.add([finished - self._last_step] * (decode - at_once) + [0.0] * at_once)
         self._last_step = finished
         self._num_steps += 1
         self._steps.append(
@@ -83,9 +84,11 @@ class Live(Listener):
                 "number": self._num_steps,
                 "prefill": record.num_prompt_tokens,
                 "decode": decode,
-                "seconds": record.schedule + record.launch + record.wait + record.commit,
+                "seconds": record.seconds,
             }
         )
+        if record.num_drafts:
+            self.on_drafts(record.num_drafts, record.num_draft_tokens, record.num_stood)
 
     def on_first_token(self, first: FirstToken) -> None:
         second = self._second()

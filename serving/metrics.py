@@ -61,7 +61,12 @@ class Metrics(Listener):
         self._preemptions.inc(record.num_preempted)
         self._iteration_tokens.observe(record.num_tokens)
         self._batch_tokens.observe(record.num_tokens)
-        self._step_seconds.observe(record.schedule + record.launch + record.wait + record.commit)
+        self._step_seconds.observe(record.seconds)
+        if record.num_drafts:
+            self.on_drafts(record.num_drafts, record.num_draft_tokens, record.num_stood)
+        if record.kind == "decode":
+            self._draft_replicas_desired.set(record.num_wanted_drafts)
+            self._draft_replicas_actual.set(record.num_draft_tokens)
 
     def on_first_token(self, first: FirstToken) -> None:
         for counter, tokens in (
@@ -100,9 +105,6 @@ class Metrics(Listener):
         self._accepted_tokens.inc(sum(accepted_per_position))
         for position, accepted in enumerate(accepted_per_position):
             self._accepted_per_position.labels(**self._labels, position=str(position)).inc(accepted)
-
-    def set_draft_replicas_desired(self, count: int) -> None:
-        self._draft_replicas_desired.set(count)
 
     def _used_share(self, info: EngineInfo | None) -> float:
         return self._num_used_blocks / info.num_blocks if info is not None else 0.0
@@ -166,7 +168,12 @@ class Metrics(Listener):
         self._batch_tokens = histogram("dispec_batch_tokens", "Tokens computed in a step.", _TOKENS)
         self._running = gauge("dispec_running_requests", "Requests in the engine's batches.")
         self._waiting = gauge("dispec_waiting_requests", "Requests that wait to be scheduled.")
-        self._draft_replicas_desired = gauge("dispec_draft_replicas_desired", "Draft workers that would be of use.")
+        self._draft_replicas_desired = gauge(
+            "dispec_draft_replicas_desired", "Tokens that would pay to be guessed ahead in a step, as last decided."
+        )
+        self._draft_replicas_actual = gauge(
+            "dispec_draft_replicas_actual", "Tokens that were guessed ahead in the last step that decoded."
+        )
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(name, text, _LABELS, registry=self.registry).labels(**self._labels)

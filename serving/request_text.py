@@ -24,6 +24,8 @@ class ChoiceUpdate(msgspec.Struct, frozen=True):
     stop_reason: str | int | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int | None = None
+    num_right_guesses: int = 0
+    num_wrong_guesses: int = 0
 
 
 class RequestText:
@@ -70,6 +72,8 @@ class RequestText:
             stop_reason,
             token.prompt_logprobs if first else None,
             token.num_cached_tokens if first else None,
+            token.num_right,
+            token.num_wrong,
         ), tells
 
     def _note(self, token: Token, now: float) -> None:
@@ -97,4 +101,6 @@ def merged(updates: list[ChoiceUpdate]) -> ChoiceUpdate:
         last.stop_reason,
         first.prompt_logprobs,
         first.num_cached_tokens,
+        sum(update.num_right_guesses for update in updates),
+        sum(update.num_wrong_guesses for update in updates),
     )

@@ -36,7 +36,7 @@ def live(clock) -> Live:
 
 
 def step(live: Live, clock: Clock, **fields) -> None:
-    usual = dict.fromkeys(StepRecord._fields, 0) | {"kind": "mixed"}
+    usual = dict.fromkeys(StepRecord._fields, 0) | {"kind": "mixed", "num_stood": ()}
     live.on_step(StepRecord(**usual | fields), clock.now)
 
 

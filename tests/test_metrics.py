@@ -25,7 +25,7 @@ spec_decode_num_accepted_tokens_per_pos
 """
 OURS = """
 requests tokens_generated ttft_seconds tpot_seconds request_seconds step_seconds batch_tokens running_requests
-waiting_requests draft_replicas_desired
+waiting_requests draft_replicas_desired draft_replicas_actual
 """
 
 
@@ -58,7 +58,7 @@ def summary(arrival=0.0, started=1.0, first_token=3.0, finished=7.0, **fields) -
 
 
 def step(**fields) -> StepRecord:
-    usual = dict.fromkeys(StepRecord._fields, 0) | {"kind": "mixed"}
+    usual = dict.fromkeys(StepRecord._fields, 0) | {"kind": "mixed", "num_stood": ()}
     return StepRecord(**usual | fields)
 
 
@@ -168,12 +168,13 @@ def test_drafts_are_counted_by_position() -> None:
     metrics = Metrics("m")
     metrics.on_drafts(num_drafts=2, num_draft_tokens=6, accepted_per_position=[2, 1, 0])
     metrics.on_drafts(num_drafts=1, num_draft_tokens=3, accepted_per_position=[1, 0, 0])
-    metrics.set_draft_replicas_desired(3)
+    metrics.on_step(step(kind="decode", num_tokens=7, num_drafts=1, num_draft_tokens=3, num_wanted_drafts=4), 8.0)
     found = samples(metrics)
-    assert found["vllm:spec_decode_num_drafts_total"] == 3
-    assert found["vllm:spec_decode_num_draft_tokens_total"] == 9
+    assert found["vllm:spec_decode_num_drafts_total"] == 4
+    assert found["vllm:spec_decode_num_draft_tokens_total"] == 12
     assert found["vllm:spec_decode_num_accepted_tokens_total"] == 4
-    assert found["dispec_draft_replicas_desired"] == 3
+    assert found["dispec_draft_replicas_desired"] == 4
+    assert found["dispec_draft_replicas_actual"] == 3
     by_position = {
         sample.labels["position"]: sample.value
         for sample in families(metrics)["vllm:spec_decode_num_accepted_tokens_per_pos"].samples

@@ -1,0 +1,340 @@
+"""What speculation is worth, and why: who guesses, how often it stands, what it costs, what follows from that.
+
+    dispec bench spec --draft smollm2-draft
+
+First the costs: a step that decodes, one that verifies so many guesses of each sequence, one guess of the draft. Then
+each kind of work with and without speculation, in turns on the same engine, answers compared token by token. Last, with
+`--acceptance`, guesses that are right with a given probability, drawn at random, whatever the draft would have said: it
+runs, for what it costs, but its guesses are replaced by the known answer's tokens, or by wrong ones. Measured speed-ups
+stand beside those that follow from costs and acceptance (arXiv:2211.17192, theorem 3.8).
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from tqdm import tqdm
+
+from bench.loading import Device, Dtype, EnforceEager, Model, load
+from bench.machine import choose_device, describe_machine
+from bench.report import Output, Plot, Report
+from bench.workload import sizes
+from engine import LLM, SamplingParams
+from engine.draft_controller import predicted_speedup
+from engine.draft_model import DraftModel
+from engine.speculation import Speculator
+from engine.step import Step
+
+_PASSAGES = (
+    "The lighthouse at Carrow Point was built in 1868 after three ships were lost in a single winter. Its lamp burned"
+    " whale oil, later kerosene, and since 1931 electricity. The keeper's cottage, a low stone house with two rooms, now"
+    " holds a small museum. Visitors can climb the 142 steps to the gallery, from where the islands of the bay can be"
+    " seen on clear days. The fog signal, a horn driven by compressed air, was silenced in 1987 and is sounded only once"
+    " a year, on the first Sunday of June.",
+    "The committee met on Tuesday, 4 March, in the town hall. Present were Mr. Abbott, Ms. Chen, Dr. Okafor and Mrs."
+    " Lindqvist. The minutes of the last meeting were approved. Ms. Chen reported that the repair of the northern bridge"
+    " will cost 48,500 euros, of which the county pays half. Dr. Okafor asked for a second offer. It was decided to wait"
+    " for it until the end of the month. Mrs. Lindqvist presented the programme of the summer festival, which begins on"
+    " 12 July with a concert in the park.",
+    "To change the filter, switch the machine off and unplug it. Open the lid on the left side and pull the grey handle"
+    " towards you until it clicks. Lift the old filter out and let it drip over a bowl. Rinse the holder with cold water,"
+    " never with soap. Insert the new filter with the arrow pointing up, push the handle back and close the lid. Plug the"
+    " machine in, hold the green button for five seconds, and run two cups of water through it before you use it again.",
+)
+_COPYING = (
+    "Repeat the following text word for word, without any changes:\n\n{}",
+    "Copy this text exactly as it is:\n\n{}",
+    "Quote the following text in full, and nothing else:\n\n{}",
+)
+_CHAT = (
+    "Explain how rain forms.",
+    "Write a short story about a dog who learns to swim.",
+    "What should I consider when I buy a used car?",
+    "Give me five ideas for a birthday party.",
+    "Describe the difference between cats and dogs as pets.",
+    "How do I prepare for a long hike?",
+)
+
+
+class Work(NamedTuple):
+    """A kind of requests. temperature 0 is greedy."""
+
+    name: str
+    prompts: list[str]
+    temperature: float
+    concurrency: int
+
+
+class SimulatedDrafts:
+    """A draft model whose guesses are right with a probability of our choice. Where there is none, guesses cost
+    nothing.
+
+    answers: the tokens of prompt and answer, by sequence id.
+    """
+
+    def __init__(self, draft_model: DraftModel | None, acceptance: float, vocab_size: int, seed: int) -> None:
+        self._draft_model = draft_model
+        self._acceptance = acceptance
+        self._vocab_size = vocab_size
+        self._random = random.Random(seed)
+        self.answers: dict[int, list[int]] = {}
+
+    def propose(self, step: Step) -> int:
+        runs = self._draft_model.propose(step) if self._draft_model is not None else 0
+        for work in step.work:
+            if work.num_drafts:
+                at = len(work.sequence.token_ids)
+                truth = self.answers[work.sequence.id][at : at + work.num_drafts]
+                truth += [0] * (work.num_drafts - len(truth))
+                wrong = [token for token in truth]
+                for place, token in enumerate(truth):
+                    if self._random.random() >= self._acceptance:
+                        wrong[place] = (token + 1) % self._vocab_size
+                work.sequence.draft_token_ids = wrong
+        return runs
+
+
+class Run(NamedTuple):
+    """A workload, once. tokens: each prompt's answer. stood: guesses by place that stood; drafts, guesses: how many."""
+
+    seconds: float
+    tokens: list[list[int]]
+    steps: int
+    drafts: int
+    guesses: int
+    stood: list[int]
+
+    @property
+    def rate(self) -> float:
+        return sum(map(len, self.tokens)) / self.seconds
+
+
+def run(
+    llm: LLM,
+    prompts: list[list[int]],
+    params: list[SamplingParams],
+    simulated: SimulatedDrafts | None = None,
+    answers: list[list[int]] | None = None,
+) -> Run:
+    """All prompts at once, timed from when each has its first token: what speculation changes is decoding."""
+    engine = llm.engine
+    engine.records.clear()
+    sequences = [engine.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+    if simulated is not None and answers is not None:
+        simulated.answers = {
+            sequence.id: prompt + answer for sequence, prompt, answer in zip(sequences, prompts, answers, strict=True)
+        }
+    while any(not sequence.num_output_tokens for sequence in sequences):
+        engine.step()
+    before = sum(sequence.num_output_tokens for sequence in sequences)
+    started, steps = time.perf_counter(), len(engine.records)
+    while engine.has_work:
+        engine.step()
+    seconds = time.perf_counter() - started
+    tokens = [list(sequence.output_token_ids) for sequence in sequences]
+    records = list(engine.records)[steps:]
+    stood = [0] * (engine.options.num_speculative_tokens)
+    for record in records:
+        for place, count in enumerate(record.num_stood):
+            stood[place] += count
+    # What came with the prompts is not of the time that was measured.
+    share = 1 - before / sum(map(len, tokens))
+    return Run(
+        seconds / share,
+        tokens,
+        len(records),
+        sum(record.num_drafts for record in records),
+        sum(record.num_draft_tokens for record in records),
+        stood,
+    )
+
+
+@contextmanager
+def speculating(llm: LLM, speculator: Speculator | None) -> Iterator[None]:
+    """With this speculator instead of the engine's own; with none if None."""
+    kept = llm.engine.speculator
+    llm.engine.speculator = speculator
+    try:
+        yield
+    finally:
+        llm.engine.speculator = kept
+
+
+class Costs(NamedTuple):
+    """Median seconds of so many sequences: a step that only decodes, one that verifies, a guess of each sequence.
+
+    verify, draft: by the number of guesses of each sequence.
+    """
+
+    decode: float
+    verify: dict[int, float]
+    draft: dict[int, float]
+
+
+def measure_costs(llm: LLM, draft_model: DraftModel | None, prompts: list[list[int]], most: int) -> Costs:
+    """What steps of these sequences cost, from answers of a hundred tokens, all of whose guesses stand."""
+    params = [SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)] * len(prompts)
+    with speculating(llm, None):
+        answers = run(llm, prompts, params).tokens
+        decode = statistics.median(record.seconds for record in llm.engine.records if record.kind == "decode")
+    verify, draft = {}, {}
+    for count in range(1, most + 1):
+        simulated = SimulatedDrafts(draft_model, 1.0, llm.engine.config.vocab_size, seed=0)
+        with speculating(llm, _fixed(count, simulated)):
+            run(llm, prompts, params, simulated, answers)
+        full = [record for record in llm.engine.records if record.num_draft_tokens == count * len(prompts)][1:]
+        draft[count] = statistics.median(record.draft for record in full)
+        verify[count] = statistics.median(record.seconds - record.draft for record in full)
+    return Costs(decode, verify, draft)
+
+
+def _fixed(count: int, drafts: Any) -> Speculator:
+    """Always so many guesses."""
+    return Speculator(count, drafts, is_adaptive=False)
+
+
+def compare(
+    llm: LLM, speculator: Speculator, work: Work, output_tokens: int, rounds: int
+) -> tuple[list[float], list[Run]]:
+    """Ratios of tokens per second with the speculator to those without, taking turns, and the runs with it."""
+    prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in work.prompts]
+    ratios, runs = [], []
+    for round_ in range(rounds + 1):
+        plain_seconds = spec_seconds = 0.0
+        for first in range(0, len(prompts), work.concurrency):
+            batch = prompts[first : first + work.concurrency]
+            params = [
+                SamplingParams(temperature=work.temperature, max_tokens=output_tokens, seed=100 * round_ + number)
+                for number in range(len(batch))
+            ]
+            with speculating(llm, None):
+                plain = run(llm, batch, params)
+            with speculating(llm, speculator):
+                found = run(llm, batch, params)
+            if plain.tokens != found.tokens:
+                raise RuntimeError(f"{work.name}: answers with speculation differ from those without")
+            if round_ > 0:  # the first round warms up, and teaches the controller the costs
+                plain_seconds += plain.seconds
+                spec_seconds += found.seconds
+                runs.append(found)
+        if round_ > 0:
+            ratios.append(plain_seconds / spec_seconds)
+    return ratios, runs
+
+
+def _by_place(runs: list[Run], most: int) -> list[float]:
+    """Share of the drafts of which the first, second, ... guess stood."""
+    drafts = sum(found.drafts for found in runs)
+    return [sum(found.stood[place] for found in runs) / drafts if drafts else 0.0 for place in range(most)]
+
+
+def main(
+    model: Model = "smollm2",
+    draft: Annotated[str | None, typer.Option(help="Model that guesses.", show_default="n-grams alone")] = None,
+    num_speculative_tokens: Annotated[int, typer.Option(min=1, max=15)] = 5,
+    concurrency: Annotated[str, typer.Option(help="Numbers of chats at once, for the draft.")] = "1,16",
+    acceptance: Annotated[str, typer.Option(help="Simulated chances of a guess.")] = "0.5,0.7,0.9",
+    output_tokens: Annotated[int, typer.Option(min=8)] = 128,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    enforce_eager: EnforceEager = False,
+    output: Output = None,
+    plot: Plot = None,
+) -> None:
+    """What speculation is worth, and why."""
+    settings = dict(locals())
+    widths = sizes(concurrency)
+    columns = {"work": "", "c": "d", "speed-up": ".2fx", "predicted": "", "guesses a draft": ".2f", "stood": ".0%"}
+    report = Report("spec", settings, describe_machine(choose_device(device)), columns, output, plot)
+    llm = load(
+        model,
+        dtype=dtype,
+        device=device,
+        max_num_seqs=max(widths),
+        max_model_len=1024,
+        enforce_eager=enforce_eager,
+        speculative_model=draft or "ngram",
+        num_speculative_tokens=num_speculative_tokens,
+    )
+    assert llm.engine.speculator is not None
+    draft_model, most = llm.engine.speculator.draft_model, num_speculative_tokens
+    chats = [_CHAT[index % len(_CHAT)] for index in range(max(widths))]
+    copies = [form.format(passage) for form, passage in zip(_COPYING, _PASSAGES, strict=True)]
+    works = [(Work("copying, n-gram", copies, 0.0, 1), None), (Work("chat, n-gram", list(_CHAT), 0.0, 1), None)]
+    if draft_model is not None:
+        for width in widths:
+            several = list(_CHAT) if width == 1 else chats[:width]
+            works.append((Work("chat, draft", several, 0.0, width), draft_model))
+            works.append((Work("chat, draft, temperature 1", several, 1.0, width), draft_model))
+    for work, drafts in tqdm(works, desc="kinds of work", leave=False, disable=None):
+        ratios, runs = compare(llm, Speculator(most, drafts), work, output_tokens, rounds)
+        drafted, guesses = sum(found.drafts for found in runs), sum(found.guesses for found in runs)
+        stood = sum(sum(found.stood) for found in runs)
+        ratio = statistics.median(ratios)
+        figures = {"speed_up": ratio, "ratios": ratios, "stood_by_place": _by_place(runs, most), "drafts": drafted}
+        cells = [work.name, work.concurrency, ratio, "", guesses / drafted if drafted else 0.0, stood / max(1, guesses)]
+        report.add({"work": work.name, "concurrency": work.concurrency}, figures, cells)
+        report.point(f"c={work.concurrency}", work.name, ratio)
+        places = ", ".join(f"{share:.0%}" for share in _by_place(runs, most))
+        print(f"{work.name}, c={work.concurrency}: of all drafts, so many stood to each place: {places}", flush=True)
+    for width in widths:
+        prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in chats[:width]]
+        costs = measure_costs(llm, draft_model, prompts, most)
+        print(f"c={width}: a step takes {1e3 * costs.decode:.2f} ms; with so many guesses of each sequence, verifying")
+        print(
+            "  "
+            + ", ".join(f"{count}: {1e3 * seconds:.2f}" for count, seconds in costs.verify.items())
+            + " ms, guessing"
+        )
+        print(
+            "  " + ", ".join(f"{count}: {1e3 * seconds:.2f}" for count, seconds in costs.draft.items()) + " ms",
+            flush=True,
+        )
+        for chance in map(float, acceptance.split(",")):
+            _simulate(report, llm, draft_model, prompts, costs, chance, output_tokens, rounds)
+    report.finish(y="speed-up", kind="bars")
+
+
+def _simulate(
+    report: Report,
+    llm: LLM,
+    draft_model: DraftModel | None,
+    prompts: list[list[int]],
+    costs: Costs,
+    chance: float,
+    output_tokens: int,
+    rounds: int,
+) -> None:
+    """A row for guesses that are right with that chance, as many of them as are predicted to be best."""
+
+    def predicted(count: int) -> float:
+        return predicted_speedup(chance, count, costs.decode, costs.verify[count], costs.draft[count])
+
+    count = max(costs.verify, key=predicted)
+    params = [SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)] * len(prompts)
+    ratios, runs = [], []
+    for round_ in range(rounds):
+        with speculating(llm, None):
+            plain = run(llm, prompts, params)
+        simulated = SimulatedDrafts(draft_model, chance, llm.engine.config.vocab_size, seed=round_)
+        with speculating(llm, _fixed(count, simulated)):
+            found = run(llm, prompts, params, simulated, plain.tokens)
+        if plain.tokens != found.tokens:
+            raise RuntimeError("answers with speculation differ from those without")
+        ratios.append(found.rate / plain.rate)
+        runs.append(found)
+    guesses, stood = sum(found.guesses for found in runs), sum(sum(found.stood) for found in runs)
+    name, ratio = f"simulated, {chance:g}", statistics.median(ratios)
+    figures = {"speed_up": ratio, "predicted": predicted(count), "ratios": ratios, "guesses": count}
+    cells = [name, len(prompts), ratio, f"{predicted(count):.2f}x", float(count), stood / max(1, guesses)]
+    report.add({"work": name, "concurrency": len(prompts), "acceptance": chance}, figures, cells)
+    report.point(f"c={len(prompts)}", name, ratio)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -72,8 +72,8 @@ def eager_functions(
 ) -> ModelFunctions:
     """The model of a config, nothing of it compiled. Hidden states are [T, E], logits [R, V], chosen tokens [R].
 
-    Where V shall be another than the model's, logits are cut, or filled up with -inf. head_tokens: which tokens the rows
-    of the head stand for, if not for all in order; the others' logits are -inf.
+    Where V shall be another than the model's, logits are cut, or filled up with -inf. head_tokens: which tokens the
+    rows of the head stand for, if not for all in order; the others' logits are -inf.
     """
     size = vocab_size or config.vocab_size
     more = size - config.vocab_size

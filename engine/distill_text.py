@@ -20,7 +20,7 @@ SEED_PROMPTS = Path(__file__).with_name("data") / "seed_prompts.txt"
 _MARK = "\u2403"  # stands where the user's words go, and is in no template
 _HELD_OUT = 12  # one prompt in so many is never trained on
 _TEMPERATURES = (0.0, 0.7, 1.0)  # of the first, second and all later answers to a prompt
-_BATCH = 256  # requests between two writes to the file
+
 
 
 class Text(NamedTuple):
@@ -87,7 +87,7 @@ def _question(number: int, prompts: list[str]) -> _Question:
 
 def _answers(llm: LLM, prompts: list[str], number: int, max_tokens: int) -> list[Text]:
     """Answers `number` and those after it."""
-    numbers = range(number, number + _BATCH)
+    numbers = range(number, number + 4 * llm.engine.options.max_num_seqs)
     questions = [_question(each, prompts) for each in numbers]
     own = iter(
         _own_prompts(llm, [each for each, asked in zip(numbers, questions, strict=True) if asked.prompt is None])

@@ -224,7 +224,7 @@ def distill(
             head_tokens=head_tokens,
             max_tokens=max_tokens,
         )
-        options = EngineOptions(model=target, device=device, max_num_seqs=max_num_seqs, max_model_len=2048)
+        options = EngineOptions(model=target, device=device, max_num_seqs=max_num_seqs)
         agreement = distill(options, recipe, read_prompts(prompts or SEED_PROMPTS), out)
         say(f"{out}: its likeliest token is the target's {agreement.greedy:.1%} of the time")
 

@@ -266,7 +266,8 @@ def main(
     draft_model, most = llm.engine.speculator.draft_model, num_speculative_tokens
     chats = [_CHAT[index % len(_CHAT)] for index in range(max(widths))]
     copies = [form.format(passage) for form, passage in zip(_COPYING, _PASSAGES, strict=True)]
-    works = [(Work("copying, n-gram", copies, 0.0, 1), None), (Work("chat, n-gram", list(_CHAT), 0.0, 1), None)]
+    works: list[tuple[Work, DraftModel | None]] = []
+    works += [(Work("copying, n-gram", copies, 0.0, 1), None), (Work("chat, n-gram", list(_CHAT), 0.0, 1), None)]
     if draft_model is not None:
         for width in widths:
             several = list(_CHAT) if width == 1 else chats[:width]

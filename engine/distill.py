@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -210,7 +210,7 @@ class Training:
         self._optimizer.zero_grad(set_to_none=True)
         return total
 
-    def _hidden(self, model: torch.nn.Module, batch: _Batch) -> Float[Tensor, "R E"]:
+    def _hidden(self, model: Any, batch: _Batch) -> Float[Tensor, "R E"]:
         """States of the places after which an answer goes on."""
         with torch.autocast(self.device.type, torch.bfloat16):
             # Padding is to the right, where causal attention does not see it.

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.checkpoint import Checkpoint
 
 
-def transformers_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def transformers_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
     """The model of a checkpoint, on the device and in eval mode; a quantised one dequantised."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -33,7 +33,7 @@ def chosen_layers(num_layers: int, wanted: int) -> list[int]:
     return [round(index * (num_layers - 1) / (wanted - 1)) for index in range(wanted)]
 
 
-def draft_of(target: torch.nn.Module, num_layers: int) -> torch.nn.Module:
+def draft_of(target: Any, num_layers: int) -> Any:
     """A model of `num_layers` layers of the target, copied, in float32; embedding and head copied as well."""
     from transformers import AutoModelForCausalLM
 

@@ -22,7 +22,6 @@ _HELD_OUT = 12  # one prompt in so many is never trained on
 _TEMPERATURES = (0.0, 0.7, 1.0)  # of the first, second and all later answers to a prompt
 
 
-
 class Text(NamedTuple):
     """A prompt with its answer. The answer begins at `token_ids[start]`."""
 

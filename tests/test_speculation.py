@@ -1,5 +1,6 @@
 """With speculation every answer is the one without it, token by token, whatever was asked for; only steps are fewer."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -79,7 +80,8 @@ def test_under_preemption_and_prefix_hits(directory, plain, drafter):
     params = mixed_params(8, max_tokens=40)
     expected = plain.generate(prompts, params)
     name = "ngram" if drafter == "ngram" else directory
-    llm = speculating(directory, name, kv_cache_memory="512KiB", max_model_len=160)
+    memory = "512KiB" if drafter == "ngram" else "1MiB"  # a draft model has its part of each block
+    llm = speculating(directory, name, kv_cache_memory=memory, max_model_len=160)
     same(llm.generate(prompts, params), expected)
     assert sum(record.num_preempted for record in llm.engine.records) > 0
     same(llm.generate(prompts, params), expected)
@@ -127,10 +129,14 @@ def test_vocabularies_may_be_padded_differently(directory, plain, tmp_path):
 def test_another_tokenizer_is_refused(directory, tmp_path):
     save_tiny(tmp_path, "qwen3")
     file = tmp_path / "tokenizer.json"
-    text = file.read_text()
-    file.write_text(
-        text.replace('"zebra"', '"zebrb"') if '"zebra"' in text else text.replace('"a"', '"\\u00ff\\u00ff"')
-    )
+    contents = json.loads(file.read_text())
+    for token, word in zip(contents["added_tokens"], ("<|one|>", "<|two|>"), strict=False):
+        token["content"] = word
+    contents["model"]["vocab"] = {
+        {"<|endoftext|>": "<|one|>", "<|im_start|>": "<|two|>"}.get(token, token): number
+        for token, number in contents["model"]["vocab"].items()
+    }
+    file.write_text(json.dumps(contents))
     with pytest.raises(ValueError, match=r"speculative_model .* has another tokenizer"):
         make(directory, speculative_model=tmp_path)
 

@@ -187,6 +187,7 @@ class Training:
             name: value.cpu().bfloat16() for name, value in self.draft.state_dict().items() if name not in borrowed
         }
         config = json.loads(self.draft.config.to_json_string(use_diff=False))
+        config["architectures"] = [type(self.draft).__name__]  # which a model made from a config does not say
         save_shared_draft(out, config, tensors, self.head_tokens, tokenizer)
 
     def _step(self, batch: _Batch, number: int) -> float:

@@ -6,7 +6,7 @@ pays there are none, but for one now and then that finds out whether that has ch
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _PRIOR, _PRIOR_WEIGHT = 0.6, 2.0  # a sequence's chance before anything is known of it, and how many guesses that counts
 _FORGETTING = 0.93  # of what was known of a chance, by each later step that guesses
@@ -17,23 +17,29 @@ _PROBE_FIRST, _PROBE_LAST = 16, 256  # steps without a guess before one is tried
 
 @dataclass(slots=True)
 class Acceptance:
-    """The chance that a sequence's next guess is right, if those before it are."""
+    """The chance that a sequence's first guess of a step is right, and that a later one is if those before it are.
 
-    right: float = _PRIOR * _PRIOR_WEIGHT
-    tried: float = _PRIOR_WEIGHT
+    They differ: a first guess follows a token that was hard to guess, and so is likelier to be an easy one.
+    """
+
+    right: list[float] = field(default_factory=lambda: [_PRIOR * _PRIOR_WEIGHT] * 2)
+    tried: list[float] = field(default_factory=lambda: [_PRIOR_WEIGHT] * 2)
     idle_steps: int = 0
     patience: int = _PROBE_FIRST
 
-    @property
-    def chance(self) -> float:
-        return min(0.98, self.right / self.tried)
+    def all_right(self, count: int) -> float:
+        """The chance that the first `count` guesses of a step are all right."""
+        first, later = (min(0.98, right / tried) for right, tried in zip(self.right, self.tried, strict=True))
+        return first * later ** (count - 1)
 
     def observe(self, num_drafts: int, num_right: int) -> None:
         """Of `num_drafts` guesses the first `num_right` were right, the next one, if any, was wrong, others unknown."""
         known = num_right + (num_right < num_drafts)
-        weight = _FORGETTING**known
-        self.right = self.right * weight + num_right
-        self.tried = self.tried * weight + known
+        firsts = (min(num_right, 1), 1), (max(0, num_right - 1), known - 1)
+        for place, (right, tried) in enumerate(firsts):
+            weight = _FORGETTING**tried
+            self.right[place] = self.right[place] * weight + right
+            self.tried[place] = self.tried[place] * weight + tried
         if self.idle_steps:  # this was a probe
             self.patience = _PROBE_FIRST if num_right else min(_PROBE_LAST, 2 * self.patience)
             self.idle_steps = 0
@@ -86,7 +92,7 @@ class DraftController:
         # The best guesses first: the first of a sequence is always before its second.
         worth = sorted(
             (
-                (acceptance[key].chance ** (place + 1), -place, key)
+                (acceptance[key].all_right(place + 1), -place, key)
                 for key, most in available.items()
                 for place in range(most)
             ),

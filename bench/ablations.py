@@ -34,6 +34,7 @@ class Row(NamedTuple):
 def rows(is_cuda: bool, requests: int) -> list[Row]:
     """The set-ups, each with one technique more than the one before."""
     options: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 1, "enable_prefix_caching": False}
+    options["speculative_model"] = None
     environment: dict[str, str] = {}
     if is_cuda:
         options["async_scheduling"] = False
@@ -55,7 +56,7 @@ def rows(is_cuda: bool, requests: int) -> list[Row]:
         *of_device,
         ("+ continuous batching", {"max_num_seqs": requests}, {}),
         ("+ prefix sharing", {"enable_prefix_caching": True}, {}),
-        ("+ speculation", {"speculative_model": "ngram"}, {}),
+        ("+ n-gram speculation", {"speculative_model": "ngram"}, {}),
     ):
         options, environment = options | change, environment | variables
         found.append(Row(name, options, environment))

@@ -148,14 +148,15 @@ def test_ours_and_transformers_answer_as_asked(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("is_cuda", [False, True])
-def test_each_row_of_the_ablations_changes_one_thing_and_the_last_is_the_engine_as_it_is(is_cuda) -> None:
+def test_each_row_of_the_ablations_changes_one_thing_and_but_for_speculation_ends_with_the_engine_as_it_is(is_cuda) -> None:
     ours = [row for row in ablations.rows(is_cuda, 16) if row.options is not None]
     settings = [{**row.options, **row.environment} for row in ours]
     for before, after in itertools.pairwise(settings):
         assert len(before.items() ^ after.items()) == 2
     as_it_is: dict[str, object] = {"max_num_seqs": 16, "async_scheduling": True}  # on CUDA, without being asked
     as_it_is |= dict.fromkeys(("DISPEC_PACKED_WEIGHTS", "DISPEC_CPU_KERNELS"), "on")
-    for name, value in settings[-1].items():
+    assert settings[-1]["speculative_model"] == "ngram"
+    for name, value in settings[-2].items():
         assert value == (as_it_is[name] if name in as_it_is else getattr(EngineOptions(model="m"), name))
 
 

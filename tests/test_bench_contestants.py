@@ -148,7 +148,9 @@ def test_ours_and_transformers_answer_as_asked(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("is_cuda", [False, True])
-def test_each_row_of_the_ablations_changes_one_thing_and_but_for_speculation_ends_with_the_engine_as_it_is(is_cuda) -> None:
+def test_each_row_of_the_ablations_changes_one_thing_and_the_last_but_one_is_the_engine_as_it_is(
+    is_cuda,
+) -> None:
     ours = [row for row in ablations.rows(is_cuda, 16) if row.options is not None]
     settings = [{**row.options, **row.environment} for row in ours]
     for before, after in itertools.pairwise(settings):

@@ -74,6 +74,16 @@ def test_answers_are_those_without(directory, other, plain, drafter, count, is_a
         assert len(llm.engine.records) < 30
 
 
+@pytest.mark.parametrize("wrong", [lambda drafts, chosen: len(drafts), lambda drafts, chosen: min(1, len(drafts))])
+def test_a_rule_that_lets_wrong_guesses_stand_is_noticed(directory, other, plain, wrong, monkeypatch):
+    prompts, params = random_prompts(8), mixed_params(8, max_tokens=30)
+    expected = [[choice.token_ids for choice in one.choices] for one in plain.generate(prompts, params)]
+    llm = speculating(directory, other)
+    monkeypatch.setattr("engine.token_chooser._num_right", wrong)
+    found = [[choice.token_ids for choice in one.choices] for one in llm.generate(prompts, params)]
+    assert found != expected
+
+
 @pytest.mark.parametrize("drafter", ["ngram", "itself"])
 def test_under_preemption_and_prefix_hits(directory, plain, drafter):
     prompts = [random_tokens(40), *random_prompts(6), random_tokens(40)]

@@ -47,7 +47,8 @@ def _is_default(directory: Path) -> bool:
 def marker(order: Order) -> Path:
     """The file that says that everything of an order is in the cache: it goes when the cache goes."""
     digest = hashlib.sha256(msgspec.json.encode(order))
-    digest.update(f"{torch.__version__} {os.environ.get('DISPEC_CPU_KERNELS')} {_processor()}".encode())
+    switches = [os.environ.get(name) for name in ("DISPEC_CPU_KERNELS", "DISPEC_PACKED_WEIGHTS")]
+    digest.update(f"{torch.__version__} {switches} {_processor()}".encode())
     for package in _COMPILED_FROM:
         for path in sorted((_ROOT / package).rglob("*.py")):
             digest.update(path.read_bytes())

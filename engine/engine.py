@@ -1,15 +1,17 @@
 """The engine: requests in, tokens out, one step at a time."""
 
+import hashlib
 import itertools
 import logging
 import os
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Series
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -21,6 +23,7 @@ from engine.compile_cache import Order, marker
 from engine.compiled_model import mark_static
 from engine.draft_checkpoint import SharedDraft
 from engine.draft_model import DraftModel, find_draft
+from engine.handover import Handover
 from engine.launched import Launched
 from engine.logit_edits import LogitEdits, check_something_remains
 from engine.memory import (
@@ -28,6 +31,7 @@ from engine.memory import (
     allocate_kv_cache,
     format_bytes,
     free_memory,
+    kv_cache_bytes,
     plan_kv_cache,
     return_freed_memory,
     weight_bytes,
@@ -40,13 +44,20 @@ from engine.sequence import FinishReason, Sequence
 from engine.speculation import Speculator
 from engine.step import Step, TokenOutput
 from engine.step_record import Kind, StepRecord
+from engine.transfer.interface import Ticket
 from layers.config import ModelConfig, UnsupportedModelError
 from layers.types import Weights
 from layers.weights import dummy_weights, load_weights
 from ops import Matrix
 from ops.paged_attention import TRITON_HEAD_DIMS
 
+if TYPE_CHECKING:
+    from engine.transfer.shared_memory import SharedMemory
+    from engine.transfer.transfers import Transfers
+
 log = logging.getLogger("dispec")
+
+_HELD_SECONDS = 0.05  # to wait, when every block is in another engine's hands, before looking again
 
 
 class _InFlight(NamedTuple):
@@ -111,7 +122,8 @@ class Engine:
         limit = self.config.max_position_embeddings
         if self.max_model_len < (options.max_model_len or limit):
             log.warning("max_model_len is %d, the model's is %d: the KV cache holds no more", self.max_model_len, limit)
-        self.runner = self._make_runner(self.config, weights, self.kv_plan)
+        self._shared = self._allocate_shared()
+        self.runner = self._make_runner(self.config, weights, self.kv_plan, shared=self._shared)
         self.speculator: Speculator | None = None
         if options.speculative_model is not None:
             draft_model = None
@@ -141,6 +153,8 @@ class Engine:
             priority_aging=options.priority_aging,
             enable_prefix_caching=options.enable_prefix_caching,
         )
+        self._counted = (0, 0)  # of the handover, in the records so far
+        self.handover = Handover(self.scheduler, self._make_transfers())
         self._log_ledger(weights, activations)
 
     @property
@@ -149,7 +163,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._in_flight)
+        return self.scheduler.has_work or bool(self._in_flight) or self.handover.has_outputs
 
     def add(
         self,
@@ -158,14 +172,24 @@ class Engine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        publish_as: str | None = None,
+        pull: Ticket | None = None,
+        is_resumed: bool = False,
     ) -> Sequence:
         """Queue a prompt of token ids. Raises ValueError, and changes nothing, if it cannot be served.
 
         priority: lower goes first. cache_salt: shares cached prefixes only with prompts of the same salt.
+        publish_as: compute the prompt and one token of each choice for another engine, which asks by this id.
+        pull: where the prompt's keys and values come from. is_resumed: `resume` will tell of tokens that there are
+        already. With either it waits for them. They need `kv_transfer`.
 
         Returns the first of the request's `choices`; where it asked for several, each is a sequence of its own.
         """
         self._check(prompt, params, priority)
+        if (publish_as is not None or pull is not None) and self.handover.transfers is None:
+            raise ValueError("kv_transfer is off: this engine neither gives its KV cache to others nor takes theirs")
+        if publish_as is not None:
+            params = replace(params, max_tokens=1, min_tokens=min(1, params.min_tokens))
         stops = set(params.stop_token_ids)
         if not params.ignore_eos:
             stops.update(self.eos_token_ids)
@@ -193,9 +217,19 @@ class Engine:
             )
         for choice in choices:
             choice.choices = tuple(choices)
+        if pull is not None or is_resumed:
+            self.handover.expect(tuple(choices), pull, awaits_outputs=is_resumed)
+            return choices[0]
         first, *first.forks = choices
         self.scheduler.add(first)
+        if publish_as is not None:
+            self.handover.send(tuple(choices), publish_as)
         return first
+
+    def resume(self, first: Sequence, outputs: list[list[int] | None]) -> None:
+        """Tell what each choice of a request that `is_resumed` has generated so far; None ends a choice."""
+        self.handover.resume(first, outputs)
+        self.handover.advance()
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence now, wherever it is, and free what it holds. The request's other choices go on."""
@@ -204,6 +238,8 @@ class Engine:
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence now, for a reason that only the caller knows, such as a stop string in its text."""
         self.scheduler.finish(sequence, reason)
+        self.handover.forget_unwanted()
+        self.handover.publish()
 
     def step(self) -> list[TokenOutput]:
         """Run the model once over whatever is due; the new tokens, at most one a sequence.
@@ -225,13 +261,20 @@ class Engine:
         return self._compiling is not None and not self._compiling.is_waiting
 
     @property
-    def wake_up(self) -> int | None:
-        """A file descriptor that becomes readable when `work_while_idle` gets something to do; None if nothing will."""
-        return self._compiling.fileno() if self._compiling is not None else None
+    def wake_ups(self) -> list[int]:
+        """File descriptors that become readable when `work_while_idle` gets something to do."""
+        sources = (self._compiling, self.handover)
+        return [fd for source in sources if source is not None and (fd := source.fileno()) is not None]
 
     def work_while_idle(self) -> None:
-        """Do a little, at most a second, of what can wait: take what another process has compiled."""
-        self._go_on_compiling(is_idle=True)
+        """Do a little, at most a second, of what can wait: take what another process has compiled or sent."""
+        self.handover.advance()
+        if self._compiling is not None:
+            self._go_on_compiling(is_idle=True)
+
+    def close(self) -> None:
+        """Let go of other engines; what they were reading from this one they will not get."""
+        self.handover.close()
 
     def _go_on_compiling(self, *, is_idle: bool) -> None:
         assert self._compiling is not None
@@ -257,6 +300,7 @@ class Engine:
 
     def _step(self) -> list[TokenOutput]:
         started = time.perf_counter()
+        self.handover.advance()
         if self.speculator is not None:
             self.speculator.plan(self.scheduler.running)
         step = self.scheduler.schedule()
@@ -270,10 +314,13 @@ class Engine:
             launch = time.perf_counter() - scheduled - draft
             record = self._record(step, started, scheduled - started, draft, launch)
             self._in_flight.append(_InFlight(step, launched, record))
-        outputs: list[TokenOutput] = []
+        outputs = self.handover.take_outputs()
         while len(self._in_flight) > (self.overlaps if step.work else 0):
             outputs += self._commit(self._in_flight.popleft())
         if not step.work and not outputs and self.scheduler.has_work:
+            if self.scheduler.holds_for_others:
+                self.handover.wait(_HELD_SECONDS)
+                return outputs
             raise RuntimeError("the scheduler has work and schedules none of it: a bug, please report it")
         return outputs
 
@@ -292,6 +339,7 @@ class Engine:
                 while self.scheduler.has_work and not any(output.sequence is sequence for output in outputs):
                     step = self.scheduler.schedule()
                     outputs += self.scheduler.commit(step, self.runner.launch(step).wait())
+                    self.handover.publish()
             except Exception as own:
                 sequence.error = f"{type(own).__name__}: {own}"
                 guilty.append(sequence)
@@ -310,8 +358,16 @@ class Engine:
         result = flight.launched.wait()
         waited = time.perf_counter()
         outputs = self.scheduler.commit(flight.step, result)
+        self.handover.publish()
+        arrived, failed = self._counted
+        self._counted = self.handover.num_arrived, self.handover.num_failed_pulls
         finished = sum(output.finish_reason is not None for output in outputs)
-        record = flight.record._replace(wait=waited - waiting, num_finished=finished)
+        record = flight.record._replace(
+            wait=waited - waiting,
+            num_finished=finished,
+            num_arrived=self._counted[0] - arrived,
+            num_failed_arrivals=self._counted[1] - failed,
+        )
         if self.speculator is not None:
             stood = self.speculator.observe(flight.step, result, record.launch + record.wait)
             record = record._replace(num_stood=stood)
@@ -380,9 +436,16 @@ class Engine:
             return load_weights(config, checkpoint.tensors(dtype), dtype, self.device, bar.update, borrowed)
 
     def _make_runner(
-        self, config: ModelConfig, weights: Weights, plan: KVPlan, head_tokens: tuple[int, ...] | None = None
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        plan: KVPlan,
+        head_tokens: tuple[int, ...] | None = None,
+        shared: "SharedMemory | None" = None,
     ) -> Runner:
-        kv_cache = allocate_kv_cache(config, plan, DTYPES[self.options.dtype], self.device)
+        kv_cache = allocate_kv_cache(
+            config, plan, DTYPES[self.options.dtype], self.device, shared.tensor if shared else None
+        )
         if self.device.type == "cuda":
             mark_static(weights, kv_cache)
         return Runner(
@@ -397,6 +460,42 @@ class Engine:
             head_tokens=None if head_tokens is None else torch.tensor(head_tokens, device=self.device),
             overlaps=self.overlaps,
         )
+
+    def _make_transfers(self) -> "Transfers | None":
+        options = self.options
+        if options.kv_transfer is None:
+            return None
+        from engine.transfer.transfers import TransferOptions, Transfers  # its libraries are of no use otherwise
+
+        transfers = Transfers(
+            TransferOptions(
+                engine_id=uuid.uuid4().hex,
+                host=options.kv_transfer_host,
+                port=options.kv_transfer_port,
+                secret=options.kv_transfer_secret.encode() if options.kv_transfer_secret is not None else None,
+                transport=options.kv_transfer,
+            )
+        )
+        pages = self.runner.kv_cache[0].keys
+        fingerprint = f"{self.config} {pages.dtype} {options.block_size} {options.seed}"
+        transfers.register(self.runner.kv_cache, hashlib.sha256(fingerprint.encode()).hexdigest(), self._shared)
+        return transfers
+
+    def _allocate_shared(self) -> "SharedMemory | None":
+        """Memory for the KV cache that engines on the same machine can read."""
+        if self.options.kv_transfer not in ("auto", "shm") or self.device.type != "cpu":
+            return None
+        from engine.transfer.shared_memory import allocate
+
+        return allocate(kv_cache_bytes(self.config, self.kv_plan, DTYPES[self.options.dtype]))
+
+    def transfer_address(self) -> dict[str, Any]:
+        """Where other engines can pull from this one, as `EngineInfo` has it."""
+        transfers = self.handover.transfers
+        if transfers is None:
+            return {}
+        host, port = transfers.address
+        return {"engine_id": transfers.engine_id, "transfer_host": host, "transfer_port": port}
 
     def _activation_bytes(self, weights: Weights) -> int:
         """What the largest step takes beside weights and cache, found by running it on a cache of one block."""

@@ -4,6 +4,7 @@ import logging
 import sys
 import threading
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -31,12 +32,14 @@ class Link:
     def send(self, message: FromEngine) -> None:
         self._outbox.send(encode(message))
 
-    def receive(self, *, wait: bool, wake_up: int | None = None) -> FromFront | None:
-        """The next message; None if there is none and it shall not `wait`, or when `wake_up` becomes readable."""
-        if wait and wake_up is not None:
+    def receive(self, *, wait: bool, wake_ups: Iterable[int] = ()) -> FromFront | None:
+        """The next message; None if there is none and it shall not `wait`, or when one of `wake_ups` becomes
+        readable."""
+        if wait and wake_ups:
             poller = zmq.Poller()
             poller.register(self._inbox, zmq.POLLIN)
-            poller.register(wake_up, zmq.POLLIN)
+            for wake_up in wake_ups:
+                poller.register(wake_up, zmq.POLLIN)
             poller.poll()
             wait = False
         try:

@@ -1,6 +1,7 @@
 """How much memory the KV cache gets, and a ledger of where memory went."""
 
 import ctypes
+import math
 import sys
 from dataclasses import dataclass
 
@@ -76,12 +77,32 @@ def plan_kv_cache(
     return KVPlan(num_blocks, block_size, block_bytes, min(wanted_len, fits), reason)
 
 
-def allocate_kv_cache(config: ModelConfig, plan: KVPlan, dtype: torch.dtype, device: torch.device) -> KVCache:
-    """Zeroed pages for every layer. On CPU the kernel hands out the memory only as blocks are first written."""
+def kv_cache_bytes(config: ModelConfig, plan: KVPlan, dtype: torch.dtype) -> int:
+    """Of the pages of all layers."""
+    block = 2 * config.num_kv_heads * config.head_dim * plan.block_size * dtype.itemsize
+    return config.num_layers * plan.num_blocks * block
+
+
+def allocate_kv_cache(
+    config: ModelConfig,
+    plan: KVPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: Tensor | None = None,
+) -> KVCache:
+    """Zeroed pages for every layer. On CPU the kernel hands out the memory only as blocks are first written.
+
+    memory: zeroed bytes to make them of, `kv_cache_bytes` of them, for others to read; None takes new ones.
+    """
+    taken = 0
     keys = (plan.num_blocks, config.num_kv_heads, config.head_dim, plan.block_size)
     values = (plan.num_blocks, config.num_kv_heads, plan.block_size, config.head_dim)
 
     def pages(shape: tuple[int, ...]) -> Tensor:
+        nonlocal taken
+        if memory is not None:
+            start, taken = taken, taken + math.prod(shape) * dtype.itemsize
+            return memory[start:taken].view(dtype).view(shape)
         if device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=device)
         # numpy's zeros are calloc's: pages of the process that cost nothing until they are touched.

@@ -1,7 +1,7 @@
 """What the front process and the engine process say to each other: msgpack over a local socket, never pickle.
 
-The front starts the engine with `Start` and sends `Submit`, `Abort`, `Inspect` and `Shutdown`; the engine answers with
-the rest. Times are seconds on the clock of `time.perf_counter`, which on Linux is one for all processes.
+The front starts the engine with `Start` and sends `Submit`, `Resume`, `Abort`, `Inspect` and `Shutdown`; the engine
+answers with the rest. Times are seconds on the clock of `time.perf_counter`, which on Linux is one for all processes.
 """
 
 from typing import Any, Literal
@@ -11,25 +11,44 @@ import msgspec
 from engine.sampling_params import SamplingParams
 from engine.sequence import FinishReason, TokenLogprobs
 from engine.step_record import StepRecord
+from engine.transfer.interface import Ticket
 
 EXIT_AFTER_LAST_WORDS = 70  # of an engine process that could send `Died`
 
 
 class Start(msgspec.Struct):
-    """The first line of the engine's standard input, as JSON. `options` are the fields of `EngineOptions`."""
+    """The first line of the engine's standard input, as JSON. `options` are the fields of `EngineOptions`.
+
+    num_threads: for its steps; None takes a thread for each core.
+    """
 
     options: dict[str, Any]
     show_progress: bool = False
+    num_threads: int | None = None
 
 
 class Submit(msgspec.Struct, tag=True):
-    """A request, tokenised. `params` are the fields of `SamplingParams`, without texts (stop, bad_words)."""
+    """A request, tokenised. `params` are the fields of `SamplingParams`, without texts (stop, bad_words).
+
+    publish_as: compute the prompt and one token for another engine, under this transfer id.
+    pull: where the prompt's KV comes from. is_resumed: a `Resume` will follow, with the tokens that there are already.
+    """
 
     request_id: str
     prompt: list[int]
     params: dict[str, Any]
     priority: int = 0
     cache_salt: str | None = None
+    publish_as: str | None = None
+    pull: Ticket | None = None
+    is_resumed: bool = False
+
+
+class Resume(msgspec.Struct, tag=True):
+    """What each choice of a request has generated elsewhere; None for a choice that has ended."""
+
+    request_id: str
+    outputs: list[list[int] | None]
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -52,6 +71,7 @@ class EngineInfo(msgspec.Struct, tag=True):
     """The engine is ready, and this is what it serves.
 
     directory: of the checkpoint's tokenizer, for `engine.tokenizer.Tokenizer.from_directory`; None for dummy weights.
+    engine_id, transfer_host, transfer_port: where other engines can pull KV from; None if they cannot.
     compiled_seconds: after which the engine, answering already, was compiled; None if it was not so.
     """
 
@@ -72,6 +92,9 @@ class EngineInfo(msgspec.Struct, tag=True):
     is_compiled: bool
     phase_seconds: dict[str, float]
     pid: int
+    engine_id: str | None = None
+    transfer_host: str | None = None
+    transfer_port: int | None = None
     compiled_seconds: float | None = None
 
 
@@ -165,7 +188,7 @@ class Died(msgspec.Struct, tag=True):
     traceback: str = ""
 
 
-FromFront = Submit | Abort | Inspect | Shutdown
+FromFront = Submit | Resume | Abort | Inspect | Shutdown
 FromEngine = EngineInfo | Accepted | Refused | StepOutput | Failed | Inspection | IsCompiled | Log | Died
 
 

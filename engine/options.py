@@ -1,7 +1,8 @@
 """What an engine can be told at start, checked in one place."""
 
+import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from layers.config import ModelConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BLOCK_SIZES = (16, 32, 64)
+TRANSPORTS = ("auto", "shm", "cuda_ipc", "nixl", "tcp")
 COMPILE = ("background", "startup", "off")
 
 
@@ -41,6 +43,10 @@ class EngineOptions:
         are the same either way.
     num_speculative_tokens: most tokens to guess for a sequence in a step; as many as pay are.
     seed: of the random weights that load_format "dummy" makes.
+    kv_transfer: how KV blocks go to and come from other engines: "shm", "cuda_ipc", "nixl", "tcp", or "auto", which
+        takes the fastest that the peer can; None keeps them here.
+    kv_transfer_host, kv_transfer_port: where other engines reach this one; port 0 takes a free one.
+    kv_transfer_secret: what they must know; it can be left out on a loopback address.
     """
 
     model: str | Path | ModelConfig = "smollm2"
@@ -62,6 +68,10 @@ class EngineOptions:
     speculative_model: str | Path | ModelConfig | None = None
     num_speculative_tokens: int = 5
     seed: int = 0
+    kv_transfer: str | None = None
+    kv_transfer_host: str = "127.0.0.1"
+    kv_transfer_port: int = 0
+    kv_transfer_secret: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -74,6 +84,12 @@ class EngineOptions:
             raise ValueError(f"compile is {self.compile!r}, must be one of {', '.join(COMPILE)}")
         if self.enforce_eager and self.compile not in (None, "off"):
             raise ValueError(f"enforce_eager compiles nothing, and compile is {self.compile!r}: give one of them")
+        if self.kv_transfer is not None and self.kv_transfer not in TRANSPORTS:
+            raise ValueError(f"kv_transfer is {self.kv_transfer!r}, must be one of {', '.join(TRANSPORTS)}")
+        if self.kv_transfer is not None and self.kv_transfer_secret is None and not _is_loopback(self.kv_transfer_host):
+            raise ValueError(
+                f"kv_transfer_host is {self.kv_transfer_host!r}, which others can reach: give a kv_transfer_secret"
+            )
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size is {self.block_size}, must be one of {BLOCK_SIZES}")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -84,6 +100,7 @@ class EngineOptions:
             ("max_num_batched_tokens", 1, 2**20),
             ("max_prefill_chunk", 1, 2**20),
             ("num_speculative_tokens", 1, 15),
+            ("kv_transfer_port", 0, 65535),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -128,6 +145,13 @@ class EngineOptions:
         if self.enforce_eager:
             return "off"
         return self.compile or ("startup" if device.type == "cuda" else "background")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def parse_bytes(value: int | str | None) -> int | None:

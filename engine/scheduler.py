@@ -51,27 +51,109 @@ class Scheduler:
         self.enable_prefix_caching = enable_prefix_caching
         self.waiting: list[Sequence] = []  # in order of rank
         self.running: list[Sequence] = []  # in order of admission
+        self.arriving: list[Sequence] = []  # whose prompts other engines compute
+        self._arrived: list[Sequence] = []  # that have their blocks and wait for a place among the running
+        self._reserved: dict[Sequence, list[int]] = {}  # blocks that are being filled from elsewhere
+        self._kept: list[list[int]] = []  # blocks that others may be reading
         self._num_forks = 0  # that wait for another sequence's prompt, and are in neither
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self._arrived)
+
+    @property
+    def holds_for_others(self) -> bool:
+        """Whether blocks are in use that no sequence here runs on, and that somebody else will give back."""
+        return bool(self._kept or self._reserved)
 
     @property
     def num_waiting(self) -> int:
         """Sequences that do not run yet, those included that wait for the prompt they share."""
-        return len(self.waiting) + self._num_forks
+        return len(self.waiting) + len(self.arriving) + len(self._arrived) + self._num_forks
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence and its forks. Raises ValueError if the whole pool could not hold it at its longest."""
+        self._check_size(sequence)
+        self._num_forks += len(sequence.forks)
+        self._enqueue(sequence)
+
+    def expect(self, choices: Series[Sequence]) -> None:
+        """Take note of the choices of a request whose prompt another engine computes. Raises ValueError as `add`."""
+        self._check_size(choices[0])
+        for choice in choices:
+            choice.status = Status.ARRIVING
+        self.arriving += choices
+
+    def reserve(self, sequence: Sequence) -> tuple[int, list[int]] | None:
+        """Blocks for the prompt of a sequence that is expected: how many are in the cache, and the table of all.
+
+        None if there is no room now. The blocks stay reserved until `arrive` or `give_up`, whatever becomes of the
+        sequence meanwhile: somebody may be writing to them.
+        """
+        needed = self.pool.blocks_for(sequence.num_prompt_tokens)
+        found = self._find_prefix(sequence)
+        if needed - len(found) + len(self.running) > self.pool.num_free - self.pool.num_unused(found):
+            return None
+        self.pool.share(found)
+        table = self._reserved[sequence] = found + self.pool.allocate(needed - len(found))
+        sequence.num_cached_tokens = len(found) * self.pool.block_size
+        return len(found), table
+
+    def arrive(self, sequence: Sequence, choices: Series[Sequence]) -> None:
+        """The reserved blocks of `sequence` are filled: its `choices`, go on from there.
+
+        Without choices the blocks are given back.
+        """
+        table = self._reserved.pop(sequence)
+        num_tokens = sequence.num_prompt_tokens
+        for choice in choices:
+            choice.block_table = list(table)
+            self.pool.share(table)
+            # Without a token yet, its last prompt token is computed again to choose one.
+            choice.num_computed_tokens = min(num_tokens, len(choice.token_ids) - 1)
+            choice.num_registered_blocks = choice.num_drafter_tokens = 0
+            choice.num_cached_tokens = sequence.num_cached_tokens
+            self._register(choice, choice.num_computed_tokens)
+            self.arriving.remove(choice)
+            self._arrived.append(choice)
+        self.pool.free(table)
+
+    def give_up(self, sequence: Sequence) -> None:
+        """Nothing writes to the blocks any more that were reserved for a sequence, and nothing of use is in them."""
+        self.pool.free(self._reserved.pop(sequence, []))
+
+    def start_over(self, choices: Series[Sequence]) -> None:
+        """Queue choices that were expected: their prompt is computed here, once for all that have no token yet."""
+        for choice in choices:
+            self.arriving.remove(choice)
+            choice.num_cached_tokens = None
+        new = [choice for choice in choices if not choice.num_output_tokens]
+        if len(new) > 1:
+            new[0].forks = new[1:]
+            self._num_forks += len(new) - 1
+        for choice in choices:
+            choice.status = Status.WAITING
+            if choice not in new[1:]:
+                self._enqueue(choice)
+
+    def keep(self, sequence: Sequence) -> None:
+        """Keep each block of the sequence's prompt from when it is filled until `give_back`."""
+        sequence.kept_blocks = []
+        self._kept.append(sequence.kept_blocks)
+
+    def give_back(self, blocks: list[int]) -> None:
+        """The very list of `kept_blocks` of a sequence: nobody reads them any more."""
+        self._kept = [kept for kept in self._kept if kept is not blocks]
+        self.pool.free(blocks)
+        blocks.clear()
+
+    def _check_size(self, sequence: Sequence) -> None:
         needed = self.pool.blocks_for(sequence.max_len)
         if needed > self.pool.num_usable:
             raise ValueError(
                 f"a sequence of {sequence.max_len} tokens needs {needed} KV blocks, the cache has"
                 f" {self.pool.num_usable}: raise kv_cache_memory or lower max_model_len"
             )
-        self._num_forks += len(sequence.forks)
-        self._enqueue(sequence)
 
     def schedule(self) -> Step:
         """Choose the next step's work and give it blocks: decodes, then prompts under way, then new ones.
@@ -82,6 +164,9 @@ class Scheduler:
         work: dict[Sequence, Work] = {}
         copies: dict[Sequence, tuple[int, int]] = {}
         num_preempted = 0
+        while self._arrived and len(self.running) < self.max_num_seqs:
+            self._arrived[0].status = Status.RUNNING
+            self.running.append(self._arrived.pop(0))
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self.running:
@@ -154,6 +239,8 @@ class Scheduler:
                     sequence.num_computed_tokens -= num_wrong
             if holds_blocks and end // self.pool.block_size > sequence.num_registered_blocks:
                 self._register(sequence, end, token_ids)
+            if holds_blocks and sequence.kept_blocks is not None:
+                self._keep_filled(sequence, sequence.kept_blocks, end)
             known = len(sequence.prompt_logprobs)
             if sequence.params.prompt_logprobs is not None and work.start <= known:  # some again after a preemption
                 sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.id, [])[known - work.start :]
@@ -197,6 +284,8 @@ class Scheduler:
             self._num_forks -= 1
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
+        elif sequence.status is Status.ARRIVING:
+            (self._arrived if sequence in self._arrived else self.arriving).remove(sequence)
         else:
             self.running.remove(sequence)
         if sequence.forks:
@@ -235,6 +324,9 @@ class Scheduler:
     def check(self) -> None:
         """Prove that every block in use belongs to a running sequence. Raises AssertionError."""
         forks = [fork for queue in (self.waiting, self.running) for sequence in queue for fork in sequence.forks]
+        assert all(not sequence.block_table for sequence in self.arriving), "a sequence holds blocks before they arrive"
+        arriving = [*self.arriving, *self._arrived]
+        assert all(sequence.status is Status.ARRIVING for sequence in arriving), "an arriving sequence is elsewhere"
         assert len(forks) == self._num_forks, "forks are miscounted"
         idle = [*self.waiting, *forks]
         assert all(not sequence.block_table for sequence in idle), "a waiting sequence holds blocks"
@@ -242,7 +334,8 @@ class Scheduler:
         assert all(sequence.status is Status.RUNNING for sequence in self.running), "a running sequence is not running"
         ranks = [self._rank(sequence) for sequence in self.waiting]
         assert ranks == sorted(ranks), "the queue is out of order"
-        self.pool.check(sequence.block_table for sequence in self.running)
+        tables = [sequence.block_table for sequence in (*self.running, *self._arrived)]
+        self.pool.check([*tables, *self._reserved.values(), *self._kept])
 
     def _rank(self, sequence: Sequence) -> tuple[float, int]:
         return sequence.arrival_time + sequence.priority * self.priority_aging, sequence.id
@@ -274,7 +367,8 @@ class Scheduler:
         copies = num_computed < len(found) * self.pool.block_size and not self.pool.num_unused(found[-1:])
         needed = self.pool.blocks_for(num_tokens) - len(found) + copies
         # The whole prompt must fit now, and each running sequence be able to grow once: fewer preemptions.
-        if needed + len(self.running) > self.pool.num_free - self.pool.num_unused(found) and self.running:
+        free = self.pool.num_free - self.pool.num_unused(found)
+        if needed + len(self.running) > free and (self.running or self.holds_for_others):
             return False
         self.waiting.pop(0)
         self.pool.share(found)
@@ -319,6 +413,14 @@ class Scheduler:
         for index in range(sequence.num_registered_blocks, num_tokens // self.pool.block_size):
             sequence.block_table[index] = self.pool.register(sequence.block_table[index], sequence.block_names[index])
         sequence.num_registered_blocks = num_tokens // self.pool.block_size
+
+    def _keep_filled(self, sequence: Sequence, kept: list[int], num_tokens: int) -> None:
+        """Keep the blocks that the first `num_tokens` tokens have filled; the prompt's last one need not be full."""
+        prompt = sequence.num_prompt_tokens
+        count = self.pool.blocks_for(prompt) if num_tokens >= prompt else num_tokens // self.pool.block_size
+        new = sequence.block_table[len(kept) : count]
+        self.pool.share(new)
+        kept += new
 
     def _fork(self, sequence: Sequence, holds_blocks: bool) -> None:
         """Set the sequences free that waited for this one's prompt. Each computes the prompt's last token again, to

@@ -14,6 +14,9 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Status(enum.Enum):
+    """ARRIVING: another engine computes the prompt, or has, and this one does not run it yet."""
+
+    ARRIVING = "arriving"
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -67,6 +70,9 @@ class Sequence:
     draft_token_ids: guesses of the tokens after `token_ids`, for a step to verify.
     drafting: what speculation keeps for it.
     num_drafter_tokens: the first tokens whose keys and values a draft model has computed.
+    num_resumed_tokens: output tokens that it had when it came from another engine.
+    kept_blocks: those of its prompt, as they are filled, each kept for another engine until it is given back; None
+        if none is to be.
     """
 
     id: int
@@ -89,6 +95,8 @@ class Sequence:
     num_draft_tokens: int = 0
     draft_token_ids: list[int] = field(default_factory=list)
     num_drafter_tokens: int = 0
+    num_resumed_tokens: int = 0
+    kept_blocks: list[int] | None = None
     drafting: "Drafting | None" = None
     block_table: list[int] = field(default_factory=list)
     block_names: list[bytes] = field(default_factory=list)

@@ -31,6 +31,7 @@ from engine.messages import (
     Inspection,
     IsCompiled,
     Refused,
+    Resume,
     Shutdown,
     Start,
     StepOutput,
@@ -73,12 +74,12 @@ class Service:
         """Until the front says that it is enough."""
         while self._is_running:
             engine = self._engine
-            message = self._link.receive(wait=not (engine.has_work or engine.has_idle_work), wake_up=engine.wake_up)
+            message = self._link.receive(wait=not (engine.has_work or engine.has_idle_work), wake_ups=engine.wake_ups)
             if message is not None:
                 self._handle(message)
             elif engine.has_work:
                 self._step()
-            elif engine.wake_up is not None or engine.has_idle_work:
+            elif engine.wake_ups or engine.has_idle_work:
                 engine.work_while_idle()
             if engine.runner.is_compiled != self._is_compiled:
                 self._is_compiled = engine.runner.is_compiled
@@ -88,6 +89,9 @@ class Service:
         match message:
             case Submit():
                 self._submit(message)
+            case Resume():
+                if message.request_id in self._requests:
+                    self._engine.resume(self._requests[message.request_id].choices[0], message.outputs)
             case Abort():
                 self._abort(message)
             case Inspect():
@@ -104,6 +108,9 @@ class Service:
                 SamplingParams(**message.params),
                 priority=message.priority,
                 cache_salt=message.cache_salt,
+                publish_as=message.publish_as,
+                pull=message.pull,
+                is_resumed=message.is_resumed,
             )
         except ValueError as error:
             self._link.send(Refused(message.request_id, str(error)))
@@ -205,7 +212,7 @@ def _token(request_id: str, choice: int, output: "TokenOutput", token_id: int) -
         request_id, choice, token_id, output.finish_reason, num_right=output.num_right, num_wrong=output.num_wrong
     )
     if params.logprobs is not None:
-        token.logprobs = sequence.logprobs[output.number - 1]
+        token.logprobs = sequence.logprobs[output.number - 1 - sequence.num_resumed_tokens]
     if output.number == 1:
         token.num_cached_tokens = sequence.num_cached_tokens or 0
         if params.prompt_logprobs is not None:
@@ -235,6 +242,7 @@ def _info(engine: "Engine") -> EngineInfo:
         is_compiled=engine.runner.is_compiled,
         phase_seconds=engine.phase_seconds,
         pid=os.getpid(),
+        **engine.transfer_address(),
     )
 
 

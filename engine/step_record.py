@@ -15,6 +15,8 @@ class StepRecord(NamedTuple):
     num_drafts: sequences that had tokens guessed ahead; num_draft_tokens: guesses; num_wanted_drafts: guesses that were
         thought to pay, before memory and the step's budget had a say; num_stood: how many were right, by their place.
     draft: seconds of guessing.
+    num_arrived: prompts whose keys and values came from another engine since the step before it; num_failed_arrivals:
+        those that should have.
     schedule, launch, wait, commit: choosing the work, handing it to the device, waiting for its result, recording it.
     """
 
@@ -39,6 +41,8 @@ class StepRecord(NamedTuple):
     num_draft_tokens: int = 0
     num_wanted_drafts: int = 0
     num_stood: tuple[int, ...] = ()
+    num_arrived: int = 0
+    num_failed_arrivals: int = 0
 
     @property
     def seconds(self) -> float:

@@ -20,6 +20,7 @@ from serving.routes_models import model, model_info, models, server_info, show_v
 from serving.routes_tokenize import detokenize, tokenize
 from serving.service import Service, version
 from serving.settings import ServerSettings
+from serving.worker_pool import WorkerPool
 
 
 class Rendering(Protocol):
@@ -59,7 +60,7 @@ _ROUTES: list[ControllerRouterHandler] = [
 
 
 def create_app(
-    client: EngineClient,
+    client: EngineClient | WorkerPool,
     settings: ServerSettings,
     metrics: Rendering,
     dashboard: Router | None = None,

@@ -8,8 +8,10 @@ from msgspec import UNSET
 from engine.sampling_params import SamplingParams
 from serving.engine_client import ChoiceUpdate, EngineClient, GenerationRequest, RequestStream
 from serving.errors import ApiError
+from serving.kv_transfer import Transfer
 from serving.prompts import Prompt
 from serving.protocol_answers import CompletionTokensDetails, PromptTokensDetails, Usage
+from serving.worker_pool import WorkerPool
 
 
 class Call:
@@ -21,7 +23,7 @@ class Call:
 
     def __init__(
         self,
-        client: EngineClient,
+        client: EngineClient | WorkerPool,
         request_id: str,
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
@@ -29,10 +31,12 @@ class Call:
         priority: int = 0,
         cache_salt: str | None = None,
         timeout: float | None = None,
+        transfer: Transfer | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompts = prompts
         self.num_choices = params[0].n
+        self.transfer = transfer or Transfer()
         self.cached_tokens = 0
         self.right_guesses = self.wrong_guesses = 0
         self.completion_tokens = 0
@@ -40,7 +44,16 @@ class Call:
         try:
             for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
                 name = request_id if len(prompts) == 1 else f"{request_id}-{index}"
-                request = GenerationRequest(name, prompt.token_ids, param, priority, cache_salt, timeout)
+                request = GenerationRequest(
+                    name,
+                    prompt.token_ids,
+                    param,
+                    priority,
+                    cache_salt,
+                    timeout,
+                    self.transfer.publish_as,
+                    self.transfer.pull,
+                )
                 self.streams.append(client.submit(request))
         except BaseException:
             self.abort()

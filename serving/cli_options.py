@@ -118,6 +118,29 @@ def engine_options(
         int | None,
         Option(help="Most tokens to guess for a sequence in a step.", show_default="5", rich_help_panel=_ENGINE),
     ] = None,
+    kv_transfer: Annotated[
+        str | None,
+        Option(
+            help="How KV blocks move between engines: auto, shm, cuda_ipc, nixl or tcp.",
+            show_default="not at all",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    kv_transfer_host: Annotated[
+        str | None,
+        Option(help="Address where other engines reach this one.", show_default="127.0.0.1", rich_help_panel=_ENGINE),
+    ] = None,
+    kv_transfer_port: Annotated[
+        int | None, Option(help="Port for other engines.", show_default="a free one", rich_help_panel=_ENGINE)
+    ] = None,
+    kv_transfer_secret: Annotated[
+        str | None,
+        Option(
+            help="What engines must know to reach each other; better set in the environment.",
+            show_default="none, on a loopback address alone",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
     enforce_eager: Annotated[bool, Option(help="The same as --compile off.", rich_help_panel=_ENGINE)] = False,
 ) -> dict[str, Any]:
     """What was given, as keyword arguments of `LLM`. What was not is left out: the engine knows its own defaults."""

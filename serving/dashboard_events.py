@@ -11,6 +11,7 @@ from engine.step_record import StepRecord
 from serving.engine_client import EngineClient, Listener, State
 from serving.engine_errors import EngineDied, NotReady
 from serving.live import Live
+from serving.worker_pool import WorkerPool
 
 INTERVAL = 1.0  # seconds
 
@@ -22,7 +23,7 @@ class PoolWatch(Listener):
     the answer is there.
     """
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(self, client: EngineClient | WorkerPool) -> None:
         self._client = client
         self._last: Inspection | None = None
         self._asked = float("-inf")
@@ -64,7 +65,9 @@ class PoolWatch(Listener):
             self._asking = None
 
 
-async def dashboard_events(client: EngineClient, live: Live, pool: PoolWatch) -> AsyncIterator[dict[str, Any]]:
+async def dashboard_events(
+    client: EngineClient | WorkerPool, live: Live, pool: PoolWatch
+) -> AsyncIterator[dict[str, Any]]:
     """What a page is told. It ends with the work of a server that shuts down, so as not to keep it."""
     for view in live.views():
         state, is_idle = _state(client), not client.load
@@ -74,7 +77,7 @@ async def dashboard_events(client: EngineClient, live: Live, pool: PoolWatch) ->
         await asyncio.sleep(INTERVAL)
 
 
-def _state(client: EngineClient) -> dict[str, Any]:
+def _state(client: EngineClient | WorkerPool) -> dict[str, Any]:
     is_ready, reason = client.is_ready()
     info = client.info
     return {

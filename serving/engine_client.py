@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.messages import (
     Abort,
@@ -19,6 +19,7 @@ from engine.messages import (
     IsCompiled,
     Log,
     Refused,
+    Resume,
     Start,
     StepOutput,
     Submit,
@@ -42,6 +43,8 @@ from serving.request_text import ChoiceUpdate, RequestText
 
 log = logging.getLogger("dispec")
 
+Stream = TypeVar("Stream", bound=RequestStream)
+
 _News = list[tuple[RequestStream, tuple[ChoiceUpdate, bool] | EngineFailed]]
 
 
@@ -52,6 +55,7 @@ class EngineClient:
     max_queued_requests, max_queued_tokens: that the engine has not started yet; more are Overloaded.
     stall_seconds: without a step while there is work, after which the engine does not count as ready.
     restart_window: a restarted engine that dies within these seconds stays dead.
+    num_threads: of the engine; None takes a thread for each core.
 
     Everything but `RequestText` runs in the event loop that called `start`.
     """
@@ -65,10 +69,11 @@ class EngineClient:
         stall_seconds: float,
         restart_window: float = 60.0,
         show_progress: bool = False,
+        num_threads: int | None = None,
     ) -> None:
         self.listeners: list[Listener] = []
         self._supervisor = EngineSupervisor(
-            Start(engine_options, show_progress),
+            Start(engine_options, show_progress, num_threads),
             receive=self._receive,
             on_state=lambda state: self._tell(lambda listener: listener.on_state(state)),
             on_death=self._fail_all,
@@ -125,6 +130,13 @@ class EngineClient:
     def submit(self, request: GenerationRequest) -> RequestStream:
         """Begin a request. Raises Overloaded, NotReady or RequestRefused; the engine's own refusal comes from the
         stream."""
+        return self.submit_as(RequestStream, request)
+
+    def submit_as(self, make: Callable[..., Stream], request: GenerationRequest, *, is_resumed: bool = False) -> Stream:
+        """The same for a stream of another kind, which `make` makes of `RequestStream`'s arguments.
+
+        is_resumed: the engine waits for `resume`.
+        """
         if self.state != "ready" or self.info is None:
             raise self._supervisor.not_ready()
         num_tokens, limit = len(request.prompt_token_ids), self.info.max_model_len
@@ -140,9 +152,18 @@ class EngineClient:
         except ValueError as error:
             raise RequestRefused(str(error)) from None
         key = str(next(self._keys))
-        message = Submit(key, request.prompt_token_ids, encode_params(params), request.priority, request.cache_salt)
+        message = Submit(
+            key,
+            request.prompt_token_ids,
+            encode_params(params),
+            request.priority,
+            request.cache_salt,
+            request.publish_as,
+            request.pull,
+            is_resumed,
+        )
         self._admission.enter(key, num_tokens)
-        stream = RequestStream(key, request, RequestText(self.tokenizer, request.params), self._abort)
+        stream = make(key, request, RequestText(self.tokenizer, request.params, request.is_continued), self._abort)
         if not self._is_waited_for:
             self._busy_since = time.perf_counter()
         self._streams[key] = stream
@@ -153,6 +174,16 @@ class EngineClient:
         except Exception as error:  # what cannot be sent must not be waited for
             self._end(stream, EngineFailed(f"{type(error).__name__}: {error}"), tell_engine=False)
         return stream
+
+    def resume(self, stream: RequestStream, outputs: list[list[int] | None]) -> None:
+        """Let a request go on after the tokens that each choice has already; None is a choice that has ended."""
+        if stream.has_ended:
+            return
+        stream.text.resume(outputs, time.perf_counter())
+        for index, tokens in enumerate(outputs):
+            if tokens is None:
+                stream.finish_reasons[index] = "stop"
+        self._supervisor.send(Resume(stream.key, outputs))
 
     @property
     def num_running(self) -> int:

@@ -47,6 +47,8 @@ class EngineProcess:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
             "OPENBLAS_NUM_THREADS": "1",  # NumPy's, of which the engine uses no product
         }
+        if start.num_threads is not None:
+            environment["OMP_NUM_THREADS"] = str(start.num_threads)
         # -P: an "engine" in the working directory is not ours. Its own session: Ctrl-C goes to the front alone.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", _SERVICE, self._directory],

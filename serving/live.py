@@ -13,6 +13,7 @@ from engine.step_record import StepRecord
 from serving.distribution import Distribution, geometric, percentiles
 from serving.engine_client import EngineClient, Listener
 from serving.request_stream import FirstToken, RequestSummary, RequestTiming
+from serving.worker_pool import WorkerPool
 
 SPAN = 120  # seconds
 STEPS = 80
@@ -46,7 +47,7 @@ class Live(Listener):
     """The window. `clock` is the one that steps and requests are timed by."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._client: EngineClient | None = None
+        self._client: EngineClient | WorkerPool | None = None
         self._clock = clock
         self._epoch = time.time() - clock()
         self._last_step: float | None = None
@@ -57,7 +58,7 @@ class Live(Listener):
         self._num_requests = 0
         self._speculates = False
 
-    def attach(self, client: EngineClient) -> None:
+    def attach(self, client: EngineClient | WorkerPool) -> None:
         """Follow what happens to this client."""
         self._client = client
         if self not in client.listeners:

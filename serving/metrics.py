@@ -4,6 +4,7 @@ Only the front process exports. Everything the engine process knows arrives here
 ever write the same counter.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -16,6 +17,7 @@ from engine.step_record import StepRecord
 from serving.distribution import Distribution
 from serving.engine_client import EngineClient, Listener
 from serving.request_stream import FirstToken, RequestSummary, RequestTiming
+from serving.worker_pool import ROLES, WorkerPool
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -45,7 +47,7 @@ class Metrics(Listener):
         """All of it in Prometheus's text format."""
         return generate_latest(self.registry)
 
-    def attach(self, client: EngineClient) -> None:
+    def attach(self, client: EngineClient | WorkerPool) -> None:
         """Count what happens to this client, and read its gauges whenever somebody scrapes."""
         if self not in client.listeners:
             client.listeners.append(self)
@@ -55,6 +57,8 @@ class Metrics(Listener):
             gauge.set_function(lambda: client.num_waiting)
         # The last step knows what it held; that what it ended gave its blocks back no later step need tell.
         self._vllm_kv_usage.set_function(lambda: self._used_share(client.info) if client.load else 0.0)
+        if isinstance(client, WorkerPool):
+            self.watch_workers(client)
 
     def on_step(self, record: StepRecord, finished: float) -> None:
         self._num_used_blocks = record.num_used_blocks
@@ -62,6 +66,8 @@ class Metrics(Listener):
         self._iteration_tokens.observe(record.num_tokens)
         self._batch_tokens.observe(record.num_tokens)
         self._step_seconds.observe(record.seconds)
+        self._arrived.inc(record.num_arrived)
+        self._failed_arrivals.inc(record.num_failed_arrivals)
         if record.num_drafts:
             self.on_drafts(record.num_drafts, record.num_draft_tokens, record.num_stood)
         if record.kind == "decode":
@@ -105,6 +111,16 @@ class Metrics(Listener):
         self._accepted_tokens.inc(sum(accepted_per_position))
         for position, accepted in enumerate(accepted_per_position):
             self._accepted_per_position.labels(**self._labels, position=str(position)).inc(accepted)
+
+    def watch_workers(self, pool: WorkerPool) -> None:
+        """Tell how many engines of each kind there are and should be, whenever somebody scrapes."""
+        for name, text, count in (
+            ("dispec_workers_desired", "Engines of this role that there should be.", pool.num_desired),
+            ("dispec_workers_actual", "Engines of this role that take requests.", pool.num_ready),
+        ):
+            gauge = Gauge(name, text, (*_LABELS, "role"), registry=self.registry)
+            for role in ROLES:
+                gauge.labels(**self._labels, role=role).set_function(functools.partial(count, role))
 
     def _used_share(self, info: EngineInfo | None) -> float:
         return self._num_used_blocks / info.num_blocks if info is not None else 0.0
@@ -168,6 +184,14 @@ class Metrics(Listener):
         self._batch_tokens = histogram("dispec_batch_tokens", "Tokens computed in a step.", _TOKENS)
         self._running = gauge("dispec_running_requests", "Requests in the engine's batches.")
         self._waiting = gauge("dispec_waiting_requests", "Requests that wait to be scheduled.")
+        transfers = Counter(
+            "dispec_kv_transfers",
+            "Prompts whose keys and values came from another engine, or should have and were computed instead.",
+            (*_LABELS, "outcome"),
+            registry=self.registry,
+        )
+        self._arrived = transfers.labels(**self._labels, outcome="arrived")
+        self._failed_arrivals = transfers.labels(**self._labels, outcome="failed")
         self._draft_replicas_desired = gauge(
             "dispec_draft_replicas_desired", "Tokens that would pay to be guessed ahead in a step, as last decided."
         )

@@ -77,6 +77,7 @@ class Sampling(Struct, kw_only=True):
     request_id: Annotated[str | None, _NAME] = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None
+    kv_transfer_params: Annotated[Any, Meta(description="By which routers split a request between workers.")] = None
 
     best_of: Any = None
     echo: Any = None
@@ -93,7 +94,6 @@ class Sampling(Struct, kw_only=True):
     guided_grammar: Any = None
     use_beam_search: Any = None
     logits_processors: Any = None
-    kv_transfer_params: Any = None
 
 
 class ChatRequest(Sampling, kw_only=True):

@@ -39,7 +39,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (),
     "use_beam_search": (False,),
     "logits_processors": ([],),
-    "kv_transfer_params": (),
     "prompt_embeds": (),
     "audio": (),
     "modalities": (["text"],),

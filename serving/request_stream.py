@@ -10,6 +10,7 @@ import msgspec
 
 from engine.sampling_params import SamplingParams
 from engine.sequence import FinishReason
+from engine.transfer.interface import Ticket
 from serving.engine_errors import EngineDied, EngineFailed, RequestRefused, RequestTimedOut
 from serving.request_text import ChoiceUpdate, RequestText, merged
 
@@ -17,7 +18,10 @@ RequestError = EngineFailed | EngineDied | RequestTimedOut | RequestRefused
 
 
 class GenerationRequest(msgspec.Struct):
-    """What to generate. `params` may hold texts (stop, bad_words); timeout: seconds for the whole request."""
+    """What to generate. `params` may hold texts (stop, bad_words); timeout: seconds for the whole request.
+
+    publish_as, pull: as in `engine.messages.Submit`. is_continued: another engine goes on after the first tokens.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -25,6 +29,9 @@ class GenerationRequest(msgspec.Struct):
     priority: int = 0
     cache_salt: str | None = None
     timeout: float | None = None
+    publish_as: str | None = None
+    pull: Ticket | None = None
+    is_continued: bool = False
 
 
 class FirstToken(NamedTuple):

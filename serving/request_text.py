@@ -30,10 +30,14 @@ class ChoiceUpdate(msgspec.Struct, frozen=True):
 
 class RequestText:
     """Tokens of a request to updates. It belongs to the thread that reads from the engine; others may look at
-    its numbers."""
+    its numbers.
 
-    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
+    is_continued: where the engine ends for length, another one goes on.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, is_continued: bool = False) -> None:
         self._params = params
+        self._is_continued = is_continued
         self._texts = [TextStream(tokenizer, params) for _ in range(params.n)]
         self._last_times: list[float | None] = [None] * params.n
         self._has_ended = [False] * params.n
@@ -50,6 +54,8 @@ class RequestText:
         if self._has_ended[index]:
             return None
         stream, reason = self._texts[index], token.finish_reason
+        if reason == "length" and self._is_continued:
+            reason = None
         text = stream.add(token.token_id, ends=reason == "stop")
         if reason is not None:
             text += stream.finish()
@@ -75,6 +81,14 @@ class RequestText:
             token.num_right,
             token.num_wrong,
         ), tells
+
+    def resume(self, outputs: list[list[int] | None], now: float) -> None:
+        """Go on after tokens whose updates came from elsewhere, the last of them `now`; None is a choice that ended."""
+        for index, tokens in enumerate(outputs):
+            self._has_ended[index] = tokens is None
+            for token_id in tokens or ():
+                self._texts[index].add(token_id, ends=False)
+                self._last_times[index] = now
 
     def _note(self, token: Token, now: float) -> None:
         last = self._last_times[token.choice]

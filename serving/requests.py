@@ -7,6 +7,7 @@ from litestar import Request
 from engine.sampling_params import SamplingParams
 from serving.call import Call
 from serving.errors import invalid
+from serving.kv_transfer import transfer
 from serving.prompts import Prompt
 from serving.protocol import Sampling
 from serving.service import Service
@@ -33,6 +34,7 @@ def begin(
         priority=priority,
         cache_salt=body.cache_salt,
         timeout=settings.request_timeout,
+        transfer=transfer(body.kv_transfer_params, service.open_model().info, settings.role, len(prompts)),
     )
 
 

@@ -79,6 +79,7 @@ class _Answer:
             prompt_logprobs=UNSET
             if body.prompt_logprobs is None
             else prompt_logprobs(self._texts, of_prompt or [], body.prompt_logprobs),
+            kv_transfer_params=call.transfer.answer or UNSET,
         )
 
     async def events(self) -> AsyncIterator[bytes]:

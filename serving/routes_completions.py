@@ -88,7 +88,8 @@ class _Answer:
             if self._body.prompt_logprobs is not None:
                 of_prompt = first.prompt_logprobs or []
                 choice.prompt_logprobs = prompt_logprobs(self._model.texts, of_prompt, self._body.prompt_logprobs)
-        return Completion(*self._head, choices=choices, usage=self._usage())
+        transfer = self._call.transfer.answer or UNSET
+        return Completion(*self._head, choices=choices, usage=self._usage(), kv_transfer_params=transfer)
 
     async def events(self) -> AsyncIterator[bytes]:
         call, head = self._call, self._head

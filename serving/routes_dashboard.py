@@ -15,6 +15,7 @@ from litestar.response import Stream
 from serving.dashboard_events import PoolWatch, dashboard_events
 from serving.engine_client import EngineClient
 from serving.live import Live
+from serving.worker_pool import WorkerPool
 
 _DIRECTORY = Path(__file__).parent / "dashboard"
 _TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
@@ -44,7 +45,7 @@ def _packed(path: Path) -> bytes:
     return gzip.compress(path.read_bytes(), compresslevel=6)
 
 
-def dashboard_router(client: EngineClient, live: Live) -> Router:
+def dashboard_router(client: EngineClient | WorkerPool, live: Live) -> Router:
     """/dashboard and what it loads."""
     live.attach(client)
     pool = PoolWatch(client)

@@ -15,6 +15,7 @@ from serving.settings import ServerSettings
 
 _SERVER = "Server"
 _LIMITS = "Limits"
+_WORKERS = "Workers"
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -77,6 +78,25 @@ def server_options(
         str,
         Option(help="json, text, or auto: text on a terminal, otherwise JSON.", rich_help_panel=_SERVER),
     ] = ServerSettings.log_format,
+    role: Annotated[
+        str,
+        Option(
+            help="prefill or decode: the part of requests that a router sends here by kv_transfer_params; or both.",
+            rich_help_panel=_WORKERS,
+        ),
+    ] = ServerSettings.role,
+    disaggregate: Annotated[
+        bool,
+        Option(
+            "--disaggregate",
+            help="Compute prompts and generate in processes of their own, on this machine.",
+            rich_help_panel=_WORKERS,
+        ),
+    ] = False,
+    prefill: Annotated[
+        int, Option(help="Processes that compute prompts.", rich_help_panel=_WORKERS)
+    ] = ServerSettings.prefill,
+    decode: Annotated[int, Option(help="Processes that generate.", rich_help_panel=_WORKERS)] = ServerSettings.decode,
     max_queued_requests: Annotated[
         int, Option(help="Most requests that wait; further ones get 503.", rich_help_panel=_LIMITS)
     ] = ServerSettings.max_queued_requests,

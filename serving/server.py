@@ -28,6 +28,7 @@ from serving.routes_dashboard import dashboard_router
 from serving.service import Service, version
 from serving.settings import ServerSettings
 from serving.structured_log import logging_to
+from serving.worker_pool import WorkerPool
 
 log = logging.getLogger("dispec.server")
 
@@ -60,13 +61,7 @@ async def serve(
     listener = listen(settings.host, settings.port)
     with listener:
         _allow_many_connections()
-        client = EngineClient(
-            engine_options,
-            max_queued_requests=settings.max_queued_requests,
-            max_queued_tokens=settings.max_queued_tokens,
-            stall_seconds=settings.stall_seconds,
-            show_progress=show_progress,
-        )
+        client = make_client(settings, engine_options, show_progress)
         names = settings.served_model_names or (model_name(str(engine_options["model"])),)
         metrics, live = Metrics(names[0]), Live()
         metrics.attach(client)
@@ -90,7 +85,27 @@ async def serve(
     return server.exit_code
 
 
-async def _start(client: EngineClient, service: Service) -> EngineInfo:
+def make_client(
+    settings: ServerSettings, engine_options: dict[str, Any], show_progress: bool
+) -> EngineClient | WorkerPool:
+    """What serves requests: one engine, or several that share the work."""
+    limits: dict[str, Any] = {
+        "max_queued_requests": settings.max_queued_requests,
+        "max_queued_tokens": settings.max_queued_tokens,
+        "stall_seconds": settings.stall_seconds,
+        "show_progress": show_progress,
+    }
+    if settings.disaggregate:
+        num_cores = len(os.sched_getaffinity(0))
+        return WorkerPool(
+            engine_options, num_prefill=settings.prefill, num_decode=settings.decode, num_cores=num_cores, **limits
+        )
+    if settings.role != "both":
+        engine_options = {"kv_transfer": "auto"} | engine_options
+    return EngineClient(engine_options, **limits)
+
+
+async def _start(client: EngineClient | WorkerPool, service: Service) -> EngineInfo:
     info = await client.start()
     await asyncio.to_thread(service.model)  # reads the vocabulary, which the first request need not wait for
     return info
@@ -101,7 +116,7 @@ class DrainingServer(uvicorn.Server):
     A second signal ends those as well.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, client: EngineClient) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings, client: EngineClient | WorkerPool) -> None:
         config = uvicorn.Config(
             app,
             http=BoundedHttp.of(settings.max_header_bytes),

@@ -21,6 +21,7 @@ from serving.logprobs import TokenTexts
 from serving.prompts import Prompts
 from serving.protocol_sampling import GENERATION_DEFAULTS, decode_body
 from serving.settings import ServerSettings
+from serving.worker_pool import WorkerPool
 
 log = logging.getLogger("dispec.server")
 
@@ -67,7 +68,7 @@ class ServedModel:
 class Service:
     """Of one server."""
 
-    def __init__(self, client: EngineClient, settings: ServerSettings, names: Sequence[str] = ()) -> None:
+    def __init__(self, client: EngineClient | WorkerPool, settings: ServerSettings, names: Sequence[str] = ()) -> None:
         self.client = client
         self.settings = settings
         self.started = time.time()

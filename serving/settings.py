@@ -12,6 +12,7 @@ MAX_TEMPLATE_ARGUMENTS = 32
 
 LogFormat = Literal["auto", "json", "text"]
 GenerationConfig = Literal["auto", "none"]
+Role = Literal["both", "prefill", "decode"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class ServerSettings:
     keep_alive_seconds: a stream that is silent for so long gets a comment line.
     tokenize_timeout: seconds for a prompt's template and tokens, and for a body to arrive.
     max_body_bytes, max_header_bytes: of a request.
+    role: which part of a request a router may send here with kv_transfer_params; whole requests are always served.
+    disaggregate: serve with `prefill` engines that compute prompts and `decode` engines that generate.
     generation_config: "auto" takes what a request leaves open from the checkpoint's generation_config.json.
     """
 
@@ -46,10 +49,16 @@ class ServerSettings:
     max_header_bytes: int = 64 * 2**10
     generation_config: GenerationConfig = "auto"
     log_format: LogFormat = "auto"
+    role: Role = "both"
+    disaggregate: bool = False
+    prefill: int = 1
+    decode: int = 1
 
     def __post_init__(self) -> None:
         for name, low, high in (
             ("port", 0, 65535),
+            ("prefill", 1, 64),
+            ("decode", 1, 64),
             ("max_queued_requests", 1, 2**20),
             ("max_queued_tokens", 1, 2**31),
             ("max_body_bytes", 1024, 2**30),
@@ -61,7 +70,13 @@ class ServerSettings:
             seconds = getattr(self, name)
             if seconds is not None and not (math.isfinite(seconds) and 0 < seconds <= 1e7):
                 raise ValueError(f"{name} is {seconds}, must be above 0 and at most 1e7 seconds")
-        for name, choices in (("generation_config", ("auto", "none")), ("log_format", ("auto", "json", "text"))):
+        if self.disaggregate and self.role != "both":
+            raise ValueError(f"disaggregate starts workers of both roles, and role is {self.role!r}: give one of them")
+        for name, choices in (
+            ("generation_config", ("auto", "none")),
+            ("log_format", ("auto", "json", "text")),
+            ("role", ("both", "prefill", "decode")),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
         for key in self.api_keys:

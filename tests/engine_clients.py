@@ -4,12 +4,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from engine import LLM
+from engine.completion import Completion
 from engine.messages import Inspection
 from engine.sampling_params import SamplingParams
 from engine.sequence import TokenLogprobs
@@ -17,7 +20,7 @@ from engine.step_record import StepRecord
 from serving.engine_client import EngineClient, GenerationRequest, Listener, RequestStream, RequestSummary, State
 from serving.request_stream import FirstToken
 from tests.checkpoints import save_tiny
-from tests.small_engine import OPTIONS, make
+from tests.small_engine import OPTIONS, make, mixed_params, random_prompts
 
 PATIENCE = 120  # seconds after which a condition counts as never coming
 
@@ -139,3 +142,44 @@ async def read(stream: RequestStream) -> list[Answer]:
 
 async def generate(client: EngineClient, prompt: list[int], params: SamplingParams, **more: Any) -> list[Answer]:
     return await read(ask(client, prompt, params, **more))
+
+
+def many_requests(llm: LLM) -> list[tuple[list[int], SamplingParams]]:
+    """64 of every kind, with whatever can end or accompany an answer."""
+    prompts = random_prompts(64)
+    params = mixed_params(64)
+    for index in range(0, 64, 4):
+        params[index] = replace(params[index], n=1 + index // 4 % 4)
+    for index in range(1, 64, 6):  # a stop string that comes for certain, sometimes inside a token
+        text = llm.generate([prompts[index]], params[index])[0].text
+        params[index] = replace(params[index], stop=(text[len(text) // 2 :][:3] or "x",))
+    for index in range(2, 64, 6):
+        tokens = llm.generate([prompts[index]], params[index])[0].token_ids
+        params[index] = replace(params[index], stop_token_ids=(tokens[9],))
+    for index in range(3, 64, 6):
+        params[index] = replace(params[index], logprobs=2, prompt_logprobs=1)
+    for index in range(5, 64, 6):
+        params[index] = replace(params[index], bad_words=("the", "a"), ignore_eos=False)
+    return list(zip(prompts, params, strict=True))
+
+
+def assert_same(expected: list[Completion], found: list[list[Answer]]) -> set[tuple[Any, type]]:
+    """Answers are those of `LLM`. Returns the ways in which they ended."""
+    reasons = set()
+    for completion, answers in zip(expected, found, strict=True):
+        for choice, answer in zip(completion.choices, answers, strict=True):
+            assert answer.token_ids == choice.token_ids
+            assert answer.text == choice.text
+            assert (answer.finish_reason, answer.stop_reason) == (choice.finish_reason, choice.stop_reason)
+            reasons.add((answer.finish_reason, type(answer.stop_reason)))
+            assert (answer.logprobs is None) == (choice.logprobs is None)
+            for entry, wanted in zip(answer.logprobs or (), choice.logprobs or (), strict=True):
+                assert entry.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+                assert [token for token, _ in entry.top] == [token for token, _ in wanted.top]
+        prompt_logprobs = completion.prompt_logprobs and completion.prompt_logprobs[1:]
+        of_prompt = answers[0].prompt_logprobs
+        assert (of_prompt is None) == (prompt_logprobs is None)
+        for prompt_entry, wanted_entry in zip(of_prompt or (), prompt_logprobs or (), strict=True):
+            assert wanted_entry is not None
+            assert prompt_entry.logprob == pytest.approx(wanted_entry.logprob, abs=1e-4)
+    return reasons

@@ -4,12 +4,10 @@ import asyncio
 import os
 import stat
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from engine.sampling_params import SamplingParams
 from serving.engine_client import (
     EngineClient,
     Listener,
@@ -18,11 +16,21 @@ from serving.engine_client import (
     RequestRefused,
     RequestTimedOut,
 )
-from tests.engine_clients import Recorder, ask, assert_empty, generate, read, running_client, until
+from tests.engine_clients import (
+    Recorder,
+    ask,
+    assert_empty,
+    assert_same,
+    generate,
+    many_requests,
+    read,
+    running_client,
+    until,
+)
 from tests.engine_clients import directory as directory
 from tests.engine_clients import llm as llm
 from tests.engine_clients import one_thread_each as one_thread_each
-from tests.small_engine import greedy, mixed_params, random_prompts, random_tokens
+from tests.small_engine import greedy, random_prompts, random_tokens
 
 # Small steps, so that there is something to interrupt.
 SMALL_STEPS = {"max_num_seqs": 16, "max_num_batched_tokens": 32}
@@ -52,24 +60,6 @@ def client(loop, shared_client):
     shared_client.listeners.clear()
 
 
-def many_requests(llm) -> list[tuple[list[int], SamplingParams]]:
-    prompts = random_prompts(64)
-    params = mixed_params(64)
-    for index in range(0, 64, 4):
-        params[index] = replace(params[index], n=1 + index // 4 % 4)
-    for index in range(1, 64, 6):  # a stop string that comes for certain, sometimes inside a token
-        text = llm.generate([prompts[index]], params[index])[0].text
-        params[index] = replace(params[index], stop=(text[len(text) // 2 :][:3] or "x",))
-    for index in range(2, 64, 6):
-        tokens = llm.generate([prompts[index]], params[index])[0].token_ids
-        params[index] = replace(params[index], stop_token_ids=(tokens[9],))
-    for index in range(3, 64, 6):
-        params[index] = replace(params[index], logprobs=2, prompt_logprobs=1)
-    for index in range(5, 64, 6):
-        params[index] = replace(params[index], bad_words=("the", "a"), ignore_eos=False)
-    return list(zip(prompts, params, strict=True))
-
-
 def test_64_concurrent_requests_are_answered_as_in_one_process(loop, client, llm):
     requests = many_requests(llm)
     expected = llm.generate([prompt for prompt, _ in requests], [params for _, params in requests])
@@ -77,22 +67,7 @@ def test_64_concurrent_requests_are_answered_as_in_one_process(loop, client, llm
     async def all_at_once():
         return await asyncio.gather(*(generate(client, prompt, params) for prompt, params in requests))
 
-    reasons = set()
-    for completion, answers in zip(expected, loop.run(all_at_once()), strict=True):
-        for choice, answer in zip(completion.choices, answers, strict=True):
-            assert answer.token_ids == choice.token_ids
-            assert answer.text == choice.text
-            assert (answer.finish_reason, answer.stop_reason) == (choice.finish_reason, choice.stop_reason)
-            reasons.add((answer.finish_reason, type(answer.stop_reason)))
-            assert (answer.logprobs is None) == (choice.logprobs is None)
-            for found, wanted in zip(answer.logprobs or (), choice.logprobs or (), strict=True):
-                assert found.logprob == pytest.approx(wanted.logprob, abs=1e-4)
-                assert [token for token, _ in found.top] == [token for token, _ in wanted.top]
-        prompt_logprobs = completion.prompt_logprobs and completion.prompt_logprobs[1:]
-        found = answers[0].prompt_logprobs
-        assert (found is None) == (prompt_logprobs is None)
-        for entry, wanted in zip(found or (), prompt_logprobs or (), strict=True):
-            assert entry.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+    reasons = assert_same(expected, loop.run(all_at_once()))
     assert reasons >= {("length", type(None)), ("stop", str), ("stop", int)}
 
 

@@ -1,0 +1,260 @@
+"""Several engines behind one address, on one machine: some compute prompts, others generate.
+
+To whoever serves HTTP it is an `EngineClient`: it takes requests, and tells the same listeners the same things.
+"""
+
+import asyncio
+import itertools
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import msgspec
+
+from engine.messages import EngineInfo, Inspection
+from engine.step_record import StepRecord
+from engine.tokenizer import Tokenizer
+from serving.engine_client import EngineClient
+from serving.engine_errors import NotReady, RequestRefused
+from serving.engine_supervisor import State
+from serving.listener import Listener
+from serving.relay import Relay
+from serving.request_stream import GenerationRequest, RequestStream
+
+log = logging.getLogger("dispec")
+
+Role = Literal["prefill", "decode"]
+ROLES: tuple[Role, ...] = ("prefill", "decode")
+
+
+@dataclass(eq=False)
+class Worker:
+    """An engine. is_leaving: it gets nothing new, and goes when it has nothing left to do."""
+
+    number: int
+    role: Role
+    client: EngineClient
+    is_leaving: bool = False
+
+    @property
+    def is_ready(self) -> bool:
+        return self.client.state == "ready" and not self.is_leaving
+
+
+class WorkerPool:
+    """Belongs to the event loop that calls `start`.
+
+    engine_options: fields of `EngineOptions`, for each engine. num_prefill, num_decode: engines of each kind.
+    Others: as `EngineClient` has them, for each engine.
+    """
+
+    def __init__(
+        self, engine_options: dict[str, Any], *, num_prefill: int, num_decode: int, num_cores: int, **limits: Any
+    ) -> None:
+        self.listeners: list[Listener] = []
+        self._limits = limits
+        self._num_cores = num_cores
+        # Who does not know it gets no keys and values; it never leaves these processes.
+        self._options = {"kv_transfer": "auto", "kv_transfer_secret": secrets.token_hex(16)} | engine_options
+        self._numbers = itertools.count()
+        self._keys = itertools.count()
+        self._relays: dict[str, Relay] = {}
+        self._drained: asyncio.Future[None] | None = None
+        self._is_draining = self._is_stopping = False
+        self._told_state: State = "loading"
+        self._has_started = False
+        count = num_prefill + num_decode
+        self.workers = [self._make("prefill", count) for _ in range(num_prefill)]
+        self.workers += [self._make("decode", count) for _ in range(num_decode)]
+
+    @property
+    def state(self) -> State:
+        states = [worker.client.state for worker in self.workers]
+        if self._is_draining:
+            return "dead" if all(state == "dead" for state in states) else "draining"
+        if not self._has_started:
+            return "loading"
+        if "ready" in states:
+            return "ready"
+        return "restarting" if "restarting" in states else "dead"
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """Of an engine that generates; the blocks are those of all."""
+        infos = [worker.client.info for worker in reversed(self.workers)]
+        known = [info for info in infos if info is not None]
+        if not known or not self._has_started:
+            return None
+        return self._merged(tuple(known))
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return next((worker.client.tokenizer for worker in self.workers if worker.client.tokenizer is not None), None)
+
+    @property
+    def num_running(self) -> int:
+        return sum(relay.stream.num_open for relay in self._relays.values() if relay.stream.timing.started is not None)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(relay.stream.num_open for relay in self._relays.values() if relay.stream.timing.started is None)
+
+    @property
+    def load(self) -> int:
+        return len(self._relays)
+
+    def num_desired(self, role: Role) -> int:
+        return sum(worker.role == role and not worker.is_leaving for worker in self.workers)
+
+    def num_ready(self, role: Role) -> int:
+        return sum(worker.role == role and worker.is_ready for worker in self.workers)
+
+    async def start(self) -> EngineInfo:
+        """Start all engines and wait until they can serve. Raises EngineDied with the first one's reason."""
+        self._loop = asyncio.get_running_loop()
+        # One by one: each measures what memory is free, and compiles what the next one finds in the cache.
+        for worker in list(self.workers):
+            await worker.client.start()
+        self._has_started = True
+        self._tell_state()
+        info = self.info
+        assert info is not None
+        return info
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """As `EngineClient.drain`."""
+        self._is_draining = True
+        self._tell_state()
+        if self._relays:
+            self._drained = self._drained or self._loop.create_future()
+            await asyncio.wait((self._drained,), timeout=timeout)
+        unfinished = list(self._relays.values())
+        for relay in unfinished:
+            relay.abort()
+        return not unfinished
+
+    async def stop(self) -> None:
+        """End all engines, and whatever is under way with an error."""
+        self._is_draining = self._is_stopping = True
+        await asyncio.gather(*(worker.client.stop() for worker in self.workers))
+        self._tell_state()
+
+    def submit(self, request: GenerationRequest) -> RequestStream:
+        """As `EngineClient.submit`."""
+        if self.state != "ready":
+            raise self._not_ready()
+        if request.publish_as is not None or request.pull is not None:
+            raise RequestRefused("kv_transfer_params is for workers: this server moves keys and values by itself")
+        if request.params.seed is None:
+            seed = int.from_bytes(os.urandom(8), signed=True)
+            request = msgspec.structs.replace(request, params=replace(request.params, seed=seed))
+        key = str(next(self._keys))
+        relay = Relay(key, request, self._choose, self._on_first_token, self._on_end)
+        prefill, decode = self._best("prefill"), self._best("decode")
+        if prefill is not None and decode is not None and not self._ends_at_once(request):
+            relay.begin(prefill, decode, secrets.token_hex(16))
+        else:
+            alone = prefill or decode
+            if alone is None:
+                raise self._not_ready()
+            relay.begin_alone(alone)
+        self._relays[key] = relay
+        return relay.stream
+
+    def is_ready(self) -> tuple[bool, str]:
+        """Whether some engine takes requests and gets on with them; if not, why."""
+        if self.state != "ready":
+            return False, str(self._not_ready())
+        answers = [worker.client.is_ready() for worker in self.workers if worker.is_ready]
+        return next((answer for answer in answers if answer[0]), answers[0] if answers else (False, "no engine is up"))
+
+    async def inspect(self) -> Inspection:
+        """The books of all engines together. Raises NotReady or EngineDied."""
+        found = [
+            await worker.client.inspect() for worker in self.workers if worker.client.state in ("ready", "draining")
+        ]
+        if not found:
+            raise self._not_ready()
+        problems = [one.problem for one in found if one.problem is not None]
+        numbers = {
+            name: sum(getattr(one, name) for one in found) for name in Inspection.__struct_fields__ if name != "problem"
+        }
+        return Inspection(**numbers, problem=problems[0] if problems else None)
+
+    def _ends_at_once(self, request: GenerationRequest) -> bool:
+        """Whether there is nothing to hand over after the first token."""
+        info = self.info
+        room = request.params.max_tokens
+        if info is not None:
+            room = min(room, info.max_model_len - len(request.prompt_token_ids))
+        return room <= 1
+
+    def _choose(self) -> EngineClient | None:
+        """An engine to go on with what another one lost."""
+        return None if self._is_stopping else self._best("decode") or self._best("prefill")
+
+    def _best(self, role: Role) -> EngineClient | None:
+        """The one with least to do."""
+        ready = [worker for worker in self.workers if worker.role == role and worker.is_ready]
+        return min(ready, key=lambda worker: worker.client.load).client if ready else None
+
+    def _make(self, role: Role, count: int) -> Worker:
+        # Threads of one step that wait for each other lose most of their time when they must share a core.
+        client = EngineClient(self._options, num_threads=max(1, self._num_cores // count), **self._limits)
+        client.listeners.append(_Forward(self))
+        return Worker(next(self._numbers), role, client)
+
+    def _merged(self, infos: tuple[EngineInfo, ...]) -> EngineInfo:
+        if getattr(self, "_merged_of", None) != tuple(map(id, infos)):
+            self._merged_of = tuple(map(id, infos))
+            num_blocks = sum(info.num_blocks for info in infos)
+            self._merged_info = msgspec.structs.replace(infos[0], num_blocks=num_blocks)
+        return self._merged_info
+
+    def _on_first_token(self, relay: Relay) -> None:
+        first = relay.stream.first_token()
+        self._tell(lambda listener: listener.on_first_token(first))
+
+    def _on_end(self, relay: Relay) -> None:
+        if self._relays.pop(relay.key, None) is None:
+            return
+        summary = relay.stream.summary()
+        self._tell(lambda listener: listener.on_request_finished(summary))
+        if not self._relays and self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    def _tell(self, call: Callable[[Listener], None]) -> None:
+        for listener in self.listeners:
+            try:
+                call(listener)
+            except Exception:  # whoever watches must not break what is watched
+                log.exception("a listener failed")
+
+    def _tell_state(self) -> None:
+        state = self.state
+        if state != self._told_state:
+            self._told_state = state
+            self._tell(lambda listener: listener.on_state(state))
+
+    def _not_ready(self) -> NotReady:
+        if not self._has_started:
+            return NotReady("the model is being loaded", 5)
+        if self._is_draining:
+            return NotReady("the server is finishing its last requests", 10)
+        return NotReady("no engine is up: they are being started again", 5)
+
+
+class _Forward(Listener):
+    """What an engine tells goes to whoever listens to the pool."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+
+    def on_step(self, record: StepRecord, finished: float) -> None:
+        self._pool._tell(lambda listener: listener.on_step(record, finished))
+
+    def on_state(self, state: State) -> None:
+        self._pool._tell_state()

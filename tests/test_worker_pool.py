@@ -1,0 +1,167 @@
+"""Prompts in some processes, generating in others: nobody can tell from the answers, whatever dies on the way."""
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.sampling_params import SamplingParams
+from serving.engine_errors import EngineDied, RequestRefused
+from serving.worker_pool import WorkerPool
+from tests.engine_clients import (
+    Recorder,
+    ask,
+    assert_empty,
+    assert_same,
+    generate,
+    many_requests,
+    read,
+    until,
+)
+from tests.engine_clients import directory as directory
+from tests.engine_clients import llm as llm
+from tests.engine_clients import one_thread_each as one_thread_each
+from tests.small_engine import OPTIONS, greedy, random_prompts, random_tokens
+
+
+@pytest.fixture(scope="module")
+def loop():
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@asynccontextmanager
+async def running_pool(
+    directory: Path, engine: dict[str, Any] | None = None, **counts: int
+) -> AsyncIterator[WorkerPool]:
+    """A pool that serves; what the test leaves in it is found out."""
+    options = OPTIONS | {"model": str(directory)} | (engine or {})
+    limits = {"max_queued_requests": 1000, "max_queued_tokens": 1_000_000, "stall_seconds": 60.0}
+    pool = WorkerPool(options, **{"num_prefill": 1, "num_decode": 1, "num_cores": 2} | counts, **limits)
+    try:
+        await pool.start()
+        yield pool
+        await until_empty(pool)
+        assert (pool.load, pool.num_running, pool.num_waiting) == (0, 0, 0)
+    finally:
+        await pool.stop()
+
+
+async def until_empty(pool: WorkerPool) -> None:
+    """Blocks are given back when the other side has said so, a moment after a request's end."""
+    while (await pool.inspect()).num_used_blocks or pool.load:
+        await asyncio.sleep(0.01)
+    assert_empty(await pool.inspect())
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp", "nixl"])
+def test_64_concurrent_requests_are_answered_as_in_one_process(loop, directory, llm, transport):
+    if transport == "nixl":
+        pytest.importorskip("nixl")
+    requests = many_requests(llm)
+    expected = llm.generate([prompt for prompt, _ in requests], [params for _, params in requests])
+
+    async def all_at_once():
+        engine = {"kv_transfer": transport, "max_num_seqs": 16, "max_num_batched_tokens": 32}
+        async with running_pool(directory, engine) as pool:
+            recorder = Recorder()
+            pool.listeners.append(recorder)
+            answers = await asyncio.gather(*(generate(pool, prompt, params) for prompt, params in requests))
+            return answers, recorder
+
+    answers, recorder = loop.run(all_at_once())
+    reasons = assert_same(expected, answers)
+    assert reasons >= {("length", type(None)), ("stop", str), ("stop", int)}
+    assert len(recorder.summaries) == len(recorder.firsts) == 64
+    for summary in recorder.summaries:
+        assert summary.error is None
+        assert summary.first_token <= summary.finished
+    tokens = sum(len(answer.token_ids) for each in answers for answer in each)
+    assert sum(summary.output_tokens for summary in recorder.summaries) == tokens
+    # The prompts were computed once: what moved was not computed again.
+    prompts = sum(len(prompt) for prompt, _ in requests)
+    assert sum(record.num_prompt_tokens for record in recorder.records) <= prompts + 64 * 4
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_that_is_killed_costs_no_request(loop, directory, llm, role):
+    prompts = random_prompts(24) + [random_tokens(300, seed) for seed in range(4)]
+    params = [
+        SamplingParams(temperature=index % 2, seed=index, max_tokens=60, ignore_eos=True, logprobs=0)
+        for index in range(28)
+    ]
+    expected = llm.generate(prompts, params)
+
+    async def with_a_killing():
+        async with running_pool(directory, {"max_num_batched_tokens": 32, "max_num_seqs": 16}) as pool:
+            streams = [ask(pool, prompt, param) for prompt, param in zip(prompts, params, strict=True)]
+            reading = [asyncio.create_task(read(stream)) for stream in streams]
+            await until(lambda: sum(stream.timing.first_token is not None for stream in streams) >= 6)
+            victim = next(worker for worker in pool.workers if worker.role == role)
+            os.kill(victim.client.info.pid, signal.SIGKILL)
+            answers = await asyncio.gather(*reading)
+            await until(lambda: victim.client.state == "ready")
+            again = await generate(pool, prompts[3], params[3])
+            return answers, again
+
+    answers, again = loop.run(with_a_killing())
+    assert_same(expected, answers)
+    assert_same(expected[3:4], [again])
+
+
+def test_when_nobody_is_left_it_says_so(loop, directory):
+    async def kill_all():
+        async with running_pool(directory) as pool:
+            stream = ask(pool, random_tokens(20), greedy(400))
+            await until(lambda: stream.timing.first_token is not None)
+            for worker in pool.workers:
+                os.kill(worker.client.info.pid, signal.SIGKILL)
+            with pytest.raises(EngineDied):
+                await read(stream)
+            await until(lambda: pool.is_ready()[0])
+            assert len((await generate(pool, [1, 2, 3], greedy(4)))[0].token_ids) == 4
+
+    loop.run(kill_all())
+
+
+def test_whatever_is_given_up_leaves_nothing(loop, directory):
+    async def give_up():
+        rng = random.Random(1)
+        async with running_pool(directory, {"max_num_batched_tokens": 32}, num_prefill=2, num_decode=2) as pool:
+            streams = [
+                ask(pool, prompt, greedy(200, n=1 + index % 3)) for index, prompt in enumerate(random_prompts(40))
+            ]
+            for stream in streams:
+                for _ in range(rng.randint(0, 8)):
+                    await asyncio.sleep(0)
+                if rng.random() < 0.7:
+                    stream.abort()
+            kept = [stream for stream in streams if not stream.has_ended]
+            for stream in kept[:-3]:
+                await until(lambda stream=stream: stream.timing.first_token is not None)
+                stream.abort()
+            for stream in kept[-3:]:
+                assert all(len(answer.token_ids) == 200 for answer in await read(stream))
+
+    loop.run(give_up())
+
+
+def test_what_one_engine_refuses_the_pool_refuses(loop, directory):
+    async def refuse():
+        async with running_pool(directory) as pool:
+            with pytest.raises(RequestRefused, match="must be in 0"):
+                await generate(pool, [10**9 // 2], greedy(4))
+            with pytest.raises(RequestRefused, match="max_model_len"):
+                ask(pool, [1] * 100_000, greedy(4))
+            assert len((await generate(pool, [1, 2, 3], greedy(1)))[0].token_ids) == 1
+            longest = pool.info.max_model_len - 1
+            (answer,) = await generate(pool, random_tokens(longest), greedy(50))
+            assert (len(answer.token_ids), answer.finish_reason) == (1, "length")
+
+    loop.run(refuse())

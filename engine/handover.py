@@ -165,12 +165,15 @@ class Handover:
 
     def publish(self) -> None:
         """Tell of the blocks that the last step has filled, and of the tokens once all are there."""
-        for transfer_id, departure in self._departures.items():
+        for transfer_id, departure in list(self._departures.items()):
             assert self.transfers is not None
             if departure.has_all:
                 continue
             if any(not choice.num_output_tokens and choice.status is Status.FINISHED for choice in departure.choices):
                 departure.has_all = True
+                if not departure.num_published:  # nobody knows of it, so nobody will say that it is over
+                    del self._departures[transfer_id]
+                    self._let_go(departure)
                 self.transfers.withdraw(transfer_id, "the request was ended before its first token")
                 continue
             kept = departure.kept_blocks
@@ -192,7 +195,7 @@ class Handover:
             if departure is not None:
                 if event.was_expired:
                     log.warning("transfer %s: nobody asked for it any more", event.transfer_id)
-                self._scheduler.give_back(departure.kept_blocks)
+                self._let_go(departure)
             return
         arrival = next(
             (
@@ -216,6 +219,11 @@ class Handover:
         if arrival.is_wanted:
             self.num_failed_pulls += 1
             log.warning("transfer %s failed (%s): the prompt is computed here", event.transfer_id, problem)
+
+    def _let_go(self, departure: _Departure) -> None:
+        """Nobody reads its blocks, and of those that are still to be filled nobody will."""
+        departure.choices[0].kept_blocks = None
+        self._scheduler.give_back(departure.kept_blocks)
 
     def _read(self, arrival: _Arrival, event: Pulled) -> str | None:
         """Take the payload. What is wrong with it, if something is."""

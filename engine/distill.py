@@ -73,6 +73,18 @@ class Agreement(NamedTuple):
     shared: float
 
 
+class _Target(NamedTuple):
+    """What the target predicts at each place of a text that is learned from: every epoch needs the same.
+
+    states: its last ones. normaliser: logarithm of the sum of its exponentiated logits, with which a probability needs
+    no other token's logit. best: its likeliest tokens.
+    """
+
+    states: Float[Tensor, "R E"]
+    normaliser: Float[Tensor, "R"]
+    best: Int[Tensor, "R"]
+
+
 class _Batch(NamedTuple):
     """Answers side by side, padded to the right. is_target: at which places the next token is the target's own."""
 
@@ -144,7 +156,7 @@ class Training:
         self._batches = [batch for epoch in epochs for batch in _packed(answered, train, recipe.batch_tokens, epoch)]
         self._held_out = _packed(answered, held_out, recipe.batch_tokens, 0)
         self._rows = _ROWS[device.type]
-        self._states = self._target_states(answered)
+        self._of_text = self._predictions(answered)
 
     def run(self, state_file: Path) -> Agreement:
         """Train from where `state_file` says an earlier run was, keeping it up to date. What was measured last."""
@@ -167,18 +179,15 @@ class Training:
     @torch.no_grad()
     def measure(self) -> Agreement:
         """On the text that is held out."""
-        same = mass = count = 0.0
+        same, mass, count = torch.zeros((), device=self.device), torch.zeros((), device=self.device), 0
         for members in self._held_out:
             theirs, ours = self._of_target(members), self._hidden(self.draft, self._batch(members))
-            for expected, logits in self._logits(theirs, ours):
-                mine = logits.softmax(-1)
-                best = expected.argmax(-1)
+            for expected, logits, best in self._logits(theirs, ours):
                 guess = logits.argmax(-1)
-                same += float((guess if self._kept is None else self._kept[guess]).eq(best).sum())
-                kept = expected if self._kept is None else expected[:, self._kept]
-                mass += float(torch.minimum(kept, mine).sum())
+                same += (guess if self._kept is None else self._kept[guess]).eq(best).sum()
+                mass += torch.minimum(expected, logits.softmax(-1)).sum()
                 count += len(expected)
-        return Agreement(same / count, mass / count)
+        return Agreement(float(same) / count, float(mass) / count)
 
     def save(self, out: Path, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
         """Write the draft as DiSpec loads it."""
@@ -198,24 +207,32 @@ class Training:
         save_shared_draft(out, config, tensors, self.head_tokens, tokenizer)
 
     @torch.no_grad()
-    def _target_states(self, text: list[Text]) -> list[Tensor]:
-        """The target's last states at every place that is learned from: every epoch needs the same ones."""
+    def _predictions(self, text: list[Text]) -> list[_Target]:
         num_tokens = sum(len(one.token_ids) - one.start for one in text)
         size = num_tokens * self.target.config.hidden_size * torch.bfloat16.itemsize
         keeps_on = self.device
         if self.device.type == "cuda" and size > _SHARE_OF_FREE * torch.cuda.mem_get_info(self.device)[0]:
             keeps_on = torch.device("cpu")
-        found: list[Tensor] = [torch.empty(0)] * len(text)
-        batches = _packed(text, range(len(text)), 2 * self.recipe.batch_tokens, 0)
-        for members in tqdm(batches, desc="the target's states", disable=None):
+        head = self.target.get_output_embeddings().weight
+        found: list[_Target | None] = [None] * len(text)
+        batches = _packed(text, range(len(text)), self.recipe.batch_tokens, 0)
+        for members in tqdm(batches, desc="what the target predicts", disable=None):
             batch = self._batch(members)
-            states = self._hidden(self.target, batch).bfloat16().to(keeps_on)
-            for number, own in zip(members, states.split(batch.is_target.sum(1).tolist()), strict=True):
-                found[number] = own
-        return found
+            states = self._hidden(self.target, batch).bfloat16()
+            logits = [(some @ head.T).float() for some in states.split(self._rows)]
+            of_all = _Target(
+                states.to(keeps_on),
+                torch.cat([some.logsumexp(-1) for some in logits]).to(keeps_on),
+                torch.cat([some.argmax(-1) for some in logits]).to(keeps_on),
+            )
+            counts = batch.is_target.sum(1).tolist()
+            for number, *own in zip(members, *(tensor.split(counts) for tensor in of_all), strict=True):
+                found[number] = _Target(*own)
+        return [one for one in found if one is not None]
 
-    def _of_target(self, members: tuple[int, ...]) -> Float[Tensor, "R E"]:
-        return torch.cat([self._states[number] for number in members]).to(self.device)
+    def _of_target(self, members: tuple[int, ...]) -> _Target:
+        parts = zip(*(self._of_text[number] for number in members), strict=True)
+        return _Target(*(torch.cat(part).to(self.device) for part in parts))
 
     def _batch(self, members: tuple[int, ...]) -> _Batch:
         tokens = [self._tokens[number] for number in members]
@@ -232,9 +249,8 @@ class Training:
         # The logits of a few rows at a time, their gradient taken at once: all of them would fill the memory.
         leaf = ours.detach().requires_grad_()
         total = torch.zeros((), device=self.device)
-        for expected, logits in self._logits(theirs, leaf):
-            kept = expected if self._kept is None else expected[:, self._kept]
-            loss = -(kept * logits.log_softmax(-1)).sum() / len(ours)
+        for expected, logits, _ in self._logits(theirs, leaf):
+            loss = -(expected * logits.log_softmax(-1)).sum() / len(ours)
             loss.backward()
             total += loss.detach()
         ours.backward(leaf.grad)
@@ -252,15 +268,17 @@ class Training:
         places = batch.is_target.flatten().nonzero().squeeze(1).to(self.device, non_blocking=True)
         return states.flatten(0, 1)[places].float()
 
-    def _logits(self, theirs: Tensor, ours: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The target's probabilities of all tokens and the draft's logits of those that it can guess, by rows."""
-        target_head, draft_head = (model.get_output_embeddings().weight for model in (self.target, self.draft))
+    def _logits(self, theirs: _Target, ours: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """By rows: the target's probabilities of the tokens that the draft can guess, its logits, the target's best."""
+        heads = [model.get_output_embeddings().weight for model in (self.target, self.draft)]
         if self._kept is not None:
-            draft_head = draft_head[self._kept]
-        for expected, mine in zip(theirs.split(self._rows), ours.split(self._rows), strict=True):
+            heads = [head[self._kept] for head in heads]
+        target_head, draft_head = (head.bfloat16() for head in heads)
+        rows = (tensor.split(self._rows) for tensor in (*theirs, ours))
+        for states, normaliser, best, mine in zip(*rows, strict=True):
             with torch.no_grad():
-                probabilities = (expected.bfloat16() @ target_head.T).float().softmax(-1)
-            yield probabilities, (mine.bfloat16() @ draft_head.bfloat16().T).float()
+                expected = ((states @ target_head.T).float() - normaliser[:, None]).exp()
+            yield expected, (mine.bfloat16() @ draft_head.T).float(), best
 
     def _say(self, bar: tqdm, done: int, agreement: Agreement) -> None:
         bar.write(

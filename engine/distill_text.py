@@ -19,12 +19,7 @@ SEED_PROMPTS = Path(__file__).with_name("data") / "seed_prompts.txt"
 
 _MARK = "\u2403"  # stands where the user's words go, and is in no template
 _HELD_OUT = 12  # one prompt in so many is never trained on
-_TEMPERATURES = (
-    0.0,
-    0.7,
-    1.0,
-    1.0,
-)  # of the first, second, ... answer to a prompt that is given; no more are asked for
+_TEMPERATURES = (0.0, 0.7, 1.0, 1.0)  # of the first, second, ... answer to a given prompt; no more are asked for
 _OWN_TEMPERATURES = (0.0, 0.7, 0.0, 1.0)  # of answers to prompts of its own, in turns: most people ask for greedy ones
 
 

@@ -11,7 +11,7 @@ import math
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,9 @@ from engine.options import EngineOptions
 from engine.tokenizer import Tokenizer
 
 _TEXT, _STATE = "distill-text.jsonl", "distill-state.pt"
-_ROWS = 2048  # whose logits over the whole vocabulary are held at once
+_ROWS = {"cpu": 2048, "cuda": 8192}  # whose logits over the whole vocabulary are held at once
+_SHARE_OF_FREE = 0.5  # of the device's memory, that the target's states may take
+_SAYS_LOSS = 50  # steps from one look at the loss to the next: the device must be waited for
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -69,6 +71,18 @@ class Agreement(NamedTuple):
 
     greedy: float
     shared: float
+
+
+class _Target(NamedTuple):
+    """What the target predicts at each place of a text that is learned from: every epoch needs the same.
+
+    states: its last ones. normaliser: logarithm of the sum of its exponentiated logits, with which a probability needs
+    no other token's logit. best: its likeliest tokens.
+    """
+
+    states: Float[Tensor, "R E"]
+    normaliser: Float[Tensor, "R"]
+    best: Int[Tensor, "R"]
 
 
 class _Batch(NamedTuple):
@@ -122,9 +136,10 @@ class Training:
         self.device = device
         self.head_tokens = head_tokens
         self._kept = torch.tensor(head_tokens, device=device) if head_tokens is not None else None
-        self._train = [one for one in text if not one.is_held_out and len(one.token_ids) > one.start]
-        self._held_out = [one for one in text if one.is_held_out and len(one.token_ids) > one.start]
-        if not self._train or not self._held_out:
+        answered = [one for one in text if len(one.token_ids) > one.start]
+        train = [number for number, one in enumerate(answered) if not one.is_held_out]
+        held_out = [number for number, one in enumerate(answered) if one.is_held_out]
+        if not train or not held_out:
             raise ValueError(
                 f"num_tokens is {recipe.num_tokens}: too few for text to train on and text to measure with"
             )
@@ -135,9 +150,13 @@ class Training:
                 weight.requires_grad_(False)
         self._weights = [weight for weight in self.draft.parameters() if weight.requires_grad]
         self._optimizer = torch.optim.AdamW(self._weights, recipe.learning_rate, (0.9, 0.98), weight_decay=0.01)
-        self._batches = [
-            batch for epoch in range(recipe.epochs) for batch in _packed(self._train, recipe.batch_tokens, epoch)
-        ]
+        self._tokens = [torch.tensor(one.token_ids) for one in answered]
+        self._starts = torch.tensor([one.start for one in answered])
+        epochs = range(recipe.epochs)
+        self._batches = [batch for epoch in epochs for batch in _packed(answered, train, recipe.batch_tokens, epoch)]
+        self._held_out = _packed(answered, held_out, recipe.batch_tokens, 0)
+        self._rows = _ROWS[device.type]
+        self._of_text = self._predictions(answered)
 
     def run(self, state_file: Path) -> Agreement:
         """Train from where `state_file` says an earlier run was, keeping it up to date. What was measured last."""
@@ -146,10 +165,11 @@ class Training:
         agreement = self.measure()
         with tqdm(self._batches[done:], desc="training", initial=done, total=len(self._batches), disable=None) as bar:
             self._say(bar, done, agreement)
-            for batch in bar:
-                loss = self._step(batch, done)
+            for members in bar:
+                loss = self._step(members, done)
                 done += 1
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                if done % _SAYS_LOSS == 0:
+                    bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
                 if done % every == 0 or done == len(self._batches):
                     agreement = self.measure()
                     self._say(bar, done, agreement)
@@ -159,19 +179,15 @@ class Training:
     @torch.no_grad()
     def measure(self) -> Agreement:
         """On the text that is held out."""
-        same = mass = count = 0.0
-        for batch in _packed(self._held_out, self.recipe.batch_tokens, 0):
-            batch = _on(batch, self.device)
-            theirs, ours = self._hidden(self.target, batch), self._hidden(self.draft, batch)
-            for expected, logits in self._logits(theirs, ours):
-                mine = logits.softmax(-1)
-                best = expected.argmax(-1)
+        same, mass, count = torch.zeros((), device=self.device), torch.zeros((), device=self.device), 0
+        for members in self._held_out:
+            theirs, ours = self._of_target(members), self._hidden(self.draft, self._batch(members))
+            for expected, logits, best in self._logits(theirs, ours):
                 guess = logits.argmax(-1)
-                same += float((guess if self._kept is None else self._kept[guess]).eq(best).sum())
-                kept = expected if self._kept is None else expected[:, self._kept]
-                mass += float(torch.minimum(kept, mine).sum())
+                same += (guess if self._kept is None else self._kept[guess]).eq(best).sum()
+                mass += torch.minimum(expected, logits.softmax(-1)).sum()
                 count += len(expected)
-        return Agreement(same / count, mass / count)
+        return Agreement(float(same) / count, float(mass) / count)
 
     def save(self, out: Path, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
         """Write the draft as DiSpec loads it."""
@@ -190,21 +206,53 @@ class Training:
         config["architectures"] = [type(self.draft).__name__]  # which a model made from a config does not say
         save_shared_draft(out, config, tensors, self.head_tokens, tokenizer)
 
-    def _step(self, batch: _Batch, number: int) -> float:
+    @torch.no_grad()
+    def _predictions(self, text: list[Text]) -> list[_Target]:
+        num_tokens = sum(len(one.token_ids) - one.start for one in text)
+        size = num_tokens * self.target.config.hidden_size * torch.bfloat16.itemsize
+        keeps_on = self.device
+        if self.device.type == "cuda" and size > _SHARE_OF_FREE * torch.cuda.mem_get_info(self.device)[0]:
+            keeps_on = torch.device("cpu")
+        head = self.target.get_output_embeddings().weight
+        found: list[_Target | None] = [None] * len(text)
+        batches = _packed(text, range(len(text)), self.recipe.batch_tokens, 0)
+        for members in tqdm(batches, desc="what the target predicts", disable=None):
+            batch = self._batch(members)
+            states = self._hidden(self.target, batch).bfloat16()
+            logits = [(some @ head.T).float() for some in states.split(self._rows)]
+            of_all = _Target(
+                states.to(keeps_on),
+                torch.cat([some.logsumexp(-1) for some in logits]).to(keeps_on),
+                torch.cat([some.argmax(-1) for some in logits]).to(keeps_on),
+            )
+            counts = batch.is_target.sum(1).tolist()
+            for number, *own in zip(members, *(tensor.split(counts) for tensor in of_all), strict=True):
+                found[number] = _Target(*own)
+        return [one for one in found if one is not None]
+
+    def _of_target(self, members: tuple[int, ...]) -> _Target:
+        parts = zip(*(self._of_text[number] for number in members), strict=True)
+        return _Target(*(torch.cat(part).to(self.device) for part in parts))
+
+    def _batch(self, members: tuple[int, ...]) -> _Batch:
+        tokens = [self._tokens[number] for number in members]
+        ends = torch.tensor([len(own) for own in tokens])
+        token_ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        places = torch.arange(token_ids.shape[1])
+        starts = self._starts[list(members)]
+        return _Batch(token_ids, (places >= starts[:, None] - 1) & (places < ends[:, None] - 1))
+
+    def _step(self, members: tuple[int, ...], number: int) -> Tensor:
         for group in self._optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * _schedule(number / len(self._batches))
-        batch = _on(batch, self.device)
-        with torch.no_grad():
-            theirs = self._hidden(self.target, batch)
-        ours = self._hidden(self.draft, batch)
+        theirs, ours = self._of_target(members), self._hidden(self.draft, self._batch(members))
         # The logits of a few rows at a time, their gradient taken at once: all of them would fill the memory.
         leaf = ours.detach().requires_grad_()
-        total = 0.0
-        for expected, logits in self._logits(theirs, leaf):
-            kept = expected if self._kept is None else expected[:, self._kept]
-            loss = -(kept * logits.log_softmax(-1)).sum() / len(ours)
+        total = torch.zeros((), device=self.device)
+        for expected, logits, _ in self._logits(theirs, leaf):
+            loss = -(expected * logits.log_softmax(-1)).sum() / len(ours)
             loss.backward()
-            total += float(loss.detach())
+            total += loss.detach()
         ours.backward(leaf.grad)
         torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
         self._optimizer.step()
@@ -215,18 +263,22 @@ class Training:
         """States of the places after which an answer goes on."""
         with torch.autocast(self.device.type, torch.bfloat16):
             # Padding is to the right, where causal attention does not see it.
-            states = model.model(input_ids=batch.token_ids, use_cache=False).last_hidden_state
-        return states[batch.is_target].float()
+            states = model.model(input_ids=batch.token_ids.to(self.device), use_cache=False).last_hidden_state
+        # Places are counted on the host: to count them on the device, the host would have to wait for it.
+        places = batch.is_target.flatten().nonzero().squeeze(1).to(self.device, non_blocking=True)
+        return states.flatten(0, 1)[places].float()
 
-    def _logits(self, theirs: Tensor, ours: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The target's probabilities of all tokens and the draft's logits of those that it can guess, by rows."""
-        target_head, draft_head = (model.get_output_embeddings().weight for model in (self.target, self.draft))
+    def _logits(self, theirs: _Target, ours: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """By rows: the target's probabilities of the tokens that the draft can guess, its logits, the target's best."""
+        heads = [model.get_output_embeddings().weight for model in (self.target, self.draft)]
         if self._kept is not None:
-            draft_head = draft_head[self._kept]
-        for expected, mine in zip(theirs.split(_ROWS), ours.split(_ROWS), strict=True):
+            heads = [head[self._kept] for head in heads]
+        target_head, draft_head = (head.bfloat16() for head in heads)
+        rows = (tensor.split(self._rows) for tensor in (*theirs, ours))
+        for states, normaliser, best, mine in zip(*rows, strict=True):
             with torch.no_grad():
-                probabilities = (expected.bfloat16() @ target_head.T).float().softmax(-1)
-            yield probabilities, (mine.bfloat16() @ draft_head.bfloat16().T).float()
+                expected = ((states @ target_head.T).float() - normaliser[:, None]).exp()
+            yield expected, (mine.bfloat16() @ draft_head.T).float(), best
 
     def _say(self, bar: tqdm, done: int, agreement: Agreement) -> None:
         bar.write(
@@ -263,31 +315,18 @@ def _write_text(options: EngineOptions, recipe: Recipe, prompts: list[str], file
             torch.cuda.empty_cache()
 
 
-def _packed(text: list[Text], batch_tokens: int, seed: int) -> list[_Batch]:
-    """Every text once, in batches of about as many tokens and of texts of about the same length, in random order."""
+def _packed(text: list[Text], members: Iterable[int], batch_tokens: int, seed: int) -> list[tuple[int, ...]]:
+    """Each of those texts once, in batches of about as many tokens and of texts of about the same length, in random
+    order."""
     rng = random.Random(seed)
-    order = sorted(text, key=lambda one: (len(one.token_ids), rng.random()))
-    batches: list[list[Text]] = [[]]
-    for one in order:
-        if batches[-1] and (len(batches[-1]) + 1) * len(one.token_ids) > batch_tokens:
+    order = sorted(members, key=lambda number: (len(text[number].token_ids), rng.random()))
+    batches: list[list[int]] = [[]]
+    for number in order:
+        if batches[-1] and (len(batches[-1]) + 1) * len(text[number].token_ids) > batch_tokens:
             batches.append([])
-        batches[-1].append(one)
+        batches[-1].append(number)
     rng.shuffle(batches)
-    return [_padded(batch) for batch in batches if batch]
-
-
-def _padded(text: list[Text]) -> _Batch:
-    size = max(len(one.token_ids) for one in text)
-    token_ids = torch.zeros(len(text), size, dtype=torch.long)
-    is_target = torch.zeros(len(text), size, dtype=torch.bool)
-    for row, one in enumerate(text):
-        token_ids[row, : len(one.token_ids)] = torch.tensor(one.token_ids)
-        is_target[row, one.start - 1 : len(one.token_ids) - 1] = True
-    return _Batch(token_ids, is_target)
-
-
-def _on(batch: _Batch, device: torch.device) -> _Batch:
-    return _Batch(*(tensor.to(device) for tensor in batch))
+    return [tuple(batch) for batch in batches if batch]
 
 
 def _schedule(share: float) -> float:

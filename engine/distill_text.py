@@ -19,7 +19,8 @@ SEED_PROMPTS = Path(__file__).with_name("data") / "seed_prompts.txt"
 
 _MARK = "\u2403"  # stands where the user's words go, and is in no template
 _HELD_OUT = 12  # one prompt in so many is never trained on
-_TEMPERATURES = (0.0, 0.7, 1.0)  # of the first, second and all later answers to a prompt
+_TEMPERATURES = (0.0, 0.7, 1.0, 1.0)  # of the first, second, ... answer to a given prompt; no more are asked for
+_OWN_TEMPERATURES = (0.0, 0.7, 0.0, 1.0)  # of answers to prompts of its own, in turns: most people ask for greedy ones
 
 
 class Text(NamedTuple):
@@ -76,12 +77,13 @@ class _Question(NamedTuple):
 
 
 def _question(number: int, prompts: list[str]) -> _Question:
-    """By turns one that is given and one that is not; the former greedily at first, then drawn."""
-    index = number // 2
-    if number % 2:
-        return _Question(None, float(index % 2), index % (4 * _HELD_OUT) == 0)
-    round_, place = divmod(index, len(prompts))
-    return _Question(prompts[place], _TEMPERATURES[min(round_, len(_TEMPERATURES) - 1)], place % _HELD_OUT == 0)
+    """By turns one that is given and one that is not, as long as there are given ones."""
+    num_given = len(_TEMPERATURES) * len(prompts)
+    if number % 2 == 0 and number // 2 < num_given:
+        round_, place = divmod(number // 2, len(prompts))
+        return _Question(prompts[place], _TEMPERATURES[round_], place % _HELD_OUT == 0)
+    index = number // 2 if number < 2 * num_given else number - num_given
+    return _Question(None, _OWN_TEMPERATURES[index % len(_OWN_TEMPERATURES)], index % (4 * _HELD_OUT + 1) == 0)
 
 
 def _answers(llm: LLM, prompts: list[str], number: int, max_tokens: int) -> list[Text]:

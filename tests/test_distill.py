@@ -52,7 +52,7 @@ def test_an_interrupted_training_goes_on_and_ends_where_it_would_have(target, dr
     def until_cut(self, batch, number):
         nonlocal count
         count += 1
-        if count == 4:
+        if count == 9:
             raise KeyboardInterrupt
         return step(self, batch, number)
 

@@ -1,0 +1,142 @@
+"""The bytes of KV blocks in a GPU's memory: staged through pinned memory, or copied from a peer's on the same device.
+
+Everything runs on a stream of its own, after what the engine had launched when it published; the engine hears of blocks
+only when they are in place. The order of bytes is that of `HostPages`.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import msgspec
+import torch
+import xxhash
+from torch import Tensor
+
+from engine.transfer.handshake import Hello
+from engine.transfer.pages import plane_bytes
+from layers.types import KVCache
+
+
+class _Storage(msgspec.Struct):
+    """What CUDA needs to open an allocation of another process; torch's `_share_cuda_`, field by field."""
+
+    device: int
+    handle: bytes
+    size: int
+    offset: int
+    counter: bytes
+    counter_offset: int
+    event: bytes
+    needs_event: bool
+
+
+class _Exported(msgspec.Struct):
+    """A storage and a place in it, in bytes, for every plane."""
+
+    storages: list[_Storage]
+    offsets: list[int]
+
+
+_decode = msgspec.msgpack.Decoder(_Exported).decode
+
+
+class DevicePages:
+    """Planes on one CUDA device."""
+
+    def __init__(self, kv_cache: KVCache) -> None:
+        self.planes = [plane_bytes(pages) for layer in kv_cache for pages in layer]
+        first = self.planes[0]
+        self._device = first.device
+        self.device = "cuda"
+        self.num_blocks = first.shape[0]
+        self.plane_bytes = [plane.shape[1] for plane in self.planes]
+        self.block_bytes = sum(self.plane_bytes)
+        self._stream = torch.cuda.Stream(self._device)
+        self._local = threading.local()
+
+    def mark(self) -> torch.cuda.Event:
+        """What the current stream has been given so far comes before reads that wait for this."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def outgoing(self, blocks: Sequence[int]) -> list[memoryview]:
+        """Blocks as published, in pinned memory, which stays theirs until this thread's next call."""
+        staged = self._stage(blocks)
+        return [staged.numpy().data]
+
+    def incoming(self, blocks: Sequence[int]) -> list[memoryview]:
+        """Pinned memory to receive into; `arrived` takes it from there."""
+        return [self._staging(len(blocks) * self.block_bytes).numpy().data]
+
+    def arrived(self, blocks: Sequence[int]) -> None:
+        """Write what this thread's `incoming` got into the pages."""
+        staged = self._staging(len(blocks) * self.block_bytes)
+        at = 0
+        with torch.cuda.stream(self._stream):
+            where = torch.tensor(blocks, device=self._device)
+            for plane, size in zip(self.planes, self.plane_bytes, strict=True):
+                rows = staged[at : at + len(blocks) * size].view(len(blocks), size)
+                plane.index_copy_(0, where, rows.to(self._device, non_blocking=True))
+                at += len(blocks) * size
+        self._stream.synchronize()
+
+    def checksum(self, block: int, mark: object = None) -> bytes:
+        """Of a block, after `mark`. One block staged is its bytes in order, as on a CPU."""
+        if isinstance(mark, torch.cuda.Event):
+            self._stream.wait_event(mark)
+        return xxhash.xxh3_64_digest(self._stage([block]).numpy().data)
+
+    def verify(self, blocks: Sequence[int], checksums: Sequence[bytes], first: int) -> str | None:
+        """What is wrong with blocks that stand for the places from `first` on; None if nothing is."""
+        for place, (block, checksum) in enumerate(zip(blocks, checksums, strict=True), first):
+            if self.checksum(block) != checksum:
+                return f"the checksum of place {place} is wrong: its bytes changed after they were published"
+        return None
+
+    def export(self) -> bytes:
+        """Handles of the allocations that the planes lie in, for a process that uses the same device."""
+        exported = _Exported([], [])
+        for plane in self.planes:
+            storage = plane.untyped_storage()
+            exported.storages.append(_Storage(*storage._share_cuda_()))
+            exported.offsets.append(int(plane.storage_offset()))
+        return msgspec.msgpack.encode(exported)
+
+    def open(self, metadata: bytes, peer: Hello) -> Callable[[Sequence[int], Sequence[int]], None]:
+        """A copy from a peer's pages. Raises ValueError or RuntimeError if they cannot be opened."""
+        exported = _decode(metadata)
+        theirs = []
+        for storage, offset, size in zip(exported.storages, exported.offsets, self.plane_bytes, strict=True):
+            opened = torch.UntypedStorage._new_shared_cuda(*msgspec.structs.astuple(storage))
+            whole = torch.empty(0, dtype=torch.uint8, device=opened.device).set_(opened)
+            theirs.append(whole[offset : offset + size * peer.num_blocks].view(peer.num_blocks, size))
+
+        def copy(source_blocks: Sequence[int], own_blocks: Sequence[int]) -> None:
+            with torch.cuda.stream(self._stream):
+                source = torch.tensor(source_blocks, device=self._device)
+                own = torch.tensor(own_blocks, device=self._device)
+                for mine, other in zip(self.planes, theirs, strict=True):
+                    mine.index_copy_(0, own, other.index_select(0, source.to(other.device)).to(self._device))
+            self._stream.synchronize()
+
+        return copy
+
+    def _stage(self, blocks: Sequence[int]) -> Tensor:
+        """Blocks in this thread's pinned memory, plane by plane."""
+        staged = self._staging(len(blocks) * self.block_bytes)
+        at = 0
+        with torch.cuda.stream(self._stream):
+            where = torch.tensor(blocks, device=self._device)
+            for plane, size in zip(self.planes, self.plane_bytes, strict=True):
+                rows = staged[at : at + len(blocks) * size].view(len(blocks), size)
+                rows.copy_(plane.index_select(0, where), non_blocking=True)
+                at += len(blocks) * size
+        self._stream.synchronize()
+        return staged
+
+    def _staging(self, num_bytes: int) -> Tensor:
+        held: Tensor | None = getattr(self._local, "staging", None)
+        if held is None or held.numel() < num_bytes:
+            held = self._local.staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return held[:num_bytes]

@@ -1,0 +1,114 @@
+"""Reads of remote pages by NIXL (https://github.com/ai-dynamo/nixl), over whatever UCX finds between two machines.
+
+Each plane is registered, or the one memory that holds them all; the puller's READ goes straight into its own pages.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+import msgspec
+import nixl_cu12
+import numpy as np
+
+from engine.transfer.handshake import Hello
+from engine.transfer.interface import TransferOptions
+from engine.transfer.pages import HostPages
+from engine.transfer.shared_memory import SharedMemory
+
+POLL_SECONDS = 50e-6
+
+
+class _Exported(msgspec.Struct):
+    """agent: NIXL's own description; addresses: of every plane, in the source."""
+
+    agent: bytes
+    addresses: list[int]
+
+
+_decode = msgspec.msgpack.Decoder(_Exported).decode
+
+
+class NixlMemory:
+    """This process's agent. Its calls come one at a time."""
+
+    def __init__(self, options: TransferOptions, pages: HostPages, shared: SharedMemory | None) -> None:
+        logging.getLogger("nixl_cu12").setLevel(logging.WARNING)
+        self._pages = pages
+        self._timeout = options.stall_seconds
+        self._lock = threading.Lock()
+        config = nixl_cu12.nixl_agent_config(
+            enable_prog_thread=True, sync_mode=nixl_cu12.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+        )
+        self._agent = nixl_cu12.nixl_agent(options.engine_id, config)
+        if shared is not None:
+            regions = [(shared.tensor.data_ptr(), shared.tensor.numel(), 0, "")]
+        else:
+            regions = [(plane.ctypes.data, plane.nbytes, 0, "") for plane in pages.planes]
+        self._registered = self._agent.register_memory(regions, "DRAM")
+        self._addresses = [plane.ctypes.data for plane in pages.planes]
+
+    def export(self) -> bytes:
+        """What a puller needs."""
+        with self._lock:
+            return msgspec.msgpack.encode(_Exported(self._agent.get_agent_metadata(), self._addresses))
+
+    def open(self, metadata: bytes, peer: Hello) -> "_Remote":
+        """Raises ValueError or what NIXL raises for metadata that is of no use."""
+        exported = _decode(metadata)
+        if len(exported.addresses) != len(self._addresses):
+            raise ValueError(f"the source has {len(exported.addresses)} planes, we {len(self._addresses)}")
+        with self._lock:
+            name = self._agent.add_remote_agent(exported.agent)
+        return _Remote(self, name.decode() if isinstance(name, bytes) else name, exported.addresses)
+
+    def read(self, remote: str, addresses: Sequence[int], theirs: Sequence[int], own: Sequence[int]) -> None:
+        """Blocks of a peer into own ones. Raises ConnectionError if that fails.
+
+        After a timeout it waits for the end nevertheless where NIXL cannot cancel: nothing may write into pages that
+        are somebody else's by then.
+        """
+        sizes = self._pages.plane_bytes
+        with self._lock:
+            source = self._agent.get_xfer_descs(_rows(addresses, sizes, theirs), "DRAM")
+            target = self._agent.get_xfer_descs(_rows(self._addresses, sizes, own), "DRAM")
+            handle = self._agent.initialize_xfer("READ", target, source, remote)
+            state = self._agent.transfer(handle)
+        deadline = time.monotonic() + self._timeout
+        while state == "PROC":
+            if time.monotonic() > deadline:
+                state = "timed out"
+                break
+            time.sleep(POLL_SECONDS)
+            with self._lock:
+                state = self._agent.check_xfer_state(handle)
+        while True:
+            try:
+                with self._lock:
+                    self._agent.release_xfer_handle(handle)
+                break
+            except Exception:  # still under way
+                time.sleep(0.1)
+        if state != "DONE":
+            raise ConnectionError(f"the read failed: {state}")
+
+
+class _Remote:
+    """A source's pages."""
+
+    def __init__(self, memory: NixlMemory, name: str, addresses: list[int]) -> None:
+        self._memory, self._name, self._addresses = memory, name, addresses
+
+    def __call__(self, source_blocks: Sequence[int], own_blocks: Sequence[int]) -> None:
+        self._memory.read(self._name, self._addresses, source_blocks, own_blocks)
+
+
+def _rows(addresses: Sequence[int], sizes: Sequence[int], blocks: Sequence[int]) -> np.ndarray:
+    """(address, bytes, device) of each block in each plane."""
+    size = np.asarray(sizes, dtype=np.uint64)[:, None]
+    start = np.asarray(addresses, dtype=np.uint64)[:, None] + size * np.asarray(blocks, dtype=np.uint64)[None]
+    rows = np.zeros((start.size, 3), dtype=np.uint64)
+    rows[:, 0] = start.reshape(-1)
+    rows[:, 1] = np.broadcast_to(size, start.shape).reshape(-1)
+    return rows

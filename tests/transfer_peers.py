@@ -1,0 +1,84 @@
+"""Engines that transfer, without the engines: pages full of noise, and what their transfers say."""
+
+import select
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from engine.transfer import Event, Pulled, PullFailed, Released, TransferOptions, shared_memory
+from engine.transfer.transfers import Transfers
+from layers.types import KVCache, LayerKV
+
+NUM_LAYERS, NUM_HEADS, HEAD_DIM, BLOCK_SIZE = 3, 2, 16, 8
+FINGERPRINT = "a model"
+SECRET = b"known to all peers of the tests"
+PATIENCE = 30.0  # seconds, after which a test says that nothing comes
+
+
+class Peer:
+    """A process's transfers and pages, [blocks] of them."""
+
+    def __init__(
+        self,
+        name: str,
+        num_blocks: int = 40,
+        *,
+        transports: Sequence[str] | str = "auto",
+        is_shared: bool = True,
+        fingerprint: str = FINGERPRINT,
+        num_layers: int = NUM_LAYERS,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        **options: object,
+    ) -> None:
+        chosen = {"secret": SECRET, **options}
+        self.transfers = Transfers(TransferOptions(name, transports=transports, **chosen), clock)
+        keys = (num_blocks, NUM_HEADS, HEAD_DIM, BLOCK_SIZE)
+        plane = num_blocks * NUM_HEADS * HEAD_DIM * BLOCK_SIZE * 2
+        self.shared = shared_memory.allocate(2 * num_layers * plane) if is_shared else None
+        memory = self.shared.tensor if self.shared else torch.zeros(2 * num_layers * plane, dtype=torch.uint8)
+        noise = torch.Generator().manual_seed(seed)
+        memory.copy_(torch.randint(0, 256, memory.shape, dtype=torch.uint8, generator=noise))
+        self.memory = memory
+        planes = [memory[at * plane : (at + 1) * plane].view(torch.bfloat16) for at in range(2 * num_layers)]
+        values = (num_blocks, NUM_HEADS, BLOCK_SIZE, HEAD_DIM)
+        self.kv_cache: KVCache = tuple(
+            LayerKV(k.view(keys), v.view(values)) for k, v in zip(planes[::2], planes[1::2], strict=True)
+        )
+        self.transfers.register(self.kv_cache, fingerprint, self.shared)
+        self._heard: list[Event] = []
+
+    def block(self, number: int) -> torch.Tensor:
+        """All bytes of a block, gathered by torch's own indexing."""
+        pages = [page[number].contiguous().view(torch.uint8).flatten() for layer in self.kv_cache for page in layer]
+        return torch.cat(pages)
+
+    def next_event(self) -> Event:
+        """The next event, waited for as an engine would: by the descriptor."""
+        while not self._heard:
+            assert select.select([self.transfers.fileno()], [], [], PATIENCE)[0], "no event came"
+            self._heard += self.transfers.poll()
+        return self._heard.pop(0)
+
+    def events(self, count: int) -> dict[str, Event]:
+        found = [self.next_event() for _ in range(count)]
+        by_id = {event.transfer_id: event for event in found}
+        assert len(by_id) == count, found
+        return by_id
+
+    def transport_used(self) -> str | None:
+        return next(iter(self.transfers._links.values())).transport
+
+
+@contextmanager
+def peers(*made: Peer) -> Iterator[tuple[Peer, ...]]:
+    try:
+        yield made
+    finally:
+        for peer in made:
+            peer.transfers.close()
+
+
+__all__ = ["Peer", "PullFailed", "Pulled", "Released", "peers"]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Series
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from tqdm import tqdm
@@ -44,7 +44,7 @@ from engine.sequence import FinishReason, Sequence
 from engine.speculation import Speculator
 from engine.step import Step, TokenOutput
 from engine.step_record import Kind, StepRecord
-from engine.transfer.interface import Ticket
+from engine.transfer.interface import Ticket, TransferOptions, Transport
 from layers.config import ModelConfig, UnsupportedModelError
 from layers.types import Weights
 from layers.weights import dummy_weights, load_weights
@@ -154,7 +154,8 @@ class Engine:
             enable_prefix_caching=options.enable_prefix_caching,
         )
         self._counted = (0, 0)  # of the handover, in the records so far
-        self.handover = Handover(self.scheduler, self._make_transfers())
+        self._transfers = self._make_transfers()
+        self.handover = Handover(self.scheduler, self._transfers)
         self._log_ledger(weights, activations)
 
     @property
@@ -465,7 +466,7 @@ class Engine:
         options = self.options
         if options.kv_transfer is None:
             return None
-        from engine.transfer.transfers import TransferOptions, Transfers  # its libraries are of no use otherwise
+        from engine.transfer.transfers import Transfers  # its libraries are of no use otherwise
 
         transfers = Transfers(
             TransferOptions(
@@ -473,7 +474,8 @@ class Engine:
                 host=options.kv_transfer_host,
                 port=options.kv_transfer_port,
                 secret=options.kv_transfer_secret.encode() if options.kv_transfer_secret is not None else None,
-                transport=options.kv_transfer,
+                transports="auto" if options.kv_transfer == "auto" else (cast(Transport, options.kv_transfer),),
+                lease_seconds=options.kv_transfer_lease,
             )
         )
         pages = self.runner.kv_cache[0].keys
@@ -491,11 +493,10 @@ class Engine:
 
     def transfer_address(self) -> dict[str, Any]:
         """Where other engines can pull from this one, as `EngineInfo` has it."""
-        transfers = self.handover.transfers
-        if transfers is None:
+        if self._transfers is None:
             return {}
-        host, port = transfers.address
-        return {"engine_id": transfers.engine_id, "transfer_host": host, "transfer_port": port}
+        ticket = self._transfers.ticket("any")
+        return {"engine_id": ticket.engine_id, "transfer_host": ticket.host, "transfer_port": ticket.port}
 
     def _activation_bytes(self, weights: Weights) -> int:
         """What the largest step takes beside weights and cache, found by running it on a cache of one block."""

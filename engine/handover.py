@@ -9,21 +9,42 @@ Neither engine ever waits for the other inside a step. Whatever fails between th
 prompt itself: that costs time and changes nothing else.
 """
 
+import contextlib
 import hashlib
 import logging
 import select
 from array import array
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, Status, TokenLogprobs
 from engine.step import TokenOutput
-from engine.transfer.interface import Event, Pulled, PullFailed, Released, Ticket, Transfers
+from engine.transfer.interface import Event, Pulled, PullFailed, Released, Ticket
 
 log = logging.getLogger("dispec")
+
+
+@runtime_checkable
+class Transfers(Protocol):
+    """What moves the blocks: `engine.transfer.transfers.Transfers`, which says what each of these does."""
+
+    def publish(self, transfer_id: str, blocks: Series[int], *, payload: bytes | None = None) -> None: ...
+
+    def withdraw(self, transfer_id: str, reason: str) -> None: ...
+
+    def pull(self, ticket: Ticket, skip: int, blocks: Series[int]) -> None: ...
+
+    def release(self, transfer_id: str) -> None: ...
+
+    def poll(self) -> list[Event]: ...
+
+    def fileno(self) -> int: ...
+
+    def close(self) -> None: ...
 
 
 class FirstToken(msgspec.Struct, array_like=True):
@@ -212,13 +233,18 @@ class Handover:
         if problem is None:
             arrival.is_filled = True
             self.num_arrived += 1
-            return
+        else:
+            self._fail(arrival, event.transfer_id, problem)
+
+    def _fail(self, arrival: _Arrival, transfer_id: str, problem: str) -> None:
+        """Nothing comes, and nothing is written to its blocks any more."""
         self._scheduler.give_up(arrival.first)
         arrival.ticket = None
-        self._release(event.transfer_id)
+        arrival.is_pulling = False
+        self._release(transfer_id)
         if arrival.is_wanted:
             self.num_failed_pulls += 1
-            log.warning("transfer %s failed (%s): the prompt is computed here", event.transfer_id, problem)
+            log.warning("transfer %s failed (%s): the prompt is computed here", transfer_id, problem)
 
     def _let_go(self, departure: _Departure) -> None:
         """Nobody reads its blocks, and of those that are still to be filled nobody will."""
@@ -244,12 +270,18 @@ class Handover:
             assert self.transfers is not None
             num_found, table = reserved
             arrival.is_pulling = True
-            self.transfers.pull(ticket, num_found, table[num_found:])
+            try:
+                self.transfers.pull(ticket, num_found, table[num_found:])
+            except ValueError as error:  # two requests name one transfer
+                self._fail(arrival, ticket.transfer_id, str(error))
 
     def _give_up(self, arrival: _Arrival) -> None:
         """Nobody wants it any more; its blocks are free once nobody writes to them."""
-        if arrival.ticket is not None:
-            self._release(arrival.ticket.transfer_id)
+        if arrival.ticket is not None and self.transfers is not None:
+            if not (arrival.is_pulling or arrival.is_filled):
+                with contextlib.suppress(ValueError):
+                    self.transfers.pull(arrival.ticket, 0, [])  # the other side need not wait for its lease to end
+            self.transfers.release(arrival.ticket.transfer_id)
         if not arrival.is_pulling:
             self._scheduler.give_up(arrival.first)
             self._arrivals.remove(arrival)

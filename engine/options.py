@@ -1,17 +1,16 @@
 """What an engine can be told at start, checked in one place."""
 
-import ipaddress
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from engine.transfer.interface import TRANSPORTS, is_loopback
 from layers.config import ModelConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BLOCK_SIZES = (16, 32, 64)
-TRANSPORTS = ("auto", "shm", "cuda_ipc", "nixl", "tcp")
 COMPILE = ("background", "startup", "off")
 
 
@@ -46,7 +45,8 @@ class EngineOptions:
     kv_transfer: how KV blocks go to and come from other engines: "shm", "cuda_ipc", "nixl", "tcp", or "auto", which
         takes the fastest that the peer can; None keeps them here.
     kv_transfer_host, kv_transfer_port: where other engines reach this one; port 0 takes a free one.
-    kv_transfer_secret: what they must know; it can be left out on a loopback address.
+    kv_transfer_secret: what they must know, at least 16 bytes; it can be left out on a loopback address.
+    kv_transfer_lease: seconds for which blocks are kept for an engine that does not ask for them.
     """
 
     model: str | Path | ModelConfig = "smollm2"
@@ -72,6 +72,7 @@ class EngineOptions:
     kv_transfer_host: str = "127.0.0.1"
     kv_transfer_port: int = 0
     kv_transfer_secret: str | None = field(default=None, repr=False)
+    kv_transfer_lease: float = 30.0
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -84,12 +85,18 @@ class EngineOptions:
             raise ValueError(f"compile is {self.compile!r}, must be one of {', '.join(COMPILE)}")
         if self.enforce_eager and self.compile not in (None, "off"):
             raise ValueError(f"enforce_eager compiles nothing, and compile is {self.compile!r}: give one of them")
-        if self.kv_transfer is not None and self.kv_transfer not in TRANSPORTS:
-            raise ValueError(f"kv_transfer is {self.kv_transfer!r}, must be one of {', '.join(TRANSPORTS)}")
-        if self.kv_transfer is not None and self.kv_transfer_secret is None and not _is_loopback(self.kv_transfer_host):
+        if self.kv_transfer not in (None, "auto", *TRANSPORTS):
+            raise ValueError(f"kv_transfer is {self.kv_transfer!r}, must be one of auto, {', '.join(TRANSPORTS)}")
+        if self.kv_transfer is not None and self.kv_transfer_secret is None and not is_loopback(self.kv_transfer_host):
             raise ValueError(
                 f"kv_transfer_host is {self.kv_transfer_host!r}, which others can reach: give a kv_transfer_secret"
             )
+        if self.kv_transfer_host in ("0.0.0.0", "::", ""):
+            raise ValueError(f"kv_transfer_host is {self.kv_transfer_host!r}, must be the address that others reach")
+        if self.kv_transfer_secret is not None and len(self.kv_transfer_secret.encode()) < 16:
+            raise ValueError("kv_transfer_secret must have at least 16 bytes")
+        if not 0.1 <= self.kv_transfer_lease <= 3600:
+            raise ValueError(f"kv_transfer_lease is {self.kv_transfer_lease}, must be between 0.1 and 3600 seconds")
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size is {self.block_size}, must be one of {BLOCK_SIZES}")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -145,13 +152,6 @@ class EngineOptions:
         if self.enforce_eager:
             return "off"
         return self.compile or ("startup" if device.type == "cuda" else "background")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def parse_bytes(value: int | str | None) -> int | None:

@@ -141,6 +141,14 @@ def engine_options(
             rich_help_panel=_ENGINE,
         ),
     ] = None,
+    kv_transfer_lease: Annotated[
+        float | None,
+        Option(
+            help="Seconds for which blocks are kept for an engine that does not ask.",
+            show_default="30",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
     enforce_eager: Annotated[bool, Option(help="The same as --compile off.", rich_help_panel=_ENGINE)] = False,
 ) -> dict[str, Any]:
     """What was given, as keyword arguments of `LLM`. What was not is left out: the engine knows its own defaults."""

@@ -60,12 +60,18 @@ def transfer(given: Any, info: EngineInfo, role: Role, num_prompts: int) -> Tran
         return Transfer(publish_as=transfer_id, answer=_answer(info, transfer_id))
     if role == "prefill":
         raise _bad(f"{_NAME}.do_remote_prefill: this worker has --role prefill")
-    where = (params.remote_engine_id, params.transfer_id, params.remote_host, params.remote_port)
-    if any(value is None for value in where):
+    where = {
+        "engine_id": params.remote_engine_id,
+        "transfer_id": params.transfer_id,
+        "host": params.remote_host,
+        "port": params.remote_port,
+    }
+    if None in where.values():
         raise _bad(f"{_NAME} must have remote_engine_id, transfer_id, remote_host and remote_port, as the answer had")
-    if not 0 < (params.remote_port or 0) < 65536:
-        raise _bad(f"{_NAME}.remote_port is {params.remote_port}, must be between 1 and 65535")
-    return Transfer(pull=Ticket(*where))  # type: ignore[arg-type]
+    try:
+        return Transfer(pull=msgspec.convert(where, Ticket))
+    except msgspec.ValidationError as error:
+        raise _bad(f"{_NAME}: {error}") from None
 
 
 def _answer(info: EngineInfo, transfer_id: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ async def running_pool(
     directory: Path, engine: dict[str, Any] | None = None, **counts: int
 ) -> AsyncIterator[WorkerPool]:
     """A pool that serves; what the test leaves in it is found out."""
-    options = OPTIONS | {"model": str(directory)} | (engine or {})
+    options = OPTIONS | {"model": str(directory), "kv_transfer_lease": 2.0} | (engine or {})
     limits = {"max_queued_requests": 1000, "max_queued_tokens": 1_000_000, "stall_seconds": 60.0}
     pool = WorkerPool(options, **{"num_prefill": 1, "num_decode": 1, "num_cores": 2} | counts, **limits)
     try:

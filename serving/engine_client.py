@@ -321,7 +321,7 @@ class EngineClient:
         if is_first:
             first = stream.first_token()
             self._tell(lambda listener: listener.on_first_token(first))
-        if stream.has_ended:
+        if stream.has_ended and stream.key in self._streams:  # who took it may have aborted it
             self._forget(stream)
 
     def _take(self, message: FromEngine) -> None:

@@ -29,6 +29,8 @@ from tests.engine_clients import llm as llm
 from tests.engine_clients import one_thread_each as one_thread_each
 from tests.small_engine import OPTIONS, greedy, random_prompts, random_tokens
 
+SMALL_STEPS = {"max_num_seqs": 16, "max_num_batched_tokens": 32}  # so that there is something to interrupt
+
 
 @pytest.fixture(scope="module")
 def loop():
@@ -63,12 +65,12 @@ async def until_empty(pool: WorkerPool) -> None:
 @pytest.mark.parametrize("transport", ["shm", "tcp", "nixl"])
 def test_64_concurrent_requests_are_answered_as_in_one_process(loop, directory, llm, transport):
     if transport == "nixl":
-        pytest.importorskip("nixl")
+        pytest.importorskip("nixl_cu12")
     requests = many_requests(llm)
     expected = llm.generate([prompt for prompt, _ in requests], [params for _, params in requests])
 
     async def all_at_once():
-        engine = {"kv_transfer": transport, "max_num_seqs": 16, "max_num_batched_tokens": 32}
+        engine = SMALL_STEPS | {"kv_transfer": transport}
         async with running_pool(directory, engine) as pool:
             recorder = Recorder()
             pool.listeners.append(recorder)
@@ -99,7 +101,7 @@ def test_a_worker_that_is_killed_costs_no_request(loop, directory, llm, role):
     expected = llm.generate(prompts, params)
 
     async def with_a_killing():
-        async with running_pool(directory, {"max_num_batched_tokens": 32, "max_num_seqs": 16}) as pool:
+        async with running_pool(directory, SMALL_STEPS) as pool:
             streams = [ask(pool, prompt, param) for prompt, param in zip(prompts, params, strict=True)]
             reading = [asyncio.create_task(read(stream)) for stream in streams]
             await until(lambda: sum(stream.timing.first_token is not None for stream in streams) >= 6)
@@ -133,7 +135,7 @@ def test_when_nobody_is_left_it_says_so(loop, directory):
 def test_whatever_is_given_up_leaves_nothing(loop, directory):
     async def give_up():
         rng = random.Random(1)
-        async with running_pool(directory, {"max_num_batched_tokens": 32}, num_prefill=2, num_decode=2) as pool:
+        async with running_pool(directory, SMALL_STEPS, num_prefill=2, num_decode=2) as pool:
             streams = [
                 ask(pool, prompt, greedy(200, n=1 + index % 3)) for index, prompt in enumerate(random_prompts(40))
             ]

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from engine.transfer import Pulled, PullFailed, Released, Ticket, TransferOptions
+from engine.transfer import Pulled, PullFailed, Released, TransferOptions
 from tests.transfer_peers import Peer, peers
 
 CARRIERS = ["shm", "tcp", "nixl"]
@@ -148,6 +148,6 @@ def test_what_cannot_be_meant_is_refused_at_once() -> None:
         peer.transfers.publish("a", [1], payload=b"")
         with pytest.raises(ValueError, match="complete"):
             peer.transfers.publish("a", [1])
-        peer.transfers.pull(Ticket("b", "b", "127.0.0.1", 1), 0, [1])
+        peer.transfers.pull(peer.transfers.ticket("b"), 0, [1])
         with pytest.raises(ValueError, match="being pulled already"):
-            peer.transfers.pull(Ticket("b", "b", "127.0.0.1", 1), 0, [2])
+            peer.transfers.pull(peer.transfers.ticket("b"), 0, [2])

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from engine.transfer import Pulled, Released
+from engine.transfer import Pulled, PullFailed, Released, TransferOptions
 from tests.transfer_peers import Peer, peers
 
 CARRIERS = ["shm", "tcp", "nixl"]
@@ -50,3 +50,104 @@ def test_blocks_are_pulled_while_the_source_goes_on(transport: str) -> None:
         assert puller.next_event() == Pulled("a", b"")
         for own, theirs in zip([9, 3, 4, 5], [21, 30, 7, 31], strict=True):
             assert torch.equal(puller.block(own), source.block(theirs))
+
+
+@pytest.mark.parametrize(
+    ("is_shared", "transport"), [((True, True), "shm"), ((True, False), "tcp"), ((False, True), "tcp")]
+)
+def test_auto_takes_the_memory_of_one_machine_where_both_have_it(is_shared: tuple[bool, bool], transport: str) -> None:
+    allowed = ("shm", "tcp")
+    first = Peer("source", is_shared=is_shared[0], transports=allowed)
+    with peers(first, Peer("puller", is_shared=is_shared[1], transports=allowed, seed=1)) as (source, puller):
+        source.transfers.publish("a", [3, 5], payload=b"")
+        puller.transfers.pull(source.transfers.ticket("a"), 0, [4, 6])
+        assert puller.next_event() == Pulled("a", b"")
+        assert puller.transport_used() == transport
+        assert torch.equal(puller.block(6), source.block(5))
+
+
+def test_many_transfers_both_ways_at_once() -> None:
+    draw = random.Random(0)
+    options = {"transports": ("tcp",), "read_bytes": 4096}
+    with peers(Peer("one", 200, **options), Peer("other", 200, seed=1, **options)) as made:
+        expected = {}
+        for number, (source, puller) in enumerate([made, made[::-1]]):
+            order = draw.sample(range(1, 100), 90)
+            own = draw.sample(range(100, 200), 90)
+            for at in range(0, 90, 3):
+                name = f"{number}-{at}"
+                expected[name] = (puller, own[at : at + 3], [source.block(block) for block in order[at : at + 3]])
+                source.transfers.publish(name, order[at : at + 2])
+                puller.transfers.pull(source.transfers.ticket(name), 0, own[at : at + 3])
+                source.transfers.publish(name, order[at + 2 : at + 3], payload=name.encode())
+        for peer in made:
+            for name, event in peer.events(30).items():
+                assert event == Pulled(name, name.encode())
+        for name, (puller, own, wanted) in expected.items():
+            assert all(map(torch.equal, map(puller.block, own), wanted))
+            puller.transfers.release(name)
+        for peer in made:
+            assert {type(event) for event in peer.events(30).values()} == {Released}
+
+
+def test_nothing_to_copy_still_brings_the_payload() -> None:
+    with peers(Peer("source"), Peer("puller")) as (source, puller):
+        source.transfers.publish("a", [1, 2])
+        puller.transfers.pull(source.transfers.ticket("a"), 2, [])
+        source.transfers.publish("a", [], payload=bytes(1 << 20))
+        assert puller.next_event() == Pulled("a", bytes(1 << 20))
+
+
+def test_a_withdrawn_transfer_fails_with_its_reason() -> None:
+    with peers(Peer("source"), Peer("puller")) as (source, puller):
+        puller.transfers.pull(source.transfers.ticket("a"), 0, [1, 2])
+        source.transfers.publish("a", [5])
+        source.transfers.withdraw("a", "the client left")
+        event = puller.next_event()
+        assert isinstance(event, PullFailed)
+        assert "the client left" in event.reason
+        assert source.next_event() == Released("a", was_expired=False)
+
+
+def test_a_cancelled_pull_ends_on_both_sides() -> None:
+    with peers(Peer("source"), Peer("puller")) as (source, puller):
+        source.transfers.publish("a", [5])
+        puller.transfers.pull(source.transfers.ticket("a"), 0, [1, 2])
+        puller.transfers.pull(source.transfers.ticket("b"), 0, [3])
+        source.transfers.publish("b", [6], payload=b"")
+        assert puller.next_event() == Pulled("b", b"")  # so the source knows of the puller
+        puller.transfers.release("a")
+        assert puller.next_event() == PullFailed("a", "it was cancelled")
+        assert source.next_event() == Released("a", was_expired=False)
+
+
+def test_more_blocks_than_the_source_has_are_not_waited_for() -> None:
+    with peers(Peer("source"), Peer("puller")) as (source, puller):
+        source.transfers.publish("a", [5, 6], payload=b"")
+        puller.transfers.pull(source.transfers.ticket("a"), 1, [1, 2])
+        event = puller.next_event()
+        assert isinstance(event, PullFailed)
+        assert "has 2 blocks, 3 were expected" in event.reason
+
+
+def test_what_cannot_be_meant_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"host is 0.0.0.0, not a loopback address: that needs a secret"):
+        TransferOptions("a", host="0.0.0.0")
+    with pytest.raises(ValueError, match="secret has 3 bytes, must have at least 16"):
+        TransferOptions("a", secret=b"abc")
+    with peers(Peer("a", 10)) as (peer,):
+        for blocks in ([10], [-1]):
+            with pytest.raises(ValueError, match="must be 0 to 9"):
+                peer.transfers.publish("a", blocks)
+            with pytest.raises(ValueError, match="must be 0 to 9"):
+                peer.transfers.pull(peer.transfers.ticket("a"), 0, blocks)
+        with pytest.raises(ValueError, match="blocks has a block twice"):
+            peer.transfers.pull(peer.transfers.ticket("a"), 0, [1, 1])
+        with pytest.raises(ValueError, match=r"payload has .* bytes, must have at most"):
+            peer.transfers.publish("a", [1], payload=bytes((16 << 20) + 1))
+        peer.transfers.publish("a", [1], payload=b"")
+        with pytest.raises(ValueError, match="complete"):
+            peer.transfers.publish("a", [1])
+        peer.transfers.pull(peer.transfers.ticket("b"), 0, [1])
+        with pytest.raises(ValueError, match="being pulled already"):
+            peer.transfers.pull(peer.transfers.ticket("b"), 0, [2])

@@ -220,6 +220,7 @@ class Engine:
             choice.choices = tuple(choices)
         if pull is not None or is_resumed:
             self.handover.expect(tuple(choices), pull, awaits_outputs=is_resumed)
+            self.handover.advance()
             return choices[0]
         first, *first.forks = choices
         self.scheduler.add(first)

@@ -61,12 +61,12 @@ def make(compile: str, dtype: str = "float32", **options) -> LLM:
 
 
 def wait_for_child(llm: LLM) -> None:
-    readable, _, _ = select.select([llm.engine.wake_up], [], [], PATIENCE)
+    readable, _, _ = select.select(llm.engine.wake_ups, [], [], PATIENCE)
     assert readable
 
 
 def finish_compiling(llm: LLM) -> None:
-    while llm.engine.has_idle_work or llm.engine.wake_up is not None:
+    while llm.engine.has_idle_work or llm.engine.wake_ups:
         llm.engine.work_while_idle()
 
 
@@ -130,7 +130,7 @@ def take_over() -> None:
     expected = [found.token_ids for found in make("off").generate(PROMPTS, PARAMS)]
     llm = make("background")
     engine = llm.engine
-    was_waiting = engine.wake_up is not None
+    was_waiting = bool(engine.wake_ups)
     answers = [[found.token_ids for found in llm.generate(PROMPTS, PARAMS)]]  # while the other one works
     wait_for_child(llm)
     sequences = [engine.add(prompt, params) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
@@ -163,7 +163,7 @@ def keep_busy() -> None:
 
     compile_behind._BUSY_SHARE = 1e9
     engine = make("background").engine
-    was_waiting = engine.wake_up is not None
+    was_waiting = bool(engine.wake_ups)
     for _ in range(1000):
         if not engine.has_work:
             engine.add([1, 2, 3], PARAMS[0])
@@ -184,8 +184,8 @@ def test_what_befalls_the_other_process_costs_one_warning_and_no_answer(fate, mo
         llm = make("background", dtype="bfloat16")
         if fate == "killed":
             os.kill(llm.engine._compiling._child.pid, signal.SIGKILL)
-        finish_when_told = llm.engine.wake_up
-        if finish_when_told is not None:
+        finish_when_told = llm.engine.wake_ups
+        if finish_when_told:
             wait_for_child(llm)
             finish_compiling(llm)
         found = llm.generate(PROMPTS, PARAMS)
@@ -193,7 +193,7 @@ def test_what_befalls_the_other_process_costs_one_warning_and_no_answer(fate, mo
     assert len(told) == 1
     assert "running eagerly" in told[0]
     assert not llm.engine.runner.is_compiled
-    assert llm.engine.wake_up is None
+    assert not llm.engine.wake_ups
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
 
 

@@ -192,7 +192,7 @@ class World:
         """Begin with a checksum, or end with the one begun."""
         if self.checking is not None:
             (name, block), self.checking = self.checking, None
-            self.source_says(self.offers.checked(name, self.contents(block), self.now))
+            self.source_says(self.offers.checked(name, [self.contents(block)], self.now))
         elif self.checks:
             name, block = self.checks.pop(0)
             if self.offers.start_check(name):
@@ -333,7 +333,7 @@ def offered(count: int, payload: bytes | None = b"") -> offers.Offers:
     machine.publish("a", range(count), payload, 0.0)
     for block in range(count):
         assert machine.start_check("a")
-        machine.checked("a", block.to_bytes(8, "big"), 0.0)
+        machine.checked("a", [block.to_bytes(8, "big")], 0.0)
     return machine
 
 

@@ -54,7 +54,7 @@ class Transfers:
         self._pulls = pulls.Pulls(options.stall_seconds, options.pull_seconds)
         self._links: dict[PeerKey, Link] = {}
         self._ending: list[Link] = []
-        self._checks: queue.SimpleQueue[tuple[str, int, object] | None] = queue.SimpleQueue()
+        self._checks: queue.SimpleQueue[tuple[str, list[int], object] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._is_closed = False
         self._wakes_at: float | None = None
@@ -77,6 +77,7 @@ class Transfers:
         self._memories = Memories(self.options, self._pages, shared)
         if not self._memories.transports:
             raise ValueError(f"transports is {', '.join(self.options.allowed)}: none can be used here")
+        self._check_places = max(1, self.options.read_bytes // self._pages.block_bytes)  # then they can be read at once
         self._hello = Hello(
             self.engine_id,
             fingerprint,
@@ -106,8 +107,7 @@ class Transfers:
         mark = self._pages.mark()
         with self._lock:
             outputs = self._offers.publish(transfer_id, blocks, payload, self._clock())
-            for block in blocks:
-                self._checks.put((transfer_id, block, mark))
+            self._checks.put((transfer_id, list(blocks), mark))
             self._do(outputs)
 
     def withdraw(self, transfer_id: str, reason: str) -> None:
@@ -266,17 +266,19 @@ class Transfers:
     def _check_all(self) -> None:
         """Checksums of published blocks, in their order."""
         while (job := self._checks.get()) is not None:
-            transfer_id, block, mark = job
-            with self._lock:
-                if self._is_closed or not self._offers.start_check(transfer_id):
-                    continue
-            checksum = None
-            try:
-                checksum = self._pages.checksum(block, mark)
-            except Exception:
-                log.exception("cannot read a block to be published")
-            with self._lock:
-                self._do(self._offers.checked(transfer_id, checksum, self._clock()))
+            transfer_id, blocks, mark = job
+            for start in range(0, len(blocks), self._check_places):
+                part = blocks[start : start + self._check_places]
+                with self._lock:
+                    if self._is_closed or not self._offers.start_check(transfer_id):
+                        break
+                checksums = None
+                try:
+                    checksums = [self._pages.checksum(block, mark) for block in part]
+                except Exception:
+                    log.exception("cannot read blocks to be published")
+                with self._lock:
+                    self._do(self._offers.checked(transfer_id, checksums, self._clock()))
 
     def _check_blocks(self, blocks: Sequence[int]) -> None:
         if not self._threads:

@@ -113,10 +113,16 @@ class Offers:
         return self._news(transfer_id, offer)
 
     def withdraw(self, transfer_id: str, reason: str, now: float) -> list[Output]:
-        """End a transfer from this side. Unknown and ended ones are left as they are."""
-        offer = self._offers.get(transfer_id)
-        if offer is None or not offer.is_known or offer.ending is not None:
+        """End a transfer from this side, one of which nothing was published as well: its puller may be waiting.
+
+        `Released` follows, once for each transfer; one that has ended is left as it is.
+        """
+        if transfer_id in self._ended:
+            return self.publish(transfer_id, (), None, now)
+        offer = self._offers.setdefault(transfer_id, _Offer())
+        if offer.ending is not None:
             return []
+        offer.is_known = True
         return self._end(transfer_id, offer, reason, now)
 
     def ask(self, peer: int, message: Ask, now: float) -> list[Output]:

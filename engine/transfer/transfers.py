@@ -54,7 +54,7 @@ class Transfers:
         self._pulls = pulls.Pulls(options.stall_seconds, options.pull_seconds)
         self._links: dict[PeerKey, Link] = {}
         self._ending: list[Link] = []
-        self._checks: queue.SimpleQueue[tuple[str, list[int], object] | None] = queue.SimpleQueue()
+        self._checks: queue.SimpleQueue[tuple[str, list[int]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._is_closed = False
         self._wakes_at: float | None = None
@@ -104,14 +104,18 @@ class Transfers:
         """
         _check_id(transfer_id)
         self._check_blocks(blocks)
-        mark = self._pages.mark()
+        self._pages.follow()
         with self._lock:
             outputs = self._offers.publish(transfer_id, blocks, payload, self._clock())
-            self._checks.put((transfer_id, list(blocks), mark))
+            self._checks.put((transfer_id, list(blocks)))
             self._do(outputs)
 
     def withdraw(self, transfer_id: str, reason: str) -> None:
-        """The transfer will not be completed, or shall not be read any more. Unknown ones are left alone."""
+        """The transfer will not be completed, or shall not be read any more: its puller hears why.
+
+        `Released` follows as for any other, though nothing was published; one that has ended is left alone.
+        """
+        _check_id(transfer_id)
         with self._lock:
             self._do(self._offers.withdraw(transfer_id, reason[:1024], self._clock()))
 
@@ -128,6 +132,7 @@ class Transfers:
             raise ValueError("blocks has a block twice")
         if skip < 0:
             raise ValueError(f"skip is {skip}, must be at least 0")
+        self._pages.follow()
         with self._lock:
             self._do(self._pulls.begin(ticket, skip, blocks, self._clock()))
 
@@ -266,7 +271,7 @@ class Transfers:
     def _check_all(self) -> None:
         """Checksums of published blocks, in their order."""
         while (job := self._checks.get()) is not None:
-            transfer_id, blocks, mark = job
+            transfer_id, blocks = job
             for start in range(0, len(blocks), self._check_places):
                 part = blocks[start : start + self._check_places]
                 with self._lock:
@@ -274,7 +279,7 @@ class Transfers:
                         break
                 checksums = None
                 try:
-                    checksums = [self._pages.checksum(block, mark) for block in part]
+                    checksums = [self._pages.checksum(block) for block in part]
                 except Exception:
                     log.exception("cannot read blocks to be published")
                 with self._lock:

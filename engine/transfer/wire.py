@@ -105,7 +105,7 @@ class Connection:
         return count
 
     def _write(self, buffers: Sequence[memoryview | bytes]) -> int:
-        return self._socket.sendmsg(buffers, (), socket.MSG_NOSIGNAL)
+        return self._socket.sendmsg(buffers)
 
     def _move(self, move: Callable[[Sequence[memoryview | bytes]], int], buffers: Sequence[memoryview | bytes]) -> None:
         """Until all buffers are through; a call moves what the kernel takes."""

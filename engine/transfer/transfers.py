@@ -12,22 +12,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from engine.transfer import host, offers, pulls
 from engine.transfer.handshake import Hello
 from engine.transfer.interface import MAX_ID_CHARACTERS, Event, Ticket, TransferOptions
 from engine.transfer.link import Link
-from engine.transfer.memory import Memories
+from engine.transfer.memory import Memories, pages_of
 from engine.transfer.messages import MAX_PLACES, Ask, Done, Gone, Read, Ready
-from engine.transfer.pages import HostPages
 from engine.transfer.pulls import Fetch, PeerKey
 from engine.transfer.server import Server
 from engine.transfer.shared_memory import SharedMemory
 from layers.types import KVCache
-
-if TYPE_CHECKING:
-    from engine.transfer.device_pages import DevicePages
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +68,7 @@ class Transfers:
         """
         if self._threads:
             raise ValueError("register was called already")
-        self._pages = _pages_of(kv_cache, shared)
+        self._pages = pages_of(kv_cache, shared)
         self._memories = Memories(self.options, self._pages, shared)
         if not self._memories.transports:
             raise ValueError(f"transports is {', '.join(self.options.allowed)}: none can be used here")
@@ -295,11 +290,3 @@ class Transfers:
 def _check_id(name: str) -> None:
     if not 0 < len(name) <= MAX_ID_CHARACTERS:
         raise ValueError(f"an id has {len(name)} characters, must have 1 to {MAX_ID_CHARACTERS}")
-
-
-def _pages_of(kv_cache: KVCache, shared: SharedMemory | None) -> "HostPages | DevicePages":
-    if kv_cache[0].keys.device.type == "cpu":
-        return HostPages.of(kv_cache, shared)
-    from engine.transfer.device_pages import DevicePages
-
-    return DevicePages(kv_cache)

@@ -20,6 +20,7 @@ COMMANDS = {
     "ablations": "tokens per second as techniques are added one by one",
     "spec": "what speculative decoding is worth, and why",
     "compile": "compile times by phase; graphs, kernels, recompilations",
+    "disagg": "GB/s of KV blocks from process to process, by transport",
     "serve": "latencies and throughput of a server under load",
     "roofline": "steps as shares of the machine's measured limits",
     "agreement": "how often the next token is transformers' next token",

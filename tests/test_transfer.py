@@ -109,6 +109,16 @@ def test_a_withdrawn_transfer_fails_with_its_reason() -> None:
         assert source.next_event() == Released("a", was_expired=False)
 
 
+def test_a_prefill_that_fails_before_its_first_block_is_not_waited_for() -> None:
+    with peers(Peer("source"), Peer("puller")) as (source, puller):
+        puller.transfers.pull(source.transfers.ticket("a"), 0, [1, 2])
+        source.transfers.withdraw("a", "the prompt is too long")
+        event = puller.next_event()
+        assert isinstance(event, PullFailed)
+        assert "the prompt is too long" in event.reason
+        assert source.next_event() == Released("a", was_expired=False)
+
+
 def test_a_cancelled_pull_ends_on_both_sides() -> None:
     with peers(Peer("source"), Peer("puller")) as (source, puller):
         source.transfers.publish("a", [5])

@@ -73,7 +73,8 @@ class World:
 
     def withdraw(self, transfer: int) -> None:
         name = f"t{transfer}"
-        if name in self.published and name not in self.released:
+        if name not in self.released:
+            self.published.setdefault(name, [])
             self.withdrawn.add(name)
             self.source_says(self.offers.withdraw(name, "the prefill failed", self.now))
 
@@ -192,7 +193,7 @@ class World:
         """Begin with a checksum, or end with the one begun."""
         if self.checking is not None:
             (name, block), self.checking = self.checking, None
-            self.source_says(self.offers.checked(name, self.contents(block), self.now))
+            self.source_says(self.offers.checked(name, [self.contents(block)], self.now))
         elif self.checks:
             name, block = self.checks.pop(0)
             if self.offers.start_check(name):
@@ -277,7 +278,7 @@ def test_whatever_the_link_does_nothing_wrong_is_read_and_all_ends(
     for action, number in script:
         act(world, action, number)
     for transfer in range(NUM_TRANSFERS):  # engines do not forget what they began
-        if f"t{transfer}" not in world.completed:
+        if f"t{transfer}" in world.published and f"t{transfer}" not in world.completed:
             world.withdraw(transfer)
     for _ in range(20):
         world.work()
@@ -333,7 +334,7 @@ def offered(count: int, payload: bytes | None = b"") -> offers.Offers:
     machine.publish("a", range(count), payload, 0.0)
     for block in range(count):
         assert machine.start_check("a")
-        machine.checked("a", block.to_bytes(8, "big"), 0.0)
+        machine.checked("a", [block.to_bytes(8, "big")], 0.0)
     return machine
 
 

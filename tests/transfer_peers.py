@@ -29,6 +29,7 @@ class Peer:
         is_shared: bool = True,
         fingerprint: str = FINGERPRINT,
         num_layers: int = NUM_LAYERS,
+        device: str = "cpu",
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
         **options: object,
@@ -37,9 +38,10 @@ class Peer:
         self.transfers = Transfers(TransferOptions(name, transports=transports, **chosen), clock)
         keys = (num_blocks, NUM_HEADS, HEAD_DIM, BLOCK_SIZE)
         plane = num_blocks * NUM_HEADS * HEAD_DIM * BLOCK_SIZE * 2
-        self.shared = shared_memory.allocate(2 * num_layers * plane) if is_shared else None
-        memory = self.shared.tensor if self.shared else torch.zeros(2 * num_layers * plane, dtype=torch.uint8)
-        noise = torch.Generator().manual_seed(seed)
+        self.shared = shared_memory.allocate(2 * num_layers * plane) if is_shared and device == "cpu" else None
+        size = 2 * num_layers * plane
+        memory = self.shared.tensor if self.shared else torch.zeros(size, dtype=torch.uint8, device=device)
+        noise = torch.Generator().manual_seed(seed)  # the same on every device
         memory.copy_(torch.randint(0, 256, memory.shape, dtype=torch.uint8, generator=noise))
         self.memory = memory
         planes = [memory[at * plane : (at + 1) * plane].view(torch.bfloat16) for at in range(2 * num_layers)]
@@ -53,7 +55,7 @@ class Peer:
     def block(self, number: int) -> torch.Tensor:
         """All bytes of a block, gathered by torch's own indexing."""
         pages = [page[number].contiguous().view(torch.uint8).flatten() for layer in self.kv_cache for page in layer]
-        return torch.cat(pages)
+        return torch.cat(pages).cpu()
 
     def next_event(self) -> Event:
         """The next event, waited for as an engine would: by the descriptor."""

@@ -54,11 +54,13 @@ class DevicePages:
         self._stream = torch.cuda.Stream(self._device)
         self._local = threading.local()
 
-    def mark(self) -> torch.cuda.Event:
-        """What the current stream has been given so far comes before reads that wait for this."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+    def follow(self) -> None:
+        """What the engine's stream has been given so far comes before what is done here from now on.
+
+        So blocks are complete when they are read, and a step launched before blocks were given back, which may still
+        write to them, has ended when they are written. Only the engine's thread calls this.
+        """
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def outgoing(self, blocks: Sequence[int]) -> list[memoryview]:
         """Blocks as published, in pinned memory, which stays theirs until this thread's next call."""
@@ -73,7 +75,7 @@ class DevicePages:
         """Write what this thread's `incoming` got into the pages."""
         staged = self._staging(len(blocks) * self.block_bytes)
         at = 0
-        with torch.cuda.stream(self._stream):
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
             where = torch.tensor(blocks, device=self._device)
             for plane, size in zip(self.planes, self.plane_bytes, strict=True):
                 rows = staged[at : at + len(blocks) * size].view(len(blocks), size)
@@ -81,10 +83,8 @@ class DevicePages:
                 at += len(blocks) * size
         self._stream.synchronize()
 
-    def checksum(self, block: int, mark: object = None) -> bytes:
-        """Of a block, after `mark`. One block staged is its bytes in order, as on a CPU."""
-        if isinstance(mark, torch.cuda.Event):
-            self._stream.wait_event(mark)
+    def checksum(self, block: int) -> bytes:
+        """Of a block. One block staged is its bytes in order, as on a CPU."""
         return xxhash.xxh3_64_digest(self._stage([block]).numpy().data)
 
     def verify(self, blocks: Sequence[int], checksums: Sequence[bytes], first: int) -> str | None:
@@ -113,7 +113,7 @@ class DevicePages:
             theirs.append(whole[offset : offset + size * peer.num_blocks].view(peer.num_blocks, size))
 
         def copy(source_blocks: Sequence[int], own_blocks: Sequence[int]) -> None:
-            with torch.cuda.stream(self._stream):
+            with torch.inference_mode(), torch.cuda.stream(self._stream):
                 source = torch.tensor(source_blocks, device=self._device)
                 own = torch.tensor(own_blocks, device=self._device)
                 for mine, other in zip(self.planes, theirs, strict=True):
@@ -126,7 +126,7 @@ class DevicePages:
         """Blocks in this thread's pinned memory, plane by plane."""
         staged = self._staging(len(blocks) * self.block_bytes)
         at = 0
-        with torch.cuda.stream(self._stream):
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
             where = torch.tensor(blocks, device=self._device)
             for plane, size in zip(self.planes, self.plane_bytes, strict=True):
                 rows = staged[at : at + len(blocks) * size].view(len(blocks), size)

@@ -19,6 +19,7 @@ from engine.transfer.messages import Memory, OpenMemory
 from engine.transfer.pages import HostPages
 from engine.transfer.shared_memory import SharedMemory
 from engine.transfer.wire import Connection
+from layers.types import KVCache
 
 if TYPE_CHECKING:
     from engine.transfer.device_pages import DevicePages
@@ -117,6 +118,15 @@ class Memories:
                 mine.copy_block(theirs, source, own_block)
 
         return copy
+
+
+def pages_of(kv_cache: KVCache, shared: SharedMemory | None) -> "HostPages | DevicePages":
+    """A cache's pages, wherever they are."""
+    if kv_cache[0].keys.device.type == "cpu":
+        return HostPages.of(kv_cache, shared)
+    from engine.transfer.device_pages import DevicePages
+
+    return DevicePages(kv_cache)
 
 
 def on_same_host(one: Hello, other: Hello) -> bool:

@@ -86,6 +86,20 @@ class Memory(msgspec.Struct, tag=True, frozen=True):
     problem: Annotated[str, msgspec.Meta(max_length=2048)] | None = None
 
 
+def checksums_of(ready: Ready) -> list[bytes]:
+    """One for each block."""
+    return [ready.checksums[at : at + CHECKSUM_BYTES] for at in range(0, len(ready.checksums), CHECKSUM_BYTES)]
+
+
+def contradiction(ready: Ready) -> str | None:
+    """What in an answer does not fit the rest of it; None if all does."""
+    if len(ready.checksums) != CHECKSUM_BYTES * len(ready.blocks):
+        return f"the source sent {len(ready.checksums)} bytes of checksums for {len(ready.blocks)} blocks"
+    if ready.payload_bytes is not None and ready.total is None:
+        return "the source sent a payload before the end"
+    return None
+
+
 FromPuller = Ask | Read | Done | OpenMemory
 FromSource = Ready | Data | Gone | Memory
 

@@ -94,29 +94,35 @@ class Offers:
         return self._news(transfer_id, offer)
 
     def start_check(self, transfer_id: str) -> bool:
-        """Whether the next block's checksum is still wanted. If so, `checked` must follow."""
+        """Whether the next blocks' checksums are still wanted. If so, `checked` must follow."""
         offer = self._offers.get(transfer_id)
         if offer is None or offer.ending is not None:
             return False
         offer.num_reads += 1
         return True
 
-    def checked(self, transfer_id: str, checksum: bytes | None, now: float) -> list[Output]:
-        """The checksum of the first block that has none; None if it could not be computed."""
+    def checked(self, transfer_id: str, checksums: Sequence[bytes] | None, now: float) -> list[Output]:
+        """The checksums of the first blocks that have none; None if they could not be computed."""
         offer = self._offers[transfer_id]
         offer.num_reads -= 1
         if offer.ending is not None:
             return self._finish(transfer_id, offer)
-        if checksum is None:
+        if checksums is None:
             return self._end(transfer_id, offer, "the source could not read its blocks", now)
-        offer.checksums.append(checksum)
+        offer.checksums += checksums
         return self._news(transfer_id, offer)
 
     def withdraw(self, transfer_id: str, reason: str, now: float) -> list[Output]:
-        """End a transfer from this side. Unknown and ended ones are left as they are."""
-        offer = self._offers.get(transfer_id)
-        if offer is None or not offer.is_known or offer.ending is not None:
+        """End a transfer from this side, one of which nothing was published as well: its puller may be waiting.
+
+        `Released` follows, once for each transfer; one that has ended is left as it is.
+        """
+        if transfer_id in self._ended:
+            return self.publish(transfer_id, (), None, now)
+        offer = self._offers.setdefault(transfer_id, _Offer())
+        if offer.ending is not None:
             return []
+        offer.is_known = True
         return self._end(transfer_id, offer, reason, now)
 
     def ask(self, peer: int, message: Ask, now: float) -> list[Output]:

@@ -58,9 +58,8 @@ class HostPages:
             planes.append(region[at : at + size * blocks].reshape(blocks, size))
         return cls(planes, region, offsets)
 
-    def mark(self) -> None:
-        """What is written to the pages before this call is what later reads see: no news on a CPU."""
-        return None
+    def follow(self) -> None:
+        """What the engine has launched so far comes before what is done here from now on: no news on a CPU."""
 
     def outgoing(self, blocks: Sequence[int]) -> list[memoryview]:
         """Buffers to send from: plane by plane, blocks in order; neighbours are one buffer."""
@@ -89,7 +88,7 @@ class HostPages:
         for mine, other in pairs:
             mine[:, own] = other[:, theirs]
 
-    def checksum(self, block: int, mark: object = None) -> bytes:
+    def checksum(self, block: int) -> bytes:
         """Of a block. It is gathered first: two long calls that leave the interpreter's lock to others."""
         scratch = self._scratch()
         at = 0

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.transfer.interface import Pulled, PullFailed, Ticket
-from engine.transfer.messages import CHECKSUM_BYTES, Ask, Done, Gone, Ready
+from engine.transfer.messages import Ask, Done, Gone, Ready, checksums_of, contradiction
 
 MAX_READS = 3  # of one pull under way: one on the wire, one being verified, one that waits
 MAX_HELD = 65536  # transfers pulled and not yet released
@@ -131,7 +131,7 @@ class Pulls:
         pull = self._pulls.get(message.transfer_id)
         if pull is None or pull.peer != key or pull.failure is not None:
             return []
-        problem = _contradiction(pull, message)
+        problem = contradiction(message)
         if problem is not None:
             return self._fail(message.transfer_id, pull, problem)
         has_news = False
@@ -140,7 +140,7 @@ class Pulls:
             start = pull.seen - message.first
             wanted = max(0, len(pull.blocks) - len(pull.source_blocks))
             pull.source_blocks += message.blocks[start : start + wanted]
-            pull.checksums += _split(message.checksums)[start : start + wanted]
+            pull.checksums += checksums_of(message)[start : start + wanted]
             pull.seen = message.first + len(message.blocks)
         if message.payload_bytes is not None and pull.payload is None:
             has_news = True
@@ -296,15 +296,3 @@ class Pulls:
 
     def _say_done(self, transfer_id: str, key: PeerKey) -> list[Output]:
         return [Send(key, Done(transfer_id))] if key in self._peers and self._peers[key].read_places else []
-
-
-def _split(checksums: bytes) -> list[bytes]:
-    return [checksums[at : at + CHECKSUM_BYTES] for at in range(0, len(checksums), CHECKSUM_BYTES)]
-
-
-def _contradiction(pull: _Pull, message: Ready) -> str | None:
-    if len(message.checksums) != CHECKSUM_BYTES * len(message.blocks):
-        return f"the source sent {len(message.checksums)} bytes of checksums for {len(message.blocks)} blocks"
-    if message.payload_bytes is not None and message.total is None:
-        return "the source sent a payload before the end"
-    return None

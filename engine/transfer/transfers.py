@@ -12,22 +12,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from engine.transfer import host, offers, pulls
 from engine.transfer.handshake import Hello
 from engine.transfer.interface import MAX_ID_CHARACTERS, Event, Ticket, TransferOptions
 from engine.transfer.link import Link
-from engine.transfer.memory import Memories
+from engine.transfer.memory import Memories, pages_of
 from engine.transfer.messages import MAX_PLACES, Ask, Done, Gone, Read, Ready
-from engine.transfer.pages import HostPages
 from engine.transfer.pulls import Fetch, PeerKey
 from engine.transfer.server import Server
 from engine.transfer.shared_memory import SharedMemory
 from layers.types import KVCache
-
-if TYPE_CHECKING:
-    from engine.transfer.device_pages import DevicePages
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +49,7 @@ class Transfers:
         self._pulls = pulls.Pulls(options.stall_seconds, options.pull_seconds)
         self._links: dict[PeerKey, Link] = {}
         self._ending: list[Link] = []
-        self._checks: queue.SimpleQueue[tuple[str, int, object] | None] = queue.SimpleQueue()
+        self._checks: queue.SimpleQueue[tuple[str, list[int]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._is_closed = False
         self._wakes_at: float | None = None
@@ -73,10 +68,11 @@ class Transfers:
         """
         if self._threads:
             raise ValueError("register was called already")
-        self._pages = _pages_of(kv_cache, shared)
+        self._pages = pages_of(kv_cache, shared)
         self._memories = Memories(self.options, self._pages, shared)
         if not self._memories.transports:
             raise ValueError(f"transports is {', '.join(self.options.allowed)}: none can be used here")
+        self._check_places = max(1, self.options.read_bytes // self._pages.block_bytes)  # then they can be read at once
         self._hello = Hello(
             self.engine_id,
             fingerprint,
@@ -103,15 +99,18 @@ class Transfers:
         """
         _check_id(transfer_id)
         self._check_blocks(blocks)
-        mark = self._pages.mark()
+        self._pages.follow()
         with self._lock:
             outputs = self._offers.publish(transfer_id, blocks, payload, self._clock())
-            for block in blocks:
-                self._checks.put((transfer_id, block, mark))
+            self._checks.put((transfer_id, list(blocks)))
             self._do(outputs)
 
     def withdraw(self, transfer_id: str, reason: str) -> None:
-        """The transfer will not be completed, or shall not be read any more. Unknown ones are left alone."""
+        """The transfer will not be completed, or shall not be read any more: its puller hears why.
+
+        `Released` follows as for any other, though nothing was published; one that has ended is left alone.
+        """
+        _check_id(transfer_id)
         with self._lock:
             self._do(self._offers.withdraw(transfer_id, reason[:1024], self._clock()))
 
@@ -128,6 +127,7 @@ class Transfers:
             raise ValueError("blocks has a block twice")
         if skip < 0:
             raise ValueError(f"skip is {skip}, must be at least 0")
+        self._pages.follow()
         with self._lock:
             self._do(self._pulls.begin(ticket, skip, blocks, self._clock()))
 
@@ -266,17 +266,19 @@ class Transfers:
     def _check_all(self) -> None:
         """Checksums of published blocks, in their order."""
         while (job := self._checks.get()) is not None:
-            transfer_id, block, mark = job
-            with self._lock:
-                if self._is_closed or not self._offers.start_check(transfer_id):
-                    continue
-            checksum = None
-            try:
-                checksum = self._pages.checksum(block, mark)
-            except Exception:
-                log.exception("cannot read a block to be published")
-            with self._lock:
-                self._do(self._offers.checked(transfer_id, checksum, self._clock()))
+            transfer_id, blocks = job
+            for start in range(0, len(blocks), self._check_places):
+                part = blocks[start : start + self._check_places]
+                with self._lock:
+                    if self._is_closed or not self._offers.start_check(transfer_id):
+                        break
+                checksums = None
+                try:
+                    checksums = [self._pages.checksum(block) for block in part]
+                except Exception:
+                    log.exception("cannot read blocks to be published")
+                with self._lock:
+                    self._do(self._offers.checked(transfer_id, checksums, self._clock()))
 
     def _check_blocks(self, blocks: Sequence[int]) -> None:
         if not self._threads:
@@ -288,11 +290,3 @@ class Transfers:
 def _check_id(name: str) -> None:
     if not 0 < len(name) <= MAX_ID_CHARACTERS:
         raise ValueError(f"an id has {len(name)} characters, must have 1 to {MAX_ID_CHARACTERS}")
-
-
-def _pages_of(kv_cache: KVCache, shared: SharedMemory | None) -> "HostPages | DevicePages":
-    if kv_cache[0].keys.device.type == "cpu":
-        return HostPages.of(kv_cache, shared)
-    from engine.transfer.device_pages import DevicePages
-
-    return DevicePages(kv_cache)

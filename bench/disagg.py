@@ -1,0 +1,168 @@
+"""What it takes to move a prompt's KV from one engine process to another, by each transport.
+
+    dispec bench disagg --tokens 512 --tokens 2048
+
+Two processes with pages of a real model's geometry and no model. Blocks lie scattered, as after some hours of service.
+"pull" is of blocks published before, from the call until the engine hears of it, checksums verified; "whole" begins
+with the publishing, whose checksums the source computes meanwhile. Beside them, the same bytes copied within a process.
+"""
+
+import importlib.util
+import multiprocessing
+import random
+import select
+import statistics
+import time
+from multiprocessing.connection import Connection as Pipe
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from bench.geometries import model_config
+from bench.machine import describe_machine
+from bench.report import Output, Plot, Report
+from engine.transfer import Pulled, Ticket, TransferOptions, shared_memory
+from engine.transfer.interface import Transport
+from engine.transfer.transfers import Transfers
+from layers.types import KVCache, LayerKV
+
+TRANSPORTS: tuple[Transport, ...] = ("shm", "tcp", "nixl")
+SECONDS = 60  # after which a transfer counts as failed
+
+
+class Pages:
+    """Transfers with pages in memory that has been touched: first use is not what is measured."""
+
+    def __init__(self, name: str, transport: Transport, model: str, num_blocks: int, block_size: int) -> None:
+        config = model_config(model)
+        keys = (num_blocks, config.num_kv_heads, config.head_dim, block_size)
+        values = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        plane = int(np.prod(keys)) * 2
+        self.shared = shared_memory.allocate(2 * config.num_layers * plane)
+        self.shared.tensor.fill_(len(name))
+        planes = [part.view(torch.bfloat16) for part in self.shared.tensor.split(plane)]
+        cache: KVCache = tuple(
+            LayerKV(k.view(keys), v.view(values)) for k, v in zip(planes[::2], planes[1::2], strict=True)
+        )
+        self.block_bytes = 2 * config.num_layers * plane // num_blocks
+        self.transfers = Transfers(TransferOptions(name, transports=(transport,)))
+        self.transfers.register(cache, model, self.shared)
+
+    def wait(self, transfer_id: str) -> None:
+        """Until a pull is complete. Raises RuntimeError if it fails."""
+        while True:
+            if not select.select([self.transfers.fileno()], [], [], SECONDS)[0]:
+                raise RuntimeError(f"nothing came for {SECONDS} s")
+            for event in self.transfers.poll():
+                if not isinstance(event, Pulled):
+                    raise RuntimeError(str(event))
+                if event.transfer_id == transfer_id:
+                    return
+
+
+def _serve(pipe: Pipe, arguments: tuple[Any, ...]) -> None:
+    """The source's process: publishes what it is told."""
+    pages = Pages("source", *arguments)
+    pipe.send(pages.transfers.address)
+    while (order := pipe.recv()) is not None:
+        transfer_id, blocks = order
+        pages.transfers.publish(transfer_id, blocks, payload=b"")
+        pages.transfers.poll()
+    pages.transfers.close()
+
+
+def measure(
+    transport: Transport, model: str, block_size: int, tokens: list[int], rounds: int
+) -> dict[int, dict[str, list[float]]]:
+    """Seconds of every round, by tokens, of "pull" and "whole"."""
+    num_blocks = 2 * -(-max(tokens) // block_size) + 1
+    arguments = (transport, model, num_blocks, block_size)
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    source = context.Process(target=_serve, args=(other, arguments), daemon=True)
+    source.start()
+    puller = Pages("puller", *arguments)
+    host, port = pipe.recv()
+    draw = random.Random(0)
+    seconds: dict[int, dict[str, list[float]]] = {count: {"pull": [], "whole": []} for count in tokens}
+    for round_ in range(rounds + 1):
+        for count in tokens:
+            size = -(-count // block_size)
+            theirs, own = (draw.sample(range(1, num_blocks), size) for _ in range(2))
+            for kind in ("pull", "whole"):
+                name = f"{kind} {count} {round_}"
+                if kind == "pull":  # a transfer published later is there, so this one's checksums are as well
+                    pipe.send((name, theirs))
+                    pipe.send((f"after {name}", []))
+                    puller.transfers.pull(Ticket("source", f"after {name}", host, port), 0, [])
+                    puller.wait(f"after {name}")
+                    puller.transfers.release(f"after {name}")
+                start = time.perf_counter()
+                puller.transfers.pull(Ticket("source", name, host, port), 0, own)
+                if kind == "whole":
+                    pipe.send((name, theirs))
+                puller.wait(name)
+                taken = time.perf_counter() - start
+                puller.transfers.release(name)
+                if round_:  # the first maps memory and connects
+                    seconds[count][kind].append(taken)
+    pipe.send(None)
+    puller.transfers.close()
+    source.join()
+    return seconds
+
+
+def copy_seconds(num_bytes: int, rounds: int) -> float:
+    """The median time of a plain copy by one thread."""
+    source, target = np.ones(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
+    taken = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        np.copyto(target, source)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Whose geometry.")] = "qwen2.5-7b",
+    tokens: Annotated[list[int], typer.Option(min=1)] = [512, 2048],  # noqa: B006
+    transport: Annotated[list[str], typer.Option(help="One of shm, tcp, nixl.")] = list(TRANSPORTS),  # noqa: B006
+    block_size: Annotated[int, typer.Option(min=1)] = 32,
+    rounds: Annotated[int, typer.Option(min=1)] = 9,
+    output: Output = None,
+    plot: Plot = None,
+) -> None:
+    """GB/s of KV blocks from process to process, by transport."""
+    settings = dict(locals())
+    if unknown := set(transport) - set(TRANSPORTS):
+        raise ValueError(f"transport has {', '.join(sorted(unknown))}, must be of {', '.join(TRANSPORTS)}")
+    columns = {"": "", "tokens": "d", "MB": ".1f", "pull ms": ".1f", "pull GB/s": ".2f", "whole GB/s": ".2f"}
+    columns |= {"copy GB/s": ".2f", "of copy": ".2f"}
+    report = Report("disagg", settings, describe_machine(), columns, output, plot)
+    config = model_config(model)
+    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
+    for name in TRANSPORTS:
+        if name not in transport:
+            continue
+        if name == "nixl" and importlib.util.find_spec("nixl_cu12") is None:
+            print("nixl is not installed: pip install 'dispec[nixl]'")
+            continue
+        for count, seconds in measure(name, model, block_size, tokens, rounds).items():
+            size = -(-count // block_size) * block_size * token_bytes
+            rates = {kind: size / statistics.median(taken) for kind, taken in seconds.items()}
+            copied = size / copy_seconds(size, rounds)
+            report.add(
+                {"transport": name, "tokens": count},
+                {"bytes": size, "seconds": seconds, "bytes_per_second": rates, "copy_bytes_per_second": copied},
+                [name, count, size / 1e6, statistics.median(seconds["pull"]) * 1e3]
+                + [rate / 1e9 for rate in (rates["pull"], rates["whole"], copied)]
+                + [rates["pull"] / copied],
+            )
+            report.point(name, f"{count} tokens", rates["pull"] / 1e9)
+    report.finish(y="GB/s", kind="bars")
+
+
+if __name__ == "__main__":
+    typer.run(main)

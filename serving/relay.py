@@ -6,7 +6,7 @@ computes what it is not sent.
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -88,6 +88,17 @@ class Relay:
         self._prefill: Leg | None = None
         self._decode: Leg | None = None
         self._num_lost = 0
+
+    @property
+    def role(self) -> Literal["prefill", "decode"]:
+        """The kind of engine that has to do something for it now."""
+        return "prefill" if self._prefill is not None else "decode"
+
+    @property
+    def has_started(self) -> bool:
+        """Whether that engine has begun."""
+        leg = self._prefill or self._decode
+        return leg is not None and leg.timing.started is not None
 
     def begin(self, prefill: EngineClient, decode: EngineClient, transfer_id: str) -> None:
         """Compute the prompt on one engine, and go on with the other. Raises as `EngineClient.submit`."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from engine.autoscaling import ScalingLimits
 from serving.cli_options import engine_options
 from serving.settings import ServerSettings
 
@@ -97,6 +98,14 @@ def server_options(
         int, Option(help="Processes that compute prompts.", rich_help_panel=_WORKERS)
     ] = ServerSettings.prefill,
     decode: Annotated[int, Option(help="Processes that generate.", rich_help_panel=_WORKERS)] = ServerSettings.decode,
+    autoscale: Annotated[
+        str | None,
+        Option(
+            help="MIN:MAX processes of each kind; the load decides how many.",
+            show_default="as many as at the start",
+            rich_help_panel=_WORKERS,
+        ),
+    ] = None,
     max_queued_requests: Annotated[
         int, Option(help="Most requests that wait; further ones get 503.", rich_help_panel=_LIMITS)
     ] = ServerSettings.max_queued_requests,
@@ -136,8 +145,17 @@ def server_options(
             raise ValueError(f"api_key_file {key_file} holds no key")
         keys += found
     given["api_keys"] = tuple(keys)
+    if (bounds := given["autoscale"]) is not None:
+        given["autoscale"] = _scaling_limits(bounds)
     given["served_model_names"] = tuple(given.pop("served_model_name") or ())
     return given
+
+
+def _scaling_limits(bounds: str) -> ScalingLimits:
+    least, _, most = bounds.partition(":")
+    if not (least.isdecimal() and most.isdecimal()):
+        raise ValueError(f"autoscale is {bounds!r}, must be MIN:MAX, two numbers")
+    return ScalingLimits(least=int(least), most=int(most))
 
 
 _CONFIG = inspect.Parameter(

@@ -20,6 +20,7 @@ from litestar.types import ASGIApp
 
 from engine.messages import EngineInfo
 from serving.app import create_app
+from serving.autoscaler import Autoscaler
 from serving.engine_client import EngineClient
 from serving.http_protocol import BoundedHttp
 from serving.live import Live
@@ -69,15 +70,20 @@ async def serve(
         server = DrainingServer(app, settings, client)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         starting = asyncio.create_task(_start(client, app.state["service"]))
+        scaling: asyncio.Task[None] | None = None
         try:
             await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 info = await starting  # raises what kept it from starting
                 for line in _welcome(info, settings, names[0], listener):
                     say(line)
+                if settings.autoscale is not None and isinstance(client, WorkerPool):
+                    scaling = asyncio.create_task(Autoscaler(client, settings.autoscale).run())
             await serving
         finally:
             starting.cancel()
+            if scaling is not None:
+                scaling.cancel()
             server.should_exit = server.force_exit = True
             with contextlib.suppress(asyncio.CancelledError):
                 await client.stop()

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.autoscaling import ScalingLimits
+
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 MAX_STOPS = 4
@@ -31,6 +33,7 @@ class ServerSettings:
     max_body_bytes, max_header_bytes: of a request.
     role: which part of a request a router may send here with kv_transfer_params; whole requests are always served.
     disaggregate: serve with `prefill` engines that compute prompts and `decode` engines that generate.
+    autoscale: bounds of the number of engines of each kind, between which the load decides; None leaves it.
     generation_config: "auto" takes what a request leaves open from the checkpoint's generation_config.json.
     """
 
@@ -53,6 +56,7 @@ class ServerSettings:
     disaggregate: bool = False
     prefill: int = 1
     decode: int = 1
+    autoscale: ScalingLimits | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -70,6 +74,8 @@ class ServerSettings:
             seconds = getattr(self, name)
             if seconds is not None and not (math.isfinite(seconds) and 0 < seconds <= 1e7):
                 raise ValueError(f"{name} is {seconds}, must be above 0 and at most 1e7 seconds")
+        if self.autoscale is not None and not self.disaggregate:
+            raise ValueError("autoscale is for the engines that disaggregate starts: give both")
         if self.disaggregate and self.role != "both":
             raise ValueError(f"disaggregate starts workers of both roles, and role is {self.role!r}: give one of them")
         for name, choices in (

@@ -8,12 +8,14 @@ import itertools
 import logging
 import os
 import secrets
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import msgspec
 
+from engine.autoscaling import Observation
 from engine.messages import EngineInfo, Inspection
 from engine.step_record import StepRecord
 from engine.tokenizer import Tokenizer
@@ -38,10 +40,30 @@ class Worker:
     role: Role
     client: EngineClient
     is_leaving: bool = False
+    num_used_blocks: int = 0
+    _prompt_steps: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=64))
 
     @property
     def is_ready(self) -> bool:
         return self.client.state == "ready" and not self.is_leaving
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of its KV blocks that its last step used."""
+        info = self.client.info
+        return self.num_used_blocks / info.num_blocks if info is not None and self.client.load else 0.0
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        """While it computes prompts, of late; 0 as long as that is not known."""
+        seconds = sum(took for _, took in self._prompt_steps)
+        return sum(count for count, _ in self._prompt_steps) / seconds if seconds else 0.0
+
+    def note(self, record: StepRecord) -> None:
+        """A step of it has ended."""
+        self.num_used_blocks = record.num_used_blocks
+        if record.num_prompt_tokens:
+            self._prompt_steps.append((record.num_prompt_tokens, record.seconds))
 
 
 class WorkerPool:
@@ -105,6 +127,34 @@ class WorkerPool:
     @property
     def load(self) -> int:
         return len(self._relays)
+
+    def add_worker(self, role: Role) -> Worker:
+        """One more, which somebody must start. It shares the cores with the others."""
+        worker = self._make(role, 1 + sum(not worker.is_leaving for worker in self.workers))
+        self.workers.append(worker)
+        return worker
+
+    async def remove_worker(self, worker: Worker) -> None:
+        """End one that has nothing left to do."""
+        self.workers.remove(worker)
+        await worker.client.stop()
+
+    def observe(self, role: Role) -> Observation:
+        """What the workers of a kind have to do: prompt tokens and what they compute of them in a second, or
+        sequences and how many run at once."""
+        relays = [relay for relay in self._relays.values() if relay.role == role]
+        workers = [worker for worker in self.workers if worker.role == role and worker.is_ready]
+        queued = [relay for relay in relays if not relay.has_started]
+        running = [relay for relay in relays if relay.has_started]
+        usage = max((worker.kv_usage for worker in workers), default=0.0)
+        if role == "decode":
+            capacity = next((worker.client.info.max_num_seqs for worker in workers if worker.client.info), 1)
+            count, rest = (sum(relay.stream.num_open for relay in some) for some in (queued, running))
+        else:
+            rates = [worker.prompt_tokens_per_second for worker in workers]
+            capacity = max(1, round(max(rates, default=0.0)) or 1000)
+            count, rest = (sum(len(relay.request.prompt_token_ids) for relay in some) for some in (queued, running))
+        return Observation(count, rest, capacity, usage)
 
     def num_desired(self, role: Role) -> int:
         return sum(worker.role == role and not worker.is_leaving for worker in self.workers)
@@ -204,8 +254,9 @@ class WorkerPool:
     def _make(self, role: Role, count: int) -> Worker:
         # Threads of one step that wait for each other lose most of their time when they must share a core.
         client = EngineClient(self._options, num_threads=max(1, self._num_cores // count), **self._limits)
-        client.listeners.append(_Forward(self))
-        return Worker(next(self._numbers), role, client)
+        worker = Worker(next(self._numbers), role, client)
+        client.listeners.append(_Forward(self, worker))
+        return worker
 
     def _merged(self, infos: tuple[EngineInfo, ...]) -> EngineInfo:
         if getattr(self, "_merged_of", None) != tuple(map(id, infos)):
@@ -250,10 +301,12 @@ class WorkerPool:
 class _Forward(Listener):
     """What an engine tells goes to whoever listens to the pool."""
 
-    def __init__(self, pool: WorkerPool) -> None:
+    def __init__(self, pool: WorkerPool, worker: Worker) -> None:
         self._pool = pool
+        self._worker = worker
 
     def on_step(self, record: StepRecord, finished: float) -> None:
+        self._worker.note(record)
         self._pool._tell(lambda listener: listener.on_step(record, finished))
 
     def on_state(self, state: State) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from engine.autoscaling import Observation, ScalingLimits
 from engine.sampling_params import SamplingParams
+from serving.autoscaler import Autoscaler
 from serving.engine_errors import EngineDied, RequestRefused
-from serving.worker_pool import WorkerPool
+from serving.worker_pool import ROLES, WorkerPool
 from tests.engine_clients import (
     Recorder,
     ask,
@@ -167,3 +169,51 @@ def test_what_one_engine_refuses_the_pool_refuses(loop, directory):
             assert (len(answer.token_ids), answer.finish_reason) == (1, "length")
 
     loop.run(refuse())
+
+
+def test_a_pool_grows_and_shrinks_under_way_and_loses_nothing(loop, directory, llm):
+    prompts = random_prompts(30, longest=60)
+    expected = llm.generate(prompts, greedy(80))
+
+    async def scale():
+        async with running_pool(directory, SMALL_STEPS) as pool:
+            scaler = Autoscaler(
+                pool, ScalingLimits(least=1, most=2, cool_down=0.001, grow_seconds=0.0, shrink_seconds=0.0)
+            )
+            streams = [ask(pool, prompt, greedy(80)) for prompt in prompts[:15]]
+            reading = [asyncio.create_task(read(stream)) for stream in streams]
+            busy, idle = Observation(100, 16, 16, 0.5), Observation(0, 0, 16, 0.0)
+            for role in ROLES:
+                scaler.look(role, busy, 1.0)
+                assert pool.num_desired(role) == 2
+            await until(lambda: all(pool.num_ready(role) == 2 for role in ROLES))
+            streams = [ask(pool, prompt, greedy(80)) for prompt in prompts[15:]]
+            reading += [asyncio.create_task(read(stream)) for stream in streams]
+            await until(lambda: all(worker.client.load for worker in pool.workers))
+            for role in ROLES:
+                scaler.look(role, idle, 2.0)
+                assert pool.num_desired(role) == 1
+            assert len(pool.workers) == 4, "an engine was stopped with work to do"
+            answers = await asyncio.gather(*reading)
+            await until(lambda: len(pool.workers) == 2)
+            return answers
+
+    assert_same(expected, loop.run(scale()))
+
+
+def test_what_a_pool_sees_of_itself(loop, directory):
+    async def look():
+        async with running_pool(directory, SMALL_STEPS) as pool:
+            streams = [ask(pool, random_tokens(200, seed), greedy(150)) for seed in range(3)]
+            seen = pool.observe("prefill")
+            assert (seen.queued, seen.running) == (600, 0)
+            await until(lambda: all(stream.timing.first_token is not None for stream in streams))
+            await until(lambda: pool.observe("decode").running == 3)
+            seen = pool.observe("decode")
+            assert (seen.queued, seen.capacity) == (0, 16)
+            assert 0 < seen.kv_usage < 1
+            assert pool.observe("prefill").capacity > 1
+            for stream in streams:
+                stream.abort()
+
+    loop.run(look())

@@ -29,6 +29,8 @@ from engine.transfer.wire import Connection
 
 log = logging.getLogger(__name__)
 
+ACCEPT_AGAIN_SECONDS = 0.05
+
 
 @runtime_checkable
 class SourceSide(Protocol):
@@ -56,6 +58,7 @@ class Server:
         self._num_handshakes = 0
         self._names = itertools.count()
         self._is_closed = False
+        self._closing = threading.Event()
 
     def listen_locally(self) -> str:
         """A second way in, for processes of this machine; its name, or nothing where there is none."""
@@ -98,6 +101,7 @@ class Server:
             self._is_closed = True
             for connection in self._connections:
                 connection.abort()
+        self._closing.set()
         for listener in self._listeners:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
@@ -123,8 +127,13 @@ class Server:
         while not self._is_closed:
             try:
                 sock, _ = listener.accept()
+            except OSError:  # no descriptors left, say: that passes
+                self._closing.wait(ACCEPT_AGAIN_SECONDS)
+                continue
+            try:
                 connection = Connection(sock, self._options.connect_seconds)
             except OSError:
+                sock.close()
                 continue
             with self._lock:
                 is_full = (

@@ -173,6 +173,7 @@ class Engine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        slack: float = 0.0,
         publish_as: str | None = None,
         pull: Ticket | None = None,
         is_resumed: bool = False,
@@ -180,6 +181,7 @@ class Engine:
         """Queue a prompt of token ids. Raises ValueError, and changes nothing, if it cannot be served.
 
         priority: lower goes first. cache_salt: shares cached prefixes only with prompts of the same salt.
+        slack: seconds that it can wait; who has least left goes first.
         publish_as: compute the prompt and one token of each choice for another engine, which asks by this id.
         pull: where the prompt's keys and values come from. is_resumed: `resume` will tell of tokens that there are
         already. With either it waits for them. They need `kv_transfer`.
@@ -213,6 +215,7 @@ class Engine:
                     arrival_time=arrival_time,
                     priority=priority,
                     cache_salt=cache_salt,
+                    slack=slack,
                     logit_edits=edits if edits.edits or edits.masks else None,
                 )
             )

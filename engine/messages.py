@@ -30,6 +30,7 @@ class Start(msgspec.Struct):
 class Submit(msgspec.Struct, tag=True):
     """A request, tokenised. `params` are the fields of `SamplingParams`, without texts (stop, bad_words).
 
+    slack: seconds that it can wait.
     publish_as: compute the prompt and one token for another engine, under this transfer id.
     pull: where the prompt's KV comes from. is_resumed: a `Resume` will follow, with the tokens that there are already.
     """
@@ -39,6 +40,7 @@ class Submit(msgspec.Struct, tag=True):
     params: dict[str, Any]
     priority: int = 0
     cache_salt: str | None = None
+    slack: float = 0.0
     publish_as: str | None = None
     pull: Ticket | None = None
     is_resumed: bool = False

@@ -5,8 +5,9 @@ decode (Sarathi-Serve, arXiv:2403.02310). Prefixes that are still in the cache a
 run out, the sequence that is last in rank gives its own back and is computed again later, mostly from what it left
 in the cache; nothing accepted is lost.
 
-Everybody has one rank for life: the time of arrival plus a delay for each step of priority. So a lower number goes
-first, first come first served within it, and whoever has waited long enough goes before those who came after. The
+Everybody has one rank for life: the time of arrival, plus what it can wait (`Sequence.slack`), plus a delay for each
+step of priority. So a lower number goes first, first come first served within it, and whoever has waited long enough
+goes before those who came after. The
 running sequence that is first in rank can always take the blocks it needs, so there is always progress.
 """
 
@@ -338,7 +339,7 @@ class Scheduler:
         self.pool.check([*tables, *self._reserved.values(), *self._kept])
 
     def _rank(self, sequence: Sequence) -> tuple[float, int]:
-        return sequence.arrival_time + sequence.priority * self.priority_aging, sequence.id
+        return sequence.arrival_time + sequence.slack + sequence.priority * self.priority_aging, sequence.id
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.status = Status.WAITING

@@ -71,6 +71,7 @@ class Sequence:
     drafting: what speculation keeps for it.
     num_drafter_tokens: the first tokens whose keys and values a draft model has computed.
     num_resumed_tokens: output tokens that it had when it came from another engine.
+    slack: seconds after its arrival for which it is in time: whoever has less left goes first.
     kept_blocks: those of its prompt, as they are filled, each kept for another engine until it is given back; None
         if none is to be.
     """
@@ -84,6 +85,7 @@ class Sequence:
     arrival_time: float
     priority: int = 0
     cache_salt: str | None = None
+    slack: float = 0.0
     logit_edits: "LogitEdits | None" = None
     needs: int = field(init=False)
     choices: tuple["Sequence", ...] = ()

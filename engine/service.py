@@ -108,6 +108,7 @@ class Service:
                 SamplingParams(**message.params),
                 priority=message.priority,
                 cache_salt=message.cache_salt,
+                slack=message.slack,
                 publish_as=message.publish_as,
                 pull=message.pull,
                 is_resumed=message.is_resumed,

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from msgspec import UNSET
 
 from engine.sampling_params import SamplingParams
+from engine.slo import Slo
 from serving.engine_client import ChoiceUpdate, EngineClient, GenerationRequest, RequestStream
 from serving.errors import ApiError
 from serving.kv_transfer import Transfer
@@ -31,6 +32,7 @@ class Call:
         priority: int = 0,
         cache_salt: str | None = None,
         timeout: float | None = None,
+        slo: Slo | None = None,
         transfer: Transfer | None = None,
     ) -> None:
         self.request_id = request_id
@@ -51,6 +53,7 @@ class Call:
                     priority,
                     cache_salt,
                     timeout,
+                    slo,
                     self.transfer.publish_as,
                     self.transfer.pull,
                 )

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -25,9 +26,10 @@ from engine.messages import (
     Submit,
     encode_params,
 )
+from engine.slo import is_hopeless, slack
 from engine.text_stream import without_texts
 from engine.tokenizer import Tokenizer
-from serving.admission import Admission
+from serving.admission import Admission, PromptRate
 from serving.engine_errors import (
     EngineDied,
     EngineFailed,
@@ -56,6 +58,7 @@ class EngineClient:
     stall_seconds: without a step while there is work, after which the engine does not count as ready.
     restart_window: a restarted engine that dies within these seconds stays dead.
     num_threads: of the engine; None takes a thread for each core.
+    has_slos: whether there are classes of requests with promises, so that those without one can wait for them.
 
     Everything but `RequestText` runs in the event loop that called `start`.
     """
@@ -70,6 +73,7 @@ class EngineClient:
         restart_window: float = 60.0,
         show_progress: bool = False,
         num_threads: int | None = None,
+        has_slos: bool = False,
     ) -> None:
         self.listeners: list[Listener] = []
         self._supervisor = EngineSupervisor(
@@ -80,6 +84,8 @@ class EngineClient:
             restart_window=restart_window,
         )
         self._stall_seconds = stall_seconds
+        self._has_slos = has_slos
+        self._prompt_rate = PromptRate()
         self._admission = Admission(max_queued_requests, max_queued_tokens)
         self._keys = itertools.count()
         self._streams: dict[str, RequestStream] = {}  # under way; the reading thread only looks things up
@@ -152,28 +158,56 @@ class EngineClient:
         except ValueError as error:
             raise RequestRefused(str(error)) from None
         key = str(next(self._keys))
+        # Who goes on elsewhere has waited already.
+        slack_seconds = 0.0 if is_resumed or not self._has_slos else self._slack(request)
         message = Submit(
             key,
             request.prompt_token_ids,
             encode_params(params),
             request.priority,
             request.cache_salt,
+            slack_seconds,
             request.publish_as,
             request.pull,
             is_resumed,
         )
-        self._admission.enter(key, num_tokens)
+        self._admission.enter(key, num_tokens, time.perf_counter() + slack_seconds)
         stream = make(key, request, RequestText(self.tokenizer, request.params, request.is_continued), self._abort)
         if not self._is_waited_for:
             self._busy_since = time.perf_counter()
         self._streams[key] = stream
         if request.timeout is not None:
             self._timers[key] = self._loop.call_later(request.timeout, self._time_out, stream)
+        elif request.slo is not None and not is_resumed and math.isfinite(request.slo.ttft):
+            self._timers[key] = self._loop.call_later(request.slo.ttft, self._shed_late, stream)
         try:
             self._supervisor.send(message)
         except Exception as error:  # what cannot be sent must not be waited for
             self._end(stream, EngineFailed(f"{type(error).__name__}: {error}"), tell_engine=False)
         return stream
+
+    def _slack(self, request: GenerationRequest) -> float:
+        """Seconds that a request can wait. Raises Overloaded if its first token cannot come in time."""
+        num_tokens, rate = len(request.prompt_token_ids), self._prompt_rate.tokens_per_second
+        seconds = slack(request.slo, num_tokens, rate)
+        before = self._admission.tokens_before(time.perf_counter() + seconds)
+        if request.slo is not None and is_hopeless(request.slo, num_tokens, before, rate):
+            self._tell(lambda listener: listener.on_shed(request.slo))  # type: ignore[arg-type]
+            raise Overloaded(
+                f"the first token cannot come within {request.slo.ttft:g} s, as {request.slo.name!r} is promised:"
+                f" {before} prompt tokens are before it",
+                self._admission.retry_after(),
+            )
+        return seconds
+
+    def _shed_late(self, stream: RequestStream) -> None:
+        """Its time has passed: if it has not begun, it need not any more."""
+        slo = stream.request.slo
+        if slo is None or stream.has_ended or stream.timing.started is not None:
+            return
+        self._tell(lambda listener: listener.on_shed(slo))
+        error = Overloaded(f"the request waited for {slo.ttft:g} s, which {slo.name!r} is promised", 5)
+        self._end(stream, error, tell_engine=True)
 
     def resume(self, stream: RequestStream, outputs: list[list[int] | None]) -> None:
         """Let a request go on after the tokens that each choice has already; None is a choice that has ended."""
@@ -313,6 +347,7 @@ class EngineClient:
             self._update(stream, update, message.finished)
         record = message.record
         if record is not None:
+            self._prompt_rate.note(record)
             self._tell(lambda listener: listener.on_step(record, message.finished))
 
     def _update(self, stream: RequestStream, update: ChoiceUpdate, now: float) -> None:

@@ -1,5 +1,6 @@
 """What metrics and pages hear of the engine."""
 
+from engine.slo import Slo
 from engine.step_record import StepRecord
 from serving.engine_supervisor import State
 from serving.request_stream import FirstToken, RequestSummary
@@ -16,6 +17,9 @@ class Listener:
 
     def on_request_finished(self, summary: RequestSummary) -> None:
         """A request has ended, in whatever way."""
+
+    def on_shed(self, slo: Slo) -> None:
+        """A request of this class was turned away: its first token would have come too late."""
 
     def on_state(self, state: State) -> None:
         """The engine's state has changed."""

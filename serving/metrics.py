@@ -13,6 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from engine.messages import EngineInfo
+from engine.slo import Slo
 from engine.step_record import StepRecord
 from serving.distribution import Distribution
 from serving.engine_client import EngineClient, Listener
@@ -95,6 +96,8 @@ class Metrics(Listener):
         self._tokens_generated.inc(summary.output_tokens)
         self._request_generation_tokens.observe(summary.output_tokens)
         self._request_prompt_tokens.observe(summary.prompt_tokens)
+        if summary.slo is not None and summary.met_slo is not None:
+            self._count_slo(summary.slo, "met" if summary.met_slo else "missed")
         timing = RequestTiming(summary.arrival, summary.started, summary.first_token, summary.finished)
         for phase, histogram in self._phases.items():
             histogram.observe(getattr(timing, phase))
@@ -103,6 +106,12 @@ class Metrics(Listener):
         self._gaps.distribution.add(summary.gaps)
         if summary.gaps:
             self._tpot.observe(sum(summary.gaps) / len(summary.gaps))
+
+    def on_shed(self, slo: Slo) -> None:
+        self._count_slo(slo, "shed")
+
+    def _count_slo(self, slo: Slo, outcome: str) -> None:
+        self._slo_requests.labels(**self._labels, slo=slo.name, outcome=outcome).inc()
 
     def on_drafts(self, num_drafts: int, num_draft_tokens: int, accepted_per_position: Sequence[int]) -> None:
         """A step checked `num_drafts` drafts; how many of their first, second, … tokens were accepted."""
@@ -184,6 +193,12 @@ class Metrics(Listener):
         self._batch_tokens = histogram("dispec_batch_tokens", "Tokens computed in a step.", _TOKENS)
         self._running = gauge("dispec_running_requests", "Requests in the engine's batches.")
         self._waiting = gauge("dispec_waiting_requests", "Requests that wait to be scheduled.")
+        self._slo_requests = Counter(
+            "dispec_slo_requests",
+            "Requests of each class that kept their objectives (the goodput), that did not, and that were turned away.",
+            (*_LABELS, "slo", "outcome"),
+            registry=self.registry,
+        )
         transfers = Counter(
             "dispec_kv_transfers",
             "Prompts whose keys and values came from another engine, or should have and were computed instead.",

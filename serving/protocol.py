@@ -74,6 +74,7 @@ class Sampling(Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int | None, _limits(-(2**31), 2**31 - 1, "Lower goes first.")] = None
+    slo: Annotated[str | None, Meta(description="The class whose objectives it is to be held to.")] = None
     request_id: Annotated[str | None, _NAME] = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None

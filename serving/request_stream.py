@@ -10,11 +10,12 @@ import msgspec
 
 from engine.sampling_params import SamplingParams
 from engine.sequence import FinishReason
+from engine.slo import Slo
 from engine.transfer.interface import Ticket
-from serving.engine_errors import EngineDied, EngineFailed, RequestRefused, RequestTimedOut
+from serving.engine_errors import EngineDied, EngineFailed, Overloaded, RequestRefused, RequestTimedOut
 from serving.request_text import ChoiceUpdate, RequestText, merged
 
-RequestError = EngineFailed | EngineDied | RequestTimedOut | RequestRefused
+RequestError = EngineFailed | EngineDied | RequestTimedOut | RequestRefused | Overloaded
 
 
 class GenerationRequest(msgspec.Struct):
@@ -29,6 +30,7 @@ class GenerationRequest(msgspec.Struct):
     priority: int = 0
     cache_salt: str | None = None
     timeout: float | None = None
+    slo: Slo | None = None
     publish_as: str | None = None
     pull: Ticket | None = None
     is_continued: bool = False
@@ -60,6 +62,15 @@ class RequestSummary(NamedTuple):
     finished: float
     gaps: list[float]
     error: str | None
+    slo: Slo | None = None
+
+    @property
+    def met_slo(self) -> bool | None:
+        """Whether it kept what its class was promised; None without a class, or if its client gave it up."""
+        if self.slo is None or "abort" in self.finish_reasons:
+            return None
+        first = None if self.first_token is None or self.error is not None else self.first_token - self.arrival
+        return self.slo.is_met(first, self.gaps)
 
 
 @dataclass(slots=True)
@@ -97,7 +108,7 @@ class RequestTiming:
 
 class RequestStream(AsyncIterator[ChoiceUpdate]):
     """The updates of a request, for one reader. It ends after the last choice has, or raises what ended the request:
-    EngineFailed, EngineDied, RequestTimedOut or RequestRefused.
+    EngineFailed, EngineDied, RequestTimedOut, RequestRefused, or Overloaded if it waited past its time.
 
     Whoever stops reading before the end must `abort`. Everything here but `text` belongs to the event loop's thread.
     """
@@ -207,6 +218,7 @@ class RequestStream(AsyncIterator[ChoiceUpdate]):
             finished=timing.finished,
             gaps=self.text.gaps,
             error=None if self.error is None else str(self.error),
+            slo=self.request.slo,
         )
 
     async def _wait(self) -> None:

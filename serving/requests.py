@@ -6,7 +6,7 @@ from litestar import Request
 
 from engine.sampling_params import SamplingParams
 from serving.call import Call
-from serving.errors import invalid
+from serving.errors import ApiError, invalid
 from serving.kv_transfer import transfer
 from serving.prompts import Prompt
 from serving.protocol import Sampling
@@ -26,6 +26,10 @@ def begin(
     priority = body.priority or 0
     if not -_PRIORITY <= priority < _PRIORITY:
         raise invalid(f"priority is {priority}, must be between {-_PRIORITY} and {_PRIORITY - 1}")
+    try:
+        slo = settings.slo(body.slo)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="slo") from None
     return Call(
         service.client,
         request_id(request, body.request_id),
@@ -34,6 +38,7 @@ def begin(
         priority=priority,
         cache_salt=body.cache_salt,
         timeout=settings.request_timeout,
+        slo=slo,
         transfer=transfer(body.kv_transfer_params, service.open_model().info, settings.role, len(prompts)),
     )
 

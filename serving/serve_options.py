@@ -11,6 +11,7 @@ import typer
 from typer import Argument, Option
 
 from engine.autoscaling import ScalingLimits
+from engine.slo import parse_slo
 from serving.cli_options import engine_options
 from serving.settings import ServerSettings
 
@@ -106,6 +107,13 @@ def server_options(
             rich_help_panel=_WORKERS,
         ),
     ] = None,
+    slo: Annotated[
+        list[str] | None,
+        Option(
+            help="NAME:ttft=SECONDS,itl=SECONDS, a class that requests can name; can be given several times.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
     max_queued_requests: Annotated[
         int, Option(help="Most requests that wait; further ones get 503.", rich_help_panel=_LIMITS)
     ] = ServerSettings.max_queued_requests,
@@ -145,6 +153,7 @@ def server_options(
             raise ValueError(f"api_key_file {key_file} holds no key")
         keys += found
     given["api_keys"] = tuple(keys)
+    given["slos"] = tuple(map(parse_slo, given.pop("slo") or ()))
     if (bounds := given["autoscale"]) is not None:
         given["autoscale"] = _scaling_limits(bounds)
     given["served_model_names"] = tuple(given.pop("served_model_name") or ())

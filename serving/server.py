@@ -100,6 +100,7 @@ def make_client(
         "max_queued_tokens": settings.max_queued_tokens,
         "stall_seconds": settings.stall_seconds,
         "show_progress": show_progress,
+        "has_slos": bool(settings.slos),
     }
     if settings.disaggregate:
         num_cores = len(os.sched_getaffinity(0))

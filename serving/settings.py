@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.autoscaling import ScalingLimits
+from engine.slo import DEFAULT_CLASS, Slo
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
@@ -34,6 +35,7 @@ class ServerSettings:
     role: which part of a request a router may send here with kv_transfer_params; whole requests are always served.
     disaggregate: serve with `prefill` engines that compute prompts and `decode` engines that generate.
     autoscale: bounds of the number of engines of each kind, between which the load decides; None leaves it.
+    slos: classes of requests and what they are promised; the one named "default" is that of requests that name none.
     generation_config: "auto" takes what a request leaves open from the checkpoint's generation_config.json.
     """
 
@@ -57,6 +59,7 @@ class ServerSettings:
     prefill: int = 1
     decode: int = 1
     autoscale: ScalingLimits | None = None
+    slos: tuple[Slo, ...] = ()
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -74,6 +77,8 @@ class ServerSettings:
             seconds = getattr(self, name)
             if seconds is not None and not (math.isfinite(seconds) and 0 < seconds <= 1e7):
                 raise ValueError(f"{name} is {seconds}, must be above 0 and at most 1e7 seconds")
+        if len({slo.name for slo in self.slos}) < len(self.slos):
+            raise ValueError("slo names a class twice")
         if self.autoscale is not None and not self.disaggregate:
             raise ValueError("autoscale is for the engines that disaggregate starts: give both")
         if self.disaggregate and self.role != "both":
@@ -92,3 +97,13 @@ class ServerSettings:
             raise ValueError("host is empty, must be a name or an address")
         if not all(self.served_model_names):
             raise ValueError("served_model_name is empty, must be a name")
+
+    def slo(self, name: str | None) -> Slo | None:
+        """The class of that name, or of requests without one. Raises ValueError if there is no such class."""
+        found = {slo.name: slo for slo in self.slos}
+        if name is None:
+            return found.get(DEFAULT_CLASS)
+        if name not in found:
+            known = ", ".join(map(repr, found)) or "none: this server was started without --slo"
+            raise ValueError(f"slo is {name!r:.100}, must be one of {known}")
+        return found[name]

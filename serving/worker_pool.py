@@ -17,8 +17,10 @@ import msgspec
 
 from engine.autoscaling import Observation
 from engine.messages import EngineInfo, Inspection
+from engine.slo import Slo
 from engine.step_record import StepRecord
 from engine.tokenizer import Tokenizer
+from serving.admission import PromptRate
 from serving.engine_client import EngineClient
 from serving.engine_errors import NotReady, RequestRefused
 from serving.engine_supervisor import State
@@ -41,7 +43,7 @@ class Worker:
     client: EngineClient
     is_leaving: bool = False
     num_used_blocks: int = 0
-    _prompt_steps: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=64))
+    prompt_rate: PromptRate = field(default_factory=PromptRate)
 
     @property
     def is_ready(self) -> bool:
@@ -53,17 +55,10 @@ class Worker:
         info = self.client.info
         return self.num_used_blocks / info.num_blocks if info is not None and self.client.load else 0.0
 
-    @property
-    def prompt_tokens_per_second(self) -> float:
-        """While it computes prompts, of late; 0 as long as that is not known."""
-        seconds = sum(took for _, took in self._prompt_steps)
-        return sum(count for count, _ in self._prompt_steps) / seconds if seconds else 0.0
-
     def note(self, record: StepRecord) -> None:
         """A step of it has ended."""
         self.num_used_blocks = record.num_used_blocks
-        if record.num_prompt_tokens:
-            self._prompt_steps.append((record.num_prompt_tokens, record.seconds))
+        self.prompt_rate.note(record)
 
 
 class WorkerPool:
@@ -84,6 +79,7 @@ class WorkerPool:
         self._numbers = itertools.count()
         self._keys = itertools.count()
         self._relays: dict[str, Relay] = {}
+        self._met: deque[bool] = deque(maxlen=100)  # whether the last requests that were promised something got it
         self._drained: asyncio.Future[None] | None = None
         self._is_draining = self._is_stopping = False
         self._told_state: State = "loading"
@@ -151,10 +147,11 @@ class WorkerPool:
             capacity = next((worker.client.info.max_num_seqs for worker in workers if worker.client.info), 1)
             count, rest = (sum(relay.stream.num_open for relay in some) for some in (queued, running))
         else:
-            rates = [worker.prompt_tokens_per_second for worker in workers]
+            rates = [worker.prompt_rate.tokens_per_second for worker in workers]
             capacity = max(1, round(max(rates, default=0.0)) or 1000)
             count, rest = (sum(len(relay.request.prompt_token_ids) for relay in some) for some in (queued, running))
-        return Observation(count, rest, capacity, usage)
+        attainment = sum(self._met) / len(self._met) if self._met else 1.0
+        return Observation(count, rest, capacity, usage, attainment)
 
     def num_desired(self, role: Role) -> int:
         return sum(worker.role == role and not worker.is_leaving for worker in self.workers)
@@ -273,6 +270,8 @@ class WorkerPool:
         if self._relays.pop(relay.key, None) is None:
             return
         summary = relay.stream.summary()
+        if summary.met_slo is not None:
+            self._met.append(summary.met_slo)
         self._tell(lambda listener: listener.on_request_finished(summary))
         if not self._relays and self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
@@ -308,6 +307,10 @@ class _Forward(Listener):
     def on_step(self, record: StepRecord, finished: float) -> None:
         self._worker.note(record)
         self._pool._tell(lambda listener: listener.on_step(record, finished))
+
+    def on_shed(self, slo: Slo) -> None:
+        self._pool._met.append(False)
+        self._pool._tell(lambda listener: listener.on_shed(slo))
 
     def on_state(self, state: State) -> None:
         self._pool._tell_state()

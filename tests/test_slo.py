@@ -1,0 +1,121 @@
+"""Objectives: who goes first, who is turned away, and what is said about it."""
+
+import asyncio
+import math
+import random
+
+import pytest
+
+from engine.block_pool import BlockPool
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+from engine.slo import Slo, is_hopeless, parse_slo, slack
+from engine.step import StepResult
+from serving.admission import Admission
+from serving.engine_errors import Overloaded
+from serving.metrics import Metrics
+from serving.settings import ServerSettings
+from tests.engine_clients import Recorder, ask, generate, read, running_client, until
+from tests.engine_clients import directory as directory
+from tests.engine_clients import one_thread_each as one_thread_each
+from tests.small_engine import greedy, random_tokens
+
+FAST = Slo("fast", 0.5, 0.05)
+
+
+def test_a_class_is_read_from_its_option():
+    assert parse_slo("chat:ttft=0.5,itl=0.05") == Slo("chat", 0.5, 0.05)
+    assert parse_slo("batch:itl=1") == Slo("batch", math.inf, 1.0)
+    for wrong in (
+        "chat",
+        "chat:",
+        ":ttft=1",
+        "chat:ttft=0",
+        "chat:ttft=x",
+        "chat:tpot=1",
+        "chat:ttft=nan",
+        'a"b:ttft=1',
+    ):
+        with pytest.raises(ValueError, match="slo is "):
+            parse_slo(wrong)
+    with pytest.raises(ValueError, match="slo is 'other', must be one of 'fast'"):
+        ServerSettings(slos=(FAST,)).slo("other")
+    with pytest.raises(ValueError, match="twice"):
+        ServerSettings(slos=(FAST, FAST))
+
+
+def test_least_slack_goes_first_and_nobody_waits_for_ever():
+    """Random arrivals of three classes at a scheduler that is always too busy: everybody begins in the order of the
+    latest start, and whoever waits is overtaken only by those who came before its own latest start."""
+    rng = random.Random(1)
+    scheduler = Scheduler(BlockPool(65, 4), 2, 8, enable_prefix_caching=False)
+    slos = [FAST, Slo("slow", 3.0), None]
+    begun: list[Sequence] = []
+    for number in range(120):
+        slo = rng.choice(slos)
+        prompt = [1] * rng.randint(1, 8)
+        sequence = Sequence(
+            number, prompt, SamplingParams(max_tokens=1), 0, frozenset(), len(prompt) + 1, number / 10,
+            slack=slack(slo, len(prompt), 100.0),
+        )  # fmt: skip
+        scheduler.add(sequence)
+        if number % 3 == 0:
+            ready = [*scheduler.waiting]
+            step = scheduler.schedule()
+            chosen = [work.sequence for work in step.work if work.start == 0]
+            assert chosen == ready[: len(chosen)]
+            latest = [one.arrival_time + one.slack for one in ready]
+            assert latest == sorted(latest)
+            begun += chosen
+            scheduler.commit(step, StepResult({work.sequence.id: [2] for work in step.work if work.samples}))
+    for late in begun:
+        before = begun[: begun.index(late)]
+        overtakers = [other for other in before if other.arrival_time > late.arrival_time]
+        assert all(other.arrival_time < late.arrival_time + late.slack for other in overtakers)
+    assert any(begun.index(a) > begun.index(b) for a in begun for b in begun if a.arrival_time < b.arrival_time)
+
+
+def test_what_cannot_come_in_time_is_known_beforehand():
+    assert not is_hopeless(FAST, 100, 0, 1000.0)
+    assert is_hopeless(FAST, 100, 401, 1000.0)
+    assert not is_hopeless(FAST, 100, 10**6, 0.0)  # nothing is known yet
+    assert not is_hopeless(None, 10**6, 10**6, 1.0)
+    admission = Admission(10, 10**6)
+    admission.enter("a", 300, 5.0)
+    admission.enter("b", 50, 9.0)
+    assert admission.tokens_before(5.0) == 300
+    admission.leave("a", started=True)
+    assert admission.tokens_before(100.0) == 50
+
+
+def test_a_hopeless_request_costs_nothing_and_one_that_waited_too_long_ends(directory):
+    async def overload():
+        engine = {"max_num_seqs": 2, "max_num_batched_tokens": 32}
+        async with running_client(directory, engine, has_slos=True) as client:
+            recorder, metrics = Recorder(), Metrics("m")
+            client.listeners += [recorder, metrics]
+            await generate(client, random_tokens(200), greedy(2))  # now the rate is known
+            rate = client._prompt_rate.tokens_per_second
+            hopeless = Slo("hopeless", 400 / rate / 2, 1.0)
+            with pytest.raises(Overloaded, match="cannot come within"):
+                ask(client, random_tokens(400), greedy(2), slo=hopeless)
+            assert client.load == 0
+            running = [ask(client, random_tokens(5, seed), greedy(400)) for seed in range(2)]
+            await until(lambda: client.num_waiting == 0)
+            late = ask(client, random_tokens(5, 7), greedy(2), slo=Slo("late", 0.05, 1.0))
+            with pytest.raises(Overloaded, match=r"waited for 0\.05 s"):
+                await read(late)
+            for stream in running:
+                stream.abort()
+            await generate(client, random_tokens(5), greedy(4), slo=Slo("easy", 1000.0, 1000.0))
+            await generate(client, random_tokens(5), greedy(4), slo=Slo("hard", 1000.0, 1e-9))
+            return metrics.render().decode()
+
+    shown = asyncio.run(overload())
+    counted = {
+        (line.split('slo="')[1].split('"')[0], line.split('outcome="')[1].split('"')[0])
+        for line in shown.splitlines()
+        if line.startswith("dispec_slo_requests_total{") and line.endswith(" 1.0")
+    }
+    assert counted == {("hopeless", "shed"), ("late", "shed"), ("easy", "met"), ("hard", "missed")}

@@ -21,6 +21,8 @@ COMMANDS = {
     "spec": "what speculative decoding is worth, and why",
     "compile": "compile times by phase; graphs, kernels, recompilations",
     "disagg": "GB/s of KV blocks from process to process, by transport",
+    "cluster-sim": "latencies and goodput of a simulated cluster, and which workers to buy",
+    "mixed-load": "time between tokens while long prompts arrive: one engine, or prompts elsewhere",
     "serve": "latencies and throughput of a server under load",
     "roofline": "steps as shares of the machine's measured limits",
     "agreement": "how often the next token is transformers' next token",

@@ -12,6 +12,7 @@ _PRIOR, _PRIOR_WEIGHT = 0.6, 2.0  # a sequence's chance before anything is known
 _FORGETTING = 0.93  # of what was known of a chance, by each later step that guesses
 _LEARNING = 0.15  # of a new time in the mean of a cost
 _LEAST_GAIN = 1.01  # more tokens a second than without guesses, lest noise decide
+_LEAST_HOPE = 1.15  # the same, of guesses that are all right, for one to be tried now and then
 _PROBE_FIRST, _PROBE_LAST = 16, 256  # steps without a guess before one is tried
 
 
@@ -110,12 +111,22 @@ class DraftController:
         chosen: dict[int, int] = {}
         for _, _, key in worth[:best]:
             chosen[key] = chosen.get(key, 0) + 1
+        could_pay = self._could_pay(available, num_sequences, base, draft_seconds)
         for key in available.keys() - chosen.keys():
             own = acceptance[key]
             own.idle_steps += 1
-            if own.idle_steps > own.patience:
+            # Everybody's probes together must not be more than one sequence's would be.
+            if could_pay and own.idle_steps > own.patience * len(available):
                 chosen[key] = min(2, available[key])
         return chosen
+
+    def _could_pay(self, available: Mapping[int, int], num_sequences: int, base: float, draft_seconds: float) -> bool:
+        """Whether guesses would be worth their costs if all were right: else there is nothing to find out."""
+        best = 0.0
+        for depth in range(1, max(available.values(), default=0) + 1):
+            tokens = num_sequences + sum(min(depth, most) for most in available.values())
+            best = max(best, tokens / ((self.verify.of(tokens) or base) + depth * draft_seconds))
+        return best > num_sequences / base * _LEAST_HOPE
 
 
 def predicted_speedup(chance: float, num_drafts: int, decode: float, verify: float, draft: float) -> float:

@@ -37,7 +37,7 @@ def test_guesses_go_to_those_whose_guesses_stand() -> None:
 
 
 def test_where_nothing_pays_there_are_only_probes_ever_fewer_of_them() -> None:
-    controller, acceptance = taught(10.0, 9.0, 9.0), known(0.3)
+    controller, acceptance = taught(10.0, 2.0, 2.0), known(0.1)
     probes = []
     for step in range(2000):
         if count := controller.choose({1: 5}, {1: acceptance}, 1).get(1, 0):
@@ -46,6 +46,18 @@ def test_where_nothing_pays_there_are_only_probes_ever_fewer_of_them() -> None:
     gaps = [later - earlier for earlier, later in itertools.pairwise(probes)]
     assert 5 < len(probes) < 20
     assert gaps == sorted(gaps)
+
+
+def test_nothing_is_tried_where_not_even_right_guesses_would_pay() -> None:
+    controller = taught(10.0, 9.0, 1.0)
+    assert not any(controller.choose({1: 5}, {1: known(0.3)}, 1) for _ in range(2000))
+
+
+def test_many_sequences_together_try_no_more_than_one() -> None:
+    controller = taught(10.0, 0.1, 8.0, sequences=16)
+    acceptance = {key: known(0.02) for key in range(16)}
+    tried = sum(len(controller.choose(dict.fromkeys(range(16), 5), acceptance, 16)) for _ in range(500))
+    assert tried <= 500 / 16 * 1.5
 
 
 def test_nothing_is_guessed_before_a_step_was_seen() -> None:

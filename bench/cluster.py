@@ -2,6 +2,7 @@
 to take, on a clock that jumps from event to event.
 """
 
+import functools
 import heapq
 import itertools
 from collections import deque
@@ -95,7 +96,7 @@ class Cluster:
         """All requests to their ends. Raises ValueError for one that no worker could ever hold."""
         outcomes = [Outcome(request) for request in trace]
         for number, outcome in enumerate(outcomes):
-            self._at(outcome.request.arrival, lambda now, n=number, o=outcome: self._arrive(now, n, o))
+            self._at(outcome.request.arrival, functools.partial(self._arrive, number, outcome))
         while self._events:
             now, _, event = heapq.heappop(self._events)
             event(now)
@@ -104,7 +105,7 @@ class Cluster:
     def _at(self, time: float, event: Callable[[float], None]) -> None:
         heapq.heappush(self._events, (time, next(self._order), event))
 
-    def _arrive(self, now: float, number: int, outcome: Outcome) -> None:
+    def _arrive(self, number: int, outcome: Outcome, now: float) -> None:
         workers = self._prefill or self._decode
         request = outcome.request
         worker = self._choose(workers, request.prompt)

@@ -100,7 +100,6 @@ async def replay(url: str, trace: list[Request]) -> list[Outcome]:
             "stream": True,
             "stream_options": {"include_usage": True},
             "ignore_eos": True,
-            "return_token_ids": True,
         }
         answer = read(*await client.ask("/v1/completions", json.dumps(body).encode()))
         if answer.error is not None:
@@ -171,12 +170,8 @@ def main(
 
 def _add(report: Report, name: str, found: dict[str, Any]) -> None:
     ttft, itl = found["ttft"], found["itl"]
-    report.add(
-        {"split": name},
-        found,
-        [name, *(ttft[f"p{share}"] for share in (50, 90, 99)), *(1e3 * itl[f"p{share}"] for share in (50, 90, 99))]
-        + [found["goodput"], found["kept"], found["cached"]],
-    )
+    cells = [name, *(ttft[f"p{share}"] for share in (50, 90, 99)), *(1e3 * itl[f"p{share}"] for share in (50, 90, 99))]
+    report.add({"split": name}, found, [*cells, found["goodput"], found["kept"], found["cached"]])
     report.point("goodput", name, found["goodput"])
 
 

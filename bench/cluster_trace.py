@@ -63,7 +63,8 @@ def make_trace(kind: str, count: int, rate: float, prompt_tokens: int, output_to
 def read_trace(path: Path, seed: int) -> list[Request]:
     """Lines of JSON with `arrival`, `prompt_tokens` and `output_tokens`; lines of the same `session` share the longest
     prefix that their lengths allow. Raises ValueError with the line that cannot be read."""
-    rng, found, sessions = random.Random(seed), [], {}
+    rng, found = random.Random(seed), []
+    sessions: dict[str, list[int]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             stated = json.loads(line)

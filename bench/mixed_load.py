@@ -105,19 +105,9 @@ def main(
         ttft = percentiles([answer.ttft for answer in asked if answer.error is None]) or {}
         tokens = sum(answer.num_tokens for answer in good) / sum(answer.e2e for answer in good) * num_streams
         errors = sum(answer.error is not None for answer in (*generated, *asked))
-        report.add(
-            {"engines": kind},
-            {"itl": itl, "worst_gap": max(gaps), "ttft": ttft, "tokens_per_second": tokens, "errors": errors},
-            [
-                kind,
-                *(1e3 * itl[name] for name in ("p50", "p90", "p99")),
-                1e3 * max(gaps),
-                ttft["p50"],
-                ttft["p90"],
-                tokens,
-            ]
-            + [errors],
-        )
+        cells = [kind, *(1e3 * itl[name] for name in ("p50", "p90", "p99")), 1e3 * max(gaps), ttft["p50"], ttft["p90"]]
+        figures = {"itl": itl, "worst_gap": max(gaps), "ttft": ttft, "tokens_per_second": tokens, "errors": errors}
+        report.add({"engines": kind}, figures, [*cells, tokens, errors])
         report.point("p99", kind, 1e3 * itl["p99"])
     report.finish(y="ms between tokens", kind="bars")
 

@@ -1,0 +1,144 @@
+"""What speculation emits has the target's distribution after every kind of processing, whoever guesses.
+
+The probabilities are worked out in NumPy, from the definitions of the parameters. 65,536 draws each, by chi-square.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from layers.logit_processing import allow, edit, restrict
+from layers.sampling import draw
+from layers.types import Edits, Filters, Sampling
+
+SIZE, COUNT = 24, 65536
+SETTINGS = {
+    "temperature 1": {},
+    "temperature 0.6": {"temperature": 0.6},
+    "top-k": {"top_k": 6},
+    "top-p": {"top_p": 0.7},
+    "min-p": {"min_p": 0.1},
+    "penalties": {"scale": {2: 1.5, 7: 1.5, 11: 1.5}, "addend": {2: -0.8, 7: -0.4}},
+    "logit_bias": {"addend": {3: 4.0, 5: -100.0}},
+    "allowed tokens": {"allowed": range(4, 15)},
+    "all": {"temperature": 1.4, "top_k": 9, "top_p": 0.9, "min_p": 0.02, "addend": {3: 1.0}, "allowed": range(20)},
+}
+DRAFTS = {"equal": 0.0, "near": 0.5, "far": 4.0}
+
+
+def target_logits() -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 1.5, SIZE)
+
+
+def draft_logits(name: str) -> np.ndarray:
+    return target_logits() + DRAFTS[name] * np.random.default_rng(1).normal(0, 1, SIZE)
+
+
+def probabilities(
+    logits: np.ndarray, temperature=1.0, top_k=SIZE, top_p=1.0, min_p=0.0, scale=(), addend=(), allowed=None
+):
+    """By the definitions, one token at a time."""
+    logits = logits.copy()
+    for token, value in dict(scale).items():
+        logits[token] = logits[token] / value if logits[token] > 0 else logits[token] * value
+    for token, value in dict(addend).items():
+        logits[token] += value
+    found = np.exp((logits - logits.max()) / temperature)
+    if allowed is not None:
+        found[[token for token in range(SIZE) if token not in allowed]] = 0
+    order = sorted(range(SIZE), key=lambda token: -found[token])
+    found[order[top_k:]] = 0
+    found /= found.sum()
+    kept, mass = [], 0.0
+    for token in order:
+        if mass < top_p:
+            kept.append(token)
+        mass += found[token]
+    found = np.where(np.isin(np.arange(SIZE), kept), found, 0)
+    found = np.where(found >= min_p * found.max(), found, 0)
+    return found / found.sum()
+
+
+def drawn(
+    logits: np.ndarray,
+    first_seed: int,
+    temperature=1.0,
+    top_k=SIZE,
+    top_p=1.0,
+    min_p=0.0,
+    scale=(),
+    addend=(),
+    allowed=None,
+):
+    """A token for each of `COUNT` seeds, as the engine chooses it."""
+    rows = torch.tensor(logits, dtype=torch.float32).expand(COUNT, SIZE).contiguous()
+    scale, addend = dict(scale), dict(addend)
+    changed = sorted({*scale, *addend})
+    if changed:
+        places = (torch.arange(COUNT)[:, None] * SIZE + torch.tensor(changed)).flatten()
+        scales = torch.tensor([scale.get(token, 1.0) for token in changed])
+        addends = torch.tensor([addend.get(token, 0.0) for token in changed])
+        rows = edit(rows, Edits(places, scales.repeat(COUNT), addends.repeat(COUNT)))
+    if allowed is not None:
+        word = sum(1 << token for token in allowed)
+        rows = allow(rows, torch.full((COUNT, 1), word, dtype=torch.int32))
+    temperatures = torch.full((COUNT,), float(temperature))
+    ones = torch.ones(COUNT)
+    rows = restrict(rows, temperatures, Filters(torch.full((COUNT,), top_k), ones * top_p, ones * min_p))
+    return draw(rows, Sampling(temperatures, torch.arange(COUNT) + first_seed, torch.full((COUNT,), 77)))
+
+
+def chi_square_is_passed(tokens: torch.Tensor, expected: np.ndarray) -> bool:
+    """At 0.01 %, by the approximation of Wilson and Hilferty (1931). Tokens that cannot be must not be."""
+    observed = np.bincount(tokens.numpy(), minlength=SIZE)
+    possible = expected > 0
+    if observed[~possible].any():
+        return False
+    wanted, seen = expected[possible] * COUNT, observed[possible]
+    rare = wanted < 5
+    if rare.any():
+        wanted, seen = np.append(wanted[~rare], wanted[rare].sum()), np.append(seen[~rare], seen[rare].sum())
+    degrees = len(wanted) - 1
+    limit = degrees * (1 - 2 / (9 * degrees) + 3.72 * (2 / (9 * degrees)) ** 0.5) ** 3
+    return bool(((seen - wanted) ** 2 / wanted).sum() < limit)
+
+
+def speculate(setting: dict, draft: str, first_seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is emitted and what was guessed: the draft and the target choose with the same seed and position, and a
+    guess stands where it is the target's choice."""
+    guessed = drawn(draft_logits(draft), first_seed, **setting)
+    chosen = drawn(target_logits(), first_seed, **setting)
+    return torch.where(guessed == chosen, guessed, chosen), guessed
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_emitted_has_the_targets_distribution(name, draft):
+    setting = SETTINGS[name]
+    expected = probabilities(target_logits(), **setting)
+    emitted, guessed = speculate(setting, draft, first_seed=hash_of(name, draft))
+    assert chi_square_is_passed(emitted, expected)
+    # And the guesses are the draft's own, of which so many must stand (arXiv:2408.07978).
+    own = probabilities(draft_logits(draft), **setting)
+    assert chi_square_is_passed(guessed, own)
+    distance = np.abs(expected - own).sum() / 2
+    stood = float((emitted == guessed).float().mean())
+    assert stood >= (1 - distance) / (1 + distance) - 4 * 0.5 / COUNT**0.5
+    assert stood <= 1 - distance + 4 * 0.5 / COUNT**0.5
+    assert stood == 1.0 or draft != "equal"
+
+
+@pytest.mark.parametrize("draft", ["near", "far"])
+@pytest.mark.parametrize("name", ["temperature 1", "top-p", "all"])
+def test_a_rule_that_lets_possible_guesses_stand_does_not(name, draft):
+    """The same test fails if a guess stands because the target might have chosen it, too."""
+    setting = SETTINGS[name]
+    expected = probabilities(target_logits(), **setting)
+    emitted, guessed = speculate(setting, draft, first_seed=hash_of(name, draft))
+    possible = torch.tensor(expected > 0)
+    assert not chi_square_is_passed(torch.where(possible[guessed], guessed, emitted), expected)
+
+
+def hash_of(*names: str) -> int:
+    """Other seeds for other tests, the same ones in every run."""
+    return sum(ord(letter) * 1_000_003**index for index, letter in enumerate("/".join(names))) % 2**40

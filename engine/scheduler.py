@@ -445,7 +445,8 @@ class Scheduler:
     def _grow(self, sequence: Sequence, num_tokens: int, copies: dict[Sequence, tuple[int, int]]) -> bool:
         """Give the sequence blocks of its own to write `num_tokens` more tokens to, or nothing."""
         table, first = sequence.block_table, sequence.num_computed_tokens // self.pool.block_size
-        needed = self.pool.blocks_for(sequence.num_computed_tokens + num_tokens) - len(table)
+        # Guesses that were wrong have left it more than it needs.
+        needed = max(0, self.pool.blocks_for(sequence.num_computed_tokens + num_tokens) - len(table))
         continues = first < len(table)
         copy = continues and self.pool.is_shared(table[first])
         if needed + copy > self.pool.num_free:

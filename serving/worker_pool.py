@@ -22,7 +22,7 @@ from engine.step_record import StepRecord
 from engine.tokenizer import Tokenizer
 from serving.admission import PromptRate
 from serving.engine_client import EngineClient
-from serving.engine_errors import NotReady, RequestRefused
+from serving.engine_errors import EngineDied, NotReady, RequestRefused
 from serving.engine_supervisor import State
 from serving.listener import Listener
 from serving.relay import Relay
@@ -31,6 +31,7 @@ from serving.request_stream import GenerationRequest, RequestStream
 log = logging.getLogger("dispec")
 
 Role = Literal["prefill", "decode"]
+REPLACE_SECONDS = 5.0  # after an engine has died for good, until another one is started; longer each time
 ROLES: tuple[Role, ...] = ("prefill", "decode")
 
 
@@ -82,6 +83,7 @@ class WorkerPool:
         self._met: deque[bool] = deque(maxlen=100)  # whether the last requests that were promised something got it
         self._drained: asyncio.Future[None] | None = None
         self._is_draining = self._is_stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
         self._told_state: State = "loading"
         self._has_started = False
         count = num_prefill + num_decode
@@ -135,6 +137,29 @@ class WorkerPool:
         self.workers.remove(worker)
         await worker.client.stop()
 
+    def _replace(self, worker: Worker) -> None:
+        """Have another one in the place of one that has died for good."""
+        if self._has_started and not self._is_draining and not worker.is_leaving and worker in self.workers:
+            worker.is_leaving = True
+            task = self._loop.create_task(self._start_another(worker))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _start_another(self, dead: Worker) -> None:
+        seconds = REPLACE_SECONDS
+        while not self._is_draining:
+            log.warning("%s engine %d is dead; another one is started in %g s", dead.role, dead.number, seconds)
+            await asyncio.sleep(seconds)
+            await self.remove_worker(dead)
+            dead = self.add_worker(dead.role)
+            try:
+                await dead.client.start()
+                return
+            except EngineDied as error:
+                log.error("%s engine %d could not be started: %s", dead.role, dead.number, error)
+                dead.is_leaving = True
+                seconds = min(2 * seconds, 300.0)
+
     def observe(self, role: Role) -> Observation:
         """What the workers of a kind have to do: prompt tokens and what they compute of them in a second, or
         sequences and how many run at once."""
@@ -186,6 +211,8 @@ class WorkerPool:
     async def stop(self) -> None:
         """End all engines, and whatever is under way with an error."""
         self._is_draining = self._is_stopping = True
+        for task in self._tasks:
+            task.cancel()
         await asyncio.gather(*(worker.client.stop() for worker in self.workers))
         self._tell_state()
 
@@ -314,3 +341,5 @@ class _Forward(Listener):
 
     def on_state(self, state: State) -> None:
         self._pool._tell_state()
+        if state == "dead":
+            self._pool._replace(self._worker)

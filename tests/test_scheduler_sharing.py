@@ -192,3 +192,17 @@ class TestForks:
             next_turn = engine.add(sequence.token_ids, max_tokens=3)
             engine.run()
             assert next_turn.output_token_ids == alone(next_turn)
+
+    def test_one_that_has_more_blocks_than_it_needs_still_needs_one_to_copy_to(self) -> None:
+        """As after guesses that were wrong, when no block is free and another holds the one that is written to."""
+        engine = FakeEngine(num_blocks=4)
+        sequence = engine.add(tokens(2))
+        pool = engine.scheduler.pool
+        sequence.block_table, sequence.num_computed_tokens = pool.allocate(2), 2
+        pool.share(sequence.block_table[:1])
+        taken = pool.allocate(pool.num_free)
+        assert not engine.scheduler._grow(sequence, 1, {})
+        pool.free(taken)
+        copies: dict = {}
+        assert engine.scheduler._grow(sequence, 1, copies)
+        assert list(copies) == [sequence]

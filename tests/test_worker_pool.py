@@ -13,6 +13,7 @@ import pytest
 
 from engine.autoscaling import Observation, ScalingLimits
 from engine.sampling_params import SamplingParams
+from serving import worker_pool
 from serving.autoscaler import Autoscaler
 from serving.engine_errors import EngineDied, RequestRefused
 from serving.worker_pool import ROLES, WorkerPool
@@ -217,3 +218,20 @@ def test_what_a_pool_sees_of_itself(loop, directory):
                 stream.abort()
 
     loop.run(look())
+
+
+def test_an_engine_that_keeps_dying_is_replaced(loop, directory, monkeypatch):
+    monkeypatch.setattr(worker_pool, "REPLACE_SECONDS", 0.01)
+
+    async def kill_again_and_again():
+        async with running_pool(directory) as pool:
+            first = next(worker for worker in pool.workers if worker.role == "decode")
+            for _ in range(2):  # the second time it is not started again
+                await until(lambda: first.client.state == "ready")
+                os.kill(first.client.info.pid, signal.SIGKILL)
+                await until(lambda: first.client.state != "ready")
+            await until(lambda: first not in pool.workers and pool.num_ready("decode") == 1)
+            assert pool.num_ready("prefill") == 1
+            assert len((await generate(pool, [1, 2, 3], greedy(4)))[0].token_ids) == 4
+
+    loop.run(kill_again_and_again())

@@ -28,18 +28,22 @@ from bench.serve import percentiles, served_model
 _VOCABULARY = 32000  # prompts are of token ids below this
 
 
+def ready_url(process: "subprocess.Popen[str]") -> str:
+    """The URL that a server writes when it is ready. Raises RuntimeError if it ends before."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if found := re.search(r"API\s+(http\S+)/v1", line):
+            return found.group(1)
+    raise RuntimeError(f"dispec serve ended with code {process.wait()}")
+
+
 @contextmanager
 def server(*options: str) -> Iterator[str]:
     """A server that is ready; its URL."""
     command = [sys.executable, "-m", "serving.cli", "serve", "--port", "0", *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if found := re.search(r"API\s+(http\S+)/v1", line):
-                yield found.group(1)
-                return
-        raise RuntimeError(f"dispec serve ended with code {process.wait()}")
+        yield ready_url(process)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait()

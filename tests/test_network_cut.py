@@ -1,7 +1,6 @@
 """Two hosts on one machine: workers in network namespaces of their own, and the link between them cut and healed."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from bench.mixed_load import ready_url
 from tests.checkpoints import save_tiny
 from tests.commands import ROOT, THREADS, eager
 from tests.running_server import PATIENCE
@@ -73,12 +73,7 @@ def worker(role: str, model: Path) -> Iterator[str]:
         start_new_session=True, text=True,
     )  # fmt: skip
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if found := re.search(r"API\s+(http\S+)/v1", line):
-                yield found.group(1)
-                return
-        raise AssertionError("the worker did not start")
+        yield ready_url(process)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -5,6 +5,7 @@
 Two processes with pages of a real model's geometry and no model. Blocks lie scattered, as after some hours of service.
 "pull" is of blocks published before, from the call until the engine hears of it, checksums verified; "whole" begins
 with the publishing, whose checksums the source computes meanwhile. Beside them, the same bytes copied within a process.
+With `--device cuda` both processes' pages are on the same GPU.
 """
 
 import importlib.util
@@ -28,21 +29,25 @@ from engine.transfer.interface import Transport
 from engine.transfer.transfers import Transfers
 from layers.types import KVCache, LayerKV
 
-TRANSPORTS: tuple[Transport, ...] = ("shm", "tcp", "nixl")
+TRANSPORTS: dict[str, tuple[Transport, ...]] = {"cpu": ("shm", "tcp", "nixl"), "cuda": ("cuda_ipc", "tcp")}
 SECONDS = 60  # after which a transfer counts as failed
 
 
 class Pages:
     """Transfers with pages in memory that has been touched: first use is not what is measured."""
 
-    def __init__(self, name: str, transport: Transport, model: str, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, name: str, device: str, transport: Transport, model: str, num_blocks: int, block_size: int
+    ) -> None:
         config = model_config(model)
         keys = (num_blocks, config.num_kv_heads, config.head_dim, block_size)
         values = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         plane = int(np.prod(keys)) * 2
-        self.shared = shared_memory.allocate(2 * config.num_layers * plane)
-        self.shared.tensor.fill_(len(name))
-        planes = [part.view(torch.bfloat16) for part in self.shared.tensor.split(plane)]
+        size = 2 * config.num_layers * plane
+        self.shared = shared_memory.allocate(size) if device == "cpu" else None
+        memory = self.shared.tensor if self.shared else torch.empty(size, dtype=torch.uint8, device=device)
+        memory.fill_(len(name))
+        planes = [part.view(torch.bfloat16) for part in memory.split(plane)]
         cache: KVCache = tuple(
             LayerKV(k.view(keys), v.view(values)) for k, v in zip(planes[::2], planes[1::2], strict=True)
         )
@@ -74,11 +79,11 @@ def _serve(pipe: Pipe, arguments: tuple[Any, ...]) -> None:
 
 
 def measure(
-    transport: Transport, model: str, block_size: int, tokens: list[int], rounds: int
+    device: str, transport: Transport, model: str, block_size: int, tokens: list[int], rounds: int
 ) -> dict[int, dict[str, list[float]]]:
     """Seconds of every round, by tokens, of "pull" and "whole"."""
     num_blocks = 2 * -(-max(tokens) // block_size) + 1
-    arguments = (transport, model, num_blocks, block_size)
+    arguments = (device, transport, model, num_blocks, block_size)
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
     source = context.Process(target=_serve, args=(other, arguments), daemon=True)
@@ -114,13 +119,17 @@ def measure(
     return seconds
 
 
-def copy_seconds(num_bytes: int, rounds: int) -> float:
-    """The median time of a plain copy by one thread."""
-    source, target = np.ones(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
+def copy_seconds(num_bytes: int, rounds: int, device: str) -> float:
+    """The median time of a plain copy, on a CPU by one thread."""
+    source, target = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
     taken = []
     for _ in range(rounds):
         start = time.perf_counter()
-        np.copyto(target, source)
+        if device == "cpu":
+            np.copyto(target.numpy(), source.numpy())
+        else:
+            target.copy_(source)
+            torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
 
@@ -128,7 +137,10 @@ def copy_seconds(num_bytes: int, rounds: int) -> float:
 def main(
     model: Annotated[str, typer.Option(help="Whose geometry.")] = "qwen2.5-7b",
     tokens: Annotated[list[int], typer.Option(min=1)] = [512, 2048],  # noqa: B006
-    transport: Annotated[list[str], typer.Option(help="One of shm, tcp, nixl.")] = list(TRANSPORTS),  # noqa: B006
+    transport: Annotated[
+        list[str] | None, typer.Option(help="One of shm, tcp, nixl; with CUDA cuda_ipc, tcp.", show_default="all")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the pages are: cpu or cuda.")] = "cpu",
     block_size: Annotated[int, typer.Option(min=1)] = 32,
     rounds: Annotated[int, typer.Option(min=1)] = 9,
     output: Output = None,
@@ -136,23 +148,26 @@ def main(
 ) -> None:
     """GB/s of KV blocks from process to process, by transport."""
     settings = dict(locals())
-    if unknown := set(transport) - set(TRANSPORTS):
-        raise ValueError(f"transport has {', '.join(sorted(unknown))}, must be of {', '.join(TRANSPORTS)}")
+    if device not in TRANSPORTS:
+        raise ValueError(f"device is {device!r}, must be one of {', '.join(TRANSPORTS)}")
+    known = TRANSPORTS[device]
+    if unknown := set(transport or ()) - set(known):
+        raise ValueError(f"transport has {', '.join(sorted(unknown))}, must be of {', '.join(known)}")
     columns = {"": "", "tokens": "d", "MB": ".1f", "pull ms": ".1f", "pull GB/s": ".2f", "whole GB/s": ".2f"}
     columns |= {"copy GB/s": ".2f", "of copy": ".2f"}
-    report = Report("disagg", settings, describe_machine(), columns, output, plot)
+    report = Report("disagg", settings, describe_machine(torch.device(device)), columns, output, plot)
     config = model_config(model)
     token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
-    for name in TRANSPORTS:
-        if name not in transport:
+    for name in known:
+        if transport and name not in transport:
             continue
         if name == "nixl" and importlib.util.find_spec("nixl_cu12") is None:
             print("nixl is not installed: pip install 'dispec[nixl]'")
             continue
-        for count, seconds in measure(name, model, block_size, tokens, rounds).items():
+        for count, seconds in measure(device, name, model, block_size, tokens, rounds).items():
             size = -(-count // block_size) * block_size * token_bytes
             rates = {kind: size / statistics.median(taken) for kind, taken in seconds.items()}
-            copied = size / copy_seconds(size, rounds)
+            copied = size / copy_seconds(size, rounds, device)
             report.add(
                 {"transport": name, "tokens": count},
                 {"bytes": size, "seconds": seconds, "bytes_per_second": rates, "copy_bytes_per_second": copied},

@@ -40,7 +40,7 @@ def test_pulled_pages_on_a_gpu_are_the_sources(transport: str) -> None:
         [sys.executable, "-c", CHILD, transport],
         stdout=subprocess.PIPE,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         text=True,
     )
     try:

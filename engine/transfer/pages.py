@@ -88,8 +88,12 @@ class HostPages:
         for mine, other in pairs:
             mine[:, own] = other[:, theirs]
 
-    def checksum(self, block: int) -> bytes:
-        """Of a block. It is gathered first: two long calls that leave the interpreter's lock to others."""
+    def checksums(self, blocks: Sequence[int]) -> list[bytes]:
+        """Of each block."""
+        return [self._checksum(block) for block in blocks]
+
+    def _checksum(self, block: int) -> bytes:
+        # It is gathered first: two long calls that leave the interpreter's lock to others.
         scratch = self._scratch()
         at = 0
         for group in self._groups:
@@ -101,7 +105,7 @@ class HostPages:
     def verify(self, blocks: Sequence[int], checksums: Sequence[bytes], first: int) -> str | None:
         """What is wrong with blocks that stand for the places from `first` on; None if nothing is."""
         for place, (block, checksum) in enumerate(zip(blocks, checksums, strict=True), first):
-            if self.checksum(block) != checksum:
+            if self._checksum(block) != checksum:
                 return f"the checksum of place {place} is wrong: its bytes changed after they were published"
         return None
 

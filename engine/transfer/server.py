@@ -105,7 +105,9 @@ class Server:
         for listener in self._listeners:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
-        for thread in list(self._threads):
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
             thread.join()
         for listener in self._listeners:
             listener.close()
@@ -119,9 +121,9 @@ class Server:
                     self._threads.discard(thread)
 
         thread = threading.Thread(target=forget, name=name, daemon=True)
-        with self._lock:
+        with self._lock:  # `close` joins what it finds here, and only what was started can be joined
             self._threads.add(thread)
-        thread.start()
+            thread.start()
 
     def _accept(self, listener: socket.socket, serve: Callable[[Connection], None]) -> None:
         while not self._is_closed:

@@ -274,7 +274,7 @@ class Transfers:
                         break
                 checksums = None
                 try:
-                    checksums = [self._pages.checksum(block) for block in part]
+                    checksums = self._pages.checksums(part)
                 except Exception:
                     log.exception("cannot read blocks to be published")
                 with self._lock:

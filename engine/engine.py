@@ -22,7 +22,7 @@ from engine.compile_behind import CompileBehind
 from engine.compile_cache import Order, marker
 from engine.compiled_model import mark_static
 from engine.draft_checkpoint import SharedDraft
-from engine.draft_model import DraftModel, find_draft
+from engine.draft_model import Draft, DraftModel, find_draft
 from engine.handover import Handover
 from engine.launched import Launched
 from engine.logit_edits import LogitEdits, check_something_remains
@@ -37,6 +37,7 @@ from engine.memory import (
     weight_bytes,
 )
 from engine.options import DTYPES, EngineOptions
+from engine.rank_messages import Prepare
 from engine.runner import Runner
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
@@ -45,13 +46,15 @@ from engine.speculation import Speculator
 from engine.step import Step, TokenOutput
 from engine.step_record import Kind, StepRecord
 from engine.transfer.interface import Ticket, TransferOptions, Transport
-from layers.config import ModelConfig, UnsupportedModelError
+from layers.config import ModelConfig, Shard, UnsupportedModelError
+from layers.sharding import Sharding, check_can_shard
 from layers.types import Weights
 from layers.weights import dummy_weights, load_weights
 from ops import Matrix
 from ops.paged_attention import TRITON_HEAD_DIMS
 
 if TYPE_CHECKING:
+    from engine.tensor_parallel import TensorParallel
     from engine.transfer.shared_memory import SharedMemory
     from engine.transfer.transfers import Transfers
 
@@ -92,18 +95,33 @@ class Engine:
                 self.checkpoint = find_checkpoint(options.model)
                 self.config = self.checkpoint.config
             draft = find_draft(options, self.checkpoint, self.config)
+            check_can_shard(self.config, options.tensor_parallel_size)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # Triton launches on the current device
             if self.config.head_dim not in TRITON_HEAD_DIMS:
                 raise UnsupportedModelError(
                     f"head_dim {self.config.head_dim} on CUDA: the kernels are made for {TRITON_HEAD_DIMS}"
                 )
+        self._ranks = self._start_ranks()
+        # As this process runs it: with its own heads alone, if there are other ranks.
+        self._own_config = Sharding(self.config, self._ranks.shard).local_config() if self._ranks else self.config
+        try:
+            self._set_up(draft)
+        except BaseException:  # the other ranks must not outlive what was refused
+            if self._ranks is not None:
+                self._ranks.close()
+            raise
+
+    def _set_up(self, draft: Draft | None) -> None:
+        """Load the weights, plan the KV cache, and make what runs steps."""
+        options = self.options
         before = free_memory(self.device, options.gpu_memory_utilization)
         # Nothing here needs the weights' size: a context that cannot fit is refused before minutes of loading.
         if self.device.type == "cpu":
-            plan_kv_cache(self.config, options, self.device, before, draft.config if draft else None)
+            plan_kv_cache(self._own_config, options, self.device, before, draft.config if draft else None)
         with self._phase("load"):
-            weights = self._load_weights(self.checkpoint, self.config)
+            shard = self._ranks.shard if self._ranks else None
+            weights = self._load_weights(self.checkpoint, self.config, shard=shard)
             draft_weights = None
             if draft is not None:
                 shared = draft.checkpoint if isinstance(draft.checkpoint, SharedDraft) else None
@@ -112,18 +130,18 @@ class Engine:
             return_freed_memory()
         # On CPU the work is done when a launch returns, so there is nothing to overlap with.
         self.overlaps = self.device.type == "cuda" if options.async_scheduling is None else options.async_scheduling
-        self.overlaps = self.overlaps and options.speculative_model is None
+        self.overlaps = self.overlaps and options.speculative_model is None and self._ranks is None
         default_budget = max(8192 if self.device.type == "cuda" else 512, options.max_num_seqs)
         self.max_num_batched_tokens = options.max_num_batched_tokens or default_budget
         activations = self._activation_bytes(weights) if self.device.type == "cuda" else 0
         free = free_memory(self.device, options.gpu_memory_utilization) - activations
-        self.kv_plan = plan_kv_cache(self.config, options, self.device, free, draft.config if draft else None)
+        self.kv_plan = plan_kv_cache(self._own_config, options, self.device, free, draft.config if draft else None)
         self.max_model_len = self.kv_plan.max_model_len
         limit = self.config.max_position_embeddings
         if self.max_model_len < (options.max_model_len or limit):
             log.warning("max_model_len is %d, the model's is %d: the KV cache holds no more", self.max_model_len, limit)
         self._shared = self._allocate_shared()
-        self.runner = self._make_runner(self.config, weights, self.kv_plan, shared=self._shared)
+        self.runner = self._make_runner(self._own_config, weights, self.kv_plan, shared=self._shared)
         self.speculator: Speculator | None = None
         if options.speculative_model is not None:
             draft_model = None
@@ -132,7 +150,7 @@ class Engine:
                 drafter = self._make_runner(draft.config, draft_weights, self.kv_plan, draft.head_tokens)
                 if options.when_to_compile(self.device) == "startup":
                     with self._phase("compile draft"):
-                        drafter.compile(show_progress)
+                        drafter.compile(self._show_progress)
                 draft_model = DraftModel(drafter, self.max_num_batched_tokens)
             self.speculator = Speculator(options.num_speculative_tokens, draft_model)
         self._compiling: CompileBehind | None = None
@@ -140,7 +158,7 @@ class Engine:
         match options.when_to_compile(self.device):
             case "startup":
                 with self._phase("compile"):
-                    self.runner.compile(show_progress)
+                    self.runner.compile(self._show_progress)
                 if self.runner.is_compiled and self.device.type == "cpu":
                     marker(self._order()).touch()  # a later start need not look
             case "background":
@@ -280,6 +298,8 @@ class Engine:
     def close(self) -> None:
         """Let go of other engines; what they were reading from this one they will not get."""
         self.handover.close()
+        if self._ranks is not None:
+            self._ranks.close()
 
     def _go_on_compiling(self, *, is_idle: bool) -> None:
         assert self._compiling is not None
@@ -431,14 +451,15 @@ class Engine:
         checkpoint: Checkpoint | SharedDraft | None,
         config: ModelConfig,
         borrowed: Mapping[str, Matrix] | None = None,
+        shard: Shard | None = None,
     ) -> Weights:
         dtype = DTYPES[self.options.dtype]
         if self.options.load_format == "dummy" or checkpoint is None:
-            return dummy_weights(config, dtype, self.device, self.options.seed)
+            return dummy_weights(config, dtype, self.device, self.options.seed, shard)
         with tqdm(
             desc="loading weights", unit="param", unit_scale=True, disable=not self._show_progress, leave=False
         ) as bar:
-            return load_weights(config, checkpoint.tensors(dtype), dtype, self.device, bar.update, borrowed)
+            return load_weights(config, checkpoint.tensors(dtype), dtype, self.device, bar.update, borrowed, shard)
 
     def _make_runner(
         self,
@@ -448,6 +469,8 @@ class Engine:
         head_tokens: tuple[int, ...] | None = None,
         shared: "SharedMemory | None" = None,
     ) -> Runner:
+        if self._ranks is not None:
+            self._ranks.send(Prepare(plan, self.max_num_batched_tokens))
         kv_cache = allocate_kv_cache(
             config, plan, DTYPES[self.options.dtype], self.device, shared.tensor if shared else None
         )
@@ -464,6 +487,7 @@ class Engine:
             vocab_size=self.config.vocab_size,
             head_tokens=None if head_tokens is None else torch.tensor(head_tokens, device=self.device),
             overlaps=self.overlaps,
+            ranks=self._ranks,
         )
 
     def _make_transfers(self) -> "Transfers | None":
@@ -487,6 +511,13 @@ class Engine:
         transfers.register(self.runner.kv_cache, hashlib.sha256(fingerprint.encode()).hexdigest(), self._shared)
         return transfers
 
+    def _start_ranks(self) -> "TensorParallel | None":
+        if self.options.tensor_parallel_size == 1:
+            return None
+        from engine.tensor_parallel import TensorParallel  # brings torch.distributed, of no use otherwise
+
+        return TensorParallel(self.options, self.device)
+
     def _allocate_shared(self) -> "SharedMemory | None":
         """Memory for the KV cache that engines on the same machine can read."""
         if self.options.kv_transfer not in ("auto", "shm") or self.device.type != "cpu":
@@ -505,7 +536,7 @@ class Engine:
     def _activation_bytes(self, weights: Weights) -> int:
         """What the largest step takes beside weights and cache, found by running it on a cache of one block."""
         length = self.options.max_model_len or self.config.max_position_embeddings
-        runner = self._make_runner(self.config, weights, KVPlan(2, self.options.block_size, 0, length, "probe"))
+        runner = self._make_runner(self._own_config, weights, KVPlan(2, self.options.block_size, 0, length, "probe"))
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         runner.run_padding(self.max_num_batched_tokens, self.options.max_num_seqs)

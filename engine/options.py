@@ -41,6 +41,8 @@ class EngineOptions:
         own text; else a smaller model with the same tokenizer, named as `model` is. None guesses nothing. Answers
         are the same either way.
     num_speculative_tokens: most tokens to guess for a sequence in a step; as many as pay are.
+    tensor_parallel_size: processes that share every layer among them, each on a GPU of its own, or with its part of
+        the CPU's threads.
     seed: of the random weights that load_format "dummy" makes.
     kv_transfer: how KV blocks go to and come from other engines: "shm", "cuda_ipc", "nixl", "tcp", or "auto", which
         takes the fastest that the peer can; None keeps them here.
@@ -67,6 +69,7 @@ class EngineOptions:
     enforce_eager: bool = False
     speculative_model: str | Path | ModelConfig | None = None
     num_speculative_tokens: int = 5
+    tensor_parallel_size: int = 1
     seed: int = 0
     kv_transfer: str | None = None
     kv_transfer_host: str = "127.0.0.1"
@@ -107,6 +110,7 @@ class EngineOptions:
             ("max_num_batched_tokens", 1, 2**20),
             ("max_prefill_chunk", 1, 2**20),
             ("num_speculative_tokens", 1, 15),
+            ("tensor_parallel_size", 1, 64),
             ("kv_transfer_port", 0, 65535),
         ):
             value = getattr(self, name)
@@ -128,9 +132,20 @@ class EngineOptions:
                 "async_scheduling starts a step before the last one's tokens are known: not with a"
                 " speculative_model, whose guesses follow them"
             )
+        if self.tensor_parallel_size > 1:
+            self._check_ranks()
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device is {self.device!r}, must be 'cpu', 'cuda' or 'cuda:N'")
         parse_bytes(self.kv_cache_memory)
+
+    def _check_ranks(self) -> None:
+        size = f"tensor_parallel_size is {self.tensor_parallel_size}"
+        if self.kv_transfer is not None:
+            raise ValueError(f"{size} and kv_transfer is {self.kv_transfer!r}: an engine of several ranks moves no KV")
+        if self.speculative_model not in (None, "ngram"):
+            raise ValueError(f"{size} and there is a speculative_model: several ranks guess with 'ngram' alone")
+        if self.async_scheduling:
+            raise ValueError(f"{size} and async_scheduling is on: several ranks start a step when the last one is done")
 
     def torch_device(self) -> torch.device:
         """The device to run on. Raises ValueError if it is not there or cannot run the dtype."""
@@ -140,6 +155,11 @@ class EngineOptions:
             count = torch.cuda.device_count()
             if not torch.cuda.is_available() or (device.index or 0) >= count:
                 raise ValueError(f"device is {name!r}, but torch sees {count} CUDA devices")
+            if (device.index or 0) + self.tensor_parallel_size > count:
+                raise ValueError(
+                    f"tensor_parallel_size is {self.tensor_parallel_size} from device {name!r} on, but torch sees"
+                    f" {count} CUDA devices"
+                )
             device = torch.device("cuda", device.index or 0)
         elif self.dtype == "float16":
             raise ValueError("dtype is 'float16', which runs on CUDA only: use bfloat16 or float32 on CPU")

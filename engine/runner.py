@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from engine.compiled_model import (
 )
 from engine.launched import Launched
 from engine.ragged_graphs import Outputs, RaggedGraphs
+from engine.rank_messages import Compute, Copy, Head
 from engine.sequence import Needs
 from engine.step import Step, StepResult, Work
 from engine.step_inputs import StepInputs, StepShape, batch_buckets, carve, chosen_rows, fill
@@ -39,6 +40,9 @@ from layers.config import ModelConfig
 from layers.types import KVCache, Weights
 from ops import copy_blocks
 from ops.paged_attention import has_cpu_kernel
+
+if TYPE_CHECKING:
+    from engine.tensor_parallel import TensorParallel
 
 log = logging.getLogger("dispec")
 
@@ -52,6 +56,12 @@ class _Launch(NamedTuple):
     shape: StepShape
 
 
+def _is_uniform(work: Work, num_tokens: int) -> bool:
+    """Whether it has so many tokens and no logits of its prompt are wanted, which come from ragged launches alone."""
+    in_prompt = work.start < work.sequence.num_prompt_tokens - 1
+    return work.num_tokens == num_tokens and not (in_prompt and work.sequence.needs & Needs.PROMPT_LOGPROBS)
+
+
 class Runner:
     """Runs steps. Make it and use it in the process's main thread: CUDA-graph trees belong to a thread.
 
@@ -59,6 +69,7 @@ class Runner:
     vocab_size: columns of the logits, if not the model's own: a draft model's are those of its target.
     head_tokens: which tokens the rows of the head stand for, if not for all in order.
     overlaps: whether a step may be launched before the one before it was waited for.
+    ranks: the others that hold a part of the model, if this is the first of several.
     """
 
     def __init__(
@@ -74,7 +85,10 @@ class Runner:
         vocab_size: int | None = None,
         head_tokens: Tensor | None = None,
         overlaps: bool = False,
+        ranks: "TensorParallel | None" = None,
     ) -> None:
+        self._ranks = ranks
+        self._is_shard = config.shard is not None
         self.weights = weights
         self.kv_cache = kv_cache
         self.device = kv_cache[0].keys.device
@@ -86,7 +100,10 @@ class Runner:
         self._mixes = self.is_cuda or has_cpu_kernel(keys.dtype, keys.shape[2], self.block_size)
         vocab_size = vocab_size or config.vocab_size
         self._functions = self._eager = eager_functions(config, vocab_size, head_tokens)
-        self.compiles_model = is_worth_compiling(self.device, keys.dtype, keys.shape[2], self.block_size)
+        # On a CPU a layer is compiled alone and in one process, where sums over ranks cannot be.
+        self.compiles_model = is_worth_compiling(self.device, keys.dtype, keys.shape[2], self.block_size) and (
+            self.is_cuda or not self._is_shard
+        )
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._buckets = batch_buckets(max_num_seqs)
@@ -117,9 +134,9 @@ class Runner:
     def launch(self, step: Step) -> Launched:
         """Start a step. At most one may be under way that was not waited for, and none without `overlaps`."""
         if step.copies:
-            source, destination = torch.tensor(step.copies, device=self.device).unbind(1)
-            for layer in self.kv_cache:
-                copy_blocks(layer.keys, layer.values, source, destination)
+            if self._ranks is not None:
+                self._ranks.send(Copy(step.copies))
+            self.copy(step.copies)
         self._hosts.reverse()
         self._host_inputs.reverse()
         choices: list[Choice] = []
@@ -142,6 +159,27 @@ class Runner:
             event = torch.cuda.Event()
             event.record()
         return Launched(choices, event)
+
+    @torch.inference_mode()
+    def copy(self, blocks: tuple[tuple[int, int], ...]) -> None:
+        """Copy blocks, each from the first of a pair to the second."""
+        source, destination = torch.tensor(blocks, device=self.device).unbind(1)
+        for layer in self.kv_cache:
+            copy_blocks(layer.keys, layer.values, source, destination)
+
+    @torch.inference_mode()
+    def follow(self, shape: StepShape, inputs: bytes, warm_up: bool) -> None:
+        """Compute what the first rank does, given the step inputs that it wrote."""
+        if warm_up and self._functions is self._eager:
+            self._functions = compiled_functions(self._eager, self.is_cuda)
+        self._hosts[0][: sum(shape.field_sizes())].copy_(torch.frombuffer(bytearray(inputs), dtype=torch.int32))
+        self._compute(shape, self._upload(shape), warm_up)
+
+    @torch.inference_mode()
+    def follow_head(self, hidden: bytes) -> None:
+        """The same for the head alone, given hidden states."""
+        states = torch.frombuffer(bytearray(hidden), dtype=self.weights.final_norm.dtype)
+        self._head(states.view(-1, len(self.weights.final_norm)).to(self.device))
 
     def run(self, step: Step) -> StepResult:
         """Run a step to its end."""
@@ -194,7 +232,8 @@ class Runner:
         for shape in self._warm_up_shapes():
             self._warm_up(shape)
             on_progress()
-        self._record_ragged_graphs()
+        if not self._is_shard:  # what replays here would have to replay in every rank
+            self._record_ragged_graphs()
         self.is_compiled = True
 
     @torch.inference_mode()
@@ -210,17 +249,12 @@ class Runner:
     def _split(self, step: Step) -> Iterator[_Launch]:
         """A step is one launch. Only without a kernel for attention over pages its decodes are one and its prompts
         another: the uniform graph's attention is so much faster then that reading the weights twice costs less."""
-
-        def is_uniform(work: Work) -> bool:  # the logits of prompt tokens come from ragged launches alone
-            in_prompt = work.start < work.sequence.num_prompt_tokens - 1
-            return work.num_tokens == 1 and not (in_prompt and work.sequence.needs & Needs.PROMPT_LOGPROBS)
-
-        if (num_tokens := self._same_drafts(step)) is not None:
-            size = num_tokens * len(step.work)
-            yield _Launch(step.work, StepShape(size, len(step.work), self._width(step.work), size, num_tokens))
+        if (num_tokens := self._same_tokens(step)) is not None:
+            count, rows = len(step.work), sum(work.num_rows for work in step.work)
+            yield _Launch(step.work, StepShape(num_tokens * count, count, self._width(step.work), rows, num_tokens))
             return
-        ones = tuple(work for work in step.work if is_uniform(work))
-        others = tuple(work for work in step.work if not is_uniform(work))
+        ones = tuple(work for work in step.work if _is_uniform(work, 1))
+        others = tuple(work for work in step.work if not _is_uniform(work, 1))
         if ones and not (others and self._mixes):
             yield _Launch(ones, self._uniform_shape(len(ones), self._width(ones)))
         if others:
@@ -231,13 +265,14 @@ class Runner:
             shape = StepShape(max(2, tokens), max(2, len(together)), self._width(together), rows, None)
             yield _Launch(together, self._ragged_graphs.padded(shape) if self._ragged_graphs else shape)
 
-    def _same_drafts(self, step: Step) -> int | None:
-        """The tokens of each of the step's works, if all have as many guesses: their layers are single kernels then, as
-        in decoding. A compiled layer has no such graph."""
+    def _same_tokens(self, step: Step) -> int | None:
+        """The tokens of each of the step's works, if all have as many and choose tokens, as where guesses are verified
+        and where a draft model makes up for one that stood: their layers are single kernels then, as in decoding. A
+        compiled layer has no such graph."""
         num_tokens = step.work[0].num_tokens if step.work else 0
         if self._functions is not self._eager or self.is_cuda or not self._mixes or not 1 < num_tokens <= _FEW:
             return None
-        is_same = all(work.num_tokens == num_tokens == 1 + work.num_drafts for work in step.work)
+        is_same = all(work.samples and _is_uniform(work, num_tokens) for work in step.work)
         return num_tokens if is_same else None
 
     def _uniform_shape(self, size: int, width: int) -> StepShape:
@@ -265,6 +300,10 @@ class Runner:
         self, shape: StepShape, inputs: StepInputs, warm_up: bool = False
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Run the model: the hidden states of all tokens of a ragged step, logits and argmax of the rows wanted."""
+        if self._ranks is not None:
+            payload = self._hosts[0][: sum(shape.field_sizes())].numpy().tobytes()
+            with self._ranks.together(Compute(shape, warm_up), payload), self._guards():
+                return self._forward(shape, inputs, warm_up)
         if self._ragged_graphs is not None and (outputs := self._ragged_graphs.replay(shape)) is not None:
             return outputs
         with self._guards():
@@ -307,8 +346,13 @@ class Runner:
     def _head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         # An engine of one sequence has traced the head for one row alone.
         functions = self._eager if self._max_num_seqs == 1 and len(hidden) > 1 else self._functions
-        with self._guards():
+        with self._guards(), self._together(hidden):
             return functions.head(hidden, self.weights)
+
+    def _together(self, hidden: Tensor) -> AbstractContextManager[object]:
+        if self._ranks is None:
+            return nullcontext()
+        return self._ranks.together(Head(), hidden.contiguous().view(torch.uint8).cpu().numpy().tobytes())
 
     def _warm_up_shapes(self) -> Iterator[StepShape]:
         """Shapes that between them trace and record every graph on CUDA: the largest graphs first, so that smaller

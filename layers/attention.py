@@ -38,4 +38,9 @@ def attention(
         batch.query_len,
         config.attention_scale,
     )
-    return ops.linear(rearrange(attended, "t h d -> t (h d)"), w.output, w.output_bias, residual=x)
+    attended = rearrange(attended, "t h d -> t (h d)")
+    if config.shard is None:
+        return ops.linear(attended, w.output, w.output_bias, residual=x)
+    # The first rank brings the residual into the sum, and has the bias where the others have zeros.
+    partial = ops.linear(attended, w.output, w.output_bias, residual=None if config.shard.rank else x)
+    return ops.all_reduce(partial, config.shard.group)

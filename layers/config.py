@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+_VOCAB_ROWS = 32  # that stay together when the vocabulary is split over ranks: a kernel's tile
+
 
 class UnsupportedModelError(ValueError):
     """The checkpoint asks for something that this engine does not implement; the message names it."""
@@ -33,10 +35,24 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Which of the `size` ranks of a tensor-parallel model this is, and the name of their process group."""
+
+    rank: int
+    size: int
+    group: str
+
+    def vocab_rows(self, vocab_size: int) -> int:
+        """Tokens of the vocabulary that every rank has room for."""
+        return -(-vocab_size // (self.size * _VOCAB_ROWS)) * _VOCAB_ROWS
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer with grouped-query attention, rotary positions, RMS norms and a gated SiLU MLP.
 
-    Hashable and compared by value, so a compiled graph may be keyed by it.
+    Hashable and compared by value, so a compiled graph may be keyed by it. Where the model is split over ranks, heads
+    and intermediate size are those of the rank that `shard` names.
     """
 
     architecture: str
@@ -55,6 +71,7 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):

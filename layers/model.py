@@ -1,6 +1,7 @@
 """The model as functions: `forward` is `embed`, `block` for each layer, `logits`."""
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 import ops
@@ -13,8 +14,18 @@ from layers.types import Batch, BlockWeights, KVCache, LayerKV, Weights
 def embed(weights: Weights, config: ModelConfig, batch: Batch) -> tuple[Float[Tensor, "T E"], Rotation]:
     """The tokens' embeddings and the rotation of their positions."""
     factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
-    x = ops.embedding(weights.embedding, batch.token_ids, config.hidden_size)
+    x = _embedding(weights, config, batch.token_ids)
     return x, rope_rotation(batch.positions, weights.rope_frequencies, factor)
+
+
+def _embedding(weights: Weights, config: ModelConfig, token_ids: Int[Tensor, "T"]) -> Float[Tensor, "T E"]:
+    if config.shard is None:
+        return ops.embedding(weights.embedding, token_ids, config.hidden_size)
+    rows = config.shard.vocab_rows(config.vocab_size)
+    own = token_ids - config.shard.rank * rows
+    is_own = (own >= 0) & (own < rows)
+    x = ops.embedding(weights.embedding, own.clamp(0, rows - 1), config.hidden_size)
+    return ops.all_reduce(torch.where(is_own[:, None], x, 0.0), config.shard.group)
 
 
 def block(
@@ -28,7 +39,9 @@ def block(
     """One transformer layer, residual connections included. Writes the layer's pages."""
     attention_norm, mlp_norm = (ops.Norm(weight, config.rms_norm_eps) for weight in (w.attention_norm, w.mlp_norm))
     a, mlp = w.attention, w.mlp
-    if batch.query_len is not None and ops.has_layer_kernel((a.qkv, a.output, mlp.down), mlp.gate_up, kv.keys):
+    shard = config.shard
+    matrices = (a.qkv, a.output, mlp.down)
+    if shard is None and batch.query_len is not None and ops.has_layer_kernel(matrices, mlp.gate_up, kv.keys):
         return ops.decoder_layer(
             x,
             attention_norm,
@@ -51,12 +64,18 @@ def block(
         )
     x = attention(x, attention_norm, a, config, batch, rotation, kv)
     gated = ops.linear(x, mlp.gate_up, norm=mlp_norm, is_gated=True)
-    return ops.linear(gated, w.mlp.down, residual=x)
+    if shard is None:
+        return ops.linear(gated, w.mlp.down, residual=x)
+    # The first rank brings the residual into the sum.
+    return ops.all_reduce(ops.linear(gated, w.mlp.down, residual=None if shard.rank else x), shard.group)
 
 
 def logits(x: Float[Tensor, "R E"], weights: Weights, config: ModelConfig) -> Float[Tensor, "R V"]:
     """Logits, in the weights' type, of the rows that the caller selected: the head is never computed for others."""
-    return ops.linear(x, weights.lm_head, norm=ops.Norm(weights.final_norm, config.rms_norm_eps))
+    found = ops.linear(x, weights.lm_head, norm=ops.Norm(weights.final_norm, config.rms_norm_eps))
+    if config.shard is None:
+        return found
+    return ops.all_gather_columns(found, config.shard.group, config.shard.size)[:, : config.vocab_size]
 
 
 def forward(weights: Weights, config: ModelConfig, batch: Batch, kv_cache: KVCache) -> Float[Tensor, "R V"]:

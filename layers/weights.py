@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import ops
-from layers.config import ModelConfig
+from layers.config import ModelConfig, Shard
 from layers.rope import rope_frequencies
+from layers.sharding import Axis, Part, Sharding
 from layers.types import AttentionWeights, BlockWeights, MlpWeights, Weights
 
 
@@ -22,10 +23,24 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of a checkpoint, by its Hugging Face name, that fills some rows of a weight."""
+    """A tensor of a checkpoint, by its Hugging Face name, that fills some rows of a weight.
+
+    splits: what dimension `dim` counts, if ranks share it among themselves.
+    """
 
     name: str
     shape: tuple[int, ...]
+    splits: Axis | None = None
+    dim: int = 0
+
+    def part(self, sharding: Sharding | None) -> Part:
+        """What of dimension `dim` a rank has; all of it without ranks."""
+        whole = self.shape[self.dim]
+        return Part(0, whole, whole) if sharding is None else sharding.part(self.splits, whole)
+
+    def local_shape(self, sharding: Sharding | None) -> tuple[int, ...]:
+        """The shape of a rank's part."""
+        return (*self.shape[: self.dim], self.part(sharding).size, *self.shape[self.dim + 1 :])
 
 
 @dataclass(frozen=True)
@@ -42,53 +57,65 @@ class WeightSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rows = sum(source.shape[0] for source in self.sources)
-        return (rows, *self.sources[0].shape[1:])
+        return self.local_shape(None)
+
+    def local_shape(self, sharding: Sharding | None) -> tuple[int, ...]:
+        """The shape of a rank's part."""
+        shapes = [source.local_shape(sharding) for source in self.sources]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def declare(config: ModelConfig) -> Iterator[WeightSpec]:
     """All weights of a model, in the order of the forward pass."""
     hidden, vocab = config.hidden_size, config.vocab_size
-    yield WeightSpec("embedding", "table", (Source("model.embed_tokens.weight", (vocab, hidden)),))
+    yield WeightSpec("embedding", "table", (Source("model.embed_tokens.weight", (vocab, hidden), "vocabulary"),))
     for layer in range(config.num_layers):
         yield from _declare_block(config, f"blocks.{layer}", f"model.layers.{layer}")
     yield WeightSpec("final_norm", "vector", (Source("model.norm.weight", (hidden,)),))
     if not config.tie_embeddings:
-        yield WeightSpec("lm_head", "matrix", (Source("lm_head.weight", (vocab, hidden)),))
+        yield WeightSpec("lm_head", "matrix", (Source("lm_head.weight", (vocab, hidden), "vocabulary"),))
 
 
 def _declare_block(config: ModelConfig, path: str, prefix: str) -> Iterator[WeightSpec]:
     hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     query_rows, kv_rows = config.num_heads * head_dim, config.num_kv_heads * head_dim
-    projections = (("q_proj", query_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
+    projections: tuple[tuple[str, int, Axis], ...] = (
+        ("q_proj", query_rows, "query_heads"),
+        ("k_proj", kv_rows, "kv_heads"),
+        ("v_proj", kv_rows, "kv_heads"),
+    )
     attention = f"{prefix}.self_attn"
     yield WeightSpec(f"{path}.attention_norm", "vector", (Source(f"{prefix}.input_layernorm.weight", (hidden,)),))
     yield WeightSpec(
         f"{path}.attention.qkv",
         "matrix",
-        tuple(Source(f"{attention}.{name}.weight", (rows, hidden)) for name, rows in projections),
+        tuple(Source(f"{attention}.{name}.weight", (rows, hidden), heads) for name, rows, heads in projections),
     )
     if config.qkv_bias:
         yield WeightSpec(
             f"{path}.attention.qkv_bias",
             "vector",
-            tuple(Source(f"{attention}.{name}.bias", (rows,)) for name, rows in projections),
+            tuple(Source(f"{attention}.{name}.bias", (rows,), heads) for name, rows, heads in projections),
         )
     if config.qk_norm:
         yield WeightSpec(f"{path}.attention.query_norm", "vector", (Source(f"{attention}.q_norm.weight", (head_dim,)),))
         yield WeightSpec(f"{path}.attention.key_norm", "vector", (Source(f"{attention}.k_norm.weight", (head_dim,)),))
-    yield WeightSpec(
-        f"{path}.attention.output", "matrix", (Source(f"{attention}.o_proj.weight", (hidden, query_rows)),)
-    )
+    output = Source(f"{attention}.o_proj.weight", (hidden, query_rows), "query_heads", dim=1)
+    yield WeightSpec(f"{path}.attention.output", "matrix", (output,))
     if config.output_bias:
-        yield WeightSpec(f"{path}.attention.output_bias", "vector", (Source(f"{attention}.o_proj.bias", (hidden,)),))
+        bias = Source(f"{attention}.o_proj.bias", (hidden,), "once")
+        yield WeightSpec(f"{path}.attention.output_bias", "vector", (bias,))
     yield WeightSpec(f"{path}.mlp_norm", "vector", (Source(f"{prefix}.post_attention_layernorm.weight", (hidden,)),))
     yield WeightSpec(
         f"{path}.mlp.gate_up",
         "matrix",
-        tuple(Source(f"{prefix}.mlp.{name}.weight", (intermediate, hidden)) for name in ("gate_proj", "up_proj")),
+        tuple(
+            Source(f"{prefix}.mlp.{name}.weight", (intermediate, hidden), "intermediate")
+            for name in ("gate_proj", "up_proj")
+        ),
     )
-    yield WeightSpec(f"{path}.mlp.down", "matrix", (Source(f"{prefix}.mlp.down_proj.weight", (hidden, intermediate)),))
+    down = Source(f"{prefix}.mlp.down_proj.weight", (hidden, intermediate), "intermediate", dim=1)
+    yield WeightSpec(f"{path}.mlp.down", "matrix", (down,))
 
 
 @dataclass
@@ -97,13 +124,23 @@ class _Loading:
 
     spec: WeightSpec
     tensor: Tensor
+    sharding: Sharding | None
     waiting: dict[str, tuple[Source, int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.waiting, row = {}, 0
         for source in self.spec.sources:
             self.waiting[source.name] = (source, row)
-            row += source.shape[0]
+            row += source.local_shape(self.sharding)[0]
+
+    def fill(self, source: Source, row: int, tensor: Tensor) -> None:
+        """Copy a rank's part of a source, whose rows begin at `row`. Of a mapped file no other rows are read, and
+        other columns only where they share a page of memory with its own."""
+        part = source.part(self.sharding)
+        rows = self.tensor[row : row + source.local_shape(self.sharding)[0]]
+        count = part.stop - part.start
+        rows.narrow(source.dim, 0, count).copy_(tensor.narrow(source.dim, part.start, count))
+        rows.narrow(source.dim, count, part.size - count).zero_()
 
 
 def load_weights(
@@ -113,14 +150,17 @@ def load_weights(
     device: torch.device,
     on_progress: Callable[[int], None] = lambda _: None,
     borrowed: Mapping[str, ops.Matrix] | None = None,
+    shard: Shard | None = None,
 ) -> Weights:
     """Stream a checkpoint's tensors into place, one at a time; each matrix is packed once it is whole.
 
     `tensors` yields (Hugging Face name, tensor) in any order; `on_progress` hears of each one's elements. `borrowed`
-    weights, by their names in `Weights`, are another model's and not among the tensors.
+    weights, by their names in `Weights`, are another model's and not among the tensors. `shard`: the rank whose part
+    of the model `config` is wanted.
     Raises WeightsError, with the name, for a tensor that is missing, left over, doubled or misshapen.
     """
     borrowed = borrowed or {}
+    sharding = Sharding(config, shard) if shard is not None else None
     own = (spec for spec in declare(config) if spec.name not in borrowed)
     place_of = {source.name: spec for spec in own for source in spec.sources}
     loading: dict[str, _Loading] = {}
@@ -132,14 +172,16 @@ def load_weights(
         if spec.name in done or (spec.name in loading and name not in loading[spec.name].waiting):
             raise WeightsError(f"tensor {name!r} occurs twice in the checkpoint")
         if spec.name not in loading:
-            loading[spec.name] = _Loading(spec, torch.empty(spec.shape, dtype=dtype, device=device))
+            loading[spec.name] = _Loading(
+                spec, torch.empty(spec.local_shape(sharding), dtype=dtype, device=device), sharding
+            )
         weight = loading[spec.name]
         source, row = weight.waiting.pop(name)
         if tuple(tensor.shape) != source.shape:
             raise WeightsError(
                 f"tensor {name!r} has shape {list(tensor.shape)}, the config calls for {list(source.shape)}"
             )
-        weight.tensor[row : row + source.shape[0]].copy_(tensor)
+        weight.fill(source, row, tensor)
         on_progress(tensor.numel())
         if not weight.waiting:
             done[spec.name] = _finished(spec, loading.pop(spec.name).tensor)
@@ -154,8 +196,14 @@ def _is_waiting(name: str, spec: WeightSpec, loading: dict[str, _Loading]) -> bo
     return spec.name not in loading or name in loading[spec.name].waiting
 
 
-def dummy_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Weights:
-    """Random weights of the real shapes, scaled so that activations neither vanish nor explode."""
+def dummy_weights(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0, shard: Shard | None = None
+) -> Weights:
+    """Random weights of the real shapes, scaled so that activations neither vanish nor explode.
+
+    Those of a rank are its part of the same weights, which are made one after another for it.
+    """
+    sharding = Sharding(config, shard) if shard is not None else None
     generator = torch.Generator(device).manual_seed(seed)
     done = {}
     for spec in declare(config):
@@ -165,8 +213,18 @@ def dummy_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device,
         else:
             deviation = 1.0 if spec.kind == "table" else spec.shape[1] ** -0.5
             tensor.normal_(0.0, 0.5 * deviation, generator=generator)
+        if sharding is not None:
+            tensor = _part_of(spec, tensor, sharding)
         done[spec.name] = _finished(spec, tensor)
     return assemble(config, done, device)
+
+
+def _part_of(spec: WeightSpec, whole: Tensor, sharding: Sharding) -> Tensor:
+    weight = _Loading(spec, whole.new_empty(spec.local_shape(sharding)), sharding)
+    rows = whole.split([source.shape[0] for source in spec.sources])
+    for (source, row), tensor in zip(weight.waiting.values(), rows, strict=True):
+        weight.fill(source, row, tensor)
+    return weight.tensor
 
 
 def _finished(spec: WeightSpec, tensor: Tensor) -> ops.Matrix:

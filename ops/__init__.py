@@ -5,6 +5,7 @@ Each op has a fake implementation for tracing, a Triton one for CUDA, a torch on
 """
 
 from ops.argmax import argmax
+from ops.collective import all_gather_columns, all_reduce
 from ops.embedding import embedding
 from ops.kv_cache import copy_blocks, write_kv
 from ops.layer import decoder_layer, has_layer_kernel
@@ -18,6 +19,8 @@ __all__ = [
     "Matrix",
     "Norm",
     "Packed",
+    "all_gather_columns",
+    "all_reduce",
     "argmax",
     "copy_blocks",
     "decoder_layer",

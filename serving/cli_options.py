@@ -118,6 +118,10 @@ def engine_options(
         int | None,
         Option(help="Most tokens to guess for a sequence in a step.", show_default="5", rich_help_panel=_ENGINE),
     ] = None,
+    tensor_parallel_size: Annotated[
+        int | None,
+        Option(help="Processes that share every layer among them.", show_default="1", rich_help_panel=_ENGINE),
+    ] = None,
     kv_transfer: Annotated[
         str | None,
         Option(

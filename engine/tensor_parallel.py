@@ -1,0 +1,146 @@
+"""Several processes that run one model, each a part of every layer: the first rank's side of it.
+
+The first rank is the engine; it alone schedules, chooses tokens and speaks to anybody. The others follow
+(`engine.tensor_worker`): whatever the first rank's model computes they are told over their standard input, and compute
+with it. Sums over the ranks go through a process group, NCCL on CUDA and Gloo on CPU, on this machine alone.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from engine.options import EngineOptions
+from engine.rank_messages import Join, Message, framed
+from layers.config import ModelConfig, Shard
+
+_HOST = "127.0.0.1"
+_PATIENCE = timedelta(seconds=300)  # with a rank that does not come to a sum; one that died is noticed at once
+
+
+class TensorParallelError(RuntimeError):
+    """A rank is gone, so there is no whole model any more; the message says which and why."""
+
+
+def join(rank: int, size: int, device: torch.device, store: dist.TCPStore) -> Shard:
+    """Become a rank of the group that meets at the store."""
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else it looks up a host name that need not resolve
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    group = dist.group.WORLD
+    assert group is not None
+    return Shard(rank, size, group.group_name)
+
+
+def meeting_point(size: int, port: int = 0) -> dist.TCPStore:
+    """The store at which ranks meet: a new one at port 0, else the one that listens at `port`."""
+    return dist.TCPStore(_HOST, port, size, is_master=port == 0, wait_for_workers=False, timeout=_PATIENCE)
+
+
+class TensorParallel:
+    """The followers of this process, the first of `options.tensor_parallel_size` ranks.
+
+    Raises TensorParallelError if they do not start, ValueError if this process has ranks already.
+    """
+
+    def __init__(self, options: EngineOptions, device: torch.device) -> None:
+        size = options.tensor_parallel_size
+        if dist.is_initialized():
+            raise ValueError(
+                f"tensor_parallel_size is {size}, but this process has an engine with ranks already: close that first"
+            )
+        self._is_broken = False
+        self._all_threads = torch.get_num_threads()
+        threads = max(1, self._all_threads // size)
+        if device.type == "cpu":
+            torch.set_num_threads(threads)
+        store = meeting_point(size)
+        self._followers = [_start(options, device, rank, store.port, threads) for rank in range(1, size)]
+        try:
+            self.shard = join(0, size, device, store)
+        except Exception as error:
+            try:
+                self._fail(error)
+            finally:
+                self.close()
+
+    def send(self, message: Message, payload: bytes = b"") -> None:
+        """Have every follower do something; those after this come in the same order."""
+        if self._is_broken:
+            self._fail(None)
+        frame = framed(message, payload)
+        try:
+            for follower in self._followers:
+                assert follower.stdin is not None
+                follower.stdin.write(frame)
+                follower.stdin.flush()
+        except OSError as error:
+            self._fail(error)
+
+    @contextmanager
+    def together(self, message: Message, payload: bytes = b"") -> Iterator[None]:
+        """Have the followers do something, and do it with them. If that fails in one rank there is no telling where the
+        others are: nothing more is computed then."""
+        self.send(message, payload)
+        try:
+            yield
+        except Exception as error:
+            self._fail(error)
+
+    def close(self) -> None:
+        """End the followers, and leave the group."""
+        for follower in self._followers:
+            assert follower.stdin is not None
+            with suppress(OSError):
+                follower.stdin.close()
+        for follower in self._followers:
+            try:
+                follower.wait(timeout=10)
+            except subprocess.TimeoutExpired:  # in a sum to which nobody comes
+                follower.kill()
+                follower.wait()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        torch.set_num_threads(self._all_threads)
+
+    def _fail(self, error: Exception | None) -> NoReturn:
+        self._is_broken = True
+        gone = []
+        for rank, follower in enumerate(self._followers, start=1):
+            with suppress(subprocess.TimeoutExpired):  # its connections are closed a moment before it can be told
+                gone.append(f"rank {rank} ended with status {follower.wait(timeout=1)}")
+        reason = ", ".join(gone) or f"rank 0 failed: {error}"
+        raise TensorParallelError(f"the tensor-parallel model is no longer whole: {reason}") from error
+
+
+def _start(
+    options: EngineOptions, device: torch.device, rank: int, port: int, threads: int
+) -> "subprocess.Popen[bytes]":
+    given: Mapping[str, Any] = {field.name: getattr(options, field.name) for field in fields(options)}
+    config = options.model if isinstance(options.model, ModelConfig) else None
+    name = f"cuda:{(device.index or 0) + rank}" if device.type == "cuda" else "cpu"
+    order = Join(
+        {**given, "model": "" if config else str(options.model), "device": name},
+        config,
+        rank,
+        port,
+        threads,
+    )
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "engine.tensor_worker"],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    )
+    assert follower.stdin is not None
+    follower.stdin.write(msgspec.json.encode(order) + b"\n")
+    follower.stdin.flush()
+    return follower

@@ -1,0 +1,85 @@
+"""A rank that follows: `python -m engine.tensor_worker`, which the engine starts, tells what to compute, and outlives.
+
+It loads its part of the weights, and then does what its standard input says until that ends.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import msgspec
+import torch
+
+from engine.checkpoint import find_checkpoint
+from engine.memory import allocate_kv_cache
+from engine.options import DTYPES, EngineOptions
+from engine.rank_messages import Compute, Copy, Head, Join, Prepare, receive
+from engine.runner import Runner
+from engine.tensor_parallel import join, meeting_point
+from layers.sharding import Sharding
+from layers.weights import dummy_weights, load_weights
+
+
+def _runner_maker(order: Join) -> Callable[[Prepare], Runner]:
+    """Joins the group and loads the weights; what comes of it makes a runner with a KV cache as large as it is told."""
+    options = EngineOptions(**{**order.options, "model": order.config or order.options["model"]})
+    assert options.device is not None
+    device, size = torch.device(options.device), options.tensor_parallel_size
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    shard = join(order.rank, size, device, meeting_point(size, order.port))
+    dtype = DTYPES[options.dtype]
+    checkpoint = None if order.config is not None else find_checkpoint(order.options["model"])
+    config = checkpoint.config if checkpoint is not None else order.config
+    assert config is not None
+    if checkpoint is None or options.load_format == "dummy":
+        weights = dummy_weights(config, dtype, device, options.seed, shard)
+    else:
+        weights = load_weights(config, checkpoint.tensors(dtype), dtype, device, shard=shard)
+    local = Sharding(config, shard).local_config()
+
+    def make(message: Prepare) -> Runner:
+        return Runner(
+            local,
+            weights,
+            allocate_kv_cache(local, message.plan, dtype, device),
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=message.max_num_batched_tokens,
+            max_model_len=message.plan.max_model_len,
+            max_num_drafts=options.num_speculative_tokens if options.speculative_model is not None else 0,
+            vocab_size=config.vocab_size,
+        )
+
+    return make
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the engine decides what becomes of us
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.enable()
+    pipe = sys.stdin.buffer
+    order = msgspec.json.decode(pipe.readline(), type=Join)
+    torch.set_num_threads(order.num_threads)
+    make = _runner_maker(order)
+    runner: Runner | None = None
+    while (received := receive(pipe)) is not None:
+        message, payload = received
+        if isinstance(message, Prepare):
+            runner = None  # whose cache goes before there is another
+            runner = make(message)
+            continue
+        assert runner is not None
+        match message:
+            case Copy(blocks):
+                runner.copy(blocks)
+            case Compute(shape, warm_up):
+                runner.follow(shape, payload, warm_up)
+            case Head():
+                runner.follow_head(payload)
+    os._exit(0)  # leaving the group in order would wait for the engine, which may be gone
+
+
+if __name__ == "__main__":
+    main()

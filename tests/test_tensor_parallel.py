@@ -1,0 +1,243 @@
+"""Tensor parallelism: the ranks' parts are the whole, and so are their answers."""
+
+import math
+import os
+import signal
+
+import jaxtyping
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from engine.checkpoint import find_checkpoint
+from engine.compiled_model import eager_functions
+from engine.llm import LLM
+from engine.memory import KVPlan, allocate_kv_cache
+from engine.options import EngineOptions
+from engine.sampling_params import SamplingParams
+from engine.step_inputs import StepShape, carve
+from engine.tensor_parallel import TensorParallelError
+from layers.config import ModelConfig, Shard
+from layers.sharding import Sharding
+from layers.weights import declare, dummy_weights, load_weights
+from tests.checkpoints import save_tiny
+
+FLOAT32 = {"dtype": "float32", "device": "cpu", "kv_cache_memory": "4MiB", "max_num_seqs": 8, "enforce_eager": True}
+PROMPTS = ["The quick brown fox", "What is the capital of France?", "The quick brown fox jumps over", "def add(a, b):"]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=24, logprobs=3, ignore_eos=True),
+    SamplingParams(temperature=0.9, seed=5, n=3, max_tokens=24, ignore_eos=True),
+    SamplingParams(temperature=0, max_tokens=24, prompt_logprobs=2, ignore_eos=True),
+    SamplingParams(temperature=0.7, seed=7, top_p=0.9, frequency_penalty=0.5, max_tokens=24, ignore_eos=True),
+]
+
+
+def config(heads: int, kv_heads: int, intermediate: int, vocabulary: int) -> ModelConfig:
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=intermediate,
+        num_layers=2,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=16,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        qkv_bias=True,
+        output_bias=True,
+    )
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def directory(request, tmp_path_factory):
+    """Nine heads in three groups with a vocabulary that three ranks do not divide; fourteen in two, which three ranks
+    must share."""
+    path = tmp_path_factory.mktemp(request.param)
+    biased = {"attention_bias": True} if request.param == "llama" else {}
+    save_tiny(path, request.param, **biased)
+    return path
+
+
+def answers(directory, **options) -> list:
+    llm = LLM(directory, **FLOAT32 | options)
+    try:
+        # The second time the prompts are in the prefix cache.
+        return [one for _ in range(2) for one in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+    finally:
+        llm.engine.close()
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "intermediate", "vocabulary"),
+    [(9, 3, 192, 500), (14, 2, 130, 512), (8, 8, 96, 33), (6, 1, 256, 1000)],
+)
+@pytest.mark.parametrize("size", [2, 3, 4, 6])
+def test_the_parts_are_the_whole(heads, kv_heads, intermediate, vocabulary, size):
+    whole = config(heads, kv_heads, intermediate, vocabulary)
+    ranks = [Sharding(whole, Shard(rank, size, "g")) for rank in range(size)]
+    for axis, count in (("query_heads", heads), ("intermediate", intermediate), ("vocabulary", vocabulary)):
+        parts = [rank.part(axis, count) for rank in ranks]
+        assert [number for part in parts for number in range(part.start, part.stop)] == list(range(count))
+        assert all(part.stop - part.start <= part.size for part in parts)
+    group = heads // kv_heads
+    for rank in ranks:
+        query, kv, local = rank.part("query_heads", heads), rank.part("kv_heads", kv_heads), rank.local_config()
+        # The model takes query head q to attend to key/value head q // (heads / kv_heads), of its own.
+        for own in range(local.num_heads):
+            theirs = (query.start + own) // group
+            assert kv.start + own // (local.num_heads // local.num_kv_heads) == theirs
+
+
+def test_ranks_load_their_parts_of_every_weight(directory):
+    checkpoint = find_checkpoint(directory)
+    whole = dict(checkpoint.tensors())
+    size = 3
+    shards = [Shard(rank, size, "g") for rank in range(size)]
+    loaded = [
+        load_weights(checkpoint.config, checkpoint.tensors(), torch.float32, torch.device("cpu"), shard=shard)
+        for shard in shards
+    ]
+    for layer in range(checkpoint.config.num_layers):
+        prefix = f"model.layers.{layer}"
+        down = torch.cat([rank.blocks[layer].mlp.down for rank in loaded], dim=1)
+        assert torch.equal(down, whole[f"{prefix}.mlp.down_proj.weight"])
+        output = torch.cat([rank.blocks[layer].attention.output for rank in loaded], dim=1)
+        assert torch.equal(output, whole[f"{prefix}.self_attn.o_proj.weight"])
+        gates = torch.cat([rank.blocks[layer].mlp.gate_up.chunk(2)[0] for rank in loaded])
+        assert torch.equal(gates, whole[f"{prefix}.mlp.gate_proj.weight"])
+        if (bias := whole.get(f"{prefix}.self_attn.o_proj.bias")) is not None:
+            assert torch.equal(sum(rank.blocks[layer].attention.output_bias for rank in loaded), bias)
+    rows = torch.cat([rank.embedding for rank in loaded])
+    assert torch.equal(rows[: checkpoint.config.vocab_size], whole["model.embed_tokens.weight"])
+    assert not rows[checkpoint.config.vocab_size :].any()
+
+
+def test_no_rank_has_much_more_than_its_share():
+    whole = config(9, 3, 1536, 49152)
+    elements = sum(math.prod(spec.shape) for spec in declare(whole) if spec.kind != "vector")
+    for rank in range(3):
+        sharding = Sharding(whole, Shard(rank, 3, "g"))
+        own = sum(math.prod(spec.local_shape(sharding)) for spec in declare(whole) if spec.kind != "vector")
+        assert own == pytest.approx(elements / 3, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_answers_are_those_of_one_rank(directory, size):
+    alone, together = answers(directory), answers(directory, tensor_parallel_size=size)
+    for one, several in zip(alone, together, strict=True):
+        for choice, other in zip(one.choices, several.choices, strict=True):
+            assert other.token_ids == choice.token_ids
+            for expected, found in zip(choice.logprobs or [], other.logprobs or [], strict=True):
+                assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
+        assert (several.prompt_logprobs is None) == (one.prompt_logprobs is None)
+        for expected, found in zip((one.prompt_logprobs or [])[1:], (several.prompt_logprobs or [])[1:], strict=True):
+            assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
+
+
+def test_guessing_and_small_steps_change_nothing(directory):
+    alone = answers(directory)
+    together = answers(directory, tensor_parallel_size=2, speculative_model="ngram", max_num_batched_tokens=8)
+    assert [c.token_ids for one in together for c in one.choices] == [c.token_ids for one in alone for c in one.choices]
+
+
+def test_dummy_weights_are_parts_of_the_same():
+    whole = config(9, 3, 192, 500)
+    prompt, params = [[1, 2, 3, 4]], [SamplingParams(temperature=0, max_tokens=8)]
+    found = []
+    for size in (1, 2):
+        llm = LLM(whole, **FLOAT32, load_format="dummy", tensor_parallel_size=size)
+        found.append(llm.generate(prompt, params, use_tqdm=False)[0].token_ids)
+        llm.engine.close()
+    assert found[0] == found[1]
+
+
+def test_a_rank_that_dies_is_named(directory):
+    llm = LLM(directory, **FLOAT32, tensor_parallel_size=2)
+    follower = llm.engine._ranks._followers[0]
+    try:
+        llm.generate("one", SamplingParams(max_tokens=2), use_tqdm=False)
+        os.kill(follower.pid, signal.SIGKILL)
+        with pytest.raises(TensorParallelError, match="rank 1 ended with status -9"):
+            llm.generate("two", SamplingParams(max_tokens=2), use_tqdm=False)
+    finally:
+        llm.engine.close()
+    assert not dist.is_initialized()
+
+
+def test_what_is_refused_late_leaves_no_ranks(directory):
+    with pytest.raises(ValueError, match="max_model_len is 100000"):
+        LLM(directory, **FLOAT32, tensor_parallel_size=2, max_model_len=100_000)
+    assert not dist.is_initialized()
+    answers(directory, tensor_parallel_size=2)
+
+
+def test_one_engine_with_ranks_at_a_time(directory):
+    llm = LLM(directory, **FLOAT32, tensor_parallel_size=2)
+    try:
+        with pytest.raises(ValueError, match="tensor_parallel_size is 2, but this process has"):
+            LLM(directory, **FLOAT32, tensor_parallel_size=2)
+    finally:
+        llm.engine.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_transfer": "tcp"}, "kv_transfer is 'tcp'"),
+        ({"speculative_model": "smollm2-draft"}, "with 'ngram' alone"),
+        ({"async_scheduling": True}, "async_scheduling is on"),
+        ({"tensor_parallel_size": 65}, "between 1 and 64"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        EngineOptions(**{"tensor_parallel_size": 2} | options)
+
+
+def test_more_ranks_than_heads_are_refused_before_anything_starts(directory):
+    with pytest.raises(ValueError, match=r"tensor_parallel_size is 20: the model has . key/value heads"):
+        LLM(directory, **FLOAT32, tensor_parallel_size=20)
+    assert not dist.is_initialized()
+
+
+def test_the_sums_are_part_of_one_graph():
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=3)
+    try:
+        shard = Shard(1, 3, dist.group.WORLD.group_name)
+        whole = config(9, 3, 192, 500)
+        local = Sharding(whole, shard).local_config()
+        weights = dummy_weights(whole, torch.float32, torch.device("cpu"), shard=shard)
+        plan = KVPlan(4, 16, 0, 64, "test")
+        cache = allocate_kv_cache(local, plan, torch.float32, torch.device("cpu"))
+        shape = StepShape(2, 2, 4, 2, 1)
+        batch = carve(torch.zeros(sum(shape.field_sizes()), dtype=torch.int32), shape).batch
+        graphs: list[torch.fx.GraphModule] = []
+
+        def keep(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+            graphs.append(graph)
+            return graph
+
+        torch._dynamo.reset()
+        jaxtyping.config.update("jaxtyping_disable", True)  # the compiler cannot trace through the checks
+        torch.compile(eager_functions(local).whole, backend=keep, fullgraph=True)(weights, batch, cache, None)
+        (graph,) = graphs
+        called = [str(node.target) for node in graph.graph.nodes]
+        assert sum("all_reduce" in name for name in called) == 1 + 2 * whole.num_layers
+        assert sum("all_gather" in name for name in called) == 1
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+        torch._dynamo.reset()
+        dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_answer_as_one(tmp_path):
+    save_tiny(tmp_path, "qwen2")
+    options = {"device": "cuda:0", "enforce_eager": False, "kv_cache_memory": "64MiB"}
+    alone, together = answers(tmp_path, **options), answers(tmp_path, **options, tensor_parallel_size=2)
+    for one, several in zip(alone, together, strict=True):
+        assert [choice.token_ids for choice in several.choices] == [choice.token_ids for choice in one.choices]

@@ -25,7 +25,7 @@ from bench.report import Output, Plot, Report
 from bench.workload import sizes
 from engine import LLM, SamplingParams
 from engine.draft_controller import predicted_speedup
-from engine.draft_model import DraftModel
+from engine.draft_model import DraftModel, Proposal
 from engine.speculation import Speculator
 from engine.step import Step
 
@@ -84,8 +84,10 @@ class SimulatedDrafts:
         self._random = random.Random(seed)
         self.answers: dict[int, list[int]] = {}
 
-    def propose(self, step: Step) -> int:
-        runs = self._draft_model.propose(step) if self._draft_model is not None else 0
+    def propose(self, step: Step) -> Proposal:
+        proposal = self._draft_model.propose(step) if self._draft_model is not None else Proposal(0)
+        if proposal.guesses is not None:
+            proposal.guesses.wait()
         for work in step.work:
             if work.num_drafts:
                 at = len(work.sequence.token_ids)
@@ -96,7 +98,7 @@ class SimulatedDrafts:
                     if self._random.random() >= self._acceptance:
                         wrong[place] = (token + 1) % self._vocab_size
                 work.sequence.draft_token_ids = wrong
-        return runs
+        return Proposal(proposal.runs)
 
 
 class Run(NamedTuple):

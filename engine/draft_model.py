@@ -7,12 +7,16 @@ any temperature: Gumbel coupling (arXiv:2408.07978), with which what a target dr
 
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.draft_checkpoint import SharedDraft, find_shared_draft
+from engine.draft_loop import DraftLoop, Guesses
 from engine.options import EngineOptions
 from engine.runner import Runner
 from engine.sequence import Sequence
 from engine.step import Step, Work
+from engine.token_chooser import TokenChooser
 from engine.tokenizer import Tokenizer
 from layers.config import ModelConfig
 
@@ -54,6 +58,13 @@ def find_draft(options: EngineOptions, target: Checkpoint | None, config: ModelC
     return Draft(checkpoint.config, checkpoint)
 
 
+class Proposal(NamedTuple):
+    """How often the draft model ran, and those of its guesses that are still on the device."""
+
+    runs: int
+    guesses: Guesses | None = None
+
+
 class DraftModel:
     """Guesses for sequences whose blocks are allocated up to their last guess.
 
@@ -61,24 +72,46 @@ class DraftModel:
     guesses. What it finds in blocks that it has not computed itself can only make its guesses worse.
     """
 
-    def __init__(self, runner: Runner, max_num_batched_tokens: int) -> None:
+    def __init__(self, runner: Runner, loop: DraftLoop, max_num_batched_tokens: int) -> None:
         self._runner = runner
+        self._loop = loop
         self._max_num_batched_tokens = max_num_batched_tokens
 
-    def propose(self, step: Step) -> int:
-        """Fill `draft_token_ids` of the step's sequences that are to have some. Returns how often the model ran."""
+    @property
+    def chooser(self) -> TokenChooser:
+        """Chooses the guesses of sequences whose choices depend on what the host alone knows."""
+        return self._runner.chooser
+
+    def compile(self, show_progress: bool = False) -> None:
+        """Compile the model and, on CUDA, record its loops."""
+        self._runner.compile(show_progress)
+        if self._runner.is_cuda and self._runner.is_compiled:
+            with tqdm(desc="recording drafts", unit="size", disable=not show_progress, leave=False) as bar:
+                for _ in self._loop.compile():
+                    bar.update()
+
+    def propose(self, step: Step) -> Proposal:
+        """Fill `draft_token_ids` of the step's sequences that are to have some."""
         if step.copies:
             self._runner.run(Step((), step.copies))
         guessing = {work.sequence: work.num_drafts for work in step.work if work.num_drafts}
         for sequence in guessing:
             sequence.draft_token_ids = []
         runs = self._catch_up(list(guessing))
-        for depth in range(max(guessing.values(), default=0)):
-            deep = [sequence for sequence, count in guessing.items() if count > depth]
+        # A model that is compiled for a CPU has no graph of a uniform step of two tokens each.
+        loops = self._runner.is_cuda or not (self._runner.is_compiled and self._runner.compiles_model)
+        looping = {sequence: count for sequence, count in guessing.items() if loops and self._loop.can_guess(sequence)}
+        stepping = {sequence: count for sequence, count in guessing.items() if sequence not in looping}
+        for depth in range(max(stepping.values(), default=0)):
+            deep = [sequence for sequence, count in stepping.items() if count > depth]
             # The first takes the token that the target chose last, and the one before it if that was a guess.
             self._run([_work(sequence, samples=True) for sequence in deep])
             runs += 1
-        return runs
+        guesses = None
+        if looping:
+            guesses = self._loop.run(looping)
+            runs += max(looping.values())
+        return Proposal(runs, guesses)
 
     def _catch_up(self, sequences: list[Sequence]) -> int:
         """Compute all but the last two tokens of each."""

@@ -22,6 +22,7 @@ from engine.compile_behind import CompileBehind
 from engine.compile_cache import Order, marker
 from engine.compiled_model import mark_static
 from engine.draft_checkpoint import SharedDraft
+from engine.draft_loop import DraftLoop
 from engine.draft_model import Draft, DraftModel, find_draft
 from engine.handover import Handover
 from engine.launched import Launched
@@ -147,11 +148,10 @@ class Engine:
             draft_model = None
             if draft is not None:
                 assert draft_weights is not None
-                drafter = self._make_runner(draft.config, draft_weights, self.kv_plan, draft.head_tokens)
+                draft_model = self._make_draft_model(draft, draft_weights)
                 if options.when_to_compile(self.device) == "startup":
                     with self._phase("compile draft"):
-                        drafter.compile(self._show_progress)
-                draft_model = DraftModel(drafter, self.max_num_batched_tokens)
+                        draft_model.compile(self._show_progress)
             self.speculator = Speculator(options.num_speculative_tokens, draft_model)
         self._compiling: CompileBehind | None = None
         self.compiled_seconds: float | None = None
@@ -306,6 +306,8 @@ class Engine:
         compiled = self._compiling.advance(is_idle=is_idle)
         if compiled is not None:
             self.runner.take(compiled)
+            if self.speculator is not None and self.speculator.draft_model is not None:
+                self.speculator.draft_model.chooser.functions = compiled.chooser
             self.compiled_seconds = self._compiling.seconds
             log.info("compiled steps from here on, %.1f s after the start", self._compiling.seconds)
         if self._compiling.has_ended:
@@ -335,7 +337,7 @@ class Engine:
             for work in step.work:
                 if work.sequence.scheduled_time is None:
                     work.sequence.scheduled_time = started
-            launched = self.runner.launch(step)
+            launched = self.runner.launch(step, self.speculator.guesses if self.speculator is not None else None)
             launch = time.perf_counter() - scheduled - draft
             record = self._record(step, started, scheduled - started, draft, launch)
             self._in_flight.append(_InFlight(step, launched, record))
@@ -394,8 +396,13 @@ class Engine:
             num_failed_arrivals=self._counted[1] - failed,
         )
         if self.speculator is not None:
-            stood = self.speculator.observe(flight.step, result, record.launch + record.wait)
+            guessing = flight.launched.draft_seconds
+            verifying = max(0.0, record.launch + record.wait - guessing)
+            stood = self.speculator.observe(flight.step, result, verifying, guessing)
             record = record._replace(num_stood=stood)
+            if guessing:
+                # The device guessed while the host launched and waited.
+                record = record._replace(wait=max(0.0, record.wait - guessing), draft=record.draft + guessing)
         self.records.append(record._replace(commit=time.perf_counter() - waited))
         return outputs
 
@@ -484,11 +491,28 @@ class Engine:
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
             max_num_drafts=self.options.num_speculative_tokens if self.options.speculative_model is not None else 0,
+            reads_guesses=self.device.type == "cuda" and self.options.speculative_model not in (None, "ngram"),
             vocab_size=self.config.vocab_size,
             head_tokens=None if head_tokens is None else torch.tensor(head_tokens, device=self.device),
             overlaps=self.overlaps,
             ranks=self._ranks,
         )
+
+    def _make_draft_model(self, draft: Draft, weights: Weights) -> DraftModel:
+        options = self.options
+        runner = self._make_runner(draft.config, weights, self.kv_plan, draft.head_tokens)
+        head_tokens = None if draft.head_tokens is None else torch.tensor(draft.head_tokens, device=self.device)
+        loop = DraftLoop(
+            draft.config,
+            runner,
+            self.runner,
+            self.config.vocab_size,
+            head_tokens,
+            options.max_num_seqs,
+            options.num_speculative_tokens,
+            self.kv_plan.max_model_len,
+        )
+        return DraftModel(runner, loop, self.max_num_batched_tokens)
 
     def _make_transfers(self) -> "Transfers | None":
         options = self.options

@@ -1,24 +1,34 @@
 """A step that is under way."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from engine.step import StepResult
 from engine.token_chooser import Choice
 
+if TYPE_CHECKING:
+    from engine.draft_loop import Guesses
+
 
 class Launched:
-    """A step that the device was told to run."""
+    """A step that the device was told to run.
 
-    def __init__(self, choices: list[Choice], event: torch.cuda.Event | None) -> None:
+    draft_seconds: what the device took, before the step, for guesses that the host was not waiting for.
+    """
+
+    def __init__(self, choices: list[Choice], event: torch.cuda.Event | None, guesses: "Guesses | None" = None) -> None:
         self._choices = choices
         self._event = event
+        self._guesses = guesses
+        self.draft_seconds = 0.0
 
     def wait(self) -> StepResult:
         """What the step chose, once it has run."""
         if self._event is not None:
             self._event.synchronize()
+        if self._guesses is not None:
+            self.draft_seconds = self._guesses.wait()
         token_ids: dict[int, list[int]] = {}
         logprobs: dict[int, Any] = {}
         prompt_logprobs: dict[int, Any] = {}

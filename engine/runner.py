@@ -42,6 +42,7 @@ from ops import copy_blocks
 from ops.paged_attention import has_cpu_kernel
 
 if TYPE_CHECKING:
+    from engine.draft_loop import Guesses
     from engine.tensor_parallel import TensorParallel
 
 log = logging.getLogger("dispec")
@@ -69,6 +70,7 @@ class Runner:
     vocab_size: columns of the logits, if not the model's own: a draft model's are those of its target.
     head_tokens: which tokens the rows of the head stand for, if not for all in order.
     overlaps: whether a step may be launched before the one before it was waited for.
+    reads_guesses: whether the guesses of a step may be where a draft model left them.
     ranks: the others that hold a part of the model, if this is the first of several.
     """
 
@@ -85,6 +87,7 @@ class Runner:
         vocab_size: int | None = None,
         head_tokens: Tensor | None = None,
         overlaps: bool = False,
+        reads_guesses: bool = False,
         ranks: "TensorParallel | None" = None,
     ) -> None:
         self._ranks = ranks
@@ -96,6 +99,8 @@ class Runner:
         self.is_cuda = self.device.type == "cuda"
         self.is_compiled = False
         self._overlaps = overlaps
+        # Guesses that are still on the device are read there, as the tokens of a step that is not waited for are.
+        self._feeds = overlaps or reads_guesses
         keys = kv_cache[0].keys
         self._mixes = self.is_cuda or has_cpu_kernel(keys.dtype, keys.shape[2], self.block_size)
         vocab_size = vocab_size or config.vocab_size
@@ -113,7 +118,7 @@ class Runner:
             tokens=max(max_num_batched_tokens, RAGGED.tokens),
             sequences=max(self._buckets[-1], RAGGED.sequences),
             blocks=max(self._max_blocks, RAGGED.blocks),
-            rows=chosen_rows(max_num_seqs * (1 + max_num_drafts)),
+            rows=chosen_rows(self._buckets[-1] * (1 + max_num_drafts)),
             query_len=None,
         )
         size = sum(largest.field_sizes())
@@ -123,16 +128,19 @@ class Runner:
         # Making eleven views costs as much as the rest of a step's preparation, and shapes recur.
         self._host_inputs = [functools.lru_cache(256)(functools.partial(carve, host)) for host in self._hosts]
         self._device_inputs = functools.lru_cache(256)(functools.partial(carve, self._inputs))
-        self._chosen = torch.zeros(largest.rows, dtype=torch.int64, device=self.device)
+        self.chosen = torch.zeros(largest.rows, dtype=torch.int64, device=self.device)
         self._pending_rows: dict[int, int] = {}
         self._ragged_graphs: RaggedGraphs | None = None
         if self.is_cuda:
-            mark_static(self._chosen)
+            mark_static(self.chosen)
         self.chooser = TokenChooser(self.device, vocab_size, self._head)
 
     @torch.inference_mode()
-    def launch(self, step: Step) -> Launched:
-        """Start a step. At most one may be under way that was not waited for, and none without `overlaps`."""
+    def launch(self, step: Step, guesses: "Guesses | None" = None) -> Launched:
+        """Start a step. At most one may be under way that was not waited for, and none without `overlaps`.
+
+        guesses: those that the step is to verify and the host does not know yet.
+        """
         if step.copies:
             if self._ranks is not None:
                 self._ranks.send(Copy(step.copies))
@@ -142,14 +150,15 @@ class Runner:
         choices: list[Choice] = []
         rows: dict[int, int] = {}
         num_rows = 0
+        pending_rows = self._pending_rows if guesses is None else guesses.rows
         for launch in self._split(step):
             host = self._zeroed_inputs(launch.shape)
-            sampled = fill(host, launch.work, self.block_size, self._pending_rows)
+            sampled = fill(host, launch.work, self.block_size, pending_rows)
             inputs = self._upload(launch.shape)
             hidden, logits, chosen = self._compute(launch.shape, inputs)
             choice = self.chooser.choose(launch.work, sampled, hidden, logits, chosen, inputs.sampling)
             if choice.tokens is not None and self._overlaps:
-                self._chosen[num_rows : num_rows + len(choice.tokens)].copy_(choice.tokens)
+                self.chosen[num_rows : num_rows + len(choice.tokens)].copy_(choice.tokens)
                 rows |= {item.sequence.id: num_rows + row for row, item in enumerate(sampled) if item is not None}
                 num_rows += len(choice.tokens)
             choices.append(choice.to_host())
@@ -158,7 +167,7 @@ class Runner:
         if self.is_cuda:
             event = torch.cuda.Event()
             event.record()
-        return Launched(choices, event)
+        return Launched(choices, event, guesses)
 
     @torch.inference_mode()
     def copy(self, blocks: tuple[tuple[int, int], ...]) -> None:
@@ -204,7 +213,7 @@ class Runner:
 
     def compile_pieces(self) -> Generator[None, None, Compiled]:
         """The same on CPU, a graph at each `next`; steps may run in between, and the result be taken with `take`."""
-        chosen = self._chosen if self._overlaps else None
+        chosen = self.chosen if self._feeds else None
         parts = ModelParts(self._eager, self.weights, self.kv_cache[0], chosen) if self.compiles_model else None
         return compile_pieces(parts, self.chooser.vocab_size, self.block_size, self._max_num_seqs)
 
@@ -322,7 +331,7 @@ class Runner:
         self, shape: StepShape, inputs: StepInputs, warm_up: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         batch = inputs.batch
-        feedback = Feedback(inputs.token_source, self._chosen) if self._overlaps else None
+        feedback = Feedback(inputs.token_source, self.chosen) if self._feeds else None
         if warm_up:
             mark_dynamic(*batch, inputs.token_source)
         if self._functions.whole is not None and shape.query_len is not None:

@@ -10,8 +10,10 @@ variation (arXiv:2408.07978); rejection sampling would reach 1 - d, with answers
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.draft_controller import Acceptance, DraftController
+from engine.draft_loop import Guesses
 from engine.draft_model import DraftModel
 from engine.ngram import NgramIndex
 from engine.sequence import Sequence
@@ -26,6 +28,14 @@ class Drafting:
     ngrams: NgramIndex = field(default_factory=NgramIndex)
 
 
+class _Guessing(NamedTuple):
+    """What making the last guesses took the host."""
+
+    num_sequences: int
+    runs: int
+    seconds: float
+
+
 class Speculator:
     """Decides about guesses before a step is scheduled, makes them before it runs, learns from it afterwards.
 
@@ -33,6 +43,7 @@ class Speculator:
     draft_model: who guesses; the sequence's own text if None.
     is_adaptive: choose how many pay; else always as many as there can be.
     num_wanted: guesses that the last plan asked for.
+    guesses: those of the last proposal that are still on the device.
     """
 
     def __init__(self, max_num_drafts: int, draft_model: DraftModel | None = None, *, is_adaptive: bool = True) -> None:
@@ -41,6 +52,8 @@ class Speculator:
         self.is_adaptive = is_adaptive
         self.controller = DraftController()
         self.num_wanted = 0
+        self.guesses: Guesses | None = None
+        self._guessing: _Guessing | None = None
 
     def plan(self, running: Iterable[Sequence]) -> None:
         """Set how many tokens of each running sequence are to be guessed in the next step."""
@@ -69,20 +82,30 @@ class Speculator:
         self.num_wanted = sum(chosen.values())
 
     def propose(self, step: Step) -> float:
-        """Make the guesses that the step is to verify; returns the seconds that took."""
+        """Make the guesses that the step is to verify, or have the device make them; the seconds that the host took."""
+        self.guesses = self._guessing = None
         if self.draft_model is None:
             return 0.0
         started = time.perf_counter()
         guessing = [work.sequence for work in step.work if work.num_drafts]
         behind = any(len(sequence.token_ids) - sequence.num_drafter_tokens > 2 for sequence in guessing)
-        runs = self.draft_model.propose(step)
+        proposal = self.draft_model.propose(step)
         seconds = time.perf_counter() - started
-        if runs and not behind:
-            self.controller.draft.observe(len(guessing), seconds / runs)
+        self.guesses = proposal.guesses
+        if proposal.runs and not behind:
+            self._guessing = _Guessing(len(guessing), proposal.runs, seconds)
         return seconds
 
-    def observe(self, step: Step, result: StepResult, seconds: float) -> tuple[int, ...]:
-        """Learn from a step that was committed and took `seconds` to verify. How many guesses stood, by their place."""
+    def observe(self, step: Step, result: StepResult, seconds: float, draft_seconds: float = 0.0) -> tuple[int, ...]:
+        """Learn from a step that was committed. How many guesses stood, by their place.
+
+        seconds: what it took to verify. draft_seconds: what the device took for guesses that nobody waited for.
+        """
+        if self._guessing is not None:
+            # The host's time counts where it is not hidden behind the device's.
+            whole = self._guessing.seconds if self.guesses is None else draft_seconds
+            self.controller.draft.observe(self._guessing.num_sequences, whole / self._guessing.runs)
+            self._guessing = None
         stood = [0] * self.max_num_drafts
         num_drafts = 0
         for work in step.work:

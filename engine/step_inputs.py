@@ -48,8 +48,8 @@ class StepShape(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """What a step reads. `token_source` is 0 for a token whose id the host knows; else the id is what row
-    `token_source - 1` of the step before it chose, which the host may not have seen yet."""
+    """What a step reads. `token_source` is 0 for a token whose id the host knows; else the id is in row
+    `token_source - 1` of what the step before it chose, or a draft model guessed, which the host may not have seen."""
 
     batch: Batch
     sampling: Sampling
@@ -89,9 +89,10 @@ def fill(
 ) -> list[Work | None]:
     """Write `work` to zeroed host inputs; rows beyond it stay as harmless padding: token 0 in block 0, greedy.
 
-    `pending_rows` tells which row of the step before chooses the next token of a sequence, by sequence id. Returns
-    the work whose next token each row chooses, in order; None for a row whose token nobody wants. A uniform step has
-    a row for every sequence, a ragged one only for those that sample; a work with drafts has one more for each.
+    `pending_rows` tells which row of the step before chooses the next token of a sequence, by sequence id, or holds
+    the first of its guesses, where the host does not know them yet. Returns the work whose next token each row chooses,
+    in order; None for a row whose token nobody wants. A uniform step has a row for every sequence, a ragged one only
+    for those that sample; a work with drafts has one more for each.
     """
     batch, sampling = inputs.batch, inputs.sampling
     token_ids, positions, slots = batch.token_ids.numpy(), batch.positions.numpy(), batch.slot_mapping.numpy()
@@ -118,7 +119,11 @@ def fill(
             last = token + num_tokens
             guesses = item.guesses
             token_ids[token : last - len(guesses)] = sequence.token_ids[first : first + num_tokens]
-            token_ids[last - len(guesses) : last] = guesses
+            if guesses and sequence.id in pending_rows:
+                row = pending_rows[sequence.id] + 1
+                sources[last - len(guesses) : last] = range(row, row + len(guesses))
+            else:
+                token_ids[last - len(guesses) : last] = guesses
             positions[token:last] = range(first, first + num_tokens)
         tables[index, : len(table)] = table
         if num_tokens > 1:

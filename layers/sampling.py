@@ -21,14 +21,19 @@ def greedy(logits: Float[Tensor, "R V"]) -> Int[Tensor, "R"]:
     return ops.argmax(logits)
 
 
-def draw(logits: Float[Tensor, "R V"], sampling: Sampling) -> Int[Tensor, "R"]:
-    """A token of each row, drawn from softmax(logits / temperature); the largest logit where the temperature is 0.
+def draw(
+    logits: Float[Tensor, "R V"], sampling: Sampling, token_ids: Int[Tensor, "V"] | None = None
+) -> Int[Tensor, "R"]:
+    """A column of each row, drawn from softmax(logits / temperature); the largest logit where the temperature is 0.
 
     A draw is the argmax of logits / temperature plus Gumbel noise (Gumbel 1954), so no softmax, sort or
-    cumulative sum is needed. A token whose logit is -inf is never drawn while there is another.
+    cumulative sum is needed. A token whose logit is -inf is never drawn while there is another. token_ids: those that
+    the columns stand for, if not all in order; each has its own noise wherever its column is.
     """
     logits = logits.float()
-    uniform = uniform_noise(sampling.seed, sampling.position, logits.shape[-1])
+    if token_ids is None:
+        token_ids = torch.arange(logits.shape[-1], device=logits.device)
+    uniform = uniform_noise(sampling.seed, sampling.position, token_ids)
     # -log(-log1p(-u)): written so that the winners, whose u is near zero, keep all of u's 32 bits. Noise of -inf, at
     # u = 1, would make the only token that is left as good as one that is ruled out.
     gumbel = -torch.log(-torch.log1p(-uniform.clamp(max=_BELOW_ONE)))
@@ -45,16 +50,17 @@ def scaled(logits: Float[Tensor, "R V"], temperature: Float[Tensor, "R"]) -> Flo
     return (logits - logits.amax(dim=-1, keepdim=True)) / divisor[:, None]
 
 
-def uniform_noise(seed: Int[Tensor, "R"], position: Int[Tensor, "R"], size: int) -> Float[Tensor, "R size"]:
-    """Numbers in (0, 1], uniform to 32 bits, from the counter (seed, position, column).
+def uniform_noise(
+    seed: Int[Tensor, "R"], position: Int[Tensor, "R"], token_ids: Int[Tensor, "N"]
+) -> Float[Tensor, "R N"]:
+    """Numbers in (0, 1], uniform to 32 bits, from the counter (seed, position, token).
 
     Only integer operations on values below 2**63, so every device and compiler gives the same bits.
     """
     seed = seed.long()
     row = _mix(_mix(seed & _MASK) ^ _mix((seed >> 32) & _MASK ^ 0x9E3779B9) ^ (position.long() & _MASK))
     row_again = _mix(row ^ 0x5BD1E995)
-    columns = torch.arange(size, device=seed.device, dtype=torch.int64)
-    mixed = _mix((_mix(columns ^ row[:, None]) + row_again[:, None]) & _MASK)
+    mixed = _mix((_mix(token_ids.long() ^ row[:, None]) + row_again[:, None]) & _MASK)
     return (mixed.to(torch.float32) + 0.5) * 2.0**-32
 
 

@@ -71,7 +71,9 @@ def expect_draws(logits: torch.Tensor, restricted: torch.Tensor, temperature: fl
 
 @pytest.mark.parametrize("noise", [1.0, 1 - 2.0**-24, 2.0**-33])
 def test_a_token_of_minus_infinity_is_never_drawn_whatever_the_noise(monkeypatch, noise):
-    monkeypatch.setattr(module, "uniform_noise", lambda seed, position, size: torch.full((len(seed), size), noise))
+    monkeypatch.setattr(
+        module, "uniform_noise", lambda seed, position, tokens: torch.full((len(seed), len(tokens)), noise)
+    )
     logits = torch.full((2, 40), -torch.inf)
     logits[0, 17], logits[1, [5, 30]] = -80.0, 3.0
     assert draw(logits, sampling(1.0, [1, 2], [3, 4])).tolist() == [17, 5]
@@ -88,8 +90,8 @@ def test_tiny_temperatures_are_greedy_and_not_infinite():
 
 
 def test_noise_is_uniform_and_independent_across_seed_position_and_column():
-    by_position = uniform_noise(torch.full((512,), 7), torch.arange(512), 2048)
-    by_seed = uniform_noise(torch.arange(512), torch.full((512,), 3), 2048)
+    by_position = uniform_noise(torch.full((512,), 7), torch.arange(512), torch.arange(2048))
+    by_seed = uniform_noise(torch.arange(512), torch.full((512,), 3), torch.arange(2048))
     for noise in (by_position, by_seed):
         assert noise.min() > 0
         assert noise.max() <= 1
@@ -103,16 +105,16 @@ def test_noise_is_uniform_and_independent_across_seed_position_and_column():
 
 
 def test_all_bits_of_seed_and_position_matter():
-    base = uniform_noise(torch.tensor([5]), torch.tensor([5]), 64)
+    base = uniform_noise(torch.tensor([5]), torch.tensor([5]), torch.arange(64))
     for bit in range(63):
-        assert not torch.equal(base, uniform_noise(torch.tensor([5 ^ (1 << bit)]), torch.tensor([5]), 64))
+        assert not torch.equal(base, uniform_noise(torch.tensor([5 ^ (1 << bit)]), torch.tensor([5]), torch.arange(64)))
     for bit in range(24):
-        assert not torch.equal(base, uniform_noise(torch.tensor([5]), torch.tensor([5 ^ (1 << bit)]), 64))
+        assert not torch.equal(base, uniform_noise(torch.tensor([5]), torch.tensor([5 ^ (1 << bit)]), torch.arange(64)))
 
 
 def test_noise_ignores_the_rest_of_the_batch():
     seeds, positions = torch.tensor([1, -(2**63), 3]), torch.tensor([10, 20, 30])
-    together = uniform_noise(seeds, positions, 50)
+    together = uniform_noise(seeds, positions, torch.arange(50))
     for row in range(3):
-        alone = uniform_noise(seeds[row : row + 1], positions[row : row + 1], 50)
+        alone = uniform_noise(seeds[row : row + 1], positions[row : row + 1], torch.arange(50))
         assert torch.equal(together[row : row + 1], alone)

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -201,3 +202,59 @@ def test_memory_is_taken_from_what_is_free() -> None:
     free, total = torch.cuda.mem_get_info()
     assert 0.4 < 1 - free / total < 0.6
     assert engine.kv_plan.num_blocks * engine.kv_plan.block_bytes > 0.3 * total
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False])
+@pytest.mark.parametrize("drafter", ["itself", "other"])
+def test_with_a_draft_model_tokens_are_those_without(drafter: str, enforce_eager: bool, tmp_path: Path) -> None:
+    """Guesses are read where the draft's loop left them: the host could not mend a wrong row or a stale one."""
+    torch._dynamo.reset()
+    save_tiny(tmp_path / "target", "qwen3", head_dim=64)
+    save_tiny(tmp_path / "other", "qwen3", head_dim=64, num_hidden_layers=1, seed=7)
+    draft = tmp_path / ("target" if drafter == "itself" else "other")
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.9},
+        {"temperature": 1.0, "top_k": 7, "top_p": 0.8},
+        {"temperature": 0.0, "frequency_penalty": 0.5},  # guessed for step by step
+    ]
+    params = [
+        SamplingParams(max_tokens=12 + index, ignore_eos=True, seed=index, **kinds[index % 4]) for index in range(11)
+    ]
+    plain = LLM(tmp_path / "target", dtype="float32", enforce_eager=True, **SMALL)
+    expected = [completion.token_ids for completion in plain.generate(prompts(11), params)]
+    llm = LLM(tmp_path / "target", dtype="float32", enforce_eager=enforce_eager, speculative_model=draft, **SMALL)
+    assert llm.engine.speculator is not None
+    llm.engine.speculator.is_adaptive = False
+    assert [completion.token_ids for completion in llm.generate(prompts(11), params)] == expected
+    if drafter == "itself":  # rounding may differ between the draft's kernels and those that verify
+        stood = sum(sum(record.num_stood) for record in llm.engine.records)
+        assert stood > 0.9 * sum(record.num_draft_tokens for record in llm.engine.records)
+
+
+def test_guesses_of_a_draft_model_are_one_graph() -> None:
+    torch._dynamo.reset()
+    llm = LLM(
+        CONFIG,
+        load_format="dummy",
+        dtype="bfloat16",
+        speculative_model=replace(CONFIG, num_layers=1),
+        num_speculative_tokens=3,
+        **SMALL,
+    )
+    engine = llm.engine
+    assert engine.speculator is not None
+    engine.speculator.is_adaptive = False
+    for prompt in prompts(5, vocab=1024):
+        engine.add(prompt, greedy(60))
+    for _ in range(6):
+        engine.step()
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(5):
+            engine.step()
+        torch.cuda.synchronize()
+    assert all(record.num_drafts == 5 for record in list(engine.records)[-5:])
+    # One for the guesses, one that verifies them.
+    launches = sum(event.count for event in profile.key_averages() if event.key == "cudaGraphLaunch")
+    assert launches == 10

@@ -1,4 +1,7 @@
-"""A whole transformer layer as one op, where there is a kernel for it: decoding on a CPU with tiled weights."""
+"""A whole transformer layer as one op, where there are kernels for it: decoding on a CPU with tiled weights, and on CUDA
+in 16 bits with plain ones."""
+
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -8,7 +11,7 @@ from ops.cpu import layer as cpu_layer
 from ops.cpu.linear import TILE
 from ops.linear import Matrix, Packed
 from ops.norm import Norm
-from ops.paged_attention import has_cpu_kernel
+from ops.paged_attention import TRITON_HEAD_DIMS, has_cpu_kernel
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define(
@@ -21,6 +24,14 @@ _library.define(
 
 def has_layer_kernel(matrices: tuple[Matrix, ...], gate_up: Matrix, keys: Float[Tensor, "NB KV D BS"]) -> bool:
     """Whether `decoder_layer` can take a layer's matrices, of which one is `gate_up`, and cache."""
+    if keys.is_cuda:
+        return keys.shape[2] in TRITON_HEAD_DIMS and all(
+            isinstance(matrix, Tensor)
+            and matrix.dtype is keys.dtype
+            and matrix.dtype in (torch.bfloat16, torch.float16)
+            and matrix.is_contiguous()
+            for matrix in (*matrices, gate_up)
+        )
     return (
         all(isinstance(matrix, Packed) and matrix.is_tiled for matrix in (*matrices, gate_up))
         and isinstance(gate_up, Packed)
@@ -53,26 +64,23 @@ def decoder_layer(
 ) -> Float[Tensor, "T E"]:
     """Attention and MLP with their norms and residual connections; writes the tokens' keys and values first.
 
-    The very bits that `linear`, `rotate_and_write` and `paged_attention` give one after the other, all of whose norms
-    have the same `eps`. Only where `has_layer_kernel`, and for few query tokens per sequence.
+    On a CPU the very bits that `linear`, `rotate_and_write` and `paged_attention` give one after the other; on CUDA what
+    one kernel hands to its own end is not rounded. All norms have the same `eps`. Only where `has_layer_kernel`, and for
+    few query tokens per sequence, on CUDA as many for each.
     """
-    assert isinstance(qkv, Packed)
-    assert isinstance(output, Packed)
-    assert isinstance(gate_up, Packed)
-    assert isinstance(down, Packed)
     kv_heads, head_dim = keys.shape[1:3]
     return torch.ops.dispec.decoder_layer(
         x,
         attention_norm.weight,
-        qkv.blocked,
+        _tensor(qkv),
         qkv_bias,
         query_norm,
         key_norm,
-        output.blocked,
+        _tensor(output),
         output_bias,
         mlp_norm.weight,
-        gate_up.blocked,
-        down.blocked,
+        _tensor(gate_up),
+        _tensor(down),
         mlp_norm.eps,
         *rotation,
         keys,
@@ -81,11 +89,26 @@ def decoder_layer(
         block_tables,
         query_start,
         context_lens,
-        qkv.features // head_dim - 2 * kv_heads,
-        gate_up.features // 2,
+        _features(qkv) // head_dim - 2 * kv_heads,
+        _features(gate_up) // 2,
         scale,
     )
 
 
+def _tensor(matrix: Matrix) -> Tensor:
+    return matrix.blocked if isinstance(matrix, Packed) else matrix
+
+
+def _features(matrix: Matrix) -> int:
+    return matrix.features if isinstance(matrix, Packed) else matrix.shape[0]
+
+
+def _cuda_layer(*arguments: Any) -> Tensor:
+    from ops.triton.decoder_layer import decoder_layer as kernels
+
+    return kernels(*arguments)
+
+
+_library.impl("decoder_layer", _cuda_layer, "CUDA")
 _library.impl("decoder_layer", cpu_layer.decoder_layer, "CPU")
 torch.library.register_fake("dispec::decoder_layer", lambda x, *_: torch.empty_like(x), lib=_library)

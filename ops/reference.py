@@ -63,6 +63,56 @@ def paged_attention(
     return output
 
 
+def decoder_layer(
+    x: Float[Tensor, "T E"],
+    attention_norm: Float[Tensor, "E"],
+    qkv: Float[Tensor, "QKV E"],
+    qkv_bias: Float[Tensor, "QKV"] | None,
+    query_norm: Float[Tensor, "D"] | None,
+    key_norm: Float[Tensor, "D"] | None,
+    output: Float[Tensor, "E HD"],
+    output_bias: Float[Tensor, "E"] | None,
+    mlp_norm: Float[Tensor, "E"],
+    gate_up: Float[Tensor, "F2 E"],
+    down: Float[Tensor, "E F"],
+    eps: float,
+    cosine: Float[Tensor, "T D2"],
+    sine: Float[Tensor, "T D2"],
+    keys: Float[Tensor, "NB KV D BS"],
+    values: Float[Tensor, "NB KV BS D"],
+    slot_mapping: Int[Tensor, "T"],
+    block_tables: Int[Tensor, "B P"],
+    query_start: Int[Tensor, "B+1"],
+    context_lens: Int[Tensor, "B"],
+    heads: int,
+    intermediate: int,
+    scale: float,
+) -> Float[Tensor, "T E"]:
+    """A whole layer in float64, rounded where its parts exchange tensors of the type of x: projection, pages, result."""
+
+    def norm(y: Tensor, weight: Tensor | None) -> Tensor:
+        return y if weight is None else y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+    def product(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return y @ weight.double().T + (0.0 if bias is None else bias.double())
+
+    def turn(y: Tensor) -> Tensor:
+        first, second = y.chunk(2, dim=-1)
+        cos, sin = cosine.double()[:, None], sine.double()[:, None]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    kv_heads, head_dim = keys.shape[1:3]
+    wide = x.double()
+    projected = product(norm(wide, attention_norm), qkv, qkv_bias).to(x.dtype).double()
+    query, key, value = projected.view(len(x), -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
+    query, key = turn(norm(query, query_norm)), turn(norm(key, key_norm))
+    write_kv(keys, values, key.to(x.dtype), value.to(x.dtype), slot_mapping)
+    attended = paged_attention(query, keys, values, block_tables, query_start, context_lens, scale)
+    wide = wide + product(attended.flatten(1), output, output_bias)
+    gate, up = product(norm(wide, mlp_norm), gate_up, None).split(intermediate, dim=-1)
+    return (wide + product(torch.nn.functional.silu(gate) * up, down, None)).to(x.dtype)
+
+
 def token_threshold(
     weights: Float[Tensor, "R V"], top_k: Int[Tensor, "R"], top_p: Float[Tensor, "R"]
 ) -> Float[Tensor, "R"]:

@@ -42,6 +42,17 @@ class FewRowsConfig(NamedTuple):
     num_stages: int = 1
 
 
+class LayerConfig(NamedTuple):
+    """How to launch the four products of a layer, None where torch's is to be had with kernels of ours around it.
+    `early`: each kernel may start while the one before it ends."""
+
+    qkv: FewRowsConfig | None
+    output: FewRowsConfig | None
+    gate_up: FewRowsConfig | None
+    down: FewRowsConfig | None
+    early: bool = False
+
+
 class Device(NamedTuple):
     """What a launch decision may depend on."""
 
@@ -167,3 +178,38 @@ def choose_few_rows(device: Device, rows: int, features: int, columns: int) -> F
     if rows <= 8 or (columns == 4096 and rows <= 16):
         return FewRowsConfig(64, 128, 1, 4, 5)
     return None
+
+
+# Whether the kernels of a layer are launched early (programmatic dependent launch, from sm_90 on).
+EARLY = {"sm_90": False}
+
+
+def choose_layer(device: Device, rows: int, hidden: int, qkv: int, intermediate: int) -> LayerConfig:
+    """The kernels for a layer of a step of `rows` rows; `qkv`: features of the first product.
+
+    Not measured yet: `python -m bench.layer --sweep` prints what to put here.
+    """
+    nothing = LayerConfig(None, None, None, None)
+    if device.architecture == "fallback" or rows > 64 or any(size % 16 for size in (hidden, qkv, intermediate)):
+        return nothing
+    early = EARLY.get(device.architecture, False)
+    if rows <= 4:
+        narrow = FewRowsConfig(2, 512, 0, 2)
+        wide = FewRowsConfig(4, 512, 0, 2)
+        return LayerConfig(wide, narrow, wide, FewRowsConfig(2, 1024, 0, 4), early)
+    splits = max(1, 2 * device.multiprocessors * 64 // hidden // 2)
+    if rows <= 16:
+        return LayerConfig(
+            FewRowsConfig(16, 256, 1, 4, 4),
+            FewRowsConfig(16, 256, 2, 4, 4),
+            FewRowsConfig(64, 128, 1, 4, 4),
+            FewRowsConfig(64, 128, splits, 4, 4),
+            early,
+        )
+    return LayerConfig(
+        FewRowsConfig(32, 128, 1, 4, 4),
+        FewRowsConfig(32, 128, 3, 4, 4),
+        FewRowsConfig(128, 128, 1, 4, 3),
+        FewRowsConfig(64, 128, splits, 4, 3),
+        early,
+    )

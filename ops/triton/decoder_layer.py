@@ -1,0 +1,90 @@
+"""A transformer layer of a uniform step on CUDA, in as few kernels as its number of rows allows.
+
+Few rows, no norms of heads: (1) norm, projection, rotation and page write; (2) attention and (3), where contexts are
+split, its combination; (4) output and residual; (5) norm, gate and up; (6) down and residual. Norms of heads need whole
+heads and take one more. What no configuration is known for is torch's product between kernels of ours.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ops.norm import Norm
+from ops.triton.decode_attention import decode
+from ops.triton.fused_products import Slots, add_product, gate_product, rotate_product, split_evenly
+from ops.triton.layer_parts import gate_halves, norm_rows, rotate_heads
+from ops.triton.tuning import LayerConfig, choose_layer, describe
+
+
+def decoder_layer(
+    x: Tensor,
+    attention_norm: Tensor,
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    output: Tensor,
+    output_bias: Tensor | None,
+    mlp_norm: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    eps: float,
+    cosine: Tensor,
+    sine: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot_mapping: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    heads: int,
+    intermediate: int,
+    scale: float,
+    config: LayerConfig | None = None,
+) -> Tensor:
+    """As `ops.decoder_layer`; every sequence has T / B queries. `config` replaces what the table would choose.
+
+    Where a product and what follows it are one kernel, what it would have rounded in between stays in float32: gate and
+    up, and sums before the residual is added. Normed rows are not rounded either, and on tensor cores in bfloat16 only
+    after their weight.
+    """
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    x = x.contiguous()
+    before, after = Norm(attention_norm, eps), Norm(mlp_norm, eps)
+    if config is None:
+        config = choose_layer(describe(x.device), *x.shape, qkv.shape[0], intermediate)
+    early = config.early
+    slots = Slots(keys, values, slot_mapping, cosine.contiguous(), sine.contiguous())
+    if config.qkv is not None and query_norm is None:
+        query = rotate_product(x, qkv, qkv_bias, before, slots, heads, config.qkv, early)
+    else:
+        if config.qkv is None:
+            projected = linear(norm_rows(x, before)[0], qkv, qkv_bias)
+        else:
+            projected = add_product(x, qkv, qkv_bias, None, before, config.qkv, early)
+        query = rotate_heads(projected, query_norm, key_norm, eps, slots, heads, early)
+    query_len = x.shape[0] // context_lens.shape[0]
+    attended = decode(query, keys, values, block_tables, context_lens, query_len, scale, early=early).flatten(1)
+    normed = None
+    if config.output is None:
+        normed, x = norm_rows(linear(attended, output, output_bias), after, x)
+    else:
+        x = add_product(attended, output, output_bias, x, None, config.output, early)
+    arrivals = _arrivals(x, down, config)
+    if config.gate_up is None:
+        gated = gate_halves(linear(norm_rows(x, after)[0] if normed is None else normed, gate_up))
+    else:
+        gated = gate_product(x, gate_up, after, config.gate_up, early, arrivals)
+    if config.down is None:
+        return linear(gated, down).add_(x)
+    return add_product(gated, down, None, x, None, config.down, early, arrivals if config.gate_up else None)
+
+
+def _arrivals(x: Tensor, down: Tensor, config: LayerConfig) -> Tensor | None:
+    """Counters for the last product, if its columns are split, which the product before it sets to zero."""
+    if config.gate_up is None or config.down is None or split_evenly(down.shape[1], config.down)[1] == 1:
+        return None
+    blocks = triton.cdiv(down.shape[0], config.down.block_n)
+    return torch.empty(triton.next_power_of_2(blocks), dtype=torch.int32, device=x.device)

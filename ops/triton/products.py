@@ -1,0 +1,211 @@
+"""The inner loops of products of few rows with a large weight: what `fused_products` builds kernels around.
+
+Both stream a tile of weight rows past all rows of `x` and leave a float32 block [BLOCK_M, BLOCK_N]. An RMS norm of x
+costs no pass of its own: its weight multiplies x on the way in, its divisor, which the loop finds beside the products,
+multiplies the sums at the end. With NORM "before" x is divided first, in a pass of its own: float16 cannot hold x times
+a weight that is not divided yet.
+
+With EARLY a kernel may run before what it depends on has ended (programmatic dependent launch): it reads weights, which
+nobody writes, then waits, then reads the rest.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+@no_type_check
+def start_next(EARLY: tl.constexpr):
+    """Let the next kernel be launched into what room there is. It waits for our end by itself."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+@no_type_check
+def await_previous(EARLY: tl.constexpr):
+    """Wait until what earlier kernels wrote is there. Every kernel that may be early must call it on every path, or
+    its end would not mean theirs."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+@no_type_check
+def _weights(pointers, is_feature, column, at, K: tl.constexpr):
+    # Each weight is read once: it need not displace anything from the cache.
+    mask = is_feature[:, None] & (at + column[None, :] < K)
+    return tl.load(pointers + at, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+@no_type_check
+def _add_row(total, squares, tile, scale, pointers, is_inside, NORM: tl.constexpr):
+    part = tl.load(pointers, mask=is_inside, other=0.0).to(tl.float32)
+    if NORM != "none":
+        squares += part * part
+        part *= scale
+    return total + tile * part, squares
+
+
+@triton.jit
+@no_type_check
+def _sum_row(total, squares, eps, K: tl.constexpr, NORM: tl.constexpr):
+    result = tl.sum(total, 1)
+    if NORM != "none":
+        result *= tl.math.rsqrt(tl.sum(squares, 1) / K + eps)
+    return result
+
+
+@triton.jit
+@no_type_check
+def summed(
+    weight,
+    feature,
+    is_feature,
+    x,
+    x_stride,
+    rows,
+    norm,
+    eps,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Products of up to 4 rows with weight rows `feature`, without tensor cores.
+
+    The rows of x have an accumulator each: in one of three dimensions the tiles of x and of the weight would have to
+    change their layout, through shared memory, in every turn. The next tile of the weight is under way meanwhile.
+    """
+    tl.static_assert(BLOCK_M <= 4)
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_K)
+    pointers = weight + feature[:, None].to(tl.int64) * K + column[None, :]
+    tile = _weights(pointers, is_feature, column, 0, K)
+    await_previous(EARLY)
+    total0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares0 = tl.zeros([1, BLOCK_K], tl.float32)
+    total1, total2, total3 = total0, total0, total0
+    squares1, squares2, squares3 = squares0, squares0, squares0
+    inputs = x + column[None, :]
+    for at in range(0, K, BLOCK_K):
+        following = _weights(pointers, is_feature, column, at + BLOCK_K, K)
+        inside = at + column[None, :] < K
+        wide = tile.to(tl.float32)
+        scale = tl.full([1, 1], 1.0, tl.float32)
+        if NORM != "none":
+            scale = tl.load(norm + at + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        total0, squares0 = _add_row(total0, squares0, wide, scale, inputs + at, inside, NORM)
+        if BLOCK_M > 1:
+            is_row = at + column[None, :] < tl.where(rows > 1, K, 0)
+            total1, squares1 = _add_row(total1, squares1, wide, scale, inputs + x_stride + at, is_row, NORM)
+        if BLOCK_M > 2:
+            is_row = at + column[None, :] < tl.where(rows > 2, K, 0)
+            total2, squares2 = _add_row(total2, squares2, wide, scale, inputs + 2 * x_stride + at, is_row, NORM)
+            is_row = at + column[None, :] < tl.where(rows > 3, K, 0)
+            total3, squares3 = _add_row(total3, squares3, wide, scale, inputs + 3 * x_stride + at, is_row, NORM)
+        tile = following
+    result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) + _sum_row(total0, squares0, eps, K, NORM)[None, :]
+    if BLOCK_M > 1:
+        result = tl.where(row[:, None] == 1, _sum_row(total1, squares1, eps, K, NORM)[None, :], result)
+    if BLOCK_M > 2:
+        result = tl.where(row[:, None] == 2, _sum_row(total2, squares2, eps, K, NORM)[None, :], result)
+        result = tl.where(row[:, None] == 3, _sum_row(total3, squares3, eps, K, NORM)[None, :], result)
+    return result
+
+
+@triton.jit
+@no_type_check
+def _inverse_rms(inputs, is_row, column, eps, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for at in range(0, K, BLOCK_K):
+        part = tl.load(inputs + at, mask=is_row[:, None] & (at + column[None, :] < K), other=0.0).to(tl.float32)
+        squares += part * part
+    return tl.math.rsqrt(tl.sum(squares, 1) / K + eps)
+
+
+@triton.jit
+@no_type_check
+def dotted(
+    weight,
+    feature,
+    is_feature,
+    x,
+    x_stride,
+    rows,
+    norm,
+    eps,
+    first_tile,
+    last_tile,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Products of the columns of tiles `first_tile : last_tile` through the tensor cores. The weight is the left
+    operand, because its rows fill a tile and those of x do not."""
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_K)
+    is_row = row < rows
+    pointers = weight + feature[:, None].to(tl.int64) * K + column[None, :]
+    inputs = x + row[:, None].to(tl.int64) * x_stride + column[None, :]
+    await_previous(EARLY)
+    accumulator = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    if NORM == "before":
+        inverse = _inverse_rms(inputs, is_row, column, eps, K, BLOCK_M, BLOCK_K)
+    for tile in range(first_tile, last_tile):
+        at = tile * BLOCK_K
+        left = _weights(pointers, is_feature, column, at, K)
+        right = tl.load(inputs + at, mask=is_row[:, None] & (at + column[None, :] < K), other=0.0)
+        if NORM != "none":
+            scale = tl.load(norm + at + column, mask=at + column < K, other=0.0).to(tl.float32)
+            wide = right.to(tl.float32)
+            if NORM == "before":
+                wide = (wide * inverse[:, None]).to(right.dtype).to(tl.float32)
+            else:
+                squares += wide * wide
+            right = (wide * scale[None, :]).to(right.dtype)
+        accumulator = tl.dot(left, tl.trans(right), accumulator, input_precision="ieee")
+    if NORM == "after":
+        accumulator *= tl.math.rsqrt(tl.sum(squares, 1) / K + eps)[None, :]
+    return tl.trans(accumulator)
+
+
+@triton.jit
+@no_type_check
+def product(
+    weight,
+    feature,
+    is_feature,
+    x,
+    x_stride,
+    rows,
+    norm,
+    eps,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TENSOR_CORES: tl.constexpr,
+    NORM: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """`norm(x) @ weight[feature].T` over all K columns, float32 [BLOCK_M, BLOCK_N]; zero where not `is_feature`."""
+    if TENSOR_CORES:
+        tiles: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+        result = dotted(
+            weight, feature, is_feature, x, x_stride, rows, norm, eps, 0, tiles, K, BLOCK_M, BLOCK_N, BLOCK_K, NORM, EARLY
+        )  # fmt: skip
+    else:
+        result = summed(
+            weight, feature, is_feature, x, x_stride, rows, norm, eps, K, BLOCK_M, BLOCK_N, BLOCK_K, NORM, EARLY
+        )
+    return result

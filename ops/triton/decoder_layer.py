@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ops.norm import Norm
+from ops.triton.add_product import add_product, split_evenly
 from ops.triton.decode_attention import decode
-from ops.triton.fused_products import Slots, add_product, gate_product, rotate_product, split_evenly
+from ops.triton.gate_product import gate_product
 from ops.triton.layer_parts import gate_halves, norm_rows, rotate_heads
+from ops.triton.rotate_product import Slots, rotate_product
 from ops.triton.tuning import LayerConfig, choose_layer, describe
 
 
@@ -54,7 +56,7 @@ def decoder_layer(
     x = x.contiguous()
     before, after = Norm(attention_norm, eps), Norm(mlp_norm, eps)
     if config is None:
-        config = choose_layer(describe(x.device), *x.shape, qkv.shape[0], intermediate)
+        config = choose_layer(describe(x.device), x.shape[0], x.shape[1], qkv.shape[0], intermediate)
     early = config.early
     slots = Slots(keys, values, slot_mapping, cosine.contiguous(), sine.contiguous())
     if config.qkv is not None and query_norm is None:

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.norm import Norm
-from ops.triton.fused_products import Slots
 from ops.triton.products import await_previous, start_next
+from ops.triton.rotate_product import Slots
 
 
 @triton.jit

@@ -46,6 +46,7 @@ else:
         FewRowsConfig(64, 32, 1, 4, 3),
         FewRowsConfig(16, 32, 3, 4, 3),
     )
+    APART = DOTS._replace(folds_norm=False)
     TORCH = LayerConfig(None, None, None, None)
     MIXED = LayerConfig(None, SUMS.output, None, DOTS.down)
 
@@ -94,7 +95,8 @@ else:
             (SMALL, [16, 17, 64, 5, 1], 1, 1, DOTS),
             (WIDE, [31, 32, 33, 97, 64, 3, 128], 1, 1, DOTS),
             (SMALL, [20, 4, 65, 19], 4, 1, DOTS),  # 20 rows
-            (ODD, [*range(1, 18)], 1, 0, DOTS),  # 17 rows
+            (ODD, [*range(1, 18)], 1, 0, APART),  # 17 rows
+            (SMALL, [9, 70], 1, 1, SUMS._replace(output=None)),
             (SMALL, [16, 17, 64], 1, 1, TORCH),
             (WIDE, [40, 4], 4, 0, TORCH),
             (SMALL, [16, 17, 64], 1, 1, MIXED),

@@ -16,7 +16,6 @@ from ops.triton.tuning import FewRowsConfig
 @no_type_check
 def gate_kernel(
     output,
-    arrivals,
     x,
     weight,
     norm,
@@ -28,15 +27,13 @@ def gate_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    ARRIVALS: tl.constexpr,
     TENSOR_CORES: tl.constexpr,
     NORM: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """`silu(gate) * up` of the two halves of `norm(x) @ weight.T`. One program: BLOCK_N / 2 features of all rows.
 
-    Grid (ceil(F / (BLOCK_N / 2)),). Rows of the weight [2 F, K] are taken in turns from the gate and from up. Sets the
-    ARRIVALS counters of the next kernel to zero, which saves a launch that would.
+    Grid (ceil(F / (BLOCK_N / 2)),). Rows of the weight [2 F, K] are taken in turns from the gate and from up.
     """
     start_next(EARLY)
     lane = tl.arange(0, BLOCK_N)
@@ -46,9 +43,6 @@ def gate_kernel(
         weight, lane % 2 * F + pair, pair < F, x, x_stride, rows, norm, eps,
         K, BLOCK_M, BLOCK_N, BLOCK_K, TENSOR_CORES, NORM, EARLY,
     )  # fmt: skip
-    if ARRIVALS > 0:  # noqa: SIM102 (a constant: the whole branch goes away)
-        if tl.program_id(0) == 0:
-            tl.store(arrivals + tl.arange(0, ARRIVALS), tl.zeros([ARRIVALS], tl.int32))
     gate, up = tl.split(tl.reshape(result, [BLOCK_M, BLOCK_N // 2, 2]))
     result = gate / (1.0 + tl.exp(-gate)) * up
     feature = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
@@ -56,28 +50,24 @@ def gate_kernel(
     tl.store(output + row[:, None] * F + feature[None, :], result.to(output.dtype.element_ty), mask=mask)
 
 
-def gate_product(
-    x: Tensor, weight: Tensor, norm: Norm, config: FewRowsConfig, early: bool = False, arrivals: Tensor | None = None
-) -> Tensor:
+def gate_product(x: Tensor, weight: Tensor, norm: Norm | None, config: FewRowsConfig, early: bool = False) -> Tensor:
     """`silu(gate) * up` where gate and up, side by side, are `norm(x) @ weight.T`; rounded once. [T, F].
 
-    x: [T, K], contiguous in its rows; weight: [2 F, K], contiguous. `arrivals`, a power of two of int32, become zeros.
+    x: [T, K], contiguous in its rows; weight: [2 F, K], contiguous.
     """
     (rows, columns), intermediate = x.shape, weight.shape[0] // 2
     output = torch.empty((rows, intermediate), dtype=x.dtype, device=x.device)
     gate_kernel[(triton.cdiv(intermediate, config.block_n // 2),)](
         output,
-        output if arrivals is None else arrivals,
         x,
         weight,
-        norm.weight,
+        weight if norm is None else norm.weight,
         rows,
         intermediate,
         x.stride(0),
-        norm.eps,
+        0.0 if norm is None else norm.eps,
         K=columns,
-        ARRIVALS=0 if arrivals is None else len(arrivals),
-        **block_options(x, config, True, early),
+        **block_options(x, config, norm is not None, early),
         **launch_options(config, early),
     )
     return output

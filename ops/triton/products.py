@@ -39,6 +39,15 @@ def await_previous(EARLY: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def clear(arrivals, is_first, ARRIVALS: tl.constexpr):
+    """Set the counters of later kernels to zero, which saves a launch that would."""
+    if ARRIVALS > 0:  # noqa: SIM102 (a constant: the whole branch goes away)
+        if is_first:
+            tl.store(arrivals + tl.arange(0, ARRIVALS), tl.zeros([ARRIVALS], tl.int32))
+
+
+@triton.jit
+@no_type_check
 def _weights(pointers, is_feature, column, at, K: tl.constexpr):
     # Each weight is read once: it need not displace anything from the cache.
     mask = is_feature[:, None] & (at + column[None, :] < K)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.norm import Norm
-from ops.triton.products import block_options, launch_options, product, start_next
+from ops.triton.products import block_options, clear, launch_options, product, start_next
 from ops.triton.tuning import FewRowsConfig
 
 
@@ -19,6 +19,7 @@ def rotate_kernel(
     keys,
     values,
     slot_mapping,
+    arrivals,
     cosine,
     sine,
     x,
@@ -37,6 +38,7 @@ def rotate_kernel(
     KV: tl.constexpr,
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    ARRIVALS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -63,6 +65,7 @@ def rotate_kernel(
         weight, feature, is_feature, x, x_stride, rows, norm, eps,
         K, BLOCK_M, BLOCK_N, BLOCK_K, TENSOR_CORES, NORM, EARLY,
     )  # fmt: skip
+    clear(arrivals, tl.program_id(0) == 0, ARRIVALS)
     if HAS_BIAS:
         result += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)[None, :]
     result = result.to(query.dtype.element_ty).to(tl.float32)
@@ -95,13 +98,17 @@ def rotate_kernel(
 
 
 class Slots(NamedTuple):
-    """Where a step's keys and values go, and how queries and keys are turned: arguments of `ops.rotate_and_write`."""
+    """Where a step's keys and values go, and how queries and keys are turned: arguments of `ops.rotate_and_write`.
+
+    `arrivals`: counters of later kernels, a power of two of int32, which who writes the pages sets to zero.
+    """
 
     keys: Tensor
     values: Tensor
     slot_mapping: Tensor
     cosine: Tensor
     sine: Tensor
+    arrivals: Tensor | None = None
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -113,7 +120,7 @@ def rotate_product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    norm: Norm,
+    norm: Norm | None,
     slots: Slots,
     heads: int,
     config: FewRowsConfig,
@@ -131,23 +138,25 @@ def rotate_product(
         slots.keys,
         slots.values,
         slots.slot_mapping,
+        slots.slot_mapping if slots.arrivals is None else slots.arrivals,
         slots.cosine,
         slots.sine,
         x,
         weight,
         weight if bias is None else bias,
-        norm.weight,
+        weight if norm is None else norm.weight,
         rows,
         x.stride(0),
-        norm.eps,
+        0.0 if norm is None else norm.eps,
         *slots.strides,
         K=columns,
         H=heads,
         KV=kv_heads,
         D=head_dim,
         BLOCK_SIZE=block_size,
+        ARRIVALS=0 if slots.arrivals is None else len(slots.arrivals),
         HAS_BIAS=bias is not None,
-        **block_options(x, config, True, early),
+        **block_options(x, config, norm is not None, early),
         **launch_options(config, early),
     )
     return query

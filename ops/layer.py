@@ -1,5 +1,5 @@
-"""A whole transformer layer as one op, where there are kernels for it: decoding on a CPU with tiled weights, and on CUDA
-in 16 bits with plain ones."""
+"""A whole transformer layer as one op, where there are kernels for it: decoding on a CPU with tiled weights, on CUDA in
+16 bits with plain ones."""
 
 from typing import Any
 
@@ -64,9 +64,9 @@ def decoder_layer(
 ) -> Float[Tensor, "T E"]:
     """Attention and MLP with their norms and residual connections; writes the tokens' keys and values first.
 
-    On a CPU the very bits that `linear`, `rotate_and_write` and `paged_attention` give one after the other; on CUDA what
-    one kernel hands to its own end is not rounded. All norms have the same `eps`. Only where `has_layer_kernel`, and for
-    few query tokens per sequence, on CUDA as many for each.
+    On a CPU the very bits that `linear`, `rotate_and_write` and `paged_attention` give one after the other; on CUDA
+    what one kernel hands to its own end is not rounded. All norms have the same `eps`. Only where `has_layer_kernel`,
+    and for few query tokens per sequence, on CUDA as many for each.
     """
     kv_heads, head_dim = keys.shape[1:3]
     return torch.ops.dispec.decoder_layer(

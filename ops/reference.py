@@ -88,7 +88,7 @@ def decoder_layer(
     intermediate: int,
     scale: float,
 ) -> Float[Tensor, "T E"]:
-    """A whole layer in float64, rounded where its parts exchange tensors of the type of x: projection, pages, result."""
+    """A whole layer in float64. The projection, what goes to pages and the result are rounded to the type of x."""
 
     def norm(y: Tensor, weight: Tensor | None) -> Tensor:
         return y if weight is None else y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+import ops
 from engine import LLM, SamplingParams
 from engine.engine import Engine
 from engine.step_inputs import batch_buckets
@@ -120,6 +121,34 @@ def test_a_decode_step_replays_one_graph_and_copies_only_its_inputs() -> None:
         (event.device_memory_usage for event in profile.key_averages() if "copy" in event.key), default=0
     )
     assert largest_copy < keys.numel() * keys.element_size()
+
+
+@pytest.mark.parametrize("head_norms", [False, True])
+def test_layers_as_one_op_say_what_their_parts_say(head_norms: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dummy weights with Qwen2's or Qwen3's flags, in bfloat16: logprobs with the op and without."""
+    torch._dynamo.reset()
+    config = replace(CONFIG, qkv_bias=not head_norms, qk_norm=head_norms)
+    batch = prompts(6, vocab=1024)
+    calls = []
+
+    def answers(enforce_eager: bool) -> list:
+        params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=3)
+        llm = LLM(config, load_format="dummy", dtype="bfloat16", enforce_eager=enforce_eager, **SMALL)
+        return llm.generate(batch, params)
+
+    compiled = answers(enforce_eager=False)
+    layer = ops.decoder_layer
+    monkeypatch.setattr(ops, "decoder_layer", lambda *given: calls.append(1) or layer(*given))
+    whole = answers(enforce_eager=True)
+    assert calls
+    monkeypatch.setattr(ops, "has_layer_kernel", lambda *_: False)
+    parts = answers(enforce_eager=True)
+    for found in (compiled, whole):
+        for ours, theirs in zip(found, parts, strict=True):
+            for index, (one, other) in enumerate(zip(ours.logprobs, theirs.logprobs, strict=True)):
+                if ours.token_ids[:index] != theirs.token_ids[:index]:
+                    break  # a tie was decided otherwise, and from here on they answer different texts
+                assert one.logprob == pytest.approx(other.logprob, abs=0.06)
 
 
 def test_many_batch_sizes_without_a_recompilation() -> None:

@@ -9,12 +9,17 @@ from torch import Tensor
 
 import ops
 from ops import reference
+from tests.layer_cases import Shape, expect_layer, make_layer
 from tests.threshold_cases import cases, expect_thresholds, weights_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+if torch.cuda.is_available():
+    from ops.triton.decoder_layer import decoder_layer
+    from ops.triton.tuning import choose_layer, describe
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 GROUPS = [(14, 2), (12, 2), (9, 3), (4, 4), (8, 1), (32, 8), (16, 1)]
@@ -280,4 +285,100 @@ def test_few_rows_linear(rows: int, features: int, columns: int, dtype: torch.dt
     arguments = (x.contiguous(), weight, None)
     torch.library.opcheck(
         torch.ops.dispec.few_rows_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+# E, H, KV, D, F of layers of Qwen2.5-1.5B, Qwen2.5-0.5B and of a small Llama.
+def layer_case(index: int) -> tuple[Shape, list[int], int, int]:
+    """(shape, contexts, queries of each sequence, padding) of one of several steps."""
+    qwen, small, llama = Shape(1536, 12, 2, 128, 8960), Shape(896, 14, 2, 64, 4864), Shape(512, 8, 4, 128, 1024, 64)
+    return [
+        (qwen, [300], 1, 1),
+        (qwen, [1, 70], 1, 0),
+        (small, [16, 17, 500], 1, 1),
+        (small, [5000, 3], 1, 0),
+        (qwen, [*range(30, 36)], 1, 2),
+        (llama, [90, 4], 4, 0),
+        (small, [33, 8, 9, 600], 4, 0),
+        (llama, [*range(1, 18)], 1, 0),
+        (qwen, [*range(100, 131)], 1, 1),
+        (small, [*range(1, 65)], 1, 0),
+        (qwen, [*range(1, 129)], 1, 0),
+        (llama, [*range(8, 40)], 8, 0),
+    ][index]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("index", range(12))
+def test_layer(index: int, dtype: torch.dtype) -> None:
+    """The whole op as the table launches it, and with kernels that start early where the device has that."""
+    shape, contexts, query_len, padding = layer_case(index)
+    if dtype is torch.float16 and shape.hidden == 1536 and index:
+        pytest.skip("what takes longest, in one type")
+    for head_norms in (False, True):
+        layer = make_layer(
+            shape,
+            contexts,
+            query_len,
+            padding=padding,
+            dtype=dtype,
+            device="cuda",
+            qkv_bias=not head_norms,
+            output_bias=head_norms,
+            head_norms=head_norms,
+            columns=64,
+            seed=index,
+        )
+        arguments = layer.arguments()
+        torch.full((64, shape.intermediate), math.nan, dtype=dtype, device="cuda")
+        actual = torch.ops.dispec.decoder_layer(*arguments)
+        expect_layer(layer, actual, *arguments[14:16], TOLERANCE[dtype])
+        again = layer.arguments()
+        assert torch.equal(torch.ops.dispec.decoder_layer(*again)[: layer.rows], actual[: layer.rows])
+        if torch.cuda.get_device_capability() >= (9, 0) and head_norms == index % 2:
+            rows, qkv = arguments[0].shape[0], arguments[2].shape[0]
+            chosen = choose_layer(describe(arguments[0].device), rows, shape.hidden, qkv, shape.intermediate)
+            early = layer.arguments()
+            found = decoder_layer(*early, config=chosen._replace(early=True))
+            assert torch.equal(found[: layer.rows], actual[: layer.rows])
+
+
+@pytest.mark.parametrize("rows", [2, 8, 32])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_captured_stack_of_layers_equals_the_layers_one_by_one(early: bool, rows: int) -> None:
+    if early and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs programmatic dependent launch")
+    shape, contexts = Shape(1536, 12, 2, 128, 8960), [40 + row for row in range(rows)]
+    layers = [make_layer(shape, contexts, dtype=torch.bfloat16, device="cuda", seed=seed) for seed in range(3)]
+    config = choose_layer(describe(torch.device("cuda", 0)), rows, 1536, 2048, 8960)._replace(early=early)
+
+    def stack(pages: list[tuple], wait: bool) -> Tensor:
+        hidden = layers[0].before[0]
+        for layer, own in zip(layers, pages, strict=True):
+            hidden = decoder_layer(hidden, *layer.before[1:], *own, *layer.after, config=config)
+            if wait:
+                torch.cuda.synchronize()
+        return hidden
+
+    def fresh() -> list[tuple]:
+        return [tuple(tensor.clone() for tensor in layer.pages) for layer in layers]
+
+    expected = stack(fresh(), wait=True)
+    pages = fresh()
+    stack(pages, wait=False)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = stack(pages, wait=False)
+    for _ in range(20):
+        output.fill_(math.nan)
+        graph.replay()
+        assert torch.equal(output, expected)
+
+
+def test_layer_registration() -> None:
+    layer = make_layer(Shape(512, 8, 4, 128, 1024), [20, 33], dtype=torch.bfloat16, device="cuda", columns=4)
+    arguments = [tensor.nan_to_num() if index in (14, 15) else tensor for index, tensor in enumerate(layer.arguments())]
+    torch.library.opcheck(
+        torch.ops.dispec.decoder_layer.default, tuple(arguments), test_utils=("test_schema", "test_faketensor")
     )

@@ -16,6 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if not INTERPRETED:
 
+    @pytest.mark.slow
     def test_layers_in_the_interpreter() -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
         environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -27,7 +28,8 @@ else:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     from ops import reference
-    from ops.triton import decoder_layer, fused_products
+    from ops.norm import Norm
+    from ops.triton import add_product, decoder_layer, rotate_product
     from ops.triton.tuning import FewRowsConfig, LayerConfig
     from tests.layer_cases import Layer, Shape, expect_layer, make_layer
 
@@ -39,11 +41,12 @@ else:
     # Block sizes that leave a rest of features and of columns, and more tiles than one.
     SUMS = LayerConfig(*[FewRowsConfig(block_n, 64, 0, 2) for block_n in (4, 2, 8, 2)])
     DOTS = LayerConfig(
-        *[
-            FewRowsConfig(block_n, 32, splits, 4, 3)
-            for block_n, splits in zip((16, 32, 64, 16), (1, 2, 1, 3), strict=True)
-        ]
+        FewRowsConfig(16, 32, 1, 4, 3),
+        FewRowsConfig(32, 32, 2, 4, 3),
+        FewRowsConfig(64, 32, 1, 4, 3),
+        FewRowsConfig(16, 32, 3, 4, 3),
     )
+    APART = DOTS._replace(folds_norm=False)
     TORCH = LayerConfig(None, None, None, None)
     MIXED = LayerConfig(None, SUMS.output, None, DOTS.down)
 
@@ -78,8 +81,7 @@ else:
         actual = decoder_layer.decoder_layer(*arguments, config=config)
         expect_layer(layer, actual, *arguments[14:16], TOLERANCE[actual.dtype])
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize("head_norms", [False, True])
+    @pytest.mark.parametrize(("dtype", "head_norms"), [(torch.float16, True), (torch.bfloat16, False)])
     @pytest.mark.parametrize(
         ("shape", "contexts", "query_len", "padding", "config"),
         [
@@ -93,7 +95,8 @@ else:
             (SMALL, [16, 17, 64, 5, 1], 1, 1, DOTS),
             (WIDE, [31, 32, 33, 97, 64, 3, 128], 1, 1, DOTS),
             (SMALL, [20, 4, 65, 19], 4, 1, DOTS),  # 20 rows
-            (ODD, [*range(1, 18)], 1, 0, DOTS),  # 17 rows
+            (ODD, [*range(1, 18)], 1, 0, APART),  # 17 rows
+            (SMALL, [9, 70], 1, 1, SUMS._replace(output=None)),
             (SMALL, [16, 17, 64], 1, 1, TORCH),
             (WIDE, [40, 4], 4, 0, TORCH),
             (SMALL, [16, 17, 64], 1, 1, MIXED),
@@ -105,8 +108,8 @@ else:
         query_len: int,
         padding: int,
         config: LayerConfig,
-        head_norms: bool,
         dtype: torch.dtype,
+        head_norms: bool,
     ) -> None:
         expect_right(
             make_layer(
@@ -134,12 +137,12 @@ else:
         layer.before[0].mul_(1000)
         layer.before[1].mul_(20)  # the product of the two is no float16
         for config in (SUMS, DOTS):
-            query = fused_products.rotate_product(
+            query = rotate_product.rotate_product(
                 layer.before[0],
                 layer.before[2],
                 layer.before[3],
-                fused_products.Norm(layer.before[1], 1e-6),
-                fused_products.Slots(*(pages.clone() for pages in layer.pages), layer.after[0], *layer.before[12:14]),
+                Norm(layer.before[1], 1e-6),
+                rotate_product.Slots(*(pages.clone() for pages in layer.pages), layer.after[0], *layer.before[12:14]),
                 SMALL.heads,
                 config.qkv,
             )
@@ -153,6 +156,7 @@ else:
         layer.before[1].fill_(1.0)
         layer.before[2].copy_(torch.randint(-1, 2, layer.before[2].shape))
         layer.before[3].copy_(torch.randint(-5, 6, layer.before[3].shape))
+        layer = layer._replace(before=(*layer.before[:11], 0.0, *layer.before[12:]))  # no eps
         layer.before[12].copy_(torch.tensor([[0.0], [-1.0]]))
         layer.before[13].copy_(torch.tensor([[1.0], [0.0]]))
         arguments = layer.arguments()
@@ -166,7 +170,7 @@ else:
         layer = make_layer(SMALL, [9, 30])
         x, weight = layer.before[0], layer.before[9]
         config = FewRowsConfig(16, 32, 3, 4, 3)
-        results = [fused_products.add_product(x, weight, None, None, None, config) for _ in range(2)]
+        results = [add_product.add_product(x, weight, None, None, None, config) for _ in range(2)]
         assert torch.equal(*results)
         expected = x.double() @ weight.double().T
         torch.testing.assert_close(results[0].double(), expected, atol=2e-2, rtol=1e-2)

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ops.norm import Norm
+from ops.triton.add_product import add_product, split_evenly
 from ops.triton.decode_attention import decode
-from ops.triton.fused_products import Slots, add_product, gate_product, rotate_product, split_evenly
+from ops.triton.gate_product import gate_product
 from ops.triton.layer_parts import gate_halves, norm_rows, rotate_heads
+from ops.triton.rotate_product import Slots, rotate_product
 from ops.triton.tuning import LayerConfig, choose_layer, describe
 
 
@@ -54,37 +56,46 @@ def decoder_layer(
     x = x.contiguous()
     before, after = Norm(attention_norm, eps), Norm(mlp_norm, eps)
     if config is None:
-        config = choose_layer(describe(x.device), *x.shape, qkv.shape[0], intermediate)
+        config = choose_layer(describe(x.device), x.shape[0], x.shape[1], qkv.shape[0], intermediate)
     early = config.early
     slots = Slots(keys, values, slot_mapping, cosine.contiguous(), sine.contiguous())
+    of_output, of_down, both = _arrivals(output, down, config)
+    slots = slots._replace(arrivals=both)
+    normed, folded = (x, before) if config.qkv and config.folds_norm else (norm_rows(x, before)[0], None)
     if config.qkv is not None and query_norm is None:
-        query = rotate_product(x, qkv, qkv_bias, before, slots, heads, config.qkv, early)
+        query = rotate_product(normed, qkv, qkv_bias, folded, slots, heads, config.qkv, early)
     else:
         if config.qkv is None:
-            projected = linear(norm_rows(x, before)[0], qkv, qkv_bias)
+            projected = linear(normed, qkv, qkv_bias)
         else:
-            projected = add_product(x, qkv, qkv_bias, None, before, config.qkv, early)
+            projected = add_product(normed, qkv, qkv_bias, None, folded, config.qkv, early)
         query = rotate_heads(projected, query_norm, key_norm, eps, slots, heads, early)
     query_len = x.shape[0] // context_lens.shape[0]
     attended = decode(query, keys, values, block_tables, context_lens, query_len, scale, early=early).flatten(1)
-    normed = None
-    if config.output is None:
+    folds = config.gate_up is not None and config.folds_norm
+    if config.output is not None:
+        x = add_product(attended, output, output_bias, x, None, config.output, early, of_output)
+        normed = x if folds else norm_rows(x, after)[0]
+    elif folds:
+        normed = x = linear(attended, output, output_bias).add_(x)
+    else:
         normed, x = norm_rows(linear(attended, output, output_bias), after, x)
-    else:
-        x = add_product(attended, output, output_bias, x, None, config.output, early)
-    arrivals = _arrivals(x, down, config)
     if config.gate_up is None:
-        gated = gate_halves(linear(norm_rows(x, after)[0] if normed is None else normed, gate_up))
+        gated = gate_halves(linear(normed, gate_up))
     else:
-        gated = gate_product(x, gate_up, after, config.gate_up, early, arrivals)
+        gated = gate_product(normed, gate_up, after if folds else None, config.gate_up, early)
     if config.down is None:
         return linear(gated, down).add_(x)
-    return add_product(gated, down, None, x, None, config.down, early, arrivals if config.gate_up else None)
+    return add_product(gated, down, None, x, None, config.down, early, of_down)
 
 
-def _arrivals(x: Tensor, down: Tensor, config: LayerConfig) -> Tensor | None:
-    """Counters for the last product, if its columns are split, which the product before it sets to zero."""
-    if config.gate_up is None or config.down is None or split_evenly(down.shape[1], config.down)[1] == 1:
-        return None
-    blocks = triton.cdiv(down.shape[0], config.down.block_n)
-    return torch.empty(triton.next_power_of_2(blocks), dtype=torch.int32, device=x.device)
+def _arrivals(output: Tensor, down: Tensor, config: LayerConfig) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Counters for the two products whose columns may be split, and the tensor that holds them; None where not."""
+    sizes = []
+    for weight, product in ((output, config.output), (down, config.down)):
+        is_split = product is not None and split_evenly(weight.shape[1], product)[1] > 1
+        sizes.append(triton.cdiv(weight.shape[0], product.block_n) if is_split and product is not None else 0)
+    if not any(sizes):
+        return None, None, None
+    both = torch.empty(triton.next_power_of_2(sum(sizes)), dtype=torch.int32, device=output.device)
+    return both[: sizes[0]], both[sizes[0] : sum(sizes)], both

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.norm import Norm
-from ops.triton.fused_products import Slots
-from ops.triton.products import await_previous, start_next
+from ops.triton.products import await_previous, clear, start_next
+from ops.triton.rotate_product import Slots
 
 
 @triton.jit
@@ -52,6 +52,7 @@ def rotate_heads_kernel(
     keys,
     values,
     slot_mapping,
+    arrivals,
     cosine,
     sine,
     projected,
@@ -67,6 +68,7 @@ def rotate_heads_kernel(
     D: tl.constexpr,
     D2_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    ARRIVALS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -78,6 +80,7 @@ def rotate_heads_kernel(
     dim = tl.arange(0, D2_PADDED)
     inside = dim < D2
     await_previous(EARLY)
+    clear(arrivals, (tl.program_id(0) == 0) & (head == 0), ARRIVALS)
     at = projected + (row * (H + 2 * KV) + head) * D + dim
     first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(at + D2, mask=inside, other=0.0).to(tl.float32)
@@ -164,6 +167,7 @@ def rotate_heads(
         slots.keys,
         slots.values,
         slots.slot_mapping,
+        slots.slot_mapping if slots.arrivals is None else slots.arrivals,
         slots.cosine,
         slots.sine,
         projected,
@@ -176,6 +180,7 @@ def rotate_heads(
         D=head_dim,
         D2_PADDED=triton.next_power_of_2(head_dim // 2),
         BLOCK_SIZE=block_size,
+        ARRIVALS=0 if slots.arrivals is None else len(slots.arrivals),
         HAS_NORM=has_norm,
         EARLY=early,
         num_warps=1,

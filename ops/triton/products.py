@@ -1,4 +1,5 @@
-"""The inner loops of products of few rows with a large weight: what `fused_products` builds kernels around.
+"""The inner loops of products of few rows with a large weight: what `rotate_product`, `gate_product` and
+`add_product` build their kernels around. Weights are read once, and decide how long each takes.
 
 Both stream a tile of weight rows past all rows of `x` and leave a float32 block [BLOCK_M, BLOCK_N]. An RMS norm of x
 costs no pass of its own: its weight multiplies x on the way in, its divisor, which the loop finds beside the products,
@@ -11,8 +12,12 @@ nobody writes, then waits, then reads the rest.
 
 from typing import no_type_check
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ops.triton.tuning import FewRowsConfig
 
 
 @triton.jit
@@ -30,6 +35,15 @@ def await_previous(EARLY: tl.constexpr):
     its end would not mean theirs."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+@no_type_check
+def clear(arrivals, is_first, ARRIVALS: tl.constexpr):
+    """Set the counters of later kernels to zero, which saves a launch that would."""
+    if ARRIVALS > 0:  # noqa: SIM102 (a constant: the whole branch goes away)
+        if is_first:
+            tl.store(arrivals + tl.arange(0, ARRIVALS), tl.zeros([ARRIVALS], tl.int32))
 
 
 @triton.jit
@@ -202,10 +216,33 @@ def product(
     if TENSOR_CORES:
         tiles: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
         result = dotted(
-            weight, feature, is_feature, x, x_stride, rows, norm, eps, 0, tiles, K, BLOCK_M, BLOCK_N, BLOCK_K, NORM, EARLY
+            weight, feature, is_feature, x, x_stride, rows, norm, eps, 0, tiles,
+            K, BLOCK_M, BLOCK_N, BLOCK_K, NORM, EARLY,
         )  # fmt: skip
     else:
         result = summed(
             weight, feature, is_feature, x, x_stride, rows, norm, eps, K, BLOCK_M, BLOCK_N, BLOCK_K, NORM, EARLY
         )
     return result
+
+
+def launch_options(config: FewRowsConfig, early: bool) -> dict[str, int | bool]:
+    """What the launcher, not the kernel, is told."""
+    options: dict[str, int | bool] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return options | {"launch_pdl": True} if early else options
+
+
+def block_options(x: Tensor, config: FewRowsConfig, has_norm: bool, early: bool) -> dict[str, int | bool | str]:
+    on_tensor_cores = config.splits > 0
+    norm = "none"
+    if has_norm:
+        norm = "before" if on_tensor_cores and x.dtype is torch.float16 else "after"
+    rows = triton.next_power_of_2(x.shape[0])
+    return {
+        "BLOCK_M": max(rows, 16) if on_tensor_cores else rows,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "TENSOR_CORES": on_tensor_cores,
+        "NORM": norm,
+        "EARLY": early,
+    }

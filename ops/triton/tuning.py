@@ -44,12 +44,14 @@ class FewRowsConfig(NamedTuple):
 
 class LayerConfig(NamedTuple):
     """How to launch the four products of a layer, None where torch's is to be had with kernels of ours around it.
+    `folds_norm`: rows are normed in the product that needs them, else in a kernel before it, which many rows pay for.
     `early`: each kernel may start while the one before it ends."""
 
     qkv: FewRowsConfig | None
     output: FewRowsConfig | None
     gate_up: FewRowsConfig | None
     down: FewRowsConfig | None
+    folds_norm: bool = True
     early: bool = False
 
 
@@ -194,22 +196,11 @@ def choose_layer(device: Device, rows: int, hidden: int, qkv: int, intermediate:
         return nothing
     early = EARLY.get(device.architecture, False)
     if rows <= 4:
-        narrow = FewRowsConfig(2, 512, 0, 2)
-        wide = FewRowsConfig(4, 512, 0, 2)
-        return LayerConfig(wide, narrow, wide, FewRowsConfig(2, 1024, 0, 4), early)
-    splits = max(1, 2 * device.multiprocessors * 64 // hidden // 2)
+        narrow, wide = FewRowsConfig(2, 512, 0, 2), FewRowsConfig(4, 512, 0, 2)
+        return LayerConfig(wide, narrow, wide, FewRowsConfig(2, 1024, 0, 4), True, early)
+    splits = max(1, device.multiprocessors * 64 // hidden)
     if rows <= 16:
-        return LayerConfig(
-            FewRowsConfig(16, 256, 1, 4, 4),
-            FewRowsConfig(16, 256, 2, 4, 4),
-            FewRowsConfig(64, 128, 1, 4, 4),
-            FewRowsConfig(64, 128, splits, 4, 4),
-            early,
-        )
-    return LayerConfig(
-        FewRowsConfig(32, 128, 1, 4, 4),
-        FewRowsConfig(32, 128, 3, 4, 4),
-        FewRowsConfig(128, 128, 1, 4, 3),
-        FewRowsConfig(64, 128, splits, 4, 3),
-        early,
-    )
+        short, long = FewRowsConfig(16, 256, 1, 4, 4), FewRowsConfig(64, 128, 1, 4, 4)
+        return LayerConfig(short, short._replace(splits=2), long, long._replace(splits=splits), True, early)
+    short, long = FewRowsConfig(32, 128, 1, 4, 4), FewRowsConfig(64, 128, 1, 4, 3)
+    return LayerConfig(short, short._replace(splits=3), long, long._replace(splits=splits), False, early)

@@ -19,7 +19,7 @@ from engine.step import Work
 from engine.step_inputs import StepShape, batch_buckets, carve, fill
 from layers.config import ModelConfig
 from layers.speculation import DraftState, draft_step, first_rows
-from layers.types import Filters
+from layers.types import Batch, Filters, KVCache, Weights
 
 _FEW = 2  # of a sequence's last tokens that the draft model may not have computed: a guess that stood, what followed it
 _EXTRA_FIELDS = 4  # last_positions, top_k, top_p, min_p
@@ -91,7 +91,7 @@ class DraftLoop:
         self._device = _Buffers(*(buffer.to(runner.device) for buffer in self._host)) if runner.is_cuda else self._host
         self._host_inputs = functools.lru_cache(256)(functools.partial(carve, self._host.inputs))
         self._device_inputs = functools.lru_cache(256)(functools.partial(carve, self._device.inputs))
-        self._step = draft_step
+        self._step = _step
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     def can_guess(self, sequence: Sequence) -> bool:
@@ -133,7 +133,7 @@ class DraftLoop:
 
     def compile(self) -> Iterator[None]:
         """On CUDA: compile a step and record every loop, a bucket of sequences at each `next`."""
-        self._step = torch.compile(draft_step, fullgraph=True)
+        self._step = torch.compile(_step, fullgraph=True)
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self._buckets):
             with torch.inference_mode():
@@ -199,7 +199,10 @@ class DraftLoop:
 
     def _once(self, state: DraftState) -> tuple[Tensor, DraftState]:
         runner = self._runner
-        return self._step(runner.weights, self._config, state, runner.kv_cache, self._vocab_size, self._head_tokens)
+        token_ids, *following = self._step(
+            runner.weights, self._config, state, runner.kv_cache, self._vocab_size, self._head_tokens
+        )
+        return token_ids, _restored(state, following)
 
     def _launch(self, state: DraftState, depth: int, *, is_traced: bool = False) -> None:
         """All guesses of all sequences on CUDA, into the rows that the target's step reads."""
@@ -210,3 +213,40 @@ class DraftLoop:
             token_ids, state = self._once(state)
             found.append(token_ids)
         self._chosen[: len(found[0]) * depth].copy_(torch.stack(found, 1).flatten())
+
+
+def _step(
+    weights: Weights,
+    config: ModelConfig,
+    state: DraftState,
+    kv_cache: KVCache,
+    vocab_size: int,
+    head_tokens: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The guesses and what changed: the compiler does not give back a state of states with plain values in it."""
+    token_ids, state = draft_step(weights, config, state, kv_cache, vocab_size, head_tokens)
+    batch = state.batch
+    return (
+        token_ids,
+        batch.token_ids,
+        batch.positions,
+        batch.slot_mapping,
+        batch.query_start,
+        batch.context_lens,
+        state.sampling.position,
+    )
+
+
+def _restored(state: DraftState, following: list[Tensor]) -> DraftState:
+    token_ids, positions, slot_mapping, query_start, context_lens, sample_position = following
+    batch = Batch(
+        token_ids,
+        positions,
+        slot_mapping,
+        state.batch.block_tables,
+        query_start,
+        context_lens,
+        query_start[:-1],
+        query_len=1,
+    )
+    return state._replace(batch=batch, sampling=state.sampling._replace(position=sample_position))

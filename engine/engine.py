@@ -563,7 +563,8 @@ class Engine:
         runner = self._make_runner(self._own_config, weights, KVPlan(2, self.options.block_size, 0, length, "probe"))
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        runner.run_padding(self.max_num_batched_tokens, self.options.max_num_seqs)
+        drafts = self.options.num_speculative_tokens if self.options.speculative_model is not None else 0
+        runner.run_padding(self.max_num_batched_tokens, self.options.max_num_seqs * (1 + drafts))
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         del runner

@@ -1,7 +1,7 @@
 """Owns what lives on the device: weights, KV cache, step inputs. What is compiled is warmed up here.
 
 On CUDA a uniform step is one graph, greedy choice included, that replays as a CUDA graph for each bucket of batch
-sizes; ragged steps are compiled layer by layer, and those of few tokens recorded (`RaggedGraphs`). On CPU one layer is
+sizes; ragged steps are compiled layer by layer, and those of few tokens recorded (`StepGraphs`). On CPU one layer is
 compiled and called for every layer, which costs a third of the compile time of the whole and no step time. What else
 may be asked of a choice (`TokenChooser`) is compiled apart, so that a step runs only what somebody in it uses.
 """
@@ -30,10 +30,10 @@ from engine.compiled_model import (
     warn_eager,
 )
 from engine.launched import Launched
-from engine.ragged_graphs import Outputs, RaggedGraphs
 from engine.rank_messages import Compute, Copy, Head
 from engine.sequence import Needs
 from engine.step import Step, StepResult, Work
+from engine.step_graphs import Outputs, StepGraphs, ragged_shapes
 from engine.step_inputs import StepInputs, StepShape, batch_buckets, carve, chosen_rows, fill
 from engine.token_chooser import Choice, TokenChooser
 from layers.config import ModelConfig
@@ -111,6 +111,7 @@ class Runner:
         )
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_drafts = max_num_drafts
         self._buckets = batch_buckets(max_num_seqs)
         self._max_blocks = max(2, -(-max_model_len // self.block_size))
         # Room for the largest step, and for those that only warm up.
@@ -130,7 +131,7 @@ class Runner:
         self._device_inputs = functools.lru_cache(256)(functools.partial(carve, self._inputs))
         self.chosen = torch.zeros(largest.rows, dtype=torch.int64, device=self.device)
         self._pending_rows: dict[int, int] = {}
-        self._ragged_graphs: RaggedGraphs | None = None
+        self._graphs: StepGraphs | None = None
         if self.is_cuda:
             mark_static(self.chosen)
         self.chooser = TokenChooser(self.device, vocab_size, self._head)
@@ -242,7 +243,7 @@ class Runner:
             self._warm_up(shape)
             on_progress()
         if not self._is_shard:  # what replays here would have to replay in every rank
-            self._record_ragged_graphs()
+            self._record_graphs()
         self.is_compiled = True
 
     @torch.inference_mode()
@@ -260,7 +261,8 @@ class Runner:
         another: the uniform graph's attention is so much faster then that reading the weights twice costs less."""
         if (num_tokens := self._same_tokens(step)) is not None:
             count, rows = len(step.work), sum(work.num_rows for work in step.work)
-            yield _Launch(step.work, StepShape(num_tokens * count, count, self._width(step.work), rows, num_tokens))
+            shape = StepShape(num_tokens * count, count, self._width(step.work), rows, num_tokens)
+            yield _Launch(step.work, self._graphs.padded(shape) if self._graphs else shape)
             return
         ones = tuple(work for work in step.work if _is_uniform(work, 1))
         others = tuple(work for work in step.work if not _is_uniform(work, 1))
@@ -272,14 +274,15 @@ class Runner:
             tokens = sum(work.num_tokens for work in together)
             # A size of 1 is a graph of its own to the compiler; an empty sequence and a token of padding avoid that.
             shape = StepShape(max(2, tokens), max(2, len(together)), self._width(together), rows, None)
-            yield _Launch(together, self._ragged_graphs.padded(shape) if self._ragged_graphs else shape)
+            yield _Launch(together, self._graphs.padded(shape) if self._graphs else shape)
 
     def _same_tokens(self, step: Step) -> int | None:
         """The tokens of each of the step's works, if all have as many and choose tokens, as where guesses are verified
-        and where a draft model makes up for one that stood: their layers are single kernels then, as in decoding. A
-        compiled layer has no such graph."""
+        and where a draft model makes up for one that stood: their layers are single kernels then, as in decoding. They
+        are not compiled: on a CPU an engine that is has no graph of them, on CUDA they are recorded as they are."""
         num_tokens = step.work[0].num_tokens if step.work else 0
-        if self._functions is not self._eager or self.is_cuda or not self._mixes or not 1 < num_tokens <= _FEW:
+        has_kernels = self._graphs is not None if self.is_cuda else self._functions is self._eager and self._mixes
+        if not has_kernels or not 1 < num_tokens <= (self._max_num_drafts + 1 if self.is_cuda else _FEW):
             return None
         is_same = all(work.samples and _is_uniform(work, num_tokens) for work in step.work)
         return num_tokens if is_same else None
@@ -313,7 +316,7 @@ class Runner:
             payload = self._hosts[0][: sum(shape.field_sizes())].numpy().tobytes()
             with self._ranks.together(Compute(shape, warm_up), payload), self._guards():
                 return self._forward(shape, inputs, warm_up)
-        if self._ragged_graphs is not None and (outputs := self._ragged_graphs.replay(shape)) is not None:
+        if self._graphs is not None and (outputs := self._graphs.replay(shape)) is not None:
             return outputs
         with self._guards():
             return self._forward(shape, inputs, warm_up)
@@ -334,15 +337,17 @@ class Runner:
         feedback = Feedback(inputs.token_source, self.chosen) if self._feeds else None
         if warm_up:
             mark_dynamic(*batch, inputs.token_source)
-        if self._functions.whole is not None and shape.query_len is not None:
+        verifies = self.is_cuda and shape.query_len is not None and shape.query_len > 1
+        functions = self._eager if verifies else self._functions
+        if functions.whole is not None and shape.query_len is not None and not verifies:
             if self.is_cuda:
                 torch.compiler.cudagraph_mark_step_begin()
-            return None, *self._functions.whole(self.weights, batch, self.kv_cache, feedback)
-        x, rotation = self._functions.embed(self.weights, batch, feedback)
+            return None, *functions.whole(self.weights, batch, self.kv_cache, feedback)
+        x, rotation = functions.embed(self.weights, batch, feedback)
         for w, kv in zip(self.weights.blocks, self.kv_cache, strict=True):
             if warm_up:
                 mark_dynamic(x, *rotation)
-            x = self._functions.block(x, w, batch, rotation, kv)
+            x = functions.block(x, w, batch, rotation, kv)
         hidden = None if shape.query_len == 1 else x
         if not shape.rows:
             return hidden, None, None
@@ -350,7 +355,7 @@ class Runner:
             x = x[batch.logits_indices]
         if warm_up:
             mark_dynamic(x)
-        return hidden, *self._functions.head(x, self.weights)
+        return hidden, *functions.head(x, self.weights)
 
     def _head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         # An engine of one sequence has traced the head for one row alone.
@@ -384,7 +389,7 @@ class Runner:
             self.chooser.warm_up(logits, inputs.sampling)
 
     @torch.inference_mode()
-    def _record_ragged_graphs(self) -> None:
+    def _record_graphs(self) -> None:
         def prepare(shape: StepShape) -> Callable[[], Outputs]:
             fill(self._zeroed_inputs(shape), (), self.block_size, {})
             inputs = self._upload(shape)
@@ -398,8 +403,18 @@ class Runner:
 
             return launch
 
-        graphs = RaggedGraphs(
-            self._max_num_batched_tokens, self._buckets[-1], self._max_blocks, rows=self._max_num_seqs
+        shapes = ragged_shapes(
+            self._max_num_batched_tokens,
+            self._buckets[-1],
+            self._max_blocks,
+            self._max_num_seqs,
+            self._max_num_drafts,
         )
+        shapes += [
+            StepShape(query_len * size, size, self._max_blocks, query_len * size, query_len)
+            for query_len in range(2, self._max_num_drafts + 2)
+            for size in self._buckets
+        ]
+        graphs = StepGraphs(shapes)
         graphs.record(prepare)
-        self._ragged_graphs = graphs
+        self._graphs = graphs

@@ -28,24 +28,37 @@ class Part(NamedTuple):
     under: tuple[str, ...] = ()
 
 
+_CHECKED = (
+    "(test_decode or test_ragged) and 64 and bfloat16 or write_kv and 64-16"
+    " or test_layer and bfloat16 and (llama or small and (2 or 4))"
+)
 CHECKS = [
     Part("engine", [*_PYTEST, "tests/test_gpu_engine.py"], 260),
     Part("decode", [*_PYTEST, "tests/test_gpu_kernels.py", "-k", "test_decode or long_contexts"], 260),
     Part("ragged", [*_PYTEST, "tests/test_gpu_kernels.py", "-k", "test_ragged"], 260),
+    Part("layers", [*_PYTEST, "tests/test_gpu_kernels.py", "-k", "layer and bfloat16"], 260),
+    Part("more layers", [*_PYTEST, "tests/test_gpu_kernels.py", "-k", "layer and not bfloat16"], 260),
     Part(
         "other kernels",
-        [*_PYTEST, "tests/test_gpu_kernels.py", "-k", "not test_decode and not long_contexts and not test_ragged"],
+        [
+            *_PYTEST,
+            "tests/test_gpu_kernels.py",
+            "-k",
+            "not test_decode and not long_contexts and not test_ragged and not layer",
+        ],
         260,
     ),
     Part(
         "memcheck",
-        [*_PYTEST, "tests/test_gpu_kernels.py", "-k", "(test_decode or test_ragged or write_kv) and 64 and bfloat16"],
+        [*_PYTEST, "tests/test_gpu_kernels.py", "-k", _CHECKED],
         260,
         ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
     ),
 ]
 _THROUGHPUT = ["-m", "bench.throughput", "--model", MODEL, "--rounds", "2"]
 TIMINGS = [
+    Part("layers timed", ["-m", "bench.layer"], 240),
+    Part("layers swept", ["-m", "bench.layer", "--rows", "", "--sweep"], 240),
     Part("cold start and step, c=1", ["-m", "bench.profile_step", "--model", MODEL], 150),
     Part("warm start and step, c=32", ["-m", "bench.profile_step", "--model", MODEL, "--concurrency", "32"], 120),
     Part("throughput", [*_THROUGHPUT, "--concurrency", "1,6,16,32,128"], 240),
@@ -55,6 +68,8 @@ TIMINGS = [
     Part("products", ["-m", "bench.products", "--models", MODEL, "--rows", "2,32"], 60),
     Part("context 32000", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "32000"], 120),
 ]
+# Of a log that are shown, where it is more than usual.
+_LINES = {"layers timed": 120, "layers swept": 60}
 
 
 def start(part: Part, out: Path) -> tuple[subprocess.Popen[bytes], Path]:
@@ -109,7 +124,8 @@ def main(
         started = time.monotonic()
         limited = part._replace(seconds=int(min(part.seconds, minutes * 60 - (started - began))))
         process, log = start(limited, out)
-        rows.append(f"{part.name}: {finish(limited, process, started)}\n{tail(log, 22 if 'step' in part.name else 10)}")
+        lines = _LINES.get(part.name, 22 if "step" in part.name else 10)
+        rows.append(f"{part.name}: {finish(limited, process, started)}\n{tail(log, lines)}")
     print("\n".join(rows))
 
 

@@ -365,6 +365,9 @@ def test_kernels_that_start_early(monkeypatch: pytest.MonkeyPatch, rows: int) ->
             if rows == 2 or model == "qwen2.5-1.5b":
                 ptx = compile_launch(launch, 90).asm["ptx"]
                 assert ptx.count("griddepcontrol.wait") == 1
+                if launch.kernel.__name__ in ("rotate_kernel", "add_kernel", "gate_kernel"):
+                    before, _ = ptx.split("griddepcontrol.wait")
+                    assert "L1::evict_first" in before, "weights are asked for while others end"
                 assert ptx.count("griddepcontrol.launch_dependents") == 1
 
 

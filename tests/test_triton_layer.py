@@ -23,6 +23,23 @@ if not INTERPRETED:
         finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
         assert finished.returncode == 0, finished.stdout[-20000:] + finished.stderr[-5000:]
 
+    @pytest.mark.slow
+    def test_the_benchmark_of_layers_runs_without_a_gpu() -> None:
+        options = ["--device", "cpu", "--rows", "2,8", "--sweep", "--sweep-rows", "8", "--minutes", "0.5"]
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        finished = subprocess.run(
+            [sys.executable, "-m", "bench.layer", *options],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert finished.returncode == 0, finished.stderr[-5000:]
+        assert "8 rows as one op" in finished.stdout
+        assert "FewRowsConfig" in finished.stdout
+        assert "Error" not in finished.stdout
+
 else:
     from triton.language import float32
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

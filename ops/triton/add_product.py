@@ -12,7 +12,7 @@ from ops.triton.products import block_options, dotted, launch_options, product, 
 from ops.triton.tuning import FewRowsConfig
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 @no_type_check
 def add_kernel(
     output,
@@ -65,6 +65,7 @@ def add_kernel(
         arrived = tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel")
         if arrived != SPLITS - 1:
             return
+        tl.store(arrivals + tl.program_id(0), 0)  # as it was found
         result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for index in tl.static_range(SPLITS):
             result += tl.load(partial + index * rows * N + at, mask=mask, other=0.0, cache_modifier=".cg")

@@ -12,7 +12,7 @@ from ops.triton.products import block_options, launch_options, product, start_ne
 from ops.triton.tuning import FewRowsConfig
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 @no_type_check
 def gate_kernel(
     output,

@@ -145,6 +145,23 @@ def _inverse_rms(inputs, is_row, column, eps, K: tl.constexpr, BLOCK_M: tl.const
 
 @triton.jit
 @no_type_check
+def _dot_tile(
+    accumulator, squares, left, inputs, norm, inverse, is_row, column, at, K: tl.constexpr, NORM: tl.constexpr
+):
+    right = tl.load(inputs + at, mask=is_row[:, None] & (at + column[None, :] < K), other=0.0)
+    if NORM != "none":
+        scale = tl.load(norm + at + column, mask=at + column < K, other=0.0).to(tl.float32)
+        wide = right.to(tl.float32)
+        if NORM == "before":
+            wide = (wide * inverse[:, None]).to(right.dtype).to(tl.float32)
+        else:
+            squares += wide * wide
+        right = (wide * scale[None, :]).to(right.dtype)
+    return tl.dot(left, tl.trans(right), accumulator, input_precision="ieee"), squares
+
+
+@triton.jit
+@no_type_check
 def dotted(
     weight,
     feature,
@@ -163,31 +180,33 @@ def dotted(
     NORM: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Products of the columns of tiles `first_tile : last_tile` through the tensor cores. The weight is the left
-    operand, because its rows fill a tile and those of x do not."""
+    """Products of the columns of tiles `first_tile : last_tile`, one at least, through the tensor cores. The weight is
+    the left operand, because its rows fill a tile and those of x do not."""
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_K)
     is_row = row < rows
     pointers = weight + feature[:, None].to(tl.int64) * K + column[None, :]
     inputs = x + row[:, None].to(tl.int64) * x_stride + column[None, :]
-    await_previous(EARLY)
     accumulator = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    inverse = tl.zeros([BLOCK_M], tl.float32)
+    if EARLY:
+        left = _weights(pointers, is_feature, column, first_tile * BLOCK_K, K)
+    await_previous(EARLY)
     if NORM == "before":
         inverse = _inverse_rms(inputs, is_row, column, eps, K, BLOCK_M, BLOCK_K)
+    if EARLY:
+        at = first_tile * BLOCK_K
+        accumulator, squares = _dot_tile(
+            accumulator, squares, left, inputs, norm, inverse, is_row, column, at, K, NORM
+        )  # fmt: skip
+        first_tile += 1
     for tile in range(first_tile, last_tile):
         at = tile * BLOCK_K
         left = _weights(pointers, is_feature, column, at, K)
-        right = tl.load(inputs + at, mask=is_row[:, None] & (at + column[None, :] < K), other=0.0)
-        if NORM != "none":
-            scale = tl.load(norm + at + column, mask=at + column < K, other=0.0).to(tl.float32)
-            wide = right.to(tl.float32)
-            if NORM == "before":
-                wide = (wide * inverse[:, None]).to(right.dtype).to(tl.float32)
-            else:
-                squares += wide * wide
-            right = (wide * scale[None, :]).to(right.dtype)
-        accumulator = tl.dot(left, tl.trans(right), accumulator, input_precision="ieee")
+        accumulator, squares = _dot_tile(
+            accumulator, squares, left, inputs, norm, inverse, is_row, column, at, K, NORM
+        )  # fmt: skip
     if NORM == "after":
         accumulator *= tl.math.rsqrt(tl.sum(squares, 1) / K + eps)[None, :]
     return tl.trans(accumulator)

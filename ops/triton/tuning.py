@@ -198,7 +198,7 @@ def choose_layer(device: Device, rows: int, hidden: int, qkv: int, intermediate:
     if rows <= 4:
         narrow, wide = FewRowsConfig(2, 512, 0, 2), FewRowsConfig(4, 512, 0, 2)
         return LayerConfig(wide, narrow, wide, FewRowsConfig(2, 1024, 0, 4), True, early)
-    splits = max(1, device.multiprocessors * 64 // hidden)
+    splits = min(max(device.multiprocessors * 64 // hidden, 1), 12)
     if rows <= 16:
         short, long = FewRowsConfig(16, 256, 1, 4, 4), FewRowsConfig(64, 128, 1, 4, 4)
         return LayerConfig(short, short._replace(splits=2), long, long._replace(splits=splits), True, early)

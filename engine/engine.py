@@ -287,10 +287,16 @@ class Engine:
     def wake_ups(self) -> list[int]:
         """File descriptors that become readable when `work_while_idle` gets something to do."""
         sources = (self._compiling, self.handover)
-        return [fd for source in sources if source is not None and (fd := source.fileno()) is not None]
+        found = [fd for source in sources if source is not None and (fd := source.fileno()) is not None]
+        return found + (self._ranks.wake_ups if self._ranks is not None else [])
 
     def work_while_idle(self) -> None:
-        """Do a little, at most a second, of what can wait: take what another process has compiled or sent."""
+        """Do a little, at most a second, of what can wait: take what another process has compiled or sent.
+
+        Raises TensorParallelError if another rank has ended.
+        """
+        if self._ranks is not None:
+            self._ranks.check()
         self.handover.advance()
         if self._compiling is not None:
             self._go_on_compiling(is_idle=True)

@@ -44,7 +44,7 @@ def test_two_ranks_in_bfloat16_are_no_further_from_float32_than_one():
         return statistics.fmean(abs(a.logprob - b.logprob) for a, b in zip(found, exact, strict=True))
 
     def agreement(found: list[TokenLogprobs]) -> float:
-        return statistics.fmean(a.top[0] == b.top[0] for a, b in zip(found, exact, strict=True))
+        return statistics.fmean(a.top[0][0] == b.top[0][0] for a, b in zip(found, exact, strict=True))
 
     # bf16 keeps eight bits, so that logits of about 20 are right to about 0.1.
     assert 0 < error(together) < 1.3 * error(alone) < 0.15

@@ -182,7 +182,7 @@ def test_a_rank_that_dies_while_nothing_is_to_be_done_wakes_the_engine(directory
         os.kill(llm.engine._ranks._followers[1].pid, signal.SIGKILL)
         readable, _, _ = select.select(llm.engine.wake_ups, [], [], 60)
         assert len(readable) == 1
-        with pytest.raises(TensorParallelError, match="whole: rank 2 ended with status -9$"):
+        with pytest.raises(TensorParallelError, match=r"whole: rank 2 ended with status -9$"):
             llm.engine.work_while_idle()
     finally:
         llm.engine.close()

@@ -1,4 +1,4 @@
-"""The built-in model on several processes: nine heads in three groups, evenly over three ranks and unevenly over two."""
+"""The built-in model on several ranks: nine heads in three groups, evenly over three or unevenly over two."""
 
 import statistics
 

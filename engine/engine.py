@@ -171,7 +171,7 @@ class Engine:
             priority_aging=options.priority_aging,
             enable_prefix_caching=options.enable_prefix_caching,
         )
-        self._counted = (0, 0)  # of the handover, in the records so far
+        self._counted: dict[str, int] = {}  # of the handover's totals, in the records so far
         self._transfers = self._make_transfers()
         self.handover = Handover(self.scheduler, self._transfers)
         self._log_ledger(weights, activations)
@@ -287,10 +287,16 @@ class Engine:
     def wake_ups(self) -> list[int]:
         """File descriptors that become readable when `work_while_idle` gets something to do."""
         sources = (self._compiling, self.handover)
-        return [fd for source in sources if source is not None and (fd := source.fileno()) is not None]
+        found = [fd for source in sources if source is not None and (fd := source.fileno()) is not None]
+        return found + (self._ranks.wake_ups if self._ranks is not None else [])
 
     def work_while_idle(self) -> None:
-        """Do a little, at most a second, of what can wait: take what another process has compiled or sent."""
+        """Do a little, at most a second, of what can wait: take what another process has compiled or sent.
+
+        Raises TensorParallelError if another rank has ended.
+        """
+        if self._ranks is not None:
+            self._ranks.check()
         self.handover.advance()
         if self._compiling is not None:
             self._go_on_compiling(is_idle=True)
@@ -386,14 +392,13 @@ class Engine:
         waited = time.perf_counter()
         outputs = self.scheduler.commit(flight.step, result)
         self.handover.publish()
-        arrived, failed = self._counted
-        self._counted = self.handover.num_arrived, self.handover.num_failed_pulls
+        before, self._counted = self._counted, vars(self.handover.totals).copy()
+        handed_over: dict[str, Any] = {name: total - before.get(name, 0) for name, total in self._counted.items()}
         finished = sum(output.finish_reason is not None for output in outputs)
         record = flight.record._replace(
             wait=waited - waiting,
             num_finished=finished,
-            num_arrived=self._counted[0] - arrived,
-            num_failed_arrivals=self._counted[1] - failed,
+            **handed_over,
         )
         if self.speculator is not None:
             guessing = flight.launched.draft_seconds
@@ -555,7 +560,12 @@ class Engine:
         if self._transfers is None:
             return {}
         ticket = self._transfers.ticket("any")
-        return {"engine_id": ticket.engine_id, "transfer_host": ticket.host, "transfer_port": ticket.port}
+        return {
+            "engine_id": ticket.engine_id,
+            "transfer_host": ticket.host,
+            "transfer_port": ticket.port,
+            "transfer_block_bytes": self._transfers.block_bytes,
+        }
 
     def _activation_bytes(self, weights: Weights) -> int:
         """What the largest step takes beside weights and cache, found by running it on a cache of one block."""

@@ -63,6 +63,17 @@ class Payload(msgspec.Struct, array_like=True):
     num_cached_tokens: int
 
 
+@dataclass
+class Totals:
+    """Since the start, by the names of a `StepRecord`'s fields, which has what a step added."""
+
+    num_arrived: int = 0
+    num_failed_arrivals: int = 0
+    num_arrived_blocks: int = 0
+    num_offered: int = 0
+    num_offered_blocks: int = 0
+
+
 @dataclass(eq=False)
 class _Departure:
     """A prompt that is computed here for another engine."""
@@ -77,7 +88,8 @@ class _Departure:
 class _Arrival:
     """A request whose prompt another engine computes.
 
-    ticket: of its blocks; None if there are none, or none any more. is_pulling: they are on their way.
+    ticket: of its blocks; None if there are none, or none any more. is_pulling: they are on their way;
+        num_pulled: how many.
     outputs: the tokens that each choice has already, None for a choice that has ended; None until known.
     awaits_outputs: they will be told; otherwise they come with the blocks, and are news here.
     """
@@ -87,6 +99,7 @@ class _Arrival:
     awaits_outputs: bool
     outputs: list[list[int] | None] | None = None
     is_pulling: bool = False
+    num_pulled: int = 0
     is_filled: bool = False
     payload: Payload | None = field(default=None, repr=False)
 
@@ -116,7 +129,7 @@ class Handover:
         self._departures: dict[str, _Departure] = {}
         self._arrivals: list[_Arrival] = []
         self._outputs: list[TokenOutput] = []
-        self.num_arrived = self.num_failed_pulls = 0
+        self.totals = Totals()
 
     @property
     def has_outputs(self) -> bool:
@@ -205,6 +218,8 @@ class Handover:
             elif new:
                 self.transfers.publish(transfer_id, new)
             departure.num_published = len(kept)
+            self.totals.num_offered += departure.has_all
+            self.totals.num_offered_blocks += len(new)
 
     def close(self) -> None:
         if self.transfers is not None:
@@ -232,7 +247,8 @@ class Handover:
         problem = event.reason if isinstance(event, PullFailed) else self._read(arrival, event)
         if problem is None:
             arrival.is_filled = True
-            self.num_arrived += 1
+            self.totals.num_arrived += 1
+            self.totals.num_arrived_blocks += arrival.num_pulled
         else:
             self._fail(arrival, event.transfer_id, problem)
 
@@ -243,7 +259,7 @@ class Handover:
         arrival.is_pulling = False
         self._release(transfer_id)
         if arrival.is_wanted:
-            self.num_failed_pulls += 1
+            self.totals.num_failed_arrivals += 1
             log.warning("transfer %s failed (%s): the prompt is computed here", transfer_id, problem)
 
     def _let_go(self, departure: _Departure) -> None:
@@ -269,7 +285,7 @@ class Handover:
         if reserved is not None:
             assert self.transfers is not None
             num_found, table = reserved
-            arrival.is_pulling = True
+            arrival.is_pulling, arrival.num_pulled = True, len(table) - num_found
             try:
                 self.transfers.pull(ticket, num_found, table[num_found:])
             except ValueError as error:  # two requests name one transfer

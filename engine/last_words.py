@@ -33,6 +33,11 @@ def _hint(error: BaseException, message: str) -> str:
         return "give a model directory, a .gguf file or a hub id, or no model at all for the built-in one"
     if name == "UnsupportedModelError":
         return "`dispec serve` without a model serves the built-in one"
+    if name == "TensorParallelError":
+        return (
+            "the log above may say why; if nobody killed the process of that rank, the system ran out of memory: "
+            f"{_LESS_MEMORY}"
+        )
     if isinstance(error, ValueError):
         return "change the option that it names; `dispec serve --help` lists them"
     if isinstance(error, ImportError):

@@ -74,6 +74,7 @@ class EngineInfo(msgspec.Struct, tag=True):
 
     directory: of the checkpoint's tokenizer, for `engine.tokenizer.Tokenizer.from_directory`; None for dummy weights.
     engine_id, transfer_host, transfer_port: where other engines can pull KV from; None if they cannot.
+    transfer_block_bytes: of a block that is pulled, which is without a draft model's part.
     compiled_seconds: after which the engine, answering already, was compiled; None if it was not so.
     """
 
@@ -97,6 +98,7 @@ class EngineInfo(msgspec.Struct, tag=True):
     engine_id: str | None = None
     transfer_host: str | None = None
     transfer_port: int | None = None
+    transfer_block_bytes: int = 0
     compiled_seconds: float | None = None
 
 

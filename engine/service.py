@@ -260,6 +260,7 @@ def _serve(start: Start, link: Link) -> None:
     engine.phase_seconds = {"import": imported, **engine.phase_seconds}
     link.send(_info(engine))
     Service(engine, link).run()
+    engine.close()  # the processes of other ranks do not outlive this one
 
 
 def _end_with_the_front(directory: str) -> None:

@@ -16,7 +16,9 @@ class StepRecord(NamedTuple):
         thought to pay, before memory and the step's budget had a say; num_stood: how many were right, by their place.
     draft: seconds of guessing.
     num_arrived: prompts whose keys and values came from another engine since the step before it; num_failed_arrivals:
-        those that should have.
+        those that should have. num_arrived_blocks: what came for them.
+    num_offered: prompts whose last blocks were published for other engines in this step; num_offered_blocks: blocks
+        that were published, of these and of prompts that are not yet done.
     schedule, launch, wait, commit: choosing the work, handing it to the device, waiting for its result, recording it.
     """
 
@@ -43,6 +45,9 @@ class StepRecord(NamedTuple):
     num_stood: tuple[int, ...] = ()
     num_arrived: int = 0
     num_failed_arrivals: int = 0
+    num_arrived_blocks: int = 0
+    num_offered: int = 0
+    num_offered_blocks: int = 0
 
     @property
     def seconds(self) -> float:

@@ -22,7 +22,9 @@ from engine.options import EngineOptions
 from engine.rank_messages import Join, Message, framed
 from layers.config import ModelConfig, Shard
 
+_WORKER = "engine.tensor_worker"
 _HOST = "127.0.0.1"
+_GLANCE_SECONDS = 0.05  # between two looks at whether a rank that is awaited has come
 _PATIENCE = timedelta(seconds=300)  # with a rank that does not come to a sum; one that died is noticed at once
 
 
@@ -32,6 +34,7 @@ class TensorParallelError(RuntimeError):
 
 def join(rank: int, size: int, device: torch.device, store: dist.TCPStore) -> Shard:
     """Become a rank of the group that meets at the store."""
+    store.set(_here(rank), "")
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else it looks up a host name that need not resolve
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -44,6 +47,11 @@ def join(rank: int, size: int, device: torch.device, store: dist.TCPStore) -> Sh
 def meeting_point(size: int, port: int = 0) -> dist.TCPStore:
     """The store at which ranks meet: a new one at port 0, else the one that listens at `port`."""
     return dist.TCPStore(_HOST, port, size, is_master=port == 0, wait_for_workers=False, timeout=_PATIENCE)
+
+
+def _here(rank: int) -> str:
+    """The store's key that says that a rank has come so far that it can meet the others."""
+    return f"rank {rank} is here"
 
 
 class TensorParallel:
@@ -65,7 +73,10 @@ class TensorParallel:
             torch.set_num_threads(threads)
         store = meeting_point(size)
         self._followers = [_start(options, device, rank, store.port, threads) for rank in range(1, size)]
+        # Readable once a follower has ended. Elsewhere than on Linux that is noticed at the next sum.
+        self._watches = [os.pidfd_open(one.pid) for one in self._followers] if hasattr(os, "pidfd_open") else []
         try:
+            self._wait_for_followers(store)
             self.shard = join(0, size, device, store)
         except Exception as error:
             try:
@@ -96,8 +107,22 @@ class TensorParallel:
         except Exception as error:
             self._fail(error)
 
+    @property
+    def wake_ups(self) -> list[int]:
+        """File descriptors that become readable when `check` has something to say; none after it has."""
+        return [] if self._is_broken else self._watches
+
+    def check(self) -> None:
+        """Raises TensorParallelError if a follower has ended."""
+        if any(follower.poll() is not None for follower in self._followers):
+            self._fail(None)
+
     def close(self) -> None:
         """End the followers, and leave the group."""
+        self._is_broken = True
+        watches, self._watches = self._watches, []
+        for watch in watches:
+            os.close(watch)
         for follower in self._followers:
             assert follower.stdin is not None
             with suppress(OSError):
@@ -111,6 +136,14 @@ class TensorParallel:
         if dist.is_initialized():
             dist.destroy_process_group()
         torch.set_num_threads(self._all_threads)
+
+    def _wait_for_followers(self, store: dist.TCPStore) -> None:
+        """Until all have come. A group waits for its ranks without a look at whether they live."""
+        for rank, follower in enumerate(self._followers, start=1):
+            while not store.check([_here(rank)]):
+                with suppress(subprocess.TimeoutExpired):
+                    follower.wait(_GLANCE_SECONDS)
+                self.check()
 
     def _fail(self, error: Exception | None) -> NoReturn:
         self._is_broken = True
@@ -136,7 +169,7 @@ def _start(
         threads,
     )
     follower = subprocess.Popen(
-        [sys.executable, "-m", "engine.tensor_worker"],
+        [sys.executable, "-m", _WORKER],
         stdin=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )

@@ -41,6 +41,6 @@ def attention(
     attended = rearrange(attended, "t h d -> t (h d)")
     if config.shard is None:
         return ops.linear(attended, w.output, w.output_bias, residual=x)
-    # The first rank brings the residual into the sum, and has the bias where the others have zeros.
-    partial = ops.linear(attended, w.output, w.output_bias, residual=None if config.shard.rank else x)
-    return ops.all_reduce(partial, config.shard.group)
+    # The first rank has the bias where the others have zeros. The residual is larger than what is added to it: inside
+    # the sum it would cost a second rounding of its own size.
+    return x + ops.all_reduce(ops.linear(attended, w.output, w.output_bias), config.shard.group)

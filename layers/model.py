@@ -66,8 +66,7 @@ def block(
     gated = ops.linear(x, mlp.gate_up, norm=mlp_norm, is_gated=True)
     if shard is None:
         return ops.linear(gated, w.mlp.down, residual=x)
-    # The first rank brings the residual into the sum.
-    return ops.all_reduce(ops.linear(gated, w.mlp.down, residual=None if shard.rank else x), shard.group)
+    return x + ops.all_reduce(ops.linear(gated, w.mlp.down), shard.group)
 
 
 def logits(x: Float[Tensor, "R E"], weights: Weights, config: ModelConfig) -> Float[Tensor, "R V"]:

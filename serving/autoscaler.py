@@ -7,7 +7,8 @@ import time
 
 from engine.autoscaling import Observation, Scaling, ScalingLimits, scale
 from serving.engine_errors import EngineDied, NotReady
-from serving.worker_pool import ROLES, Role, Worker, WorkerPool
+from serving.worker import ROLES, Role, Worker
+from serving.worker_pool import WorkerPool
 
 log = logging.getLogger("dispec")
 

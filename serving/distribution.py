@@ -42,6 +42,11 @@ class Distribution:
             counts.append(found)
         return counts
 
+    def buckets(self) -> list[tuple[str, float]]:
+        """As a Prometheus histogram has them: an upper edge, and how many were at most that."""
+        edges = [*map(str, map(float, self.edges)), "+Inf"]
+        return list(zip(edges, map(float, self.cumulative()), strict=True))
+
 
 def percentiles(parts: Iterable[Distribution], shares: Sequence[float]) -> list[float] | None:
     """For each share the value that this share of all observations does not exceed, to a bucket's width.

@@ -17,18 +17,16 @@ from engine.slo import Slo
 from engine.step_record import StepRecord
 from serving.distribution import Distribution
 from serving.engine_client import EngineClient, Listener
+from serving.metric_buckets import BETWEEN_TOKENS, FIRST_TOKEN, REQUEST, STEP, TOKENS
 from serving.request_stream import FirstToken, RequestSummary, RequestTiming
-from serving.worker_pool import ROLES, WorkerPool
+from serving.worker import ROLES
+from serving.worker_metrics import WorkerMetrics
+from serving.worker_pool import WorkerPool
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _LABELS = ("model_name", "engine")
 _FINISH_REASONS = ("stop", "length", "abort", "error")
-_FIRST_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60)
-_BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2)
-_REQUEST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1800)
-_STEP = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_TOKENS = tuple(float(2**power) for power in range(18))
 
 disable_created_metrics()  # a gauge beside every counter and histogram, with the time it was made
 
@@ -122,7 +120,7 @@ class Metrics(Listener):
             self._accepted_per_position.labels(**self._labels, position=str(position)).inc(accepted)
 
     def watch_workers(self, pool: WorkerPool) -> None:
-        """Tell how many engines of each kind there are and should be, whenever somebody scrapes."""
+        """Tell how many engines of each kind there are and should be, and what each does, whenever somebody scrapes."""
         for name, text, count in (
             ("dispec_workers_desired", "Engines of this role that there should be.", pool.num_desired),
             ("dispec_workers_actual", "Engines of this role that take requests.", pool.num_ready),
@@ -130,6 +128,7 @@ class Metrics(Listener):
             gauge = Gauge(name, text, (*_LABELS, "role"), registry=self.registry)
             for role in ROLES:
                 gauge.labels(**self._labels, role=role).set_function(functools.partial(count, role))
+        self.registry.register(WorkerMetrics(pool, self._labels["model_name"]))
 
     def _used_share(self, info: EngineInfo | None) -> float:
         return self._num_used_blocks / info.num_blocks if info is not None else 0.0
@@ -163,34 +162,34 @@ class Metrics(Listener):
     def _make_vllm_histograms(self) -> None:
         histogram = self._histogram
         self._first_token = histogram(
-            "vllm:time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN
+            "vllm:time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN
         )
         self._gaps = _BatchedHistogram(
-            "vllm:inter_token_latency_seconds", "Between one token and the next.", self._labels, _BETWEEN_TOKENS
+            "vllm:inter_token_latency_seconds", "Between one token and the next.", self._labels, BETWEEN_TOKENS
         )
         self.registry.register(self._gaps)
-        self._e2e = histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", _REQUEST)
+        self._e2e = histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", REQUEST)
         self._phases = {
-            phase: histogram(f"vllm:request_{phase}_time_seconds", text, _REQUEST)
+            phase: histogram(f"vllm:request_{phase}_time_seconds", text, REQUEST)
             for phase, text in (
                 ("queue", "From a request's arrival until it was first scheduled."),
                 ("prefill", "From first being scheduled to the first token."),
                 ("decode", "From the first token to the end."),
             )
         }
-        self._request_prompt_tokens = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
-        self._request_generation_tokens = histogram("vllm:request_generation_tokens", "Tokens of an answer.", _TOKENS)
-        self._iteration_tokens = histogram("vllm:iteration_tokens_total", "Tokens computed in a step.", _TOKENS)
+        self._request_prompt_tokens = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKENS)
+        self._request_generation_tokens = histogram("vllm:request_generation_tokens", "Tokens of an answer.", TOKENS)
+        self._iteration_tokens = histogram("vllm:iteration_tokens_total", "Tokens computed in a step.", TOKENS)
 
     def _make_our_own(self) -> None:
         counter, gauge, histogram = self._counter, self._gauge, self._histogram
         self._requests = counter("dispec_requests", "Requests that ended, however they did.")
         self._tokens_generated = counter("dispec_tokens_generated", "Tokens generated.")
-        self._ttft = histogram("dispec_ttft_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN)
-        self._tpot = histogram("dispec_tpot_seconds", "Time per token after the first, by request.", _BETWEEN_TOKENS)
-        self._request_seconds = histogram("dispec_request_seconds", "From a request's arrival to its end.", _REQUEST)
-        self._step_seconds = histogram("dispec_step_seconds", "Time of a step.", _STEP)
-        self._batch_tokens = histogram("dispec_batch_tokens", "Tokens computed in a step.", _TOKENS)
+        self._ttft = histogram("dispec_ttft_seconds", "From a request's arrival to its first token.", FIRST_TOKEN)
+        self._tpot = histogram("dispec_tpot_seconds", "Time per token after the first, by request.", BETWEEN_TOKENS)
+        self._request_seconds = histogram("dispec_request_seconds", "From a request's arrival to its end.", REQUEST)
+        self._step_seconds = histogram("dispec_step_seconds", "Time of a step.", STEP)
+        self._batch_tokens = histogram("dispec_batch_tokens", "Tokens computed in a step.", TOKENS)
         self._running = gauge("dispec_running_requests", "Requests in the engine's batches.")
         self._waiting = gauge("dispec_waiting_requests", "Requests that wait to be scheduled.")
         self._slo_requests = Counter(
@@ -233,7 +232,5 @@ class _BatchedHistogram(Collector):
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
-        edges = [*map(str, map(float, self.distribution.edges)), "+Inf"]
-        buckets = list(zip(edges, map(float, self.distribution.cumulative()), strict=True))
-        family.add_metric(list(self._labels.values()), buckets, self.distribution.sum)
+        family.add_metric(list(self._labels.values()), self.distribution.buckets(), self.distribution.sum)
         yield family

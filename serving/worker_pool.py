@@ -10,8 +10,8 @@ import os
 import secrets
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import msgspec
 
@@ -20,46 +20,17 @@ from engine.messages import EngineInfo, Inspection
 from engine.slo import Slo
 from engine.step_record import StepRecord
 from engine.tokenizer import Tokenizer
-from serving.admission import PromptRate
 from serving.engine_client import EngineClient
 from serving.engine_errors import EngineDied, NotReady, RequestRefused
 from serving.engine_supervisor import State
 from serving.listener import Listener
 from serving.relay import Relay
 from serving.request_stream import GenerationRequest, RequestStream
+from serving.worker import Role, Worker
 
 log = logging.getLogger("dispec")
 
-Role = Literal["prefill", "decode"]
 REPLACE_SECONDS = 5.0  # after an engine has died for good, until another one is started; longer each time
-ROLES: tuple[Role, ...] = ("prefill", "decode")
-
-
-@dataclass(eq=False)
-class Worker:
-    """An engine. is_leaving: it gets nothing new, and goes when it has nothing left to do."""
-
-    number: int
-    role: Role
-    client: EngineClient
-    is_leaving: bool = False
-    num_used_blocks: int = 0
-    prompt_rate: PromptRate = field(default_factory=PromptRate)
-
-    @property
-    def is_ready(self) -> bool:
-        return self.client.state == "ready" and not self.is_leaving
-
-    @property
-    def kv_usage(self) -> float:
-        """Share of its KV blocks that its last step used."""
-        info = self.client.info
-        return self.num_used_blocks / info.num_blocks if info is not None and self.client.load else 0.0
-
-    def note(self, record: StepRecord) -> None:
-        """A step of it has ended."""
-        self.num_used_blocks = record.num_used_blocks
-        self.prompt_rate.note(record)
 
 
 class WorkerPool:
@@ -279,7 +250,7 @@ class WorkerPool:
         # Threads of one step that wait for each other lose most of their time when they must share a core.
         client = EngineClient(self._options, num_threads=max(1, self._num_cores // count), **self._limits)
         worker = Worker(next(self._numbers), role, client)
-        client.listeners.append(_Forward(self, worker))
+        client.listeners += [worker.tally, _Forward(self, worker)]
         return worker
 
     def _merged(self, infos: tuple[EngineInfo, ...]) -> EngineInfo:

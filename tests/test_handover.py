@@ -127,7 +127,7 @@ def test_answers_are_those_of_one_engine(directory, plain, front, failure, optio
     if not failure:
         # One that ended with its first token is not asked for where that is known in time.
         assert network.num_pulled >= sum(params.max_tokens > 1 or not front for _, params in work)
-        assert pair.decode.handover.num_failed_pulls == 0
+        assert pair.decode.handover.totals.num_failed_arrivals == 0
         computed = sum(record.num_prompt_tokens for record in pair.decode.records)
         assert computed == 0, "the decode engine computed what it was sent"
 
@@ -192,7 +192,7 @@ def test_a_prompt_of_other_tokens_is_not_taken(directory, plain):
     while sequence.status is not Status.FINISHED:
         pair.step()
     assert sequence.output_token_ids == plain.generate([mine], [params])[0].token_ids
-    assert pair.decode.handover.num_failed_pulls == 1
+    assert pair.decode.handover.totals.num_failed_arrivals == 1
 
 
 def test_tokens_that_are_known_need_no_transfer(directory, plain):

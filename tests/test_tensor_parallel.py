@@ -2,6 +2,7 @@
 
 import math
 import os
+import select
 import signal
 
 import jaxtyping
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from engine import tensor_parallel
 from engine.checkpoint import find_checkpoint
 from engine.compiled_model import eager_functions
 from engine.llm import LLM
@@ -165,6 +167,25 @@ def test_a_rank_that_dies_is_named(directory):
     finally:
         llm.engine.close()
     assert not dist.is_initialized()
+
+
+def test_a_rank_that_does_not_start_is_named(directory, monkeypatch):
+    monkeypatch.setattr(tensor_parallel, "_WORKER", "tests.no_such_module")
+    with pytest.raises(TensorParallelError, match="rank 1 ended with status 1, rank 2 ended with status 1"):
+        LLM(directory, **FLOAT32, tensor_parallel_size=3)
+    assert not dist.is_initialized()
+
+
+def test_a_rank_that_dies_while_nothing_is_to_be_done_wakes_the_engine(directory):
+    llm = LLM(directory, **FLOAT32, tensor_parallel_size=3)
+    try:
+        os.kill(llm.engine._ranks._followers[1].pid, signal.SIGKILL)
+        readable, _, _ = select.select(llm.engine.wake_ups, [], [], 60)
+        assert len(readable) == 1
+        with pytest.raises(TensorParallelError, match=r"whole: rank 2 ended with status -9$"):
+            llm.engine.work_while_idle()
+    finally:
+        llm.engine.close()
 
 
 def test_what_is_refused_late_leaves_no_ranks(directory):

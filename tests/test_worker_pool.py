@@ -16,7 +16,8 @@ from engine.sampling_params import SamplingParams
 from serving import worker_pool
 from serving.autoscaler import Autoscaler
 from serving.engine_errors import EngineDied, RequestRefused
-from serving.worker_pool import ROLES, WorkerPool
+from serving.worker import ROLES
+from serving.worker_pool import WorkerPool
 from tests.engine_clients import (
     Recorder,
     ask,

@@ -91,6 +91,11 @@ class Transfers:
             self._threads.append(thread)
         self._server.start(self._hello, self._memories, self)
 
+    @property
+    def block_bytes(self) -> int:
+        """Of a block over all the pages that were registered."""
+        return self._pages.block_bytes
+
     def publish(self, transfer_id: str, blocks: Sequence[int], *, payload: bytes | None = None) -> None:
         """Further blocks whose contents are complete, in order; a payload says that these are the last.
 

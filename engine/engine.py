@@ -480,7 +480,10 @@ class Engine:
         plan: KVPlan,
         head_tokens: tuple[int, ...] | None = None,
         shared: "SharedMemory | None" = None,
+        *,
+        verifies: bool = True,
     ) -> Runner:
+        guesser = self.options.speculative_model
         if self._ranks is not None:
             self._ranks.send(Prepare(plan, self.max_num_batched_tokens))
         kv_cache = allocate_kv_cache(
@@ -495,8 +498,8 @@ class Engine:
             max_num_seqs=self.options.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
-            max_num_drafts=self.options.num_speculative_tokens if self.options.speculative_model is not None else 0,
-            reads_guesses=self.device.type == "cuda" and self.options.speculative_model not in (None, "ngram"),
+            max_num_drafts=self.options.num_speculative_tokens if verifies and guesser is not None else 0,
+            reads_guesses=verifies and self.device.type == "cuda" and guesser not in (None, "ngram"),
             vocab_size=self.config.vocab_size,
             head_tokens=None if head_tokens is None else torch.tensor(head_tokens, device=self.device),
             overlaps=self.overlaps,
@@ -505,7 +508,7 @@ class Engine:
 
     def _make_draft_model(self, draft: Draft, weights: Weights) -> DraftModel:
         options = self.options
-        runner = self._make_runner(draft.config, weights, self.kv_plan, draft.head_tokens)
+        runner = self._make_runner(draft.config, weights, self.kv_plan, draft.head_tokens, verifies=False)
         head_tokens = None if draft.head_tokens is None else torch.tensor(draft.head_tokens, device=self.device)
         loop = DraftLoop(
             draft.config,

@@ -1,7 +1,7 @@
 """Owns what lives on the device: weights, KV cache, step inputs. What is compiled is warmed up here.
 
-On CUDA a uniform step is one graph, greedy choice included, that replays as a CUDA graph for each bucket of batch
-sizes; ragged steps are compiled layer by layer, and those of few tokens recorded (`StepGraphs`). On CPU one layer is
+On CUDA a step that decodes is compiled as a whole, greedy choice included, other steps layer by layer; all but the
+largest are recorded as CUDA graphs, for buckets of sizes (`StepGraphs`). On CPU one layer is
 compiled and called for every layer, which costs a third of the compile time of the whole and no step time. What else
 may be asked of a choice (`TokenChooser`) is compiled apart, so that a step runs only what somebody in it uses.
 """
@@ -181,7 +181,7 @@ class Runner:
     def follow(self, shape: StepShape, inputs: bytes, warm_up: bool) -> None:
         """Compute what the first rank does, given the step inputs that it wrote."""
         if warm_up and self._functions is self._eager:
-            self._functions = compiled_functions(self._eager, self.is_cuda)
+            self._functions = compiled_functions(self._eager, self.is_cuda, replays=True)
         self._hosts[0][: sum(shape.field_sizes())].copy_(torch.frombuffer(bytearray(inputs), dtype=torch.int32))
         self._compute(shape, self._upload(shape), warm_up)
 
@@ -236,7 +236,7 @@ class Runner:
             on_progress()
 
     def _compile_cuda(self, on_progress: Callable[[], object]) -> None:
-        self._functions = compiled_functions(self._eager, self.is_cuda)
+        self._functions = compiled_functions(self._eager, self.is_cuda, replays=self._is_shard)
         self.chooser.functions = token_chooser.compiled_functions()
         mark_dynamic(*(pages for layer in self.kv_cache for pages in layer))
         for shape in self._warm_up_shapes():
@@ -371,7 +371,7 @@ class Runner:
     def _warm_up_shapes(self) -> Iterator[StepShape]:
         """Shapes that between them trace and record every graph on CUDA: the largest graphs first, so that smaller
         ones reuse their memory."""
-        for bucket in reversed(self._buckets):
+        for bucket in reversed(self._buckets) if self._is_shard else self._buckets[-1:]:
             yield self._uniform_shape(bucket, self._max_blocks)
         ragged = RAGGED._replace(blocks=self._max_blocks)
         if self._max_num_seqs > 1:
@@ -382,8 +382,8 @@ class Runner:
     def _warm_up(self, shape: StepShape) -> None:
         fill(self._zeroed_inputs(shape), (), self.block_size, {})
         inputs = self._upload(shape)
-        # Recording a CUDA graph takes a run to trace, one to warm its memory pool and one to record.
-        for _ in range(3):
+        # For the compiler to record a CUDA graph takes a run to trace, one to warm its memory pool and one to record.
+        for _ in range(3 if self._is_shard else 1):
             _, logits, _ = self._compute(shape, inputs, warm_up=True)
         if logits is not None and shape.query_len is None:
             self.chooser.warm_up(logits, inputs.sampling)
@@ -396,7 +396,6 @@ class Runner:
 
             def launch() -> Outputs:
                 hidden, logits, chosen = self._compute(shape, inputs, warm_up=True)
-                assert hidden is not None
                 assert logits is not None
                 assert chosen is not None
                 return hidden, logits, chosen
@@ -412,9 +411,9 @@ class Runner:
         )
         shapes += [
             StepShape(query_len * size, size, self._max_blocks, query_len * size, query_len)
-            for query_len in range(2, self._max_num_drafts + 2)
+            for query_len in range(1, self._max_num_drafts + 2)
             for size in self._buckets
         ]
         graphs = StepGraphs(shapes)
-        graphs.record(prepare)
+        graphs.record(prepare, self.weights.final_norm[None])
         self._graphs = graphs

@@ -1,9 +1,11 @@
-"""Steps that are not plain decoding as recorded CUDA graphs.
+"""Steps as recorded CUDA graphs.
 
-A ragged step is compiled layer by layer, and the host takes 15 to 20 ms to launch the kernels of 28 layers: as long as
-an H100 computes 3,000 tokens of a model of 1.5 B parameters. Steps of fewer tokens are therefore padded to one of a few
-sizes and replayed as a graph of the same compiled layers, which costs no further compilation. So are steps that verify
-as many guesses of each sequence, a graph for each number of guesses and bucket of sequences.
+A step that decodes is one compiled function, recorded for each bucket of sequences: a replay takes the host a fraction
+of what the compiler's own replaying does, which looks at every weight each time. A ragged step is compiled layer by
+layer, and the host takes 15 to 20 ms to launch the kernels of 28 layers: as long as an H100 computes 3,000 tokens of a
+model of 1.5 B parameters. Steps of fewer tokens are therefore padded to one of a few sizes and replayed as a graph of
+the same compiled layers, which costs no further compilation. So are steps that verify as many guesses of each sequence,
+a graph for each number of guesses and bucket of sequences.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,8 +15,8 @@ from torch import Tensor
 
 from engine.step_inputs import StepShape
 
-# Hidden states of all tokens, logits and argmax of the rows.
-Outputs = tuple[Tensor, Tensor, Tensor]
+# Hidden states of all tokens, unless the step is uniform; logits and argmax of the rows.
+Outputs = tuple[Tensor | None, Tensor, Tensor]
 
 # Sizes that ragged steps are padded to, at most half as large again as the step from 32 tokens on. Past the last one
 # the device is the slower of the two, and the host launches the kernels of one layer while it runs those of another.
@@ -44,20 +46,22 @@ class StepGraphs:
     def __init__(self, shapes: Iterable[StepShape]) -> None:
         self._shapes = sorted(shapes, key=lambda shape: (shape.tokens, shape.rows))
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
-        self._outputs: Outputs | None = None
+        self._outputs: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def record(self, prepare: Callable[[StepShape], Callable[[], Outputs]]) -> None:
-        """Record every shape. `prepare` writes the inputs of a step of padding and returns what launches it."""
+    def record(self, prepare: Callable[[StepShape], Callable[[], Outputs]], hidden_like: Tensor) -> None:
+        """Record every shape. `prepare` writes the inputs of a step of padding and returns what launches it.
+        hidden_like: rows of the size and type of hidden states."""
         pool = torch.cuda.graph_pool_handle()
         for shape in reversed(self._shapes):  # the largest first, whose memory the others then reuse
             launch = prepare(shape)
             outputs = launch()
             if self._outputs is None:
                 # One set for all, or each graph would keep logits of its own.
-                hidden, logits, chosen = outputs
+                _, logits, chosen = outputs
                 rows = max(each.rows for each in self._shapes)
+                tokens = max((each.tokens for each in self._shapes if each.query_len is None), default=0)
                 self._outputs = (
-                    torch.empty_like(hidden),
+                    hidden_like.new_empty(tokens, hidden_like.shape[1]),
                     logits.new_empty(rows, logits.shape[1]),
                     chosen.new_empty(rows),
                 )
@@ -65,8 +69,11 @@ class StepGraphs:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                for kept, output in zip(self._outputs, launch(), strict=True):
+                hidden, *of_rows = launch()
+                for kept, output in zip(self._outputs[1:], of_rows, strict=True):
                     kept[: len(output)].copy_(output)
+                if hidden is not None and shape.query_len is None:
+                    self._outputs[0][: len(hidden)].copy_(hidden)
             self._graphs[shape] = graph
 
     def padded(self, shape: StepShape) -> StepShape:
@@ -80,7 +87,8 @@ class StepGraphs:
         assert self._outputs is not None
         self._graphs[shape].replay()
         hidden, logits, chosen = self._outputs
-        return hidden[: shape.tokens], logits[: shape.rows], chosen[: shape.rows]
+        states = hidden[: shape.tokens] if shape.query_len is None else None
+        return states, logits[: shape.rows], chosen[: shape.rows]
 
 
 def _fits(shape: StepShape, wide: StepShape) -> bool:

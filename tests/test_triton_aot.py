@@ -338,13 +338,17 @@ def layer_launches(
 
 @pytest.mark.parametrize("capability", [90, 80])
 @pytest.mark.parametrize("model", LAYERS)
-@pytest.mark.parametrize("rows", [2, 4, 8, 32, 64])
+@pytest.mark.parametrize("rows", [2, 4, 8, 16, 32])
 def test_layer(monkeypatch: pytest.MonkeyPatch, rows: int, model: str, capability: int) -> None:
     launches = layer_launches(monkeypatch, capability, rows, model)
     names = [launch.kernel.__name__ for launch in launches]
     names = [name for name in names if name not in ("combine_kernel", "norm_kernel")]
     expected = [name for name in FUSED if name != "combine_kernel"]
-    assert names == (["add_kernel", "rotate_heads_kernel", *expected[1:]] if LAYERS[model][-1] else expected)
+    if LAYERS[model][-1]:
+        expected = ["add_kernel", "rotate_heads_kernel", *expected[1:]]
+    if rows > 16:  # the other products are torch's
+        expected = ["rotate_heads_kernel", "decode_kernel", "gate_kernel"]
+    assert names == expected
     for launch in launches:
         if launch.kernel.__name__ not in ("decode_kernel", "combine_kernel"):  # compiled above
             check(launch, capability, widest_load=launch.kernel.__name__ != "rotate_heads_kernel")

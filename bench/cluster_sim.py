@@ -2,31 +2,30 @@
 
     dispec bench cluster-sim --workers 16 --rate 40 --machine h100-qwen2.5-1.5b
     dispec bench cluster-sim --measure machine.json            # this machine and the default model
-    dispec bench cluster-sim --machine machine.json --workers 2 --validate http://127.0.0.1:8000
+    dispec bench cluster-sim --validate --num-requests 60 --rate 0.5 --prompt-tokens 300 --output-tokens 80
 
 The scheduler, the prefix cache and the rules of handing over are the project's own; a step takes what a straight line
 through measured steps says. Colocated workers, which do both, stand beside every way to split the same number of them.
 """
 
-import asyncio
 import json
+import os
 import statistics
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
-import uvloop
 
+from bench import cluster_measure
 from bench.cluster import Cluster, Machine, Outcome, StepCost
-from bench.cluster_trace import Request, make_trace, read_trace
+from bench.cluster_trace import make_trace, read_trace
+from bench.cluster_validate import validate
 from bench.machine import describe_machine
-from bench.openai_load import Client, read
 from bench.report import Output, Plot, Report
-from bench.serve import percentiles, served_model
+from bench.serve import percentiles
 
+CALIBRATION = 12  # requests by which --validate finds what front and client compute
 # Straight lines through the figures of BENCHMARKS.md.
 MACHINES = {
     "cpu-smollm2": Machine(StepCost(10.2e-3, 0.56e-3, 0.68e-3, 1.7e-6), kv_bytes=23040),
@@ -37,23 +36,9 @@ MACHINES = {
 
 
 def measure(path: Path) -> Machine:
-    """The cost of steps on this machine, of the default model: least squares over steps of many shapes."""
-    from engine import LLM, SamplingParams  # torch: only where it is asked for
-
-    llm = LLM("smollm2", max_num_seqs=32, max_model_len=4096, show_progress=True, compile="startup")
-    rng = np.random.default_rng(0)
-    rows, seconds = [], []
-    for count, length in ((1, 64), (1, 2000), (4, 500), (8, 128), (16, 64), (32, 32), (8, 1500), (2, 3000)):
-        prompts = [rng.integers(0, 32000, length).tolist() for _ in range(count)]
-        llm.engine.records.clear()
-        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True), use_tqdm=False)
-        for record in llm.engine.records:
-            decodes = record.num_tokens - record.num_prompt_tokens
-            rows.append((1.0, record.num_prompt_tokens, decodes, record.num_used_blocks * 32 * (decodes > 0)))
-            seconds.append(record.seconds)
-    weights = 1 / np.array(seconds)  # relative errors count alike
-    found = np.linalg.lstsq(np.array(rows) * weights[:, None], np.array(seconds) * weights, rcond=None)[0]
-    machine = replace(MACHINES["cpu-smollm2"], cost=StepCost(*(max(0.0, float(value)) for value in found)))
+    """A worker of this machine with all its cores, and the default model."""
+    (found,) = cluster_measure.steps(len(os.sched_getaffinity(0)))
+    machine = replace(MACHINES["cpu-smollm2"], cost=found.cost(), spread=found.spread())
     path.write_text(json.dumps(asdict(machine) | {"cost": machine.cost._asdict()}, indent=2) + "\n", encoding="utf-8")
     return machine
 
@@ -64,7 +49,7 @@ def load_machine(name: str) -> Machine:
         return MACHINES[name]
     try:
         stated = json.loads(Path(name).read_text(encoding="utf-8"))
-        return Machine(**stated | {"cost": StepCost(**stated["cost"])})
+        return Machine(**stated | {"cost": StepCost(**stated["cost"]), "spread": tuple(stated.get("spread", (1.0,)))})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"machine is {name!r}, must be {', '.join(MACHINES)} or a file ({error!r})") from error
 
@@ -88,29 +73,6 @@ def splits(workers: int) -> list[tuple[int, int]]:
     return [(0, workers), *((number, workers - number) for number in range(1, workers, step))]
 
 
-async def replay(url: str, trace: list[Request]) -> list[Outcome]:
-    """The same requests on a real server."""
-    client, model = Client(url), served_model(url, None)
-    start = time.perf_counter()
-
-    async def one(request: Request) -> Outcome:
-        await asyncio.sleep(start + request.arrival - time.perf_counter())
-        body = {"model": model, "prompt": request.prompt, "max_tokens": len(request.answer), "temperature": 0}
-        body |= {
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "ignore_eos": True,
-        }
-        answer = read(*await client.ask("/v1/completions", json.dumps(body).encode()))
-        if answer.error is not None:
-            raise RuntimeError(f"a request failed: {answer.error}")
-        return Outcome(request._replace(arrival=answer.arrival), answer.chunks)
-
-    found = await asyncio.gather(*map(one, trace))
-    client.close()
-    return list(found)
-
-
 def main(
     machine: Annotated[str, typer.Option(help=f"{', '.join(MACHINES)}, or a file from --measure.")] = "cpu-smollm2",
     workers: Annotated[int, typer.Option(min=1, max=1000)] = 8,
@@ -124,8 +86,10 @@ def main(
     bandwidth: Annotated[float | None, typer.Option(help="Bytes per second of each worker's link.")] = None,
     seed: int = 0,
     measure_to: Annotated[Path | None, typer.Option("--measure", help="Measure this machine into a file.")] = None,
-    validate: Annotated[str | None, typer.Option(help="URL of a server to put the same trace on.")] = None,
-    prefill: Annotated[int, typer.Option(min=0, help="Of --validate: prefill workers of the server.")] = 0,
+    is_validation: Annotated[
+        bool,
+        typer.Option("--validate", help="Compare with real servers, started here: one engine, and one of either kind."),
+    ] = False,
     output: Output = None,
     plot: Plot = None,
 ) -> None:
@@ -143,28 +107,21 @@ def main(
         if is_file
         else make_trace(trace, num_requests, rate, prompt_tokens, output_tokens, seed)
     )
+    if is_validation:
+        # Other requests than those that are predicted.
+        others = make_trace("poisson", CALIBRATION, rate, prompt_tokens, output_tokens, seed + 1000)
+        return validate(known, requests, others, settings, output, plot)
     columns = {"prefill : decode": "", "ttft p50 s": ".3f", "p90": ".3f", "p99": ".3f", "itl p50 ms": ".1f"}
     columns |= {"itl p90 ms": ".1f", "itl p99 ms": ".1f", "goodput req/s": ".2f", "kept": ".0%", "cached": ".0%"}
     report = Report("cluster-sim", settings, describe_machine(), columns, output, plot)
     rows = []
-    tried = splits(workers) if validate is None else [(prefill, workers - prefill)]
-    for split in tried:
+    for split in splits(workers):
         found = summary(Cluster(known, *split).run(requests), slo_ttft, slo_itl)
         rows.append((found["goodput"], split, found))
         _add(report, "both" if split[0] == 0 else f"{split[0]} : {split[1]}", found)
-    if validate is not None:
-        real = summary(uvloop.run(replay(validate, requests)), slo_ttft, slo_itl)
-        _add(report, "measured", real)
-        predicted = rows[0][2]
-        for kind in ("ttft", "itl"):
-            errors = [
-                f"p{share} {predicted[kind][f'p{share}'] / real[kind][f'p{share}'] - 1:+.0%}" for share in (50, 90, 99)
-            ]
-            print(f"predicted against measured, {kind}: {', '.join(errors)}")
-    else:
-        goodput, (number, rest), _ = max(rows, key=lambda row: row[0])
-        best = f"{number} : {rest} of prefill and decode" if number else "workers that do both"
-        print(f"buy {best}: {goodput:.2f} requests per second keep their objectives")
+    goodput, (number, rest), _ = max(rows, key=lambda row: row[0])
+    best = f"{number} : {rest} of prefill and decode" if number else "workers that do both"
+    print(f"buy {best}: {goodput:.2f} requests per second keep their objectives")
     report.finish(y="requests per second", kind="bars")
 
 

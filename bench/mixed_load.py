@@ -38,12 +38,12 @@ def ready_url(process: "subprocess.Popen[str]") -> str:
 
 
 @contextmanager
-def server(*options: str) -> Iterator[str]:
-    """A server that is ready; its URL."""
+def running_server(*options: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """A server that is ready: the process of its front, and its URL."""
     command = [sys.executable, "-m", "serving.cli", "serve", "--port", "0", *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        yield ready_url(process)
+        yield process, ready_url(process)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait()
@@ -98,7 +98,7 @@ def main(
     found: dict[str, tuple[list[Answer], list[Answer]]] = {kind: ([], []) for kind in kinds}
     for seed in range(rounds):
         for kind, options in kinds.items():
-            with server("--compile", "startup", *options) as url:
+            with running_server("--compile", "startup", *options) as (_, url):
                 generated, asked = uvloop.run(load(url, streams, prompts, seed))
             found[kind][0].extend(generated)
             found[kind][1].extend(asked)

@@ -6,6 +6,7 @@ guesses where the loop left them: the host hears of them with what the target sa
 """
 
 import functools
+import operator
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from engine.runner import Runner
 from engine.sequence import Needs, Sequence
 from engine.step import Work
 from engine.step_inputs import StepShape, batch_buckets, carve, fill
+from engine.token_chooser import write_filters
 from layers.config import ModelConfig
 from layers.speculation import DraftState, draft_step, first_rows
 from layers.types import Batch, Filters, KVCache, Weights
@@ -141,10 +143,9 @@ class DraftLoop:
                 shape = self._shape(size, _FEW, self._max_blocks)
                 fill(self._host_inputs(shape), (), self._runner.block_size, {})
                 state = self._upload(shape)
+                self._launch(state, self._max_num_drafts, is_traced=True)
+                torch.cuda.synchronize()
                 for depth in range(self._max_num_drafts, 0, -1):
-                    if depth == self._max_num_drafts:
-                        self._launch(state, depth, is_traced=True)
-                        torch.cuda.synchronize()
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph, pool=pool):
                         self._launch(state, depth)
@@ -156,12 +157,10 @@ class DraftLoop:
 
     def _prepare(self, depths: dict[Sequence, int]) -> tuple[DraftState, int]:
         """Write the inputs of the first guesses; the number of sequences with those of padding."""
-        works = []
         # One more token than was missing is computed again: a uniform step is that much faster.
         is_behind = any(len(sequence.token_ids) - sequence.num_drafter_tokens > 1 for sequence in depths)
         query_len = _FEW if is_behind or self._runner.is_cuda else 1
-        for sequence in depths:
-            works.append(Work(sequence, len(sequence.token_ids) - query_len, query_len, samples=True))
+        works = [Work(sequence, len(sequence.token_ids) - query_len, query_len, samples=True) for sequence in depths]
         size, width = len(works), self._max_blocks
         if self._runner.is_cuda:
             size = next(bucket for bucket in self._buckets if bucket >= size)
@@ -169,21 +168,16 @@ class DraftLoop:
             width = max(2, *(len(sequence.block_table) for sequence in depths))
         shape = self._shape(size, query_len, width)
         self._host.inputs[: sum(shape.field_sizes())] = 0
-        for sequence in depths:
-            sequence.draft_token_ids = []
         fill(self._host_inputs(shape), tuple(works), self._runner.block_size, {})
         last, top_k = self._host.extra[:2].numpy()
         top_p, min_p = self._host.extra[2:].view(torch.float32).numpy()
-        last[:size], top_k[:size], top_p[:size], min_p[:size] = 0, self._num_columns, 1.0, 0.0
-        draws = restricts = self._runner.is_cuda  # there one graph has to serve all
-        for row, (sequence, count) in enumerate(depths.items()):
-            last[row] = len(sequence.token_ids) + count - 2
-            draws |= bool(sequence.needs & Needs.DRAW)
-            if sequence.needs & Needs.RESTRICT:
-                restricts, params = True, sequence.params
-                if params.top_k > 0:
-                    top_k[row] = min(params.top_k, self._num_columns)
-                top_p[row], min_p[row] = params.top_p, params.min_p
+        last[:size] = 0
+        last[: len(depths)] = [len(sequence.token_ids) + count - 2 for sequence, count in depths.items()]
+        needs = functools.reduce(operator.or_, (sequence.needs for sequence in depths))
+        # On CUDA one graph has to serve all.
+        draws, restricts = (self._runner.is_cuda or bool(needs & need) for need in (Needs.DRAW, Needs.RESTRICT))
+        if restricts:
+            write_filters(list(depths), self._num_columns, top_k[:size], top_p[:size], min_p[:size])
         return self._upload(shape, draws=draws, restricts=restricts), size
 
     def _upload(self, shape: StepShape, *, draws: bool = True, restricts: bool = True) -> DraftState:

@@ -1,9 +1,9 @@
 """Owns what lives on the device: weights, KV cache, step inputs. What is compiled is warmed up here.
 
 On CUDA a step that decodes is compiled as a whole, greedy choice included, other steps layer by layer; all but the
-largest are recorded as CUDA graphs, for buckets of sizes (`StepGraphs`). On CPU one layer is
-compiled and called for every layer, which costs a third of the compile time of the whole and no step time. What else
-may be asked of a choice (`TokenChooser`) is compiled apart, so that a step runs only what somebody in it uses.
+largest are recorded as CUDA graphs, for buckets of sizes (`StepGraphs`). On CPU one layer is compiled and called for
+every layer, which costs a third of the compile time of the whole and no step time. What else may be asked of a choice
+(`TokenChooser`) is compiled apart, so that a step runs only what somebody in it uses.
 """
 
 import functools

@@ -30,8 +30,6 @@ def ragged_shapes(max_tokens: int, sequences: int, blocks: int, max_num_seqs: in
         sizes.append(max_tokens)
     return [
         StepShape(size, sequences, blocks, max(max_num_seqs, min(size, max_num_seqs * (1 + num_drafts))), None)
-        if num_drafts
-        else StepShape(size, sequences, blocks, max_num_seqs, None)
         for size in sizes
     ]
 

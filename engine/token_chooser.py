@@ -7,6 +7,7 @@ Each function is compiled for several rows, and runs eagerly for a single one, w
 """
 
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from engine.compiled_model import mark_dynamic
 from engine.sampling_params import MAX_LOGPROBS
-from engine.sequence import Needs, TokenLogprobs
+from engine.sequence import Needs, Sequence, TokenLogprobs
 from engine.step import Work
 from layers.logit_processing import allow, edit, restrict
 from layers.logprobs import logprobs
@@ -132,6 +133,19 @@ def warm_up(functions: Functions, logits: Tensor, sampling: Sampling) -> Iterato
 
 def _num_logprobs(vocab_size: int) -> int:
     return min(MAX_LOGPROBS, vocab_size)
+
+
+def write_filters(
+    sequences: Series[Sequence | None], num_columns: int, top_k: np.ndarray, top_p: np.ndarray, min_p: np.ndarray
+) -> None:
+    """Write what each row's sequence restricts to the fields of `Filters`; rows without one restrict nothing."""
+    top_k[:], top_p[:], min_p[:] = num_columns, 1.0, 0.0
+    for row, sequence in enumerate(sequences):
+        if sequence is not None and sequence.needs & Needs.RESTRICT:
+            params = sequence.params
+            if params.top_k > 0:
+                top_k[row] = min(params.top_k, num_columns)
+            top_p[row], min_p[row] = params.top_p, params.min_p
 
 
 class TokenChooser:
@@ -253,15 +267,9 @@ class TokenChooser:
         return self._upload(words)
 
     def _filters(self, sampled: list[Work | None], rows: int) -> Filters:
-        top_k = np.full(rows, self.vocab_size, np.int32)
-        top_p, min_p = np.ones(rows, np.float32), np.zeros(rows, np.float32)
-        for row, item in enumerate(sampled):
-            if item is not None and item.sequence.needs & Needs.RESTRICT:
-                params = item.sequence.params
-                if params.top_k > 0:
-                    top_k[row] = min(params.top_k, self.vocab_size)
-                top_p[row], min_p[row] = params.top_p, params.min_p
-        return Filters(*map(self._upload, (top_k, top_p, min_p)))
+        filters = np.empty(rows, np.int32), np.empty(rows, np.float32), np.empty(rows, np.float32)
+        write_filters([None if item is None else item.sequence for item in sampled], self.vocab_size, *filters)
+        return Filters(*map(self._upload, filters))
 
     def _prompt_logprobs(self, work: tuple[Work, ...], hidden: Tensor) -> Iterator[tuple[Work, Logprobs]]:
         first = 0

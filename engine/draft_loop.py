@@ -23,7 +23,8 @@ from layers.config import ModelConfig
 from layers.speculation import DraftState, draft_step, first_rows
 from layers.types import Batch, Filters, KVCache, Weights
 
-_FEW = 2  # of a sequence's last tokens that the draft model may not have computed: a guess that stood, what followed it
+# Tokens of a sequence that the draft model may not have computed: a guess that stood, and what followed it.
+_LAST_TOKENS = 2
 _EXTRA_FIELDS = 4  # last_positions, top_k, top_p, min_p
 
 
@@ -85,7 +86,7 @@ class DraftLoop:
         self._max_num_drafts = max_num_drafts
         self._max_blocks = max(2, -(-max_model_len // runner.block_size))
         self._buckets = batch_buckets(max_num_seqs)
-        largest = self._shape(self._buckets[-1], _FEW, self._max_blocks)
+        largest = self._shape(self._buckets[-1], _LAST_TOKENS, self._max_blocks)
         self._host = _Buffers(
             torch.zeros(sum(largest.field_sizes()), dtype=torch.int32, pin_memory=runner.is_cuda),
             torch.zeros((_EXTRA_FIELDS, -(-self._buckets[-1] // 4) * 4), dtype=torch.int32, pin_memory=runner.is_cuda),
@@ -98,7 +99,7 @@ class DraftLoop:
 
     def can_guess(self, sequence: Sequence) -> bool:
         """Whether nothing that a choice of it depends on is known to the host alone."""
-        return len(sequence.token_ids) >= _FEW and not sequence.needs & (Needs.EDIT | Needs.MASK)
+        return len(sequence.token_ids) >= _LAST_TOKENS and not sequence.needs & (Needs.EDIT | Needs.MASK)
 
     @torch.inference_mode()
     def run(self, depths: dict[Sequence, int]) -> Guesses | None:
@@ -140,7 +141,7 @@ class DraftLoop:
         for size in reversed(self._buckets):
             with torch.inference_mode():
                 self._host.inputs.zero_()
-                shape = self._shape(size, _FEW, self._max_blocks)
+                shape = self._shape(size, _LAST_TOKENS, self._max_blocks)
                 fill(self._host_inputs(shape), (), self._runner.block_size, {})
                 state = self._upload(shape)
                 self._launch(state, self._max_num_drafts, is_traced=True)
@@ -159,7 +160,7 @@ class DraftLoop:
         """Write the inputs of the first guesses; the number of sequences with those of padding."""
         # One more token than was missing is computed again: a uniform step is that much faster.
         is_behind = any(len(sequence.token_ids) - sequence.num_drafter_tokens > 1 for sequence in depths)
-        query_len = _FEW if is_behind or self._runner.is_cuda else 1
+        query_len = _LAST_TOKENS if is_behind or self._runner.is_cuda else 1
         works = [Work(sequence, len(sequence.token_ids) - query_len, query_len, samples=True) for sequence in depths]
         size, width = len(works), self._max_blocks
         if self._runner.is_cuda:

@@ -96,10 +96,10 @@ def test_the_device_feeds_a_token_that_the_host_has_not_seen(directory):
     runner = llm.engine.runner
     launch = runner.launch
 
-    def poisoned(step):
+    def poisoned(step, *others):
         for host in runner._hosts:
             host.fill_(77)  # what is not written anew by the step must not be read
-        return launch(step)
+        return launch(step, *others)
 
     runner.launch = poisoned
     assert llm.generate([prompt], greedy(8))[0].token_ids == expected
@@ -107,7 +107,7 @@ def test_the_device_feeds_a_token_that_the_host_has_not_seen(directory):
     sequence = llm.engine.add(prompt, greedy(8))
     for _ in range(3):
         llm.engine.step()
-    runner._chosen += torch.ones_like(runner._chosen)
+    runner.chosen += torch.ones_like(runner.chosen)
     while llm.engine.has_work:
         llm.engine.step()
     assert sequence.output_token_ids != expected, "the fed back token was not read"

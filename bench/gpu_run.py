@@ -1,6 +1,7 @@
 """One command for a GPU that is lent for minutes: check, then time, then a short table.
 
-    python -m bench.gpu_run --out /tmp/gpu
+    python -m bench.gpu_run --out /tmp/gpu --only test,memcheck    # 8 minutes of 16 cores
+    python -m bench.gpu_run --out /tmp/gpu --no-checks
 
 Each part is a process of its own with its own log in `--out` and its own limit of seconds, so that one that hangs costs
 only itself. Tests run beside each other, because their time is the compiler's; what is timed runs alone.
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -28,30 +30,23 @@ class Part(NamedTuple):
     under: tuple[str, ...] = ()
 
 
+def _beside(processes: int) -> list[str]:
+    """Tests side by side, where pytest can: their time is the compiler's."""
+    return ["-n", str(processes)] if find_spec("xdist") is not None else []
+
+
 _CHECKED = (
     "(test_decode or test_ragged) and 64 and bfloat16 or write_kv and 64-16"
     " or test_layer and bfloat16 and (llama or small and (2 or 4))"
 )
 CHECKS = [
-    Part("engine", [*_PYTEST, "tests/test_gpu_engine.py"], 260),
-    Part("decode", [*_PYTEST, "tests/test_gpu_kernels.py", "-k", "test_decode or long_contexts"], 260),
-    Part("ragged", [*_PYTEST, "tests/test_gpu_kernels.py", "-k", "test_ragged"], 260),
-    Part("layers", [*_PYTEST, "tests/test_gpu_kernels.py", "-k", "layer and bfloat16"], 260),
-    Part("more layers", [*_PYTEST, "tests/test_gpu_kernels.py", "-k", "layer and not bfloat16"], 260),
-    Part(
-        "other kernels",
-        [
-            *_PYTEST,
-            "tests/test_gpu_kernels.py",
-            "-k",
-            "not test_decode and not long_contexts and not test_ragged and not layer",
-        ],
-        260,
-    ),
+    Part("test engine", [*_PYTEST, *_beside(6), "tests/test_gpu_engine.py"], 560),
+    Part("test layers", [*_PYTEST, *_beside(5), "tests/test_gpu_kernels.py", "-k", "layer"], 560),
+    Part("test other kernels", [*_PYTEST, *_beside(3), "tests/test_gpu_kernels.py", "-k", "not layer"], 560),
     Part(
         "memcheck",
         [*_PYTEST, "tests/test_gpu_kernels.py", "-k", _CHECKED],
-        260,
+        560,
         ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
     ),
 ]

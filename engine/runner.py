@@ -198,6 +198,8 @@ class Runner:
     def compile(self, show_progress: bool = False) -> None:
         """Compile every graph that a run can need, by running each once; falls back to eager with one warning.
 
+        Raises TensorParallelError if that fails amid what all ranks compute: they would not meet again.
+
         What is compiled is kept on disk, so a second process spends seconds here instead of tens.
         """
         choose_compile_cache()
@@ -208,6 +210,8 @@ class Runner:
                 else:
                     self._compile_cpu(bar.update)
         except Exception as error:  # a compiler can fail in any way; the engine works without one
+            if self._ranks is not None and self._ranks.is_broken:
+                raise
             self._functions = self._eager
             self.chooser.forget_compiled()
             warn_eager(first_cause(error))

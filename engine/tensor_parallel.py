@@ -108,6 +108,11 @@ class TensorParallel:
             self._fail(error)
 
     @property
+    def is_broken(self) -> bool:
+        """Whether a rank has failed, so that nothing can be computed any more."""
+        return self._is_broken
+
+    @property
     def wake_ups(self) -> list[int]:
         """File descriptors that become readable when `check` has something to say; none after it has."""
         return [] if self._is_broken else self._watches

@@ -13,6 +13,7 @@ import msgspec
 import torch
 
 from engine.checkpoint import find_checkpoint
+from engine.compiled_model import mark_static
 from engine.memory import allocate_kv_cache
 from engine.options import DTYPES, EngineOptions
 from engine.rank_messages import Compute, Copy, Head, Join, Prepare, receive
@@ -41,10 +42,13 @@ def _runner_maker(order: Join) -> Callable[[Prepare], Runner]:
     local = Sharding(config, shard).local_config()
 
     def make(message: Prepare) -> Runner:
+        kv_cache = allocate_kv_cache(local, message.plan, dtype, device)
+        if device.type == "cuda":
+            mark_static(weights, kv_cache)
         return Runner(
             local,
             weights,
-            allocate_kv_cache(local, message.plan, dtype, device),
+            kv_cache,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=message.max_num_batched_tokens,
             max_model_len=message.plan.max_model_len,

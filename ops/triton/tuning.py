@@ -203,8 +203,8 @@ def choose_layer(device: Device, rows: int, hidden: int, qkv: int, intermediate:
         splits = min(max(device.multiprocessors * 64 // hidden, 1), 12)
         return LayerConfig(
             FewRowsConfig(16, 128, 1, 2, 5),
-            FewRowsConfig(16, 256, 1, 4, 4),
-            FewRowsConfig(128, 64, 1, 4, 5),
+            FewRowsConfig(16, 512, 1, 4, 3),
+            FewRowsConfig(64, 128, 1, 4, 3),
             FewRowsConfig(64, 128, splits, 4, 5),
         )
-    return LayerConfig(None, None, FewRowsConfig(64, 128, 1, 4, 4), None, False)
+    return LayerConfig(None, None, FewRowsConfig(64, 128, 1, 4, 3), None, False)

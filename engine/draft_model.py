@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.draft_checkpoint import SharedDraft, find_shared_draft
-from engine.draft_loop import DraftLoop, Guesses
+from engine.draft_loop import DraftLoop, can_loop
 from engine.options import EngineOptions
+from engine.recorded_draft_loop import Guesses, RecordedDraftLoop
 from engine.runner import Runner
 from engine.sequence import Sequence
 from engine.step import Step, Work
@@ -72,7 +73,7 @@ class DraftModel:
     guesses. What it finds in blocks that it has not computed itself can only make its guesses worse.
     """
 
-    def __init__(self, runner: Runner, loop: DraftLoop, max_num_batched_tokens: int) -> None:
+    def __init__(self, runner: Runner, loop: DraftLoop | RecordedDraftLoop, max_num_batched_tokens: int) -> None:
         self._runner = runner
         self._loop = loop
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -85,7 +86,7 @@ class DraftModel:
     def compile(self, show_progress: bool = False) -> None:
         """Compile the model and, on CUDA, record its loops."""
         self._runner.compile(show_progress)
-        if self._runner.is_cuda and self._runner.is_compiled:
+        if isinstance(self._loop, RecordedDraftLoop) and self._runner.is_compiled:
             with tqdm(desc="recording drafts", unit="size", disable=not show_progress, leave=False) as bar:
                 for _ in self._loop.compile():
                     bar.update()
@@ -100,7 +101,7 @@ class DraftModel:
         runs = self._catch_up(list(guessing))
         # A model that is compiled for a CPU has no graph of a uniform step of two tokens each.
         loops = self._runner.is_cuda or not (self._runner.is_compiled and self._runner.compiles_model)
-        looping = {sequence: count for sequence, count in guessing.items() if loops and self._loop.can_guess(sequence)}
+        looping = {sequence: count for sequence, count in guessing.items() if loops and can_loop(sequence)}
         stepping = {sequence: count for sequence, count in guessing.items() if sequence not in looping}
         for depth in range(max(stepping.values(), default=0)):
             deep = [sequence for sequence, count in stepping.items() if count > depth]

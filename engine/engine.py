@@ -22,7 +22,7 @@ from engine.compile_behind import CompileBehind
 from engine.compile_cache import Order, marker
 from engine.compiled_model import mark_static
 from engine.draft_checkpoint import SharedDraft
-from engine.draft_loop import DraftLoop
+from engine.draft_loop import DraftLoop, Guesser
 from engine.draft_model import Draft, DraftModel, find_draft
 from engine.handover import Handover
 from engine.launched import Launched
@@ -39,6 +39,7 @@ from engine.memory import (
 )
 from engine.options import DTYPES, EngineOptions
 from engine.rank_messages import Prepare
+from engine.recorded_draft_loop import RecordedDraftLoop
 from engine.runner import Runner
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
@@ -510,16 +511,13 @@ class Engine:
         options = self.options
         runner = self._make_runner(draft.config, weights, self.kv_plan, draft.head_tokens, verifies=False)
         head_tokens = None if draft.head_tokens is None else torch.tensor(draft.head_tokens, device=self.device)
-        loop = DraftLoop(
-            draft.config,
-            runner,
-            self.runner,
-            self.config.vocab_size,
-            head_tokens,
-            options.max_num_seqs,
-            options.num_speculative_tokens,
-            self.kv_plan.max_model_len,
-        )
+        guesser = Guesser(draft.config, runner, self.config.vocab_size, head_tokens)
+        sizes = (options.max_num_seqs, options.num_speculative_tokens, self.kv_plan.max_model_len)
+        loop: DraftLoop | RecordedDraftLoop
+        if runner.is_cuda:
+            loop = RecordedDraftLoop(guesser, self.runner, *sizes)
+        else:
+            loop = DraftLoop(guesser, options.max_num_seqs)
         return DraftModel(runner, loop, self.max_num_batched_tokens)
 
     def _make_transfers(self) -> "Transfers | None":

@@ -8,7 +8,7 @@ from engine.step import StepResult
 from engine.token_chooser import Choice
 
 if TYPE_CHECKING:
-    from engine.draft_loop import Guesses
+    from engine.recorded_draft_loop import Guesses
 
 
 class Launched:

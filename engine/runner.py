@@ -42,7 +42,7 @@ from ops import copy_blocks
 from ops.paged_attention import has_cpu_kernel
 
 if TYPE_CHECKING:
-    from engine.draft_loop import Guesses
+    from engine.recorded_draft_loop import Guesses
     from engine.tensor_parallel import TensorParallel
 
 log = logging.getLogger("dispec")

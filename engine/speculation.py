@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.draft_controller import Acceptance, DraftController
-from engine.draft_loop import Guesses
 from engine.draft_model import DraftModel
 from engine.ngram import NgramIndex
+from engine.recorded_draft_loop import Guesses
 from engine.sequence import Sequence
 from engine.step import Step, StepResult
 

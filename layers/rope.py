@@ -3,7 +3,6 @@
 import math
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -51,5 +50,7 @@ def rope_rotation(
     positions: Int[Tensor, "T"], frequencies: Float[Tensor, "D2"], attention_factor: float
 ) -> tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]]:
     """Cosine and sine of each position's angles, in float32: computed once a step, used by every layer."""
-    angles = rearrange(positions.float(), "t -> t 1") * frequencies
+    angles = torch.outer(positions.float(), frequencies)
+    if attention_factor == 1.0:
+        return angles.cos(), angles.sin()
     return angles.cos() * attention_factor, angles.sin() * attention_factor

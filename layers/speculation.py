@@ -21,28 +21,25 @@ from layers.types import Batch, Filters, KVCache, Sampling, Weights
 class DraftState(NamedTuple):
     """What the next guess of each sequence follows from; `batch` is uniform and wants the logits of last tokens.
 
-    last_positions: of the last token of each sequence whose keys and values are to be computed. What comes after it
-        goes into the padding block.
     draws: whether any token is drawn; else all are the likeliest ones.
     filters: None where nobody restricts what may be drawn. `top_k` counts the tokens that the head knows.
     """
 
     batch: Batch
     sampling: Sampling
-    last_positions: Int[Tensor, "B"]
     draws: bool = True
     filters: Filters | None = None
 
 
-def draft_step(
+def guess(
     weights: Weights,
     config: ModelConfig,
     state: DraftState,
     kv_cache: KVCache,
     vocab_size: int,
     head_tokens: Int[Tensor, "V"] | None,
-) -> tuple[Int[Tensor, "B"], DraftState]:
-    """Guess a token of each sequence; the state that the next guess follows from. Writes keys and values.
+) -> Int[Tensor, "B"]:
+    """Guess a token of each sequence; writes keys and values.
 
     vocab_size: of the target, whose tokens are guessed. head_tokens: what the columns of the logits stand for, if not
     for all tokens in order.
@@ -60,17 +57,21 @@ def draft_step(
         token_ids = draw(logits, sampling, head_tokens)
     else:
         token_ids = greedy(logits)
-    if head_tokens is not None:
-        token_ids = head_tokens[token_ids]
-    return token_ids, advance(state, token_ids, kv_cache[0].keys.shape[3])
+    return token_ids if head_tokens is None else head_tokens[token_ids]
 
 
-def advance(state: DraftState, token_ids: Int[Tensor, "B"], block_size: int) -> DraftState:
-    """The state one token later. A sequence that has its guesses stays where it is."""
+def advance(
+    state: DraftState, token_ids: Int[Tensor, "B"], last_positions: Int[Tensor, "B"], block_size: int
+) -> DraftState:
+    """The state one token later.
+
+    last_positions: of the last token of each sequence whose keys and values are to be computed. A sequence that has its
+    guesses stays where it is, and what it computes goes into the padding block.
+    """
     batch, sampling = state.batch, state.sampling
-    positions = torch.minimum(batch.context_lens, state.last_positions)
+    positions = torch.minimum(batch.context_lens, last_positions)
     blocks = batch.block_tables.gather(1, (positions // block_size).long()[:, None])[:, 0]
-    slots = torch.where(batch.context_lens <= state.last_positions, blocks * block_size + positions % block_size, 0).to(
+    slots = torch.where(batch.context_lens <= last_positions, blocks * block_size + positions % block_size, 0).to(
         batch.slot_mapping.dtype
     )
     size = len(batch.context_lens)
@@ -86,23 +87,3 @@ def advance(state: DraftState, token_ids: Int[Tensor, "B"], block_size: int) -> 
         query_len=1,
     )
     return state._replace(batch=following, sampling=sampling._replace(position=sampling.position + 1))
-
-
-def first_rows(state: DraftState, count: int) -> DraftState:
-    """The state of the first `count` sequences, of a batch with one token of each."""
-    batch, filters = state.batch, state.filters
-    return state._replace(
-        batch=Batch(
-            token_ids=batch.token_ids[:count],
-            positions=batch.positions[:count],
-            slot_mapping=batch.slot_mapping[:count],
-            block_tables=batch.block_tables[:count],
-            query_start=batch.query_start[: count + 1],
-            context_lens=batch.context_lens[:count],
-            logits_indices=batch.logits_indices[:count],
-            query_len=batch.query_len,
-        ),
-        sampling=Sampling(*(field[:count] for field in state.sampling)),
-        last_positions=state.last_positions[:count],
-        filters=filters and Filters(*(field[:count] for field in filters)),
-    )

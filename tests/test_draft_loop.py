@@ -1,15 +1,15 @@
 """A draft model's loop guesses what the model guesses step by step, and leaves the same keys and values."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
 from engine import SamplingParams
+from engine.recorded_draft_loop import RecordedDraftLoop
 from engine.step import Step
 from layers.sampling import draw
-from layers.speculation import DraftState, advance, first_rows
+from layers.speculation import DraftState, advance
 from layers.types import Batch, Sampling
 from tests.checkpoints import save_tiny
 from tests.small_engine import make, random_prompts
@@ -22,12 +22,30 @@ _KINDS = (
 )
 
 
-def guesses_of_each_step(llm, params, monkeypatch, *, in_loop: bool) -> Iterator[list[list[int]]]:
+class LaunchedLoop:
+    """What CUDA replays, launched on a CPU."""
+
+    def __init__(self, loop: RecordedDraftLoop) -> None:
+        self._loop = loop
+
+    def run(self, depths) -> None:
+        found = self._loop.launch(depths)
+        for (sequence, count), tokens in zip(depths.items(), found.tolist(), strict=True):
+            sequence.num_drafter_tokens = len(sequence.token_ids) + count - 1
+            sequence.draft_token_ids = tokens[:count]
+
+
+def guesses_of_each_step(llm, params, monkeypatch, kind: str) -> list[list[list[int]]]:
     engine = llm.engine
     speculator = engine.speculator
     speculator.is_adaptive = False
     draft_model = speculator.draft_model
-    monkeypatch.setattr(draft_model._loop, "can_guess", lambda _: in_loop)
+    if kind == "single steps":
+        monkeypatch.setattr("engine.draft_model.can_loop", lambda _: False)
+    elif kind == "recorded":
+        recorded = RecordedDraftLoop(draft_model._loop._guesser, engine.runner, 16, speculator.max_num_drafts, 512)
+        recorded._chosen = torch.zeros(16 * speculator.max_num_drafts, dtype=torch.int64)
+        draft_model._loop = LaunchedLoop(recorded)
     propose, seen = draft_model.propose, []
 
     def watch(step: Step):
@@ -59,15 +77,16 @@ def test_guesses_are_those_of_single_steps(layers, tmp_path, monkeypatch):
         SamplingParams(max_tokens=24, ignore_eos=True, seed=index, **_KINDS[index % len(_KINDS)]) for index in range(7)
     ]
     found, pages = [], []
-    for in_loop in (True, False):
+    for kind in ("loop", "recorded", "single steps"):
         llm = make(tmp_path / "target", speculative_model=tmp_path / "draft")
         with monkeypatch.context() as patch:
-            found.append(guesses_of_each_step(llm, params, patch, in_loop=in_loop))
+            found.append(guesses_of_each_step(llm, params, patch, kind))
         runner = llm.engine.speculator.draft_model._runner
         pages.append(torch.stack([layer.values for layer in runner.kv_cache])[:, 1:])  # not those of padding
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     assert sum(len(guesses) for step in found[0] for guesses in step) > 100
-    torch.testing.assert_close(*pages, atol=1e-5, rtol=1e-4)
+    for others in pages[1:]:
+        torch.testing.assert_close(pages[0], others, atol=1e-5, rtol=1e-4)
 
 
 def test_a_state_advances_until_a_sequence_has_its_guesses():
@@ -84,10 +103,10 @@ def test_a_state_advances_until_a_sequence_has_its_guesses():
         query_len=2,
     )
     sampling = Sampling(torch.zeros(2), torch.tensor([1, 2]), torch.tensor([7, 3], dtype=torch.int32))
-    state = DraftState(batch, sampling, torch.tensor([8, 3], dtype=torch.int32))
+    state, last = DraftState(batch, sampling), torch.tensor([8, 3], dtype=torch.int32)
     seen = []
     for count in range(4):
-        state = advance(state, torch.tensor([10 + count, 20 + count]), block_size)
+        state = advance(state, torch.tensor([10 + count, 20 + count]), last, block_size)
         assert state.batch.token_ids.tolist() == [10 + count, 20 + count]
         assert state.batch.context_lens.tolist() == [position + 1 for position in state.batch.positions.tolist()]
         assert state.sampling.position.tolist() == [8 + count, 4 + count]
@@ -95,9 +114,6 @@ def test_a_state_advances_until_a_sequence_has_its_guesses():
     first = [(7, 7 * 4 + 3), (8, 9 * 4), (8, 0), (8, 0)]  # then into the padding block, and no further
     second = [(3, 5 * 4 + 3), (3, 0), (3, 0), (3, 0)]
     assert seen == [([a, c], [b, d]) for (a, b), (c, d) in zip(first, second, strict=True)]
-    alone = first_rows(state, 1)
-    assert [len(field) for field in alone.batch[:-1]] == [1, 1, 1, 1, 2, 1, 1]
-    assert alone.batch.block_tables.tolist() == [[3, 7, 9]]
 
 
 def test_a_head_of_some_tokens_draws_with_their_noise():

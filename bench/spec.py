@@ -102,11 +102,13 @@ class SimulatedDrafts:
 
 
 class Run(NamedTuple):
-    """A workload, once. tokens: each prompt's answer. stood: guesses by place that stood; drafts, guesses: how many."""
+    """A workload, once. tokens: each prompt's answer. stood: guesses by place that stood; drafts, guesses: how many.
+    step_seconds, draft_seconds: of a step, and of them for guesses, on average."""
 
     seconds: float
     tokens: list[list[int]]
-    steps: int
+    step_seconds: float
+    draft_seconds: float
     drafts: int
     guesses: int
     stood: list[int]
@@ -122,8 +124,14 @@ def run(
     params: list[SamplingParams],
     simulated: SimulatedDrafts | None = None,
     answers: list[list[int]] | None = None,
+    *,
+    while_all_run: bool = False,
 ) -> Run:
-    """All prompts at once, timed from when each has its first token: what speculation changes is decoding."""
+    """All prompts at once, timed from when each has its first token: what speculation changes is decoding.
+
+    while_all_run: until the first of them has its last token. That others are late, as chance will have it, does not
+    count then.
+    """
     engine = llm.engine
     engine.records.clear()
     sequences = [engine.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
@@ -135,21 +143,23 @@ def run(
         engine.step()
     before = sum(sequence.num_output_tokens for sequence in sequences)
     started, steps = time.perf_counter(), len(engine.records)
-    while engine.has_work:
+    while engine.has_work and not (while_all_run and any(sequence.finish_reason for sequence in sequences)):
         engine.step()
     seconds = time.perf_counter() - started
-    tokens = [list(sequence.output_token_ids) for sequence in sequences]
+    counted = sum(sequence.num_output_tokens for sequence in sequences) - before
     records = list(engine.records)[steps:]
+    while engine.has_work:
+        engine.step()
+    tokens = [list(sequence.output_token_ids) for sequence in sequences]
     stood = [0] * (engine.options.num_speculative_tokens)
     for record in records:
         for place, count in enumerate(record.num_stood):
             stood[place] += count
-    # What came with the prompts is not of the time that was measured.
-    share = 1 - before / sum(map(len, tokens))
     return Run(
-        seconds / share,
+        seconds * sum(map(len, tokens)) / counted,
         tokens,
-        len(records),
+        statistics.fmean(record.seconds for record in records),
+        statistics.fmean(record.draft for record in records),
         sum(record.num_drafts for record in records),
         sum(record.num_draft_tokens for record in records),
         stood,
@@ -267,7 +277,7 @@ def main(
     )
     assert llm.engine.speculator is not None
     draft_model, most = llm.engine.speculator.draft_model, num_speculative_tokens
-    chats = [_CHAT[index % len(_CHAT)] for index in range(max(widths))]
+    chats = [_CHAT[index % len(_CHAT)] for index in range(max(len(_CHAT), *widths))]
     copies = [form.format(passage) for form, passage in zip(_COPYING, _PASSAGES, strict=True)]
     works: list[tuple[Work, DraftModel | None]] = []
     works += [(Work("copying, n-gram", copies, 0.0, 1), None), (Work("chat, n-gram", list(_CHAT), 0.0, 1), None)]
@@ -288,8 +298,9 @@ def main(
         places = ", ".join(f"{share:.0%}" for share in _by_place(runs, most))
         print(f"{work.name}, c={work.concurrency}: of all drafts, so many stood to each place: {places}", flush=True)
     for width in widths:
-        prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in chats[:width]]
-        costs = measure_costs(llm, draft_model, prompts, most)
+        size = max(1, len(_CHAT) // width) * width
+        prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in chats[:size]]
+        costs = measure_costs(llm, draft_model, prompts[:width], most)
         print(f"c={width}: a step takes {1e3 * costs.decode:.2f} ms; with so many guesses of each sequence, verifying")
         print(
             "  "
@@ -301,7 +312,7 @@ def main(
             flush=True,
         )
         for chance in map(float, acceptance.split(",")):
-            _simulate(report, llm, draft_model, prompts, costs, chance, output_tokens, rounds)
+            _simulate(report, llm, draft_model, prompts, width, costs, chance, output_tokens, rounds)
     report.finish(y="speed-up", kind="bars")
 
 
@@ -314,35 +325,57 @@ def _simulate(
     llm: LLM,
     draft_model: DraftModel | None,
     prompts: list[list[int]],
+    width: int,
     costs: Costs,
     chance: float,
     output_tokens: int,
     rounds: int,
 ) -> None:
-    """A row for guesses that are right with that chance, as many of them as are predicted to be best."""
+    """A row for guesses that are right with that chance, as many of them as the costs say is best.
 
-    def predicted(count: int) -> float:
-        return predicted_speedup(chance, count, costs.decode, costs.verify[count], costs.draft[count])
-
-    count = max(costs.verify, key=predicted)
-    params = [SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)] * len(prompts)
-    ratios, runs = [], []
+    What a speed-up is predicted from are steps of the same minutes: a shared machine's speed drifts.
+    """
+    count = max(costs.verify, key=lambda n: predicted_speedup(chance, n, costs.decode, costs.verify[n], costs.draft[n]))
+    params = [SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)] * width
+    ratios, runs, right_runs, plain_runs = [], [], [], []
     for round_ in range(rounds):
-        with speculating(llm, None):
-            plain = run(llm, prompts, params)
-        simulated = SimulatedDrafts(draft_model, chance, llm.engine.config.vocab_size, seed=round_)
-        with speculating(llm, _fixed(count, simulated)):
-            found = run(llm, prompts, params, simulated, plain.tokens)
-        if plain.tokens != found.tokens:
-            raise RuntimeError("answers with speculation differ from those without")
-        ratios.append(found.rate / plain.rate)
-        runs.append(found)
+        for first in range(0, len(prompts), width):
+            batch = prompts[first : first + width]
+
+            def guessed(chance: float, batch: list[list[int]], answers: list[list[int]], seed: int) -> Run:
+                simulated = SimulatedDrafts(draft_model, chance, llm.engine.config.vocab_size, seed)
+                with speculating(llm, _fixed(count, simulated)):
+                    found = run(llm, batch, params, simulated, answers, while_all_run=True)
+                if found.tokens != answers:
+                    raise RuntimeError("answers with speculation differ from those without")
+                return found
+
+            with speculating(llm, None):
+                plain_runs.append(run(llm, batch, params, while_all_run=True))
+            answers = plain_runs[-1].tokens
+            right_runs.append(guessed(1.0, batch, answers, 0))
+            runs.append(guessed(chance, batch, answers, round_ * len(prompts) + first))
+        each = -(-len(prompts) // width)
+        ratios.append(_seconds(plain_runs[-each:]) / _seconds(runs[-each:]))
+    decode, verify_and_draft, draft = (
+        statistics.median(values)
+        for values in (
+            [found.step_seconds for found in plain_runs],
+            [found.step_seconds for found in right_runs],
+            [found.draft_seconds for found in right_runs],
+        )
+    )
+    predicted = predicted_speedup(chance, count, decode, verify_and_draft - draft, draft)
     guesses, stood = sum(found.guesses for found in runs), sum(sum(found.stood) for found in runs)
     name, ratio = f"simulated, {chance:g}", statistics.median(ratios)
-    figures = {"speed_up": ratio, "predicted": predicted(count), "ratios": ratios, "guesses": count}
-    cells = [name, len(prompts), ratio, f"{predicted(count):.2f}x", float(count), stood / max(1, guesses)]
-    report.add({"work": name, "concurrency": len(prompts), "acceptance": chance}, figures, cells)
-    report.point(f"c={len(prompts)}", name, ratio)
+    figures = {"speed_up": ratio, "predicted": predicted, "ratios": ratios, "guesses": count}
+    cells = [name, width, ratio, f"{predicted:.2f}x", float(count), stood / max(1, guesses)]
+    report.add({"work": name, "concurrency": width, "acceptance": chance}, figures, cells)
+    report.point(f"c={width}", name, ratio)
+
+
+def _seconds(runs: list[Run]) -> float:
+    return sum(found.seconds for found in runs)
 
 
 if __name__ == "__main__":

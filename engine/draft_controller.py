@@ -5,7 +5,7 @@ Both are learned: the chance from each sequence's own guesses, the seconds from 
 pays there are none, but for one now and then that finds out whether that has changed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 _PRIOR, _PRIOR_WEIGHT = 0.6, 2.0  # a sequence's chance before anything is known of it, and how many guesses that counts
@@ -58,6 +58,10 @@ class StepCosts:
         # One step that something else held up says little.
         self._seconds[size] = seconds if old is None else old + _LEARNING * (min(seconds, 2 * old) - old)
 
+    def known(self) -> Iterable[int]:
+        """The sizes that were seen."""
+        return self._seconds
+
     def of(self, num_tokens: int) -> float | None:
         """None while no step was seen. Beyond the largest that was seen a token is thought to be free: it is tried."""
         if not self._seconds:
@@ -74,22 +78,66 @@ class StepCosts:
 
 
 class DraftController:
-    """Chooses the number of guesses of each sequence of a step that only decodes."""
+    """Chooses the number of guesses of each sequence of a step that only decodes.
+
+    catch_up: seconds for each token that a draft model has not computed, and must before it guesses; None before any
+    was.
+    """
 
     def __init__(self) -> None:
         self.verify = StepCosts()  # by the tokens of the step
         self.draft = StepCosts()  # one guess of each of so many sequences
+        self.catch_up: float | None = None
+
+    def observe_catch_up(self, num_tokens: int, seconds: float) -> None:
+        """Learn from a draft model that computed so many tokens before it guessed."""
+        found = seconds / num_tokens
+        self.catch_up = found if self.catch_up is None else self.catch_up + _LEARNING * (found - self.catch_up)
 
     def choose(
-        self, available: Mapping[int, int], acceptance: Mapping[int, Acceptance], num_sequences: int
+        self,
+        available: Mapping[int, int],
+        acceptance: Mapping[int, Acceptance],
+        num_sequences: int,
+        behind: Mapping[int, float] | None = None,
     ) -> dict[int, int]:
         """Guesses by sequence id.
 
         available: the most that can be had for each sequence. num_sequences: of the step, those without guesses too.
+        behind: tokens that a draft model must compute before it guesses for a sequence, for each step that may follow.
         """
         base = self.verify.of(num_sequences)
         if base is None:
             return {}
+        draft_seconds = self.draft.of(len(available)) or 0.0
+        # Most steps of a large batch end here: this runs before each of them.
+        most = max((acceptance[key].all_right(1) for key in available), default=0.0)
+        chosen: dict[int, int] = {}
+        if self._best_rate(available, num_sequences, base, draft_seconds, most) > num_sequences / base * _LEAST_GAIN:
+            chosen = self._best(available, acceptance, num_sequences, base, draft_seconds, behind or {})
+        could_pay: bool | None = None
+        for key in available.keys() - chosen.keys():
+            own = acceptance[key]
+            own.idle_steps += 1
+            # Everybody's probes together must not be more than one sequence's would be.
+            if own.idle_steps > own.patience * len(available):
+                if could_pay is None:
+                    best = self._best_rate(available, num_sequences, base, draft_seconds, 1.0)
+                    could_pay = best > num_sequences / base * _LEAST_HOPE
+                if could_pay:
+                    chosen[key] = min(2, available[key])
+        return chosen
+
+    def _best(
+        self,
+        available: Mapping[int, int],
+        acceptance: Mapping[int, Acceptance],
+        num_sequences: int,
+        base: float,
+        draft_seconds: float,
+        behind: Mapping[int, float],
+    ) -> dict[int, int]:
+        """The guesses that make most tokens a second; none where that is hardly more than without."""
         # The best guesses first: the first of a sequence is always before its second.
         worth = sorted(
             (
@@ -99,34 +147,42 @@ class DraftController:
             ),
             reverse=True,
         )
-        draft_seconds = self.draft.of(len(available)) or 0.0
-        expected, deepest = float(num_sequences), 0
+        expected, deepest, catching_up = float(num_sequences), 0, 0.0
         best_rate, best = expected / base * _LEAST_GAIN, 0
-        for count, (gain, negative_place, _) in enumerate(worth, 1):
+        for count, (gain, negative_place, key) in enumerate(worth, 1):
             expected += gain
             deepest = max(deepest, 1 - negative_place)
-            seconds = (self.verify.of(num_sequences + count) or base) + deepest * draft_seconds
+            if negative_place == 0:
+                catching_up += behind.get(key, 0.0) * (self.catch_up or 0.0)
+            seconds = self._verifying(num_sequences + count, base) + deepest * draft_seconds + catching_up
             if expected / seconds > best_rate:
                 best_rate, best = expected / seconds, count
         chosen: dict[int, int] = {}
         for _, _, key in worth[:best]:
             chosen[key] = chosen.get(key, 0) + 1
-        could_pay = self._could_pay(available, num_sequences, base, draft_seconds)
-        for key in available.keys() - chosen.keys():
-            own = acceptance[key]
-            own.idle_steps += 1
-            # Everybody's probes together must not be more than one sequence's would be.
-            if could_pay and own.idle_steps > own.patience * len(available):
-                chosen[key] = min(2, available[key])
         return chosen
 
-    def _could_pay(self, available: Mapping[int, int], num_sequences: int, base: float, draft_seconds: float) -> bool:
-        """Whether guesses would be worth their costs if all were right: else there is nothing to find out."""
-        best = 0.0
-        for depth in range(1, max(available.values(), default=0) + 1):
-            tokens = num_sequences + sum(min(depth, most) for most in available.values())
-            best = max(best, tokens / ((self.verify.of(tokens) or base) + depth * draft_seconds))
-        return best > num_sequences / base * _LEAST_HOPE
+    def _best_rate(
+        self, available: Mapping[int, int], num_sequences: int, base: float, draft_seconds: float, chance: float
+    ) -> float:
+        """Most tokens a second, if every guess were right with that chance, whatever those before it were.
+
+        Between two sizes that are known the costs are a straight line, so that the most is at one of them, or where the
+        draft model has to run once more.
+        """
+        width = max(1, len(available))
+        largest = num_sequences + sum(available.values())
+        sizes = {size for size in self.verify.known() if num_sequences < size < largest}
+        sizes.update(range(num_sequences + width, largest, width), (largest,))
+        return max(
+            (num_sequences + chance * (size - num_sequences))
+            / (self._verifying(size, base) + -(-(size - num_sequences) // width) * draft_seconds)
+            for size in sizes
+        )
+
+    def _verifying(self, num_tokens: int, base: float) -> float:
+        """Seconds of a step of more tokens than one that takes `base`: it only seems to be faster."""
+        return max(base, self.verify.of(num_tokens) or base)
 
 
 def predicted_speedup(chance: float, num_drafts: int, decode: float, verify: float, draft: float) -> float:

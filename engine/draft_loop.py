@@ -1,5 +1,7 @@
-"""Guesses of a draft model on a CPU, one after another: all that changes between two of them but for the tokens is known
-beforehand, so the host writes the few numbers that a step needs, and nothing else stands between two steps.
+"""Guesses of a draft model on a CPU, one after another.
+
+But for the tokens, all that changes from one to the next is known beforehand: the host writes the few numbers that a
+step needs, and nothing else stands between two steps.
 
 `engine.recorded_draft_loop` is the same for CUDA, where the host is far away.
 """

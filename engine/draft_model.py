@@ -5,6 +5,7 @@ and after the same edits and filters. So where the two models agree it guesses t
 any temperature: Gumbel coupling (arXiv:2408.07978), with which what a target draws does not depend on who guesses.
 """
 
+import time
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -60,10 +61,15 @@ def find_draft(options: EngineOptions, target: Checkpoint | None, config: ModelC
 
 
 class Proposal(NamedTuple):
-    """How often the draft model ran, and those of its guesses that are still on the device."""
+    """How often the draft model ran to guess, and those of its guesses that are still on the device.
+
+    caught_up: tokens that it had to compute before. catch_up_seconds: what they took.
+    """
 
     runs: int
     guesses: Guesses | None = None
+    caught_up: int = 0
+    catch_up_seconds: float = 0.0
 
 
 class DraftModel:
@@ -98,7 +104,10 @@ class DraftModel:
         guessing = {work.sequence: work.num_drafts for work in step.work if work.num_drafts}
         for sequence in guessing:
             sequence.draft_token_ids = []
-        runs = self._catch_up(list(guessing))
+        started = time.perf_counter()
+        caught_up = self._catch_up(list(guessing))
+        catch_up_seconds = time.perf_counter() - started
+        runs = 0
         # A model that is compiled for a CPU has no graph of a uniform step of two tokens each.
         loops = self._runner.is_cuda or not (self._runner.is_compiled and self._runner.compiles_model)
         looping = {sequence: count for sequence, count in guessing.items() if loops and can_loop(sequence)}
@@ -112,24 +121,25 @@ class DraftModel:
         if looping:
             guesses = self._loop.run(looping)
             runs += max(looping.values())
-        return Proposal(runs, guesses)
+        return Proposal(runs, guesses, caught_up, catch_up_seconds)
 
     def _catch_up(self, sequences: list[Sequence]) -> int:
-        """Compute all but the last two tokens of each."""
-        runs, budget, works = 0, self._max_num_batched_tokens, []
+        """Compute all but the last two tokens of each; how many those were."""
+        caught_up, budget, works = 0, self._max_num_batched_tokens, []
         waiting = [sequence for sequence in sequences if _missing(sequence) > 2]
         while waiting:
             sequence = waiting[0]
             count = min(_missing(sequence) - 1, budget)
             works.append(Work(sequence, sequence.num_drafter_tokens, count, samples=False))
             budget -= count
+            caught_up += count
             sequence.num_drafter_tokens += count
             if _missing(sequence) == 1:
                 waiting.pop(0)
             if not budget or not waiting:
                 self._runner.run(Step(tuple(works)))
-                runs, budget, works = runs + 1, self._max_num_batched_tokens, []
-        return runs
+                budget, works = self._max_num_batched_tokens, []
+        return caught_up
 
     def _run(self, works: list[Work]) -> None:
         result = self._runner.run(Step(tuple(works)))

@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.draft_controller import Acceptance, DraftController
+from engine.draft_loop import LAST_TOKENS
 from engine.draft_model import DraftModel
 from engine.ngram import NgramIndex
 from engine.recorded_draft_loop import Guesses
 from engine.sequence import Sequence
 from engine.step import Step, StepResult
+
+_HORIZON = 32  # steps that a sequence is thought to go on with guesses, once it has begun
 
 
 @dataclass(slots=True)
@@ -34,6 +37,13 @@ class _Guessing(NamedTuple):
     num_sequences: int
     runs: int
     seconds: float
+
+
+def _behind(sequence: Sequence) -> float:
+    """Tokens that a draft model must make up for, for each of the steps in which that may pay."""
+    remaining = sequence.params.max_tokens - sequence.num_output_tokens
+    missing = len(sequence.token_ids) - sequence.num_drafter_tokens - LAST_TOKENS
+    return max(0, missing) / max(1, min(_HORIZON, remaining))
 
 
 class Speculator:
@@ -76,7 +86,8 @@ class Speculator:
         chosen = available
         if self.is_adaptive:
             acceptance = {sequence.id: sequence.drafting.acceptance for sequence in decoding if sequence.drafting}
-            chosen = self.controller.choose(available, acceptance, len(decoding))
+            behind = {} if self.draft_model is None else {one.id: _behind(one) for one in decoding}
+            chosen = self.controller.choose(available, acceptance, len(decoding), behind)
         for sequence in decoding:
             sequence.num_draft_tokens = chosen.get(sequence.id, 0)
         self.num_wanted = sum(chosen.values())
@@ -87,13 +98,14 @@ class Speculator:
         if self.draft_model is None:
             return 0.0
         started = time.perf_counter()
-        guessing = [work.sequence for work in step.work if work.num_drafts]
-        behind = any(len(sequence.token_ids) - sequence.num_drafter_tokens > 2 for sequence in guessing)
         proposal = self.draft_model.propose(step)
         seconds = time.perf_counter() - started
         self.guesses = proposal.guesses
-        if proposal.runs and not behind:
-            self._guessing = _Guessing(len(guessing), proposal.runs, seconds)
+        if proposal.caught_up:
+            self.controller.observe_catch_up(proposal.caught_up, proposal.catch_up_seconds)
+        if proposal.runs:
+            num_guessing = sum(work.num_drafts > 0 for work in step.work)
+            self._guessing = _Guessing(num_guessing, proposal.runs, seconds - proposal.catch_up_seconds)
         return seconds
 
     def observe(self, step: Step, result: StepResult, seconds: float, draft_seconds: float = 0.0) -> tuple[int, ...]:

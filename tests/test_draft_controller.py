@@ -3,6 +3,8 @@
 import itertools
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.draft_controller import Acceptance, DraftController, predicted_speedup
 
@@ -74,3 +76,40 @@ def test_a_sequence_whose_guesses_begin_to_stand_is_noticed() -> None:
         acceptance.observe(3, 1)
     assert acceptance.all_right(1) > 0.9
     assert acceptance.all_right(2) < 0.1
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(st.integers(1, 16), st.floats(1.0, 50.0), min_size=1),
+    st.floats(0.0, 5.0),
+    st.lists(st.tuples(st.integers(1, 4), st.floats(0.0, 1.0)), min_size=1, max_size=6),
+)
+def test_what_is_looked_at_first_hides_nothing(costs, draft, sequences) -> None:
+    """Whether any number of guesses can pay is asked before which: the answer must not be no where one does."""
+    controller = DraftController()
+    for tokens, seconds in costs.items():
+        controller.verify.observe(tokens, seconds)
+    controller.draft.observe(len(sequences), draft)
+    available = {key: most for key, (most, _) in enumerate(sequences)}
+    acceptance = {key: known(chance) for key, (_, chance) in enumerate(sequences)}
+    base = controller.verify.of(len(sequences))
+    assert base is not None
+    exhaustive = controller._best(available, acceptance, len(sequences), base, draft, {})
+    assert controller.choose(available, acceptance, len(sequences)) == exhaustive
+
+
+def test_a_draft_model_that_is_far_behind_must_be_worth_making_up_for() -> None:
+    controller = taught(10.0, 0.1, 1.0)
+    for _ in range(60):
+        controller.observe_catch_up(200, 20.0)
+    assert controller.choose({1: 5}, {1: known(0.6)}, 1)
+    assert controller.choose({1: 5}, {1: known(0.6)}, 1, {1: 200 / 32})
+    assert not controller.choose({1: 5}, {1: known(0.6)}, 1, {1: 200 / 2})  # two tokens are left
+
+
+def test_a_step_of_more_tokens_is_never_thought_to_be_the_faster_one() -> None:
+    controller = DraftController()
+    controller.verify.observe(1, 10.0)
+    controller.verify.observe(2, 8.0)
+    controller.draft.observe(1, 1.0)
+    assert not controller.choose({1: 1}, {1: known(0.1)}, 1)

@@ -131,6 +131,8 @@ def validate(
             real = summary(uvloop.run(replay(url, model, trace)))
         host = Host(num_cores, threads, contention, token, request)
         print(f"  {known.cost}\n  {host}, a link of {known.bandwidth / 1e9:.1f} GB/s")
+        shares = ", ".join(f"p{share} {known.spread[share]:.2f}" for share in PERCENTILES)
+        print(f"  decode steps of one shape, in medians of it: {shares}")
         wanted = sum(len(one.answer) for one in trace)
         if real["tokens"] != wanted:
             print(f"  {real['tokens']} pieces of text for {wanted} tokens: some gaps are of two tokens")

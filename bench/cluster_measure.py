@@ -22,7 +22,7 @@ from bench.contestants import ROOT
 
 # Prompts and their length.
 _SHAPES = ((1, 64), (1, 200), (1, 400), (4, 300), (8, 128), (16, 64), (32, 32), (1, 1500), (6, 1000))
-_OUTPUT = 24
+_OUTPUT = 64
 _BLOCK = 32
 
 

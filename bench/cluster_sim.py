@@ -2,7 +2,7 @@
 
     dispec bench cluster-sim --workers 16 --rate 40 --machine h100-qwen2.5-1.5b
     dispec bench cluster-sim --measure machine.json            # this machine and the default model
-    dispec bench cluster-sim --validate --num-requests 60 --rate 0.5 --prompt-tokens 300 --output-tokens 80
+    dispec bench cluster-sim --validate --num-requests 120 --rate 1.2 --prompt-tokens 200 --output-tokens 80
 
 The scheduler, the prefix cache and the rules of handing over are the project's own; a step takes what a straight line
 through measured steps says. Colocated workers, which do both, stand beside every way to split the same number of them.

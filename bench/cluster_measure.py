@@ -23,7 +23,6 @@ from bench.contestants import ROOT
 # Prompts and their length.
 _SHAPES = ((1, 64), (1, 200), (1, 400), (4, 300), (8, 128), (16, 64), (32, 32), (1, 1500), (6, 1000))
 _OUTPUT = 64
-_BLOCK = 32
 
 
 class Steps(NamedTuple):
@@ -115,9 +114,8 @@ def _main() -> None:
         generate(some, "measured")
         for record in llm.engine.records:
             decodes = record.num_tokens - record.num_prompt_tokens
-            found["rows"].append(
-                (1.0, record.num_prompt_tokens, decodes, record.num_used_blocks * _BLOCK * (decodes > 0))
-            )
+            context = record.num_used_blocks * llm.engine.options.block_size if decodes else 0
+            found["rows"].append((1.0, record.num_prompt_tokens, decodes, context))
             found["shapes"].append(shape)
             found["seconds"].append(record.seconds)
     print(json.dumps(found), flush=True)

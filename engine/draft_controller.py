@@ -54,9 +54,7 @@ class StepCosts:
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         size = _rounded(num_tokens)
-        old = self._seconds.get(size)
-        # One step that something else held up says little.
-        self._seconds[size] = seconds if old is None else old + _LEARNING * (min(seconds, 2 * old) - old)
+        self._seconds[size] = _learned(self._seconds.get(size), seconds)
 
     def known(self) -> Iterable[int]:
         """The sizes that were seen."""
@@ -91,8 +89,7 @@ class DraftController:
 
     def observe_catch_up(self, num_tokens: int, seconds: float) -> None:
         """Learn from a draft model that computed so many tokens before it guessed."""
-        found = seconds / num_tokens
-        self.catch_up = found if self.catch_up is None else self.catch_up + _LEARNING * (found - self.catch_up)
+        self.catch_up = _learned(self.catch_up, seconds / num_tokens)
 
     def choose(
         self,
@@ -192,6 +189,11 @@ def predicted_speedup(chance: float, num_drafts: int, decode: float, verify: flo
     """
     expected = sum(chance**place for place in range(num_drafts + 1))
     return expected * decode / (verify + draft)
+
+
+def _learned(old: float | None, seconds: float) -> float:
+    # One time that something else held up says little.
+    return seconds if old is None else old + _LEARNING * (min(seconds, 2 * old) - old)
 
 
 def _rounded(num_tokens: int) -> int:

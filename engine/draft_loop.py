@@ -26,7 +26,7 @@ from layers.types import Batch, Filters, Sampling
 # Tokens of a sequence that the draft model may not have computed: a guess that stood, and what followed it.
 LAST_TOKENS = 2
 
-
+# Where nothing is drawn.
 _UNUSED = Sampling(*(torch.empty(0, dtype=kind) for kind in (torch.float32, torch.int64, torch.int32)))
 
 
@@ -49,6 +49,11 @@ class Guesser(NamedTuple):
         return guess(weights, self.config, state, cache, self.vocab_size, self.head_tokens)
 
 
+def num_missing(sequence: Sequence) -> int:
+    """Tokens that the draft model has not computed."""
+    return len(sequence.token_ids) - sequence.num_drafter_tokens
+
+
 def can_loop(sequence: Sequence) -> bool:
     """Whether nothing that a guess of it depends on is known to the host alone."""
     return len(sequence.token_ids) >= LAST_TOKENS and not sequence.needs & (Needs.EDIT | Needs.MASK)
@@ -68,7 +73,7 @@ class DraftLoop:
         # Those with most guesses first, so that the others can be left out when they have theirs.
         depths = dict(sorted(depths.items(), key=lambda item: -item[1]))
         # One more token than was missing is computed again: a uniform step is that much faster.
-        is_behind = any(len(sequence.token_ids) - sequence.num_drafter_tokens > 1 for sequence in depths)
+        is_behind = any(num_missing(sequence) > 1 for sequence in depths)
         state = self._first(list(depths), LAST_TOKENS if is_behind else 1)
         token_ids = self._guesser.guess(state)
         guesses = [token_ids.tolist()]
@@ -78,13 +83,11 @@ class DraftLoop:
             token_ids = self._guesser.guess(state)
             guesses.append(token_ids.tolist())
         for row, (sequence, count) in enumerate(depths.items()):
-            sequence.num_drafter_tokens = len(sequence.token_ids) + count - 1
             sequence.draft_token_ids = [guesses[place][row] for place in range(count)]
 
     def _first(self, sequences: list[Sequence], query_len: int) -> DraftState:
-        tables = torch.zeros(
-            (len(sequences), max(2, *(len(each.block_table) for each in sequences))), dtype=torch.int32
-        )
+        width = max(2, *(len(sequence.block_table) for sequence in sequences))
+        tables = torch.zeros((len(sequences), width), dtype=torch.int32)
         for row, sequence in zip(tables.numpy(), sequences, strict=True):
             row[: len(sequence.block_table)] = sequence.block_table
         last = _int32(chain.from_iterable(sequence.token_ids[-query_len:] for sequence in sequences))

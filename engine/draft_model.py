@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.draft_checkpoint import SharedDraft, find_shared_draft
-from engine.draft_loop import DraftLoop, can_loop
+from engine.draft_loop import LAST_TOKENS, DraftLoop, can_loop, num_missing
 from engine.options import EngineOptions
 from engine.recorded_draft_loop import Guesses, RecordedDraftLoop
 from engine.runner import Runner
@@ -121,20 +121,22 @@ class DraftModel:
         if looping:
             guesses = self._loop.run(looping)
             runs += max(looping.values())
+            for sequence, count in looping.items():
+                sequence.num_drafter_tokens = len(sequence.token_ids) + count - 1
         return Proposal(runs, guesses, caught_up, catch_up_seconds)
 
     def _catch_up(self, sequences: list[Sequence]) -> int:
         """Compute all but the last two tokens of each; how many those were."""
         caught_up, budget, works = 0, self._max_num_batched_tokens, []
-        waiting = [sequence for sequence in sequences if _missing(sequence) > 2]
+        waiting = [sequence for sequence in sequences if num_missing(sequence) > LAST_TOKENS]
         while waiting:
             sequence = waiting[0]
-            count = min(_missing(sequence) - 1, budget)
+            count = min(num_missing(sequence) - 1, budget)
             works.append(Work(sequence, sequence.num_drafter_tokens, count, samples=False))
             budget -= count
             caught_up += count
             sequence.num_drafter_tokens += count
-            if _missing(sequence) == 1:
+            if num_missing(sequence) == 1:
                 waiting.pop(0)
             if not budget or not waiting:
                 self._runner.run(Step(tuple(works)))
@@ -146,10 +148,6 @@ class DraftModel:
         for work in works:
             work.sequence.num_drafter_tokens = work.start + work.num_tokens
             work.sequence.draft_token_ids.append(result.token_ids[work.sequence.id][0])
-
-
-def _missing(sequence: Sequence) -> int:
-    return len(sequence.token_ids) - sequence.num_drafter_tokens
 
 
 def _work(sequence: Sequence, *, samples: bool) -> Work:

@@ -479,7 +479,7 @@ class Engine:
         config: ModelConfig,
         weights: Weights,
         plan: KVPlan,
-        head_tokens: tuple[int, ...] | None = None,
+        head_tokens: torch.Tensor | None = None,
         shared: "SharedMemory | None" = None,
         *,
         verifies: bool = True,
@@ -499,18 +499,18 @@ class Engine:
             max_num_seqs=self.options.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
-            max_num_drafts=self.options.num_speculative_tokens if verifies and guesser is not None else 0,
+            max_num_drafts=self.options.max_num_drafts if verifies else 0,
             reads_guesses=verifies and self.device.type == "cuda" and guesser not in (None, "ngram"),
             vocab_size=self.config.vocab_size,
-            head_tokens=None if head_tokens is None else torch.tensor(head_tokens, device=self.device),
+            head_tokens=head_tokens,
             overlaps=self.overlaps,
             ranks=self._ranks,
         )
 
     def _make_draft_model(self, draft: Draft, weights: Weights) -> DraftModel:
         options = self.options
-        runner = self._make_runner(draft.config, weights, self.kv_plan, draft.head_tokens, verifies=False)
         head_tokens = None if draft.head_tokens is None else torch.tensor(draft.head_tokens, device=self.device)
+        runner = self._make_runner(draft.config, weights, self.kv_plan, head_tokens, verifies=False)
         guesser = Guesser(draft.config, runner, self.config.vocab_size, head_tokens)
         sizes = (options.max_num_seqs, options.num_speculative_tokens, self.kv_plan.max_model_len)
         loop: DraftLoop | RecordedDraftLoop
@@ -574,8 +574,8 @@ class Engine:
         runner = self._make_runner(self._own_config, weights, KVPlan(2, self.options.block_size, 0, length, "probe"))
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        drafts = self.options.num_speculative_tokens if self.options.speculative_model is not None else 0
-        runner.run_padding(self.max_num_batched_tokens, self.options.max_num_seqs * (1 + drafts))
+        rows = self.options.max_num_seqs * (1 + self.options.max_num_drafts)
+        runner.run_padding(self.max_num_batched_tokens, rows)
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         del runner

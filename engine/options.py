@@ -77,6 +77,11 @@ class EngineOptions:
     kv_transfer_secret: str | None = field(default=None, repr=False)
     kv_transfer_lease: float = 30.0
 
+    @property
+    def max_num_drafts(self) -> int:
+        """Most guesses of one sequence in a step."""
+        return 0 if self.speculative_model is None else self.num_speculative_tokens
+
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(DTYPES)}")

@@ -96,10 +96,7 @@ class RecordedDraftLoop:
         """Guess so many tokens of each sequence. The guesses are under way when this returns."""
         started = torch.cuda.Event(enable_timing=True)
         started.record()
-        found = self.launch(depths)
-        for sequence, count in depths.items():
-            sequence.num_drafter_tokens = len(sequence.token_ids) + count - 1
-        return Guesses(depths, found, started)
+        return Guesses(depths, self.launch(depths), started)
 
     @torch.inference_mode()
     def launch(self, depths: dict[Sequence, int]) -> Tensor:

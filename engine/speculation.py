@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.draft_controller import Acceptance, DraftController
-from engine.draft_loop import LAST_TOKENS
+from engine.draft_loop import LAST_TOKENS, num_missing
 from engine.draft_model import DraftModel
 from engine.ngram import NgramIndex
 from engine.recorded_draft_loop import Guesses
@@ -42,8 +42,7 @@ class _Guessing(NamedTuple):
 def _behind(sequence: Sequence) -> float:
     """Tokens that a draft model must make up for, for each of the steps in which that may pay."""
     remaining = sequence.params.max_tokens - sequence.num_output_tokens
-    missing = len(sequence.token_ids) - sequence.num_drafter_tokens - LAST_TOKENS
-    return max(0, missing) / max(1, min(_HORIZON, remaining))
+    return max(0, num_missing(sequence) - LAST_TOKENS) / max(1, min(_HORIZON, remaining))
 
 
 class Speculator:

@@ -52,7 +52,7 @@ def _runner_maker(order: Join) -> Callable[[Prepare], Runner]:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=message.max_num_batched_tokens,
             max_model_len=message.plan.max_model_len,
-            max_num_drafts=options.num_speculative_tokens if options.speculative_model is not None else 0,
+            max_num_drafts=options.max_num_drafts,
             vocab_size=config.vocab_size,
         )
 

@@ -31,7 +31,6 @@ class LaunchedLoop:
     def run(self, depths) -> None:
         found = self._loop.launch(depths)
         for (sequence, count), tokens in zip(depths.items(), found.tolist(), strict=True):
-            sequence.num_drafter_tokens = len(sequence.token_ids) + count - 1
             sequence.draft_token_ids = tokens[:count]
 
 

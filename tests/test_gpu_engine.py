@@ -57,6 +57,17 @@ def greedy(max_tokens: int = 16) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
+def profiled(engine: Engine, num_steps: int) -> tuple[Any, int]:
+    """What the profiler says of so many steps: averages, and how many graphs were launched."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(num_steps):
+            engine.step()
+        torch.cuda.synchronize()
+    averages = profile.key_averages()
+    return averages, sum(event.count for event in averages if event.key == "cudaGraphLaunch")
+
+
 def expected_tokens(reference: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
     with torch.no_grad():
         ids = torch.tensor([prompt], device="cuda")
@@ -102,13 +113,8 @@ def test_a_decode_step_replays_one_graph_and_copies_only_its_inputs() -> None:
         engine.add(prompt, greedy(40))
     for _ in range(8):
         engine.step()
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(10):
-            engine.step()
-        torch.cuda.synchronize()
+    averages, launches = profiled(engine, 10)
     assert all(record.kind == "decode" for record in list(engine.records)[-10:])
-    launches = sum(event.count for event in profile.key_averages() if event.key == "cudaGraphLaunch")
     assert launches == 10
     assert counters["inductor"]["cudagraph_skips"] == 0
     # The fields of a step and its symbolic sizes, in the graph of each bucket: were the weights or the cache among
@@ -117,9 +123,7 @@ def test_a_decode_step_replays_one_graph_and_copies_only_its_inputs() -> None:
     assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] <= 24 * buckets
     assert counters["stats"]["unique_graphs"] == graphs
     keys = engine.runner.kv_cache[0].keys
-    largest_copy = max(
-        (event.device_memory_usage for event in profile.key_averages() if "copy" in event.key), default=0
-    )
+    largest_copy = max((event.device_memory_usage for event in averages if "copy" in event.key), default=0)
     assert largest_copy < keys.numel() * keys.element_size()
 
 
@@ -278,12 +282,7 @@ def test_guesses_of_a_draft_model_are_one_graph() -> None:
         engine.add(prompt, greedy(60))
     for _ in range(6):
         engine.step()
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(5):
-            engine.step()
-        torch.cuda.synchronize()
+    _, launches = profiled(engine, 5)
     assert all(record.num_drafts == 5 for record in list(engine.records)[-5:])
     # One for the guesses, one that verifies them.
-    launches = sum(event.count for event in profile.key_averages() if event.key == "cudaGraphLaunch")
     assert launches == 10

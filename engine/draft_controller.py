@@ -5,7 +5,7 @@ Both are learned: the chance from each sequence's own guesses, the seconds from 
 pays there are none, but for one now and then that finds out whether that has changed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 _PRIOR, _PRIOR_WEIGHT = 0.6, 2.0  # a sequence's chance before anything is known of it, and how many guesses that counts
@@ -55,10 +55,6 @@ class StepCosts:
     def observe(self, num_tokens: int, seconds: float) -> None:
         size = _rounded(num_tokens)
         self._seconds[size] = _learned(self._seconds.get(size), seconds)
-
-    def known(self) -> Iterable[int]:
-        """The sizes that were seen."""
-        return self._seconds
 
     def of(self, num_tokens: int) -> float | None:
         """None while no step was seen. Beyond the largest that was seen a token is thought to be free: it is tried."""
@@ -162,19 +158,19 @@ class DraftController:
     def _best_rate(
         self, available: Mapping[int, int], num_sequences: int, base: float, draft_seconds: float, chance: float
     ) -> float:
-        """Most tokens a second, if every guess were right with that chance, whatever those before it were.
-
-        Between two sizes that are known the costs are a straight line, so that the most is at one of them, or where the
-        draft model has to run once more.
-        """
+        """Most tokens a second, if every guess were right with that chance, whatever those before it were."""
         width = max(1, len(available))
         largest = num_sequences + sum(available.values())
-        sizes = {size for size in self.verify.known() if num_sequences < size < largest}
-        sizes.update(range(num_sequences + width, largest, width), (largest,))
+        # Of sizes that cost the same the largest is the best, unless the draft model has to run once more for it.
+        sizes = {min(largest, _rounded(size)) for size in range(num_sequences + 1, largest + 1)}
+        sizes.update(range(num_sequences + width, largest, width))
         return max(
-            (num_sequences + chance * (size - num_sequences))
-            / (self._verifying(size, base) + -(-(size - num_sequences) // width) * draft_seconds)
-            for size in sizes
+            (
+                (num_sequences + chance * (size - num_sequences))
+                / (self._verifying(size, base) + -(-(size - num_sequences) // width) * draft_seconds)
+                for size in sizes
+            ),
+            default=0.0,
         )
 
     def _verifying(self, num_tokens: int, base: float) -> float:

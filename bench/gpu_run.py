@@ -51,11 +51,13 @@ CHECKS = [
     ),
 ]
 _THROUGHPUT = ["-m", "bench.throughput", "--model", MODEL, "--rounds", "2"]
+_SERVER = ["-m", "bench.profile_step", "--model", MODEL, "--compile", "background"]
 TIMINGS = [
     Part("layers timed", ["-m", "bench.layer"], 240),
     Part("layers swept", ["-m", "bench.layer", "--rows", "", "--sweep"], 240),
     Part("cold start and step, c=1", ["-m", "bench.profile_step", "--model", MODEL], 150),
-    Part("warm start and step, c=32", ["-m", "bench.profile_step", "--model", MODEL, "--concurrency", "32"], 120),
+    Part("warm start and step, c=1", ["-m", "bench.profile_step", "--model", MODEL], 120),
+    Part("warm start of a server, c=32", [*_SERVER, "--concurrency", "32"], 120),
     Part("throughput", [*_THROUGHPUT, "--concurrency", "1,6,16,32,128"], 240),
     Part("prefill 2048", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "2048", "--output-tokens", "1"], 120),
     Part("prefill 8192", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "8192", "--output-tokens", "1"], 120),

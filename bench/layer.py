@@ -159,7 +159,7 @@ def parts_of(config: ModelConfig, is_cuda: bool) -> Callable[..., Tensor]:
     """A layer without the op; compiled on CUDA."""
     model.ops.has_layer_kernel = lambda *_: False
     eager = eager_functions(config)
-    return compiled_functions(eager, True).block if is_cuda else eager.block
+    return compiled_functions(eager).block if is_cuda else eager.block
 
 
 def chosen_for(config: ModelConfig, rows: int, device: torch.device) -> "LayerConfig":

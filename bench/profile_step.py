@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes: host phases, device kernels, idle.
+"""Where the time of a start and of a decode step goes: host phases, device kernels, idle.
 
     dispec bench profile-step --model qwen2.5-1.5b --concurrency 1
 
@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import torch
 import typer
 
@@ -28,11 +29,12 @@ def main(
     dtype: Dtype = "bfloat16",
     device: Device = None,
     enforce_eager: EnforceEager = False,
+    compile: Annotated[str, typer.Option(help="startup, or background: ready before.")] = "startup",
     top: Annotated[int, typer.Option(help="Kernels to list.")] = 15,
     trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace here.")] = None,
     output: Output = None,
 ) -> None:
-    """Where the time of a decode step goes: host phases, kernels."""
+    """Where the time of a start and of a decode step goes: host phases, kernels."""
     settings = dict(locals())
     llm = load(
         model,
@@ -41,11 +43,21 @@ def main(
         max_num_seqs=concurrency,
         max_model_len=context + 3 * steps + 32,
         enforce_eager=enforce_eager,
+        compile="off" if enforce_eager else compile,
     )
     engine = llm.engine
     columns = {"": "", "ms a step": ".3f", "calls a step": ".1f"}
     report = Report("profile-step", settings, describe_machine(engine.device), columns, output)
-    print("start: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in engine.phase_seconds.items()))
+    print(
+        f"ready {_age():.1f} s after the process began, of which "
+        + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in engine.phase_seconds.items())
+    )
+    llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    print(f"first token after {_age():.1f} s")
+    while engine.has_idle_work:
+        engine.work_while_idle()
+    if engine.compiled_seconds is not None:
+        print(f"compiled after {_age():.1f} s")
     on_cuda = engine.device.type == "cuda"
     params = SamplingParams(temperature=0, max_tokens=3 * steps + 16, ignore_eos=True)
     for prompt in Workload(concurrency, context).prompts(engine.config.vocab_size):
@@ -87,6 +99,11 @@ def main(
     report.finish()
     if trace is not None:
         profile.export_chrome_trace(str(trace))
+
+
+def _age() -> float:
+    """Seconds since this process began."""
+    return time.time() - psutil.Process().create_time()
 
 
 if __name__ == "__main__":

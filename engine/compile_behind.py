@@ -1,4 +1,4 @@
-"""Compiling while the engine answers: in a process beside it, whose results are then taken in small pieces."""
+"""Compiling while the engine answers, in small pieces: for a CPU after a process beside it has filled the cache."""
 
 import logging
 import os
@@ -27,18 +27,22 @@ _LONGEST_PIECE = 1.0
 class CompileBehind:
     """Has an order compiled by another process, and then takes the pieces from the cache, one at a time.
 
+    On CUDA there is no other process: what is not in the cache yet is compiled while the engine has nothing to do.
     No thread and no clock of its own: the engine calls `advance` between two steps, and when it has nothing to do.
     """
 
     def __init__(self, order: Order, pieces: Generator[None, None, Compiled]) -> None:
         self._pieces = pieces
+        self._marker = marker(order)
+        is_cached = self._marker.exists()
+        self._waits_for_rest = not is_cached and order.device != "cpu"
         self._child: subprocess.Popen[bytes] | None = None
         self._said = b""
         self._began = time.perf_counter()
         self._due = self._began + _LONGEST_PIECE / _BUSY_SHARE
         self.seconds = 0.0
         self.has_ended = False
-        if not marker(order).exists():
+        if not is_cached and order.device == "cpu":
             try:
                 self._child = _start(order)
             except OSError as error:
@@ -58,13 +62,14 @@ class CompileBehind:
         if self.has_ended or (self._child is not None and not self._child_is_done()):
             return None
         started = time.perf_counter()
-        if self.has_ended or not (is_idle or started >= self._due):
+        if self.has_ended or not (is_idle or (started >= self._due and not self._waits_for_rest)):
             return None
         try:
             with torch.inference_mode():
                 next(self._pieces)
         except StopIteration as end:
             self.has_ended = True
+            self._marker.touch()
             self.seconds = time.perf_counter() - self._began
             compiled: Compiled = end.value
             return compiled

@@ -16,7 +16,10 @@ _COMPILED_FROM = ("layers", "ops", "engine")
 
 
 class Order(msgspec.Struct, frozen=True):
-    """All that decides which graphs an engine on CPU compiles. `threads` are in the generated loops."""
+    """All that decides which graphs an engine compiles. `threads` are in the loops that are generated for a CPU.
+
+    device: "cpu", or the name of a GPU.
+    """
 
     config: ModelConfig
     dtype: str
@@ -25,18 +28,22 @@ class Order(msgspec.Struct, frozen=True):
     overlaps: bool
     with_model: bool
     threads: int
+    device: str = "cpu"
 
 
 def choose_compile_cache() -> Path:
     """Keep compiled code in the user's cache directory, unless TORCHINDUCTOR_CACHE_DIR names another.
 
     Inductor writes its default, a temporary directory, into that variable as soon as anybody asks for it, and
-    processes inherit it: that is nobody's choice.
+    processes inherit it: that is nobody's choice. Triton's kernels are kept beneath it, unless TRITON_CACHE_DIR names
+    another: Inductor moves them there once it generates code, which it does not where it finds some, so that a second
+    process would look elsewhere and compile them again.
     """
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if chosen is None or _is_default(Path(chosen)):
         chosen = str(cache_directory() / f"inductor-torch-{torch.__version__}")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = chosen
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(chosen) / "triton"))
     return Path(chosen)
 
 

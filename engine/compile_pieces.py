@@ -1,4 +1,4 @@
-"""Compiling for CPU in pieces of a graph each, so that an engine can answer between two of them.
+"""Compiling in pieces of a graph each, so that an engine can answer between two of them.
 
 A layer is compiled once and called for every layer. Every kind of launch is run once with padding alone, in inputs of
 its own, so that what an engine does meanwhile is not disturbed.
@@ -20,6 +20,7 @@ from layers.types import LayerKV, Weights
 RAGGED = StepShape(tokens=19, sequences=3, blocks=5, rows=2, query_len=None)
 _ONE = StepShape(tokens=1, sequences=1, blocks=5, rows=1, query_len=1)
 _SEVERAL = StepShape(tokens=3, sequences=3, blocks=5, rows=3, query_len=1)
+_CPU = torch.device("cpu")
 
 # The compiler takes seconds to import, most of them in these; each imports what stands before it.
 _IMPORTS = (
@@ -52,11 +53,12 @@ class ModelParts(NamedTuple):
 
 
 def compile_pieces(
-    parts: ModelParts | None, vocab_size: int, block_size: int, max_num_seqs: int
+    parts: ModelParts | None, vocab_size: int, block_size: int, max_num_seqs: int, device: torch.device = _CPU
 ) -> Generator[None, None, Compiled]:
     """Compile, at each `next` one graph or a part of the compiler itself. Call it in `torch.inference_mode`.
 
-    Of an engine that runs one sequence at a time less is compiled. Raises whatever the compiler does.
+    Of an engine that runs one sequence at a time less is compiled. On CUDA the layers of uniform steps are not: each
+    has to be one op. Raises whatever the compiler does.
     """
     for name in _IMPORTS:
         importlib.import_module(name)
@@ -66,31 +68,32 @@ def compile_pieces(
     # An engine may go from eager to compiled in the middle of an answer: both shall round alike.
     config.emulate_precision_casts = True
     # What the compiler asks of the machine and of itself before it compiles anything; it remembers the answers.
-    for question in (cpu_vec_isa.pick_vec_isa, codecache.CacheBase.get_system, codecache.torch_key):
+    questions = (cpu_vec_isa.pick_vec_isa,) if device.type == "cpu" else ()
+    for question in (*questions, codecache.CacheBase.get_system, codecache.torch_key):
         question()
         yield
     chooser = token_chooser.compiled_functions()
     # Of a choice it only matters whether it is of one row or of several.
     for rows in (1, 3) if max_num_seqs > 1 else (1,):
-        inputs = _inputs(StepShape(rows, rows, 2, rows, 1), block_size)
-        yield from token_chooser.warm_up(chooser, torch.zeros(rows, vocab_size), inputs.sampling)
+        inputs = _inputs(StepShape(rows, rows, 2, rows, 1), block_size, device)
+        yield from token_chooser.warm_up(chooser, torch.zeros(rows, vocab_size, device=device), inputs.sampling)
     if parts is None:
         return Compiled(None, chooser)
-    functions = compiled_functions(parts.eager, is_cuda=False)
+    functions = compiled_functions(parts.eager)
     # The number of blocks follows the memory that was free at start: were it in the graphs, no second start would find
     # them in the disk cache.
     mark_dynamic(*parts.layer)
-    uniform = (_ONE, _SEVERAL) if max_num_seqs > 1 else (_ONE,)
+    uniform = (_ONE, _SEVERAL) if max_num_seqs > 1 and device.type == "cpu" else (_ONE,)
     ragged = (RAGGED, RAGGED._replace(rows=1)) if max_num_seqs > 1 else (RAGGED._replace(rows=1),)
     for shape in (*uniform, *ragged):
-        yield from _run_once(functions, parts, shape, _inputs(shape, block_size))
+        yield from _run_once(functions, parts, shape, _inputs(shape, block_size, device))
     return Compiled(functions, chooser)
 
 
-def _inputs(shape: StepShape, block_size: int) -> StepInputs:
-    inputs = carve(torch.zeros(sum(shape.field_sizes()), dtype=torch.int32), shape)
-    fill(inputs, (), block_size, {})
-    return inputs
+def _inputs(shape: StepShape, block_size: int, device: torch.device) -> StepInputs:
+    fields = torch.zeros(sum(shape.field_sizes()), dtype=torch.int32)
+    fill(carve(fields, shape), (), block_size, {})
+    return carve(fields.to(device), shape)
 
 
 def _run_once(
@@ -103,7 +106,9 @@ def _run_once(
     x, rotation = functions.embed(parts.weights, batch, feedback)
     yield
     mark_dynamic(x, *rotation)
-    x = functions.block(x, parts.weights.blocks[0], batch, rotation, parts.layer)
+    is_one_op = x.is_cuda and shape.query_len is not None
+    block = parts.eager.block if is_one_op else functions.block
+    x = block(x, parts.weights.blocks[0], batch, rotation, parts.layer)
     yield
     x = x if shape.query_len == 1 else x[batch.logits_indices]
     mark_dynamic(x)

@@ -109,15 +109,15 @@ def eager_functions(
     return ModelFunctions(embed, block, head, whole)
 
 
-def compiled_functions(eager: ModelFunctions, is_cuda: bool, *, replays: bool = False) -> ModelFunctions:
-    """The same, to be compiled when first called; on CPU there is no `whole`.
+def compiled_functions(eager: ModelFunctions, *, with_whole: bool = False, replays: bool = False) -> ModelFunctions:
+    """The same, to be compiled when first called.
 
     replays: whether the compiler has `whole` replay as CUDA graphs. Its own bookkeeping then looks at every weight in
     each call, 1.8 ms for 28 layers; whoever records the compiled function once can do without.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     whole = None
-    if is_cuda:
+    if with_whole:
         torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None
         assert eager.whole is not None
         whole = torch.compile(eager.whole, mode="reduce-overhead" if replays else None, fullgraph=True)

@@ -19,8 +19,7 @@ from tqdm import tqdm
 from engine.block_pool import BlockPool
 from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.compile_behind import CompileBehind
-from engine.compile_cache import Order, marker
-from engine.compiled_model import mark_static
+from engine.compile_cache import Order, choose_compile_cache, marker
 from engine.draft_checkpoint import SharedDraft
 from engine.draft_loop import DraftLoop, Guesser
 from engine.draft_model import Draft, DraftModel, find_draft
@@ -99,6 +98,7 @@ class Engine:
             draft = find_draft(options, self.checkpoint, self.config)
             check_can_shard(self.config, options.tensor_parallel_size)
         if self.device.type == "cuda":
+            choose_compile_cache()  # before the first kernel of ours is compiled
             torch.cuda.set_device(self.device)  # Triton launches on the current device
             if self.config.head_dim not in TRITON_HEAD_DIMS:
                 raise UnsupportedModelError(
@@ -160,9 +160,12 @@ class Engine:
             case "startup":
                 with self._phase("compile"):
                     self.runner.compile(self._show_progress)
-                if self.runner.is_compiled and self.device.type == "cpu":
+                if self.runner.is_compiled:
                     marker(self._order()).touch()  # a later start need not look
             case "background":
+                if self.device.type == "cuda":
+                    with self._phase("record"):
+                        self.runner.record()
                 self._compiling = CompileBehind(self._order(), self.runner.compile_pieces())
         self.scheduler = Scheduler(
             BlockPool(self.kv_plan.num_blocks, self.kv_plan.block_size),
@@ -330,6 +333,7 @@ class Engine:
             overlaps=self.overlaps,
             with_model=self.runner.compiles_model,
             threads=torch.get_num_threads(),
+            device="cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
         )
 
     def _step(self) -> list[TokenOutput]:
@@ -490,8 +494,6 @@ class Engine:
         kv_cache = allocate_kv_cache(
             config, plan, DTYPES[self.options.dtype], self.device, shared.tensor if shared else None
         )
-        if self.device.type == "cuda":
-            mark_static(weights, kv_cache)
         return Runner(
             config,
             weights,

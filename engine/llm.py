@@ -3,7 +3,7 @@
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Series
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,11 @@ class LLM:
     def __init__(
         self, model: str | Path | ModelConfig = "smollm2", *, show_progress: bool = False, **options: Any
     ) -> None:
-        self.engine = Engine(EngineOptions(model=model, **options), show_progress)
+        chosen = EngineOptions(model=model, **options)
+        if chosen.compile is None and not chosen.enforce_eager and chosen.torch_device().type == "cuda":
+            # Whoever has many prompts answered leaves no time in between, and what draws tokens should be compiled.
+            chosen = replace(chosen, compile="startup")
+        self.engine = Engine(chosen, show_progress)
         checkpoint = self.engine.checkpoint
         self._tokenizer = None
         if checkpoint is not None:

@@ -33,9 +33,9 @@ class EngineOptions:
     async_scheduling: prepare a step while the device runs the one before it; None does so on CUDA.
     block_size: tokens per KV block: 16, 32 or 64. 32 reads a third faster than 16 on CPU; smaller blocks share more.
     load_format: "auto" reads the checkpoint, "dummy" makes random weights of its shapes.
-    compile: "startup" compiles before the first request; "background" (CPU only) answers at once and compiles in a
-        process beside it, which ends with this one; "off" compiles nothing. None takes "startup" on CUDA, else
-        "background".
+    compile: "startup" compiles before the first request; "background" answers at once and compiles when there is
+        nothing else to do, on a CPU in a process beside this one, which ends with it; "off" compiles nothing. None
+        takes "background", but "startup" on CUDA for float32, several ranks or a draft model, which need it.
     enforce_eager: the same as compile="off".
     speculative_model: who guesses tokens ahead, for steps that verify several at once: "ngram" looks in the sequence's
         own text; else a smaller model with the same tokenizer, named as `model` is. None guesses nothing. Answers
@@ -168,15 +168,23 @@ class EngineOptions:
             device = torch.device("cuda", device.index or 0)
         elif self.dtype == "float16":
             raise ValueError("dtype is 'float16', which runs on CUDA only: use bfloat16 or float32 on CPU")
-        if device.type == "cuda" and self.compile == "background":
-            raise ValueError("compile is 'background', which is for CPU only: use startup or off on CUDA")
+        if device.type == "cuda" and self.compile == "background" and not self._can_run_uncompiled:
+            raise ValueError(
+                "compile is 'background', which on CUDA is for 16 bits, one rank and no draft model: use startup or off"
+            )
         return device
 
     def when_to_compile(self, device: torch.device) -> str:
         """One of `COMPILE`."""
         if self.enforce_eager:
             return "off"
-        return self.compile or ("startup" if device.type == "cuda" else "background")
+        return self.compile or ("background" if device.type == "cpu" or self._can_run_uncompiled else "startup")
+
+    @property
+    def _can_run_uncompiled(self) -> bool:
+        """Whether decoding on CUDA is as fast before anything is compiled: a layer is one op then."""
+        guesses = self.speculative_model not in (None, "ngram")
+        return self.dtype != "float32" and self.tensor_parallel_size == 1 and not guesses
 
 
 def parse_bytes(value: int | str | None) -> int | None:

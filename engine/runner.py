@@ -1,9 +1,11 @@
 """Owns what lives on the device: weights, KV cache, step inputs. What is compiled is warmed up here.
 
-On CUDA a step that decodes is compiled as a whole, greedy choice included, other steps layer by layer; all but the
-largest are recorded as CUDA graphs, for buckets of sizes (`StepGraphs`). On CPU one layer is compiled and called for
-every layer, which costs a third of the compile time of the whole and no step time. What else may be asked of a choice
-(`TokenChooser`) is compiled apart, so that a step runs only what somebody in it uses.
+On CUDA the layers of a step that decodes or verifies are one op each, and nothing of them is left to compile; where
+they are not, a step that decodes is compiled as a whole, greedy choice included. Other steps are compiled layer by
+layer. All but the largest are recorded as CUDA graphs, for buckets of sizes (`StepGraphs`), and recorded again once
+something was compiled. On CPU one layer is compiled and called for every layer, which costs a third of the compile time
+of the whole and no step time. What else may be asked of a choice (`TokenChooser`) is compiled apart, so that a step
+runs only what somebody in it uses.
 """
 
 import functools
@@ -37,6 +39,7 @@ from engine.step_graphs import Outputs, StepGraphs, ragged_shapes
 from engine.step_inputs import StepInputs, StepShape, batch_buckets, carve, chosen_rows, fill
 from engine.token_chooser import Choice, TokenChooser
 from layers.config import ModelConfig
+from layers.model import is_one_op
 from layers.types import KVCache, Weights
 from ops import copy_blocks
 from ops.paged_attention import has_cpu_kernel
@@ -92,6 +95,7 @@ class Runner:
     ) -> None:
         self._ranks = ranks
         self._is_shard = config.shard is not None
+        self._layers_are_ops = all(is_one_op(w, config, kv) for w, kv in zip(weights.blocks, kv_cache, strict=True))
         self.weights = weights
         self.kv_cache = kv_cache
         self.device = kv_cache[0].keys.device
@@ -132,8 +136,8 @@ class Runner:
         self.chosen = torch.zeros(largest.rows, dtype=torch.int64, device=self.device)
         self._pending_rows: dict[int, int] = {}
         self._graphs: StepGraphs | None = None
-        if self.is_cuda:
-            mark_static(self.chosen)
+        if self.is_cuda and self._is_shard:
+            mark_static(weights, kv_cache, self.chosen)
         self.chooser = TokenChooser(self.device, vocab_size, self._head)
 
     @torch.inference_mode()
@@ -181,7 +185,7 @@ class Runner:
     def follow(self, shape: StepShape, inputs: bytes, warm_up: bool) -> None:
         """Compute what the first rank does, given the step inputs that it wrote."""
         if warm_up and self._functions is self._eager:
-            self._functions = compiled_functions(self._eager, self.is_cuda, replays=True)
+            self._functions = compiled_functions(self._eager, with_whole=self.is_cuda, replays=True)
         self._hosts[0][: sum(shape.field_sizes())].copy_(torch.frombuffer(bytearray(inputs), dtype=torch.int32))
         self._compute(shape, self._upload(shape), warm_up)
 
@@ -205,31 +209,44 @@ class Runner:
         choose_compile_cache()
         try:
             with tqdm(desc="compiling", unit="graph", disable=not show_progress, leave=False) as bar:
-                if self.is_cuda:
-                    self._compile_cuda(bar.update)
+                if self.is_cuda and not self._layers_are_ops:
+                    self._compile_as_a_whole(bar.update)
                 else:
-                    self._compile_cpu(bar.update)
+                    self._compile_in_pieces(bar.update)
         except Exception as error:  # a compiler can fail in any way; the engine works without one
             if self._ranks is not None and self._ranks.is_broken:
                 raise
-            self._functions = self._eager
-            self.chooser.forget_compiled()
-            warn_eager(first_cause(error))
+            self._forget_compiled(error)
 
     def compile_pieces(self) -> Generator[None, None, Compiled]:
-        """The same on CPU, a graph at each `next`; steps may run in between, and the result be taken with `take`."""
+        """The same, a graph at each `next`; steps may run in between, and the result be taken with `take`.
+
+        On CUDA this is for models whose layers are one op each in uniform steps.
+        """
         chosen = self.chosen if self._feeds else None
         parts = ModelParts(self._eager, self.weights, self.kv_cache[0], chosen) if self.compiles_model else None
-        return compile_pieces(parts, self.chooser.vocab_size, self.block_size, self._max_num_seqs)
+        return compile_pieces(parts, self.chooser.vocab_size, self.block_size, self._max_num_seqs, self.device)
 
     def take(self, compiled: Compiled) -> None:
-        """Run what was compiled from the next step on. Every graph of it has been traced."""
+        """Run what was compiled from the next step on, with no step under way. Every graph of it has been traced."""
         self._functions = compiled.model or self._eager
         self.chooser.functions = compiled.chooser
-        self.is_compiled = True
+        try:
+            if self.is_cuda:
+                self.record()
+            self.is_compiled = True
+        except Exception as error:
+            self._forget_compiled(error)
+
+    def _forget_compiled(self, error: Exception) -> None:
+        self._functions = self._eager
+        self.chooser.forget_compiled()
+        warn_eager(first_cause(error))
+        if self.is_cuda and self._layers_are_ops:
+            self.record()
 
     @torch.inference_mode()
-    def _compile_cpu(self, on_progress: Callable[[], object]) -> None:
+    def _compile_in_pieces(self, on_progress: Callable[[], object]) -> None:
         pieces = self.compile_pieces()
         while True:
             try:
@@ -239,15 +256,15 @@ class Runner:
                 return
             on_progress()
 
-    def _compile_cuda(self, on_progress: Callable[[], object]) -> None:
-        self._functions = compiled_functions(self._eager, self.is_cuda, replays=self._is_shard)
+    def _compile_as_a_whole(self, on_progress: Callable[[], object]) -> None:
+        self._functions = compiled_functions(self._eager, with_whole=True, replays=self._is_shard)
         self.chooser.functions = token_chooser.compiled_functions()
         mark_dynamic(*(pages for layer in self.kv_cache for pages in layer))
         for shape in self._warm_up_shapes():
             self._warm_up(shape)
             on_progress()
         if not self._is_shard:  # what replays here would have to replay in every rank
-            self._record_graphs()
+            self.record()
         self.is_compiled = True
 
     @torch.inference_mode()
@@ -339,19 +356,23 @@ class Runner:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         batch = inputs.batch
         feedback = Feedback(inputs.token_source, self.chosen) if self._feeds else None
+        functions, is_uniform = self._functions, shape.query_len is not None
+        # Eagerly nobody is to be told, and telling would import the compiler.
+        warm_up = warm_up and functions is not self._eager
         if warm_up:
             mark_dynamic(*batch, inputs.token_source)
-        verifies = self.is_cuda and shape.query_len is not None and shape.query_len > 1
-        functions = self._eager if verifies else self._functions
-        if functions.whole is not None and shape.query_len is not None and not verifies:
+        # A layer of one op is recorded as it is, and so is one that verifies.
+        as_it_is = self.is_cuda and is_uniform and (self._layers_are_ops or shape.query_len != 1)
+        if functions.whole is not None and is_uniform and not as_it_is:
             if self.is_cuda:
                 torch.compiler.cudagraph_mark_step_begin()
             return None, *functions.whole(self.weights, batch, self.kv_cache, feedback)
+        block = self._eager.block if as_it_is else functions.block
         x, rotation = functions.embed(self.weights, batch, feedback)
         for w, kv in zip(self.weights.blocks, self.kv_cache, strict=True):
             if warm_up:
                 mark_dynamic(x, *rotation)
-            x = functions.block(x, w, batch, rotation, kv)
+            x = block(x, w, batch, rotation, kv)
         hidden = None if shape.query_len == 1 else x
         if not shape.rows:
             return hidden, None, None
@@ -393,7 +414,11 @@ class Runner:
             self.chooser.warm_up(logits, inputs.sampling)
 
     @torch.inference_mode()
-    def _record_graphs(self) -> None:
+    def record(self) -> None:
+        """Record the graphs of all steps but the largest, of functions as they are now: compiled ones, once traced."""
+        self._graphs = None  # whose memory the new ones may have
+        torch.cuda.synchronize(self.device)
+
         def prepare(shape: StepShape) -> Callable[[], Outputs]:
             fill(self._zeroed_inputs(shape), (), self.block_size, {})
             inputs = self._upload(shape)
@@ -408,7 +433,7 @@ class Runner:
 
         shapes = ragged_shapes(
             self._max_num_batched_tokens,
-            self._buckets[-1],
+            max(2, self._buckets[-1]),  # ragged steps have at least two
             self._max_blocks,
             self._max_num_seqs,
             self._max_num_drafts,

@@ -67,6 +67,7 @@ class TensorParallel:
                 f"tensor_parallel_size is {size}, but this process has an engine with ranks already: close that first"
             )
         self._is_broken = False
+        self._is_cuda = device.type == "cuda"
         self._all_threads = torch.get_num_threads()
         threads = max(1, self._all_threads // size)
         if device.type == "cpu":
@@ -139,6 +140,10 @@ class TensorParallel:
                 follower.kill()
                 follower.wait()
         if dist.is_initialized():
+            if self._is_cuda:  # NCCL waits until no graph is left that has sums in it
+                from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+                reset_cudagraph_trees()
             dist.destroy_process_group()
         torch.set_num_threads(self._all_threads)
 

@@ -13,7 +13,6 @@ import msgspec
 import torch
 
 from engine.checkpoint import find_checkpoint
-from engine.compiled_model import mark_static
 from engine.memory import allocate_kv_cache
 from engine.options import DTYPES, EngineOptions
 from engine.rank_messages import Compute, Copy, Head, Join, Prepare, receive
@@ -43,8 +42,6 @@ def _runner_maker(order: Join) -> Callable[[Prepare], Runner]:
 
     def make(message: Prepare) -> Runner:
         kv_cache = allocate_kv_cache(local, message.plan, dtype, device)
-        if device.type == "cuda":
-            mark_static(weights, kv_cache)
         return Runner(
             local,
             weights,

@@ -28,6 +28,12 @@ def _embedding(weights: Weights, config: ModelConfig, token_ids: Int[Tensor, "T"
     return ops.all_reduce(torch.where(is_own[:, None], x, 0.0), config.shard.group)
 
 
+def is_one_op(w: BlockWeights, config: ModelConfig, kv: LayerKV) -> bool:
+    """Whether a layer of a uniform step is a single op, in which a compiler finds nothing to do."""
+    matrices = (w.attention.qkv, w.attention.output, w.mlp.down)
+    return config.shard is None and ops.has_layer_kernel(matrices, w.mlp.gate_up, kv.keys)
+
+
 def block(
     x: Float[Tensor, "T E"],
     w: BlockWeights,
@@ -40,8 +46,7 @@ def block(
     attention_norm, mlp_norm = (ops.Norm(weight, config.rms_norm_eps) for weight in (w.attention_norm, w.mlp_norm))
     a, mlp = w.attention, w.mlp
     shard = config.shard
-    matrices = (a.qkv, a.output, mlp.down)
-    if shard is None and batch.query_len is not None and ops.has_layer_kernel(matrices, mlp.gate_up, kv.keys):
+    if batch.query_len is not None and is_one_op(w, config, kv):
         return ops.decoder_layer(
             x,
             attention_norm,

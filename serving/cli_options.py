@@ -102,7 +102,7 @@ def engine_options(
         str | None,
         Option(
             help="startup: before the first answer; background: behind the answers; off: nothing.",
-            show_default="startup on CUDA, background on CPU",
+            show_default="background; startup on CUDA where that cannot be",
             rich_help_panel=_ENGINE,
         ),
     ] = None,

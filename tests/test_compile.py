@@ -121,11 +121,14 @@ def test_a_second_start_finds_its_graphs_in_the_cache_whatever_memory_is_free():
 @pytest.mark.parametrize("asked", [True, False])
 def test_compiled_code_is_kept_where_the_user_keeps_caches(asked, monkeypatch, tmp_path):
     monkeypatch.setenv("DISPEC_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
     if asked:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as Inductor itself does when asked
     choose_compile_cache()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(str(tmp_path))
+    assert os.environ["TRITON_CACHE_DIR"].startswith(str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
     choose_compile_cache()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"

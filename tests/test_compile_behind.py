@@ -86,7 +86,12 @@ def test_options_that_make_no_sense_are_refused_by_name(options, message):
     ("options", "device", "when"),
     [
         ({}, "cpu", "background"),
-        ({}, "cuda", "startup"),
+        ({}, "cuda", "background"),
+        ({"dtype": "float32"}, "cuda", "startup"),
+        ({"speculative_model": "ngram"}, "cuda", "background"),
+        ({"speculative_model": "smollm2-draft"}, "cuda", "startup"),
+        ({"tensor_parallel_size": 2}, "cuda", "startup"),
+        ({"compile": "startup"}, "cuda", "startup"),
         ({"compile": "startup"}, "cpu", "startup"),
         ({"enforce_eager": True}, "cpu", "off"),
     ],

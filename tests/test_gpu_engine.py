@@ -155,6 +155,41 @@ def test_layers_as_one_op_say_what_their_parts_say(head_norms: bool, monkeypatch
                 assert one.logprob == pytest.approx(other.logprob, abs=0.06)
 
 
+def test_steps_replay_graphs_before_anything_is_compiled_and_answer_the_same_after() -> None:
+    torch._dynamo.reset()
+    llm = LLM(CONFIG, load_format="dummy", dtype="bfloat16", compile="background", **SMALL)
+    engine, batch = llm.engine, prompts(6, vocab=1024)
+    params = [
+        SamplingParams(temperature=temperature, seed=7, max_tokens=6, ignore_eos=True, logprobs=3)
+        for temperature in (0, 0.8, 0, 0.8, 0, 0.8)
+    ]
+    first = llm.generate(batch[:1], greedy(2))
+    engine.add(batch[0], greedy(40))
+    for _ in range(4):
+        engine.step()
+    _, launches = profiled(engine, 10)
+    assert launches == 10
+    assert not engine.runner.is_compiled
+    while engine.has_work:
+        engine.step()
+    before = llm.generate(batch, params)
+    while engine.has_idle_work:
+        engine.work_while_idle()
+    assert engine.runner.is_compiled
+    graphs = counters["stats"]["unique_graphs"]
+    assert llm.generate(batch[:1], greedy(2))[0].token_ids == first[0].token_ids
+    for ours, theirs in zip(llm.generate(batch, params), before, strict=True):
+        for index, (one, other) in enumerate(zip(ours.logprobs, theirs.logprobs, strict=True)):
+            if ours.token_ids[:index] != theirs.token_ids[:index]:
+                break
+            assert one.logprob == pytest.approx(other.logprob, abs=0.06)
+    engine.add(batch[0], greedy(40))
+    for _ in range(4):
+        engine.step()
+    assert profiled(engine, 10)[1] == 10
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
 def test_many_batch_sizes_without_a_recompilation() -> None:
     torch._dynamo.reset()
     counters.clear()

@@ -186,7 +186,7 @@ def test_a_compiler_that_fails_amid_a_step_of_all_ranks_ends_them(directory, mon
             raise RuntimeError("no compiler here")
 
     try:
-        monkeypatch.setattr(runner, "_compile_cpu", fail)
+        monkeypatch.setattr(runner, "_compile_in_pieces", fail)
         with pytest.raises(TensorParallelError, match="no compiler here"):
             runner.compile()
     finally:

@@ -1,19 +1,31 @@
 """How many tokens to guess for each sequence in the next step, so that the batch makes most tokens a second.
 
 A guess is worth the chance that it and all before it are right, and costs what the step takes longer for another token.
-Both are learned: the chance from each sequence's own guesses, the seconds from steps of so many tokens. Where no guess
-pays there are none, but for one now and then that finds out whether that has changed.
+Both are learned: the chance from each sequence's own guesses, the seconds from steps of so many tokens. A step in which
+every sequence has as many guesses is another kind than one in which they differ, and may take half as long; so the
+number of guesses that would be best for each is compared with the one that would be best for all.
+
+Where no guess pays there are none, but for one now and then that finds out whether that has changed.
 """
 
+import bisect
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
 
 _PRIOR, _PRIOR_WEIGHT = 0.6, 2.0  # a sequence's chance before anything is known of it, and how many guesses that counts
 _FORGETTING = 0.93  # of what was known of a chance, by each later step that guesses
 _LEARNING = 0.15  # of a new time in the mean of a cost
+_FIRST_TIMES = 3  # of which the least counts: they may include what is done once
+_STRANGE = 0.3  # how far off its mean a time may be; something else held up what is farther off
 _LEAST_GAIN = 1.01  # more tokens a second than without guesses, lest noise decide
 _LEAST_HOPE = 1.15  # the same, of guesses that are all right, for one to be tried now and then
 _PROBE_FIRST, _PROBE_LAST = 16, 256  # steps without a guess before one is tried
+_CLEAR_GAIN = 1.5  # with so many more tokens a second it does not matter what a step without guesses takes exactly
+_LONGEST_RUN = 32  # steps with guesses, else, before one without shows what that takes by now
 
 
 @dataclass(slots=True)
@@ -28,10 +40,10 @@ class Acceptance:
     idle_steps: int = 0
     patience: int = _PROBE_FIRST
 
-    def all_right(self, count: int) -> float:
-        """The chance that the first `count` guesses of a step are all right."""
+    def chances(self, count: int) -> list[float]:
+        """The chance that the first guess of a step is right, that the first two are, and so on to all `count`."""
         first, later = (min(0.98, right / tried) for right, tried in zip(self.right, self.tried, strict=True))
-        return first * later ** (count - 1)
+        return [first * later**place for place in range(count)]
 
     def observe(self, num_drafts: int, num_right: int) -> None:
         """Of `num_drafts` guesses the first `num_right` were right, the next one, if any, was wrong, others unknown."""
@@ -46,46 +58,96 @@ class Acceptance:
             self.idle_steps = 0
 
 
+@dataclass(slots=True)
+class Cost:
+    """Seconds of something that is done again and again: a mean that follows slowly, and no single time far."""
+
+    seconds: float
+    times: int = 1
+
+    def observe(self, seconds: float) -> None:
+        self.times += 1
+        if self.times <= _FIRST_TIMES:
+            self.seconds = min(self.seconds, seconds)
+        else:
+            most = _STRANGE * self.seconds
+            self.seconds += _LEARNING * max(-most, min(most, seconds - self.seconds))
+
+
 class StepCosts:
-    """Seconds of a step by the number of its tokens: a mean that follows slowly, and straight lines in between."""
+    """Seconds of a step by the number of its tokens, on straight lines between those that were seen.
+
+    Beyond the largest that was seen a token is thought to be free: it is tried.
+    """
 
     def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
+        self._costs: dict[int, Cost] = {}
+        self._sizes: list[int] = []
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         size = _rounded(num_tokens)
-        self._seconds[size] = _learned(self._seconds.get(size), seconds)
+        if size in self._costs:
+            self._costs[size].observe(seconds)
+        else:
+            self._costs[size] = Cost(seconds)
+            bisect.insort(self._sizes, size)
 
     def of(self, num_tokens: int) -> float | None:
-        """None while no step was seen. Beyond the largest that was seen a token is thought to be free: it is tried."""
-        if not self._seconds:
-            return None
-        size = _rounded(num_tokens)
-        if size in self._seconds:
-            return self._seconds[size]
-        below = max((known for known in self._seconds if known < size), default=None)
-        above = min((known for known in self._seconds if known > size), default=None)
-        if below is None or above is None:
-            return self._seconds[below if above is None else above]  # type: ignore[index]
-        share = (size - below) / (above - below)
-        return self._seconds[below] * (1 - share) + self._seconds[above] * share
+        """None while no step was seen."""
+        cost = self._costs.get(_rounded(num_tokens))
+        return cost.seconds if cost is not None else self.of_each([num_tokens])[0] if self._sizes else None
+
+    def of_each(self, num_tokens: list[int]) -> list[float]:
+        """Of several numbers of tokens. Some step must have been seen."""
+        sizes = [_rounded(number) for number in num_tokens]
+        found: list[float] = np.interp(sizes, self._sizes, [self._costs[size].seconds for size in self._sizes]).tolist()
+        return found
+
+
+class _Step(NamedTuple):
+    """What is chosen for.
+
+    chances: of all guesses that can be had for a sequence, as in `Acceptance.chances`. base: seconds without guesses.
+    draft_seconds: of a guess of each. behind: seconds to make up for what a draft model has not computed of a sequence.
+    """
+
+    chances: Mapping[int, list[float]]
+    num_sequences: int
+    base: float
+    draft_seconds: float
+    behind: Mapping[int, float]
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second without guesses."""
+        return self.num_sequences / self.base
+
+    @property
+    def can_be_uniform(self) -> bool:
+        return len(self.chances) == self.num_sequences
 
 
 class DraftController:
     """Chooses the number of guesses of each sequence of a step that only decodes.
 
-    catch_up: seconds for each token that a draft model has not computed, and must before it guesses; None before any
-    was.
+    uniform: of steps in which each sequence has as many tokens, by the tokens of the step. ragged: of others.
+    draft: one guess of each of so many sequences.
+    catch_up: for each token that a draft model has not computed, and must before it guesses; None before any was.
     """
 
     def __init__(self) -> None:
-        self.verify = StepCosts()  # by the tokens of the step
-        self.draft = StepCosts()  # one guess of each of so many sequences
-        self.catch_up: float | None = None
+        self.uniform = StepCosts()
+        self.ragged = StepCosts()
+        self.draft = StepCosts()
+        self.catch_up: Cost | None = None
+        self._run = 0  # steps with guesses since the last one without
 
     def observe_catch_up(self, num_tokens: int, seconds: float) -> None:
         """Learn from a draft model that computed so many tokens before it guessed."""
-        self.catch_up = _learned(self.catch_up, seconds / num_tokens)
+        if self.catch_up is None:
+            self.catch_up = Cost(seconds / num_tokens)
+        else:
+            self.catch_up.observe(seconds / num_tokens)
 
     def choose(
         self,
@@ -99,83 +161,108 @@ class DraftController:
         available: the most that can be had for each sequence. num_sequences: of the step, those without guesses too.
         behind: tokens that a draft model must compute before it guesses for a sequence, for each step that may follow.
         """
-        base = self.verify.of(num_sequences)
+        base = self.uniform.of(num_sequences)
         if base is None:
             return {}
-        draft_seconds = self.draft.of(len(available)) or 0.0
+        catching_up = self.catch_up.seconds if self.catch_up is not None else 0.0
+        behind = {key: count * catching_up for key, count in (behind or {}).items()}
+        chances = {key: acceptance[key].chances(count) for key, count in available.items()}
+        step = _Step(chances, num_sequences, base, self.draft.of(len(available)) or 0.0, behind)
         # Most steps of a large batch end here: this runs before each of them.
-        most = max((acceptance[key].all_right(1) for key in available), default=0.0)
-        chosen: dict[int, int] = {}
-        if self._best_rate(available, num_sequences, base, draft_seconds, most) > num_sequences / base * _LEAST_GAIN:
-            chosen = self._best(available, acceptance, num_sequences, base, draft_seconds, behind or {})
-        could_pay: bool | None = None
+        most = max((each[0] for each in chances.values()), default=0.0)
+        rate, chosen = self._best(step) if self._best_rate(step, most) > step.rate * _LEAST_GAIN else (0.0, {})
+        self._run = self._run + 1 if chosen else 0
+        if self._run > _LONGEST_RUN and rate < step.rate * _CLEAR_GAIN:
+            self._run = 0
+            return {}
+        due = []
         for key in available.keys() - chosen.keys():
             own = acceptance[key]
             own.idle_steps += 1
             # Everybody's probes together must not be more than one sequence's would be.
             if own.idle_steps > own.patience * len(available):
-                if could_pay is None:
-                    best = self._best_rate(available, num_sequences, base, draft_seconds, 1.0)
-                    could_pay = best > num_sequences / base * _LEAST_HOPE
-                if could_pay:
-                    chosen[key] = min(2, available[key])
+                due.append(key)
+        if due and self._best_rate(step, 1.0) <= step.rate * _LEAST_HOPE:
+            for key in due:  # not asked again before as long
+                acceptance[key].idle_steps = 1
+        elif due and step.can_be_uniform and not chosen:  # costs less than guesses of one, and says more
+            return dict.fromkeys(available, 1)
+        else:
+            chosen.update((key, min(2, available[key])) for key in due)
         return chosen
 
-    def _best(
-        self,
-        available: Mapping[int, int],
-        acceptance: Mapping[int, Acceptance],
-        num_sequences: int,
-        base: float,
-        draft_seconds: float,
-        behind: Mapping[int, float],
-    ) -> dict[int, int]:
-        """The guesses that make most tokens a second; none where that is hardly more than without."""
-        # The best guesses first: the first of a sequence is always before its second.
+    def _best(self, step: _Step) -> tuple[float, dict[int, int]]:
+        """The guesses that make most tokens a second, and how many; none where that is hardly more than without."""
+        rate, chosen = max(self._best_of_each(step), self._best_of_all(step), key=lambda found: found[0])
+        return (rate, chosen) if rate > step.rate * _LEAST_GAIN else (0.0, {})
+
+    def _best_of_each(self, step: _Step) -> tuple[float, dict[int, int]]:
+        """Tokens a second where those guesses come first that are likeliest to stand, and which."""
+        # The first of a sequence is always before its second.
         worth = sorted(
-            (
-                (acceptance[key].all_right(place + 1), -place, key)
-                for key, most in available.items()
-                for place in range(most)
-            ),
+            ((chance, -place, key) for key, chances in step.chances.items() for place, chance in enumerate(chances)),
             reverse=True,
         )
-        expected, deepest, catching_up = float(num_sequences), 0, 0.0
-        best_rate, best = expected / base * _LEAST_GAIN, 0
+        sizes = list(range(step.num_sequences + 1, step.num_sequences + 1 + len(worth)))
+        alike, differing = (self._verifying(sizes, step.base, is_uniform=is_uniform) for is_uniform in (True, False))
+        expected, deepest, catching_up = float(step.num_sequences), 0, 0.0
+        best_rate, best = 0.0, 0
         for count, (gain, negative_place, key) in enumerate(worth, 1):
             expected += gain
             deepest = max(deepest, 1 - negative_place)
             if negative_place == 0:
-                catching_up += behind.get(key, 0.0) * (self.catch_up or 0.0)
-            seconds = self._verifying(num_sequences + count, base) + deepest * draft_seconds + catching_up
-            if expected / seconds > best_rate:
-                best_rate, best = expected / seconds, count
+                catching_up += step.behind.get(key, 0.0)
+            seconds = (alike if count == deepest * step.num_sequences else differing)[count - 1]
+            rate = expected / (seconds + deepest * step.draft_seconds + catching_up)
+            if rate > best_rate:
+                best_rate, best = rate, count
         chosen: dict[int, int] = {}
         for _, _, key in worth[:best]:
             chosen[key] = chosen.get(key, 0) + 1
-        return chosen
+        return best_rate, chosen
 
-    def _best_rate(
-        self, available: Mapping[int, int], num_sequences: int, base: float, draft_seconds: float, chance: float
-    ) -> float:
+    def _best_of_all(self, step: _Step) -> tuple[float, dict[int, int]]:
+        """Tokens a second with as many guesses of each sequence, and how many."""
+        expected, best_rate, best = float(step.num_sequences), 0.0, 0
+        catching_up = sum(step.behind.get(key, 0.0) for key in step.chances)
+        depths = range(1, 1 + min(map(len, step.chances.values()))) if step.can_be_uniform else ()
+        verifying = self._verifying([step.num_sequences * (1 + depth) for depth in depths], step.base, is_uniform=True)
+        for depth, seconds in zip(depths, verifying, strict=True):
+            expected += sum(chances[depth - 1] for chances in step.chances.values())
+            rate = expected / (seconds + depth * step.draft_seconds + catching_up)
+            if rate > best_rate:
+                best_rate, best = rate, depth
+        return best_rate, dict.fromkeys(step.chances, best)
+
+    def _best_rate(self, step: _Step, chance: float) -> float:
         """Most tokens a second, if every guess were right with that chance, whatever those before it were."""
-        width = max(1, len(available))
-        largest = num_sequences + sum(available.values())
-        # Of sizes that cost the same the largest is the best, unless the draft model has to run once more for it.
-        sizes = {min(largest, _rounded(size)) for size in range(num_sequences + 1, largest + 1)}
-        sizes.update(range(num_sequences + width, largest, width))
-        return max(
-            (
-                (num_sequences + chance * (size - num_sequences))
-                / (self._verifying(size, base) + -(-(size - num_sequences) // width) * draft_seconds)
-                for size in sizes
-            ),
-            default=0.0,
+        width = max(1, len(step.chances))
+        sizes, runs = _sizes_to_look_at(step.num_sequences, sum(map(len, step.chances.values())), width)
+        quickest = map(min, *(self._verifying(sizes, step.base, is_uniform=is_uniform) for is_uniform in (True, False)))
+        rates = (
+            (step.num_sequences + chance * (size - step.num_sequences)) / (seconds + count * step.draft_seconds)
+            for size, count, seconds in zip(sizes, runs, quickest, strict=True)
         )
+        return max(rates, default=0.0)
 
-    def _verifying(self, num_tokens: int, base: float) -> float:
-        """Seconds of a step of more tokens than one that takes `base`: it only seems to be faster."""
-        return max(base, self.verify.of(num_tokens) or base)
+    def _verifying(self, num_tokens: list[int], base: float, *, is_uniform: bool) -> list[float]:
+        """Seconds of steps of more tokens than one that takes `base`: they only seem to be faster."""
+        # Where none that differ were seen they are tried.
+        costs = self.uniform if is_uniform or self.ragged.of(1) is None else self.ragged
+        return [max(base, seconds) for seconds in costs.of_each(num_tokens)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _sizes_to_look_at(num_sequences: int, num_guesses: int, width: int) -> tuple[list[int], list[int]]:
+    """Tokens of the steps among which one is the fastest, and how often the draft model runs for each at least.
+
+    Of sizes that cost the same the largest is the best, unless the draft model has to run once more for it.
+    """
+    largest = num_sequences + num_guesses
+    sizes = {min(largest, _rounded(size)) for size in range(num_sequences + 1, largest + 1)}
+    sizes.update(range(num_sequences + width, largest, width))
+    ordered = sorted(sizes)
+    return ordered, [-(-(size - num_sequences) // width) for size in ordered]
 
 
 def predicted_speedup(chance: float, num_drafts: int, decode: float, verify: float, draft: float) -> float:
@@ -185,11 +272,6 @@ def predicted_speedup(chance: float, num_drafts: int, decode: float, verify: flo
     """
     expected = sum(chance**place for place in range(num_drafts + 1))
     return expected * decode / (verify + draft)
-
-
-def _learned(old: float | None, seconds: float) -> float:
-    # One time that something else held up says little.
-    return seconds if old is None else old + _LEARNING * (min(seconds, 2 * old) - old)
 
 
 def _rounded(num_tokens: int) -> int:

@@ -131,5 +131,7 @@ class Speculator:
             for place in range(num_right):
                 stood[place] += 1
         if step.work and all(work.samples and work.num_tokens == 1 + work.num_drafts for work in step.work):
-            self.controller.verify.observe(step.num_tokens, seconds)
+            is_uniform = len({work.num_tokens for work in step.work}) == 1
+            costs = self.controller.uniform if is_uniform else self.controller.ragged
+            costs.observe(step.num_tokens, seconds)
         return tuple(stood) if num_drafts else ()

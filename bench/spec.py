@@ -10,6 +10,7 @@ stand beside those that follow from costs and acceptance (arXiv:2211.17192, theo
 """
 
 import statistics
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import typer
@@ -68,12 +69,12 @@ class Work(NamedTuple):
 
 def compare(
     llm: LLM, speculator: Speculator, work: Work, output_tokens: int, rounds: int
-) -> tuple[list[float], list[Run]]:
-    """Ratios of tokens per second with the speculator to those without, taking turns, and the runs with it."""
+) -> tuple[list[list[Run]], list[list[Run]]]:
+    """The runs of each round without and with the speculator, which take turns."""
     prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in work.prompts]
-    ratios, runs = [], []
+    plain_rounds, spec_rounds = [], []
     for round_ in range(rounds + 1):
-        plain_seconds = spec_seconds = 0.0
+        plain_runs, spec_runs = [], []
         for first in range(0, len(prompts), work.concurrency):
             batch = prompts[first : first + work.concurrency]
             params = [
@@ -86,13 +87,22 @@ def compare(
                 found = run(llm, batch, params)
             if plain.tokens != found.tokens:
                 raise RuntimeError(f"{work.name}: answers with speculation differ from those without")
-            if round_ > 0:  # the first round warms up, and teaches the controller the costs
-                plain_seconds += plain.seconds
-                spec_seconds += found.seconds
-                runs.append(found)
-        if round_ > 0:
-            ratios.append(plain_seconds / spec_seconds)
-    return ratios, runs
+            plain_runs.append(plain)
+            spec_runs.append(found)
+        if round_ > 0:  # the first warms up, and teaches the controller the costs
+            plain_rounds.append(plain_runs)
+            spec_rounds.append(spec_runs)
+    return plain_rounds, spec_rounds
+
+
+def _ratios(
+    plain_rounds: list[list[Run]], spec_rounds: list[list[Run]], seconds: Callable[[Run], float]
+) -> list[float]:
+    """Of each round, what it took without over what it took with."""
+    return [
+        sum(map(seconds, plain)) / sum(map(seconds, spec))
+        for plain, spec in zip(plain_rounds, spec_rounds, strict=True)
+    ]
 
 
 def _by_place(runs: list[Run], most: int) -> list[float]:
@@ -118,7 +128,15 @@ def main(
     """What speculation is worth, and why."""
     settings = dict(locals())
     widths = sizes(concurrency)
-    columns = {"work": "", "c": "d", "speed-up": ".2fx", "predicted": "", "guesses a draft": ".2f", "stood": ".0%"}
+    columns = {
+        "work": "",
+        "c": "d",
+        "speed-up": ".2fx",
+        "to the end": ".2fx",
+        "predicted": "",
+        "guesses a draft": ".2f",
+        "stood": ".0%",
+    }
     report = Report("spec", settings, describe_machine(choose_device(device)), columns, output, plot)
     llm = load(
         model,
@@ -143,12 +161,25 @@ def main(
             works.append((Work("chat, draft", several, 0.0, width), draft_model))
             works.append((Work("chat, draft, temperature 1", several, 1.0, width), draft_model))
     for work, drafts in tqdm(works, desc="kinds of work", leave=False, disable=None):
-        ratios, runs = compare(llm, Speculator(most, drafts), work, output_tokens, rounds)
+        plain_rounds, spec_rounds = compare(llm, Speculator(most, drafts), work, output_tokens, rounds)
+        runs = [found for round_ in spec_rounds for found in round_]
+        ratios, to_the_end = (
+            _ratios(plain_rounds, spec_rounds, seconds)
+            for seconds in (lambda found: found.together, lambda found: found.seconds)
+        )
         drafted, guesses = sum(found.drafts for found in runs), sum(found.guesses for found in runs)
         stood = sum(sum(found.stood) for found in runs)
         ratio = statistics.median(ratios)
-        figures = {"speed_up": ratio, "ratios": ratios, "stood_by_place": _by_place(runs, most), "drafts": drafted}
-        cells = [work.name, work.concurrency, ratio, "", guesses / drafted if drafted else 0.0, stood / max(1, guesses)]
+        end = statistics.median(to_the_end)
+        figures = {
+            "speed_up": ratio,
+            "ratios": ratios,
+            "to_the_end": end,
+            "stood_by_place": _by_place(runs, most),
+            "drafts": drafted,
+        }
+        depth = guesses / drafted if drafted else 0.0
+        cells = [work.name, work.concurrency, ratio, end, "", depth, stood / max(1, guesses)]
         report.add({"work": work.name, "concurrency": work.concurrency}, figures, cells)
         report.point(f"c={work.concurrency}", work.name, ratio)
         places = ", ".join(f"{share:.0%}" for share in _by_place(runs, most))
@@ -193,26 +224,30 @@ def _simulate(
     """
     count = max(costs.verify, key=lambda n: predicted_speedup(chance, n, costs.decode, costs.verify[n], costs.draft[n]))
     params = [SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)] * width
-    ratios, runs, right_runs, plain_runs = [], [], [], []
+    plain_rounds, spec_rounds, right_runs = [], [], []
     for round_ in range(rounds):
+        plain_runs, runs = [], []
         for first in range(0, len(prompts), width):
             batch = prompts[first : first + width]
 
             def guessed(chance: float, batch: list[list[int]], answers: list[list[int]], seed: int) -> Run:
                 simulated = SimulatedDrafts(draft_model, chance, llm.engine.config.vocab_size, seed)
                 with speculating(llm, fixed(count, simulated)):
-                    found = run(llm, batch, params, simulated, answers, while_all_run=True)
+                    found = run(llm, batch, params, simulated, answers)
                 if found.tokens != answers:
                     raise RuntimeError("answers with speculation differ from those without")
                 return found
 
             with speculating(llm, None):
-                plain_runs.append(run(llm, batch, params, while_all_run=True))
+                plain_runs.append(run(llm, batch, params))
             answers = plain_runs[-1].tokens
             right_runs.append(guessed(1.0, batch, answers, 0))
             runs.append(guessed(chance, batch, answers, round_ * len(prompts) + first))
-        each = -(-len(prompts) // width)
-        ratios.append(_seconds(plain_runs[-each:]) / _seconds(runs[-each:]))
+        plain_rounds.append(plain_runs)
+        spec_rounds.append(runs)
+    ratios = _ratios(plain_rounds, spec_rounds, lambda found: found.together)
+    end = statistics.median(_ratios(plain_rounds, spec_rounds, lambda found: found.seconds))
+    plain_runs, runs = ([found for round_ in rounds_ for found in round_] for rounds_ in (plain_rounds, spec_rounds))
     decode, verify_and_draft, draft = (
         statistics.median(values)
         for values in (
@@ -225,13 +260,9 @@ def _simulate(
     guesses, stood = sum(found.guesses for found in runs), sum(sum(found.stood) for found in runs)
     name, ratio = f"simulated, {chance:g}", statistics.median(ratios)
     figures = {"speed_up": ratio, "predicted": predicted, "ratios": ratios, "guesses": count}
-    cells = [name, width, ratio, f"{predicted:.2f}x", float(count), stood / max(1, guesses)]
+    cells = [name, width, ratio, end, f"{predicted:.2f}x", float(count), stood / max(1, guesses)]
     report.add({"work": name, "concurrency": width, "acceptance": chance}, figures, cells)
     report.point(f"c={width}", name, ratio)
-
-
-def _seconds(runs: list[Run]) -> float:
-    return sum(found.seconds for found in runs)
 
 
 if __name__ == "__main__":

@@ -45,10 +45,15 @@ class SimulatedDrafts:
 
 
 class Run(NamedTuple):
-    """A workload, once. tokens: each prompt's answer. stood: guesses by place that stood; drafts, guesses: how many.
-    step_seconds, draft_seconds: of a step, and of them for guesses, on average."""
+    """A workload, once.
+
+    seconds: to the end of the last answer. together: what they would be, had all tokens come as fast as those while all
+    answers were under way; what follows is of that time too. step_seconds, draft_seconds: of a step, and of them for
+    guesses, on average. drafts, guesses: how many. stood: guesses by place that stood. tokens: each prompt's answer.
+    """
 
     seconds: float
+    together: float
     tokens: list[list[int]]
     step_seconds: float
     draft_seconds: float
@@ -63,14 +68,8 @@ def run(
     params: list[SamplingParams],
     simulated: SimulatedDrafts | None = None,
     answers: list[list[int]] | None = None,
-    *,
-    while_all_run: bool = False,
 ) -> Run:
-    """All prompts at once, timed from when each has its first token: what speculation changes is decoding.
-
-    while_all_run: until the first of them has its last token. That others are late, as chance will have it, does not
-    count then.
-    """
+    """All prompts at once, timed from when each has its first token: what speculation changes is decoding."""
     engine = llm.engine
     engine.records.clear()
     sequences = [engine.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
@@ -82,20 +81,22 @@ def run(
         engine.step()
     before = sum(sequence.num_output_tokens for sequence in sequences)
     started, steps = time.perf_counter(), len(engine.records)
-    while engine.has_work and not (while_all_run and any(sequence.finish_reason for sequence in sequences)):
+    while not any(sequence.finish_reason for sequence in sequences):
         engine.step()
-    seconds = time.perf_counter() - started
+    together = time.perf_counter() - started
     counted = sum(sequence.num_output_tokens for sequence in sequences) - before
     records = list(engine.records)[steps:]
     while engine.has_work:
         engine.step()
+    seconds = time.perf_counter() - started
     tokens = [list(sequence.output_token_ids) for sequence in sequences]
     stood = [0] * (engine.options.num_speculative_tokens)
     for record in records:
         for place, count in enumerate(record.num_stood):
             stood[place] += count
     return Run(
-        seconds * sum(map(len, tokens)) / counted,
+        seconds,
+        together * sum(map(len, tokens)) / counted,
         tokens,
         statistics.fmean(record.seconds for record in records),
         statistics.fmean(record.draft for record in records),

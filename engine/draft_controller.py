@@ -16,12 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-_PRIOR, _PRIOR_WEIGHT = 0.6, 2.0  # a sequence's chance before anything is known of it, and how many guesses that counts
-_FORGETTING = 0.93  # of what was known of a chance, by each later step that guesses
+_PRIOR, _PRIOR_WEIGHT = 0.6, 4.0  # a chance before anything is known of it, and how many guesses that counts
+_FORGETTING = 0.96  # what a guess counts once there is another after it, and so on
 _LEARNING = 0.15  # of a new time in the mean of a cost
 _FIRST_TIMES = 3  # of which the least counts: they may include what is done once
 _STRANGE = 0.3  # how far off its mean a time may be; something else held up what is farther off
-_LEAST_GAIN = 1.01  # more tokens a second than without guesses, lest noise decide
+_PACE_LEARNING = 0.2  # of a step in how fast the machine is just now
+_LEAST_GAIN = 1.03  # more tokens a second than without guesses, lest noise decide
+_LEAST_GAIN_OF_SEVERAL = 1.06  # answers that began together end apart then, and the last ones make a small batch
+_REST = 8  # steps for which it is thought to be as before, where there were no guesses
 _LEAST_HOPE = 1.15  # the same, of guesses that are all right, for one to be tried now and then
 _PROBE_FIRST, _PROBE_LAST = 16, 256  # steps without a guess before one is tried
 _CLEAR_GAIN = 1.5  # with so many more tokens a second it does not matter what a step without guesses takes exactly
@@ -33,12 +36,20 @@ class Acceptance:
     """The chance that a sequence's first guess of a step is right, and that a later one is if those before it are.
 
     They differ: a first guess follows a token that was hard to guess, and so is likelier to be an easy one.
+    forgetting: the share that is kept of what was known, at each further guess.
     """
 
     right: list[float] = field(default_factory=lambda: [_PRIOR * _PRIOR_WEIGHT] * 2)
     tried: list[float] = field(default_factory=lambda: [_PRIOR_WEIGHT] * 2)
     idle_steps: int = 0
     patience: int = _PROBE_FIRST
+    forgetting: float = _FORGETTING
+
+    def of_another(self) -> "Acceptance":
+        """What to think of a sequence of which nothing is known, if this is what is known of others."""
+        weights = [_PRIOR_WEIGHT] * 2
+        rights = zip(self.right, self.tried, weights, strict=True)
+        return Acceptance([right / tried * weight for right, tried, weight in rights], weights)
 
     def chances(self, count: int) -> list[float]:
         """The chance that the first guess of a step is right, that the first two are, and so on to all `count`."""
@@ -50,7 +61,7 @@ class Acceptance:
         known = num_right + (num_right < num_drafts)
         firsts = (min(num_right, 1), 1), (max(0, num_right - 1), known - 1)
         for place, (right, tried) in enumerate(firsts):
-            weight = _FORGETTING**tried
+            weight = self.forgetting**tried
             self.right[place] = self.right[place] * weight + right
             self.tried[place] = self.tried[place] * weight + tried
         if self.idle_steps:  # this was a probe
@@ -92,10 +103,19 @@ class StepCosts:
             self._costs[size] = Cost(seconds)
             bisect.insort(self._sizes, size)
 
+    def __bool__(self) -> bool:
+        """Whether any step was seen."""
+        return bool(self._sizes)
+
     def of(self, num_tokens: int) -> float | None:
         """None while no step was seen."""
+        found = self.known(num_tokens)
+        return found if found is not None or not self else self.of_each([num_tokens])[0]
+
+    def known(self, num_tokens: int) -> float | None:
+        """Of steps that were seen, and of those that are learned together with them."""
         cost = self._costs.get(_rounded(num_tokens))
-        return cost.seconds if cost is not None else self.of_each([num_tokens])[0] if self._sizes else None
+        return None if cost is None else cost.seconds
 
     def of_each(self, num_tokens: list[int]) -> list[float]:
         """Of several numbers of tokens. Some step must have been seen."""
@@ -123,6 +143,11 @@ class _Step(NamedTuple):
         return self.num_sequences / self.base
 
     @property
+    def least_rate(self) -> float:
+        """Tokens a second that guesses are to bring."""
+        return self.rate * (_LEAST_GAIN if self.num_sequences == 1 else _LEAST_GAIN_OF_SEVERAL)
+
+    @property
     def can_be_uniform(self) -> bool:
         return len(self.chances) == self.num_sequences
 
@@ -130,9 +155,13 @@ class _Step(NamedTuple):
 class DraftController:
     """Chooses the number of guesses of each sequence of a step that only decodes.
 
+    All costs are as if the machine were always as fast: how fast it is just now is learned from every step, and taken
+    out, or two costs that were learned at different times could not be compared.
+
     uniform: of steps in which each sequence has as many tokens, by the tokens of the step. ragged: of others.
     draft: one guess of each of so many sequences.
     catch_up: for each token that a draft model has not computed, and must before it guesses; None before any was.
+    pace: what a step takes now, of what it takes usually.
     """
 
     def __init__(self) -> None:
@@ -140,14 +169,30 @@ class DraftController:
         self.ragged = StepCosts()
         self.draft = StepCosts()
         self.catch_up: Cost | None = None
+        self.pace = 1.0
         self._run = 0  # steps with guesses since the last one without
+        self._rest, self._resting = 0, 0  # steps that are not thought about, if they are of so many sequences
+
+    def observe_step(self, num_tokens: int, seconds: float, *, is_uniform: bool) -> None:
+        """Learn from a step that only decoded or verified."""
+        costs = self.uniform if is_uniform else self.ragged
+        usual = costs.known(num_tokens)
+        if usual is not None:
+            apart = max(1 - _STRANGE, min(1 + _STRANGE, seconds / usual / self.pace))
+            self.pace *= 1 + _PACE_LEARNING * (apart - 1)
+        costs.observe(num_tokens, seconds / self.pace)
+
+    def observe_draft(self, num_sequences: int, seconds: float) -> None:
+        """Learn from a guess of each of so many sequences."""
+        self.draft.observe(num_sequences, seconds / self.pace)
 
     def observe_catch_up(self, num_tokens: int, seconds: float) -> None:
         """Learn from a draft model that computed so many tokens before it guessed."""
+        each = seconds / num_tokens / self.pace
         if self.catch_up is None:
-            self.catch_up = Cost(seconds / num_tokens)
+            self.catch_up = Cost(each)
         else:
-            self.catch_up.observe(seconds / num_tokens)
+            self.catch_up.observe(each)
 
     def choose(
         self,
@@ -164,14 +209,20 @@ class DraftController:
         base = self.uniform.of(num_sequences)
         if base is None:
             return {}
+        if self._rest and self._resting == len(available) == num_sequences:
+            self._rest -= 1
+            for key in available:
+                acceptance[key].idle_steps += 1
+            return {}
         catching_up = self.catch_up.seconds if self.catch_up is not None else 0.0
         behind = {key: count * catching_up for key, count in (behind or {}).items()}
         chances = {key: acceptance[key].chances(count) for key, count in available.items()}
         step = _Step(chances, num_sequences, base, self.draft.of(len(available)) or 0.0, behind)
-        # Most steps of a large batch end here: this runs before each of them.
+        # This runs before each step: most of a large batch end here.
         most = max((each[0] for each in chances.values()), default=0.0)
-        rate, chosen = self._best(step) if self._best_rate(step, most) > step.rate * _LEAST_GAIN else (0.0, {})
+        rate, chosen = self._best(step) if self._best_rate(step, most) > step.least_rate else (0.0, {})
         self._run = self._run + 1 if chosen else 0
+        self._rest, self._resting = (0 if chosen else _REST), num_sequences
         if self._run > _LONGEST_RUN and rate < step.rate * _CLEAR_GAIN:
             self._run = 0
             return {}
@@ -194,7 +245,7 @@ class DraftController:
     def _best(self, step: _Step) -> tuple[float, dict[int, int]]:
         """The guesses that make most tokens a second, and how many; none where that is hardly more than without."""
         rate, chosen = max(self._best_of_each(step), self._best_of_all(step), key=lambda found: found[0])
-        return (rate, chosen) if rate > step.rate * _LEAST_GAIN else (0.0, {})
+        return (rate, chosen) if rate > step.least_rate else (0.0, {})
 
     def _best_of_each(self, step: _Step) -> tuple[float, dict[int, int]]:
         """Tokens a second where those guesses come first that are likeliest to stand, and which."""
@@ -248,7 +299,7 @@ class DraftController:
     def _verifying(self, num_tokens: list[int], base: float, *, is_uniform: bool) -> list[float]:
         """Seconds of steps of more tokens than one that takes `base`: they only seem to be faster."""
         # Where none that differ were seen they are tried.
-        costs = self.uniform if is_uniform or self.ragged.of(1) is None else self.ragged
+        costs = self.uniform if is_uniform or not self.ragged else self.ragged
         return [max(base, seconds) for seconds in costs.of_each(num_tokens)]
 
 

@@ -228,7 +228,7 @@ class Runner:
         return compile_pieces(parts, self.chooser.vocab_size, self.block_size, self._max_num_seqs, self.device)
 
     def take(self, compiled: Compiled) -> None:
-        """Run what was compiled from the next step on, with no step under way. Every graph of it has been traced."""
+        """Run what was compiled from the next step on. Every graph of it has been traced."""
         self._functions = compiled.model or self._eager
         self.chooser.functions = compiled.chooser
         try:
@@ -415,9 +415,12 @@ class Runner:
 
     @torch.inference_mode()
     def record(self) -> None:
-        """Record the graphs of all steps but the largest, of functions as they are now: compiled ones, once traced."""
-        self._graphs = None  # whose memory the new ones may have
+        """Record the graphs of all steps but the largest, of functions as they are now: compiled ones, once traced.
+
+        Waits for a step that is under way, whose inputs it overwrites.
+        """
         torch.cuda.synchronize(self.device)
+        self._graphs = None  # whose memory the new ones may have
 
         def prepare(shape: StepShape) -> Callable[[], Outputs]:
             fill(self._zeroed_inputs(shape), (), self.block_size, {})

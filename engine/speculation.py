@@ -20,6 +20,7 @@ from engine.recorded_draft_loop import Guesses
 from engine.sequence import Sequence
 from engine.step import Step, StepResult
 
+_LONG_MEMORY = 0.998  # as `Acceptance.forgetting`, of all sequences together: what the next one begins with
 _HORIZON = 32  # steps that a sequence is thought to go on with guesses, once it has begun
 
 
@@ -27,7 +28,7 @@ _HORIZON = 32  # steps that a sequence is thought to go on with guesses, once it
 class Drafting:
     """What is kept for one sequence."""
 
-    acceptance: Acceptance = field(default_factory=Acceptance)
+    acceptance: Acceptance
     ngrams: NgramIndex = field(default_factory=NgramIndex)
 
 
@@ -60,6 +61,7 @@ class Speculator:
         self.draft_model = draft_model
         self.is_adaptive = is_adaptive
         self.controller = DraftController()
+        self._usual = Acceptance(forgetting=_LONG_MEMORY)
         self.num_wanted = 0
         self.guesses: Guesses | None = None
         self._guessing: _Guessing | None = None
@@ -74,7 +76,7 @@ class Speculator:
         available: dict[int, int] = {}
         for sequence in decoding:
             if sequence.drafting is None:
-                sequence.drafting = Drafting()
+                sequence.drafting = Drafting(self._usual.of_another())
             if self.draft_model is None:
                 drafts = sequence.drafting.ngrams.propose(sequence.token_ids, self.max_num_drafts)
                 sequence.draft_token_ids = drafts
@@ -115,7 +117,7 @@ class Speculator:
         if self._guessing is not None:
             # The host's time counts where it is not hidden behind the device's.
             whole = self._guessing.seconds if self.guesses is None else draft_seconds
-            self.controller.draft.observe(self._guessing.num_sequences, whole / self._guessing.runs)
+            self.controller.observe_draft(self._guessing.num_sequences, whole / self._guessing.runs)
             self._guessing = None
         stood = [0] * self.max_num_drafts
         num_drafts = 0
@@ -128,10 +130,10 @@ class Speculator:
             num_drafts += work.num_drafts
             if sequence.drafting is not None:
                 sequence.drafting.acceptance.observe(work.num_drafts, num_right)
+                self._usual.observe(work.num_drafts, num_right)
             for place in range(num_right):
                 stood[place] += 1
         if step.work and all(work.samples and work.num_tokens == 1 + work.num_drafts for work in step.work):
             is_uniform = len({work.num_tokens for work in step.work}) == 1
-            costs = self.controller.uniform if is_uniform else self.controller.ragged
-            costs.observe(step.num_tokens, seconds)
+            self.controller.observe_step(step.num_tokens, seconds, is_uniform=is_uniform)
         return tuple(stood) if num_drafts else ()

@@ -153,7 +153,7 @@ def test_without_guesses_of_some_the_others_pay_as_steps_that_differ() -> None:
 def test_all_are_tried_at_once_where_they_can_be() -> None:
     controller = differing(1.0, 1.0)
     chances = {key: known(0.02) for key in range(4)}
-    tried = [controller.choose(dict.fromkeys(chances, 5), chances, 4) for _ in range(70)]
+    tried = [controller.choose(dict.fromkeys(chances, 5), chances, 4) for _ in range(90)]
     assert [one for one in tried if one] == [dict.fromkeys(chances, 1)] * sum(map(bool, tried))
     assert any(tried)
 

@@ -24,7 +24,8 @@ _STRANGE = 0.3  # how far off its mean a time may be; something else held up wha
 _PACE_LEARNING = 0.2  # of a step in how fast the machine is just now
 _LEAST_GAIN = 1.03  # more tokens a second than without guesses, lest noise decide
 _LEAST_GAIN_OF_SEVERAL = 1.06  # answers that began together end apart then, and the last ones make a small batch
-_REST = 8  # steps for which it is thought to be as before, where there were no guesses
+_REST = 8  # steps for which it is thought to be as before, where guesses of all of so many sequences did not pay
+_RESTING_SEQUENCES = 4
 _LEAST_HOPE = 1.15  # the same, of guesses that are all right, for one to be tried now and then
 _PROBE_FIRST, _PROBE_LAST = 16, 256  # steps without a guess before one is tried
 _CLEAR_GAIN = 1.5  # with so many more tokens a second it does not matter what a step without guesses takes exactly
@@ -222,7 +223,8 @@ class DraftController:
         most = max((each[0] for each in chances.values()), default=0.0)
         rate, chosen = self._best(step) if self._best_rate(step, most) > step.least_rate else (0.0, {})
         self._run = self._run + 1 if chosen else 0
-        self._rest, self._resting = (0 if chosen else _REST), num_sequences
+        rests = not chosen and len(available) == num_sequences >= _RESTING_SEQUENCES
+        self._rest, self._resting = (_REST if rests else 0), num_sequences
         if self._run > _LONGEST_RUN and rate < step.rate * _CLEAR_GAIN:
             self._run = 0
             return {}

@@ -183,3 +183,12 @@ def test_a_time_that_something_else_held_up_says_little() -> None:
     for _ in range(40):
         cost.observe(20.0)
     assert cost.seconds == pytest.approx(20.0, rel=0.02)
+
+
+def test_guesses_that_come_up_seldom_are_made_when_they_do() -> None:
+    """As n-grams are found: a step in which there were none says nothing about the next one."""
+    controller = taught(10.0, 0.1, 0.0)
+    acceptance = {1: known(0.9)}
+    for step in range(60):
+        available = {1: 5} if step % 3 == 0 else {}
+        assert bool(controller.choose(available, acceptance, 1)) == bool(available)

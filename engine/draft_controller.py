@@ -8,25 +8,21 @@ number of guesses that would be best for each is compared with the one that woul
 Where no guess pays there are none, but for one now and then that finds out whether that has changed.
 """
 
-import bisect
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
+from engine.step_costs import STRANGE, Cost, StepCosts, rounded
 
 _PRIOR, _PRIOR_WEIGHT = 0.6, 4.0  # a chance before anything is known of it, and how many guesses that counts
 _FORGETTING = 0.96  # what a guess counts once there is another after it, and so on
-_LEARNING = 0.15  # of a new time in the mean of a cost
-_FIRST_TIMES = 3  # of which the least counts: they may include what is done once
-_STRANGE = 0.3  # how far off its mean a time may be; something else held up what is farther off
-_PACE_LEARNING = 0.2  # of a step in how fast the machine is just now
+_PACE_LEARNING = 0.3  # of a step in how fast the machine is just now
 _LEAST_GAIN = 1.03  # more tokens a second than without guesses, lest noise decide
 _LEAST_GAIN_OF_SEVERAL = 1.06  # answers that began together end apart then, and the last ones make a small batch
+_LEAST_HOPE = 1.15  # the same, of guesses that are all right, for one to be tried now and then
 _REST = 8  # steps for which it is thought to be as before, where guesses of all of so many sequences did not pay
 _RESTING_SEQUENCES = 4
-_LEAST_HOPE = 1.15  # the same, of guesses that are all right, for one to be tried now and then
 _PROBE_FIRST, _PROBE_LAST = 16, 256  # steps without a guess before one is tried
 _CLEAR_GAIN = 1.5  # with so many more tokens a second it does not matter what a step without guesses takes exactly
 _LONGEST_RUN = 32  # steps with guesses, else, before one without shows what that takes by now
@@ -68,61 +64,6 @@ class Acceptance:
         if self.idle_steps:  # this was a probe
             self.patience = _PROBE_FIRST if num_right else min(_PROBE_LAST, 2 * self.patience)
             self.idle_steps = 0
-
-
-@dataclass(slots=True)
-class Cost:
-    """Seconds of something that is done again and again: a mean that follows slowly, and no single time far."""
-
-    seconds: float
-    times: int = 1
-
-    def observe(self, seconds: float) -> None:
-        self.times += 1
-        if self.times <= _FIRST_TIMES:
-            self.seconds = min(self.seconds, seconds)
-        else:
-            most = _STRANGE * self.seconds
-            self.seconds += _LEARNING * max(-most, min(most, seconds - self.seconds))
-
-
-class StepCosts:
-    """Seconds of a step by the number of its tokens, on straight lines between those that were seen.
-
-    Beyond the largest that was seen a token is thought to be free: it is tried.
-    """
-
-    def __init__(self) -> None:
-        self._costs: dict[int, Cost] = {}
-        self._sizes: list[int] = []
-
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        size = _rounded(num_tokens)
-        if size in self._costs:
-            self._costs[size].observe(seconds)
-        else:
-            self._costs[size] = Cost(seconds)
-            bisect.insort(self._sizes, size)
-
-    def __bool__(self) -> bool:
-        """Whether any step was seen."""
-        return bool(self._sizes)
-
-    def of(self, num_tokens: int) -> float | None:
-        """None while no step was seen."""
-        found = self.known(num_tokens)
-        return found if found is not None or not self else self.of_each([num_tokens])[0]
-
-    def known(self, num_tokens: int) -> float | None:
-        """Of steps that were seen, and of those that are learned together with them."""
-        cost = self._costs.get(_rounded(num_tokens))
-        return None if cost is None else cost.seconds
-
-    def of_each(self, num_tokens: list[int]) -> list[float]:
-        """Of several numbers of tokens. Some step must have been seen."""
-        sizes = [_rounded(number) for number in num_tokens]
-        found: list[float] = np.interp(sizes, self._sizes, [self._costs[size].seconds for size in self._sizes]).tolist()
-        return found
 
 
 class _Step(NamedTuple):
@@ -179,7 +120,7 @@ class DraftController:
         costs = self.uniform if is_uniform else self.ragged
         usual = costs.known(num_tokens)
         if usual is not None:
-            apart = max(1 - _STRANGE, min(1 + _STRANGE, seconds / usual / self.pace))
+            apart = max(1 - STRANGE, min(1 + STRANGE, seconds / usual / self.pace))
             self.pace *= 1 + _PACE_LEARNING * (apart - 1)
         costs.observe(num_tokens, seconds / self.pace)
 
@@ -312,7 +253,7 @@ def _sizes_to_look_at(num_sequences: int, num_guesses: int, width: int) -> tuple
     Of sizes that cost the same the largest is the best, unless the draft model has to run once more for it.
     """
     largest = num_sequences + num_guesses
-    sizes = {min(largest, _rounded(size)) for size in range(num_sequences + 1, largest + 1)}
+    sizes = {min(largest, rounded(size)) for size in range(num_sequences + 1, largest + 1)}
     sizes.update(range(num_sequences + width, largest, width))
     ordered = sorted(sizes)
     return ordered, [-(-(size - num_sequences) // width) for size in ordered]
@@ -325,11 +266,3 @@ def predicted_speedup(chance: float, num_drafts: int, decode: float, verify: flo
     """
     expected = sum(chance**place for place in range(num_drafts + 1))
     return expected * decode / (verify + draft)
-
-
-def _rounded(num_tokens: int) -> int:
-    """Sizes that are learned together: every one to 16, then every eighth of a power of two."""
-    if num_tokens <= 16:
-        return num_tokens
-    unit = 1 << (num_tokens.bit_length() - 4)
-    return -(-num_tokens // unit) * unit

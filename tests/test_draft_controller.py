@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.draft_controller import Acceptance, Cost, DraftController, _Step, predicted_speedup
+from engine.draft_controller import Acceptance, DraftController, _Step, predicted_speedup
+from engine.step_costs import Cost
 
 
 def taught(decode: float, per_token: float, draft: float, sequences: int = 1) -> DraftController:
@@ -180,7 +181,7 @@ def test_a_time_that_something_else_held_up_says_little() -> None:
     for seconds in (10.0, 11.0, 10.0, 90.0, 10.0, 10.0, 90.0, 10.0, 10.0, 10.0):
         cost.observe(seconds)
     assert cost.seconds == pytest.approx(10.0, rel=0.06)
-    for _ in range(40):
+    for _ in range(100):
         cost.observe(20.0)
     assert cost.seconds == pytest.approx(20.0, rel=0.02)
 
@@ -192,3 +193,30 @@ def test_guesses_that_come_up_seldom_are_made_when_they_do() -> None:
     for step in range(60):
         available = {1: 5} if step % 3 == 0 else {}
         assert bool(controller.choose(available, acceptance, 1)) == bool(available)
+
+
+def test_costs_that_were_learned_while_the_machine_was_slower_are_no_higher() -> None:
+    """First a step without guesses, then ones with, while everything takes half as long again."""
+    controller = DraftController()
+    for _ in range(40):
+        controller.observe_step(1, 10.0, is_uniform=True)
+        controller.observe_step(2, 11.0, is_uniform=True)
+    for _ in range(100):
+        controller.observe_step(2, 16.5, is_uniform=True)
+        controller.observe_draft(1, 1.5)
+    decode, verify, draft = controller.uniform.of(1), controller.uniform.of(2), controller.draft.of(1)
+    assert decode is not None
+    assert verify == pytest.approx(1.1 * decode, rel=0.08)
+    assert draft == pytest.approx(0.1 * decode, rel=0.08)
+
+
+def test_a_new_sequence_is_thought_to_be_like_those_before_it() -> None:
+    others = Acceptance(forgetting=0.998)
+    for step in range(400):
+        others.observe(2, (0, 0, 0, 1)[step % 4])
+    assert Acceptance().chances(1)[0] > 0.5
+    new = others.of_another()
+    assert new.chances(2) == pytest.approx([0.25, 0.0], abs=0.02)
+    for _ in range(20):
+        new.observe(2, 2)
+    assert new.chances(1)[0] > 0.6

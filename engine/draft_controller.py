@@ -17,6 +17,7 @@ from engine.step_costs import STRANGE, Cost, StepCosts, rounded
 
 _PRIOR, _PRIOR_WEIGHT = 0.6, 4.0  # a chance before anything is known of it, and how many guesses that counts
 _FORGETTING = 0.96  # what a guess counts once there is another after it, and so on
+_WELL_KNOWN = 10  # times that a step was seen before it tells how fast the machine is
 _PACE_LEARNING = 0.3  # of a step in how fast the machine is just now
 _LEAST_GAIN = 1.03  # more tokens a second than without guesses, lest noise decide
 _LEAST_GAIN_OF_SEVERAL = 1.06  # answers that began together end apart then, and the last ones make a small batch
@@ -118,7 +119,7 @@ class DraftController:
     def observe_step(self, num_tokens: int, seconds: float, *, is_uniform: bool) -> None:
         """Learn from a step that only decoded or verified."""
         costs = self.uniform if is_uniform else self.ragged
-        usual = costs.known(num_tokens)
+        usual = costs.known(num_tokens, _WELL_KNOWN)
         if usual is not None:
             apart = max(1 - STRANGE, min(1 + STRANGE, seconds / usual / self.pace))
             self.pace *= 1 + _PACE_LEARNING * (apart - 1)

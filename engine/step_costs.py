@@ -53,10 +53,10 @@ class StepCosts:
         found = self.known(num_tokens)
         return found if found is not None or not self else self.of_each([num_tokens])[0]
 
-    def known(self, num_tokens: int) -> float | None:
-        """Of steps that were seen, and of those that are learned together with them."""
+    def known(self, num_tokens: int, times: int = 1) -> float | None:
+        """Of steps that were seen so many times, and of those that are learned together with them."""
         cost = self._costs.get(rounded(num_tokens))
-        return None if cost is None else cost.seconds
+        return None if cost is None or cost.times < times else cost.seconds
 
     def of_each(self, num_tokens: list[int]) -> list[float]:
         """Of several numbers of tokens. Some step must have been seen."""

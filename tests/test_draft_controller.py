@@ -220,3 +220,13 @@ def test_a_new_sequence_is_thought_to_be_like_those_before_it() -> None:
     for _ in range(20):
         new.observe(2, 2)
     assert new.chances(1)[0] > 0.6
+
+
+def test_what_is_slow_the_first_time_says_nothing_about_the_machine() -> None:
+    controller = DraftController()
+    for _ in range(40):
+        controller.observe_step(1, 10.0, is_uniform=True)
+    for seconds in (60.0, 15.0, 14.0):
+        controller.observe_step(5, seconds, is_uniform=False)
+    assert controller.pace == pytest.approx(1.0)
+    assert controller.ragged.of(5) == pytest.approx(14.0)

@@ -57,7 +57,7 @@ TIMINGS = [
     Part("layers swept", ["-m", "bench.layer", "--rows", "", "--sweep"], 240),
     Part("cold start and step, c=1", ["-m", "bench.profile_step", "--model", MODEL], 150),
     Part("warm start and step, c=1", ["-m", "bench.profile_step", "--model", MODEL], 120),
-    Part("warm start of a server, c=32", [*_SERVER, "--concurrency", "32"], 120),
+    Part("server start and step, c=32", [*_SERVER, "--concurrency", "32"], 120),
     Part("throughput", [*_THROUGHPUT, "--concurrency", "1,6,16,32,128"], 240),
     Part("prefill 2048", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "2048", "--output-tokens", "1"], 120),
     Part("prefill 8192", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "8192", "--output-tokens", "1"], 120),

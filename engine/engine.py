@@ -160,7 +160,8 @@ class Engine:
             case "startup":
                 with self._phase("compile"):
                     self.runner.compile(self._show_progress)
-                if self.runner.is_compiled:
+                # Ranks on CUDA compile other graphs, and their order does not say so.
+                if self.runner.is_compiled and not (self._ranks is not None and self.device.type == "cuda"):
                     marker(self._order()).touch()  # a later start need not look
             case "background":
                 if self.device.type == "cuda":

@@ -3,7 +3,8 @@
 #include <cstdint>
 #include <vector>
 
-#ifdef __AVX512BF16__
+#include "tiles.h"
+#ifdef DISPEC_TILES
 #include "parts.h"
 
 namespace {

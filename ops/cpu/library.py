@@ -19,7 +19,7 @@ from pathlib import Path
 import platformdirs
 
 _SOURCES = ("linear.cpp", "attention.cpp", "prefill.cpp", "kv_cache.cpp", "rotary.cpp", "argmax.cpp", "layer.cpp")
-_HEADERS = ("parts.h", "tiles.h", "vectors.h")
+_HEADERS = ("parts.h", "tiles.h", "tiles_avx2.h", "tiles_avx512.h", "vectors.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-w")
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
@@ -59,7 +59,7 @@ _SIGNATURES = {
 def library() -> ctypes.CDLL | None:
     """The library, or None, with a warning, where it cannot be built; `DISPEC_CPU_KERNELS=off` does without it.
 
-    What it lacks on this CPU is absent: `dispec_linear` and `dispec_pack` need AVX512-BF16.
+    What it lacks on this CPU is absent: what multiplies by tiles needs AVX512-BF16 or AVX2.
     """
     if os.environ.get("DISPEC_CPU_KERNELS", "on") == "off":
         return None

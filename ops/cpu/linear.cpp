@@ -1,7 +1,7 @@
-// Products of a few to many rows with a packed bf16 weight, on AVX512-BF16.
+// Products of a few to many rows with a packed bf16 weight.
 //
 // A weight [N, K] is packed into tiles: see tiles.h. A tile is read from its beginning to its end, so at few rows the
-// product runs at the speed of memory, and up to 12 rows share each load, so at many it runs at that of the multipliers.
+// product runs at the speed of memory, and several rows share each load, so at many it runs at that of the multipliers.
 //
 // Each output is one chain of additions over K in order, whatever the number of rows and threads: a row's results
 // do not depend on the rows beside it, not in the last bit.
@@ -10,56 +10,35 @@
 // threads costs as much as the arithmetic in it: the norm of the input, the gate of an MLP, the residual connection.
 // Every rounding to bf16 is where the separate operations have it.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
-#ifdef __AVX512BF16__  // elsewhere the library lacks these functions, and whoever loads it sees that
-#include "parts.h"
 #include "tiles.h"
+#ifdef DISPEC_TILES
+#include "parts.h"
 
 namespace {
 
 constexpr int64_t AHEAD = 2048;  // bytes of weight fetched before they are needed
 
-inline int32_t pair_of(const uint16_t *x, int64_t pair, int64_t k) {
-    int32_t both = 0;
-    std::memcpy(&both, x + 2 * pair, 2 * pair + 1 < k ? 4 : 2);
-    return both;
-}
-
-inline __m512 widened(__m256i x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
-
-// Sixteen sums, rounded, into `to`; plus `residual`, rounded again, where there is one.
-inline void finish(__m512 sums, const uint16_t *residual, uint16_t *to, __mmask16 mask) {
-    __m256i rounded = (__m256i)_mm512_cvtneps_pbh(sums);
-    if (residual)
-        rounded = (__m256i)_mm512_cvtneps_pbh(widened(rounded) + widened(_mm256_maskz_loadu_epi16(mask, residual)));
-    _mm256_mask_storeu_epi16(to, mask, rounded);
-}
-
-// `residual` is null or lies as `out` does. `next` is what to fetch meanwhile, as many cache lines as the tile has pairs;
-// null means this very tile, a little ahead of its use.
+// x as `Rows` has it. `residual` is null or lies as
+// `out` does. `next` is what to fetch meanwhile, as many cache lines as the tile has pairs; null means this very tile, a
+// little ahead of its use.
 template <int ROWS>
-void tile_product(const uint16_t *x, int64_t x_stride, const uint16_t *tile, const uint16_t *bias,
+void tile_product(const Input *x, int64_t x_stride, const uint16_t *tile, const uint16_t *bias,
                   const uint16_t *residual, const char *next, uint16_t *out, int64_t out_stride, int64_t k, int width) {
-    __m512 sums[ROWS][2];
-    const __mmask16 low = _cvtu32_mask16(width >= 16 ? 0xffff : (1u << width) - 1);
-    const __mmask16 high = _cvtu32_mask16(width >= 32 ? 0xffff : width > 16 ? (1u << (width - 16)) - 1 : 0);
-    __m512 first = _mm512_setzero_ps(), second = _mm512_setzero_ps();
-    if (bias) {
-        first = widened(_mm256_maskz_loadu_epi16(low, bias));
-        second = widened(_mm256_maskz_loadu_epi16(high, bias + 16));
-    }
+    Floats sums[ROWS][2];
+    bfloat16 first[TILE] = {};
+    if (bias) std::memcpy(first, bias, width * sizeof(bfloat16));
     for (int row = 0; row < ROWS; ++row) {
-        sums[row][0] = first;
-        sums[row][1] = second;
+        sums[row][0] = load(first);
+        sums[row][1] = load(first + LANES);
     }
-    const int64_t whole = k / 2;
-    add_product<ROWS>(sums, x, x_stride, tile, whole, [&](int64_t pair) {
+    add_product<ROWS>(sums, x, x_stride, tile, k, [&](int64_t pair) {
         const char *at = (const char *)(tile + pair * TILE * 2);
         if (next) {
             _mm_prefetch(next + pair * 64, _MM_HINT_T1);
@@ -68,28 +47,22 @@ void tile_product(const uint16_t *x, int64_t x_stride, const uint16_t *tile, con
             _mm_prefetch(at + AHEAD + 64, _MM_HINT_T0);
         }
     });
-    if (k % 2) {
-        const uint16_t *at = tile + whole * TILE * 2;
-        const __m512bh left = as_bf16(_mm512_load_si512(at)), right = as_bf16(_mm512_load_si512(at + TILE));
-        for (int row = 0; row < ROWS; ++row) {
-            const __m512bh spread = as_bf16(_mm512_set1_epi32(pair_of(x + row * x_stride, whole, k)));
-            sums[row][0] = _mm512_dpbf16_ps(sums[row][0], left, spread);
-            sums[row][1] = _mm512_dpbf16_ps(sums[row][1], right, spread);
-        }
-    }
     for (int row = 0; row < ROWS; ++row) {
         const int64_t at = row * out_stride;
-        finish(sums[row][0], residual ? residual + at : nullptr, out + at, low);
-        finish(sums[row][1], residual ? residual + at + 16 : nullptr, out + at + 16, high);
+        finish(sums[row][0], residual ? residual + at : nullptr, out + at, width);
+        finish(sums[row][1], residual ? residual + at + LANES : nullptr, out + at + LANES, width - LANES);
     }
 }
 
-using TileProduct = void (*)(const uint16_t *, int64_t, const uint16_t *, const uint16_t *, const uint16_t *,
-                             const char *, uint16_t *, int64_t, int64_t, int);
-constexpr TileProduct PRODUCTS[TILE_ROWS + 1] = {
-    nullptr,         tile_product<1>, tile_product<2>, tile_product<3>,  tile_product<4>,  tile_product<5>,  tile_product<6>,
-    tile_product<7>, tile_product<8>, tile_product<9>, tile_product<10>, tile_product<11>, tile_product<12>,
-};
+using TileProduct = void (*)(const Input *, int64_t, const uint16_t *, const uint16_t *, const uint16_t *, const char *,
+                             uint16_t *, int64_t, int64_t, int);
+
+template <int... ROWS>
+constexpr std::array<TileProduct, 1 + sizeof...(ROWS)> products(std::integer_sequence<int, ROWS...>) {
+    return {nullptr, tile_product<1 + ROWS>...};
+}
+
+constexpr auto PRODUCTS = products(std::make_integer_sequence<int, TILE_ROWS>());
 
 // x / sqrt(mean(x^2) + eps), rounded, times weight, rounded.
 void norm_row(const bfloat16 *x, const bfloat16 *weight, float eps, bfloat16 *out, int64_t k) {
@@ -123,16 +96,45 @@ void gated(const bfloat16 *gate, const bfloat16 *up, bfloat16 *out) {
     }
 }
 
-// Rows of one of `groups` groups times a tile. The first two groups have time to fetch half of the next tile each.
-void tile(const Product &p, int64_t index, int64_t group, int64_t groups, const uint16_t *residual, uint16_t *to,
+// Rows of x, `stride` elements apart, as tiles take them, and the rows of the result that they make.
+struct Rows {
+    const Input *x;
+    int64_t stride, begin, count;
+
+    int64_t groups() const { return (count + TILE_ROWS - 1) / TILE_ROWS; }
+    int64_t start(int64_t group) const { return count * group / groups(); }  // sizes as equal as can be
+    int64_t size(int64_t group) const { return start(group + 1) - start(group); }
+};
+
+Rows rows_of(const Product &p, int64_t begin, int64_t count) {
+    const uint16_t *from = (p.norm ? p.normed : p.x);
+    const int64_t from_stride = p.norm ? p.k : p.x_stride;
+    if constexpr (sizeof(Input) == sizeof(bfloat16)) return {(const Input *)from + begin * from_stride, from_stride, begin, count};
+    // Each thread widens all of them for itself: that is quicker than to wait for the others.
+    static thread_local std::vector<float> widened;
+    const int64_t stride = p.k + p.k % 2;
+    widened.resize(count * stride);
+    for (int64_t row = 0; row < count; ++row) {
+        const bfloat16 *at = (const bfloat16 *)from + (begin + row) * from_stride;
+        float *to = widened.data() + row * stride;
+        int64_t i = 0;
+        for (; i + LANES <= p.k; i += LANES) store(to + i, load(at + i));
+        for (; i < p.k; ++i) to[i] = scalar(at[i]);
+        if (p.k % 2) to[p.k] = 0;
+    }
+    return {(const Input *)widened.data(), stride, begin, count};
+}
+
+// A group of the rows times a tile. The first two groups have time to fetch half of the next tile each.
+void tile(const Product &p, const Rows &rows, int64_t index, int64_t group, const uint16_t *residual, uint16_t *to,
           int64_t stride) {
-    const int64_t begin = p.rows * group / groups, end = p.rows * (group + 1) / groups, pairs = (p.k + 1) / 2;
-    const uint16_t *x = p.norm ? p.normed : p.x;
-    const int64_t x_stride = p.norm ? p.k : p.x_stride;
+    const int64_t pairs = (p.k + 1) / 2;
     const uint16_t *at = p.packed + index * pairs * TILE * 2;
-    const char *next = groups > 1 && group < 2 ? (const char *)(at + pairs * TILE * 2) + group * pairs * 64 : nullptr;
-    PRODUCTS[end - begin](x + begin * x_stride, x_stride, at, p.bias ? p.bias + index * TILE : nullptr, residual, next,
-                          to, stride, p.k, int(std::min<int64_t>(TILE, p.n - index * TILE)));
+    const bool fetches = rows.groups() > 1 && group < 2;
+    const char *next = fetches ? (const char *)(at + pairs * TILE * 2) + group * pairs * 64 : nullptr;
+    PRODUCTS[rows.size(group)](rows.x + rows.start(group) * rows.stride, rows.stride, at,
+                               p.bias ? p.bias + index * TILE : nullptr, residual, next, to, stride, p.k,
+                               int(std::min<int64_t>(TILE, p.n - index * TILE)));
 }
 
 }  // namespace
@@ -145,23 +147,24 @@ void multiply(const Product &p) {
                      (bfloat16 *)p.normed + row * p.k, p.k);
     }
     const int64_t outputs = p.is_gated ? p.n / 2 : p.n, tiles = (outputs + TILE - 1) / TILE;
-    const int64_t groups = (p.rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (int64_t first = 0; first < p.rows; first += std::min(ROWS_AT_ONCE, p.rows)) {
+        const Rows rows = rows_of(p, first, std::min(ROWS_AT_ONCE, p.rows - first));
 #pragma omp for schedule(static) nowait
-    for (int64_t index = 0; index < tiles; ++index)
-        for (int64_t group = 0; group < groups; ++group) {  // sizes as equal as can be
-            const int64_t begin = p.rows * group / groups, end = p.rows * (group + 1) / groups;
-            const int64_t at = begin * outputs + index * TILE;
-            if (!p.is_gated) {
-                tile(p, index, group, groups, p.residual ? p.residual + at : nullptr, p.out + at, outputs);
-                continue;
+        for (int64_t index = 0; index < tiles; ++index)
+            for (int64_t group = 0; group < rows.groups(); ++group) {
+                const int64_t at = (first + rows.start(group)) * outputs + index * TILE;
+                if (!p.is_gated) {
+                    tile(p, rows, index, group, p.residual ? p.residual + at : nullptr, p.out + at, outputs);
+                    continue;
+                }
+                uint16_t gates[TILE_ROWS * TILE], ups[TILE_ROWS * TILE];
+                tile(p, rows, index, group, nullptr, gates, TILE);
+                tile(p, rows, tiles + index, group, nullptr, ups, TILE);
+                for (int64_t row = 0; row < rows.size(group); ++row)
+                    gated((bfloat16 *)gates + row * TILE, (bfloat16 *)ups + row * TILE,
+                          (bfloat16 *)p.out + at + row * outputs);
             }
-            uint16_t gates[TILE_ROWS * TILE], ups[TILE_ROWS * TILE];
-            tile(p, index, group, groups, nullptr, gates, TILE);
-            tile(p, tiles + index, group, groups, nullptr, ups, TILE);
-            for (int64_t row = 0; row < end - begin; ++row)
-                gated((bfloat16 *)gates + row * TILE, (bfloat16 *)ups + row * TILE,
-                      (bfloat16 *)p.out + at + row * outputs);
-        }
+    }
 }
 
 // weight [n, k] row by row -> packed [ceil(n / 32), ceil(k / 2), 32, 2], zeros where there is nothing. packed must be

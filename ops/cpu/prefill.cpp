@@ -1,20 +1,22 @@
-// Attention of many query tokens per sequence over a paged KV cache, on AVX512-BF16.
+// Attention of many query tokens per sequence over a paged KV cache.
 //
 // A task is some query rows of one key head of one sequence. It goes over the positions in spans: a span's keys and
-// values are brought into tiles, and each group of up to 12 rows multiplies them, with an online softmax between
-// (arXiv:2205.14135). Weights are rounded to bf16 before they meet the values, sums are kept in float32. Spans lie at
+// values are brought into tiles, and each group of rows multiplies them, with an online softmax between
+// (arXiv:2205.14135). Weights are rounded to bf16 before they meet the values where `Input` is; sums are float32. Spans lie at
 // fixed positions, so that a row's result depends neither on the rows beside it nor on the number of threads.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
-#ifdef __AVX512BF16__
+#include "tiles.h"
+#ifdef DISPEC_TILES
 #include <omp.h>
 
 #include "parts.h"
-#include "tiles.h"
 
 namespace {
 
@@ -28,9 +30,9 @@ struct alignas(64) Scratch {
     uint16_t keys[SPAN * MAX_HEAD];    // [span / 32][dimensions / 2][32][2]
     uint16_t values[SPAN * MAX_HEAD];  // [dimensions / 32][span / 2][32][2]
     float sums[MAX_TASK_ROWS * MAX_HEAD];
-    uint16_t query[MAX_TASK_ROWS * MAX_HEAD];
+    Input query[MAX_TASK_ROWS * MAX_HEAD];
     float scores[TILE_ROWS * SPAN];
-    uint16_t weights[TILE_ROWS * SPAN];
+    Input weights[TILE_ROWS * SPAN];
     float largest[MAX_TASK_ROWS], total[MAX_TASK_ROWS];
     int64_t visible[MAX_TASK_ROWS];  // positions that a row sees
 };
@@ -40,11 +42,16 @@ struct Task {
 };
 
 // Elements of both, alternating.
-inline __m512i paired(__m256i first, __m256i second) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+inline void put_paired(uint16_t *to, Halves first, Halves second) {
+    const Words both = __builtin_convertvector(first, Words) | (__builtin_convertvector(second, Words) << 16);
+    std::memcpy(to, &both, sizeof both);
 }
 
-inline __m256i sixteen(const bfloat16 *at) { return _mm256_loadu_si256((const __m256i *)at); }
+inline Halves sixteen(const bfloat16 *at) {
+    Halves x;
+    std::memcpy(&x, at, sizeof x);
+    return x;
+}
 
 inline int64_t padded(int64_t dimensions) { return (dimensions + TILE - 1) / TILE * TILE; }
 
@@ -59,15 +66,14 @@ void bring(Scratch &s, const Attention<bfloat16> &a, const Shape &shape, const i
         const bfloat16 *keys = a.keys + page + within, *values = a.values + page + within * d;
         uint16_t *to = s.keys + offset / TILE * d * TILE + offset % TILE * 2;
         for (int64_t i = 0; i < d; i += 2)
-            _mm512_store_si512(to + i * TILE, paired(sixteen(keys + i * size), sixteen(keys + (i + 1) * size)));
+            put_paired(to + i * TILE, sixteen(keys + i * size), sixteen(keys + (i + 1) * size));
         const int64_t here = std::min<int64_t>(16, count - offset);
         for (int64_t i = 0; i < padded(d); i += 16) {
             uint16_t *at = s.values + i / TILE * SPAN * TILE + offset * TILE + i % TILE * 2;
             for (int64_t position = 0; position < 16; position += 2) {
-                const __m256i zero = _mm256_setzero_si256();
                 const bfloat16 *from = values + position * d + i;
-                _mm512_store_si512(at + position * TILE, paired(i < d && position < here ? sixteen(from) : zero,
-                                                                i < d && position + 1 < here ? sixteen(from + d) : zero));
+                put_paired(at + position * TILE, i < d && position < here ? sixteen(from) : Halves{},
+                           i < d && position + 1 < here ? sixteen(from + d) : Halves{});
             }
         }
     }
@@ -79,15 +85,15 @@ void add_span(Scratch &s, int64_t first, int64_t start, int64_t count, int64_t d
     const auto nothing = [](int64_t) {};
     count = std::min(count, s.visible[first + ROWS - 1] - start);  // the last row sees the most
     for (int64_t at = 0; at < count; at += TILE) {
-        __m512 scores[ROWS][2] = {};
-        add_product<ROWS>(scores, s.query + first * d, d, s.keys + at * d, d / 2, nothing);
+        Floats scores[ROWS][2] = {};
+        add_product<ROWS>(scores, s.query + first * d, d, s.keys + at * d, d, nothing);
         for (int row = 0; row < ROWS; ++row) {
-            const int64_t seen = std::clamp<int64_t>(s.visible[first + row] - start - at, 0, TILE);
-            const uint32_t mask = seen == TILE ? ~0u : (1u << seen) - 1;
-            const __m512 hidden = _mm512_set1_ps(-INFINITY), factor = _mm512_set1_ps(scale);
+            const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+            const int32_t seen = int32_t(std::clamp<int64_t>(s.visible[first + row] - start - at, 0, TILE));
+            const Floats hidden = splat(-INFINITY);
             float *to = s.scores + row * SPAN + at;
-            _mm512_storeu_ps(to, _mm512_mask_mul_ps(hidden, mask & 0xffff, scores[row][0], factor));
-            _mm512_storeu_ps(to + 16, _mm512_mask_mul_ps(hidden, mask >> 16, scores[row][1], factor));
+            store(to, lane < seen ? scores[row][0] * scale : hidden);
+            store(to + LANES, lane < seen - LANES ? scores[row][1] * scale : hidden);
         }
     }
     float kept[ROWS];
@@ -103,32 +109,35 @@ void add_span(Scratch &s, int64_t first, int64_t start, int64_t count, int64_t d
         for (int64_t i = 0; i < count; i += LANES) {
             const Floats weight = exp_negative(load(scores + i) - base);
             total += weight;
-            _mm256_storeu_si256((__m256i *)(s.weights + row * SPAN + i), (__m256i)_mm512_cvtneps_pbh((__m512)weight));
+            put(s.weights + row * SPAN + i, weight);
         }
         s.total[first + row] = s.total[first + row] * kept[row] + sum(total);
         s.largest[first + row] = peak;
     }
-    const int64_t pairs = (count + 1) / 2, stride = padded(d);
+    const int64_t even = count + count % 2, stride = padded(d);
     for (int64_t at = 0; at < stride; at += TILE) {
-        __m512 sums[ROWS][2];
+        Floats sums[ROWS][2];
         float *to = s.sums + first * stride + at;
         for (int row = 0; row < ROWS; ++row) {
-            sums[row][0] = _mm512_loadu_ps(to + row * stride) * kept[row];
-            sums[row][1] = _mm512_loadu_ps(to + row * stride + 16) * kept[row];
+            sums[row][0] = load(to + row * stride) * kept[row];
+            sums[row][1] = load(to + row * stride + LANES) * kept[row];
         }
-        add_product<ROWS>(sums, s.weights, SPAN, s.values + at * SPAN, pairs, nothing);
+        add_product<ROWS>(sums, s.weights, SPAN, s.values + at * SPAN, even, nothing);
         for (int row = 0; row < ROWS; ++row) {
-            _mm512_storeu_ps(to + row * stride, sums[row][0]);
-            _mm512_storeu_ps(to + row * stride + 16, sums[row][1]);
+            store(to + row * stride, sums[row][0]);
+            store(to + row * stride + LANES, sums[row][1]);
         }
     }
 }
 
 using AddSpan = void (*)(Scratch &, int64_t, int64_t, int64_t, int64_t, float);
-constexpr AddSpan ADD[TILE_ROWS + 1] = {
-    nullptr,     add_span<1>, add_span<2>, add_span<3>,  add_span<4>,  add_span<5>,  add_span<6>,
-    add_span<7>, add_span<8>, add_span<9>, add_span<10>, add_span<11>, add_span<12>,
-};
+
+template <int... ROWS>
+constexpr std::array<AddSpan, 1 + sizeof...(ROWS)> spans(std::integer_sequence<int, ROWS...>) {
+    return {nullptr, add_span<1 + ROWS>...};
+}
+
+constexpr auto ADD = spans(std::make_integer_sequence<int, TILE_ROWS>());
 
 // Query row `row` of a key head: token row / group, head row % group of the group.
 void attend_task(const Task &task, const Attention<bfloat16> &a, const Shape &shape) {
@@ -140,8 +149,8 @@ void attend_task(const Task &task, const Attention<bfloat16> &a, const Shape &sh
     const auto token_of = [&](int64_t row) { return (task.first_row + row) / group; };
     const auto head_of = [&](int64_t row) { return task.head * group + (task.first_row + row) % group; };
     for (int64_t row = 0; row < task.num_rows; ++row) {
-        std::memcpy(s.query + row * d, a.query + (first_token + token_of(row)) * a.query_stride + head_of(row) * d,
-                    d * sizeof(bfloat16));
+        const bfloat16 *from = a.query + (first_token + token_of(row)) * a.query_stride + head_of(row) * d;
+        for (int64_t i = 0; i < d; i += LANES) put(s.query + row * d + i, load(from + i));
         s.visible[row] = context == 0 ? 0 : context - num_tokens + token_of(row) + 1;
         s.largest[row] = -INFINITY;
         s.total[row] = 0;

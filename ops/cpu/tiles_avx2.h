@@ -1,0 +1,86 @@
+// See tiles.h. The two elements of a pair are widened to float32 and multiplied one after the other.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <immintrin.h>
+
+#include "vectors.h"
+
+using Input = float;  // widened beforehand, lest every tile do it again
+
+constexpr int TILE_ROWS = 6;         // at half a tile 12 accumulators, of 16 registers
+constexpr int64_t ROWS_AT_ONCE = 48;  // few enough to stay in the second cache, enough that products are no slower
+
+inline void put(Input *to, Floats x) { store(to, x); }
+
+// Eight outputs each: the `WIDTH` from the `FIRST` on.
+template <int ROWS, int FIRST, int WIDTH>
+inline void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const uint16_t *tile, int64_t pairs) {
+    constexpr int64_t AHEAD = 2048;  // bytes of weight fetched before they are needed
+    __m256 found[ROWS][WIDTH];
+    // Unrolled like the loops below, lest the sums live in memory.
+#pragma GCC unroll 6
+    for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 4
+        for (int i = 0; i < WIDTH; ++i) found[row][i] = _mm256_loadu_ps((const float *)sums[row] + 8 * (FIRST + i));
+    const __m256i upper = _mm256_set1_epi32(int32_t(0xffff0000));
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+        const __m256i *at = (const __m256i *)(tile + pair * TILE * 2) + FIRST;
+        if (FIRST == 0) {
+            _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+            _mm_prefetch((const char *)at + AHEAD + 64, _MM_HINT_T0);
+        }
+        // An element of all columns and then the other: what is live fits into the registers.
+#pragma GCC unroll 2
+        for (int element = 0; element < 2; ++element) {
+            __m256 column[WIDTH];
+#pragma GCC unroll 4
+            for (int i = 0; i < WIDTH; ++i) {
+                const __m256i both = _mm256_load_si256(at + i);
+                column[i] = _mm256_castsi256_ps(element ? _mm256_and_si256(both, upper) : _mm256_slli_epi32(both, 16));
+            }
+#pragma GCC unroll 6
+            for (int row = 0; row < ROWS; ++row) {
+                const __m256 spread = _mm256_broadcast_ss(x + row * stride + 2 * pair + element);
+#pragma GCC unroll 4
+                for (int i = 0; i < WIDTH; ++i) found[row][i] = _mm256_fmadd_ps(column[i], spread, found[row][i]);
+            }
+        }
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 4
+        for (int i = 0; i < WIDTH; ++i) _mm256_storeu_ps((float *)sums[row] + 8 * (FIRST + i), found[row][i]);
+}
+
+// sums [rows][32] += x [rows, k] times the tile; x's rows are `stride` elements apart, with a zero after an odd number.
+template <int ROWS, typename Fetch>
+inline void add_product(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const uint16_t *tile, int64_t k,
+                        Fetch) {
+    constexpr int64_t PART = 64;
+    const int64_t pairs = (k + 1) / 2;
+    if constexpr (ROWS <= 2) {
+        add_columns<ROWS, 0, 4>(sums, x, stride, tile, pairs);
+    } else {
+        for (int64_t pair = 0; pair < pairs; pair += PART) {  // parts, so that memory is read in order
+            const uint16_t *at = tile + pair * TILE * 2;
+            const int64_t count = std::min(PART, pairs - pair);
+            add_columns<ROWS, 0, 2>(sums, x + 2 * pair, stride, at, count);
+            add_columns<ROWS, 2, 2>(sums, x + 2 * pair, stride, at, count);
+        }
+    }
+}
+
+// The first `width` of sixteen sums, rounded, into `to`; plus `residual`, rounded again, where there is one.
+inline void finish(Floats sums, const uint16_t *residual, uint16_t *to, int64_t width) {
+    if (width <= 0) return;
+    bfloat16 rounded[LANES], added[LANES] = {};
+    const int64_t bytes = std::min<int64_t>(width, LANES) * sizeof(bfloat16);
+    store(rounded, sums);
+    if (residual) {
+        std::memcpy(added, residual, bytes);
+        store(rounded, load(rounded) + load(added));
+    }
+    std::memcpy(to, rounded, bytes);
+}

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bench.loading import Device, Dtype, EnforceEager, Model, load
 from bench.machine import choose_device, describe_machine
 from bench.report import Output, Plot, Report
-from bench.speculative_run import Costs, Run, SimulatedDrafts, fixed, measure_costs, run, speculating
+from bench.speculative_run import Costs, Run, SimulatedDrafts, fixed, measure_costs, take_turns
 from bench.workload import sizes
 from engine import LLM, SamplingParams
 from engine.draft_controller import predicted_speedup
@@ -81,10 +81,9 @@ def compare(
                 SamplingParams(temperature=work.temperature, max_tokens=output_tokens, seed=100 * round_ + number)
                 for number in range(len(batch))
             ]
-            with speculating(llm, None):
-                plain = run(llm, batch, params)
-            with speculating(llm, speculator):
-                found = run(llm, batch, params)
+            # Which of two groups comes first makes a percent of difference, whatever they do.
+            both = take_turns(llm, batch, params, [None, speculator] if round_ % 2 else [speculator, None])
+            plain, found = both if round_ % 2 else reversed(both)
             if plain.tokens != found.tokens:
                 raise RuntimeError(f"{work.name}: answers with speculation differ from those without")
             plain_runs.append(plain)
@@ -230,19 +229,17 @@ def _simulate(
         for first in range(0, len(prompts), width):
             batch = prompts[first : first + width]
 
-            def guessed(chance: float, batch: list[list[int]], answers: list[list[int]], seed: int) -> Run:
-                simulated = SimulatedDrafts(draft_model, chance, llm.engine.config.vocab_size, seed)
-                with speculating(llm, fixed(count, simulated)):
-                    found = run(llm, batch, params, simulated, answers)
-                if found.tokens != answers:
-                    raise RuntimeError("answers with speculation differ from those without")
-                return found
-
-            with speculating(llm, None):
-                plain_runs.append(run(llm, batch, params))
-            answers = plain_runs[-1].tokens
-            right_runs.append(guessed(1.0, batch, answers, 0))
-            runs.append(guessed(chance, batch, answers, round_ * len(prompts) + first))
+            answers = take_turns(llm, batch, params, [None])[0].tokens
+            speculators = [
+                fixed(count, SimulatedDrafts(draft_model, probability, llm.engine.config.vocab_size, seed))
+                for probability, seed in ((1.0, 0), (chance, round_ * len(prompts) + first))
+            ]
+            plain, right, found = take_turns(llm, batch, params, [None, *speculators], answers)
+            if not plain.tokens == right.tokens == found.tokens == answers:
+                raise RuntimeError("answers with speculation differ from those without")
+            plain_runs.append(plain)
+            right_runs.append(right)
+            runs.append(found)
         plain_rounds.append(plain_runs)
         spec_rounds.append(runs)
     ratios = _ratios(plain_rounds, spec_rounds, lambda found: found.together)

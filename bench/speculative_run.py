@@ -3,17 +3,20 @@
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from engine import LLM, SamplingParams
 from engine.draft_model import DraftModel, Proposal
 from engine.speculation import Speculator
 from engine.step import Step
+from engine.step_record import StepRecord
+
+_TURN = 2  # tokens of each sequence
 
 
-class SimulatedDrafts:
+class SimulatedDrafts(DraftModel):
     """A draft model whose guesses are right with a probability of our choice. Where there is none, guesses cost
     nothing.
 
@@ -60,61 +63,114 @@ class Run(NamedTuple):
     drafts: int
     guesses: int
     stood: list[int]
+    records: list[StepRecord]
 
 
-def run(
+class _Group:
+    """Sequences of the same prompts, decoded with one speculator or none, in turns with others.
+
+    seconds: of all turns. together, records: while all sequences of each group were under way, when there were
+    `counted` tokens.
+    """
+
+    def __init__(self, llm: LLM, speculator: Speculator | None, prompts: list[list[int]], params: list[SamplingParams]):
+        self._engine = llm.engine
+        self._speculator = speculator
+        self.seconds = self.together = 0.0
+        self.records: list[StepRecord] = []
+        self.counted = 0
+        with self._turn():
+            self.sequences = [self._engine.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+            while any(not sequence.num_output_tokens for sequence in self.sequences):
+                self._engine.step()
+        self.before = self.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(sequence.num_output_tokens for sequence in self.sequences)
+
+    @property
+    def all_run(self) -> bool:
+        return not any(sequence.finish_reason for sequence in self.sequences)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        engine, kept = self._engine, self._engine.speculator
+        engine.speculator = self._speculator
+        try:
+            yield
+        finally:
+            self._running, engine.scheduler.running = engine.scheduler.running, []
+            engine.speculator = kept
+
+    def go_on(self, until: int, *, together: bool) -> None:
+        """Decode until there are so many tokens or nothing is left to do."""
+        engine = self._engine
+        engine.scheduler.running = self._running
+        with self._turn():
+            started = time.perf_counter()
+            while engine.has_work and self.num_tokens < until and (self.all_run or not together):
+                engine.step()
+                if together:
+                    self.records.append(engine.records[-1])
+            seconds = time.perf_counter() - started
+        self.seconds += seconds
+        if together:
+            self.together += seconds
+            self.counted = self.num_tokens - self.before
+
+    def result(self) -> Run:
+        tokens = [list(sequence.output_token_ids) for sequence in self.sequences]
+        stood = [0] * self._engine.options.num_speculative_tokens
+        for record in self.records:
+            for place, count in enumerate(record.num_stood):
+                stood[place] += count
+        return Run(
+            self.seconds,
+            self.together * sum(map(len, tokens)) / self.counted,
+            tokens,
+            statistics.fmean(record.seconds for record in self.records),
+            statistics.fmean(record.draft for record in self.records),
+            sum(record.num_drafts for record in self.records),
+            sum(record.num_draft_tokens for record in self.records),
+            stood,
+            self.records,
+        )
+
+
+def take_turns(
     llm: LLM,
     prompts: list[list[int]],
     params: list[SamplingParams],
-    simulated: SimulatedDrafts | None = None,
+    speculators: Sequence[Speculator | None],
     answers: list[list[int]] | None = None,
-) -> Run:
-    """All prompts at once, timed from when each has its first token: what speculation changes is decoding."""
-    engine = llm.engine
-    engine.records.clear()
-    sequences = [engine.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
-    if simulated is not None and answers is not None:
-        simulated.answers = {
-            sequence.id: prompt + answer for sequence, prompt, answer in zip(sequences, prompts, answers, strict=True)
-        }
-    while any(not sequence.num_output_tokens for sequence in sequences):
-        engine.step()
-    before = sum(sequence.num_output_tokens for sequence in sequences)
-    started, steps = time.perf_counter(), len(engine.records)
-    while not any(sequence.finish_reason for sequence in sequences):
-        engine.step()
-    together = time.perf_counter() - started
-    counted = sum(sequence.num_output_tokens for sequence in sequences) - before
-    records = list(engine.records)[steps:]
-    while engine.has_work:
-        engine.step()
-    seconds = time.perf_counter() - started
-    tokens = [list(sequence.output_token_ids) for sequence in sequences]
-    stood = [0] * (engine.options.num_speculative_tokens)
-    for record in records:
-        for place, count in enumerate(record.num_stood):
-            stood[place] += count
-    return Run(
-        seconds,
-        together * sum(map(len, tokens)) / counted,
-        tokens,
-        statistics.fmean(record.seconds for record in records),
-        statistics.fmean(record.draft for record in records),
-        sum(record.num_drafts for record in records),
-        sum(record.num_draft_tokens for record in records),
-        stood,
-    )
+) -> list[Run]:
+    """All prompts at once with each speculator, timed from when each has its first token: guesses are for decoding.
 
-
-@contextmanager
-def speculating(llm: LLM, speculator: Speculator | None) -> Iterator[None]:
-    """With this speculator instead of the engine's own; with none if None."""
-    kept = llm.engine.speculator
-    llm.engine.speculator = speculator
-    try:
-        yield
-    finally:
-        llm.engine.speculator = kept
+    They take turns of a few tokens, so that whatever the machine does otherwise hits all of them. answers: of the
+    prompts, for guesses that are simulated.
+    """
+    groups = [_Group(llm, speculator, prompts, params) for speculator in speculators]
+    for group, speculator in zip(groups, speculators, strict=True):
+        if speculator is not None and isinstance(speculator.draft_model, SimulatedDrafts) and answers is not None:
+            speculator.draft_model.answers = {
+                sequence.id: prompt + answer
+                for sequence, prompt, answer in zip(group.sequences, prompts, answers, strict=True)
+            }
+    together, until, turns = True, groups[0].before, 0
+    while any(group.has_work for group in groups):
+        until += _TURN * len(prompts)
+        # Who goes first changes: the second finds caches as the first left them.
+        for group in groups if turns % 2 else reversed(groups):
+            if group.has_work:
+                group.go_on(until, together=together)
+        turns += 1
+        together = together and all(group.all_run for group in groups)
+    return [group.result() for group in groups]
 
 
 class Costs(NamedTuple):
@@ -131,20 +187,17 @@ class Costs(NamedTuple):
 def measure_costs(llm: LLM, draft_model: DraftModel | None, prompts: list[list[int]], most: int) -> Costs:
     """What steps of these sequences cost, from answers of a hundred tokens, all of whose guesses stand."""
     params = [SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)] * len(prompts)
-    with speculating(llm, None):
-        answers = run(llm, prompts, params).tokens
-        decode = statistics.median(record.seconds for record in llm.engine.records if record.kind == "decode")
+    plain = take_turns(llm, prompts, params, [None])[0]
     verify, draft = {}, {}
     for count in range(1, most + 1):
         simulated = SimulatedDrafts(draft_model, 1.0, llm.engine.config.vocab_size, seed=0)
-        with speculating(llm, fixed(count, simulated)):
-            run(llm, prompts, params, simulated, answers)
-        full = [record for record in llm.engine.records if record.num_draft_tokens == count * len(prompts)][1:]
+        found = take_turns(llm, prompts, params, [fixed(count, simulated)], plain.tokens)[0]
+        full = [record for record in found.records if record.num_draft_tokens == count * len(prompts)][1:]
         draft[count] = statistics.median(record.draft for record in full)
         verify[count] = statistics.median(record.seconds - record.draft for record in full)
-    return Costs(decode, verify, draft)
+    return Costs(statistics.median(record.seconds for record in plain.records), verify, draft)
 
 
-def fixed(count: int, drafts: Any) -> Speculator:
+def fixed(count: int, drafts: DraftModel) -> Speculator:
     """Always so many guesses."""
     return Speculator(count, drafts, is_adaptive=False)

@@ -5,26 +5,33 @@ Both are learned: the chance from each sequence's own guesses, the seconds from 
 every sequence has as many guesses is another kind than one in which they differ, and may take half as long; so the
 number of guesses that would be best for each is compared with the one that would be best for all.
 
-Where no guess pays there are none, but for one now and then that finds out whether that has changed.
+A draft model must compute what it has missed before it guesses, which has to pay off in the steps that follow: as many
+as usual, when guesses were begun before. Where none pay, some are made now and then to find out whether that has
+changed, for which there is a small part of the time and no more.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.step_costs import STRANGE, Cost, StepCosts, rounded
+from engine.step_costs import STRANGE, StepCosts, rounded
 
 _PRIOR, _PRIOR_WEIGHT = 0.6, 4.0  # a chance before anything is known of it, and how many guesses that counts
+_OTHERS_WEIGHT = 10.0  # guesses that others' chance counts as a sequence's own, before it has any
 _FORGETTING = 0.96  # what a guess counts once there is another after it, and so on
 _WELL_KNOWN = 10  # times that a step was seen before it tells how fast the machine is
 _PACE_LEARNING = 0.3  # of a step in how fast the machine is just now
 _LEAST_GAIN = 1.03  # more tokens a second than without guesses, lest noise decide
 _LEAST_GAIN_OF_SEVERAL = 1.06  # answers that began together end apart then, and the last ones make a small batch
-_LEAST_HOPE = 1.15  # the same, of guesses that are all right, for one to be tried now and then
-_REST = 8  # steps for which it is thought to be as before, where guesses of all of so many sequences did not pay
-_RESTING_SEQUENCES = 4
-_PROBE_FIRST, _PROBE_LAST = 16, 256  # steps without a guess before one is tried
+_LEAST_GAIN_TO_GO_ON = 1.02  # it costs something to begin, and what is known of chances comes and goes
+_LEAST_HOPE = 1.15  # with guesses that are all right, for some to be tried now and then
+_PROBING = 0.005  # of the time may be spent on that
+_PROBES_SAVED = 2  # as many of them may follow one another, when there was none for long
+_LARGEST_STRIDE = 2  # as many times the largest step that was seen is the largest that is tried
+_FIRST_RUN, _RUN_LEARNING = 32.0, 0.1  # steps that go on with guesses once they began, and of a new run in that
+_REST = 8  # steps for which it is thought to be as before, where guesses of all of several sequences did not pay
 _CLEAR_GAIN = 1.5  # with so many more tokens a second it does not matter what a step without guesses takes exactly
 _LONGEST_RUN = 32  # steps with guesses, else, before one without shows what that takes by now
 
@@ -34,20 +41,19 @@ class Acceptance:
     """The chance that a sequence's first guess of a step is right, and that a later one is if those before it are.
 
     They differ: a first guess follows a token that was hard to guess, and so is likelier to be an easy one.
-    forgetting: the share that is kept of what was known, at each further guess.
+    idle_steps: in which it could have had guesses, since it last had. forgetting: the share that is kept of what was
+    known, at each further guess.
     """
 
     right: list[float] = field(default_factory=lambda: [_PRIOR * _PRIOR_WEIGHT] * 2)
     tried: list[float] = field(default_factory=lambda: [_PRIOR_WEIGHT] * 2)
     idle_steps: int = 0
-    patience: int = _PROBE_FIRST
     forgetting: float = _FORGETTING
 
     def of_another(self) -> "Acceptance":
         """What to think of a sequence of which nothing is known, if this is what is known of others."""
-        weights = [_PRIOR_WEIGHT] * 2
-        rights = zip(self.right, self.tried, weights, strict=True)
-        return Acceptance([right / tried * weight for right, tried, weight in rights], weights)
+        rights = [right / tried * _OTHERS_WEIGHT for right, tried in zip(self.right, self.tried, strict=True)]
+        return Acceptance(rights, [_OTHERS_WEIGHT] * 2)
 
     def chances(self, count: int) -> list[float]:
         """The chance that the first guess of a step is right, that the first two are, and so on to all `count`."""
@@ -62,16 +68,22 @@ class Acceptance:
             weight = self.forgetting**tried
             self.right[place] = self.right[place] * weight + right
             self.tried[place] = self.tried[place] * weight + tried
-        if self.idle_steps:  # this was a probe
-            self.patience = _PROBE_FIRST if num_right else min(_PROBE_LAST, 2 * self.patience)
-            self.idle_steps = 0
+        self.idle_steps = 0
+
+
+class Behind(NamedTuple):
+    """What a draft model has missed of a sequence: tokens to compute before it guesses, and steps that may follow."""
+
+    tokens: int
+    remaining: int
 
 
 class _Step(NamedTuple):
     """What is chosen for.
 
     chances: of all guesses that can be had for a sequence, as in `Acceptance.chances`. base: seconds without guesses.
-    draft_seconds: of a guess of each. behind: seconds to make up for what a draft model has not computed of a sequence.
+    draft_seconds: of a guess of each. behind: seconds to make up for what a draft model has missed of a sequence,
+    spread over the steps that are thought to follow. goes_on: the steps before had guesses.
     """
 
     chances: Mapping[int, list[float]]
@@ -79,6 +91,7 @@ class _Step(NamedTuple):
     base: float
     draft_seconds: float
     behind: Mapping[int, float]
+    goes_on: bool
 
     @property
     def rate(self) -> float:
@@ -88,7 +101,8 @@ class _Step(NamedTuple):
     @property
     def least_rate(self) -> float:
         """Tokens a second that guesses are to bring."""
-        return self.rate * (_LEAST_GAIN if self.num_sequences == 1 else _LEAST_GAIN_OF_SEVERAL)
+        gain = _LEAST_GAIN if self.num_sequences == 1 else _LEAST_GAIN_OF_SEVERAL
+        return self.rate * (_LEAST_GAIN_TO_GO_ON if self.goes_on else gain)
 
     @property
     def can_be_uniform(self) -> bool:
@@ -98,32 +112,42 @@ class _Step(NamedTuple):
 class DraftController:
     """Chooses the number of guesses of each sequence of a step that only decodes.
 
-    All costs are as if the machine were always as fast: how fast it is just now is learned from every step, and taken
-    out, or two costs that were learned at different times could not be compared.
+    All costs are as if the machine were always as fast, or two that were learned at different times could not be
+    compared. How fast it is just now is learned from steps that follow others of their kind; it is taken out of what
+    those take that follow others than their kind, and from these the costs are learned.
 
     uniform: of steps in which each sequence has as many tokens, by the tokens of the step. ragged: of others.
     draft: one guess of each of so many sequences.
-    catch_up: for each token that a draft model has not computed, and must before it guesses; None before any was.
+    catch_up: so many tokens that a draft model has missed, and must compute before it guesses.
     pace: what a step takes now, of what it takes usually.
+    run_length: steps that usually go on with guesses, once they began because they were thought to pay.
     """
 
     def __init__(self) -> None:
         self.uniform = StepCosts()
         self.ragged = StepCosts()
         self.draft = StepCosts()
-        self.catch_up: Cost | None = None
+        self.catch_up = StepCosts()
         self.pace = 1.0
+        self.run_length = _FIRST_RUN
+        self._credit = 0.0  # seconds that guesses may cost which are not thought to pay
         self._run = 0  # steps with guesses since the last one without
+        self._begun, self._paused = 0, 0  # steps with guesses since they began, and without since the last of them
+        self._last_kind: tuple[bool, int] | None = None
         self._rest, self._resting = 0, 0  # steps that are not thought about, if they are of so many sequences
 
     def observe_step(self, num_tokens: int, seconds: float, *, is_uniform: bool) -> None:
         """Learn from a step that only decoded or verified."""
         costs = self.uniform if is_uniform else self.ragged
         usual = costs.known(num_tokens, _WELL_KNOWN)
-        if usual is not None:
+        kind = is_uniform, rounded(num_tokens)
+        if usual is None or kind != self._last_kind:
+            costs.observe(num_tokens, seconds / self.pace)
+        else:
+            # One of many alike: that they take longer than they used to does not say how they compare with others.
             apart = max(1 - STRANGE, min(1 + STRANGE, seconds / usual / self.pace))
             self.pace *= 1 + _PACE_LEARNING * (apart - 1)
-        costs.observe(num_tokens, seconds / self.pace)
+        self._last_kind = kind
 
     def observe_draft(self, num_sequences: int, seconds: float) -> None:
         """Learn from a guess of each of so many sequences."""
@@ -131,60 +155,95 @@ class DraftController:
 
     def observe_catch_up(self, num_tokens: int, seconds: float) -> None:
         """Learn from a draft model that computed so many tokens before it guessed."""
-        each = seconds / num_tokens / self.pace
-        if self.catch_up is None:
-            self.catch_up = Cost(each)
-        else:
-            self.catch_up.observe(each)
+        self.catch_up.observe(num_tokens, seconds / self.pace)
 
     def choose(
         self,
         available: Mapping[int, int],
         acceptance: Mapping[int, Acceptance],
         num_sequences: int,
-        behind: Mapping[int, float] | None = None,
+        behind: Mapping[int, Behind] | None = None,
     ) -> dict[int, int]:
         """Guesses by sequence id.
 
         available: the most that can be had for each sequence. num_sequences: of the step, those without guesses too.
-        behind: tokens that a draft model must compute before it guesses for a sequence, for each step that may follow.
+        behind: of those sequences of which a draft model has missed something.
         """
         base = self.uniform.of(num_sequences)
         if base is None:
             return {}
+        for key in available:
+            acceptance[key].idle_steps += 1  # until a guess is seen
+        if available:
+            self._credit += _PROBING * base
         if self._rest and self._resting == len(available) == num_sequences:
             self._rest -= 1
-            for key in available:
-                acceptance[key].idle_steps += 1
+            self._count_run({})
             return {}
-        catching_up = self.catch_up.seconds if self.catch_up is not None else 0.0
-        behind = {key: count * catching_up for key, count in (behind or {}).items()}
+        behind = behind or {}
+        missed = dict(zip(behind, self.catch_up.extended([own.tokens for own in behind.values()]), strict=True))
+        spread = {
+            key: seconds / max(1.0, min(self.run_length, behind[key].remaining)) for key, seconds in missed.items()
+        }
         chances = {key: acceptance[key].chances(count) for key, count in available.items()}
-        step = _Step(chances, num_sequences, base, self.draft.of(len(available)) or 0.0, behind)
+        draft_seconds = self.draft.of(len(available)) or 0.0
+        step = _Step(chances, num_sequences, base, draft_seconds, spread, self._begun > 0)
         # This runs before each step: most of a large batch end here.
         most = max((each[0] for each in chances.values()), default=0.0)
         rate, chosen = self._best(step) if self._best_rate(step, most) > step.least_rate else (0.0, {})
-        self._run = self._run + 1 if chosen else 0
-        rests = not chosen and len(available) == num_sequences >= _RESTING_SEQUENCES
+        self._count_run(chosen)
+        rests = not chosen and len(available) == num_sequences > 1
         self._rest, self._resting = (_REST if rests else 0), num_sequences
         if self._run > _LONGEST_RUN and rate < step.rate * _CLEAR_GAIN:
             self._run = 0
             return {}
-        due = []
-        for key in available.keys() - chosen.keys():
-            own = acceptance[key]
-            own.idle_steps += 1
-            # Everybody's probes together must not be more than one sequence's would be.
-            if own.idle_steps > own.patience * len(available):
-                due.append(key)
-        if due and self._best_rate(step, 1.0) <= step.rate * _LEAST_HOPE:
-            for key in due:  # not asked again before as long
-                acceptance[key].idle_steps = 1
-        elif due and step.can_be_uniform and not chosen:  # costs less than guesses of one, and says more
-            return dict.fromkeys(available, 1)
-        else:
-            chosen.update((key, min(2, available[key])) for key in due)
-        return chosen
+        return self._with_probe(step, chosen, available, acceptance, missed)
+
+    def _count_run(self, chosen: Mapping[int, int]) -> None:
+        """Take note of what is thought to pay; of a single step without guesses nothing is missed."""
+        if chosen:
+            self._run += 1
+            self._begun, self._paused = self._begun + 1, 0
+            return
+        self._run = 0
+        self._paused += 1
+        if self._begun and self._paused > 1:
+            self.run_length += _RUN_LEARNING * (self._begun - self.run_length)
+            self._begun = 0
+
+    def _with_probe(
+        self,
+        step: _Step,
+        chosen: dict[int, int],
+        available: Mapping[int, int],
+        acceptance: Mapping[int, Acceptance],
+        missed: Mapping[int, float],
+    ) -> dict[int, int]:
+        """What was chosen, and guesses that are to find out whether more would pay, if there is the time for them."""
+        idle = [key for key in available if key not in chosen]
+        if not idle:
+            return chosen
+        # All at once cost less than one alone, and say more, but for what a draft model may have missed of all.
+        probed = dict.fromkeys(available, 1) if step.can_be_uniform and not chosen else {}
+        longer = self._seconds(step, probed) - step.base
+        if not probed or sum(missed.values()) > longer:
+            least = min(idle, key=lambda key: (missed.get(key, 0.0), -acceptance[key].idle_steps))
+            probed = {**chosen, least: min(2, available[least])}
+        catching_up = sum(missed.get(key, 0.0) for key in probed.keys() - chosen.keys())
+        cost = self._seconds(step, probed) - self._seconds(step, chosen) + catching_up
+        if self._credit < cost or self._best_rate(step, 1.0) <= step.rate * _LEAST_HOPE:
+            return chosen
+        self._credit = min(self._credit, _PROBES_SAVED * cost) - cost
+        return probed
+
+    def _seconds(self, step: _Step, chosen: Mapping[int, int]) -> float:
+        """Of a step with so many guesses, what a draft model has missed apart."""
+        if not chosen:
+            return step.base
+        counts = [chosen.get(key, 0) for key in step.chances]
+        is_uniform = step.can_be_uniform and len(set(counts)) == 1
+        size = step.num_sequences + sum(counts)
+        return self._verifying([size], step.base, is_uniform=is_uniform)[0] + max(counts) * step.draft_seconds
 
     def _best(self, step: _Step) -> tuple[float, dict[int, int]]:
         """The guesses that make most tokens a second, and how many; none where that is hardly more than without."""
@@ -244,7 +303,9 @@ class DraftController:
         """Seconds of steps of more tokens than one that takes `base`: they only seem to be faster."""
         # Where none that differ were seen they are tried.
         costs = self.uniform if is_uniform or not self.ragged else self.ragged
-        return [max(base, seconds) for seconds in costs.of_each(num_tokens)]
+        most = _LARGEST_STRIDE * max(self.uniform.largest, self.ragged.largest)
+        found = zip(num_tokens, costs.of_each(num_tokens), strict=True)
+        return [max(base, seconds) if size <= most else math.inf for size, seconds in found]
 
 
 @functools.lru_cache(maxsize=1024)

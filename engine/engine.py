@@ -408,7 +408,7 @@ class Engine:
         )
         if self.speculator is not None:
             guessing = flight.launched.draft_seconds
-            verifying = max(0.0, record.launch + record.wait - guessing)
+            verifying = max(0.0, record.schedule + record.launch + record.wait - guessing)
             stood = self.speculator.observe(flight.step, result, verifying, guessing)
             record = record._replace(num_stood=stood)
             if guessing:

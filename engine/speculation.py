@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.draft_controller import Acceptance, DraftController
+from engine.draft_controller import Acceptance, Behind, DraftController
 from engine.draft_loop import LAST_TOKENS, num_missing
 from engine.draft_model import DraftModel
 from engine.ngram import NgramIndex
@@ -21,7 +21,6 @@ from engine.sequence import Sequence
 from engine.step import Step, StepResult
 
 _LONG_MEMORY = 0.998  # as `Acceptance.forgetting`, of all sequences together: what the next one begins with
-_HORIZON = 32  # steps that a sequence is thought to go on with guesses, once it has begun
 
 
 @dataclass(slots=True)
@@ -40,10 +39,9 @@ class _Guessing(NamedTuple):
     seconds: float
 
 
-def _behind(sequence: Sequence) -> float:
-    """Tokens that a draft model must make up for, for each of the steps in which that may pay."""
+def _behind(sequence: Sequence) -> Behind:
     remaining = sequence.params.max_tokens - sequence.num_output_tokens
-    return max(0, num_missing(sequence) - LAST_TOKENS) / max(1, min(_HORIZON, remaining))
+    return Behind(max(0, num_missing(sequence) - LAST_TOKENS), remaining)
 
 
 class Speculator:
@@ -112,7 +110,7 @@ class Speculator:
     def observe(self, step: Step, result: StepResult, seconds: float, draft_seconds: float = 0.0) -> tuple[int, ...]:
         """Learn from a step that was committed. How many guesses stood, by their place.
 
-        seconds: what it took to verify. draft_seconds: what the device took for guesses that nobody waited for.
+        seconds: what it took but for guessing. draft_seconds: what the device took for guesses that nobody waited for.
         """
         if self._guessing is not None:
             # The host's time counts where it is not hidden behind the device's.

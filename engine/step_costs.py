@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_LEARNING = 0.05  # of a new time in the mean of a cost, at least
+_LEARNING = 0.1  # of a new time in the mean of a cost, at least
 _FIRST_TIMES = 3  # of which the least counts: they may include what is done once
+_HOPED_LESS = 0.1  # for each of the first times that are still to come, or what was slow once is never tried again
 STRANGE = 0.3  # how far off what is usual a time may be; something else held up what is farther off
 
 
@@ -16,6 +17,11 @@ class Cost:
 
     seconds: float
     times: int = 1
+
+    @property
+    def hoped(self) -> float:
+        """What it may turn out to be, once it was seen a few times."""
+        return self.seconds * (1 - _HOPED_LESS * max(0, _FIRST_TIMES - self.times))
 
     def observe(self, seconds: float) -> None:
         self.times += 1
@@ -35,8 +41,10 @@ class StepCosts:
     def __init__(self) -> None:
         self._costs: dict[int, Cost] = {}
         self._sizes: list[int] = []
+        self._asked: dict[tuple[int, ...], list[float]] = {}  # since anything was learned
 
     def observe(self, num_tokens: int, seconds: float) -> None:
+        self._asked.clear()
         size = rounded(num_tokens)
         if size in self._costs:
             self._costs[size].observe(seconds)
@@ -47,6 +55,11 @@ class StepCosts:
     def __bool__(self) -> bool:
         """Whether any step was seen."""
         return bool(self._sizes)
+
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest step that was seen; 0 if none was."""
+        return self._sizes[-1] if self else 0
 
     def of(self, num_tokens: int) -> float | None:
         """None while no step was seen."""
@@ -59,10 +72,21 @@ class StepCosts:
         return None if cost is None or cost.times < times else cost.seconds
 
     def of_each(self, num_tokens: list[int]) -> list[float]:
-        """Of several numbers of tokens. Some step must have been seen."""
-        sizes = [rounded(number) for number in num_tokens]
-        found: list[float] = np.interp(sizes, self._sizes, [self._costs[size].seconds for size in self._sizes]).tolist()
+        """Of several numbers of tokens, what they may turn out to be. Some step must have been seen."""
+        asked = tuple(num_tokens)
+        found = self._asked.get(asked)
+        if found is None:
+            sizes = [rounded(number) for number in num_tokens]
+            found = np.interp(sizes, self._sizes, [self._costs[size].hoped for size in self._sizes]).tolist()
+            self._asked[asked] = found
         return found
+
+    def extended(self, num_tokens: list[int]) -> list[float]:
+        """As `of_each`, but beyond the largest as much for each token; zero for nothing, and while no step was seen."""
+        if not self or not any(num_tokens):
+            return [0.0] * len(num_tokens)
+        found = zip(num_tokens, self.of_each(num_tokens), strict=True)
+        return [seconds * max(1.0, number / self.largest) if number else 0.0 for number, seconds in found]
 
 
 def rounded(num_tokens: int) -> int:

@@ -1,7 +1,7 @@
 """Matrix products with weights in the layout that the device reads fastest, and what a layer does around them.
 
-On a CPU with AVX512-BF16 or AVX2, bf16 weights are packed once into the tiles of `ops.cpu.linear`; on others into oneDNN's
-blocked layout. At one row a product then runs at the speed of memory, where the plain layout reaches half of it.
+On a CPU with AVX512-BF16 or AVX2, bf16 weights are packed once into the tiles of `ops.cpu.linear`; on others into
+oneDNN's blocked layout. At one row a product then runs at the speed of memory, of which the plain layout reaches half.
 Everywhere else a weight stays the plain [N, K] matrix; on CUDA products of few rows in 16 bits, which are decode steps,
 have kernels of their own where those are faster (`ops.triton.few_rows`).
 """

@@ -9,15 +9,19 @@
 
 using Input = float;  // widened beforehand, lest every tile do it again
 
-constexpr int TILE_ROWS = 6;         // at half a tile 12 accumulators, of 16 registers
+constexpr int TILE_ROWS = 6;          // at half a tile 12 accumulators, of 16 registers
 constexpr int64_t ROWS_AT_ONCE = 48;  // few enough to stay in the second cache, enough that products are no slower
+
+// Pairs of which one half of the columns is computed and then the other, so that memory is read in order and all the time.
+constexpr int64_t PART = 16;
 
 inline void put(Input *to, Floats x) { store(to, x); }
 
 // Eight outputs each: the `WIDTH` from the `FIRST` on.
 template <int ROWS, int FIRST, int WIDTH>
 inline void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const uint16_t *tile, int64_t pairs) {
-    constexpr int64_t AHEAD = 2048;  // bytes of weight fetched before they are needed
+    // Bytes of weight fetched before they are needed: in halves, this half of the next part.
+    constexpr int64_t AHEAD = WIDTH == 4 ? 2048 : PART * TILE * 4;
     __m256 found[ROWS][WIDTH];
     // Unrolled like the loops below, lest the sums live in memory.
 #pragma GCC unroll 6
@@ -27,24 +31,35 @@ inline void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride,
     const __m256i upper = _mm256_set1_epi32(int32_t(0xffff0000));
     for (int64_t pair = 0; pair < pairs; ++pair) {
         const __m256i *at = (const __m256i *)(tile + pair * TILE * 2) + FIRST;
-        if (FIRST == 0) {
-            _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
-            _mm_prefetch((const char *)at + AHEAD + 64, _MM_HINT_T0);
-        }
+        for (int i = 0; i < WIDTH; i += 2) _mm_prefetch((const char *)(at + i) + AHEAD, _MM_HINT_T0);
         // An element of all columns and then the other: what is live fits into the registers.
 #pragma GCC unroll 2
         for (int element = 0; element < 2; ++element) {
-            __m256 column[WIDTH];
-#pragma GCC unroll 4
-            for (int i = 0; i < WIDTH; ++i) {
+            const auto column = [&](int i) {
                 const __m256i both = _mm256_load_si256(at + i);
-                column[i] = _mm256_castsi256_ps(element ? _mm256_and_si256(both, upper) : _mm256_slli_epi32(both, 16));
-            }
+                return _mm256_castsi256_ps(element ? _mm256_and_si256(both, upper) : _mm256_slli_epi32(both, 16));
+            };
+            const auto spread = [&](int row) { return _mm256_broadcast_ss(x + row * stride + 2 * pair + element); };
+            if constexpr (WIDTH > ROWS) {
+                __m256 spreads[ROWS];
 #pragma GCC unroll 6
-            for (int row = 0; row < ROWS; ++row) {
-                const __m256 spread = _mm256_broadcast_ss(x + row * stride + 2 * pair + element);
+                for (int row = 0; row < ROWS; ++row) spreads[row] = spread(row);
 #pragma GCC unroll 4
-                for (int i = 0; i < WIDTH; ++i) found[row][i] = _mm256_fmadd_ps(column[i], spread, found[row][i]);
+                for (int i = 0; i < WIDTH; ++i) {
+                    const __m256 each = column(i);
+#pragma GCC unroll 6
+                    for (int row = 0; row < ROWS; ++row) found[row][i] = _mm256_fmadd_ps(each, spreads[row], found[row][i]);
+                }
+            } else {
+                __m256 columns[WIDTH];
+#pragma GCC unroll 4
+                for (int i = 0; i < WIDTH; ++i) columns[i] = column(i);
+#pragma GCC unroll 6
+                for (int row = 0; row < ROWS; ++row) {
+                    const __m256 each = spread(row);
+#pragma GCC unroll 4
+                    for (int i = 0; i < WIDTH; ++i) found[row][i] = _mm256_fmadd_ps(columns[i], each, found[row][i]);
+                }
             }
         }
     }
@@ -58,12 +73,11 @@ inline void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride,
 template <int ROWS, typename Fetch>
 inline void add_product(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const uint16_t *tile, int64_t k,
                         Fetch) {
-    constexpr int64_t PART = 64;
     const int64_t pairs = (k + 1) / 2;
-    if constexpr (ROWS <= 2) {
+    if constexpr (ROWS <= 3) {
         add_columns<ROWS, 0, 4>(sums, x, stride, tile, pairs);
     } else {
-        for (int64_t pair = 0; pair < pairs; pair += PART) {  // parts, so that memory is read in order
+        for (int64_t pair = 0; pair < pairs; pair += PART) {
             const uint16_t *at = tile + pair * TILE * 2;
             const int64_t count = std::min(PART, pairs - pair);
             add_columns<ROWS, 0, 2>(sums, x + 2 * pair, stride, at, count);

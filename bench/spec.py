@@ -2,11 +2,11 @@
 
     dispec bench spec --draft smollm2-draft
 
-First each kind of work with and without speculation, in turns on the same engine, answers compared token by token. Then
-the costs: a step that decodes, one that verifies so many guesses of each sequence, one guess of the draft. Last, with
-`--acceptance`, guesses that are right with a given probability, drawn at random, whatever the draft would have said: it
-runs, for what it costs, but its guesses are replaced by the known answer's tokens, or by wrong ones. Measured speed-ups
-stand beside those that follow from costs and acceptance (arXiv:2211.17192, theorem 3.8).
+First each kind of work with and without speculation, which take turns of a few tokens on the same engine; answers are
+compared token by token. Then the costs: a step that decodes, one that verifies so many guesses of each sequence, one
+guess of the draft. Last, with `--acceptance`, guesses that are right with a given probability, drawn at random, whatever
+the draft would have said: it runs, for what it costs, but its guesses are replaced by the known answer's tokens, or by
+wrong ones. Measured speed-ups stand beside those that follow from costs and acceptance (arXiv:2211.17192, theorem 3.8).
 """
 
 import statistics
@@ -104,6 +104,10 @@ def _ratios(
     ]
 
 
+def _spread(ratios: list[float]) -> str:
+    return f"{min(ratios):.2f}-{max(ratios):.2f}"
+
+
 def _by_place(runs: list[Run], most: int) -> list[float]:
     """Share of the drafts of which the first, second, ... guess stood."""
     drafts = sum(found.drafts for found in runs)
@@ -131,6 +135,7 @@ def main(
         "work": "",
         "c": "d",
         "speed-up": ".2fx",
+        "of rounds": "",
         "to the end": ".2fx",
         "predicted": "",
         "guesses a draft": ".2f",
@@ -178,7 +183,7 @@ def main(
             "drafts": drafted,
         }
         depth = guesses / drafted if drafted else 0.0
-        cells = [work.name, work.concurrency, ratio, end, "", depth, stood / max(1, guesses)]
+        cells = [work.name, work.concurrency, ratio, _spread(ratios), end, "", depth, stood / max(1, guesses)]
         report.add({"work": work.name, "concurrency": work.concurrency}, figures, cells)
         report.point(f"c={work.concurrency}", work.name, ratio)
         places = ", ".join(f"{share:.0%}" for share in _by_place(runs, most))
@@ -188,15 +193,8 @@ def main(
         prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in chats[:size]]
         costs = measure_costs(llm, draft_model, prompts[:width], most)
         print(f"c={width}: a step takes {1e3 * costs.decode:.2f} ms; with so many guesses of each sequence, verifying")
-        print(
-            "  "
-            + ", ".join(f"{count}: {1e3 * seconds:.2f}" for count, seconds in costs.verify.items())
-            + " ms, guessing"
-        )
-        print(
-            "  " + ", ".join(f"{count}: {1e3 * seconds:.2f}" for count, seconds in costs.draft.items()) + " ms",
-            flush=True,
-        )
+        print(f"  {_milliseconds(costs.verify)} ms, guessing")
+        print(f"  {_milliseconds(costs.draft)} ms", flush=True)
         for chance in map(float, acceptance.split(",")):
             _simulate(report, llm, draft_model, prompts, width, costs, chance, output_tokens, rounds)
     report.finish(y="speed-up", kind="bars")
@@ -257,7 +255,7 @@ def _simulate(
     guesses, stood = sum(found.guesses for found in runs), sum(sum(found.stood) for found in runs)
     name, ratio = f"simulated, {chance:g}", statistics.median(ratios)
     figures = {"speed_up": ratio, "predicted": predicted, "ratios": ratios, "guesses": count}
-    cells = [name, width, ratio, end, f"{predicted:.2f}x", float(count), stood / max(1, guesses)]
+    cells = [name, width, ratio, _spread(ratios), end, f"{predicted:.2f}x", float(count), stood / max(1, guesses)]
     report.add({"work": name, "concurrency": width, "acceptance": chance}, figures, cells)
     report.point(f"c={width}", name, ratio)
 

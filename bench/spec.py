@@ -4,9 +4,10 @@
 
 First each kind of work with and without speculation, which take turns of a few tokens on the same engine; answers are
 compared token by token. Then the costs: a step that decodes, one that verifies so many guesses of each sequence, one
-guess of the draft. Last, with `--acceptance`, guesses that are right with a given probability, drawn at random, whatever
-the draft would have said: it runs, for what it costs, but its guesses are replaced by the known answer's tokens, or by
-wrong ones. Measured speed-ups stand beside those that follow from costs and acceptance (arXiv:2211.17192, theorem 3.8).
+guess of the draft. Last, with `--acceptance`, guesses that are right with a given probability, drawn at random,
+whatever the draft would have said: it runs, for what it costs, but its guesses are replaced by the known answer's
+tokens, or by wrong ones. Measured speed-ups stand beside those that follow from costs and acceptance
+(arXiv:2211.17192, theorem 3.8).
 """
 
 import statistics

@@ -7,11 +7,12 @@ number of guesses that would be best for each is compared with the one that woul
 
 A draft model must compute what it has missed before it guesses, which has to pay off in the steps that follow: as many
 as usual, when guesses were begun before. Where none pay, some are made now and then to find out whether that has
-changed, for which there is a small part of the time and no more.
+changed, for which there is a small part of the time and no more, but for the first few of each number of sequences.
 """
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -130,6 +131,7 @@ class DraftController:
         self.catch_up = StepCosts()
         self.pace = 1.0
         self.run_length = _FIRST_RUN
+        self._explored: Counter[int] = Counter()  # steps, by size, to learn what they cost
         self._credit = 0.0  # seconds that guesses may cost which are not thought to pay
         self._run = 0  # steps with guesses since the last one without
         self._begun, self._paused = 0, 0  # steps with guesses since they began, and without since the last of them
@@ -197,7 +199,9 @@ class DraftController:
         if self._run > _LONGEST_RUN and rate < step.rate * _CLEAR_GAIN:
             self._run = 0
             return {}
-        return self._with_probe(step, chosen, available, acceptance, missed)
+        found = self._with_probe(step, chosen, available, acceptance, missed)
+        self._rest = 0 if found else self._rest
+        return found
 
     def _count_run(self, chosen: Mapping[int, int]) -> None:
         """Take note of what is thought to pay; of a single step without guesses nothing is missed."""
@@ -226,14 +230,20 @@ class DraftController:
         # All at once cost less than one alone, and say more, but for what a draft model may have missed of all.
         probed = dict.fromkeys(available, 1) if step.can_be_uniform and not chosen else {}
         longer = self._seconds(step, probed) - step.base
-        if not probed or sum(missed.values()) > longer:
+        # What it costs is to be learned in steps one after the other: a single one is slow, and all seem to be then.
+        size = 2 * step.num_sequences
+        is_new = bool(probed) and max(self.uniform.times(size), self._explored[size]) < _WELL_KNOWN
+        if not probed or (sum(missed.values()) > longer and not is_new):
             least = min(idle, key=lambda key: (missed.get(key, 0.0), -acceptance[key].idle_steps))
             probed = {**chosen, least: min(2, available[least])}
         catching_up = sum(missed.get(key, 0.0) for key in probed.keys() - chosen.keys())
         cost = self._seconds(step, probed) - self._seconds(step, chosen) + catching_up
-        if self._credit < cost or self._best_rate(step, 1.0) <= step.rate * _LEAST_HOPE:
+        if (self._credit < cost and not is_new) or self._best_rate(step, 1.0) <= step.rate * _LEAST_HOPE:
             return chosen
-        self._credit = min(self._credit, _PROBES_SAVED * cost) - cost
+        if is_new:
+            self._explored[size] += 1
+        else:
+            self._credit = min(self._credit, _PROBES_SAVED * cost) - cost
         return probed
 
     def _seconds(self, step: _Step, chosen: Mapping[int, int]) -> float:

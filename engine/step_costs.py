@@ -71,6 +71,11 @@ class StepCosts:
         cost = self._costs.get(rounded(num_tokens))
         return None if cost is None or cost.times < times else cost.seconds
 
+    def times(self, num_tokens: int) -> int:
+        """How often such a step was seen."""
+        cost = self._costs.get(rounded(num_tokens))
+        return 0 if cost is None else cost.times
+
     def of_each(self, num_tokens: list[int]) -> list[float]:
         """Of several numbers of tokens, what they may turn out to be. Some step must have been seen."""
         asked = tuple(num_tokens)

@@ -1,5 +1,7 @@
 """The controller against what the formula says is best, and against its own costs."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from engine.step_costs import Cost
 def taught(decode: float, per_token: float, draft: float, sequences: int = 1) -> DraftController:
     """A controller that has seen steps of every size."""
     controller = DraftController()
-    for extra in 3 * list(range(40)):
+    for extra in 10 * list(range(40)):
         for costs in (controller.uniform, controller.ragged):
             costs.observe(sequences + extra, decode + per_token * extra)
     controller.draft.observe(sequences, draft)
@@ -104,12 +106,12 @@ def test_a_sequence_whose_guesses_begin_to_stand_is_noticed() -> None:
 def test_what_is_looked_at_first_hides_nothing(uniform, ragged, draft, sequences, others) -> None:
     """Whether any number of guesses can pay is asked before which: the answer must not be no where one does."""
     controller = DraftController()
-    for tokens, seconds in 3 * list(uniform.items()):
+    for tokens, seconds in 10 * list(uniform.items()):
         controller.uniform.observe(tokens, seconds)
-    for tokens, seconds in 3 * list(ragged.items()):
+    for tokens, seconds in 10 * list(ragged.items()):
         controller.ragged.observe(tokens, seconds)
     controller.draft.observe(len(sequences), draft)
-    controller._credit = -1.0  # and no probes
+    controller._credit, controller._explored = -1.0, Counter(dict.fromkeys(range(99), 99))  # and no probes
     num_sequences = len(sequences) + others
     available = {key: most for key, (most, _) in enumerate(sequences)}
     acceptance = {key: known(chance) for key, (_, chance) in enumerate(sequences)}
@@ -168,6 +170,27 @@ def test_first_guesses_are_at_most_as_many_as_were_verified_before() -> None:
     assert sizes == [8, 16, 32]
 
 
+def test_what_guesses_cost_is_learned_in_steps_one_after_the_other() -> None:
+    """A single one among others is slow, and where that were all that is known none would ever be made again."""
+    controller, acceptance = DraftController(), {key: known(0.5) for key in range(2)}
+    alone, together, taken = 18.5, 11.0, []
+    for _ in range(60):
+        chosen = controller.choose(dict.fromkeys(acceptance, 1), acceptance, 2)
+        seconds = 10.0 if not chosen else together if taken and taken[-1] else alone
+        controller.observe_step(2 + sum(chosen.values()), seconds, is_uniform=True)
+        taken.append(bool(chosen))
+    assert sum(taken) > 50
+
+
+def test_what_is_never_learned_is_not_tried_for_ever() -> None:
+    """As where there is no memory for guesses."""
+    controller, acceptance = DraftController(), {1: known(0.1)}
+    controller.observe_step(1, 10.0, is_uniform=True)
+    controller.observe_step(2, 30.0, is_uniform=True)
+    asked = sum(bool(controller.choose({1: 1}, acceptance, 1)) for _ in range(500))
+    assert asked <= 12
+
+
 def test_what_was_slow_once_is_tried_again() -> None:
     cost = Cost(10.0)
     assert cost.hoped == pytest.approx(8.0)
@@ -178,7 +201,7 @@ def test_what_was_slow_once_is_tried_again() -> None:
 
 def test_a_step_of_more_tokens_is_never_thought_to_be_the_faster_one() -> None:
     controller = DraftController()
-    for _ in range(3):
+    for _ in range(10):
         controller.uniform.observe(1, 10.0)
         controller.uniform.observe(2, 8.0)
     controller.draft.observe(1, 1.0)
@@ -188,7 +211,7 @@ def test_a_step_of_more_tokens_is_never_thought_to_be_the_faster_one() -> None:
 def differing(uniform: float, ragged: float) -> DraftController:
     """Four sequences in 10 ms, a guess of each in 1; what verifying a guess costs if all have as many, and if not."""
     controller = DraftController()
-    for tokens in 3 * list(range(4, 24)):
+    for tokens in 10 * list(range(4, 24)):
         controller.uniform.observe(tokens, 10.0 + uniform * (tokens - 4))
         controller.ragged.observe(tokens, 10.0 + ragged * (tokens - 4))
     controller.draft.observe(4, 1.0)

@@ -73,7 +73,14 @@ class _Group:
     `counted` tokens.
     """
 
-    def __init__(self, llm: LLM, speculator: Speculator | None, prompts: list[list[int]], params: list[SamplingParams]):
+    def __init__(
+        self,
+        llm: LLM,
+        speculator: Speculator | None,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        answers: list[list[int]] | None,
+    ) -> None:
         self._engine = llm.engine
         self._speculator = speculator
         self.seconds = self.together = 0.0
@@ -81,6 +88,9 @@ class _Group:
         self.counted = 0
         with self._turn():
             self.sequences = [self._engine.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+            if speculator is not None and isinstance(speculator.draft_model, SimulatedDrafts) and answers is not None:
+                whole = (prompt + answer for prompt, answer in zip(prompts, answers, strict=True))
+                speculator.draft_model.answers = {one.id: text for one, text in zip(self.sequences, whole, strict=True)}
             while any(not sequence.num_output_tokens for sequence in self.sequences):
                 self._engine.step()
         self.before = self.num_tokens
@@ -154,13 +164,7 @@ def take_turns(
     They take turns of a few tokens, so that whatever the machine does otherwise hits all of them. answers: of the
     prompts, for guesses that are simulated.
     """
-    groups = [_Group(llm, speculator, prompts, params) for speculator in speculators]
-    for group, speculator in zip(groups, speculators, strict=True):
-        if speculator is not None and isinstance(speculator.draft_model, SimulatedDrafts) and answers is not None:
-            speculator.draft_model.answers = {
-                sequence.id: prompt + answer
-                for sequence, prompt, answer in zip(group.sequences, prompts, answers, strict=True)
-            }
+    groups = [_Group(llm, speculator, prompts, params, answers) for speculator in speculators]
     together, until, turns = True, groups[0].before, 0
     while any(group.has_work for group in groups):
         until += _TURN * len(prompts)

@@ -8,7 +8,7 @@ from engine import LLM, SamplingParams
 from engine.speculation import Speculator
 from tests.checkpoints import save_tiny
 
-PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [20, 21, 22, 23]]
+PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], list(range(20, 60))]  # the last one takes two steps
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +20,7 @@ def llm(tmp_path_factory) -> LLM:
         dtype="float32",
         enforce_eager=True,
         max_num_seqs=3,
+        max_num_batched_tokens=32,
         speculative_model="ngram",
         max_model_len=256,
     )

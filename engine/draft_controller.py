@@ -7,7 +7,7 @@ number of guesses that would be best for each is compared with the one that woul
 
 A draft model must compute what it has missed before it guesses, which has to pay off in the steps that follow: as many
 as usual, when guesses were begun before. Where none pay, some are made now and then to find out whether that has
-changed, for which there is a small part of the time and no more, but for the first few of each number of sequences.
+changed, for which there is a small part of the time and no more, but for the first few of each scale of batch sizes.
 """
 
 import functools
@@ -131,7 +131,7 @@ class DraftController:
         self.catch_up = StepCosts()
         self.pace = 1.0
         self.run_length = _FIRST_RUN
-        self._explored: Counter[int] = Counter()  # steps, by size, to learn what they cost
+        self._explored: Counter[int] = Counter()  # steps to learn what they cost, by the scale of their sizes
         self._credit = 0.0  # seconds that guesses may cost which are not thought to pay
         self._run = 0  # steps with guesses since the last one without
         self._begun, self._paused = 0, 0  # steps with guesses since they began, and without since the last of them
@@ -232,7 +232,8 @@ class DraftController:
         longer = self._seconds(step, probed) - step.base
         # What it costs is to be learned in steps one after the other: a single one is slow, and all seem to be then.
         size = 2 * step.num_sequences
-        is_new = bool(probed) and max(self.uniform.times(size), self._explored[size]) < _WELL_KNOWN
+        scale = size.bit_length()  # what is learned of one size tells enough of those near it
+        is_new = bool(probed) and max(self.uniform.times(size), self._explored[scale]) < _WELL_KNOWN
         if not probed or (sum(missed.values()) > longer and not is_new):
             least = min(idle, key=lambda key: (missed.get(key, 0.0), -acceptance[key].idle_steps))
             probed = {**chosen, least: min(2, available[least])}
@@ -241,7 +242,7 @@ class DraftController:
         if (self._credit < cost and not is_new) or self._best_rate(step, 1.0) <= step.rate * _LEAST_HOPE:
             return chosen
         if is_new:
-            self._explored[size] += 1
+            self._explored[scale] += 1
         else:
             self._credit = min(self._credit, _PROBES_SAVED * cost) - cost
         return probed

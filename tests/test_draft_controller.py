@@ -111,7 +111,7 @@ def test_what_is_looked_at_first_hides_nothing(uniform, ragged, draft, sequences
     for tokens, seconds in 10 * list(ragged.items()):
         controller.ragged.observe(tokens, seconds)
     controller.draft.observe(len(sequences), draft)
-    controller._credit, controller._explored = -1.0, Counter(dict.fromkeys(range(99), 99))  # and no probes
+    controller._credit, controller._explored = -1e9, Counter(dict.fromkeys(range(99), 99))  # and no probes
     num_sequences = len(sequences) + others
     available = {key: most for key, (most, _) in enumerate(sequences)}
     acceptance = {key: known(chance) for key, (_, chance) in enumerate(sequences)}

@@ -52,7 +52,8 @@ class Run(NamedTuple):
 
     seconds: to the end of the last answer. together: what they would be, had all tokens come as fast as those while all
     answers were under way; what follows is of that time too. step_seconds, draft_seconds: of a step, and of them for
-    guesses, on average. drafts, guesses: how many. stood: guesses by place that stood. tokens: each prompt's answer.
+    guesses, on average. drafts, guesses: how many. stood: guesses by place that stood. records: of those steps.
+    tokens: each prompt's answer.
     """
 
     seconds: float

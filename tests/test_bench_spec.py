@@ -47,7 +47,7 @@ def test_only_what_all_groups_have_under_way_counts(llm) -> None:
     answers = take_turns(llm, PROMPTS, given, [None])[0].tokens
     drafts = [SimulatedDrafts(None, chance, llm.engine.config.vocab_size, seed=1) for chance in (1.0, 0.0)]
     right, wrong = take_turns(llm, PROMPTS, given, [fixed(3, each) for each in drafts], answers)
-    # Neither has begun a fourth step after 20 tokens of the shortest answer.
+    # The shortest answer is 20 tokens: four in each step whose guesses are right, one where they are wrong.
     assert right.guesses == sum(right.stood) > 30
     assert len(right.records) <= 6
     assert sum(wrong.stood) == 0

@@ -96,10 +96,10 @@ void gated(const bfloat16 *gate, const bfloat16 *up, bfloat16 *out) {
     }
 }
 
-// Rows of x, `stride` elements apart, as tiles take them, and the rows of the result that they make.
+// Rows of x, `stride` elements apart, as tiles take them.
 struct Rows {
     const Input *x;
-    int64_t stride, begin, count;
+    int64_t stride, count;
 
     int64_t groups() const { return (count + TILE_ROWS - 1) / TILE_ROWS; }
     int64_t start(int64_t group) const { return count * group / groups(); }  // sizes as equal as can be
@@ -107,9 +107,10 @@ struct Rows {
 };
 
 Rows rows_of(const Product &p, int64_t begin, int64_t count) {
-    const uint16_t *from = (p.norm ? p.normed : p.x);
+    const uint16_t *from = p.norm ? p.normed : p.x;
     const int64_t from_stride = p.norm ? p.k : p.x_stride;
-    if constexpr (sizeof(Input) == sizeof(bfloat16)) return {(const Input *)from + begin * from_stride, from_stride, begin, count};
+    if constexpr (sizeof(Input) == sizeof(bfloat16))
+        return {(const Input *)from + begin * from_stride, from_stride, count};
     // Each thread widens all of them for itself: that is quicker than to wait for the others.
     static thread_local std::vector<float> widened;
     const int64_t stride = p.k + p.k % 2;
@@ -122,7 +123,7 @@ Rows rows_of(const Product &p, int64_t begin, int64_t count) {
         for (; i < p.k; ++i) to[i] = scalar(at[i]);
         if (p.k % 2) to[p.k] = 0;
     }
-    return {(const Input *)widened.data(), stride, begin, count};
+    return {(const Input *)widened.data(), stride, count};
 }
 
 // A group of the rows times a tile. The first two groups have time to fetch half of the next tile each.

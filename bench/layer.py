@@ -253,9 +253,9 @@ def sweep(stack: Stack, step: Step, deadline: float) -> None:
         size = 2 * features * columns
         tried: dict[tuple[int, ...] | None, float] = {}
         ours = getattr(chosen, name)
-        wanted = [None, *([tuple(ours)] if ours else []), *candidates(name, rows)]
-        for candidate in dict.fromkeys(wanted):
-            if time.monotonic() > deadline:
+        known = [None, *([tuple(ours)] if ours else [])]
+        for candidate in dict.fromkeys([*known, *candidates(name, rows)]):
+            if candidate not in known and time.monotonic() > deadline:
                 print("    no time left for the other candidates")
                 break
             config = None if candidate is None else FewRowsConfig(*candidate)
@@ -280,7 +280,7 @@ def main(
     profiled: Annotated[str, typer.Option(help="Numbers of rows to list the kernels of.")] = "2,8,32",
     sweep_rows: Annotated[str, typer.Option(help="Numbers of rows to sweep for.")] = "2,8,32",
     sweeps: Annotated[bool, typer.Option("--sweep", help="Try other configurations of the products.")] = False,
-    minutes: Annotated[float, typer.Option(help="Start nothing after this long.")] = 3.8,
+    minutes: Annotated[float, typer.Option(help="Try no other candidates after this long, and no other rows.")] = 3.8,
 ) -> None:
     """Print microseconds of a layer, and what share of the memory's bandwidth that is."""
     deadline = time.monotonic() + 60 * minutes

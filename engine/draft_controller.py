@@ -12,64 +12,23 @@ changed, for which there is a small part of the time and no more, but for the fi
 
 import functools
 import math
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.step_costs import STRANGE, StepCosts, rounded
+from engine.acceptance import Acceptance
+from engine.probe_budget import ProbeBudget
+from engine.step_costs import STRANGE, WELL_KNOWN, StepCosts, rounded
 
-_PRIOR, _PRIOR_WEIGHT = 0.6, 4.0  # a chance before anything is known of it, and how many guesses that counts
-_OTHERS_WEIGHT = 10.0  # guesses that others' chance counts as a sequence's own, before it has any
-_FORGETTING = 0.96  # what a guess counts once there is another after it, and so on
-_WELL_KNOWN = 10  # times that a step was seen before it tells how fast the machine is
 _PACE_LEARNING = 0.3  # of a step in how fast the machine is just now
 _LEAST_GAIN = 1.03  # more tokens a second than without guesses, lest noise decide
 _LEAST_GAIN_OF_SEVERAL = 1.06  # answers that began together end apart then, and the last ones make a small batch
 _LEAST_GAIN_TO_GO_ON = 1.02  # it costs something to begin, and what is known of chances comes and goes
 _LEAST_HOPE = 1.15  # with guesses that are all right, for some to be tried now and then
-_PROBING = 0.005  # of the time may be spent on that
-_PROBES_SAVED = 2  # as many of them may follow one another, when there was none for long
 _LARGEST_STRIDE = 2  # as many times the largest step that was seen is the largest that is tried
 _FIRST_RUN, _RUN_LEARNING = 32.0, 0.1  # steps that go on with guesses once they began, and of a new run in that
-_REST = 8  # steps for which it is thought to be as before, where guesses of all of several sequences did not pay
+_REST, _LONGEST_REST = 8, 32  # steps for which it is thought to be as before, where none of several sequences has any
 _CLEAR_GAIN = 1.5  # with so many more tokens a second it does not matter what a step without guesses takes exactly
 _LONGEST_RUN = 32  # steps with guesses, else, before one without shows what that takes by now
-
-
-@dataclass(slots=True)
-class Acceptance:
-    """The chance that a sequence's first guess of a step is right, and that a later one is if those before it are.
-
-    They differ: a first guess follows a token that was hard to guess, and so is likelier to be an easy one.
-    idle_steps: in which it could have had guesses, since it last had. forgetting: the share that is kept of what was
-    known, at each further guess.
-    """
-
-    right: list[float] = field(default_factory=lambda: [_PRIOR * _PRIOR_WEIGHT] * 2)
-    tried: list[float] = field(default_factory=lambda: [_PRIOR_WEIGHT] * 2)
-    idle_steps: int = 0
-    forgetting: float = _FORGETTING
-
-    def of_another(self) -> "Acceptance":
-        """What to think of a sequence of which nothing is known, if this is what is known of others."""
-        rights = [right / tried * _OTHERS_WEIGHT for right, tried in zip(self.right, self.tried, strict=True)]
-        return Acceptance(rights, [_OTHERS_WEIGHT] * 2)
-
-    def chances(self, count: int) -> list[float]:
-        """The chance that the first guess of a step is right, that the first two are, and so on to all `count`."""
-        first, later = (min(0.98, right / tried) for right, tried in zip(self.right, self.tried, strict=True))
-        return [first * later**place for place in range(count)]
-
-    def observe(self, num_drafts: int, num_right: int) -> None:
-        """Of `num_drafts` guesses the first `num_right` were right, the next one, if any, was wrong, others unknown."""
-        known = num_right + (num_right < num_drafts)
-        firsts = (min(num_right, 1), 1), (max(0, num_right - 1), known - 1)
-        for place, (right, tried) in enumerate(firsts):
-            weight = self.forgetting**tried
-            self.right[place] = self.right[place] * weight + right
-            self.tried[place] = self.tried[place] * weight + tried
-        self.idle_steps = 0
 
 
 class Behind(NamedTuple):
@@ -122,6 +81,7 @@ class DraftController:
     catch_up: so many tokens that a draft model has missed, and must compute before it guesses.
     pace: what a step takes now, of what it takes usually.
     run_length: steps that usually go on with guesses, once they began because they were thought to pay.
+    budget: for guesses that are not thought to pay.
     """
 
     def __init__(self) -> None:
@@ -131,17 +91,17 @@ class DraftController:
         self.catch_up = StepCosts()
         self.pace = 1.0
         self.run_length = _FIRST_RUN
-        self._explored: Counter[int] = Counter()  # steps to learn what they cost, by the scale of their sizes
-        self._credit = 0.0  # seconds that guesses may cost which are not thought to pay
+        self.budget = ProbeBudget()
         self._run = 0  # steps with guesses since the last one without
         self._begun, self._paused = 0, 0  # steps with guesses since they began, and without since the last of them
         self._last_kind: tuple[bool, int] | None = None
         self._rest, self._resting = 0, 0  # steps that are not thought about, if they are of so many sequences
+        self._wanted = math.inf  # seconds that the guesses cost for which there was no credit
 
     def observe_step(self, num_tokens: int, seconds: float, *, is_uniform: bool) -> None:
         """Learn from a step that only decoded or verified."""
         costs = self.uniform if is_uniform else self.ragged
-        usual = costs.known(num_tokens, _WELL_KNOWN)
+        usual = costs.known(num_tokens, WELL_KNOWN)
         kind = is_uniform, rounded(num_tokens)
         if usual is None or kind != self._last_kind:
             costs.observe(num_tokens, seconds / self.pace)
@@ -158,6 +118,15 @@ class DraftController:
     def observe_catch_up(self, num_tokens: int, seconds: float) -> None:
         """Learn from a draft model that computed so many tokens before it guessed."""
         self.catch_up.observe(num_tokens, seconds / self.pace)
+
+    def rests(self, num_sequences: int) -> bool:
+        """Whether a step of so many sequences, that all can have guesses, has none, without looking at them."""
+        if not self._rest or self._resting != num_sequences:
+            return False
+        self.budget.earn(self.uniform.of(num_sequences) or 0.0)
+        self._rest -= 1
+        self._count_run({})
+        return True
 
     def choose(
         self,
@@ -177,11 +146,7 @@ class DraftController:
         for key in available:
             acceptance[key].idle_steps += 1  # until a guess is seen
         if available:
-            self._credit += _PROBING * base
-        if self._rest and self._resting == len(available) == num_sequences:
-            self._rest -= 1
-            self._count_run({})
-            return {}
+            self.budget.earn(base)
         behind = behind or {}
         missed = dict(zip(behind, self.catch_up.extended([own.tokens for own in behind.values()]), strict=True))
         spread = {
@@ -194,13 +159,15 @@ class DraftController:
         most = max((each[0] for each in chances.values()), default=0.0)
         rate, chosen = self._best(step) if self._best_rate(step, most) > step.least_rate else (0.0, {})
         self._count_run(chosen)
-        rests = not chosen and len(available) == num_sequences > 1
-        self._rest, self._resting = (_REST if rests else 0), num_sequences
+        self._rest, self._wanted = 0, math.inf
         if self._run > _LONGEST_RUN and rate < step.rate * _CLEAR_GAIN:
             self._run = 0
             return {}
         found = self._with_probe(step, chosen, available, acceptance, missed)
-        self._rest = 0 if found else self._rest
+        if not found and len(available) == num_sequences > 1:
+            # Without guesses nothing is learned of their chances; but there is more and more credit for some.
+            rest = max(_REST, min(_LONGEST_REST, self.budget.steps_until(self._wanted, base)))
+            self._rest, self._resting = round(rest), num_sequences
         return found
 
     def _count_run(self, chosen: Mapping[int, int]) -> None:
@@ -230,21 +197,20 @@ class DraftController:
         # All at once cost less than one alone, and say more, but for what a draft model may have missed of all.
         probed = dict.fromkeys(available, 1) if step.can_be_uniform and not chosen else {}
         longer = self._seconds(step, probed) - step.base
-        # What it costs is to be learned in steps one after the other: a single one is slow, and all seem to be then.
         size = 2 * step.num_sequences
-        scale = size.bit_length()  # what is learned of one size tells enough of those near it
-        is_new = bool(probed) and max(self.uniform.times(size), self._explored[scale]) < _WELL_KNOWN
+        is_new = bool(probed) and self.budget.is_new(size, self.uniform.times(size))
         if not probed or (sum(missed.values()) > longer and not is_new):
             least = min(idle, key=lambda key: (missed.get(key, 0.0), -acceptance[key].idle_steps))
             probed = {**chosen, least: min(2, available[least])}
         catching_up = sum(missed.get(key, 0.0) for key in probed.keys() - chosen.keys())
         cost = self._seconds(step, probed) - self._seconds(step, chosen) + catching_up
-        if (self._credit < cost and not is_new) or self._best_rate(step, 1.0) <= step.rate * _LEAST_HOPE:
+        if self._best_rate(step, 1.0) <= step.rate * _LEAST_HOPE:
             return chosen
         if is_new:
-            self._explored[scale] += 1
-        else:
-            self._credit = min(self._credit, _PROBES_SAVED * cost) - cost
+            self.budget.explore(size)
+        elif not self.budget.spend(cost):
+            self._wanted = cost
+            return chosen
         return probed
 
     def _seconds(self, step: _Step, chosen: Mapping[int, int]) -> float:

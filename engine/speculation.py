@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.draft_controller import Acceptance, Behind, DraftController
+from engine.acceptance import Acceptance
+from engine.draft_controller import Behind, DraftController
 from engine.draft_loop import LAST_TOKENS, num_missing
 from engine.draft_model import DraftModel
 from engine.ngram import NgramIndex
@@ -83,7 +84,9 @@ class Speculator:
             else:
                 available[sequence.id] = self.max_num_drafts
         chosen = available
-        if self.is_adaptive:
+        if self.is_adaptive and len(available) == len(decoding) and self.controller.rests(len(decoding)):
+            chosen = {}
+        elif self.is_adaptive:
             acceptance = {sequence.id: sequence.drafting.acceptance for sequence in decoding if sequence.drafting}
             behind = {} if self.draft_model is None else {one.id: _behind(one) for one in decoding}
             chosen = self.controller.choose(available, acceptance, len(decoding), behind)

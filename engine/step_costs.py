@@ -8,6 +8,7 @@ import numpy as np
 _LEARNING = 0.1  # of a new time in the mean of a cost, at least
 _FIRST_TIMES = 3  # of which the least counts: they may include what is done once
 _HOPED_LESS = 0.1  # for each of the first times that are still to come, or what was slow once is never tried again
+WELL_KNOWN = 10  # times that a step was seen before it tells how fast the machine is
 STRANGE = 0.3  # how far off what is usual a time may be; something else held up what is farther off
 
 

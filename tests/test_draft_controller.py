@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.draft_controller import Acceptance, Behind, DraftController, _Step, predicted_speedup
+from engine.acceptance import Acceptance
+from engine.draft_controller import Behind, DraftController, _Step, predicted_speedup
 from engine.step_costs import Cost
 
 
@@ -51,7 +52,8 @@ def test_where_nothing_pays_probes_take_half_a_hundredth_of_the_time(sequences) 
     missed, spent, probes, steps = 100, 0.0, 0, 4000
     for _ in range(steps):
         behind = {key: Behind(missed, 1000) for key in acceptance}
-        chosen = controller.choose(dict.fromkeys(acceptance, 5), acceptance, sequences, behind)
+        rests = controller.rests(sequences)
+        chosen = {} if rests else controller.choose(dict.fromkeys(acceptance, 5), acceptance, sequences, behind)
         missed += 1
         if chosen:
             probes += 1
@@ -63,12 +65,33 @@ def test_where_nothing_pays_probes_take_half_a_hundredth_of_the_time(sequences) 
     assert spent < 0.0055 * 10.0 * steps
 
 
+def test_where_nothing_pays_most_steps_of_several_sequences_are_not_thought_about() -> None:
+    controller, acceptance = taught(10.0, 9.0, 1.0, sequences=4), {key: known(0.02) for key in range(4)}
+    thought = 0
+    for _ in range(320):
+        if not controller.rests(4):
+            thought += 1
+            assert not controller.choose(dict.fromkeys(acceptance, 5), acceptance, 4)
+    assert thought == 10
+    assert controller.rests(4)
+    assert not controller.rests(3)  # another batch may be worth guesses
+    assert controller.choose({1: 5}, {1: known(0.9)}, 4) == {}
+    assert not controller.rests(4)  # only one of the four could have had any: it may be all of them next time
+
+
+def test_one_sequence_is_thought_about_in_each_step() -> None:
+    controller = taught(10.0, 9.0, 1.0)
+    for _ in range(10):
+        assert not controller.choose({1: 5}, {1: known(0.02)}, 1)
+        assert not controller.rests(1)
+
+
 def test_what_was_not_probed_for_long_is_not_made_up_for() -> None:
     controller, acceptance = taught(10.0, 1.0, 1.0), {1: known(0.05)}
     for _ in range(100):
         controller.observe_step(1, 10.0, is_uniform=True)
         controller.choose({}, acceptance, 1)
-        controller._credit += 10.0  # as if there had been no time to guess anything
+        controller.budget.credit += 10.0  # as if there had been no time to guess anything
     probes = sum(bool(controller.choose({1: 5}, acceptance, 1)) for _ in range(50))
     assert 2 <= probes <= 5
 
@@ -111,7 +134,7 @@ def test_what_is_looked_at_first_hides_nothing(uniform, ragged, draft, sequences
     for tokens, seconds in 10 * list(ragged.items()):
         controller.ragged.observe(tokens, seconds)
     controller.draft.observe(len(sequences), draft)
-    controller._credit, controller._explored = -1e9, Counter(dict.fromkeys(range(99), 99))  # and no probes
+    controller.budget.credit, controller.budget.explored = -1e9, Counter(dict.fromkeys(range(99), 99))  # and no probes
     num_sequences = len(sequences) + others
     available = {key: most for key, (most, _) in enumerate(sequences)}
     acceptance = {key: known(chance) for key, (_, chance) in enumerate(sequences)}

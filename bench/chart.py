@@ -17,15 +17,19 @@ def require_matplotlib(path: Path) -> None:
 
 
 def draw(path: Path, points: dict[str, list[tuple[Any, float]]], title: str, x: str, y: str, kind: Kind) -> None:
-    """Lines of (x, y) over a logarithmic x axis, or bars with a name each."""
+    """Lines of (x, y) over a logarithmic x axis, or bars with a name each, those of a name below each other."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if kind == "bars":
+        rows = bar_rows(points)
+        figure.set_figheight(max(4.5, 0.2 * sum(map(len, rows.values())) + 0.15 * len(rows) + 1))
         for series, values in points.items():
-            names, heights = zip(*values, strict=True)
-            axes.bar_label(axes.barh(names, heights, label=series), fmt="%.4g", padding=3)
+            places = [rows[name][series] for name, _ in values]
+            bars = axes.barh(places, [value for _, value in values], height=1.0, label=series)
+            axes.bar_label(bars, fmt="%.4g", padding=3, fontsize=8)
+        axes.set_yticks([sum(places.values()) / len(places) for places in rows.values()], list(rows))
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel(y)
@@ -43,3 +47,14 @@ def draw(path: Path, points: dict[str, list[tuple[Any, float]]], title: str, x: 
     axes.grid(alpha=0.3)
     axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=150)
+
+
+def bar_rows(points: dict[str, list[tuple[Any, float]]]) -> dict[Any, dict[str, float]]:
+    """Where the bars of each name stand, by series: those of a name next to each other, a gap before the next name."""
+    names = dict.fromkeys(name for values in points.values() for name, _ in values)
+    rows, place = {}, 0.0
+    for wanted in names:
+        having = [series for series, values in points.items() if any(name == wanted for name, _ in values)]
+        rows[wanted] = {series: place + index for index, series in enumerate(having)}
+        place += len(having) + 0.7
+    return rows

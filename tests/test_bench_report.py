@@ -1,5 +1,6 @@
 """The benchmarks' results: files, tables, plots; and the limits they are set against."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from bench import cli, limits
+from bench.chart import bar_rows
 from bench.geometries import model_config
 from bench.latency import spread
 from bench.machine import Machine, Rates
@@ -58,6 +60,16 @@ def test_a_plot_is_drawn(tmp_path, kind) -> None:
         made.point("one", x if kind == "lines" else f"bar {x}", x * 2.0)
     made.finish("x", "y", kind)
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_bar_hides_another() -> None:
+    points = {"c=1": [("chat", 1.3), ("copying", 3.0)], "c=2": [("chat", 1.1)], "c=4": [("chat", 1.0), ("edit", 2.0)]}
+    rows = bar_rows(points)
+    assert list(rows) == ["chat", "copying", "edit"]
+    assert list(rows["chat"]) == ["c=1", "c=2", "c=4"]
+    places = sorted(place for bars in rows.values() for place in bars.values())
+    assert len(places) == sum(map(len, points.values()))
+    assert all(after - before >= 1.0 for before, after in itertools.pairwise(places))
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, monkeypatch) -> None:

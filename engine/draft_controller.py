@@ -24,9 +24,10 @@ _LEAST_GAIN = 1.03  # more tokens a second than without guesses, lest noise deci
 _LEAST_GAIN_OF_SEVERAL = 1.06  # answers that began together end apart then, and the last ones make a small batch
 _LEAST_GAIN_TO_GO_ON = 1.02  # it costs something to begin, and what is known of chances comes and goes
 _LEAST_HOPE = 1.15  # with guesses that are all right, for some to be tried now and then
+_WITHOUT_HOPE = 10  # times as seldom else: costs change as well, and may have been learned while something held them up
 _LARGEST_STRIDE = 2  # as many times the largest step that was seen is the largest that is tried
 _FIRST_RUN, _RUN_LEARNING = 32.0, 0.1  # steps that go on with guesses once they began, and of a new run in that
-_REST, _LONGEST_REST = 8, 32  # steps for which it is thought to be as before, where none of several sequences has any
+_REST, _LONGEST_REST = 8, 32  # steps for which it is thought to be as before, where no sequence has any
 _CLEAR_GAIN = 1.5  # with so many more tokens a second it does not matter what a step without guesses takes exactly
 _LONGEST_RUN = 32  # steps with guesses, else, before one without shows what that takes by now
 
@@ -164,7 +165,7 @@ class DraftController:
             self._run = 0
             return {}
         found = self._with_probe(step, chosen, available, acceptance, missed)
-        if not found and len(available) == num_sequences > 1:
+        if not found and len(available) == num_sequences and self._wanted < math.inf:
             # Without guesses nothing is learned of their chances; but there is more and more credit for some.
             rest = max(_REST, min(_LONGEST_REST, self.budget.steps_until(self._wanted, base)))
             self._rest, self._resting = round(rest), num_sequences
@@ -204,11 +205,12 @@ class DraftController:
             probed = {**chosen, least: min(2, available[least])}
         catching_up = sum(missed.get(key, 0.0) for key in probed.keys() - chosen.keys())
         cost = self._seconds(step, probed) - self._seconds(step, chosen) + catching_up
-        if self._best_rate(step, 1.0) <= step.rate * _LEAST_HOPE:
-            return chosen
-        if is_new:
+        if is_new and cost < math.inf:
             self.budget.explore(size)
-        elif not self.budget.spend(cost):
+            return probed
+        if self._best_rate(step, 1.0) <= step.rate * _LEAST_HOPE:
+            cost *= _WITHOUT_HOPE
+        if not self.budget.spend(cost):
             self._wanted = cost
             return chosen
         return probed
@@ -224,7 +226,9 @@ class DraftController:
 
     def _best(self, step: _Step) -> tuple[float, dict[int, int]]:
         """The guesses that make most tokens a second, and how many; none where that is hardly more than without."""
-        rate, chosen = max(self._best_of_each(step), self._best_of_all(step), key=lambda found: found[0])
+        rate, chosen = self._best_of_all(step)
+        if step.num_sequences > 1:
+            rate, chosen = max(self._best_of_each(step), (rate, chosen), key=lambda found: found[0])
         return (rate, chosen) if rate > step.least_rate else (0.0, {})
 
     def _best_of_each(self, step: _Step) -> tuple[float, dict[int, int]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _LEARNING = 0.1  # of a new time in the mean of a cost, at least
-_FIRST_TIMES = 3  # of which the least counts: they may include what is done once
+_FIRST_TIMES = 3  # of which the least counts: they may include what is done once; and that are believed in a row
 _HOPED_LESS = 0.1  # for each of the first times that are still to come, or what was slow once is never tried again
 WELL_KNOWN = 10  # times that a step was seen before it tells how fast the machine is
 STRANGE = 0.3  # how far off what is usual a time may be; something else held up what is farther off
@@ -14,10 +14,15 @@ STRANGE = 0.3  # how far off what is usual a time may be; something else held up
 
 @dataclass(slots=True)
 class Cost:
-    """Seconds of something that is done again and again: a mean that follows slowly, and no single time far."""
+    """Seconds of something that is done again and again: a mean that follows slowly, and no single time far.
+
+    quick: times in a row that were far less. Nothing makes a step quick by chance: if there are some, it was the mean
+    that something had held up.
+    """
 
     seconds: float
     times: int = 1
+    quick: int = 0
 
     @property
     def hoped(self) -> float:
@@ -26,8 +31,11 @@ class Cost:
 
     def observe(self, seconds: float) -> None:
         self.times += 1
+        self.quick = self.quick + 1 if seconds < (1 - STRANGE) * self.seconds else 0
         if self.times <= _FIRST_TIMES:
             self.seconds = min(self.seconds, seconds)
+        elif self.quick == _FIRST_TIMES:
+            self.seconds, self.quick = seconds, 0
         else:
             most = STRANGE * self.seconds
             self.seconds += max(_LEARNING, 1 / self.times) * max(-most, min(most, seconds - self.seconds))

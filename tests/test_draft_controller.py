@@ -79,11 +79,17 @@ def test_where_nothing_pays_most_steps_of_several_sequences_are_not_thought_abou
     assert not controller.rests(4)  # only one of the four could have had any: it may be all of them next time
 
 
-def test_one_sequence_is_thought_about_in_each_step() -> None:
-    controller = taught(10.0, 9.0, 1.0)
-    for _ in range(10):
-        assert not controller.choose({1: 5}, {1: known(0.02)}, 1)
-        assert not controller.rests(1)
+@pytest.mark.parametrize(("held_up", "steps"), [(1, 400), (3, 400), (10, 30_000)])
+def test_what_guesses_cost_while_something_held_them_up_is_not_believed_for_ever(held_up, steps) -> None:
+    """As the first, for which there may be something to compile: not even right ones would pay at that cost."""
+    controller, acceptance, guessed = DraftController(), {1: known(0.8)}, []
+    for _ in range(steps):
+        chosen = {} if controller.rests(1) else controller.choose({1: 5}, acceptance, 1)
+        guessed.append(bool(chosen))
+        if chosen:
+            controller.observe_draft(1, 40.0 if sum(guessed) <= held_up else 1.0)
+        controller.observe_step(1 + sum(chosen.values()), 10.0, is_uniform=True)
+    assert sum(guessed[-100:]) > 95
 
 
 def test_what_was_not_probed_for_long_is_not_made_up_for() -> None:
@@ -96,9 +102,10 @@ def test_what_was_not_probed_for_long_is_not_made_up_for() -> None:
     assert 2 <= probes <= 5
 
 
-def test_nothing_is_tried_where_not_even_right_guesses_would_pay() -> None:
+def test_hardly_any_is_tried_where_not_even_right_guesses_would_pay() -> None:
     controller = taught(10.0, 9.0, 1.0)
-    assert not any(controller.choose({1: 5}, {1: known(0.3)}, 1) for _ in range(2000))
+    tried = sum(bool(controller.choose({1: 5}, {1: known(0.3)}, 1)) for _ in range(10_000))
+    assert 0 < tried * (9.0 + 1.0) < 0.0006 * 10_000 * 10.0
 
 
 def test_nothing_is_guessed_before_a_step_was_seen() -> None:
@@ -110,12 +117,12 @@ def test_a_sequence_whose_guesses_begin_to_stand_is_noticed() -> None:
     acceptance.right, acceptance.tried = [0.0, 0.0], [10.0, 10.0]
     for _ in range(60):
         acceptance.observe(3, 3)
-    assert acceptance.chances(3)[-1] > 0.9
+    assert acceptance.chances(3)[-1] > 0.75
     for _ in range(60):
         acceptance.observe(3, 1)
     first, both = acceptance.chances(2)
     assert first > 0.9
-    assert both < 0.1
+    assert both < 0.25
 
 
 @settings(max_examples=300, deadline=None)
@@ -326,7 +333,7 @@ def test_a_new_sequence_is_thought_to_be_like_those_before_it() -> None:
     assert new.chances(2) == pytest.approx([0.25, 0.0], abs=0.02)
     for _ in range(20):
         new.observe(2, 2)
-    assert new.chances(1)[0] > 0.6
+    assert new.chances(1)[0] > 0.5
 
 
 def test_what_is_slow_the_first_time_says_nothing_about_the_machine() -> None:

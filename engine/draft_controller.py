@@ -7,7 +7,7 @@ number of guesses that would be best for each is compared with the one that woul
 
 A draft model must compute what it has missed before it guesses, which has to pay off in the steps that follow: as many
 as usual, when guesses were begun before. Where none pay, some are made now and then to find out whether that has
-changed, for which there is a small part of the time and no more, but for the first few of each scale of batch sizes.
+changed, for which there is a small part of the time and no more: see `ProbeBudget`. Most steps between are not planned.
 """
 
 import functools

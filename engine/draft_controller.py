@@ -25,6 +25,7 @@ _LEAST_GAIN_OF_SEVERAL = 1.06  # answers that began together end apart then, and
 _LEAST_GAIN_TO_GO_ON = 1.02  # it costs something to begin, and what is known of chances comes and goes
 _LEAST_HOPE = 1.15  # with guesses that are all right, for some to be tried now and then
 _WITHOUT_HOPE = 10  # times as seldom else: costs change as well, and may have been learned while something held them up
+_MOST_MISSED = 10  # steps without guesses that a draft model may hold all sequences up for, before the first ones
 _LARGEST_STRIDE = 2  # as many times the largest step that was seen is the largest that is tried
 _FIRST_RUN, _RUN_LEARNING = 32.0, 0.1  # steps that go on with guesses once they began, and of a new run in that
 _REST, _LONGEST_REST = 8, 32  # steps for which it is thought to be as before, where no sequence has any
@@ -199,8 +200,10 @@ class DraftController:
         probed = dict.fromkeys(available, 1) if step.can_be_uniform and not chosen else {}
         longer = self._seconds(step, probed) - step.base
         size = 2 * step.num_sequences
-        is_new = bool(probed) and self.budget.is_new(size, self.uniform.times(size))
-        if not probed or (sum(missed.values()) > longer and not is_new):
+        behind = sum(missed.values())
+        is_bearable = bool(probed) and behind <= _MOST_MISSED * step.base
+        is_new = is_bearable and self.budget.is_new(size, self.uniform.times(size))
+        if not probed or (behind > longer and not is_new):
             least = min(idle, key=lambda key: (missed.get(key, 0.0), -acceptance[key].idle_steps))
             probed = {**chosen, least: min(2, available[least])}
         catching_up = sum(missed.get(key, 0.0) for key in probed.keys() - chosen.keys())

@@ -212,6 +212,16 @@ def test_what_guesses_cost_is_learned_in_steps_one_after_the_other() -> None:
     assert sum(taken) > 50
 
 
+@pytest.mark.parametrize(("missed", "tried"), [(100, True), (10_000, False)])
+def test_nobody_waits_long_for_the_first_guesses(missed, tried) -> None:
+    """Of many sequences with long contexts a draft model may have missed what takes it seconds."""
+    controller, acceptance = DraftController(), {key: known(0.1) for key in range(4)}
+    controller.observe_catch_up(100, 5.0)
+    controller.observe_step(4, 10.0, is_uniform=True)
+    behind = {key: Behind(missed, 100) for key in acceptance}
+    assert bool(controller.choose(dict.fromkeys(acceptance, 5), acceptance, 4, behind)) == tried
+
+
 def test_what_is_never_learned_is_not_tried_for_ever() -> None:
     """As where there is no memory for guesses."""
     controller, acceptance = DraftController(), {1: known(0.1)}

@@ -98,7 +98,6 @@ class DraftController:
         self._begun, self._paused = 0, 0  # steps with guesses since they began, and without since the last of them
         self._last_kind: tuple[bool, int] | None = None
         self._rest, self._resting = 0, 0  # steps that are not thought about, if they are of so many sequences
-        self._wanted = math.inf  # seconds that the guesses cost for which there was no credit
 
     def observe_step(self, num_tokens: int, seconds: float, *, is_uniform: bool) -> None:
         """Learn from a step that only decoded or verified."""
@@ -161,16 +160,11 @@ class DraftController:
         most = max((each[0] for each in chances.values()), default=0.0)
         rate, chosen = self._best(step) if self._best_rate(step, most) > step.least_rate else (0.0, {})
         self._count_run(chosen)
-        self._rest, self._wanted = 0, math.inf
+        self._rest = 0
         if self._run > _LONGEST_RUN and rate < step.rate * _CLEAR_GAIN:
             self._run = 0
             return {}
-        found = self._with_probe(step, chosen, available, acceptance, missed)
-        if not found and len(available) == num_sequences and self._wanted < math.inf:
-            # Without guesses nothing is learned of their chances; but there is more and more credit for some.
-            rest = max(_REST, min(_LONGEST_REST, self.budget.steps_until(self._wanted, base)))
-            self._rest, self._resting = round(rest), num_sequences
-        return found
+        return self._with_probe(step, chosen, available, acceptance, missed)
 
     def _count_run(self, chosen: Mapping[int, int]) -> None:
         """Take note of what is thought to pay; of a single step without guesses nothing is missed."""
@@ -200,10 +194,10 @@ class DraftController:
         probed = dict.fromkeys(available, 1) if step.can_be_uniform and not chosen else {}
         longer = self._seconds(step, probed) - step.base
         size = 2 * step.num_sequences
-        behind = sum(missed.values())
-        is_bearable = bool(probed) and behind <= _MOST_MISSED * step.base
+        catching_up_all = sum(missed.values())
+        is_bearable = bool(probed) and catching_up_all <= _MOST_MISSED * step.base
         is_new = is_bearable and self.budget.is_new(size, self.uniform.times(size))
-        if not probed or (behind > longer and not is_new):
+        if not probed or (catching_up_all > longer and not is_new):
             least = min(idle, key=lambda key: (missed.get(key, 0.0), -acceptance[key].idle_steps))
             probed = {**chosen, least: min(2, available[least])}
         catching_up = sum(missed.get(key, 0.0) for key in probed.keys() - chosen.keys())
@@ -213,10 +207,13 @@ class DraftController:
             return probed
         if self._best_rate(step, 1.0) <= step.rate * _LEAST_HOPE:
             cost *= _WITHOUT_HOPE
-        if not self.budget.spend(cost):
-            self._wanted = cost
-            return chosen
-        return probed
+        if self.budget.spend(cost):
+            return probed
+        if not chosen and step.can_be_uniform and cost < math.inf:
+            # Without guesses nothing is learned of their chances; but there is more and more credit for some.
+            rest = max(_REST, min(_LONGEST_REST, self.budget.steps_until(cost, step.base)))
+            self._rest, self._resting = round(rest), step.num_sequences
+        return chosen
 
     def _seconds(self, step: _Step, chosen: Mapping[int, int]) -> float:
         """Of a step with so many guesses, what a draft model has missed apart."""

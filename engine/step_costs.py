@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 _LEARNING = 0.1  # of a new time in the mean of a cost, at least
-_FIRST_TIMES = 3  # of which the least counts: they may include what is done once; and that are believed in a row
+_FIRST_TIMES = 3  # of which the least counts: they may include what is done once
+_QUICK_TIMES = 3  # in a row that are far less than a cost, for it to be what the last of them was
 _HOPED_LESS = 0.1  # for each of the first times that are still to come, or what was slow once is never tried again
 WELL_KNOWN = 10  # times that a step was seen before it tells how fast the machine is
 STRANGE = 0.3  # how far off what is usual a time may be; something else held up what is farther off
@@ -34,7 +35,7 @@ class Cost:
         self.quick = self.quick + 1 if seconds < (1 - STRANGE) * self.seconds else 0
         if self.times <= _FIRST_TIMES:
             self.seconds = min(self.seconds, seconds)
-        elif self.quick == _FIRST_TIMES:
+        elif self.quick >= _QUICK_TIMES:
             self.seconds, self.quick = seconds, 0
         else:
             most = STRANGE * self.seconds

@@ -74,6 +74,16 @@ def test_answers_are_those_without(directory, other, plain, drafter, count, is_a
         assert len(llm.engine.records) < 30
 
 
+def test_a_resting_controller_is_not_asked(directory, monkeypatch):
+    llm = speculating(directory, directory, is_adaptive=True)
+    controller, rested = llm.engine.speculator.controller, []
+    monkeypatch.setattr(controller, "choose", lambda *_: pytest.fail("nobody needs to know"))
+    monkeypatch.setattr(controller, "rests", lambda num_sequences: rested.append(num_sequences) or True)
+    llm.generate(random_prompts(3), greedy())
+    assert not any(record.num_wanted_drafts for record in llm.engine.records)
+    assert max(rested) == 3
+
+
 @pytest.mark.parametrize("wrong", [lambda drafts, chosen: len(drafts), lambda drafts, chosen: min(1, len(drafts))])
 def test_a_rule_that_lets_wrong_guesses_stand_is_noticed(directory, other, plain, wrong, monkeypatch):
     prompts, params = random_prompts(8), mixed_params(8, max_tokens=30)

@@ -72,7 +72,7 @@ def compile_pieces(
     for question in (*questions, codecache.CacheBase.get_system, codecache.torch_key):
         question()
         yield
-    chooser = token_chooser.compiled_functions()
+    chooser = token_chooser.compiled_functions(device)
     # Of a choice it only matters whether it is of one row or of several.
     for rows in (1, 3) if max_num_seqs > 1 else (1,):
         inputs = _inputs(StepShape(rows, rows, 2, rows, 1), block_size, device)

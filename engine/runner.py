@@ -258,7 +258,7 @@ class Runner:
 
     def _compile_as_a_whole(self, on_progress: Callable[[], object]) -> None:
         self._functions = compiled_functions(self._eager, with_whole=True, replays=self._is_shard)
-        self.chooser.functions = token_chooser.compiled_functions()
+        self.chooser.functions = token_chooser.compiled_functions(self.device)
         mark_dynamic(*(pages for layer in self.kv_cache for pages in layer))
         for shape in self._warm_up_shapes():
             self._warm_up(shape)

@@ -23,6 +23,7 @@ from layers.logit_processing import allow, edit, restrict
 from layers.logprobs import logprobs
 from layers.sampling import draw, greedy
 from layers.types import Edits, Filters, Logprobs, Sampling
+from ops import has_draw_kernel
 
 # Rows of logits of a prompt that exist at a time: 49152 of them in fp32 are 25 MB, 152064 are 78 MB.
 _PROMPT_ROWS = 128
@@ -94,10 +95,12 @@ class Functions(NamedTuple):
 _EAGER = Functions(edit, allow, restrict, draw, greedy, logprobs)
 
 
-def compiled_functions() -> Functions:
+def compiled_functions(device: torch.device) -> Functions:
     """Each to be compiled when first called; `warm_up` must see every kind of launch before the first step."""
-    functions: list[Any] = [torch.compile(function, fullgraph=True) for function in _EAGER]
-    return Functions(*functions)
+    compiled: list[Any] = [torch.compile(function, fullgraph=True) for function in _EAGER]
+    functions = Functions(*compiled)
+    # A call of something compiled costs the host five times what the single op does.
+    return functions._replace(draw=draw) if has_draw_kernel(device) else functions
 
 
 def warm_up(functions: Functions, logits: Tensor, sampling: Sampling) -> Iterator[None]:
@@ -204,7 +207,9 @@ class TokenChooser:
         functions = self._pick(rows)
         if not needs & (Needs.DRAW | Needs.EDIT | Needs.MASK):
             return chosen
-        logits = logits.float()
+        # What is compiled is so for float32.
+        if needs & (Needs.EDIT | Needs.MASK | Needs.RESTRICT) or self.functions.draw is not draw:
+            logits = logits.float()
         if needs & Needs.EDIT and (edits := self._edits(sampled)) is not None:
             logits = functions.edit(logits, edits)
         if needs & Needs.MASK and (words := self._allowed(sampled, rows)) is not None:

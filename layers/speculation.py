@@ -51,7 +51,6 @@ def guess(
     if head_tokens is None:
         logits = logits[:, :vocab_size]
     if state.draws:
-        logits = logits.float()
         if state.filters is not None:
             logits = restrict(logits, sampling.temperature, state.filters)
         token_ids = draw(logits, sampling, head_tokens)

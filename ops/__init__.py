@@ -6,6 +6,7 @@ Each op has a fake implementation for tracing, a Triton one for CUDA, a torch on
 
 from ops.argmax import argmax
 from ops.collective import all_gather_columns, all_reduce
+from ops.draw import draw, has_draw_kernel
 from ops.embedding import embedding
 from ops.kv_cache import copy_blocks, write_kv
 from ops.layer import decoder_layer, has_layer_kernel
@@ -24,7 +25,9 @@ __all__ = [
     "argmax",
     "copy_blocks",
     "decoder_layer",
+    "draw",
     "embedding",
+    "has_draw_kernel",
     "has_layer_kernel",
     "linear",
     "pack",

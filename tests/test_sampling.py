@@ -3,10 +3,21 @@
 import pytest
 import torch
 
-from layers import sampling as module
+import ops
 from layers.logit_processing import restrict
 from layers.sampling import draw, greedy, uniform_noise
 from layers.types import Filters, Sampling
+from ops import reference
+
+
+@pytest.fixture(autouse=True, params=["kernel", "torch"])
+def kind(request, monkeypatch) -> str:
+    """Every test runs with the CPU's kernel and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(ops, "has_draw_kernel", lambda device: False)
+    elif not ops.has_draw_kernel(torch.device("cpu")):
+        pytest.skip("the CPU kernels could not be built")
+    return request.param
 
 
 def sampling(temperature, seeds, positions) -> Sampling:
@@ -69,14 +80,35 @@ def expect_draws(logits: torch.Tensor, restricted: torch.Tensor, temperature: fl
         assert chi_square < degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3
 
 
-@pytest.mark.parametrize("noise", [1.0, 1 - 2.0**-24, 2.0**-33])
-def test_a_token_of_minus_infinity_is_never_drawn_whatever_the_noise(monkeypatch, noise):
-    monkeypatch.setattr(
-        module, "uniform_noise", lambda seed, position, tokens: torch.full((len(seed), len(tokens)), noise)
-    )
-    logits = torch.full((2, 40), -torch.inf)
-    logits[0, 17], logits[1, [5, 30]] = -80.0, 3.0
-    assert draw(logits, sampling(1.0, [1, 2], [3, 4])).tolist() == [17, 5]
+def test_a_token_of_minus_infinity_is_never_drawn_whatever_the_noise():
+    extremes = torch.tensor([37_656_488, 46_559_640])  # of 2**27 tokens those whose numbers are largest and smallest
+    numbers = uniform_noise(torch.tensor([3]), torch.tensor([4]), extremes)[0]
+    assert numbers[0] == 1
+    assert numbers[1] < 2.0**-30
+    for order in ([0, 1], [1, 0]):
+        logits = torch.full((1, 40), -torch.inf)
+        logits[0, 17] = -80.0
+        token_ids = torch.arange(40)
+        token_ids[17], token_ids[5] = extremes[order]
+        assert draw(logits, sampling(1.0, [3], [4]), token_ids).tolist() == [17]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_are_those_of_the_definition(dtype):
+    """Also past the columns that a thread takes at a time, and for rows that lie apart."""
+    torch.manual_seed(2)
+    for rows, size in ((1, 1), (3, 17), (40, 60), (1, 4100)):
+        logits = (torch.randn(2 * rows, size + 3) * 3).to(dtype)[::2, :size]
+        temperature = torch.rand(rows).round(decimals=1) * 2 if rows > 1 else torch.ones(1)
+        seed = torch.randint(-(2**62), 2**62, (rows,))
+        position = torch.randint(0, 100_000, (rows,), dtype=torch.int32)
+        for token_ids in (None, torch.randperm(50_000)[:size]):
+            chosen = draw(logits, Sampling(temperature, seed, position), token_ids)
+            values = reference.draw(logits, temperature, seed, position, token_ids)
+            best = values.gather(1, chosen[:, None])[:, 0]
+            torch.testing.assert_close(best, values.amax(-1), rtol=0, atol=3e-5)  # a near tie may fall either way
+            assert (chosen == values.argmax(-1)).double().mean() > 0.97 or rows < 34
+            assert torch.equal(chosen[temperature == 0], logits.float().argmax(-1)[temperature == 0])
 
 
 def test_tiny_temperatures_are_greedy_and_not_infinite():

@@ -18,8 +18,17 @@ from pathlib import Path
 
 import platformdirs
 
-_SOURCES = ("linear.cpp", "attention.cpp", "prefill.cpp", "kv_cache.cpp", "rotary.cpp", "argmax.cpp", "layer.cpp")
-_HEADERS = ("parts.h", "tiles.h", "tiles_avx2.h", "tiles_avx512.h", "vectors.h")
+_SOURCES = (
+    "linear.cpp",
+    "attention.cpp",
+    "prefill.cpp",
+    "kv_cache.cpp",
+    "rotary.cpp",
+    "argmax.cpp",
+    "draw.cpp",
+    "layer.cpp",
+)
+_HEADERS = ("largest.h", "parts.h", "tiles.h", "tiles_avx2.h", "tiles_avx512.h", "vectors.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-w")
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
@@ -28,6 +37,7 @@ _ATTENTION = [_POINTER, _NUMBER, *[_POINTER] * 3, _NUMBER, *[_POINTER] * 2, *[_N
 _WRITE = [*[_POINTER] * 3, _NUMBER, _POINTER, _NUMBER, _POINTER, *[_NUMBER] * 4]
 _ROTATE = [_POINTER, _NUMBER, _POINTER, _POINTER, ctypes.c_float, *[_POINTER] * 3, *[_NUMBER] * 5, *[_POINTER] * 3]
 _ARGMAX = [_POINTER, *[_NUMBER] * 3, _POINTER]
+_DRAW = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 5]
 _LAYER = [
     *[_POINTER] * 2,
     *[_NUMBER] * 3,
@@ -44,6 +54,8 @@ _SIGNATURES = {
     "dispec_linear": [_POINTER, _NUMBER, _POINTER, ctypes.c_float, *[_POINTER] * 4, *[_NUMBER] * 4],
     "dispec_argmax_bfloat16": _ARGMAX,
     "dispec_argmax_float32": _ARGMAX,
+    "dispec_draw_bfloat16": _DRAW,
+    "dispec_draw_float32": _DRAW,
     "dispec_layer": _LAYER,
     "dispec_rotate_and_write_bfloat16": _ROTATE,
     "dispec_rotate_and_write_float32": _ROTATE,

@@ -1,0 +1,39 @@
+"""A token of each row, drawn from its softmax, as one op on a CPU."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ops.cpu import draw as cpu_draw
+from ops.cpu.library import library
+from ops.tracing import constant
+
+_library = torch.library.Library("dispec", "FRAGMENT")
+_library.define("draw(Tensor logits, Tensor temperature, Tensor seed, Tensor position, Tensor? token_ids) -> Tensor")
+
+
+def has_draw_kernel(device: torch.device) -> bool:
+    """Whether `draw` can take tensors of the device."""
+    return device.type == "cpu" and _has_kernels()
+
+
+def draw(
+    logits: Float[Tensor, "R V"],
+    temperature: Float[Tensor, "R"],
+    seed: Int[Tensor, "R"],
+    position: Int[Tensor, "R"],
+    token_ids: Int[Tensor, "V"] | None,
+) -> Int[Tensor, "R"]:
+    """As `layers.sampling.draw` defines it, each row by itself. Only where `has_draw_kernel`."""
+    return torch.ops.dispec.draw(logits, temperature, seed, position, token_ids)
+
+
+@constant
+def _has_kernels() -> bool:
+    return library() is not None
+
+
+_library.impl("draw", cpu_draw.draw, "CPU")
+torch.library.register_fake(
+    "dispec::draw", lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64), lib=_library
+)

@@ -49,10 +49,10 @@ class SharedDraft:
             return {"embedding": target.embedding, "lm_head": target.lm_head}
         rows = torch.tensor(self.head_tokens, device=target.rope_frequencies.device)
         readable = target.lm_head
-        if isinstance(readable, ops.Packed) and not readable.is_tiled:  # then it is a tied one's second copy
+        if isinstance(readable, ops.Packed) and not readable.has_rows:  # then it is a tied one's second copy
             readable = target.embedding
         head = ops.embedding(readable, rows, self.config.hidden_size)
-        return {"embedding": target.embedding, "lm_head": ops.pack(head)}
+        return {"embedding": target.embedding, "lm_head": ops.pack(head, may_round=True)}
 
 
 def find_shared_draft(name: str | Path, tokenizer: Tokenizer | None, target: ModelConfig) -> SharedDraft | None:

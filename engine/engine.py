@@ -1,5 +1,6 @@
 """The engine: requests in, tokens out, one step at a time."""
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -50,8 +51,8 @@ from engine.transfer.interface import Ticket, TransferOptions, Transport
 from layers.config import ModelConfig, Shard, UnsupportedModelError
 from layers.sharding import Sharding, check_can_shard
 from layers.types import Weights
-from layers.weights import dummy_weights, load_weights
-from ops import Matrix
+from layers.weights import Pack, dummy_weights, load_weights
+from ops import Matrix, pack
 from ops.paged_attention import TRITON_HEAD_DIMS
 
 if TYPE_CHECKING:
@@ -128,7 +129,9 @@ class Engine:
             if draft is not None:
                 shared = draft.checkpoint if isinstance(draft.checkpoint, SharedDraft) else None
                 borrowed = shared.borrowed(weights) if shared is not None else None
-                draft_weights = self._load_weights(draft.checkpoint, draft.config, borrowed)
+                # Rounding makes no answer another one: at worst a guess falls.
+                rounded = functools.partial(pack, may_round=True)
+                draft_weights = self._load_weights(draft.checkpoint, draft.config, borrowed, pack=rounded)
             return_freed_memory()
         # On CPU the work is done when a launch returns, so there is nothing to overlap with.
         self.overlaps = self.device.type == "cuda" if options.async_scheduling is None else options.async_scheduling
@@ -470,14 +473,16 @@ class Engine:
         config: ModelConfig,
         borrowed: Mapping[str, Matrix] | None = None,
         shard: Shard | None = None,
+        pack: Pack = pack,
     ) -> Weights:
         dtype = DTYPES[self.options.dtype]
         if self.options.load_format == "dummy" or checkpoint is None:
-            return dummy_weights(config, dtype, self.device, self.options.seed, shard)
+            return dummy_weights(config, dtype, self.device, self.options.seed, shard, pack)
         with tqdm(
             desc="loading weights", unit="param", unit_scale=True, disable=not self._show_progress, leave=False
         ) as bar:
-            return load_weights(config, checkpoint.tensors(dtype), dtype, self.device, bar.update, borrowed, shard)
+            tensors = checkpoint.tensors(dtype)
+            return load_weights(config, tensors, dtype, self.device, bar.update, borrowed, shard, pack)
 
     def _make_runner(
         self,

@@ -16,6 +16,8 @@ from layers.rope import rope_frequencies
 from layers.sharding import Axis, Part, Sharding
 from layers.types import AttentionWeights, BlockWeights, MlpWeights, Weights
 
+Pack = Callable[[Tensor], ops.Matrix]
+
 
 class WeightsError(ValueError):
     """A checkpoint's tensors do not match the model's declaration; the message names the tensor."""
@@ -151,12 +153,13 @@ def load_weights(
     on_progress: Callable[[int], None] = lambda _: None,
     borrowed: Mapping[str, ops.Matrix] | None = None,
     shard: Shard | None = None,
+    pack: Pack = ops.pack,
 ) -> Weights:
     """Stream a checkpoint's tensors into place, one at a time; each matrix is packed once it is whole.
 
     `tensors` yields (Hugging Face name, tensor) in any order; `on_progress` hears of each one's elements. `borrowed`
     weights, by their names in `Weights`, are another model's and not among the tensors. `shard`: the rank whose part
-    of the model `config` is wanted.
+    of the model `config` is wanted. `pack`: what makes of a matrix what `ops.linear` takes.
     Raises WeightsError, with the name, for a tensor that is missing, left over, doubled or misshapen.
     """
     borrowed = borrowed or {}
@@ -184,12 +187,12 @@ def load_weights(
         weight.fill(source, row, tensor)
         on_progress(tensor.numel())
         if not weight.waiting:
-            done[spec.name] = _finished(spec, loading.pop(spec.name).tensor)
+            done[spec.name] = _finished(spec, loading.pop(spec.name).tensor, pack)
     missing = [name for name, spec in place_of.items() if spec.name not in done and _is_waiting(name, spec, loading)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise WeightsError(f"tensor {missing[0]!r}{more} is missing from the checkpoint")
-    return assemble(config, {**done, **borrowed}, device)
+    return assemble(config, {**done, **borrowed}, device, pack)
 
 
 def _is_waiting(name: str, spec: WeightSpec, loading: dict[str, _Loading]) -> bool:
@@ -197,7 +200,12 @@ def _is_waiting(name: str, spec: WeightSpec, loading: dict[str, _Loading]) -> bo
 
 
 def dummy_weights(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0, shard: Shard | None = None
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    shard: Shard | None = None,
+    pack: Pack = ops.pack,
 ) -> Weights:
     """Random weights of the real shapes, scaled so that activations neither vanish nor explode.
 
@@ -215,8 +223,8 @@ def dummy_weights(
             tensor.normal_(0.0, 0.5 * deviation, generator=generator)
         if sharding is not None:
             tensor = _part_of(spec, tensor, sharding)
-        done[spec.name] = _finished(spec, tensor)
-    return assemble(config, done, device)
+        done[spec.name] = _finished(spec, tensor, pack)
+    return assemble(config, done, device, pack)
 
 
 def _part_of(spec: WeightSpec, whole: Tensor, sharding: Sharding) -> Tensor:
@@ -227,11 +235,11 @@ def _part_of(spec: WeightSpec, whole: Tensor, sharding: Sharding) -> Tensor:
     return weight.tensor
 
 
-def _finished(spec: WeightSpec, tensor: Tensor) -> ops.Matrix:
-    return ops.pack(tensor) if spec.kind == "matrix" else tensor
+def _finished(spec: WeightSpec, tensor: Tensor, pack: Pack) -> ops.Matrix:
+    return pack(tensor) if spec.kind == "matrix" else tensor
 
 
-def assemble(config: ModelConfig, weights: dict[str, Any], device: torch.device) -> Weights:
+def assemble(config: ModelConfig, weights: dict[str, Any], device: torch.device, pack: Pack = ops.pack) -> Weights:
     """Build the `Weights` tree from weights by their declared names."""
 
     def block(path: str) -> BlockWeights:
@@ -252,8 +260,8 @@ def assemble(config: ModelConfig, weights: dict[str, Any], device: torch.device)
     embedding = weights["embedding"]
     lm_head = weights.get("lm_head")
     if lm_head is None:  # tied
-        lm_head = ops.pack(embedding)
-        if isinstance(lm_head, ops.Packed) and lm_head.is_tiled:
+        lm_head = pack(embedding)
+        if isinstance(lm_head, ops.Packed) and lm_head.has_rows:
             embedding = lm_head
     return Weights(
         embedding=embedding,

@@ -33,8 +33,11 @@ def has_layer_kernel(matrices: tuple[Matrix, ...], gate_up: Matrix, keys: Float[
             for matrix in (*matrices, gate_up)
         )
     return (
-        all(isinstance(matrix, Packed) and matrix.is_tiled for matrix in (*matrices, gate_up))
-        and isinstance(gate_up, Packed)
+        isinstance(gate_up, Packed)
+        and all(
+            isinstance(matrix, Packed) and matrix.is_tiled and matrix.blocked.dtype is gate_up.blocked.dtype
+            for matrix in (*matrices, gate_up)
+        )
         and gate_up.features % (2 * TILE) == 0
         and keys.dtype is torch.bfloat16
         and has_cpu_kernel(keys.dtype, keys.shape[2], keys.shape[3])

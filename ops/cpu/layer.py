@@ -48,6 +48,7 @@ def decoder_layer(
         hidden,
         intermediate,
         eps,
+        qkv.dtype is torch.int8,
         attention_norm.data_ptr(),
         qkv.data_ptr(),
         None if qkv_bias is None else qkv_bias.data_ptr(),

@@ -42,6 +42,7 @@ _LAYER = [
     *[_POINTER] * 2,
     *[_NUMBER] * 3,
     ctypes.c_float,
+    _NUMBER,
     *[_POINTER] * 16,
     _NUMBER,
     *[_POINTER] * 2,
@@ -51,7 +52,7 @@ _LAYER = [
 _SIGNATURES = {
     "dispec_pack": [_POINTER, _POINTER, _NUMBER, _NUMBER],
     "dispec_unpack_rows": [_POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER],
-    "dispec_linear": [_POINTER, _NUMBER, _POINTER, ctypes.c_float, *[_POINTER] * 4, *[_NUMBER] * 4],
+    "dispec_linear": [_POINTER, _NUMBER, _POINTER, ctypes.c_float, _POINTER, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 4],
     "dispec_argmax_bfloat16": _ARGMAX,
     "dispec_argmax_float32": _ARGMAX,
     "dispec_draw_bfloat16": _DRAW,

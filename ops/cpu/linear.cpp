@@ -1,4 +1,4 @@
-// Products of a few to many rows with a packed bf16 weight.
+// Products of a few to many rows with a packed weight of bf16, or of 8 bits.
 //
 // A weight [N, K] is packed into tiles: see tiles.h. A tile is read from its beginning to its end, so at few rows the
 // product runs at the speed of memory, and several rows share each load, so at many it runs at that of the multipliers.
@@ -28,25 +28,30 @@ constexpr int64_t AHEAD = 2048;  // bytes of weight fetched before they are need
 // x as `Rows` has it. `residual` is null or lies as
 // `out` does. `next` is what to fetch meanwhile, as many cache lines as the tile has pairs; null means this very tile, a
 // little ahead of its use.
-template <int ROWS>
-void tile_product(const Input *x, int64_t x_stride, const uint16_t *tile, const uint16_t *bias,
-                  const uint16_t *residual, const char *next, uint16_t *out, int64_t out_stride, int64_t k, int width) {
+template <int ROWS, typename Weight>
+void tile_product(const Input *x, int64_t x_stride, const char *packed, const uint16_t *bias, const uint16_t *residual,
+                  const char *next, uint16_t *out, int64_t out_stride, int64_t k, int width) {
+    const Weight *tile = (const Weight *)packed;
     Floats sums[ROWS][2];
     bfloat16 first[TILE] = {};
     if (bias) std::memcpy(first, bias, width * sizeof(bfloat16));
-    for (int row = 0; row < ROWS; ++row) {
-        sums[row][0] = load(first);
-        sums[row][1] = load(first + LANES);
-    }
+    for (int row = 0; row < ROWS; ++row)
+        for (int half = 0; half < 2; ++half)
+            sums[row][half] = FACTORS<Weight> ? splat(0.0f) : load(first + half * LANES);
     add_product<ROWS>(sums, x, x_stride, tile, k, [&](int64_t pair) {
         const char *at = (const char *)(tile + pair * TILE * 2);
         if (next) {
             _mm_prefetch(next + pair * 64, _MM_HINT_T1);
         } else if constexpr (ROWS <= 6) {
-            _mm_prefetch(at + AHEAD, _MM_HINT_T0);
-            _mm_prefetch(at + AHEAD + 64, _MM_HINT_T0);
+            for (int64_t i = 0; i < PAIR<Weight>; i += 64) _mm_prefetch(at + AHEAD + i, _MM_HINT_T0);
         }
     });
+    if constexpr (FACTORS<Weight> != 0) {
+        const float *factors = (const float *)(tile + (k + 1) / 2 * TILE * 2);
+        for (int row = 0; row < ROWS; ++row)
+            for (int half = 0; half < 2; ++half)
+                sums[row][half] = sums[row][half] * load(factors + half * LANES) + load(first + half * LANES);
+    }
     for (int row = 0; row < ROWS; ++row) {
         const int64_t at = row * out_stride;
         finish(sums[row][0], residual ? residual + at : nullptr, out + at, width);
@@ -54,15 +59,16 @@ void tile_product(const Input *x, int64_t x_stride, const uint16_t *tile, const 
     }
 }
 
-using TileProduct = void (*)(const Input *, int64_t, const uint16_t *, const uint16_t *, const uint16_t *, const char *,
+using TileProduct = void (*)(const Input *, int64_t, const char *, const uint16_t *, const uint16_t *, const char *,
                              uint16_t *, int64_t, int64_t, int);
 
-template <int... ROWS>
+template <typename Weight, int... ROWS>
 constexpr std::array<TileProduct, 1 + sizeof...(ROWS)> products(std::integer_sequence<int, ROWS...>) {
-    return {nullptr, tile_product<1 + ROWS>...};
+    return {nullptr, tile_product<1 + ROWS, Weight>...};
 }
 
-constexpr auto PRODUCTS = products(std::make_integer_sequence<int, TILE_ROWS>());
+template <typename Weight>
+constexpr auto PRODUCTS = products<Weight>(std::make_integer_sequence<int, TILE_ROWS>());
 
 // x / sqrt(mean(x^2) + eps), rounded, times weight, rounded.
 void norm_row(const bfloat16 *x, const bfloat16 *weight, float eps, bfloat16 *out, int64_t k) {
@@ -126,16 +132,22 @@ Rows rows_of(const Product &p, int64_t begin, int64_t count) {
     return {(const Input *)widened.data(), stride, count};
 }
 
-// A group of the rows times a tile. The first two groups have time to fetch half of the next tile each.
+// A group of the rows times a tile. The first groups have time to fetch a cache line of the next tile with each pair.
+template <typename Weight>
+void tile_of(const Product &p, const Rows &rows, int64_t index, int64_t group, const uint16_t *residual, uint16_t *to,
+             int64_t stride) {
+    const int64_t pairs = (p.k + 1) / 2, bytes = pairs * PAIR<Weight> + FACTORS<Weight>;
+    const char *at = (const char *)p.packed + index * bytes;
+    const bool fetches = rows.groups() > 1 && group < PAIR<Weight> / 64;
+    const char *next = fetches ? at + bytes + group * pairs * 64 : nullptr;
+    PRODUCTS<Weight>[rows.size(group)](rows.x + rows.start(group) * rows.stride, rows.stride, at,
+                                       p.bias ? p.bias + index * TILE : nullptr, residual, next, to, stride, p.k,
+                                       int(std::min<int64_t>(TILE, p.n - index * TILE)));
+}
+
 void tile(const Product &p, const Rows &rows, int64_t index, int64_t group, const uint16_t *residual, uint16_t *to,
           int64_t stride) {
-    const int64_t pairs = (p.k + 1) / 2;
-    const uint16_t *at = p.packed + index * pairs * TILE * 2;
-    const bool fetches = rows.groups() > 1 && group < 2;
-    const char *next = fetches ? (const char *)(at + pairs * TILE * 2) + group * pairs * 64 : nullptr;
-    PRODUCTS[rows.size(group)](rows.x + rows.start(group) * rows.stride, rows.stride, at,
-                               p.bias ? p.bias + index * TILE : nullptr, residual, next, to, stride, p.k,
-                               int(std::min<int64_t>(TILE, p.n - index * TILE)));
+    (p.is_int8 ? tile_of<int8_t> : tile_of<uint16_t>)(p, rows, index, group, residual, to, stride);
 }
 
 }  // namespace
@@ -198,11 +210,12 @@ extern "C" void dispec_unpack_rows(const uint16_t *packed, const int32_t *indice
 }
 
 extern "C" void dispec_linear(const uint16_t *x, int64_t x_stride, const uint16_t *norm, float eps,
-                              const uint16_t *packed, const uint16_t *bias, const uint16_t *residual, uint16_t *out,
-                              int64_t rows, int64_t n, int64_t k, int64_t is_gated) {
+                              const void *packed, int64_t is_int8, const uint16_t *bias, const uint16_t *residual,
+                              uint16_t *out, int64_t rows, int64_t n, int64_t k, int64_t is_gated) {
     static thread_local std::vector<uint16_t> normed;
     if (norm) normed.resize(rows * k + 2);
-    const Product product{x, x_stride, norm, eps, normed.data(), packed, bias, residual, out, rows, n, k, is_gated != 0};
+    const Product product{x,    x_stride, norm, eps, normed.data(), packed,       is_int8 != 0, bias, residual, out,
+                          rows, n,        k,    is_gated != 0};
 #pragma omp parallel
     multiply(product);
 }

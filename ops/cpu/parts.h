@@ -15,7 +15,9 @@ struct Product {
     const uint16_t *norm;
     float eps;
     uint16_t *normed;
-    const uint16_t *packed, *bias, *residual;
+    const void *packed;
+    bool is_int8;
+    const uint16_t *bias, *residual;
     uint16_t *out;
     int64_t rows, n, k;
     bool is_gated;

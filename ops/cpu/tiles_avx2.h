@@ -17,28 +17,38 @@ constexpr int64_t PART = 16;
 
 inline void put(Input *to, Floats x) { store(to, x); }
 
+// The first or second element of a pair, of eight outputs.
+inline __m256 eight_of(const uint16_t *pair, int eight, int element) {
+    const __m256i both = _mm256_load_si256((const __m256i *)pair + eight);
+    return _mm256_castsi256_ps(element ? _mm256_and_si256(both, _mm256_set1_epi32(int32_t(0xffff0000)))
+                                       : _mm256_slli_epi32(both, 16));
+}
+
+inline __m256 eight_of(const int8_t *pair, int eight, int element) {
+    const __m128i bytes = _mm_loadl_epi64((const __m128i *)(pair + element * TILE + 8 * eight));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+
 // Eight outputs each: the `WIDTH` from the `FIRST` on.
-template <int ROWS, int FIRST, int WIDTH>
-inline void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const uint16_t *tile, int64_t pairs) {
+template <int ROWS, int FIRST, int WIDTH, typename Weight>
+inline void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const Weight *tile, int64_t pairs) {
     // Bytes of weight fetched before they are needed: in halves, this half of the next part.
-    constexpr int64_t AHEAD = WIDTH == 4 ? 2048 : PART * TILE * 4;
+    constexpr int64_t AHEAD = WIDTH == 4 ? 2048 : PART * PAIR<Weight>;
     __m256 found[ROWS][WIDTH];
     // Unrolled like the loops below, lest the sums live in memory.
 #pragma GCC unroll 6
     for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 4
         for (int i = 0; i < WIDTH; ++i) found[row][i] = _mm256_loadu_ps((const float *)sums[row] + 8 * (FIRST + i));
-    const __m256i upper = _mm256_set1_epi32(int32_t(0xffff0000));
     for (int64_t pair = 0; pair < pairs; ++pair) {
-        const __m256i *at = (const __m256i *)(tile + pair * TILE * 2) + FIRST;
-        for (int i = 0; i < WIDTH; i += 2) _mm_prefetch((const char *)(at + i) + AHEAD, _MM_HINT_T0);
+        const Weight *at = tile + pair * TILE * 2;
+        constexpr int64_t BYTES = WIDTH * PAIR<Weight> / 4;
+        for (int64_t i = 0; i < BYTES; i += 64)
+            _mm_prefetch((const char *)at + FIRST * PAIR<Weight> / 4 + i + AHEAD, _MM_HINT_T0);
         // An element of all columns and then the other: what is live fits into the registers.
 #pragma GCC unroll 2
         for (int element = 0; element < 2; ++element) {
-            const auto column = [&](int i) {
-                const __m256i both = _mm256_load_si256(at + i);
-                return _mm256_castsi256_ps(element ? _mm256_and_si256(both, upper) : _mm256_slli_epi32(both, 16));
-            };
+            const auto column = [&](int i) { return eight_of(at, FIRST + i, element); };
             const auto spread = [&](int row) { return _mm256_broadcast_ss(x + row * stride + 2 * pair + element); };
             if constexpr (WIDTH > ROWS) {
                 __m256 spreads[ROWS];
@@ -70,15 +80,15 @@ inline void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride,
 }
 
 // sums [rows][32] += x [rows, k] times the tile; x's rows are `stride` elements apart, with a zero after an odd number.
-template <int ROWS, typename Fetch>
-inline void add_product(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const uint16_t *tile, int64_t k,
+template <int ROWS, typename Weight, typename Fetch>
+inline void add_product(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const Weight *tile, int64_t k,
                         Fetch) {
     const int64_t pairs = (k + 1) / 2;
     if constexpr (ROWS <= 3) {
         add_columns<ROWS, 0, 4>(sums, x, stride, tile, pairs);
     } else {
         for (int64_t pair = 0; pair < pairs; pair += PART) {
-            const uint16_t *at = tile + pair * TILE * 2;
+            const Weight *at = tile + pair * TILE * 2;
             const int64_t count = std::min(PART, pairs - pair);
             add_columns<ROWS, 0, 2>(sums, x + 2 * pair, stride, at, count);
             add_columns<ROWS, 2, 2>(sums, x + 2 * pair, stride, at, count);

@@ -13,9 +13,29 @@ constexpr int64_t ROWS_AT_ONCE = INT64_MAX;
 
 inline void put(Input *to, Floats x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
 
-template <int ROWS>
-inline void add_pair(Floats (&sums)[ROWS][2], const uint16_t *at, const int32_t (&both)[ROWS]) {
-    const __m512bh left = (__m512bh)_mm512_load_si512(at), right = (__m512bh)_mm512_load_si512(at + TILE);
+struct PairOfTile {
+    __m512bh left, right;
+};
+
+inline PairOfTile load_pair(const uint16_t *at) {
+    return {(__m512bh)_mm512_load_si512(at), (__m512bh)_mm512_load_si512(at + TILE)};
+}
+
+// 8 bits are exact in bf16, so the lower half of each float32 is zero.
+inline PairOfTile load_pair(const int8_t *at) {
+    const auto sixteen = [&](int64_t i) {
+        const __m128i bytes = _mm_loadu_si128((const __m128i *)(at + i));
+        return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+    };
+    const auto both = [](__m512i first, __m512i second) {
+        return (__m512bh)_mm512_or_si512(second, _mm512_srli_epi32(first, 16));
+    };
+    return {both(sixteen(0), sixteen(TILE)), both(sixteen(LANES), sixteen(TILE + LANES))};
+}
+
+template <int ROWS, typename Weight>
+inline void add_pair(Floats (&sums)[ROWS][2], const Weight *at, const int32_t (&both)[ROWS]) {
+    const auto [left, right] = load_pair(at);
 #pragma GCC unroll 12
     for (int row = 0; row < ROWS; ++row) {
         const __m512bh spread = (__m512bh)_mm512_set1_epi32(both[row]);
@@ -26,8 +46,8 @@ inline void add_pair(Floats (&sums)[ROWS][2], const uint16_t *at, const int32_t 
 
 // sums [rows][32] += x [rows, k] times the tile; x's rows are `stride` elements apart. `fetch(pair)` is called before a
 // pair is read.
-template <int ROWS, typename Fetch>
-inline void add_product(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const uint16_t *tile, int64_t k,
+template <int ROWS, typename Weight, typename Fetch>
+inline void add_product(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const Weight *tile, int64_t k,
                         Fetch fetch) {
     int32_t both[ROWS];
     for (int64_t pair = 0; pair < k / 2; ++pair) {

@@ -1,7 +1,8 @@
 """Guesses of a draft model on a CPU, one after another.
 
-But for the tokens, all that changes from one to the next is known beforehand: the host writes the few numbers that a
-step needs, and nothing else stands between two steps.
+But for the tokens, all that changes from one to the next is known beforehand. Where the model's layers are ops of ours
+all guesses are one call (`ops.decode`); else, and where somebody restricts what may be drawn, the host writes the few
+numbers that a step needs, and nothing else stands between two steps.
 
 `engine.recorded_draft_loop` is the same for CUDA, where the host is far away.
 """
@@ -16,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import ops
 from engine.runner import Runner
 from engine.sequence import Needs, Sequence
 from engine.token_chooser import write_filters
 from layers.config import ModelConfig
+from layers.decoding import decoder
 from layers.speculation import DraftState, guess
 from layers.types import Batch, Filters, Sampling
 
@@ -48,6 +51,11 @@ class Guesser(NamedTuple):
         weights, cache = self.runner.weights, self.runner.kv_cache
         return guess(weights, self.config, state, cache, self.vocab_size, self.head_tokens)
 
+    def decoder(self, max_model_len: int) -> ops.Decoder | None:
+        """What makes many guesses in one call; None where that is not to be had."""
+        weights, cache = self.runner.weights, self.runner.kv_cache
+        return decoder(weights, self.config, cache, max_model_len, self.num_columns, self.head_tokens)
+
 
 def num_missing(sequence: Sequence) -> int:
     """Tokens that the draft model has not computed."""
@@ -62,8 +70,9 @@ def can_loop(sequence: Sequence) -> bool:
 class DraftLoop:
     """Guesses for sequences of which the draft model has computed all but the last two tokens."""
 
-    def __init__(self, guesser: Guesser, max_num_seqs: int) -> None:
+    def __init__(self, guesser: Guesser, max_num_seqs: int, max_model_len: int) -> None:
         self._guesser = guesser
+        self._decoder = guesser.decoder(max_model_len)
         self._block_size = guesser.runner.block_size
         self._rows = torch.arange(LAST_TOKENS * max_num_seqs + 1, dtype=torch.int32)
 
@@ -73,8 +82,14 @@ class DraftLoop:
         # Those with most guesses first, so that the others can be left out when they have theirs.
         depths = dict(sorted(depths.items(), key=lambda item: -item[1]))
         # One more token than was missing is computed again: a uniform step is that much faster.
-        is_behind = any(num_missing(sequence) > 1 for sequence in depths)
-        state = self._first(list(depths), LAST_TOKENS if is_behind else 1)
+        query_len = LAST_TOKENS if any(num_missing(sequence) > 1 for sequence in depths) else 1
+        needs = functools.reduce(operator.or_, (sequence.needs for sequence in depths))
+        if self._decoder is not None and not needs & Needs.RESTRICT:
+            found = self._decode(self._decoder, depths, query_len, draws=bool(needs & Needs.DRAW)).tolist()
+            for (sequence, count), guessed in zip(depths.items(), found, strict=True):
+                sequence.draft_token_ids = guessed[:count]
+            return
+        state = self._first(list(depths), query_len, needs)
         token_ids = self._guesser.guess(state)
         guesses = [token_ids.tolist()]
         for place in range(1, max(depths.values())):
@@ -85,21 +100,26 @@ class DraftLoop:
         for row, (sequence, count) in enumerate(depths.items()):
             sequence.draft_token_ids = [guesses[place][row] for place in range(count)]
 
-    def _first(self, sequences: list[Sequence], query_len: int) -> DraftState:
-        width = max(2, *(len(sequence.block_table) for sequence in sequences))
-        tables = torch.zeros((len(sequences), width), dtype=torch.int32)
-        for row, sequence in zip(tables.numpy(), sequences, strict=True):
-            row[: len(sequence.block_table)] = sequence.block_table
+    @staticmethod
+    def _decode(decoder: ops.Decoder, depths: dict[Sequence, int], query_len: int, *, draws: bool) -> Tensor:
+        """All guesses in one call."""
+        return ops.decode(
+            decoder,
+            _int32(depths.values()),
+            _int32(chain.from_iterable(sequence.token_ids[-query_len:] for sequence in depths)).view(-1, query_len),
+            _block_tables(list(depths)),
+            _int32(len(sequence.token_ids) for sequence in depths),
+            _temperatures(depths) if draws else None,
+            _seeds(depths) if draws else None,
+        )
+
+    def _first(self, sequences: list[Sequence], query_len: int, needs: int) -> DraftState:
+        tables = _block_tables(sequences)
         last = _int32(chain.from_iterable(sequence.token_ids[-query_len:] for sequence in sequences))
         batch = self._batch(sequences, last, tables, 0, query_len)
-        needs = functools.reduce(operator.or_, (sequence.needs for sequence in sequences))
         sampling = _UNUSED
         if needs & Needs.DRAW:
-            sampling = Sampling(
-                torch.tensor([float(sequence.params.temperature) for sequence in sequences]),
-                torch.tensor([sequence.seed for sequence in sequences]),
-                batch.context_lens,
-            )
+            sampling = Sampling(_temperatures(sequences), _seeds(sequences), batch.context_lens)
         filters = None
         if needs & Needs.RESTRICT:
             filters = Filters(last.new_empty(len(sequences)), *torch.empty(2, len(sequences)))
@@ -138,6 +158,21 @@ class DraftLoop:
             starts[1:] - 1 if query_len > 1 else self._rows[: len(ends)],
             query_len,
         )
+
+
+def _block_tables(sequences: list[Sequence]) -> Tensor:
+    tables = np.zeros((len(sequences), max(2, *(len(sequence.block_table) for sequence in sequences))), np.int32)
+    for row, sequence in zip(tables, sequences, strict=True):
+        row[: len(sequence.block_table)] = sequence.block_table
+    return torch.from_numpy(tables)
+
+
+def _temperatures(sequences: Iterable[Sequence]) -> Tensor:
+    return torch.from_numpy(np.fromiter((sequence.params.temperature for sequence in sequences), np.float32))
+
+
+def _seeds(sequences: Iterable[Sequence]) -> Tensor:
+    return torch.from_numpy(np.fromiter((sequence.seed for sequence in sequences), np.int64))
 
 
 def _int32(values: Iterable[int]) -> Tensor:

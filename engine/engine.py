@@ -525,7 +525,7 @@ class Engine:
         if runner.is_cuda:
             loop = RecordedDraftLoop(guesser, self.runner, *sizes)
         else:
-            loop = DraftLoop(guesser, options.max_num_seqs)
+            loop = DraftLoop(guesser, options.max_num_seqs, self.kv_plan.max_model_len)
         return DraftModel(runner, loop, self.max_num_batched_tokens)
 
     def _make_transfers(self) -> "Transfers | None":

@@ -6,6 +6,7 @@ Each op has a fake implementation for tracing, a Triton one for CUDA, a torch on
 
 from ops.argmax import argmax
 from ops.collective import all_gather_columns, all_reduce
+from ops.decode import Decoder, DecoderLayer, decode, decoder
 from ops.draw import draw, has_draw_kernel
 from ops.embedding import embedding
 from ops.kv_cache import copy_blocks, write_kv
@@ -17,6 +18,8 @@ from ops.rotary import rotate_and_write
 from ops.token_threshold import token_threshold
 
 __all__ = [
+    "Decoder",
+    "DecoderLayer",
     "Matrix",
     "Norm",
     "Packed",
@@ -24,6 +27,8 @@ __all__ = [
     "all_reduce",
     "argmax",
     "copy_blocks",
+    "decode",
+    "decoder",
     "decoder_layer",
     "draw",
     "embedding",

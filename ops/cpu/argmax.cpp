@@ -1,6 +1,7 @@
 // The largest element of each row.
 #include <cstdint>
 
+#include "entries.h"
 #include "largest.h"
 
 namespace {

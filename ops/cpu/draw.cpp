@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "entries.h"
 #include "largest.h"
 
 namespace {

@@ -5,6 +5,7 @@
 
 #include "tiles.h"
 #ifdef DISPEC_TILES
+#include "entries.h"
 #include "parts.h"
 
 namespace {

@@ -27,8 +27,9 @@ _SOURCES = (
     "argmax.cpp",
     "draw.cpp",
     "layer.cpp",
+    "decode.cpp",
 )
-_HEADERS = ("largest.h", "parts.h", "tiles.h", "tiles_avx2.h", "tiles_avx512.h", "vectors.h")
+_HEADERS = ("entries.h", "largest.h", "parts.h", "tiles.h", "tiles_avx2.h", "tiles_avx512.h", "vectors.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-w")
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
@@ -58,6 +59,7 @@ _SIGNATURES = {
     "dispec_draw_bfloat16": _DRAW,
     "dispec_draw_float32": _DRAW,
     "dispec_layer": _LAYER,
+    "dispec_decode": [_POINTER, *[_NUMBER] * 2, *[_POINTER] * 3, _NUMBER, *[_POINTER] * 4],
     "dispec_rotate_and_write_bfloat16": _ROTATE,
     "dispec_rotate_and_write_float32": _ROTATE,
     "dispec_paged_attention_bfloat16": _ATTENTION,

@@ -19,6 +19,7 @@
 
 #include "tiles.h"
 #ifdef DISPEC_TILES
+#include "entries.h"
 #include "parts.h"
 
 namespace {

@@ -144,6 +144,18 @@ def _uniform(seed: int, position: int, tokens: np.ndarray) -> np.ndarray:
     return (mixed.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
 
 
+def rounded_to_8_bits(weight: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
+    """The nearest of the 255 multiples of a 127th of each row's largest magnitude, in float64.
+
+    Which one is nearest is decided in float32: between two that are equally near, rounding decides.
+    """
+    rows = []
+    for row in weight.float():
+        unit = row.abs().max() / 127
+        rows.append(row.double() if unit == 0 else (row / unit).round().double() * unit.double())
+    return torch.stack(rows)
+
+
 def token_threshold(
     weights: Float[Tensor, "R V"], top_k: Int[Tensor, "R"], top_p: Float[Tensor, "R"]
 ) -> Float[Tensor, "R"]:

@@ -1,5 +1,7 @@
 """A decode step's layer as one op gives the very bits of the ops that it stands for, for every family's flags."""
 
+import functools
+
 import pytest
 import torch
 
@@ -15,10 +17,12 @@ PROMPTS = [list(range(3, 43)), list(range(60, 67)), list(range(20, 50))]
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("query_len", [1, 3])
-def test_bits_are_those_of_the_parts(tmp_path, monkeypatch, family, query_len):
+@pytest.mark.parametrize("may_round", [False, True])
+def test_bits_are_those_of_the_parts(tmp_path, monkeypatch, family, query_len, may_round):
     save_tiny(tmp_path, family, head_dim=32, intermediate_size=96)
     checkpoint = find_checkpoint(tmp_path)
-    weights = load_weights(checkpoint.config, checkpoint.tensors(), torch.bfloat16, torch.device("cpu"))
+    pack = functools.partial(ops.pack, may_round=may_round)
+    weights = load_weights(checkpoint.config, checkpoint.tensors(), torch.bfloat16, torch.device("cpu"), pack=pack)
     runs = [PagedModel(weights, checkpoint.config, PROMPTS, block_size=16) for _ in range(2)]
     keys = runs[0].kv_cache[0].keys
     block = weights.blocks[0]

@@ -157,26 +157,38 @@ def test_copy_blocks():
     assert torch.equal(values, expected_values)
 
 
+def packed_and_meant(weight: torch.Tensor, may_round: bool) -> tuple[ops.Matrix, torch.Tensor]:
+    """What is packed, and the weight in float64 whose products it should give."""
+    is_rounded = may_round and has_linear()
+    return ops.pack(weight, may_round=may_round), (reference.rounded_to_8_bits if is_rounded else torch.Tensor.double)(
+        weight
+    )
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
 @pytest.mark.parametrize("bias", [True, False])
-def test_packed_linear_rounds_once(rows, bias):
+@pytest.mark.parametrize("may_round", [False, True])
+def test_packed_linear_rounds_once(rows, bias, may_round):
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(80, 96).bfloat16()
+    weight[3] = 0
+    weight[5] *= 1000
     offset = torch.randn(80).bfloat16() if bias else None
-    packed = ops.pack(weight)
+    packed, weight = packed_and_meant(weight, may_round)
     exact = torch.nn.functional.linear(x.double(), weight.double(), offset.double() if bias else None)
     torch.testing.assert_close(ops.linear(x, packed, offset).double(), exact, atol=0.04, rtol=2**-7)
 
 
 @pytest.mark.parametrize("rows", [1, 13, 40])
 @pytest.mark.parametrize(("features", "columns"), [(192, 96), (70, 33), (96, 40)])
-def test_what_surrounds_a_packed_product(rows, features, columns):
+@pytest.mark.parametrize("may_round", [False, True])
+def test_what_surrounds_a_packed_product(rows, features, columns, may_round):
     """Norm, gate and residual are those of separate operations in float32, each rounded where those would round."""
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, columns).bfloat16(), (torch.randn(features, columns) / columns**0.5).bfloat16()
     bias, residual = torch.randn(features).bfloat16(), torch.randn(rows, features).bfloat16()
     norm = ops.Norm(torch.rand(columns).bfloat16(), 1e-5)
-    packed = ops.pack(weight)
+    packed, weight = packed_and_meant(weight, may_round)
     normed = torch.nn.functional.rms_norm(x.double(), (columns,), norm.weight.double(), norm.eps)
     product = normed @ weight.double().T + bias.double()
     given = ops.linear(x, packed, bias, norm=norm, residual=residual)
@@ -234,11 +246,12 @@ def test_rotate_and_write(dtype, head_dim, has_norm):
     assert torch.equal(values, expected_values)
 
 
-def test_a_row_of_a_packed_product_does_not_depend_on_the_others():
+@pytest.mark.parametrize("may_round", [False, True])
+def test_a_row_of_a_packed_product_does_not_depend_on_the_others(may_round):
     if not has_linear():
         pytest.skip("oneDNN does not promise it")
     torch.manual_seed(0)
-    x, packed = torch.randn(70, 97).bfloat16(), ops.pack(torch.randn(83, 97).bfloat16())
+    x, packed = torch.randn(70, 97).bfloat16(), ops.pack(torch.randn(83, 97).bfloat16(), may_round=may_round)
     alone = torch.cat([ops.linear(row, packed) for row in x.split(1)])
     for rows in (2, 11, 12, 13, 25, 70):
         assert torch.equal(ops.linear(x[:rows], packed), alone[:rows])
@@ -297,17 +310,18 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.dispec.paged_attention.default, case)
 
 
-def test_opcheck_of_our_packed_product():
+@pytest.mark.parametrize("may_round", [False, True])
+def test_opcheck_of_our_packed_product(may_round):
     if not has_linear():
         pytest.skip("this CPU has neither AVX512-BF16 nor AVX2")
     x, weight, bias = torch.randn(5, 96).bfloat16(), torch.randn(80, 96).bfloat16(), torch.randn(80).bfloat16()
     for offset in (None, bias):
-        plain = (x, ops.pack(weight).blocked, 80, offset, None, 0.0, None, False)
+        plain = (x, ops.pack(weight, may_round=may_round).blocked, 80, offset, None, 0.0, None, False)
         torch.library.opcheck(torch.ops.dispec.tiled_linear.default, plain)
     norm, residual = torch.randn(96).bfloat16(), torch.randn(5, 80).bfloat16()
-    fused = (x, ops.pack(weight).blocked, 80, bias, norm, 1e-5, residual, False)
+    fused = (x, ops.pack(weight, may_round=may_round).blocked, 80, bias, norm, 1e-5, residual, False)
     torch.library.opcheck(torch.ops.dispec.tiled_linear.default, fused)
-    gated = (x, ops.pack(weight[:64]).blocked, 64, None, norm, 1e-5, None, True)
+    gated = (x, ops.pack(weight[:64], may_round=may_round).blocked, 64, None, norm, 1e-5, None, True)
     torch.library.opcheck(torch.ops.dispec.tiled_linear.default, gated)
 
 

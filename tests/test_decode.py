@@ -1,0 +1,127 @@
+"""Tokens decoded in one call are those of single steps, and leave the same keys and values, to the last bit."""
+
+import functools
+
+import pytest
+import torch
+
+import ops
+from engine import SamplingParams
+from engine.checkpoint import find_checkpoint
+from engine.draft_checkpoint import save_shared_draft
+from engine.tokenizer import Tokenizer
+from layers.decoding import decoder
+from layers.sampling import draw, greedy
+from layers.types import Sampling
+from layers.weights import load_weights
+from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_tiny
+from tests.paged_model import PagedModel
+from tests.small_engine import make
+from tests.test_draft_loop import guesses_of_each_step
+
+FITTING = {"head_dim": 32, "intermediate_size": 96}
+COUNTS = [6, 4, 4, 1]
+PROMPTS = [[(7 * row + 3 * place) % 500 for place in range(40)] for row in range(len(COUNTS))]
+LENGTHS = [30, 17, 16, 2]  # at and around the end of a page, and as short as can be
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("may_round", [False, True])
+@pytest.mark.parametrize("query_len", [1, 2])
+@pytest.mark.parametrize("kind", ["greedy", "drawn", "some tokens", "small vocabulary"])
+def test_tokens_and_pages_are_those_of_single_steps(tmp_path, family, may_round, query_len, kind):
+    save_tiny(tmp_path, family, **FITTING)
+    checkpoint = find_checkpoint(tmp_path)
+    config = checkpoint.config
+    weights = load_weights(
+        config,
+        checkpoint.tensors(),
+        torch.bfloat16,
+        torch.device("cpu"),
+        pack=functools.partial(ops.pack, may_round=may_round),
+    )
+    head_tokens = None
+    columns = VOCAB_SIZE - 100 if kind == "small vocabulary" else VOCAB_SIZE
+    if kind == "some tokens":
+        torch.manual_seed(0)
+        head_tokens = torch.randperm(VOCAB_SIZE)[:70]
+        columns = len(head_tokens)
+        head = torch.randn(columns, config.hidden_size).bfloat16()
+        weights = weights._replace(lm_head=ops.pack(head, may_round=may_round))
+    temperature = torch.tensor([0.0, 1.0, 2.0, 0.5])
+    seed = torch.tensor([3, -(2**62), 2**40, 0])
+    models = [PagedModel(weights, config, [list(prompt) for prompt in PROMPTS], block_size=16) for _ in range(2)]
+    one_call = decoder(weights, config, models[0].kv_cache, 40, columns, head_tokens)
+    if one_call is None:
+        pytest.skip("this CPU has neither AVX512-BF16 nor AVX2")
+    for model in models:
+        model.compute({row: length - query_len for row, length in enumerate(LENGTHS) if length > query_len})
+        model.computed = [length - query_len for length in LENGTHS]
+    prompts = [list(prompt) for prompt in PROMPTS]
+    if kind == "small vocabulary":  # a token that the model does not know is taken for its last
+        prompts[0][LENGTHS[0] - 1], models[1].prompts[0][LENGTHS[0] - 1] = VOCAB_SIZE + 8, VOCAB_SIZE - 1
+    expected: list[list[int]] = [[] for _ in COUNTS]
+    steps = models[1]
+    for place in range(COUNTS[0]):
+        rows = [row for row, count in enumerate(COUNTS) if count > place]
+        count = 1 if place else query_len
+        logits = torch.stack([found[-1] for found in steps.compute(dict.fromkeys(rows, count), count)])[:, :columns]
+        position = torch.tensor([LENGTHS[row] + place for row in rows])
+        if kind == "greedy":
+            chosen = greedy(logits)
+        else:
+            chosen = draw(logits, Sampling(temperature[rows], seed[rows], position), head_tokens)
+        for row, column in zip(rows, chosen.tolist(), strict=True):
+            token = column if head_tokens is None else int(head_tokens[column])
+            expected[row].append(token)
+            steps.prompts[row][LENGTHS[row] + place] = token
+
+    found = ops.decode(
+        one_call,
+        torch.tensor(COUNTS),
+        torch.tensor([prompt[length - query_len : length] for prompt, length in zip(prompts, LENGTHS, strict=True)]),
+        torch.tensor([table + [0] * (3 - len(table)) for table in models[0].tables]),
+        torch.tensor(LENGTHS),
+        *((None, None) if kind == "greedy" else (temperature, seed)),
+    )
+    assert [tokens[:count] for tokens, count in zip(found.tolist(), COUNTS, strict=True)] == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(expected)
+    for one, other in zip(models[0].kv_cache, steps.kv_cache, strict=True):
+        assert torch.equal(one.keys[1:].nan_to_num(7), other.keys[1:].nan_to_num(7))
+        assert torch.equal(one.values[1:].nan_to_num(7), other.values[1:].nan_to_num(7))
+
+
+def test_a_model_that_is_not_in_our_tiles_has_no_decoder(tmp_path):
+    save_tiny(tmp_path, "llama", **FITTING)
+    checkpoint = find_checkpoint(tmp_path)
+    weights = load_weights(checkpoint.config, checkpoint.tensors(), torch.float32, torch.device("cpu"))
+    model = PagedModel(weights, checkpoint.config, [list(prompt) for prompt in PROMPTS])
+    assert decoder(weights, checkpoint.config, model.kv_cache, 40, VOCAB_SIZE, None) is None
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_an_engines_guesses_are_those_of_its_loop(tmp_path, monkeypatch, is_shared):
+    """A draft of its own, and one that borrows its target's embedding and some rows of its head."""
+    target, draft = tmp_path / "target", tmp_path / "draft"
+    save_tiny(target, "llama", **FITTING)
+    whole = save_tiny(draft, "llama", num_hidden_layers=1, seed=3, **FITTING)
+    if is_shared:
+        tensors = {name: tensor for name, tensor in whole.state_dict().items() if "embed" not in name}
+        tensors.pop("lm_head.weight", None)
+        about = whole.config.to_dict()
+        draft = tmp_path / "shared"
+        save_shared_draft(draft, about, tensors, list(range(20, 200)), Tokenizer.from_directory(target))
+    kinds = ({"temperature": 0.0}, {"temperature": 1.2})
+    params = [SamplingParams(max_tokens=24, ignore_eos=True, seed=index, **kinds[index % 2]) for index in range(7)]
+    found = []
+    for decodes in (True, False):
+        llm = make(target, speculative_model=draft, dtype="bfloat16")
+        loop = llm.engine.speculator.draft_model._loop
+        if loop._decoder is None:
+            pytest.skip("this CPU has neither AVX512-BF16 nor AVX2")
+        if not decodes:
+            loop._decoder = None
+        with monkeypatch.context() as patch:
+            found.append(guesses_of_each_step(llm, params, patch, "loop"))
+    assert found[0] == found[1]
+    assert sum(len(guesses) for step in found[0] for guesses in step) > 100

@@ -56,9 +56,9 @@ inline Floats logarithm(Floats x) {
 // log(1 - u) for u in (0, 1); for a small u without the difference, which would lose most of it.
 inline Floats log_one_less(Floats u) {
     const Parts parts(1.0f - u);
-    const Ints is_small = u < 0.29f;
-    const Floats above = is_small ? -u : parts.m - 1.0f, below = is_small ? 2.0f - u : parts.m + 1.0f;
-    return logarithm(is_small ? splat(0.0f) : parts.n, above / below);
+    const Ints is_small = is_less(u, splat(0.29f));
+    const Floats above = choose(is_small, -u, parts.m - 1.0f), below = choose(is_small, 2.0f - u, parts.m + 1.0f);
+    return logarithm(choose(is_small, splat(0.0f), parts.n), above / below);
 }
 
 struct Noise {
@@ -73,7 +73,7 @@ struct Noise {
     Floats of(Words tokens) const {
         const Words mixed = mix(mix(tokens ^ row) + again);
         const Floats u = (__builtin_convertvector(mixed, Floats) + 0.5f) * 0x1p-32f;
-        return -logarithm(-log_one_less(u > BELOW_ONE ? splat(BELOW_ONE) : u));
+        return -logarithm(-log_one_less(-larger(-u, splat(-BELOW_ONE))));
     }
 };
 

@@ -21,7 +21,7 @@ inline int64_t largest_of(const T *row, int64_t n) {
         for (int64_t i = begin; i < end; i += LANES) {
             const Floats x = load(row + i);
             found = larger(x, found);
-            has_nan |= x != x;
+            has_nan |= is_nan(x);
         }
         bool is_nan = false;
         for (int lane = 0; lane < LANES; ++lane) is_nan |= has_nan[lane] != 0;

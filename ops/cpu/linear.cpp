@@ -96,9 +96,9 @@ void norm_row(const bfloat16 *x, const bfloat16 *weight, float eps, bfloat16 *ou
 // out = silu(gate) * up, 32 of each; both factors rounded before.
 void gated(const bfloat16 *gate, const bfloat16 *up, bfloat16 *out) {
     for (int64_t i = 0; i < TILE; i += LANES) {
-        const Floats x = load(gate + i), e = exp_negative(x < 0.0f ? x : -x);
+        const Floats x = load(gate + i), e = exp_negative((Floats)((Ints)x | INT32_MIN));
         bfloat16 silu[LANES];
-        store(silu, x * (x < 0.0f ? e : splat(1.0f)) / (e + 1.0f));
+        store(silu, x * choose((Ints)x >> 31, e, splat(1.0f)) / (e + 1.0f));
         store(out + i, load(silu) * load(up + i));
     }
 }

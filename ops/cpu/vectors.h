@@ -37,21 +37,60 @@ inline float scalar(bfloat16 x) {
     return result;
 }
 
+typedef float EightFloats __attribute__((vector_size(32)));
+typedef int32_t EightInts __attribute__((vector_size(32)));
+typedef float FourFloats __attribute__((vector_size(16)));
+
+// Comparisons and choices. GCC splits arithmetic on vectors that are longer than the CPU's, but takes these apart into
+// sixteen scalar ones; in halves it does not.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+union FloatHalves {
+    Floats whole;
+    EightFloats half[2];
+};
+
+union IntHalves {
+    Ints whole;
+    EightInts half[2];
+};
+
+inline Ints is_less(Floats x, Floats y) {
+    const FloatHalves a{x}, b{y};
+    IntHalves result;
+    for (int i = 0; i < 2; ++i) result.half[i] = a.half[i] < b.half[i];
+    return result.whole;
+}
+
+// x where the mask is all ones, y where it is zero.
+inline Floats choose(Ints mask, Floats x, Floats y) { return (Floats)(((Ints)x & mask) | ((Ints)y & ~mask)); }
+
+inline Floats larger(Floats x, Floats y) {
+    const FloatHalves a{x}, b{y};
+    FloatHalves result;
+    for (int i = 0; i < 2; ++i) result.half[i] = a.half[i] > b.half[i] ? a.half[i] : b.half[i];
+    return result.whole;
+}
+#else
+inline Ints is_less(Floats x, Floats y) { return x < y; }
+
+inline Floats choose(Ints mask, Floats x, Floats y) { return mask ? x : y; }
+
+inline Floats larger(Floats x, Floats y) { return x > y ? x : y; }
+#endif
+
+// By its bits: all of the exponent, and some of the rest.
+inline Ints is_nan(Floats x) { return (0x7f800000 - ((Ints)x & 0x7fffffff)) >> 31; }
+
 inline void store(float *at, Floats x) { std::memcpy(at, &x, sizeof x); }
 
 // Rounds to the nearest, ties to even, as torch does; NaN stays NaN.
 inline void store(bfloat16 *at, Floats x) {
     const Words word = (Words)x;
     const Words rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
-    const Words is_nan = (Words)(x != x);
-    const Halves result = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), Halves);
+    const Words nan = (Words)is_nan(x);
+    const Halves result = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), Halves);
     std::memcpy(at, &result, sizeof result);
 }
-
-inline Floats larger(Floats x, Floats y) { return x > y ? x : y; }
-
-typedef float EightFloats __attribute__((vector_size(32)));
-typedef float FourFloats __attribute__((vector_size(16)));
 
 inline float largest(Floats x) {
     const EightFloats a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -76,8 +115,8 @@ inline float sum(Floats x) {
 // 2^f for f in [-0.5, 0.5] by its Taylor series, 2^n by writing the exponent.
 inline Floats exp_negative(Floats x) {
     const Floats lowest = splat(-87.0f);
-    const Ints too_low = x < lowest;
-    x = too_low ? lowest : x;
+    const Ints too_low = is_less(x, lowest);
+    x = choose(too_low, lowest, x);
     const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const Floats n = (x * 1.44269504f + shift) - shift;
     const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
@@ -90,5 +129,5 @@ inline Floats exp_negative(Floats x) {
     p = p * r + 1.0f;
     p = p * r + 1.0f;
     const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
-    return too_low ? splat(0.0f) : p * (Floats)exponent;
+    return choose(too_low, splat(0.0f), p * (Floats)exponent);
 }

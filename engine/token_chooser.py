@@ -100,7 +100,7 @@ def compiled_functions(device: torch.device) -> Functions:
     compiled: list[Any] = [torch.compile(function, fullgraph=True) for function in _EAGER]
     functions = Functions(*compiled)
     # A call of something compiled costs the host five times what the single op does.
-    return functions._replace(draw=draw) if has_draw_kernel(device) else functions
+    return functions._replace(draw=draw, greedy=greedy) if has_draw_kernel(device) else functions
 
 
 def warm_up(functions: Functions, logits: Tensor, sampling: Sampling) -> Iterator[None]:

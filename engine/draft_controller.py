@@ -13,62 +13,23 @@ changed, for which there is a small part of the time and no more: see `ProbeBudg
 import functools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from engine.acceptance import Acceptance
+from engine.planned_step import Behind, PlannedStep
 from engine.probe_budget import ProbeBudget
 from engine.step_costs import STRANGE, WELL_KNOWN, StepCosts, rounded
 
 _PACE_LEARNING = 0.3  # of a step in how fast the machine is just now
-_LEAST_GAIN = 1.03  # more tokens a second than without guesses, lest noise decide
-_LEAST_GAIN_OF_SEVERAL = 1.06  # answers that began together end apart then, and the last ones make a small batch
-_LEAST_GAIN_TO_GO_ON = 1.02  # it costs something to begin, and what is known of chances comes and goes
 _LEAST_HOPE = 1.15  # with guesses that are all right, for some to be tried now and then
 _WITHOUT_HOPE = 10  # times as seldom else: costs change as well, and may have been learned while something held them up
+_LEAST_COST = 0.05  # of a step is what one counts that may bring more than it costs
+_FURTHER = 0.5  # of the first guess is what another is thought to take before any was seen
 _MOST_MISSED = 10  # steps without guesses that a draft model may hold all sequences up for, before the first ones
 _LARGEST_STRIDE = 2  # as many times the largest step that was seen is the largest that is tried
 _FIRST_RUN, _RUN_LEARNING = 32.0, 0.1  # steps that go on with guesses once they began, and of a new run in that
 _REST, _LONGEST_REST = 8, 32  # steps for which it is thought to be as before, where no sequence has any
 _CLEAR_GAIN = 1.5  # with so many more tokens a second it does not matter what a step without guesses takes exactly
 _LONGEST_RUN = 32  # steps with guesses, else, before one without shows what that takes by now
-
-
-class Behind(NamedTuple):
-    """What a draft model has missed of a sequence: tokens to compute before it guesses, and steps that may follow."""
-
-    tokens: int
-    remaining: int
-
-
-class _Step(NamedTuple):
-    """What is chosen for.
-
-    chances: of all guesses that can be had for a sequence, as in `Acceptance.chances`. base: seconds without guesses.
-    draft_seconds: of a guess of each. behind: seconds to make up for what a draft model has missed of a sequence,
-    spread over the steps that are thought to follow. goes_on: the steps before had guesses.
-    """
-
-    chances: Mapping[int, list[float]]
-    num_sequences: int
-    base: float
-    draft_seconds: float
-    behind: Mapping[int, float]
-    goes_on: bool
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second without guesses."""
-        return self.num_sequences / self.base
-
-    @property
-    def least_rate(self) -> float:
-        """Tokens a second that guesses are to bring."""
-        gain = _LEAST_GAIN if self.num_sequences == 1 else _LEAST_GAIN_OF_SEVERAL
-        return self.rate * (_LEAST_GAIN_TO_GO_ON if self.goes_on else gain)
-
-    @property
-    def can_be_uniform(self) -> bool:
-        return len(self.chances) == self.num_sequences
 
 
 class DraftController:
@@ -79,7 +40,7 @@ class DraftController:
     those take that follow others than their kind, and from these the costs are learned.
 
     uniform: of steps in which each sequence has as many tokens, by the tokens of the step. ragged: of others.
-    draft: one guess of each of so many sequences.
+    draft, further_draft: the first guess of each of so many sequences, and each further one.
     catch_up: so many tokens that a draft model has missed, and must compute before it guesses.
     pace: what a step takes now, of what it takes usually.
     run_length: steps that usually go on with guesses, once they began because they were thought to pay.
@@ -90,6 +51,7 @@ class DraftController:
         self.uniform = StepCosts()
         self.ragged = StepCosts()
         self.draft = StepCosts()
+        self.further_draft = StepCosts()
         self.catch_up = StepCosts()
         self.pace = 1.0
         self.run_length = _FIRST_RUN
@@ -112,9 +74,13 @@ class DraftController:
             self.pace *= 1 + _PACE_LEARNING * (apart - 1)
         self._last_kind = kind
 
-    def observe_draft(self, num_sequences: int, seconds: float) -> None:
-        """Learn from a guess of each of so many sequences."""
-        self.draft.observe(num_sequences, seconds / self.pace)
+    def observe_draft(self, num_sequences: int, runs: int, seconds: float) -> None:
+        """Learn from so many guesses of each of so many sequences, one after another."""
+        first = self.draft.known(num_sequences)
+        if runs == 1 or first is None:
+            self.draft.observe(num_sequences, seconds / self.pace / runs)
+        else:
+            self.further_draft.observe(num_sequences, max(0.0, seconds / self.pace - first) / (runs - 1))
 
     def observe_catch_up(self, num_tokens: int, seconds: float) -> None:
         """Learn from a draft model that computed so many tokens before it guessed."""
@@ -154,8 +120,11 @@ class DraftController:
             key: seconds / max(1.0, min(self.run_length, behind[key].remaining)) for key, seconds in missed.items()
         }
         chances = {key: acceptance[key].chances(count) for key, count in available.items()}
-        draft_seconds = self.draft.of(len(available)) or 0.0
-        step = _Step(chances, num_sequences, base, draft_seconds, spread, self._begun > 0)
+        first_guess = self.draft.of(len(available)) or 0.0
+        further_guess = self.further_draft.of(len(available))
+        if further_guess is None:
+            further_guess = _FURTHER * first_guess
+        step = PlannedStep(chances, num_sequences, base, first_guess, further_guess, spread, self._begun > 0)
         # This runs before each step: most of a large batch end here.
         most = max((each[0] for each in chances.values()), default=0.0)
         rate, chosen = self._best(step) if self._best_rate(step, most) > step.least_rate else (0.0, {})
@@ -180,7 +149,7 @@ class DraftController:
 
     def _with_probe(
         self,
-        step: _Step,
+        step: PlannedStep,
         chosen: dict[int, int],
         available: Mapping[int, int],
         acceptance: Mapping[int, Acceptance],
@@ -189,7 +158,7 @@ class DraftController:
         """What was chosen, and guesses that are to find out whether more would pay, if there is the time for them."""
         idle = [key for key in available if key not in chosen]
         if not idle:
-            return chosen
+            return self._deeper(step, chosen) if chosen else chosen
         # All at once cost less than one alone, and say more, but for what a draft model may have missed of all.
         probed = dict.fromkeys(available, 1) if step.can_be_uniform and not chosen else {}
         longer = self._seconds(step, probed) - step.base
@@ -215,23 +184,35 @@ class DraftController:
             self._rest, self._resting = round(rest), step.num_sequences
         return chosen
 
-    def _seconds(self, step: _Step, chosen: Mapping[int, int]) -> float:
+    def _deeper(self, step: PlannedStep, chosen: dict[int, int]) -> dict[int, int]:
+        """What was chosen, and now and then a further guess of each: else what is known of it stays as it was."""
+        depth = max(chosen.values())
+        probed = dict.fromkeys(chosen, depth + 1)
+        if not step.can_be_uniform or any(depth + 1 > len(step.chances[key]) for key in chosen):
+            return chosen
+        # What it takes longer than the tokens are worth that it brings.
+        more = sum(step.chances[key][depth] for key in chosen)
+        seconds, longer = self._seconds(step, chosen), self._seconds(step, probed)
+        cost = longer - seconds * (1 + more / step.expected(chosen))
+        return probed if self.budget.spend(max(cost, _LEAST_COST * step.base)) else chosen
+
+    def _seconds(self, step: PlannedStep, chosen: Mapping[int, int]) -> float:
         """Of a step with so many guesses, what a draft model has missed apart."""
         if not chosen:
             return step.base
         counts = [chosen.get(key, 0) for key in step.chances]
         is_uniform = step.can_be_uniform and len(set(counts)) == 1
         size = step.num_sequences + sum(counts)
-        return self._verifying([size], step.base, is_uniform=is_uniform)[0] + max(counts) * step.draft_seconds
+        return self._verifying([size], step.base, is_uniform=is_uniform)[0] + step.guessing(max(counts))
 
-    def _best(self, step: _Step) -> tuple[float, dict[int, int]]:
+    def _best(self, step: PlannedStep) -> tuple[float, dict[int, int]]:
         """The guesses that make most tokens a second, and how many; none where that is hardly more than without."""
         rate, chosen = self._best_of_all(step)
         if step.num_sequences > 1:
             rate, chosen = max(self._best_of_each(step), (rate, chosen), key=lambda found: found[0])
         return (rate, chosen) if rate > step.least_rate else (0.0, {})
 
-    def _best_of_each(self, step: _Step) -> tuple[float, dict[int, int]]:
+    def _best_of_each(self, step: PlannedStep) -> tuple[float, dict[int, int]]:
         """Tokens a second where those guesses come first that are likeliest to stand, and which."""
         # The first of a sequence is always before its second.
         worth = sorted(
@@ -248,7 +229,7 @@ class DraftController:
             if negative_place == 0:
                 catching_up += step.behind.get(key, 0.0)
             seconds = (alike if count == deepest * step.num_sequences else differing)[count - 1]
-            rate = expected / (seconds + deepest * step.draft_seconds + catching_up)
+            rate = expected / (seconds + step.guessing(deepest) + catching_up)
             if rate > best_rate:
                 best_rate, best = rate, count
         chosen: dict[int, int] = {}
@@ -256,7 +237,7 @@ class DraftController:
             chosen[key] = chosen.get(key, 0) + 1
         return best_rate, chosen
 
-    def _best_of_all(self, step: _Step) -> tuple[float, dict[int, int]]:
+    def _best_of_all(self, step: PlannedStep) -> tuple[float, dict[int, int]]:
         """Tokens a second with as many guesses of each sequence, and how many."""
         expected, best_rate, best = float(step.num_sequences), 0.0, 0
         catching_up = sum(step.behind.get(key, 0.0) for key in step.chances)
@@ -264,18 +245,18 @@ class DraftController:
         verifying = self._verifying([step.num_sequences * (1 + depth) for depth in depths], step.base, is_uniform=True)
         for depth, seconds in zip(depths, verifying, strict=True):
             expected += sum(chances[depth - 1] for chances in step.chances.values())
-            rate = expected / (seconds + depth * step.draft_seconds + catching_up)
+            rate = expected / (seconds + step.guessing(depth) + catching_up)
             if rate > best_rate:
                 best_rate, best = rate, depth
         return best_rate, dict.fromkeys(step.chances, best)
 
-    def _best_rate(self, step: _Step, chance: float) -> float:
+    def _best_rate(self, step: PlannedStep, chance: float) -> float:
         """Most tokens a second, if every guess were right with that chance, whatever those before it were."""
         width = max(1, len(step.chances))
         sizes, runs = _sizes_to_look_at(step.num_sequences, sum(map(len, step.chances.values())), width)
         quickest = map(min, *(self._verifying(sizes, step.base, is_uniform=is_uniform) for is_uniform in (True, False)))
         rates = (
-            (step.num_sequences + chance * (size - step.num_sequences)) / (seconds + count * step.draft_seconds)
+            (step.num_sequences + chance * (size - step.num_sequences)) / (seconds + step.guessing(count))
             for size, count, seconds in zip(sizes, runs, quickest, strict=True)
         )
         return max(rates, default=0.0)

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.acceptance import Acceptance
-from engine.draft_controller import Behind, DraftController
+from engine.draft_controller import DraftController
 from engine.draft_loop import LAST_TOKENS, num_missing
 from engine.draft_model import DraftModel
 from engine.ngram import NgramIndex
+from engine.planned_step import Behind
 from engine.recorded_draft_loop import Guesses
 from engine.sequence import Sequence
 from engine.step import Step, StepResult
@@ -118,7 +119,7 @@ class Speculator:
         if self._guessing is not None:
             # The host's time counts where it is not hidden behind the device's.
             whole = self._guessing.seconds if self.guesses is None else draft_seconds
-            self.controller.observe_draft(self._guessing.num_sequences, whole / self._guessing.runs)
+            self.controller.observe_draft(self._guessing.num_sequences, self._guessing.runs, whole)
             self._guessing = None
         stood = [0] * self.max_num_drafts
         num_drafts = 0

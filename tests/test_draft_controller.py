@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.acceptance import Acceptance
-from engine.draft_controller import Behind, DraftController, _Step, predicted_speedup
+from engine.draft_controller import DraftController, predicted_speedup
+from engine.planned_step import Behind, PlannedStep
 from engine.step_costs import Cost
 
 
@@ -18,6 +19,7 @@ def taught(decode: float, per_token: float, draft: float, sequences: int = 1) ->
         for costs in (controller.uniform, controller.ragged):
             costs.observe(sequences + extra, decode + per_token * extra)
     controller.draft.observe(sequences, draft)
+    controller.further_draft.observe(sequences, draft)
     return controller
 
 
@@ -32,6 +34,53 @@ def test_one_sequence_gets_the_number_that_the_formula_says_is_best(chance, per_
     chosen = controller.choose({1: 5}, {1: known(chance)}, 1).get(1, 0)
     speed_ups = [predicted_speedup(chance, count, 10.0, 10.0 + per_token * count, draft * count) for count in range(6)]
     assert speed_ups[chosen] == pytest.approx(max(speed_ups), rel=0.011)
+
+
+@pytest.mark.parametrize("chance", [0.3, 0.5, 0.7, 0.9])
+def test_what_only_the_first_of_several_guesses_takes_is_not_counted_again(chance) -> None:
+    controller = taught(10.0, 0.1, 0.0)
+    for runs in 20 * [1, 2, 4]:
+        controller.observe_draft(1, runs, 0.9 + 0.3 * runs)
+    chosen = controller.choose({1: 5}, {1: known(chance)}, 1).get(1, 0)
+    speed_ups = [
+        predicted_speedup(chance, count, 10.0, 10.0 + 0.1 * count, 0.9 * (count > 0) + 0.3 * count)
+        for count in range(6)
+    ]
+    assert speed_ups[chosen] == pytest.approx(max(speed_ups), rel=0.02)
+
+
+def test_that_another_guess_costs_little_is_found_out_though_it_once_cost_much() -> None:
+    controller, chances, counts = taught(10.0, 0.1, 0.3), known(0.6), []
+    for _ in range(30):
+        for size in range(3, 7):
+            controller.uniform.observe(size, 18.0)  # something held them up
+    for _ in range(4000):
+        chosen = controller.choose({1: 5}, {1: chances}, 1)
+        counts.append(chosen.get(1, 0))
+        size = 1 + counts[-1]
+        controller.observe_draft(1, counts[-1], 0.3 * counts[-1])
+        controller.observe_step(size, 10.0 + 0.1 * counts[-1], is_uniform=True)
+    assert sum(count <= 1 for count in counts[:50]) > 45
+    assert sum(count >= 2 for count in counts[-1000:]) > 900
+
+
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_another_guess_that_is_not_worth_it_is_tried_for_half_a_hundredth_of_the_time(sequences) -> None:
+    controller, lost = taught(10.0, 0.0, 0.1, sequences), 0.0
+    for extra in range(2 * sequences, 40):
+        for _ in range(200):
+            controller.uniform.observe(extra + 1, 14.0)
+            controller.ragged.observe(extra + 1, 14.0)
+    acceptance = {key: known(0.5) for key in range(sequences)}
+    counts: Counter[int] = Counter()
+    for _ in range(4000):
+        chosen = controller.choose(dict.fromkeys(acceptance, 5), acceptance, sequences)
+        counts[max(chosen.values(), default=0)] += 1
+    rates = {count: (1 + 0.5 * (count > 0) + 0.25 * (count > 1)) / (10.0, 10.1, 14.2)[count] for count in range(3)}
+    assert counts[1] > 3700
+    assert counts[2] > 10
+    lost = counts[2] * 14.2 * (1 - rates[2] / rates[1])
+    assert lost < 0.0055 * 4000 * 10.0
 
 
 def test_guesses_go_to_those_whose_guesses_stand() -> None:
@@ -87,7 +136,7 @@ def test_what_guesses_cost_while_something_held_them_up_is_not_believed_for_ever
         chosen = {} if controller.rests(1) else controller.choose({1: 5}, acceptance, 1)
         guessed.append(bool(chosen))
         if chosen:
-            controller.observe_draft(1, 40.0 if sum(guessed) <= held_up else 1.0)
+            controller.observe_draft(1, chosen[1], chosen[1] * (40.0 if sum(guessed) <= held_up else 1.0))
         controller.observe_step(1 + sum(chosen.values()), 10.0, is_uniform=True)
     assert sum(guessed[-100:]) > 95
 
@@ -141,6 +190,7 @@ def test_what_is_looked_at_first_hides_nothing(uniform, ragged, draft, sequences
     for tokens, seconds in 10 * list(ragged.items()):
         controller.ragged.observe(tokens, seconds)
     controller.draft.observe(len(sequences), draft)
+    controller.further_draft.observe(len(sequences), draft)
     controller.budget.credit, controller.budget.explored = -1e9, Counter(dict.fromkeys(range(99), 99))  # and no probes
     num_sequences = len(sequences) + others
     available = {key: most for key, (most, _) in enumerate(sequences)}
@@ -148,7 +198,7 @@ def test_what_is_looked_at_first_hides_nothing(uniform, ragged, draft, sequences
     chances = {key: acceptance[key].chances(most) for key, most in available.items()}
     base = controller.uniform.of(num_sequences)
     assert base is not None
-    _, exhaustive = controller._best(_Step(chances, num_sequences, base, draft, {}, goes_on=False))
+    _, exhaustive = controller._best(PlannedStep(chances, num_sequences, base, draft, draft, {}, goes_on=False))
     assert controller.choose(available, acceptance, num_sequences) == exhaustive
 
 
@@ -327,7 +377,7 @@ def test_costs_that_were_learned_while_the_machine_was_slower_are_no_higher() ->
         controller.observe_step(2, 11.0, is_uniform=True)
     for _ in range(100):
         controller.observe_step(2, 16.5, is_uniform=True)
-        controller.observe_draft(1, 1.5)
+        controller.observe_draft(1, 1, 1.5)
     decode, verify, draft = controller.uniform.of(1), controller.uniform.of(2), controller.draft.of(1)
     assert decode is not None
     assert verify == pytest.approx(1.1 * decode, rel=0.08)

@@ -32,7 +32,7 @@ struct Scratch {
 
 }  // namespace
 
-// As `_Decoder` in decode.py. embedding [vocab, hidden] in bf16, plain or in tiles. head: a weight [head_rows, hidden],
+// As `CDecoder` in decode.py. embedding [vocab, hidden] in bf16, plain or in tiles. head: a weight [head_rows, hidden],
 // of whose outputs the first `columns` may be chosen; head_tokens: what these stand for, null where it is their places.
 // cosine and sine [positions, head_dim / 2].
 struct Decoder {
@@ -92,7 +92,8 @@ extern "C" void dispec_decode(const Decoder *model, int64_t sequences, int64_t q
         if (m.embedding_is_tiled) {
             dispec_unpack_rows(m.embedding, ids, tokens, m.hidden, x);
         } else {
-            for (int64_t i = 0; i < tokens; ++i) std::copy_n(m.embedding + ids[i] * m.hidden, m.hidden, x + i * m.hidden);
+            for (int64_t i = 0; i < tokens; ++i)
+                std::copy_n(m.embedding + ids[i] * m.hidden, m.hidden, x + i * m.hidden);
         }
         for (const Layer *w = m.layers; w < m.layers + m.num_layers; ++w) {
             dispec_layer(x, next, tokens, m.hidden, m.intermediate, m.eps, m.layers_are_int8, w->attention_norm, w->qkv,
@@ -104,8 +105,8 @@ extern "C" void dispec_decode(const Decoder *model, int64_t sequences, int64_t q
         }
         // The last token of each sequence.
         uint16_t *logits = scratch.logits.data();
-        dispec_linear(x + (q - 1) * m.hidden, q * m.hidden, m.final_norm, m.eps, m.head, m.head_is_int8, nullptr, nullptr,
-                      logits, active, m.head_rows, m.hidden, false);
+        dispec_linear(x + (q - 1) * m.hidden, q * m.hidden, m.final_norm, m.eps, m.head, m.head_is_int8, nullptr,
+                      nullptr, logits, active, m.head_rows, m.hidden, false);
         int64_t *columns = scratch.columns.data();
         if (temperature)
             dispec_draw_bfloat16((bfloat16 *)logits, m.head_rows, active, m.columns, temperature, seed, ends,

@@ -112,7 +112,8 @@ Found largest_drawn(const T *row, const int64_t *token_ids, int64_t begin, int64
         T rest[LANES] = {};
         Words tokens = {};
         std::copy(row + i, row + end, rest);
-        for (int64_t lane = 0; i + lane < end; ++lane) tokens[lane] = uint32_t(token_ids ? token_ids[i + lane] : i + lane);
+        for (int64_t lane = 0; i + lane < end; ++lane)
+            tokens[lane] = uint32_t(token_ids ? token_ids[i + lane] : i + lane);
         store(values + (i - begin), drawn_by(load(rest), tokens));
     }
     const int64_t at = largest_of(values, end - begin);

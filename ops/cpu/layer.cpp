@@ -42,14 +42,14 @@ extern "C" void dispec_layer(const uint16_t *x, uint16_t *out, int64_t tokens, i
     uint16_t *normed = scratch.normed.data(), *projected = scratch.projected.data(), *attended = scratch.attended.data();
     uint16_t *middle = scratch.middle.data(), *gated = scratch.gated.data();
     bfloat16 *query = (bfloat16 *)scratch.query.data();
-    const Product project{x, hidden, attention_norm, eps, normed, qkv, is_int8 != 0, qkv_bias, nullptr, projected, tokens,
-                          projected_size, hidden, false};
+    const Product project{x, hidden, attention_norm, eps, normed, qkv, is_int8 != 0, qkv_bias, nullptr, projected,
+                          tokens, projected_size, hidden, false};
     const Rotation<bfloat16> rotation{(bfloat16 *)projected, projected_size, (bfloat16 *)query_norm,
                                       (bfloat16 *)key_norm, eps, cosine, sine, slot_mapping, tokens, query, keys, values};
     const Attention<bfloat16> attention{query, query_size, keys, values, block_tables, table_stride, query_start,
                                         context_lens, sequences, tokens, scale, (bfloat16 *)attended};
-    const Product back{attended, query_size, nullptr, 0, nullptr, output, is_int8 != 0, output_bias, x, middle, tokens, hidden,
-                       query_size, false};
+    const Product back{attended, query_size, nullptr, 0, nullptr, output, is_int8 != 0, output_bias, x, middle, tokens,
+                       hidden, query_size, false};
     const Product widen{middle, hidden, mlp_norm, eps, normed, gate_up, is_int8 != 0, nullptr, nullptr, gated, tokens,
                         2 * intermediate, hidden, true};
     const Product narrow{gated, intermediate, nullptr, 0, nullptr, down, is_int8 != 0, nullptr, middle, out, tokens, hidden,

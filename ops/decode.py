@@ -1,4 +1,7 @@
-"""Tokens of a small model on a CPU, one after another, with nothing of the host's in between."""
+"""Tokens of a small model on a CPU, one after another, with nothing of the host's in between.
+
+No registered op: it is for models that are not traced, and takes one as addresses that were gathered once.
+"""
 
 from typing import NamedTuple
 

@@ -24,6 +24,7 @@ from engine.errors import CheckpointError
 from engine.tokenizer import Tokenizer
 from layers.config import ModelConfig, config_from_hugging_face
 from layers.types import Weights
+from layers.weights import Pack
 
 DEFAULT_DRAFT = "smollm2-draft"  # of the built-in model
 
@@ -43,8 +44,8 @@ class SharedDraft:
         """As `Checkpoint.tensors`."""
         return read_safetensors(self.directory / _WEIGHTS)
 
-    def borrowed(self, target: Weights) -> dict[str, ops.Matrix]:
-        """Embedding and head by their names in `Weights`."""
+    def borrowed(self, target: Weights, pack: Pack) -> dict[str, ops.Matrix]:
+        """Embedding and head by their names in `Weights`; rows of a head are packed anew."""
         if self.head_tokens is None:
             return {"embedding": target.embedding, "lm_head": target.lm_head}
         rows = torch.tensor(self.head_tokens, device=target.rope_frequencies.device)
@@ -52,7 +53,7 @@ class SharedDraft:
         if isinstance(readable, ops.Packed) and not readable.has_rows:  # then it is a tied one's second copy
             readable = target.embedding
         head = ops.embedding(readable, rows, self.config.hidden_size)
-        return {"embedding": target.embedding, "lm_head": ops.pack(head, may_round=True)}
+        return {"embedding": target.embedding, "lm_head": pack(head)}
 
 
 def find_shared_draft(name: str | Path, tokenizer: Tokenizer | None, target: ModelConfig) -> SharedDraft | None:

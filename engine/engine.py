@@ -127,10 +127,10 @@ class Engine:
             weights = self._load_weights(self.checkpoint, self.config, shard=shard)
             draft_weights = None
             if draft is not None:
-                shared = draft.checkpoint if isinstance(draft.checkpoint, SharedDraft) else None
-                borrowed = shared.borrowed(weights) if shared is not None else None
                 # Rounding makes no answer another one: at worst a guess falls.
                 rounded = functools.partial(pack, may_round=True)
+                shared = draft.checkpoint if isinstance(draft.checkpoint, SharedDraft) else None
+                borrowed = shared.borrowed(weights, rounded) if shared is not None else None
                 draft_weights = self._load_weights(draft.checkpoint, draft.config, borrowed, pack=rounded)
             return_freed_memory()
         # On CPU the work is done when a launch returns, so there is nothing to overlap with.

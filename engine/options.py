@@ -38,8 +38,8 @@ class EngineOptions:
         takes "background", but "startup" on CUDA for float32, several ranks or a draft model, which need it.
     enforce_eager: the same as compile="off".
     speculative_model: who guesses tokens ahead, for steps that verify several at once: "ngram" looks in the sequence's
-        own text; else a smaller model with the same tokenizer, named as `model` is, whose matrices a CPU keeps in
-        8 bits where dtype is bfloat16. None guesses nothing. Answers are the same either way.
+        own text; else a smaller model with the same tokenizer, named as `model` is, whose matrices a CPU with
+        AVX2 or AVX512 keeps in 8 bits where dtype is bfloat16. None guesses nothing. Answers are the same either way.
     num_speculative_tokens: most tokens to guess for a sequence in a step; as many as pay are.
     tensor_parallel_size: processes that share every layer among them, each on a GPU of its own, or with its part of
         the CPU's threads.

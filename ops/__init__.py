@@ -1,7 +1,7 @@
 """Operations on tensors, registered with torch so that compiled graphs call them by name.
 
 Each op has a fake implementation for tracing, a Triton one for CUDA, a torch one for CPU, and an oracle in
-`ops.reference`.
+`ops.reference`. What is for a CPU alone has no Triton one, and `decode`, which nobody traces, is a plain function.
 """
 
 from ops.argmax import argmax

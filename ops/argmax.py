@@ -5,8 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ops.cpu import argmax as cpu_argmax
-from ops.cpu.library import library
-from ops.tracing import constant
+from ops.cpu.library import has_kernels
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define("argmax(Tensor logits) -> Tensor")
@@ -14,14 +13,9 @@ _library.define("argmax(Tensor logits) -> Tensor")
 
 def argmax(logits: Float[Tensor, "R V"]) -> Int[Tensor, "R"]:
     """Each row's largest logit, the first of several; a NaN counts as the largest."""
-    if logits.device.type == "cpu" and _has_kernels():
+    if logits.device.type == "cpu" and has_kernels():
         return torch.ops.dispec.argmax(logits)
     return logits.argmax(dim=-1)
-
-
-@constant
-def _has_kernels() -> bool:
-    return library() is not None
 
 
 _library.impl("argmax", cpu_argmax.argmax, "CPU")

@@ -5,8 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ops.cpu import draw as cpu_draw
-from ops.cpu.library import library
-from ops.tracing import constant
+from ops.cpu.library import has_kernels
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define("draw(Tensor logits, Tensor temperature, Tensor seed, Tensor position, Tensor? token_ids) -> Tensor")
@@ -14,7 +13,7 @@ _library.define("draw(Tensor logits, Tensor temperature, Tensor seed, Tensor pos
 
 def has_draw_kernel(device: torch.device) -> bool:
     """Whether `draw` can take tensors of the device."""
-    return device.type == "cpu" and _has_kernels()
+    return device.type == "cpu" and has_kernels()
 
 
 def draw(
@@ -26,11 +25,6 @@ def draw(
 ) -> Int[Tensor, "R"]:
     """As `layers.sampling.draw` defines it, each row by itself. Only where `has_draw_kernel`."""
     return torch.ops.dispec.draw(logits, temperature, seed, position, token_ids)
-
-
-@constant
-def _has_kernels() -> bool:
-    return library() is not None
 
 
 _library.impl("draw", cpu_draw.draw, "CPU")

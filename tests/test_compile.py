@@ -33,8 +33,7 @@ CONFIG = ModelConfig(
     rope_theta=10000.0,
 )
 # embed and block: one sequence, several, ragged (embed treats the last two alike); head: one row or several; edit,
-# allow, restrict and logprobs: several rows; and, where they are not one op,
-# draw: one row or several, and greedy: several.
+# allow, restrict and logprobs: several rows. And, where they are not one op, draw: one row or several; greedy: several.
 GRAPHS = 2 + 3 + 2 + 4 + (0 if has_draw_kernel(torch.device("cpu")) else 3)
 
 

@@ -25,6 +25,32 @@ PROMPTS = [[(7 * row + 3 * place) % 500 for place in range(40)] for row in range
 LENGTHS = [30, 17, 16, 2]  # at and around the end of a page, and as short as can be
 
 
+def single_steps(
+    model: PagedModel,
+    query_len: int,
+    columns: int,
+    head_tokens: torch.Tensor | None,
+    drawing: tuple[torch.Tensor, torch.Tensor] | None,
+) -> list[list[int]]:
+    """The tokens of each sequence, computed one by one. drawing: temperatures and seeds."""
+    expected: list[list[int]] = [[] for _ in COUNTS]
+    for place in range(COUNTS[0]):
+        rows = [row for row, count in enumerate(COUNTS) if count > place]
+        count = 1 if place else query_len
+        logits = torch.stack([found[-1] for found in model.compute(dict.fromkeys(rows, count), count)])[:, :columns]
+        position = torch.tensor([LENGTHS[row] + place for row in rows])
+        if drawing is None:
+            chosen = greedy(logits)
+        else:
+            temperature, seed = drawing
+            chosen = draw(logits, Sampling(temperature[rows], seed[rows], position), head_tokens)
+        for row, column in zip(rows, chosen.tolist(), strict=True):
+            token = column if head_tokens is None else int(head_tokens[column])
+            expected[row].append(token)
+            model.prompts[row][LENGTHS[row] + place] = token
+    return expected
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("may_round", [False, True])
 @pytest.mark.parametrize("query_len", [1, 2])
@@ -60,33 +86,19 @@ def test_tokens_and_pages_are_those_of_single_steps(tmp_path, family, may_round,
     prompts = [list(prompt) for prompt in PROMPTS]
     if kind == "small vocabulary":  # a token that the model does not know is taken for its last
         prompts[0][LENGTHS[0] - 1], models[1].prompts[0][LENGTHS[0] - 1] = VOCAB_SIZE + 8, VOCAB_SIZE - 1
-    expected: list[list[int]] = [[] for _ in COUNTS]
-    steps = models[1]
-    for place in range(COUNTS[0]):
-        rows = [row for row, count in enumerate(COUNTS) if count > place]
-        count = 1 if place else query_len
-        logits = torch.stack([found[-1] for found in steps.compute(dict.fromkeys(rows, count), count)])[:, :columns]
-        position = torch.tensor([LENGTHS[row] + place for row in rows])
-        if kind == "greedy":
-            chosen = greedy(logits)
-        else:
-            chosen = draw(logits, Sampling(temperature[rows], seed[rows], position), head_tokens)
-        for row, column in zip(rows, chosen.tolist(), strict=True):
-            token = column if head_tokens is None else int(head_tokens[column])
-            expected[row].append(token)
-            steps.prompts[row][LENGTHS[row] + place] = token
-
+    drawing = None if kind == "greedy" else (temperature, seed)
+    expected = single_steps(models[1], query_len, columns, head_tokens, drawing)
     found = ops.decode(
         one_call,
         torch.tensor(COUNTS),
         torch.tensor([prompt[length - query_len : length] for prompt, length in zip(prompts, LENGTHS, strict=True)]),
         torch.tensor([table + [0] * (3 - len(table)) for table in models[0].tables]),
         torch.tensor(LENGTHS),
-        *((None, None) if kind == "greedy" else (temperature, seed)),
+        *(drawing or (None, None)),
     )
     assert [tokens[:count] for tokens, count in zip(found.tolist(), COUNTS, strict=True)] == expected
     assert len({tuple(tokens) for tokens in expected}) == len(expected)
-    for one, other in zip(models[0].kv_cache, steps.kv_cache, strict=True):
+    for one, other in zip(models[0].kv_cache, models[1].kv_cache, strict=True):
         assert torch.equal(one.keys[1:].nan_to_num(7), other.keys[1:].nan_to_num(7))
         assert torch.equal(one.values[1:].nan_to_num(7), other.values[1:].nan_to_num(7))
 

@@ -66,7 +66,7 @@ def test_that_another_guess_costs_little_is_found_out_though_it_once_cost_much()
 
 @pytest.mark.parametrize("sequences", [1, 4])
 def test_another_guess_that_is_not_worth_it_is_tried_for_half_a_hundredth_of_the_time(sequences) -> None:
-    controller, lost = taught(10.0, 0.0, 0.1, sequences), 0.0
+    controller = taught(10.0, 0.0, 0.1, sequences)
     for extra in range(2 * sequences, 40):
         for _ in range(200):
             controller.uniform.observe(extra + 1, 14.0)

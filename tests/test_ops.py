@@ -159,10 +159,8 @@ def test_copy_blocks():
 
 def packed_and_meant(weight: torch.Tensor, may_round: bool) -> tuple[ops.Matrix, torch.Tensor]:
     """What is packed, and the weight in float64 whose products it should give."""
-    is_rounded = may_round and has_linear()
-    return ops.pack(weight, may_round=may_round), (reference.rounded_to_8_bits if is_rounded else torch.Tensor.double)(
-        weight
-    )
+    meant = reference.rounded_to_8_bits(weight) if may_round and has_linear() else weight.double()
+    return ops.pack(weight, may_round=may_round), meant
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
@@ -255,6 +253,16 @@ def test_a_row_of_a_packed_product_does_not_depend_on_the_others(may_round):
     alone = torch.cat([ops.linear(row, packed) for row in x.split(1)])
     for rows in (2, 11, 12, 13, 25, 70):
         assert torch.equal(ops.linear(x[:rows], packed), alone[:rows])
+
+
+def test_a_weight_is_rounded_row_by_row_however_many_it_has():
+    """Those that are packed apart, so as to take little memory, are no different."""
+    if not has_linear():
+        pytest.skip("only our tiles are of 8 bits")
+    torch.manual_seed(0)
+    weight = torch.randn(2 * 4096 + 33, 6).bfloat16()
+    found = ops.linear(torch.eye(6).bfloat16(), ops.pack(weight, may_round=True)).T
+    assert torch.equal(found, reference.rounded_to_8_bits(weight).to(torch.float32).bfloat16())
 
 
 def test_rows_of_a_packed_product_may_lie_apart():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ops
+from layers import sampling as module
 from layers.logit_processing import restrict
 from layers.sampling import draw, greedy, uniform_noise
 from layers.types import Filters, Sampling
@@ -80,7 +81,19 @@ def expect_draws(logits: torch.Tensor, restricted: torch.Tensor, temperature: fl
         assert chi_square < degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3
 
 
-def test_a_token_of_minus_infinity_is_never_drawn_whatever_the_noise():
+@pytest.mark.parametrize("noise", [1.0, 1 - 2.0**-24, 2.0**-33])
+def test_a_token_of_minus_infinity_is_never_drawn_whatever_the_noise(monkeypatch, kind, noise):
+    if kind == "kernel":
+        pytest.skip("the kernel makes its noise itself: see the next test")
+    monkeypatch.setattr(
+        module, "uniform_noise", lambda seed, position, tokens: torch.full((len(seed), len(tokens)), noise)
+    )
+    logits = torch.full((2, 40), -torch.inf)
+    logits[0, 17], logits[1, [5, 30]] = -80.0, 3.0
+    assert draw(logits, sampling(1.0, [1, 2], [3, 4])).tolist() == [17, 5]
+
+
+def test_a_token_of_minus_infinity_is_not_drawn_for_noise_of_its_own_making():
     extremes = torch.tensor([37_656_488, 46_559_640])  # of 2**27 tokens those whose numbers are largest and smallest
     numbers = uniform_noise(torch.tensor([3]), torch.tensor([4]), extremes)[0]
     assert numbers[0] == 1

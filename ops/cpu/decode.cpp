@@ -2,7 +2,6 @@
 // two of them, and between two layers, would take as long again: its code has left the caches each time it is run.
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "tiles.h"

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import platformdirs
 
+from ops.tracing import constant
+
 _SOURCES = (
     "linear.cpp",
     "attention.cpp",
@@ -94,6 +96,12 @@ def library() -> ctypes.CDLL | None:
         if function := getattr(loaded, name, None):
             function.argtypes, function.restype = arguments, None
     return loaded
+
+
+@constant
+def has_kernels() -> bool:
+    """Whether there is a library."""
+    return library() is not None
 
 
 def has_linear() -> bool:

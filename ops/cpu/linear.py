@@ -9,6 +9,8 @@ from ops.cpu.library import library
 
 TILE = 32
 
+_ROUNDED_AT_ONCE = 128 * TILE  # rows: what rounding takes beside the result is then small
+
 
 def pack(weight: BFloat16[Tensor, "N K"]) -> BFloat16[Tensor, "tiles pairs 32 2"]:
     """The weight in tiles: 32 rows side by side, two neighbouring elements of each together, padded with zeros."""
@@ -27,6 +29,10 @@ def pack_8_bits(weight: BFloat16[Tensor, "N K"]) -> Int8[Tensor, "tiles elements
     The largest magnitude of a row is 127 times its factor. The factors lie behind the tile's elements, which an odd
     number of columns is padded for; absent rows are zeros.
     """
+    return torch.cat([_rounded_tiles(part) for part in weight.split(_ROUNDED_AT_ONCE)])
+
+
+def _rounded_tiles(weight: BFloat16[Tensor, "N K"]) -> Int8[Tensor, "tiles elements 32"]:
     rows, columns = weight.shape
     wide = torch.nn.functional.pad(weight.float(), (0, columns % 2, 0, -rows % TILE))
     factors = (wide.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)

@@ -24,6 +24,7 @@ _LEAST_HOPE = 1.15  # with guesses that are all right, for some to be tried now 
 _WITHOUT_HOPE = 10  # times as seldom else: costs change as well, and may have been learned while something held them up
 _LEAST_COST = 0.05  # of a step is what one counts that may bring more than it costs
 _FURTHER = 0.5  # of the first guess is what another is thought to take before any was seen
+_LEAST_FURTHER = 0.1  # and at least, lest one that was thought to be free stay so: costs change by shares of themselves
 _MOST_MISSED = 10  # steps without guesses that a draft model may hold all sequences up for, before the first ones
 _LARGEST_STRIDE = 2  # as many times the largest step that was seen is the largest that is tried
 _FIRST_RUN, _RUN_LEARNING = 32.0, 0.1  # steps that go on with guesses once they began, and of a new run in that
@@ -80,7 +81,8 @@ class DraftController:
         if runs == 1 or first is None:
             self.draft.observe(num_sequences, seconds / self.pace / runs)
         else:
-            self.further_draft.observe(num_sequences, max(0.0, seconds / self.pace - first) / (runs - 1))
+            further = (seconds / self.pace - first) / (runs - 1)
+            self.further_draft.observe(num_sequences, max(_LEAST_FURTHER * first, further))
 
     def observe_catch_up(self, num_tokens: int, seconds: float) -> None:
         """Learn from a draft model that computed so many tokens before it guessed."""

@@ -131,6 +131,10 @@ def test_an_engines_guesses_are_those_of_its_loop(tmp_path, monkeypatch, is_shar
         loop = llm.engine.speculator.draft_model._loop
         if loop._decoder is None:
             pytest.skip("this CPU has neither AVX512-BF16 nor AVX2")
+        weights = loop._guesser.runner.weights
+        for matrix in (weights.lm_head, weights.blocks[0].attention.qkv, weights.blocks[0].mlp.down):
+            assert matrix.blocked.dtype is torch.int8
+        assert llm.engine.runner.weights.blocks[0].mlp.down.blocked.dtype is torch.bfloat16
         if not decodes:
             loop._decoder = None
         with monkeypatch.context() as patch:

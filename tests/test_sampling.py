@@ -104,6 +104,12 @@ def test_a_token_of_minus_infinity_is_not_drawn_for_noise_of_its_own_making():
         token_ids = torch.arange(40)
         token_ids[17], token_ids[5] = extremes[order]
         assert draw(logits, sampling(1.0, [3], [4]), token_ids).tolist() == [17]
+    # The least noise there is, -2.8, against a token whose logit makes 0.7 less of its noise.
+    row = sampling(1.0, [3], [4])
+    token_ids = torch.tensor([int(extremes[0]), 7])
+    least, other = reference.draw(torch.zeros(1, 2), *row, token_ids)[0]
+    assert least == pytest.approx(-2.81, abs=0.01)
+    assert draw(torch.tensor([[0.0, float(least - 0.7 - other)]]), row, token_ids) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,13 +3,15 @@
 
 #include "entries.h"
 #include "largest.h"
+#include "team.h"
 
 namespace {
 
 template <typename T>
 void argmax(const T *x, int64_t stride, int64_t rows, int64_t n, int64_t *out) {
-#pragma omp parallel for schedule(static) if (rows > 1)
-    for (int64_t row = 0; row < rows; ++row) out[row] = largest_of(x + row * stride, n);
+    parallel_for(rows, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) out[row] = largest_of(x + row * stride, n);
+    });
 }
 
 }  // namespace

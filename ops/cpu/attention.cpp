@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "parts.h"
+#include "team.h"
 
 namespace {
 
@@ -184,22 +185,23 @@ void attend(const Attention<T> &a, AttentionPlan &plan, const Shape &shape) {
     const AttentionTask *tasks = plan.tasks.data();
     float *scratch = plan.partials.data();
     const int64_t count = plan.tasks.size(), group = shape.heads / shape.kv_heads, size = shape.head_dim + 2;
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t i = 0; i < count; ++i) attend_task(tasks[i], a, shape, scratch);
+    parallel_for(count, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) attend_task(tasks[i], a, shape, scratch);
+    });
     if (plan.partials.empty()) return;
-#pragma omp barrier
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < count; ++i) {
-        const AttentionTask &task = tasks[i];
-        if (task.partial < 0 || task.begin > 0) continue;
-        const int64_t spans = (a.context_lens[task.sequence] + SPAN - 1) / SPAN;
-        for (int64_t row = 0; row < task.num_rows; ++row) {
-            const int64_t token = a.query_start[task.sequence] + (task.first_row + row) / group;
-            const int64_t head = task.head * group + (task.first_row + row) % group;
-            combine(scratch + (task.partial + row) * size, spans, task.num_rows * size, shape.head_dim,
-                    a.output + (token * shape.heads + head) * shape.head_dim);
+    parallel_for(count, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const AttentionTask &task = tasks[i];
+            if (task.partial < 0 || task.begin > 0) continue;
+            const int64_t spans = (a.context_lens[task.sequence] + SPAN - 1) / SPAN;
+            for (int64_t row = 0; row < task.num_rows; ++row) {
+                const int64_t token = a.query_start[task.sequence] + (task.first_row + row) / group;
+                const int64_t head = task.head * group + (task.first_row + row) % group;
+                combine(scratch + (task.partial + row) * size, spans, task.num_rows * size, shape.head_dim,
+                        a.output + (token * shape.heads + head) * shape.head_dim);
+            }
         }
-    }
+    });
 }
 
 template void attend(const Attention<bfloat16> &, AttentionPlan &, const Shape &);
@@ -211,13 +213,12 @@ template void attend(const Attention<float> &, AttentionPlan &, const Shape &);
                          const int32_t *block_tables, int64_t table_stride, const int32_t *query_start,               \
                          const int32_t *context_lens, int64_t sequences, int64_t longest, int64_t heads,              \
                          int64_t kv_heads, int64_t head_dim, int64_t block_size, float scale, T *output) {            \
-        static thread_local AttentionPlan plans;                                                                      \
-        AttentionPlan &plan = plans; /* the caller's, not each thread's */                                            \
+        static thread_local AttentionPlan plan;                                                                       \
         const Shape shape{heads, kv_heads, head_dim, block_size};                                                     \
         const Attention<T> attention{query, query_stride, keys, values, block_tables, table_stride,                   \
                                      query_start, context_lens, sequences, longest, scale, output};                   \
         plan.make(query_start, context_lens, sequences, longest, shape);                                              \
-        _Pragma("omp parallel") attend(attention, plan, shape);                                                       \
+        attend(attention, plan, shape);                                                                               \
     }
 
 PAGED_ATTENTION(dispec_paged_attention_bfloat16, bfloat16)

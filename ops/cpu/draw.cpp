@@ -9,6 +9,7 @@
 
 #include "entries.h"
 #include "largest.h"
+#include "team.h"
 
 namespace {
 
@@ -127,22 +128,21 @@ void draw(const T *logits, int64_t stride, int64_t rows, int64_t n, const float 
     static thread_local std::vector<Found> kept;
     kept.resize(2 * tasks);
     Found *plain = kept.data(), *drawn = plain + tasks;
-#pragma omp parallel if (tasks > 1)
-    {
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < tasks; ++task) {
+    parallel_for(tasks, [&](int64_t first, int64_t last) {
+        for (int64_t task = first; task < last; ++task) {
             const int64_t row = task / shares, begin = task % shares * SHARE;
             plain[task] = largest_logit(logits + row * stride, begin, std::min(n, begin + SHARE));
         }
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < tasks; ++task) {
+    });
+    parallel_for(tasks, [&](int64_t first, int64_t last) {
+        for (int64_t task = first; task < last; ++task) {
             const int64_t row = task / shares, begin = task % shares * SHARE;
             if (temperature[row] == 0.0f) continue;
             const float most = best(plain + row * shares, shares).value;
             drawn[task] = largest_drawn(logits + row * stride, token_ids, begin, std::min(n, begin + SHARE), most,
                                         temperature[row], Noise(seed[row], position[row]));
         }
-    }
+    });
     for (int64_t row = 0; row < rows; ++row)
         out[row] = best((temperature[row] == 0.0f ? plain : drawn) + row * shares, shares).column;
 }

@@ -1,6 +1,8 @@
 // Keys and values of a step's tokens into their pages.
 #include <cstdint>
 
+#include "team.h"
+
 namespace {
 
 template <typename T>
@@ -8,9 +10,9 @@ void write_kv(T *keys, T *values, const T *key, int64_t key_stride, const T *val
               const int32_t *slot_mapping, int64_t tokens, int64_t kv_heads, int64_t head_dim, int64_t block_size) {
     const int64_t page = head_dim * block_size;
     // Slots are distinct but for padding's, and what lies there is never read.
-#pragma omp parallel for collapse(2) schedule(static) if (tokens * kv_heads * head_dim > 1024)
-    for (int64_t head = 0; head < kv_heads; ++head)
-        for (int64_t token = 0; token < tokens; ++token) {
+    const auto write = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t head = i / tokens, token = i % tokens;
             const int64_t slot = slot_mapping[token], block = slot / block_size, offset = slot % block_size;
             T *key_page = keys + (block * kv_heads + head) * page + offset;
             T *value_row = values + (block * kv_heads + head) * page + offset * head_dim;
@@ -21,6 +23,9 @@ void write_kv(T *keys, T *values, const T *key, int64_t key_stride, const T *val
                 value_row[d] = from_value[d];
             }
         }
+    };
+    const int64_t all = kv_heads * tokens;
+    all * head_dim > 1024 ? parallel_for(all, write) : write(0, all);
 }
 
 }  // namespace

@@ -1,5 +1,4 @@
-// A whole transformer layer of a decode step, in one parallel region: at few rows, starting threads for each part would
-// cost as much as the parts.
+// A whole transformer layer of a decode step in one call.
 #include <cstdint>
 #include <vector>
 
@@ -54,18 +53,11 @@ extern "C" void dispec_layer(const uint16_t *x, uint16_t *out, int64_t tokens, i
                         2 * intermediate, hidden, true};
     const Product narrow{gated, intermediate, nullptr, 0, nullptr, down, is_int8 != 0, nullptr, middle, out, tokens, hidden,
                          intermediate, false};
-#pragma omp parallel
-    {
-        multiply(project);
-#pragma omp barrier
-        rotate_and_write(rotation, shape);
-        attend(attention, plan, shape);
-#pragma omp barrier
-        multiply(back);
-#pragma omp barrier
-        multiply(widen);
-#pragma omp barrier
-        multiply(narrow);
-    }
+    multiply(project);
+    rotate_and_write(rotation, shape);
+    attend(attention, plan, shape);
+    multiply(back);
+    multiply(widen);
+    multiply(narrow);
 }
 #endif

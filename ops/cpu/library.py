@@ -21,6 +21,7 @@ import platformdirs
 from ops.tracing import constant
 
 _SOURCES = (
+    "team.cpp",
     "linear.cpp",
     "attention.cpp",
     "prefill.cpp",
@@ -31,8 +32,8 @@ _SOURCES = (
     "layer.cpp",
     "decode.cpp",
 )
-_HEADERS = ("entries.h", "largest.h", "parts.h", "tiles.h", "tiles_avx2.h", "tiles_avx512.h", "vectors.h")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-w")
+_HEADERS = ("entries.h", "largest.h", "parts.h", "team.h", "tiles.h", "tiles_avx2.h", "tiles_avx512.h", "vectors.h")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-w")
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 # What each kernel takes; all of them return nothing.

@@ -11,6 +11,7 @@
 // Every rounding to bf16 is where the separate operations have it.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -21,10 +22,14 @@
 #ifdef DISPEC_TILES
 #include "entries.h"
 #include "parts.h"
+#include "team.h"
 
 namespace {
 
-constexpr int64_t AHEAD = 2048;  // bytes of weight fetched before they are needed
+constexpr int64_t AHEAD = 2048;          // bytes of weight fetched before they are needed
+constexpr int64_t FEW_ELEMENTS = 16384;  // that one thread norms in less time than two take to meet
+
+std::atomic<uint64_t> next_job{1};
 
 // x as `Rows` has it. `residual` is null or lies as
 // `out` does. `next` is what to fetch meanwhile, as many cache lines as the tile has pairs; null means this very tile, a
@@ -113,14 +118,18 @@ struct Rows {
     int64_t size(int64_t group) const { return start(group + 1) - start(group); }
 };
 
-Rows rows_of(const Product &p, int64_t begin, int64_t count) {
+// job: a number of its own for each set of rows.
+Rows rows_of(const Product &p, int64_t begin, int64_t count, uint64_t job) {
     const uint16_t *from = p.norm ? p.normed : p.x;
     const int64_t from_stride = p.norm ? p.k : p.x_stride;
     if constexpr (sizeof(Input) == sizeof(bfloat16))
         return {(const Input *)from + begin * from_stride, from_stride, count};
-    // Each thread widens all of them for itself: that is quicker than to wait for the others.
+    // Each thread widens all of them for itself, once: that is quicker than to wait for the others.
     static thread_local std::vector<float> widened;
+    static thread_local uint64_t widened_for = 0;
     const int64_t stride = p.k + p.k % 2;
+    if (widened_for == job) return {(const Input *)widened.data(), stride, count};
+    widened_for = job;
     widened.resize(count * stride);
     for (int64_t row = 0; row < count; ++row) {
         const bfloat16 *at = (const bfloat16 *)from + (begin + row) * from_stride;
@@ -155,29 +164,34 @@ void tile(const Product &p, const Rows &rows, int64_t index, int64_t group, cons
 
 void multiply(const Product &p) {
     if (p.norm) {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < p.rows; ++row)
-            norm_row((const bfloat16 *)p.x + row * p.x_stride, (const bfloat16 *)p.norm, p.eps,
-                     (bfloat16 *)p.normed + row * p.k, p.k);
+        const auto norm = [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row)
+                norm_row((const bfloat16 *)p.x + row * p.x_stride, (const bfloat16 *)p.norm, p.eps,
+                         (bfloat16 *)p.normed + row * p.k, p.k);
+        };
+        p.rows * p.k > FEW_ELEMENTS ? parallel_for(p.rows, norm) : norm(0, p.rows);
     }
     const int64_t outputs = p.is_gated ? p.n / 2 : p.n, tiles = (outputs + TILE - 1) / TILE;
     for (int64_t first = 0; first < p.rows; first += std::min(ROWS_AT_ONCE, p.rows)) {
-        const Rows rows = rows_of(p, first, std::min(ROWS_AT_ONCE, p.rows - first));
-#pragma omp for schedule(static) nowait
-        for (int64_t index = 0; index < tiles; ++index)
-            for (int64_t group = 0; group < rows.groups(); ++group) {
-                const int64_t at = (first + rows.start(group)) * outputs + index * TILE;
-                if (!p.is_gated) {
-                    tile(p, rows, index, group, p.residual ? p.residual + at : nullptr, p.out + at, outputs);
-                    continue;
+        const int64_t count = std::min(ROWS_AT_ONCE, p.rows - first);
+        const uint64_t job = next_job.fetch_add(1);
+        parallel_for(tiles, [&](int64_t begin, int64_t end) {
+            const Rows rows = rows_of(p, first, count, job);
+            for (int64_t index = begin; index < end; ++index)
+                for (int64_t group = 0; group < rows.groups(); ++group) {
+                    const int64_t at = (first + rows.start(group)) * outputs + index * TILE;
+                    if (!p.is_gated) {
+                        tile(p, rows, index, group, p.residual ? p.residual + at : nullptr, p.out + at, outputs);
+                        continue;
+                    }
+                    uint16_t gates[TILE_ROWS * TILE], ups[TILE_ROWS * TILE];
+                    tile(p, rows, index, group, nullptr, gates, TILE);
+                    tile(p, rows, tiles + index, group, nullptr, ups, TILE);
+                    for (int64_t row = 0; row < rows.size(group); ++row)
+                        gated((bfloat16 *)gates + row * TILE, (bfloat16 *)ups + row * TILE,
+                              (bfloat16 *)p.out + at + row * outputs);
                 }
-                uint16_t gates[TILE_ROWS * TILE], ups[TILE_ROWS * TILE];
-                tile(p, rows, index, group, nullptr, gates, TILE);
-                tile(p, rows, tiles + index, group, nullptr, ups, TILE);
-                for (int64_t row = 0; row < rows.size(group); ++row)
-                    gated((bfloat16 *)gates + row * TILE, (bfloat16 *)ups + row * TILE,
-                          (bfloat16 *)p.out + at + row * outputs);
-            }
+        });
     }
 }
 
@@ -185,29 +199,32 @@ void multiply(const Product &p) {
 // aligned to 64 bytes.
 extern "C" void dispec_pack(const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k) {
     const int64_t pairs = (k + 1) / 2, tiles = (n + TILE - 1) / TILE;
-#pragma omp parallel for schedule(static)
-    for (int64_t tile = 0; tile < tiles; ++tile)
-        for (int64_t pair = 0; pair < pairs; ++pair) {
-            uint16_t *at = packed + (tile * pairs + pair) * TILE * 2;
-            for (int64_t i = 0; i < TILE; ++i)
-                for (int64_t j = 0; j < 2; ++j) {
-                    const int64_t row = tile * TILE + i, column = 2 * pair + j;
-                    at[2 * i + j] = row < n && column < k ? weight[row * k + column] : 0;
-                }
-        }
+    parallel_for(tiles, [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile)
+            for (int64_t pair = 0; pair < pairs; ++pair) {
+                uint16_t *at = packed + (tile * pairs + pair) * TILE * 2;
+                for (int64_t i = 0; i < TILE; ++i)
+                    for (int64_t j = 0; j < 2; ++j) {
+                        const int64_t row = tile * TILE + i, column = 2 * pair + j;
+                        at[2 * i + j] = row < n && column < k ? weight[row * k + column] : 0;
+                    }
+            }
+    });
 }
 
 // Rows of a packed weight [n, k] as they were: out [count, k].
 extern "C" void dispec_unpack_rows(const uint16_t *packed, const int32_t *indices, int64_t count, int64_t k,
                                    uint16_t *out) {
     const int64_t pairs = (k + 1) / 2;
-#pragma omp parallel for schedule(static) if (count > 4)
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = indices[i];
-        const uint16_t *at = packed + (row / TILE * pairs * TILE + row % TILE) * 2;
-        for (int64_t pair = 0; pair < pairs; ++pair)
-            std::memcpy(out + i * k + 2 * pair, at + pair * TILE * 2, 2 * pair + 1 < k ? 4 : 2);
-    }
+    const auto unpack = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t row = indices[i];
+            const uint16_t *at = packed + (row / TILE * pairs * TILE + row % TILE) * 2;
+            for (int64_t pair = 0; pair < pairs; ++pair)
+                std::memcpy(out + i * k + 2 * pair, at + pair * TILE * 2, 2 * pair + 1 < k ? 4 : 2);
+        }
+    };
+    count > 4 ? parallel_for(count, unpack) : unpack(0, count);
 }
 
 extern "C" void dispec_linear(const uint16_t *x, int64_t x_stride, const uint16_t *norm, float eps,
@@ -217,7 +234,6 @@ extern "C" void dispec_linear(const uint16_t *x, int64_t x_stride, const uint16_
     if (norm) normed.resize(rows * k + 2);
     const Product product{x,    x_stride, norm, eps, normed.data(), packed,       is_int8 != 0, bias, residual, out,
                           rows, n,        k,    is_gated != 0};
-#pragma omp parallel
     multiply(product);
 }
 #endif

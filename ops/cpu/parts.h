@@ -1,5 +1,4 @@
-// The parts of a transformer layer. Every thread of a parallel region calls each with the same arguments, and the work
-// is shared among them. None but `rotate_and_write` ends with a barrier: whoever reads the results puts one.
+// The parts of a transformer layer. Each shares its work among the threads of `team.h` and returns when all is done.
 #pragma once
 #include <cstdint>
 #include <vector>

@@ -14,9 +14,8 @@
 
 #include "tiles.h"
 #ifdef DISPEC_TILES
-#include <omp.h>
-
 #include "parts.h"
+#include "team.h"
 
 namespace {
 
@@ -190,7 +189,7 @@ extern "C" void dispec_prefill_attention(const bfloat16 *query, int64_t query_st
     int64_t total = 0;
     for (int64_t b = 0; b < sequences; ++b) total += rows_of(b) * kv_heads;
     if (total == 0) return;
-    const int64_t fair = total / (TASKS_PER_THREAD * omp_get_max_threads()) / TILE_ROWS * TILE_ROWS;
+    const int64_t fair = total / (TASKS_PER_THREAD * num_threads()) / TILE_ROWS * TILE_ROWS;
     const int64_t size = std::clamp(fair, MIN_TASK_ROWS, MAX_TASK_ROWS);
     std::vector<Task> tasks;
     for (int64_t b = 0; b < sequences; ++b) {
@@ -202,7 +201,8 @@ extern "C" void dispec_prefill_attention(const bfloat16 *query, int64_t query_st
             }
     }
     const int64_t count = tasks.size();
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t i = 0; i < count; ++i) attend_task(tasks[i], attention, shape);
+    parallel_for(count, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) attend_task(tasks[i], attention, shape);
+    });
 }
 #endif

@@ -3,10 +3,12 @@
 #include <cstdint>
 
 #include "parts.h"
+#include "team.h"
 
 namespace {
 
 constexpr int64_t MAX_HEAD_DIM = 256;
+constexpr int64_t FEW_ELEMENTS = 4096;  // that one thread rotates in less time than two take to meet
 
 // Norm (where there is a weight) and rotation of one head, with a rounding to T after each step that has one in torch.
 template <typename T>
@@ -46,9 +48,9 @@ void rotate_and_write(const Rotation<T> &r, const Shape &shape) {
     const int64_t d = shape.head_dim, heads = shape.heads, kv_heads = shape.kv_heads;
     const int64_t page = d * shape.block_size, all = heads + 2 * kv_heads;
     // Slots are distinct but for padding's, and what lies there is never read.
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t head = 0; head < all; ++head)
-        for (int64_t token = 0; token < r.tokens; ++token) {
+    const auto write = [&](int64_t begin, int64_t end) {
+        for (int64_t index = begin; index < end; ++index) {
+            const int64_t head = index / r.tokens, token = index % r.tokens;
             const T *from = r.projected + token * r.stride + head * d;
             const float *c = r.cosine + token * (d / 2), *s = r.sine + token * (d / 2);
             if (head < heads) {
@@ -67,6 +69,9 @@ void rotate_and_write(const Rotation<T> &r, const Shape &shape) {
             rotate(from, r.key_norm, r.eps, c, s, d, key);
             for (int64_t i = 0; i < d; ++i) r.keys[to + i * shape.block_size + offset] = key[i];
         }
+    };
+    const int64_t heads_of_tokens = all * r.tokens;
+    heads_of_tokens * d > FEW_ELEMENTS ? parallel_for(heads_of_tokens, write) : write(0, heads_of_tokens);
 }
 
 template void rotate_and_write(const Rotation<bfloat16> &, const Shape &);
@@ -79,7 +84,6 @@ template void rotate_and_write(const Rotation<float> &, const Shape &);
                          int64_t heads, int64_t kv_heads, int64_t d, int64_t block_size, T *query, T *keys, T *values) { \
         const Rotation<T> rotation{projected, stride, query_norm, key_norm, eps, cosine, sine, slot_mapping, tokens,    \
                                    query, keys, values};                                                               \
-        _Pragma("omp parallel if (tokens * (heads + 2 * kv_heads) * d > 4096)")                                        \
         rotate_and_write(rotation, Shape{heads, kv_heads, d, block_size});                                             \
     }
 

@@ -377,7 +377,7 @@ class Runner:
         if not shape.rows:
             return hidden, None, None
         if hidden is not None:
-            x = x[batch.logits_indices]
+            x = x.index_select(0, batch.logits_indices)
         if warm_up:
             mark_dynamic(x)
         return hidden, *functions.head(x, self.weights)

@@ -87,4 +87,5 @@ def forward(weights: Weights, config: ModelConfig, batch: Batch, kv_cache: KVCac
     x, rotation = embed(weights, config, batch)
     for w, kv in zip(weights.blocks, kv_cache, strict=True):
         x = block(x, w, config, batch, rotation, kv)
-    return logits(x[batch.logits_indices], weights, config)
+    # Unlike x[indices], a CPU selects a few rows in one thread: see `ops/cpu/team.cpp`.
+    return logits(x.index_select(0, batch.logits_indices), weights, config)

@@ -187,7 +187,7 @@ void attend(const Attention<T> &a, AttentionPlan &plan, const Shape &shape) {
     const int64_t count = plan.tasks.size(), group = shape.heads / shape.kv_heads, size = shape.head_dim + 2;
     parallel_for(count, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) attend_task(tasks[i], a, shape, scratch);
-    });
+    }, Order::TASKS);
     if (plan.partials.empty()) return;
     parallel_for(count, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {

@@ -203,6 +203,6 @@ extern "C" void dispec_prefill_attention(const bfloat16 *query, int64_t query_st
     const int64_t count = tasks.size();
     parallel_for(count, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) attend_task(tasks[i], attention, shape);
-    });
+    }, Order::TASKS);
 }
 #endif

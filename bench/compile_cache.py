@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from engine.default_model import cache_directory
+from engine.cache import cache_directory
 
 _KEPT = ("models", "tokenizers")  # of the user's cache: a download is no compilation
 _COMPILERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -18,7 +18,7 @@ def fresh_cache() -> Iterator[dict[str, str]]:
     with TemporaryDirectory(prefix="dispec-bench-cache-", ignore_cleanup_errors=True) as folder:
         for name in _KEPT:
             source = cache_directory() / name
-            source.mkdir(exist_ok=True)
+            source.mkdir(parents=True, exist_ok=True)
             (Path(folder) / name).symlink_to(source)
         # The compilers' own variables would name places that other processes have filled.
         ours = {name: value for name, value in os.environ.items() if name not in _COMPILERS}

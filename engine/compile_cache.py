@@ -1,5 +1,6 @@
 """Where compiled code is kept, and what is known to be there. Imports nothing of the compiler."""
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -8,15 +9,17 @@ from pathlib import Path
 import msgspec
 import torch
 
-from engine.default_model import cache_directory
+from engine.cache import writable_cache
 from layers.config import ModelConfig
 
 _ROOT = Path(__file__).resolve().parent.parent
 _COMPILED_FROM = ("layers", "ops", "engine")
 
 
-class Order(msgspec.Struct, frozen=True):
+class CompileKey(msgspec.Struct, frozen=True):
     """All that decides which graphs an engine compiles. `threads` are in the loops that are generated for a CPU.
+
+    max_num_drafts: a step that verifies draft tokens has several rows, also in an engine of one sequence.
 
     device: "cpu", or the name of a GPU.
     """
@@ -25,8 +28,8 @@ class Order(msgspec.Struct, frozen=True):
     dtype: str
     block_size: int
     max_num_seqs: int
+    max_num_drafts: int
     overlaps: bool
-    with_model: bool
     threads: int
     device: str = "cpu"
 
@@ -41,7 +44,7 @@ def choose_compile_cache() -> Path:
     """
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if chosen is None or _is_default(Path(chosen)):
-        chosen = str(cache_directory() / f"inductor-torch-{torch.__version__}")
+        chosen = str(writable_cache() / f"inductor-torch-{torch.__version__}")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = chosen
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path(chosen) / "triton"))
     return Path(chosen)
@@ -51,9 +54,15 @@ def _is_default(directory: Path) -> bool:
     return directory.parent == Path(tempfile.gettempdir()) and directory.name.startswith("torchinductor_")
 
 
-def marker(order: Order) -> Path:
-    """The file that says that everything of an order is in the cache: it goes when the cache goes."""
-    digest = hashlib.sha256(msgspec.json.encode(order))
+def write_stamp(key: CompileKey) -> None:
+    """Note that all graphs of a key are in the cache, for the next start."""
+    with contextlib.suppress(OSError):  # then the next start looks for itself
+        stamp(key).touch()
+
+
+def stamp(key: CompileKey) -> Path:
+    """Return the file that says that all graphs of a key are in the cache: it goes when the cache goes."""
+    digest = hashlib.sha256(msgspec.json.encode(key))
     switches = [os.environ.get(name) for name in ("DISPEC_CPU_KERNELS", "DISPEC_PACKED_WEIGHTS")]
     digest.update(f"{torch.__version__} {switches} {_processor()}".encode())
     for package in _COMPILED_FROM:

@@ -34,9 +34,9 @@ _IMPORTS = (
 
 
 class Compiled(NamedTuple):
-    """What came of it: functions whose every graph has been traced. `model` is None where it is not compiled."""
+    """What came of it: functions whose every graph has been traced."""
 
-    model: ModelFunctions | None
+    model: ModelFunctions
     chooser: token_chooser.Functions
 
 
@@ -53,13 +53,20 @@ class ModelParts(NamedTuple):
 
 
 def compile_pieces(
-    parts: ModelParts | None, vocab_size: int, block_size: int, max_num_seqs: int, device: torch.device = _CPU
+    parts: ModelParts,
+    vocab_size: int,
+    block_size: int,
+    max_num_seqs: int,
+    max_num_drafts: int,
+    device: torch.device = _CPU,
 ) -> Generator[None, None, Compiled]:
     """Compile, at each `next` one graph or a part of the compiler itself. Call it in `torch.inference_mode`.
 
-    Of an engine that runs one sequence at a time less is compiled. On CUDA the layers of uniform steps are not: each
-    has to be one op. Raises whatever the compiler does.
+    max_num_seqs, max_num_drafts: of a step. An engine of one sequence has steps of several rows only if it verifies
+    draft tokens. On CUDA the layers of uniform steps are not compiled: each has to be one op. Raises whatever the
+    compiler does.
     """
+    has_many_rows = max_num_seqs * (1 + max_num_drafts) > 1
     for name in _IMPORTS:
         importlib.import_module(name)
         yield
@@ -74,17 +81,15 @@ def compile_pieces(
         yield
     chooser = token_chooser.compiled_functions(device)
     # Of a choice it only matters whether it is of one row or of several.
-    for rows in (1, 3) if max_num_seqs > 1 else (1,):
+    for rows in (1, 3) if has_many_rows else (1,):
         inputs = _inputs(StepShape(rows, rows, 2, rows, 1), block_size, device)
         yield from token_chooser.warm_up(chooser, torch.zeros(rows, vocab_size, device=device), inputs.sampling)
-    if parts is None:
-        return Compiled(None, chooser)
     functions = compiled_functions(parts.eager)
     # The number of blocks follows the memory that was free at start: were it in the graphs, no second start would find
     # them in the disk cache.
     mark_dynamic(*parts.layer)
     uniform = (_ONE, _SEVERAL) if max_num_seqs > 1 and device.type == "cpu" else (_ONE,)
-    ragged = (RAGGED, RAGGED._replace(rows=1)) if max_num_seqs > 1 else (RAGGED._replace(rows=1),)
+    ragged = (RAGGED, RAGGED._replace(rows=1)) if has_many_rows else (RAGGED._replace(rows=1),)
     for shape in (*uniform, *ragged):
         yield from _run_once(functions, parts, shape, _inputs(shape, block_size, device))
     return Compiled(functions, chooser)

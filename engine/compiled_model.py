@@ -11,8 +11,6 @@ from layers import model
 from layers.config import ModelConfig
 from layers.sampling import greedy
 from layers.types import Batch, KVCache, Weights
-from ops.cpu.library import has_linear
-from ops.paged_attention import has_cpu_kernel
 
 
 class Feedback(NamedTuple):
@@ -29,17 +27,6 @@ class ModelFunctions(NamedTuple):
     block: Callable[..., Tensor]
     head: Callable[..., tuple[Tensor, Tensor]]
     whole: Callable[..., tuple[Tensor, Tensor]] | None
-
-
-def is_worth_compiling(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
-    """Whether a compiled model is faster than an eager one.
-
-    Where our kernels do the whole of a layer there is nothing left to fuse, and a compiled call costs more than what it
-    calls: on two Zen 4 cores a step of one sequence takes 12.9 ms eagerly and 13.2 ms compiled, of eight 16.4 and 18.8.
-    """
-    if device.type != "cpu":
-        return True
-    return not (dtype is torch.bfloat16 and has_linear() and has_cpu_kernel(dtype, head_dim, block_size))
 
 
 def first_cause(error: BaseException) -> str:

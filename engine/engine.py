@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from tqdm import tqdm
 
+from engine.background_compilation import BackgroundCompilation
 from engine.block_pool import BlockPool
+from engine.cache import writable_cache
 from engine.checkpoint import Checkpoint, find_checkpoint
-from engine.compile_behind import CompileBehind
-from engine.compile_cache import Order, choose_compile_cache, marker
+from engine.compile_cache import CompileKey, choose_compile_cache, write_stamp
 from engine.draft_checkpoint import SharedDraft
 from engine.draft_loop import DraftLoop, Guesser
 from engine.draft_model import Draft, DraftModel, find_draft
@@ -53,6 +54,7 @@ from layers.sharding import Sharding, check_can_shard
 from layers.types import Weights
 from layers.weights import Pack, dummy_weights, load_weights
 from ops import Matrix, pack
+from ops.cpu.library import has_kernels, is_kept
 from ops.paged_attention import TRITON_HEAD_DIMS
 
 if TYPE_CHECKING:
@@ -83,6 +85,8 @@ class Engine:
     def __init__(self, options: EngineOptions, show_progress: bool = False) -> None:
         self.options = options
         self.device = options.torch_device()
+        if options.num_threads() != torch.get_num_threads():  # setting it starts threads of a pool that is of no use
+            torch.set_num_threads(options.num_threads())
         self.phase_seconds: dict[str, float] = {}
         self._show_progress = show_progress
         self._ids = itertools.count()
@@ -133,6 +137,8 @@ class Engine:
                 borrowed = shared.borrowed(weights, rounded) if shared is not None else None
                 draft_weights = self._load_weights(draft.checkpoint, draft.config, borrowed, pack=rounded)
             return_freed_memory()
+        if has_kernels() and not is_kept():
+            writable_cache()  # warns that they are built again at each start
         # On CPU the work is done when a launch returns, so there is nothing to overlap with.
         self.overlaps = self.device.type == "cuda" if options.async_scheduling is None else options.async_scheduling
         self.overlaps = self.overlaps and options.speculative_model is None and self._ranks is None
@@ -147,30 +153,30 @@ class Engine:
             log.warning("max_model_len is %d, the model's is %d: the KV cache holds no more", self.max_model_len, limit)
         self._shared = self._allocate_shared()
         self.runner = self._make_runner(self._own_config, weights, self.kv_plan, shared=self._shared)
+        when = options.when_to_compile(self.device)
         self.speculator: Speculator | None = None
         if options.speculative_model is not None:
             draft_model = None
             if draft is not None:
                 assert draft_weights is not None
                 draft_model = self._make_draft_model(draft, draft_weights)
-                if options.when_to_compile(self.device) == "startup":
+                if when == "startup":
                     with self._phase("compile draft"):
                         draft_model.compile(self._show_progress)
             self.speculator = Speculator(options.num_speculative_tokens, draft_model)
-        self._compiling: CompileBehind | None = None
+        self._compiling: BackgroundCompilation | None = None
         self.compiled_seconds: float | None = None
-        match options.when_to_compile(self.device):
+        match when:
             case "startup":
                 with self._phase("compile"):
                     self.runner.compile(self._show_progress)
-                # Ranks on CUDA compile other graphs, and their order does not say so.
-                if self.runner.is_compiled and not (self._ranks is not None and self.device.type == "cuda"):
-                    marker(self._order()).touch()  # a later start need not look
+                # Several ranks compile other graphs, and their key does not say so.
+                if self.runner.is_compiled and self._ranks is None:
+                    write_stamp(self._compile_key())  # a later start need not look
             case "background":
-                if self.device.type == "cuda":
-                    with self._phase("record"):
-                        self.runner.record()
-                self._compiling = CompileBehind(self._order(), self.runner.compile_pieces())
+                with self._phase("record"):
+                    self.runner.record()
+                self._compiling = BackgroundCompilation(self._compile_key(), self.runner.compile_pieces())
         self.scheduler = Scheduler(
             BlockPool(self.kv_plan.num_blocks, self.kv_plan.block_size),
             options.max_num_seqs,
@@ -272,14 +278,17 @@ class Engine:
         self.handover.forget_unwanted()
         self.handover.publish()
 
-    def step(self) -> list[TokenOutput]:
+    def step(self, *, may_pause: bool = False) -> list[TokenOutput]:
         """Run the model once over whatever is due; the new tokens, at most one a sequence.
 
         Where steps overlap, a step is launched before the one before it is waited for, whose tokens are returned; the
         last one's come from a call that finds nothing more to launch. Without work it returns at once.
+
+        may_pause: whether no single token is awaited, so that a second now and then may go into taking over what was
+        compiled; otherwise that waits for `work_while_idle`.
         """
         if self._compiling is not None:
-            self._go_on_compiling(is_idle=False)
+            self._go_on_compiling(is_idle=False, may_pause=may_pause)
         try:
             return self._step()
         except Exception as error:  # whatever it is, it shall cost only those who cause it
@@ -289,17 +298,16 @@ class Engine:
     @property
     def has_idle_work(self) -> bool:
         """Whether `work_while_idle` has something to do at once."""
-        return self._compiling is not None and not self._compiling.is_waiting
+        return self._compiling is not None
 
     @property
     def wake_ups(self) -> list[int]:
         """File descriptors that become readable when `work_while_idle` gets something to do."""
-        sources = (self._compiling, self.handover)
-        found = [fd for source in sources if source is not None and (fd := source.fileno()) is not None]
-        return found + (self._ranks.wake_ups if self._ranks is not None else [])
+        fd = self.handover.fileno()
+        return ([fd] if fd is not None else []) + (self._ranks.wake_ups if self._ranks is not None else [])
 
     def work_while_idle(self) -> None:
-        """Do a little, at most a second, of what can wait: take what another process has compiled or sent.
+        """Do a little, at most a second, of what can wait: compile a graph, take what another process has sent.
 
         Raises TensorParallelError if another rank has ended.
         """
@@ -310,14 +318,16 @@ class Engine:
             self._go_on_compiling(is_idle=True)
 
     def close(self) -> None:
-        """Let go of other engines; what they were reading from this one they will not get."""
+        """Let go of other engines, which will not get what they were reading from this one, and end all processes that
+        this one started."""
+        self._compiling = None
         self.handover.close()
         if self._ranks is not None:
             self._ranks.close()
 
-    def _go_on_compiling(self, *, is_idle: bool) -> None:
+    def _go_on_compiling(self, *, is_idle: bool, may_pause: bool = False) -> None:
         assert self._compiling is not None
-        compiled = self._compiling.advance(is_idle=is_idle)
+        compiled = self._compiling.advance(is_idle=is_idle, may_pause=may_pause)
         if compiled is not None:
             self.runner.take(compiled)
             if self.speculator is not None and self.speculator.draft_model is not None:
@@ -327,15 +337,15 @@ class Engine:
         if self._compiling.has_ended:
             self._compiling = None
 
-    def _order(self) -> Order:
+    def _compile_key(self) -> CompileKey:
         options = self.options
-        return Order(
+        return CompileKey(
             config=self.config,
             dtype=options.dtype,
             block_size=options.block_size,
             max_num_seqs=options.max_num_seqs,
+            max_num_drafts=options.max_num_drafts,
             overlaps=self.overlaps,
-            with_model=self.runner.compiles_model,
             threads=torch.get_num_threads(),
             device="cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
         )
@@ -612,6 +622,10 @@ class Engine:
         if self.device.type == "cuda":
             lines.append(("free", format_bytes(free_memory(self.device, 1.0)), "left to others"))
         seconds = ", ".join(f"{name} {took:.1f} s" for name, took in self.phase_seconds.items())
-        log.info("%s on %s, context %d; %s", self.config.architecture, self.device, self.max_model_len, seconds)
+        threads = torch.get_num_threads()
+        device = str(self.device)
+        if self.device.type == "cpu":
+            device += f" with {threads} thread{'' if threads == 1 else 's'}"
+        log.info("%s on %s, context %d; %s", self.config.architecture, device, self.max_model_len, seconds)
         for name, size, note in lines:
             log.info("  %-12s %10s  %s", name, size, note)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from engine.cpu_cores import usable_cores
 from engine.transfer.interface import TRANSPORTS, is_loopback
 from layers.config import ModelConfig
 
@@ -33,9 +34,9 @@ class EngineOptions:
     async_scheduling: prepare a step while the device runs the one before it; None does so on CUDA.
     block_size: tokens per KV block: 16, 32 or 64. 32 reads a third faster than 16 on CPU; smaller blocks share more.
     load_format: "auto" reads the checkpoint, "dummy" makes random weights of its shapes.
-    compile: "startup" compiles before the first request; "background" answers at once and compiles when there is
-        nothing else to do, on a CPU in a process beside this one, which ends with it; "off" compiles nothing. None
-        takes "background", but "startup" on CUDA for float32, several ranks or a draft model, which need it.
+    compile: "startup" compiles before the first request; "background" (CUDA) answers at once and compiles when there is
+        nothing else to do; "off" compiles nothing. None takes "off" on CPU, where our kernels leave nothing to gain by
+        it, and "background" on CUDA, but "startup" for float32, several ranks or a draft model, which need it.
     enforce_eager: the same as compile="off".
     speculative_model: who guesses tokens ahead, for steps that verify several at once: "ngram" looks in the sequence's
         own text; else a smaller model with the same tokenizer, named as `model` is, whose matrices a CPU with
@@ -43,6 +44,8 @@ class EngineOptions:
     num_speculative_tokens: most tokens to guess for a sequence in a step; as many as pay are.
     tensor_parallel_size: processes that share every layer among them, each on a GPU of its own, or with its part of
         the CPU's threads.
+    threads: CPU threads of a step; None takes the cores that the process may use, by affinity and CPU quota, or
+        OMP_NUM_THREADS if that is less. Torch knows one number for the whole process: the engine sets it.
     seed: of the random weights that load_format "dummy" makes.
     kv_transfer: how KV blocks go to and come from other engines: "shm", "cuda_ipc", "nixl", "tcp", or "auto", which
         takes the fastest that the peer can; None keeps them here.
@@ -70,6 +73,7 @@ class EngineOptions:
     speculative_model: str | Path | ModelConfig | None = None
     num_speculative_tokens: int = 5
     tensor_parallel_size: int = 1
+    threads: int | None = None
     seed: int = 0
     kv_transfer: str | None = None
     kv_transfer_host: str = "127.0.0.1"
@@ -116,6 +120,7 @@ class EngineOptions:
             ("max_prefill_chunk", 1, 2**20),
             ("num_speculative_tokens", 1, 15),
             ("tensor_parallel_size", 1, 64),
+            ("threads", 1, 1024),
             ("kv_transfer_port", 0, 65535),
         ):
             value = getattr(self, name)
@@ -168,17 +173,30 @@ class EngineOptions:
             device = torch.device("cuda", device.index or 0)
         elif self.dtype == "float16":
             raise ValueError("dtype is 'float16', which runs on CUDA only: use bfloat16 or float32 on CPU")
+        if device.type == "cpu" and self.compile == "background":
+            raise ValueError("compile is 'background', which is for CUDA: on CPU use startup or off")
+        if device.type == "cpu" and self.compile == "startup" and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"compile is 'startup' and tensor_parallel_size is {self.tensor_parallel_size}: several ranks on CPU"
+                " compile nothing, use off"
+            )
         if device.type == "cuda" and self.compile == "background" and not self._can_run_uncompiled:
             raise ValueError(
                 "compile is 'background', which on CUDA is for 16 bits, one rank and no draft model: use startup or off"
             )
         return device
 
+    def num_threads(self) -> int:
+        """CPU threads of a step."""
+        return self.threads or min(torch.get_num_threads(), usable_cores())
+
     def when_to_compile(self, device: torch.device) -> str:
         """One of `COMPILE`."""
         if self.enforce_eager:
             return "off"
-        return self.compile or ("background" if device.type == "cpu" or self._can_run_uncompiled else "startup")
+        if self.compile is None and device.type == "cpu":
+            return "off"
+        return self.compile or ("background" if self._can_run_uncompiled else "startup")
 
     @property
     def _can_run_uncompiled(self) -> bool:

@@ -3,9 +3,9 @@
 On CUDA the layers of a step that decodes or verifies are one op each, and nothing of them is left to compile; where
 they are not, a step that decodes is compiled as a whole, greedy choice included. Other steps are compiled layer by
 layer. All but the largest are recorded as CUDA graphs, for buckets of sizes (`StepGraphs`), and recorded again once
-something was compiled. On CPU one layer is compiled and called for every layer, which costs a third of the compile time
-of the whole and no step time. What else may be asked of a choice (`TokenChooser`) is compiled apart, so that a step
-runs only what somebody in it uses.
+something was compiled. On CPU, where our kernels leave nothing to fuse and nothing is compiled unless asked for, one
+layer is compiled and called for every layer. What else may be asked of a choice (`TokenChooser`) is compiled apart, so
+that a step runs only what it uses.
 """
 
 import functools
@@ -26,7 +26,6 @@ from engine.compiled_model import (
     compiled_functions,
     eager_functions,
     first_cause,
-    is_worth_compiling,
     mark_dynamic,
     mark_static,
     warn_eager,
@@ -109,13 +108,10 @@ class Runner:
         self._mixes = self.is_cuda or has_cpu_kernel(keys.dtype, keys.shape[2], self.block_size)
         vocab_size = vocab_size or config.vocab_size
         self._functions = self._eager = eager_functions(config, vocab_size, head_tokens)
-        # On a CPU a layer is compiled alone and in one process, where sums over ranks cannot be.
-        self.compiles_model = is_worth_compiling(self.device, keys.dtype, keys.shape[2], self.block_size) and (
-            self.is_cuda or not self._is_shard
-        )
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_drafts = max_num_drafts
+        self._has_many_rows = max_num_seqs * (1 + max_num_drafts) > 1
         self._buckets = batch_buckets(max_num_seqs)
         self._max_blocks = max(2, -(-max_model_len // self.block_size))
         # Room for the largest step, and for those that only warm up.
@@ -223,13 +219,13 @@ class Runner:
 
         On CUDA this is for models whose layers are one op each in uniform steps.
         """
-        chosen = self.chosen if self._feeds else None
-        parts = ModelParts(self._eager, self.weights, self.kv_cache[0], chosen) if self.compiles_model else None
-        return compile_pieces(parts, self.chooser.vocab_size, self.block_size, self._max_num_seqs, self.device)
+        parts = ModelParts(self._eager, self.weights, self.kv_cache[0], self.chosen if self._feeds else None)
+        sizes = (self.chooser.vocab_size, self.block_size, self._max_num_seqs, self._max_num_drafts)
+        return compile_pieces(parts, *sizes, self.device)
 
     def take(self, compiled: Compiled) -> None:
         """Run what was compiled from the next step on. Every graph of it has been traced."""
-        self._functions = compiled.model or self._eager
+        self._functions = compiled.model
         self.chooser.functions = compiled.chooser
         try:
             if self.is_cuda:
@@ -383,8 +379,8 @@ class Runner:
         return hidden, *functions.head(x, self.weights)
 
     def _head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        # An engine of one sequence has traced the head for one row alone.
-        functions = self._eager if self._max_num_seqs == 1 and len(hidden) > 1 else self._functions
+        # Without steps of several rows the head was traced for one row alone.
+        functions = self._functions if self._has_many_rows or len(hidden) == 1 else self._eager
         with self._guards(), self._together(hidden):
             return functions.head(hidden, self.weights)
 
@@ -399,7 +395,7 @@ class Runner:
         for bucket in reversed(self._buckets) if self._is_shard else self._buckets[-1:]:
             yield self._uniform_shape(bucket, self._max_blocks)
         ragged = RAGGED._replace(blocks=self._max_blocks)
-        if self._max_num_seqs > 1:
+        if self._has_many_rows:
             yield ragged
         yield ragged._replace(rows=1)
 

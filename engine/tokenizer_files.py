@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.default_model import cache_directory
+from engine.cache import cache_path
 from engine.errors import CheckpointError
 from engine.gguf_file import GgufFile
 
@@ -71,7 +71,7 @@ def _cache_entry(stem: str, sources: Iterable[Path]) -> Path:
     for path in sources:
         status = path.stat()
         digest.update(f"\0{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
-    return cache_directory() / "tokenizers" / f"{stem}-{digest.hexdigest()[:16]}"
+    return cache_path("tokenizers", f"{stem}-{digest.hexdigest()[:16]}")
 
 
 def _convert(prepared: Path, source: Path, file: GgufFile | None = None) -> None:

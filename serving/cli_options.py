@@ -101,8 +101,8 @@ def engine_options(
     compile: Annotated[
         str | None,
         Option(
-            help="startup: before the first answer; background: behind the answers; off: nothing.",
-            show_default="background; startup on CUDA where that cannot be",
+            help="startup: before the first answer; background (CUDA): behind the answers; off: nothing.",
+            show_default="off on CPU; background on CUDA, or startup where that cannot be",
             rich_help_panel=_ENGINE,
         ),
     ] = None,
@@ -121,6 +121,14 @@ def engine_options(
     tensor_parallel_size: Annotated[
         int | None,
         Option(help="Processes that share every layer among them.", show_default="1", rich_help_panel=_ENGINE),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        Option(
+            help="CPU threads of a step; with --disaggregate, of all engines together.",
+            show_default="the usable cores",
+            rich_help_panel=_ENGINE,
+        ),
     ] = None,
     kv_transfer: Annotated[
         str | None,

@@ -1,11 +1,9 @@
 """`dispec env-check`: what this machine has, what was tried on it, and what of DiSpec will therefore work."""
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +11,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from engine.default_model import cache_directory
+from engine.cache import cache_directory, check_writable
+from engine.cpu_cores import usable_cores
 
 # What speeds up bf16 on x86, by the names of /proc/cpuinfo.
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -58,9 +57,11 @@ def findings() -> Iterator[Finding]:
     built = f"built for CUDA {versions['cuda']}" if versions["cuda"] else "built without CUDA"
     yield Finding(
         "torch",
-        f"{versions['torch']}, {built}, {environment.threads()} threads",
-        {"works": True, "version": versions["torch"], "cuda": versions["cuda"], "threads": environment.threads()},
+        f"{versions['torch']}, {built}",
+        {"works": True, "version": versions["torch"], "cuda": versions["cuda"]},
     )
+    threads = environment.threads()
+    yield Finding("threads", f"{threads} for a step, unless --threads says otherwise", {"threads": threads})
     triton = _version("triton")
     yield Finding("triton", triton or "not installed", {"version": triton})
     yield _tried("cpu kernels", environment.try_cpu_kernels())
@@ -130,18 +131,17 @@ def _cpu() -> Finding:
         info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     model = info.get("model name") or platform.processor() or platform.machine()
     flags = [flag for flag in _CPU_FLAGS if flag in info.get("flags", "").split()]
-    # In a container fewer cores may be ours than the machine has.
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = usable_cores()
     cores = psutil.cpu_count(logical=False) or usable
-    text = f"{model}, {cores} cores, {usable} usable threads; {', '.join(flags) or 'no AVX'}"
+    text = f"{model}, {cores} cores, {usable} usable; {', '.join(flags) or 'no AVX'}"
     return Finding("cpu", text, {"model": model, "cores": cores, "usable_threads": usable, "flags": flags})
 
 
 def _cache() -> Finding:
     try:
         directory = cache_directory()
-        with tempfile.TemporaryFile(dir=directory):
-            free = shutil.disk_usage(directory).free
+        check_writable(directory)
+        free = shutil.disk_usage(directory).free
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         return Finding("cache", f"not writable: {reason}", {"works": False, "reason": reason})

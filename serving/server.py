@@ -18,6 +18,7 @@ import uvicorn
 import uvloop
 from litestar.types import ASGIApp
 
+from engine.cpu_cores import usable_cores
 from engine.messages import EngineInfo
 from serving.app import create_app
 from serving.autoscaler import Autoscaler
@@ -103,7 +104,7 @@ def make_client(
         "has_slos": bool(settings.slos),
     }
     if settings.disaggregate:
-        num_cores = len(os.sched_getaffinity(0))
+        num_cores = engine_options.get("threads") or usable_cores()
         return WorkerPool(
             engine_options, num_prefill=settings.prefill, num_decode=settings.decode, num_cores=num_cores, **limits
         )

@@ -37,7 +37,8 @@ class WorkerPool:
     """Belongs to the event loop that calls `start`.
 
     engine_options: fields of `EngineOptions`, for each engine. num_prefill, num_decode: engines of each kind.
-    Others: as `EngineClient` has them, for each engine.
+    num_cores: threads of all engines together, instead of the option `threads`. Others: as `EngineClient` has them,
+    for each engine.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class WorkerPool:
         self._limits = limits
         self._num_cores = num_cores
         # Who does not know it gets no keys and values; it never leaves these processes.
-        self._options = {"kv_transfer": "auto", "kv_transfer_secret": secrets.token_hex(16)} | engine_options
+        defaults = {"kv_transfer": "auto", "kv_transfer_secret": secrets.token_hex(16)}
+        self._options = defaults | {name: value for name, value in engine_options.items() if name != "threads"}
         self._numbers = itertools.count()
         self._keys = itertools.count()
         self._relays: dict[str, Relay] = {}

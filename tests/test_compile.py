@@ -41,10 +41,7 @@ GRAPHS = 2 + 3 + 2 + 4 + (0 if has_draw_kernel(torch.device("cpu")) else 3)
 def unchecked() -> Iterator[None]:
     """A function whose shapes are checked does not trace; every other test module runs with the checks on."""
     jaxtyping.config.update("jaxtyping_disable", True)
-    with pytest.MonkeyPatch.context() as patch:
-        # Whether it gains anything here or not.
-        patch.setattr("engine.runner.is_worth_compiling", lambda *_: True)
-        yield
+    yield
     jaxtyping.config.update("jaxtyping_disable", False)
 
 

@@ -1,20 +1,23 @@
 """The C++ kernels as a shared library, built for this very CPU the first time it is asked for.
 
-It takes plain pointers and numbers, so that building needs no header but the compiler's own and takes seconds. Its
-OpenMP calls are left open when it is linked, and find the runtime that torch has loaded: two runtimes in a process
-would each keep a thread spinning on every core.
+It takes plain pointers and numbers, so that building needs no header but the compiler's own and takes seconds. Its one
+OpenMP call, for the number of threads, is left open when it is linked, and finds the runtime that torch has loaded.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
+import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -34,6 +37,8 @@ _SOURCES = (
 )
 _HEADERS = ("entries.h", "largest.h", "parts.h", "team.h", "tiles.h", "tiles_avx2.h", "tiles_avx512.h", "vectors.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-w")
+_BUILD_BYTES = 16 * 2**20  # free on the disk before a compiler is started; objects and library take 2 MiB
+_FAILURE_SECONDS = 24 * 3600.0  # for which a compiler that failed is not tried again
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 # What each kernel takes; all of them return nothing.
@@ -77,17 +82,16 @@ _SIGNATURES = {
 def library() -> ctypes.CDLL | None:
     """The library, or None, with a warning, where it cannot be built; `DISPEC_CPU_KERNELS=off` does without it.
 
-    What it lacks on this CPU is absent: what multiplies by tiles needs AVX512-BF16 or AVX2.
+    A compiler that failed is not tried again for a day. What the library lacks on this CPU is absent: what multiplies
+    by tiles needs AVX512-BF16 or AVX2.
     """
     if os.environ.get("DISPEC_CPU_KERNELS", "on") == "off":
         return None
     try:
-        loaded = ctypes.CDLL(str(build()))
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        reason = said.strip().splitlines()[0] if said.strip() else type(error).__name__
+        loaded = _load()
+    except (OSError, RuntimeError) as error:
         warnings.warn(
-            f"the CPU kernels could not be built, running slower without them: {reason}"
+            f"the CPU kernels could not be built, running slower without them: {error}"
             " (is a C++ compiler installed? `dispec env-check` tells; DISPEC_CPU_KERNELS=off silences this)",
             RuntimeWarning,
             stacklevel=2,
@@ -99,10 +103,34 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+def _load() -> ctypes.CDLL:
+    target = _target()
+    if target.exists():
+        return ctypes.CDLL(str(target))
+    failure = target.with_suffix(".failed")
+    with contextlib.suppress(OSError):
+        if time.time() - failure.stat().st_mtime < _FAILURE_SECONDS:
+            raise RuntimeError(f"{failure.read_text(encoding='utf-8')}, found at an earlier start")
+    try:
+        return ctypes.CDLL(str(build()))
+    except RuntimeError as error:
+        with contextlib.suppress(OSError):
+            failure.write_text(str(error), encoding="utf-8")
+        raise
+    except OSError:  # the cache cannot be written, of which the engine warns
+        with tempfile.TemporaryDirectory(prefix="dispec-kernels-") as directory:
+            return ctypes.CDLL(str(build(Path(directory))))  # once loaded, it does without its file
+
+
 @constant
 def has_kernels() -> bool:
     """Whether there is a library."""
     return library() is not None
+
+
+def is_kept() -> bool:
+    """Whether the library's file is there for the next start."""
+    return _target().exists()
 
 
 def has_linear() -> bool:
@@ -110,41 +138,65 @@ def has_linear() -> bool:
     return hasattr(library(), "dispec_linear")
 
 
-def build() -> Path:
+def build(directory: Path | None = None) -> Path:
     """The library's file, compiled if it is not there yet. Safe to call from many processes.
 
-    Raises OSError where there is no compiler or no place to write, CalledProcessError where compiling fails.
+    directory: where to keep it; None is the cache directory. Raises OSError where it cannot be written, RuntimeError
+    with the compiler's reason where there is no compiler or compiling fails.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    target = _target() if directory is None else directory / _target().name
+    if target.exists():
+        return target
+    compiler = _compiler()
     if compiler is None:
-        raise FileNotFoundError("neither g++ nor clang++ was found")
-    sources = [Path(__file__).with_name(name) for name in _SOURCES]
-    digest = hashlib.sha256(" ".join((*_FLAGS, compiler, _cpu())).encode())
-    for path in (*sources, *(Path(__file__).with_name(name) for name in _HEADERS)):
-        digest.update(path.read_bytes())
-    chosen = os.environ.get("DISPEC_CACHE_DIR") or platformdirs.user_cache_dir("dispec")
-    directory = Path(chosen).expanduser() / "cpu-kernels"
-    target = directory / f"{digest.hexdigest()[:24]}.so"
-    if not target.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            objects = [Path(scratch) / f"{path.stem}.o" for path in sources]
-            compilations = [
-                subprocess.Popen(
-                    [compiler, *_FLAGS, "-c", str(source), "-o", str(made)], stderr=subprocess.PIPE, text=True
-                )
-                for source, made in zip(sources, objects, strict=True)
-            ]
-            said = [compilation.communicate()[1] for compilation in compilations]
-            for compilation, text in zip(compilations, said, strict=True):
-                if compilation.returncode:
-                    raise subprocess.CalledProcessError(compilation.returncode, compilation.args, stderr=text)
-            built = Path(scratch) / target.name
-            # Without -fopenmp: see above.
-            command = [compiler, "-shared", "-o", str(built), *map(str, objects)]
-            subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
-            built.replace(target)
+        raise RuntimeError("neither g++ nor clang++ was found")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < _BUILD_BYTES:
+        raise OSError(f"{free / 2**20:.0f} MiB free, {_BUILD_BYTES / 2**20:.0f} needed")
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        objects = [Path(scratch) / f"{name}.o" for name in _SOURCES]
+        compilations = [
+            _run(compiler, *_FLAGS, "-c", str(Path(__file__).with_name(name)), "-o", str(made), scratch=scratch)
+            for name, made in zip(_SOURCES, objects, strict=True)
+        ]
+        _finish(compilations)
+        built = Path(scratch) / target.name
+        _finish([_run(compiler, "-shared", "-o", str(built), *map(str, objects), scratch=scratch)])
+        built.replace(target)
     return target
+
+
+def _target() -> Path:
+    digest = hashlib.sha256(" ".join((*_FLAGS, _compiler() or "", _cpu())).encode())
+    for name in (*_SOURCES, *_HEADERS):
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    chosen = os.environ.get("DISPEC_CACHE_DIR") or platformdirs.user_cache_dir("dispec")
+    return Path(chosen).expanduser() / "cpu-kernels" / f"{digest.hexdigest()[:24]}.so"
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def _run(*command: str, scratch: str) -> "subprocess.Popen[str]":
+    try:  # the compiler's own files belong where ours are: a full /tmp is no reason to fail
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": scratch})
+    except OSError as error:
+        raise RuntimeError(f"{command[0]} cannot be run ({error.strerror or error})") from error
+
+
+def _finish(compilations: "list[subprocess.Popen[str]]") -> None:
+    """Wait for all; raises RuntimeError with the first one's reason if any failed."""
+    said = [compilation.communicate()[1] for compilation in compilations]
+    for compilation, text in zip(compilations, said, strict=True):
+        if compilation.returncode:
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            # The first line may only say which part of the compiler speaks ("Assembler messages:").
+            reason = next((line for line in lines if re.search(r"error|No space", line, re.IGNORECASE)), None)
+            arguments: Any = compilation.args
+            fallback = lines[0] if lines else f"it ended with code {compilation.returncode}"
+            raise RuntimeError(f"{arguments[0]} fails: {reason or fallback}")
 
 
 def _cpu() -> str:

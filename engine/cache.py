@@ -1,0 +1,83 @@
+"""Where downloads, converted tokenizers and compiled code are kept. Imports no torch."""
+
+import atexit
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import platformdirs
+
+_MIN_FREE_BYTES = 64 * 2**20  # below it a cache counts as full: compiled code takes some 30 MB
+_FAILURE_SECONDS = 24 * 3600.0
+
+
+def cache_directory() -> Path:
+    """Return the user's choice, `DISPEC_CACHE_DIR`, else the system's place for caches. It need not exist."""
+    chosen = os.environ.get("DISPEC_CACHE_DIR")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("dispec"))
+
+
+def check_writable(directory: Path) -> None:
+    """Make a directory and a file in it. Raises OSError where that fails, or where the disk is as good as full."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        free = shutil.disk_usage(directory).free
+    if free < _MIN_FREE_BYTES:
+        raise OSError(f"{free / 2**20:.0f} MiB free, {_MIN_FREE_BYTES / 2**20:.0f} needed")
+
+
+def writable_cache() -> Path:
+    """Return the cache directory; where it cannot be written, a temporary one that is removed when the process ends.
+
+    Warns the first time that it has to do without.
+    """
+    return _writable(cache_directory())
+
+
+@functools.cache
+def _writable(directory: Path) -> Path:
+    try:
+        check_writable(directory)
+    except OSError as error:
+        substitute = Path(tempfile.mkdtemp(prefix="dispec-cache-"))
+        atexit.register(shutil.rmtree, substitute, ignore_errors=True)
+        warnings.warn(
+            f"the cache directory {directory} cannot be used ({error.strerror or error}): nothing is kept for the next"
+            " start (set DISPEC_CACHE_DIR to a directory that can be written)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return substitute
+    return directory
+
+
+def cache_path(*parts: str) -> Path:
+    """Return where something is in the cache, or is to be written if it is not there yet."""
+    kept = cache_directory().joinpath(*parts)
+    return kept if kept.exists() else writable_cache().joinpath(*parts)
+
+
+def remember_failure(stamp: Path, reason: str) -> None:
+    """Note beside a stamp that is not there why what it stands for failed, so that the next start need not try."""
+    with contextlib.suppress(OSError):  # then the next start tries again
+        _failure(stamp).write_text(reason, encoding="utf-8")
+
+
+def known_failure(stamp: Path) -> str | None:
+    """Return why it failed at a start within the last day; None if it did not."""
+    try:
+        path = _failure(stamp)
+        if time.time() - path.stat().st_mtime > _FAILURE_SECONDS:
+            return None
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+def _failure(stamp: Path) -> Path:
+    return stamp.with_name(f"{stamp.name}.failed")

@@ -1,0 +1,47 @@
+"""How many cores this process may use. Imports no torch."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Return the cores that the process may run on, or those of its cgroups' CPU quota if these are fewer; at least 1.
+
+    A quota counts in whole cores, rounded down: threads that share less than a core each are throttled together. root:
+    where /proc and /sys are.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.floor(min([cores, *_quotas(root)])))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """CPU quotas, in cores, of the process's cgroups and of all around them (Linux: admin-guide/cgroup-v2.rst)."""
+    for line in _read(root / "proc/self/cgroup").split():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            mounts, names = [root / "sys/fs/cgroup"], ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            mounts = [root / "sys/fs/cgroup" / name for name in (controllers, "cpu")]
+            names = ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        for mount in mounts:
+            # In a container the mount may be the process's own group, and the path one that is not to be seen there.
+            for group in (mount, *(mount.joinpath(*parts) for parts in _prefixes(path))):
+                words = " ".join(_read(group / name) for name in names).split()
+                if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):  # not "max", not -1
+                    yield int(words[0]) / int(words[1])
+
+
+def _prefixes(path: str) -> Iterator[list[str]]:
+    parts = [part for part in path.split("/") if part not in ("", "..")]
+    return (parts[: count + 1] for count in range(len(parts)))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,92 @@
+"""The number of threads: what the user says, else the cores that affinity and CPU quotas leave to the process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine import cpu_cores
+from engine.options import EngineOptions
+
+ROOT = Path(__file__).parent.parent
+
+
+def system(root: Path, groups: str, files: dict[str, str]) -> Path:
+    for name, text in {"proc/self/cgroup": groups, **files}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/", {}, 8),
+        ("0::/", {"sys/fs/cgroup/cpu.max": "max 100000"}, 8),
+        ("0::/app", {"sys/fs/cgroup/app/cpu.max": "350000 100000"}, 3),
+        ("0::/app", {"sys/fs/cgroup/app/cpu.max": "50000 100000"}, 1),
+        (
+            "0::/pod/app",
+            {"sys/fs/cgroup/pod/cpu.max": "200000 100000", "sys/fs/cgroup/pod/app/cpu.max": "max 100000"},
+            2,
+        ),
+        ("0::/../app", {"sys/fs/cgroup/cpu.max": "600000 100000"}, 6),
+        ("0::/app", {"sys/fs/cgroup/app/cpu.max": "9900000 100000"}, 8),
+        (
+            "4:memory:/m\n3:cpu,cpuacct:/docker/x\n0::/",
+            {
+                "sys/fs/cgroup/cpu,cpuacct/docker/x/cpu.cfs_quota_us": "400000",
+                "sys/fs/cgroup/cpu,cpuacct/docker/x/cpu.cfs_period_us": "100000",
+            },
+            4,
+        ),
+        (
+            "3:cpu:/x",
+            {"sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "-1", "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000"},
+            8,
+        ),
+        ("", {}, 8),
+    ],
+)
+def test_quotas_of_both_kinds_of_cgroup(groups, files, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu_cores.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert cpu_cores.usable_cores(system(tmp_path, groups, files)) == cores
+
+
+def test_affinity_counts(monkeypatch):
+    monkeypatch.setattr(cpu_cores.os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert cpu_cores.usable_cores() == 1
+    assert EngineOptions().num_threads() == 1
+    assert EngineOptions(threads=5).num_threads() == 5
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025])
+def test_a_number_out_of_range_is_refused(threads):
+    with pytest.raises(ValueError, match=f"threads is {threads}, must be between 1 and 1024"):
+        EngineOptions(threads=threads)
+
+
+_SERVE = """
+import json, sys
+import serving.server
+from engine.options import EngineOptions
+serving.server.run = lambda settings, engine, **_: print(json.dumps(EngineOptions(**engine).num_threads())) or 0
+from serving.cli import main
+main(["serve", "-q", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("way", ["flag", "variable", "file"])
+def test_threads_by_flag_variable_and_file(way, tmp_path):
+    (tmp_path / "dispec.toml").write_text("threads = 3\n")
+    given = {"flag": ["--threads", "3"], "variable": [], "file": ["--config", str(tmp_path / "dispec.toml")]}[way]
+    environment = os.environ | ({"DISPEC_THREADS": "3"} if way == "variable" else {})
+    done = subprocess.run(
+        [sys.executable, "-c", _SERVE, *given], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == 3

@@ -15,6 +15,7 @@ COMMANDS = {
     "throughput": "tokens per second beside transformers, vLLM and llama.cpp",
     "latency": "seconds to the first token and between tokens",
     "prefix": "time to first token with and without prefix sharing",
+    "contention": "tokens per second beside busy processes, and in a server's first minute",
     "startup": "seconds to the first token of a fresh process, cold and warm cache",
     "memory": "resident memory of one long request, beside the peers'",
     "ablations": "tokens per second as techniques are added one by one",

@@ -93,7 +93,7 @@ def _said(worker: "subprocess.Popen[str]") -> str:
 def _main() -> None:
     from engine import LLM, SamplingParams  # torch: only in the worker
 
-    llm = LLM("smollm2", max_num_seqs=32, max_model_len=4096, compile="startup")
+    llm = LLM("smollm2", max_num_seqs=32, max_model_len=4096)
     rng = np.random.default_rng(0)
     prompts = [[rng.integers(0, 32000, length).tolist() for _ in range(count)] for count, length in _SHAPES]
     params = SamplingParams(temperature=0, max_tokens=_OUTPUT, ignore_eos=True)

@@ -45,6 +45,7 @@ def main(
     settings = dict(locals())
     chosen = choose_device(device)
     options = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len, "dtype": dtype, "device": device}
+    options["compile"] = "startup"
     seconds = dict.fromkeys(("import s", "find s", "load s", "compile s"), ".2f")
     counts = ["graphs", "kernels", "cached", "later", *(["skipped", "moving"] if chosen.type == "cuda" else [])]
     columns = {"start": ""} | seconds | dict.fromkeys(counts, "d")

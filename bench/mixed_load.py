@@ -38,10 +38,14 @@ def ready_url(process: "subprocess.Popen[str]") -> str:
 
 
 @contextmanager
-def running_server(*options: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+def running_server(
+    *options: str, environment: dict[str, str] | None = None
+) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     """A server that is ready: the process of its front, and its URL."""
     command = [sys.executable, "-m", "serving.cli", "serve", "--port", "0", *options]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     try:
         yield process, ready_url(process)
     finally:

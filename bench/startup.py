@@ -78,7 +78,7 @@ def start_serve(options: list[str], environment: dict[str, str]) -> Start:
             first_token = time.perf_counter() - began
             peak = peak_bytes(process.pid)
             response.read()
-            compiled = None if "--enforce-eager" in options else began_compiled(connection, began)
+            compiled = began_compiled(connection, began)
             connection.close()
         finally:
             process.send_signal(signal.SIGTERM)
@@ -90,11 +90,14 @@ def start_serve(options: list[str], environment: dict[str, str]) -> Start:
 
 
 def began_compiled(connection: http.client.HTTPConnection, began: float, patience: float = 300) -> float | None:
-    """Seconds until an idle server runs compiled steps; None if it does not come to that."""
+    """Seconds until an idle server runs compiled steps; None if it does not come to that, or if it compiles nothing."""
     while time.perf_counter() - began < patience:
         connection.request("GET", "/server_info")
-        if json.loads(connection.getresponse().read())["is_compiled"]:
+        info = json.loads(connection.getresponse().read())
+        if info["is_compiled"]:
             return time.perf_counter() - began
+        if info["compile"] == "off":
+            return None
         time.sleep(0.2)
     return None
 
@@ -126,8 +129,7 @@ def main(
                 found["cold"].append(start(options, environment))
         if warm_starts:
             with fresh_cache() as environment:
-                # Fills it: one that compiles behind its answer may end before it is done.
-                start(options if enforce_eager else [*options, "--compile", "startup"], environment)
+                start(options, environment)  # fills it: a server is asked until it is compiled
                 found["warm"] = [start(options, environment) for _ in range(warm_starts)]
         for cache, starts in found.items():
             if not starts:

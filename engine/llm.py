@@ -107,6 +107,10 @@ class LLM:
         if checkpoint is not None:
             self._tokenizer = Tokenizer.from_directory(checkpoint.directory)
 
+    def close(self) -> None:
+        """End what the engine started, and let go of other engines."""
+        self.engine.close()
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ValueError for a model of dummy weights, which has none."""

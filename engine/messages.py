@@ -75,7 +75,8 @@ class EngineInfo(msgspec.Struct, tag=True):
     directory: of the checkpoint's tokenizer, for `engine.tokenizer.Tokenizer.from_directory`; None for dummy weights.
     engine_id, transfer_host, transfer_port: where other engines can pull KV from; None if they cannot.
     transfer_block_bytes: of a block that is pulled, which is without a draft model's part.
-    compiled_seconds: after which the engine, answering already, was compiled; None if it was not so.
+    compile: when it compiles: "off", "startup" or "background". compiled_seconds: after which the engine, answering
+        already, was compiled; None if it was not so.
     """
 
     model: str
@@ -99,6 +100,7 @@ class EngineInfo(msgspec.Struct, tag=True):
     transfer_host: str | None = None
     transfer_port: int | None = None
     transfer_block_bytes: int = 0
+    compile: str = "off"
     compiled_seconds: float | None = None
 
 

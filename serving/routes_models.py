@@ -82,6 +82,7 @@ async def server_info(request: Request) -> ASGIApp:
             "served_model_name": served.name,
             "device": info.device,
             "dtype": info.dtype,
+            "compile": info.compile,
             "is_compiled": info.is_compiled,
             "compiled_seconds": info.compiled_seconds,
             "max_model_len": info.max_model_len,

@@ -155,8 +155,8 @@ def test_threads_of_the_processes(tmp_path, monkeypatch):
         # The event loop, its four workers at most, the log's writer, who reads from the engine and who waits for its
         # end; the socket library's two.
         assert front.num_threads() <= 8 + 2
-        # The one that steps, OpenMP's second and the kernels' second; the one that waits for the front's end; the socket
-        # library's two.
+        # The one that steps, OpenMP's second and the kernels' second; the one that waits for the front's end; the
+        # socket library's two.
         assert engine.num_threads() <= 3 + 1 + 2
         libraries = Path(f"/proc/{front.pid}/maps").read_text()
         assert "libtorch" not in libraries

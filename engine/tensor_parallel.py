@@ -8,6 +8,7 @@ with it. Sums over the ranks go through a process group, NCCL on CUDA and Gloo o
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -74,6 +75,9 @@ class TensorParallel:
             torch.set_num_threads(threads)
         store = meeting_point(size)
         self._followers = [_start(options, device, rank, store.port, threads) for rank in range(1, size)]
+        # Python keeps the pipes of a process that is not waited for: followers would never learn that we are gone.
+        self._end = weakref.finalize(self, _end, self._followers, self._is_cuda, self._all_threads)
+        self._end.atexit = False  # then the system closes the pipes
         # Readable once a follower has ended. Elsewhere than on Linux that is noticed at the next sum.
         self._watches = [os.pidfd_open(one.pid) for one in self._followers] if hasattr(os, "pidfd_open") else []
         try:
@@ -129,23 +133,7 @@ class TensorParallel:
         watches, self._watches = self._watches, []
         for watch in watches:
             os.close(watch)
-        for follower in self._followers:
-            assert follower.stdin is not None
-            with suppress(OSError):
-                follower.stdin.close()
-        for follower in self._followers:
-            try:
-                follower.wait(timeout=10)
-            except subprocess.TimeoutExpired:  # in a sum to which nobody comes
-                follower.kill()
-                follower.wait()
-        if dist.is_initialized():
-            if self._is_cuda:  # NCCL waits until no graph is left that has sums in it
-                from torch._inductor.cudagraph_trees import reset_cudagraph_trees
-
-                reset_cudagraph_trees()
-            dist.destroy_process_group()
-        torch.set_num_threads(self._all_threads)
+        self._end()
 
     def _wait_for_followers(self, store: dist.TCPStore) -> None:
         """Until all have come. A group waits for its ranks without a look at whether they live."""
@@ -163,6 +151,27 @@ class TensorParallel:
                 gone.append(f"rank {rank} ended with status {follower.wait(timeout=1)}")
         reason = ", ".join(gone) or f"rank 0 failed: {error}"
         raise TensorParallelError(f"the tensor-parallel model is no longer whole: {reason}") from error
+
+
+def _end(followers: "list[subprocess.Popen[bytes]]", is_cuda: bool, all_threads: int) -> None:
+    """Close what the followers listen to, wait until they have ended, and leave the group."""
+    for follower in followers:
+        assert follower.stdin is not None
+        with suppress(OSError):
+            follower.stdin.close()
+    for follower in followers:
+        try:
+            follower.wait(timeout=10)
+        except subprocess.TimeoutExpired:  # in a sum to which not all ranks come
+            follower.kill()
+            follower.wait()
+    if dist.is_initialized():
+        if is_cuda:  # NCCL waits until no graph is left that has sums in it
+            from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+            reset_cudagraph_trees()
+        dist.destroy_process_group()
+    torch.set_num_threads(all_threads)
 
 
 def _start(

@@ -1,11 +1,13 @@
 """Tensor parallelism: the ranks' parts are the whole, and so are their answers."""
 
+import gc
 import math
 import os
 import select
 import signal
 
 import jaxtyping
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -210,6 +212,16 @@ def test_what_is_refused_late_leaves_no_ranks(directory):
         LLM(directory, **FLOAT32, tensor_parallel_size=2, max_model_len=100_000)
     assert not dist.is_initialized()
     answers(directory, tensor_parallel_size=2)
+
+
+def test_an_engine_that_is_forgotten_leaves_no_ranks(directory):
+    before = set(psutil.Process().children(recursive=True))
+    llm = LLM(directory, **FLOAT32, tensor_parallel_size=2)
+    assert len(set(psutil.Process().children(recursive=True)) - before) == 1
+    del llm
+    gc.collect()
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert not dist.is_initialized()
 
 
 def test_one_engine_with_ranks_at_a_time(directory):

@@ -47,9 +47,9 @@ def rows(is_cuda: bool, requests: int) -> list[Row]:
         environment = _PLAIN
         first = "ours, eager, torch's operations, one at a time"
         of_device = [
-            ("+ compiled layers", {"enforce_eager": False}, {}),
+            ("+ compiled layers", {"enforce_eager": False, "compile": "startup"}, {}),
             ("+ packed weights", {}, {"DISPEC_PACKED_WEIGHTS": "on"}),
-            ("+ kernels of our own", {}, {"DISPEC_CPU_KERNELS": "on"}),
+            ("+ kernels of our own, nothing compiled", {"compile": "off"}, {"DISPEC_CPU_KERNELS": "on"}),
         ]
     found = [Row("transformers", None, {}), Row(first, options, environment)]
     for name, change, variables in (

@@ -4,7 +4,7 @@ import asyncio
 import time
 from typing import Any
 
-from litestar import Request, get, route
+from litestar import Request, get
 from litestar.types import ASGIApp
 
 from engine.messages import Inspection
@@ -70,7 +70,7 @@ async def stats(request: Request) -> ASGIApp:
     return JsonAnswer(found)
 
 
-@route("/metrics", http_method=["GET", "HEAD"], status_code=200, include_in_schema=False)
+@get("/metrics", include_in_schema=False)
 async def metrics(request: Request) -> ASGIApp:
     """Prometheus's text format."""
     return _Text(request.app.state["metrics"].render())

@@ -20,11 +20,15 @@ async def models(request: Request) -> ASGIApp:
 
 @get("/v1/models/{model_id:path}", **describe(None, Model))
 async def model(request: Request, model_id: FromPath[str]) -> ASGIApp:
-    """The model of that name."""
+    """The model, by any name that requests may call it."""
     service = service_of(request)
-    name = str(model_id).removeprefix("/")
-    service.model().check_name(name)
-    return JsonAnswer(next(found for found in _models(service) if found.id == name))
+    served = service.model()
+    # A name that is a path has lost its first slash: "/v1/models//srv/model" is brought to "/v1/models/srv/model".
+    name = str(model_id)
+    if name not in (*served.names, served.info.model):
+        name = name.removeprefix("/")
+    served.check_name(name)
+    return JsonAnswer(_model(service, name))
 
 
 @get("/tokenizer_info", **describe(None, None))
@@ -106,6 +110,9 @@ async def show_version(request: Request) -> ASGIApp:
 
 
 def _models(service: Service) -> list[Model]:
-    served = service.model()
-    created = int(service.started)
-    return [Model(name, created, served.info.max_model_len, served.info.model) for name in served.names]
+    return [_model(service, name) for name in service.model().names]
+
+
+def _model(service: Service, name: str) -> Model:
+    info = service.model().info
+    return Model(name, int(service.started), info.max_model_len, info.model)

@@ -76,7 +76,7 @@ def create_app(
         logging_config=None,
         request_max_body_size=None,  # `serving.body` limits what it reads, and nothing else reads any
     )
-    openapi.add_schemas(app, names)
+    openapi.add_schemas(app, names, [slo.name for slo in settings.slos])
     # Not as Litestar's own middleware, which requests to unknown routes do not pass.
     inner = HeadAsGet(app.asgi_handler)
     app.asgi_handler = Gate(inner, Keys(settings.api_keys), settings.cors, settings.max_header_bytes)

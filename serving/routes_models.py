@@ -12,13 +12,13 @@ from serving.service import Service, service_of
 from serving.streaming import JsonAnswer
 
 
-@get("/v1/models", **describe(None, ModelList))
+@get("/v1/models", **describe(None, ModelList, tag="Models"))
 async def models(request: Request) -> ASGIApp:
     """The model, under each name that it may be called by."""
     return JsonAnswer(ModelList(_models(service_of(request))))
 
 
-@get("/v1/models/{model_id:path}", **describe(None, Model))
+@get("/v1/models/{model_id:path}", **describe(None, Model, tag="Models"))
 async def model(request: Request, model_id: FromPath[str]) -> ASGIApp:
     """The model, by any name that requests may call it."""
     service = service_of(request)
@@ -31,7 +31,7 @@ async def model(request: Request, model_id: FromPath[str]) -> ASGIApp:
     return JsonAnswer(_model(service, name))
 
 
-@get("/tokenizer_info", **describe(None, None))
+@get("/tokenizer_info", **describe(None, None, tag="Tokenizer"))
 async def tokenizer_info(request: Request) -> ASGIApp:
     """The tokenizer's size, its special tokens, and whether it has a chat template."""
     served = service_of(request).model()
@@ -51,7 +51,7 @@ async def tokenizer_info(request: Request) -> ASGIApp:
     )
 
 
-@get("/model_info", **describe(None, None))
+@get("/model_info", **describe(None, None, tag="Models"))
 async def model_info(request: Request) -> ASGIApp:
     """The model that is loaded."""
     served = service_of(request).model()
@@ -72,7 +72,7 @@ async def model_info(request: Request) -> ASGIApp:
     )
 
 
-@get("/server_info", **describe(None, None))
+@get("/server_info", **describe(None, None, tag="Models"))
 async def server_info(request: Request) -> ASGIApp:
     """The engine's options as they turned out, and its state."""
     service = service_of(request)
@@ -102,7 +102,7 @@ async def server_info(request: Request) -> ASGIApp:
     )
 
 
-@get("/version", **describe(None, None))
+@get("/version", **describe(None, None, tag="Models"))
 async def show_version(request: Request) -> ASGIApp:
     """The version of DiSpec."""
     answer: dict[str, Any] = {"version": service_of(request).version}

@@ -11,7 +11,7 @@ from serving.service import service_of
 from serving.streaming import JsonAnswer
 
 
-@post("/tokenize", status_code=200, **describe(TokenizeRequest, TokenizeAnswer))
+@post("/tokenize", status_code=200, **describe(TokenizeRequest, TokenizeAnswer, tag="Tokenizer"))
 async def tokenize(request: Request) -> ASGIApp:
     """The token ids of a text, or of messages in the model's chat template."""
     service = service_of(request)
@@ -23,7 +23,7 @@ async def tokenize(request: Request) -> ASGIApp:
     return JsonAnswer(TokenizeAnswer(len(token_ids), model.info.max_model_len, token_ids, texts))
 
 
-@post("/detokenize", status_code=200, **describe(DetokenizeRequest, DetokenizeAnswer))
+@post("/detokenize", status_code=200, **describe(DetokenizeRequest, DetokenizeAnswer, tag="Tokenizer"))
 async def detokenize(request: Request) -> ASGIApp:
     """The text of token ids, special tokens spelled out."""
     service = service_of(request)

@@ -14,6 +14,7 @@ from litestar.types import ASGIApp, HTTPResponseStartEvent, Message, Receive, Sc
 from serving.auth import Keys
 from serving.cors import Cors, Header
 from serving.errors import CLIENT_LEFT, ApiError
+from serving.head import allow_head
 
 log = logging.getLogger("dispec.access")
 
@@ -45,6 +46,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if status == 405 or scope["method"] == "OPTIONS":
+                    allow_head(message)
                 of_origin = self._cors.of_answer(headers.get(b"origin"))
                 _add_headers(message, [(b"x-request-id", state["request_id"].encode()), *of_origin])
             await send(message)

@@ -3,7 +3,16 @@
 import asyncio
 
 from litestar.enums import ScopeType
-from litestar.types import ASGIApp, HTTPReceiveMessage, HTTPRequestEvent, Message, Receive, Scope, Send
+from litestar.types import (
+    ASGIApp,
+    HTTPReceiveMessage,
+    HTTPRequestEvent,
+    HTTPResponseStartEvent,
+    Message,
+    Receive,
+    Scope,
+    Send,
+)
 
 
 class HeadAsGet:
@@ -13,17 +22,8 @@ class HeadAsGet:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != ScopeType.HTTP:
+        if scope["type"] != ScopeType.HTTP or scope["method"] != "HEAD":
             await self._app(scope, receive, send)
-            return
-
-        async def send_allowed(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [_with_head(name, value) for name, value in message["headers"]]
-            await send(message)
-
-        if scope["method"] != "HEAD":
-            await self._app(scope, receive, send_allowed)
             return
         requests: list[HTTPRequestEvent] = [{"type": "http.request", "body": b"", "more_body": False}]
         has_started = asyncio.Event()
@@ -37,16 +37,16 @@ class HeadAsGet:
 
         async def send_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                await send_allowed(message)
+                await send(message)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
                 has_started.set()
 
         await self._app({**scope, "method": "GET"}, receive_nothing, send_headers)
 
 
-def _with_head(name: bytes, value: bytes) -> tuple[bytes, bytes]:
-    """A header as it is; in `Allow`, HEAD beside GET."""
-    if name.lower() != b"allow":
-        return name, value
-    methods = {method.strip() for method in value.split(b",")}
-    return name, b", ".join(sorted(methods | {b"HEAD"} if b"GET" in methods else methods))
+def allow_head(message: HTTPResponseStartEvent) -> None:
+    """In the `Allow` header of an answer, name HEAD beside GET."""
+    message["headers"] = [
+        (name, value + b", HEAD" if name.lower() == b"allow" and b"GET" in value.split(b", ") else value)
+        for name, value in message["headers"]
+    ]

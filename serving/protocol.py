@@ -155,6 +155,9 @@ class TokenizeRequest(Struct, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, _ARGUMENTS] = None
 
+    tools: Any = None
+    chat_template: Any = None
+
 
 class DetokenizeRequest(Struct, kw_only=True):
     model: str | None = None

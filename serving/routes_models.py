@@ -1,5 +1,6 @@
 """What is served: /v1/models, /tokenizer_info, /model_info, /server_info, /version."""
 
+import json
 from typing import Any
 
 from litestar import Request, get
@@ -10,6 +11,7 @@ from serving.openapi import describe
 from serving.protocol_answers import Model, ModelList
 from serving.service import Service, service_of
 from serving.streaming import JsonAnswer
+from serving.tokenizer_configuration import tokenizer_configuration
 
 
 @get("/v1/models", **describe(None, ModelList, tag="Models"))
@@ -33,22 +35,9 @@ async def model(request: Request, model_id: FromPath[str]) -> ASGIApp:
 
 @get("/tokenizer_info", **describe(None, None, tag="Tokenizer"))
 async def tokenizer_info(request: Request) -> ASGIApp:
-    """The tokenizer's size, its special tokens, and whether it has a chat template."""
+    """The tokenizer's configuration as tokenizer_config.json has it, its chat template among it, and its sizes."""
     served = service_of(request).model()
-    tokenizer = served.prompts.tokenizer
-    return JsonAnswer(
-        {
-            "vocab_size": tokenizer.vocab_size,
-            "model_vocab_size": served.info.vocab_size,
-            "model_max_length": served.info.max_model_len,
-            "has_chat_template": tokenizer.has_chat_template,
-            "is_byte_level": tokenizer.is_byte_level,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "eos_token_ids": served.info.eos_token_ids,
-            **tokenizer.special_tokens,
-        }
-    )
+    return JsonAnswer(json.dumps(tokenizer_configuration(served.prompts.tokenizer, served.info)).encode())
 
 
 @get("/model_info", **describe(None, None, tag="Models"))

@@ -92,6 +92,23 @@ def test_flag_before_environment_before_file_before_default(
     assert started[1][1]["model"] == "from the command line"
 
 
+def test_origins_by_file_variable_and_flag(
+    started: list[tuple[ServerSettings, dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "dispec.toml"
+    config.write_text('allowed_origins = ["https://a.com", "https://b.com"]\nallow_credentials = true\n')
+    assert dispec("serve", "--config", str(config)).code == 0
+    monkeypatch.setenv("DISPEC_ALLOWED_ORIGINS", '["https://c.com", "https://d.com"]')
+    assert dispec("serve").code == 0
+    assert dispec("serve", "--allowed-origins", '["*"]', "--allowed-methods", "GET").code == 0
+    both = [(settings.allowed_origins, settings.allow_credentials) for settings, _ in started]
+    assert both[:2] == [(("https://a.com", "https://b.com"), True), (("https://c.com", "https://d.com"), False)]
+    assert started[2][0].cors.allows(b"https://e.com")
+    assert started[2][0].allowed_methods == ("GET",)
+    result = dispec("serve", "--allowed-origins", "a.com")
+    assert "allowed_origins holds 'a.com', must be SCHEME://HOST" in one_sentence(result)
+
+
 def test_keys_from_a_file(started: list[tuple[ServerSettings, dict[str, Any]]], tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("# of the team\nfirst\n\n second \n")

@@ -11,7 +11,10 @@ _THROWN_AWAY = 64 * 2**20  # bytes that are read only so that the client gets to
 
 
 async def read_body(request: Request, limit: int, timeout: float) -> bytes:
-    """The whole body. Raises ApiError with status 413 if it is longer than `limit` bytes, 408 if it is too slow."""
+    """The whole body. Raises ApiError: status 415 if it is not plain JSON, 413 if it is longer than `limit` bytes, or
+    408 if it is too slow.
+    """
+    _check_content(request)
     try:
         async with asyncio.timeout(timeout):
             return await _read(request, limit)
@@ -19,8 +22,8 @@ async def read_body(request: Request, limit: int, timeout: float) -> bytes:
         raise ApiError(408, f"the body took more than {timeout:g} s to arrive", code="timeout") from None
 
 
-def check_content(request: Request) -> None:
-    """Raises ApiError with status 415 for a body in a type or encoding that is not read: bodies are JSON, as it is."""
+def _check_content(request: Request) -> None:
+    """Raises ApiError for a body in a type or encoding that is not read: bodies are JSON, not compressed."""
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
         raise ApiError(

@@ -14,7 +14,7 @@ from litestar import Request
 
 from engine.messages import EngineInfo
 from engine.tokenizer import Tokenizer
-from serving.body import check_content, read_body
+from serving.body import read_body
 from serving.engine_client import EngineClient, NotReady
 from serving.errors import ApiError
 from serving.logprobs import TokenTexts
@@ -92,7 +92,6 @@ class Service:
 
     async def body(self, request: Request, form: type[T]) -> T:
         """The request's body as a struct. Raises ApiError."""
-        check_content(request)
         body = await read_body(request, self.settings.max_body_bytes, self.settings.tokenize_timeout)
         return decode_body(body, form)
 

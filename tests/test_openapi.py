@@ -6,6 +6,7 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
+from engine.chat_template import ChatTemplate
 from serving.protocol_sampling import _TEMPLATE_OWN
 from tests.servers import Server
 
@@ -28,7 +29,6 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     *((CHAT, {"messages": [{"role": role, "content": "hello"}]}) for role in ("system", "user", "assistant", "tool")),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}),
     (CHAT, {"messages": [{"role": "user", "content": ["a", {"text": "b"}]}]}),
-    (CHAT, {"messages": [*QUESTION, {"role": "assistant", "content": "a", "tool_calls": [CALL]}]}),
     (CHAT, {"messages": [{"role": "user", "content": "hello", "name": "Ann"}]}),
     (CHAT, {"logprobs": True, "top_logprobs": 2}),
     (CHAT, {"logprobs": None, "top_logprobs": 0, "stop": None, "stream_options": None, "logit_bias": None}),
@@ -149,6 +149,33 @@ def test_document_and_server_agree(
     body = LEAST[path] | body
     assert validator(document, request_schema(document, path)).is_valid(body) == expected
     assert is_accepted(served, path, body) == expected
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"role": "assistant", "tool_calls": [CALL]}, True),
+        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, True),
+        ({"role": "assistant", "content": "a", "tool_calls": [CALL]}, True),
+        ({"role": "ipython", "content": "1", "name": "x"}, True),
+        ({"role": "function", "content": "1", "name": "f"}, True),
+        ({"role": "assistant", "tool_calls": []}, False),
+        ({"role": "assistant", "content": "a", "tool_calls": "f"}, False),
+        ({"role": "assistant", "content": "a", "tool_calls": ["f"]}, False),
+        ({"role": "tool", "content": {"x": 1}}, False),
+    ],
+    ids=str,
+)
+def test_messages_that_some_templates_know(document: dict[str, Any], message: dict[str, Any], expected: bool) -> None:
+    shown = "{{ m.role }}{{ m.content }}{{ (m.tool_calls or []) | tojson }}"
+    template = ChatTemplate({"default": "{% for m in messages %}" + shown + "{% endfor %}"}, {})
+    try:
+        template.render([*QUESTION, message])
+        is_rendered = True
+    except ValueError:
+        is_rendered = False
+    body = {"messages": [*QUESTION, message]}
+    assert validator(document, request_schema(document, CHAT)).is_valid(body) == is_rendered == expected
 
 
 @pytest.mark.parametrize("path", LEAST)

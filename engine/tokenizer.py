@@ -105,11 +105,6 @@ class Tokenizer:
         return self._chat_template is not None
 
     @property
-    def chat_template(self) -> str | None:
-        """The source of the template for conversations without tools, if there is one."""
-        return None if self._chat_template is None else self._chat_template.source
-
-    @property
     def vocab_size(self) -> int:
         """Number of tokens with the added ones. The model's own vocabulary may be padded to more."""
         return self.backend.get_vocab_size(with_added_tokens=True)
@@ -118,6 +113,11 @@ class Tokenizer:
     def vocabulary(self) -> dict[str, int]:
         """Every token's id, added ones included."""
         return self.backend.get_vocab(with_added_tokens=True)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the template for conversations without tools, if there is one."""
+        return None if self._chat_template is None else self._chat_template.source
 
     @property
     def bos_token(self) -> str | None:

@@ -79,5 +79,5 @@ def create_app(
     openapi.add_schemas(app, names, [slo.name for slo in settings.slos])
     # Not as Litestar's own middleware, which requests to unknown routes do not pass.
     inner = HeadAsGet(app.asgi_handler)
-    app.asgi_handler = Gate(inner, Keys(settings.api_keys), settings.cors, settings.max_header_bytes)
+    app.asgi_handler = Gate(inner, Keys(settings.api_keys), settings.max_header_bytes, cors=settings.cors)
     return app

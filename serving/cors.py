@@ -69,6 +69,9 @@ class Cors:
         return [*found, *varies]
 
 
+NO_ORIGINS = Cors()
+
+
 def origin_as_sent(text: str) -> str:
     """An origin in the form in which browsers send it. Raises ValueError for what is none."""
     if text in (ANY, "null"):

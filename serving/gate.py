@@ -12,7 +12,7 @@ from litestar.enums import ScopeType
 from litestar.types import ASGIApp, HTTPResponseStartEvent, Message, Receive, Scope, Send
 
 from serving.auth import Keys
-from serving.cors import Cors, Header
+from serving.cors import NO_ORIGINS, Cors, Header
 from serving.errors import CLIENT_LEFT, ApiError
 from serving.head import allow_head
 
@@ -25,7 +25,7 @@ _QUIET_PATHS = frozenset({"/live", "/ping", "/health", "/metrics", "/load", "/st
 class Gate:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, cors: Cors, max_header_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, max_header_bytes: int, *, cors: Cors = NO_ORIGINS) -> None:
         self._app = app
         self._keys = keys
         self._cors = cors

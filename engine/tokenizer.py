@@ -145,7 +145,7 @@ class Tokenizer:
         return isinstance(self.backend.decoder, decoders.ByteLevel)
 
     def token_string(self, token_id: int) -> str:
-        """How the vocabulary writes a token: `Ġthe` or `▁the`, where the text has ` the`. Empty for unknown ids."""
+        """Return how the vocabulary writes a token: `Ġthe` or `▁the` for ` the`. Empty for unknown ids."""
         return self.backend.id_to_token(token_id) or ""
 
     def token_bytes(self, token_id: int) -> bytes:

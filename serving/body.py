@@ -11,8 +11,8 @@ _THROWN_AWAY = 64 * 2**20  # bytes that are read only so that the client gets to
 
 
 async def read_body(request: Request, limit: int, timeout: float) -> bytes:
-    """The whole body. Raises ApiError: status 415 if it is not plain JSON, 413 if it is longer than `limit` bytes, or
-    408 if it is too slow.
+    """Return the whole body. Raises ApiError: status 415 if it is not plain JSON, 413 if it is longer than `limit`
+    bytes, 408 if it is too slow.
     """
     _check_content(request)
     try:
@@ -23,7 +23,7 @@ async def read_body(request: Request, limit: int, timeout: float) -> bytes:
 
 
 def _check_content(request: Request) -> None:
-    """Raises ApiError for a body in a type or encoding that is not read: bodies are JSON, not compressed."""
+    """Raise ApiError for a body in a type or encoding that is not read: bodies are JSON, not compressed."""
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
         raise ApiError(

@@ -30,11 +30,11 @@ class Cors:
     credentials: bool = False
 
     def allows(self, origin: bytes | None) -> bool:
-        """Whether pages of that origin may use the server. False for a request without an origin."""
+        """Return whether pages of that origin may use the server; False for a request without an origin."""
         return origin is not None and (ANY in self.origins or origin.decode("latin-1").lower() in self.origins)
 
     def of_preflight(self, method: str, request: Mapping[bytes, bytes]) -> list[Header] | None:
-        """Headers of the answer to a preflight by an allowed origin; None for every other request.
+        """Return the headers that answer a preflight by an allowed origin; None for every other request.
 
         A method or header that is not allowed is missing from them, and the browser stops there.
         """
@@ -54,7 +54,7 @@ class Cors:
         return [*found, (b"access-control-allow-headers", headers)] if headers else found
 
     def of_answer(self, origin: bytes | None) -> list[Header]:
-        """Headers that every answer gets, errors and streams too, to a request from `origin`."""
+        """Return the headers that every answer to a page of `origin` gets, errors and streams too."""
         if not self.origins:
             return []
         varies = [] if ANY in self.origins else [_VARIES]  # for caches, also where the origin is not allowed
@@ -73,7 +73,7 @@ NO_ORIGINS = Cors()
 
 
 def origin_as_sent(text: str) -> str:
-    """An origin in the form in which browsers send it. Raises ValueError for what is none."""
+    """Return an origin in the form in which browsers send it. Raises ValueError for what is none."""
     if text in (ANY, "null"):
         return text
     try:

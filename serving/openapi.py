@@ -46,7 +46,7 @@ def describe(
     media_type: str = "application/json",
     needs_key: bool = True,
 ) -> dict[str, Any]:
-    """Arguments of a Litestar route: what the document says about it and its bodies."""
+    """Return arguments of a Litestar route: what the document says about it and its bodies."""
     for form in (request, answer):
         if form is not None:
             _known[form.__name__] = form

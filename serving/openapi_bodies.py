@@ -68,12 +68,12 @@ _MESSAGE: Schema = {
 
 
 def _with(**fields: Any) -> Schema:
-    """A body that has each of the fields, with that value."""
+    """Return the schema of a body that has each of the fields, with that value."""
     return {"required": [*fields], "properties": {name: {"const": value} for name, value in fields.items()}}
 
 
 def _without(field: str) -> Schema:
-    """A body that does not have the field, or has null there."""
+    """Return the schema of a body that does not have the field, or has null there."""
     return {"properties": {field: {"type": "null"}}}
 
 

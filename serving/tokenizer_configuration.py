@@ -39,7 +39,7 @@ def tokenizer_configuration(tokenizer: Tokenizer, info: EngineInfo) -> dict[str,
 
 
 def _plain(value: Any) -> Any:
-    """The same with each token as its text, where a file has an object with its `content`."""
+    """Return the same with each token as its text, where a file has an object with its `content`."""
     if isinstance(value, dict):
         return value["content"] if "content" in value else {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value

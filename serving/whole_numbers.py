@@ -24,7 +24,7 @@ def decode(body: bytes, form: type[T]) -> T:
 
 
 def _whole(value: Any) -> Any:
-    """Whole numbers as integers, in lists too. Objects are left as they are: templates show what is in them."""
+    """Return whole numbers as integers, in lists too. Objects are left as they are: templates show what is in them."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         return int(value)
     return [_whole(item) for item in value] if isinstance(value, list) else value

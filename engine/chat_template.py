@@ -62,6 +62,11 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._compiled: dict[str, jinja2.Template] = {}
 
+    @property
+    def source(self) -> str | None:
+        """The text of the default template."""
+        return self._sources.get("default")
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

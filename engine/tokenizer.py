@@ -32,12 +32,15 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         special_tokens: Mapping[str, Any] | None = None,
         chat_templates: Mapping[str, str] | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
+        """`config` is the contents of tokenizer_config.json, for those who ask for it."""
         # A file may carry the padding and truncation of its training run; prompts are never cut or padded.
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})
+        self.config = dict(config or {})
         self._chat_template = ChatTemplate(chat_templates, self.special_tokens) if chat_templates else None
         special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         self.special_ids = frozenset(token for text in special if (token := backend.token_to_id(text)) is not None)
@@ -59,7 +62,7 @@ class Tokenizer:
             raise CheckpointError(f"{path} is not a tokenizer that we can read ({error}): download it again") from error
         config = _read_json(directory / "tokenizer_config.json")
         special_tokens = _special_tokens(_read_json(directory / "special_tokens_map.json") | config)
-        return cls(backend, special_tokens, _chat_templates(directory, config))
+        return cls(backend, special_tokens, _chat_templates(directory, config), config)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. `add_special_tokens` adds what the model expects around a text (often a BOS token);
@@ -112,6 +115,11 @@ class Tokenizer:
         return self.backend.get_vocab(with_added_tokens=True)
 
     @property
+    def chat_template(self) -> str | None:
+        """The source of the template for conversations without tools, if there is one."""
+        return None if self._chat_template is None else self._chat_template.source
+
+    @property
     def bos_token(self) -> str | None:
         return self.special_tokens.get("bos_token")
 
@@ -135,6 +143,10 @@ class Tokenizer:
     def is_byte_level(self) -> bool:
         """Whether tokens are pieces of bytes that simply follow one another, so that a text is their concatenation."""
         return isinstance(self.backend.decoder, decoders.ByteLevel)
+
+    def token_string(self, token_id: int) -> str:
+        """Return how the vocabulary writes a token: `Ġthe` or `▁the` for ` the`. Empty for unknown ids."""
+        return self.backend.id_to_token(token_id) or ""
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token of a byte-level vocabulary spells, perhaps a part of a character; nothing for unknown ids."""

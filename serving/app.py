@@ -13,6 +13,7 @@ from serving.auth import Keys
 from serving.engine_client import EngineClient
 from serving.errors import answer_error
 from serving.gate import Gate
+from serving.head import HeadAsGet
 from serving.routes_chat import chat_completions
 from serving.routes_completions import completions, generate
 from serving.routes_health import health, live, load, metrics, stats
@@ -75,7 +76,8 @@ def create_app(
         logging_config=None,
         request_max_body_size=None,  # `serving.body` limits what it reads, and nothing else reads any
     )
-    openapi.add_schemas(app, names)
+    openapi.add_schemas(app, names, [slo.name for slo in settings.slos])
     # Not as Litestar's own middleware, which requests to unknown routes do not pass.
-    app.asgi_handler = Gate(app.asgi_handler, Keys(settings.api_keys), settings.max_header_bytes)
+    inner = HeadAsGet(app.asgi_handler)
+    app.asgi_handler = Gate(inner, Keys(settings.api_keys), settings.max_header_bytes, cors=settings.cors)
     return app

@@ -1,4 +1,6 @@
-"""What every request passes, even one to an unknown route: its id, the key, and a line in the log when it is over."""
+"""What every request passes, even one to an unknown route: its id, the key, the rules for pages of other origins, and a
+line in the log when it is over.
+"""
 
 import logging
 import re
@@ -10,7 +12,9 @@ from litestar.enums import ScopeType
 from litestar.types import ASGIApp, HTTPResponseStartEvent, Message, Receive, Scope, Send
 
 from serving.auth import Keys
+from serving.cors import NO_ORIGINS, Cors, Header
 from serving.errors import CLIENT_LEFT, ApiError
+from serving.head import allow_head
 
 log = logging.getLogger("dispec.access")
 
@@ -21,9 +25,10 @@ _QUIET_PATHS = frozenset({"/live", "/ping", "/health", "/metrics", "/load", "/st
 class Gate:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, max_header_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, max_header_bytes: int, *, cors: Cors = NO_ORIGINS) -> None:
         self._app = app
         self._keys = keys
+        self._cors = cors
         self._max_header_bytes = max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,12 +46,19 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                _add_header(message, b"x-request-id", state["request_id"].encode())
+                if status == 405 or scope["method"] == "OPTIONS":
+                    allow_head(message)
+                of_origin = self._cors.of_answer(headers.get(b"origin"))
+                _add_headers(message, [(b"x-request-id", state["request_id"].encode()), *of_origin])
             await send(message)
 
         try:
+            # A preflight carries no key: its answer tells of the server's options and of nothing else.
+            preflight = self._cors.of_preflight(scope["method"], headers)
             refusal = self._refusal(scope["method"], scope["path"], headers)
-            if refusal is not None:
+            if preflight is not None:
+                await _answer(204, preflight, b"", send_with_id)
+            elif refusal is not None:
                 await _refuse(refusal, send_with_id)
             else:
                 await self._app(scope, receive, send_with_id)
@@ -72,9 +84,10 @@ class Gate:
         size = sum(len(name) + len(value) + 4 for name, value in headers.items())
         if size > self._max_header_bytes:  # uvicorn looks only where they come in several pieces
             return ApiError(431, f"the headers hold {size} bytes, must be at most {self._max_header_bytes}")
-        if method == "POST" and headers.get(b"sec-fetch-site") == b"cross-site":
-            # A page of some other site, in the browser of somebody who can reach us and may have given it the key.
-            return ApiError(403, "pages of other sites may not use this server")
+        is_cross_site = headers.get(b"sec-fetch-site") == b"cross-site"
+        if method == "POST" and is_cross_site and not self._cors.allows(headers.get(b"origin")):
+            # A browser that can reach this server, and may know its key, sends what pages of any site make it send.
+            return ApiError(403, "pages of other sites may not use this server: --allowed-origins names those that may")
         return None
 
 
@@ -82,9 +95,13 @@ async def _refuse(error: ApiError, send: Send) -> None:
     body = error.body()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await _answer(error.status, headers, body, send)
+
+
+async def _answer(status: int, headers: list[Header], body: bytes, send: Send) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-def _add_header(message: HTTPResponseStartEvent, name: bytes, value: bytes) -> None:
-    message["headers"] = [*message["headers"], (name, value)]
+def _add_headers(message: HTTPResponseStartEvent, headers: list[Header]) -> None:
+    message["headers"] = [*message["headers"], *headers]

@@ -14,11 +14,12 @@ from litestar import Litestar, Response, get
 from litestar.exceptions import NotFoundException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, OpenAPIRenderPlugin, SwaggerRenderPlugin
-from litestar.openapi.spec import Components, Operation, SecurityScheme
+from litestar.openapi.spec import Components, Operation, SecurityScheme, Tag
 from litestar.params import FromPath
 from litestar.response import Redirect
 
 from serving.errors import ErrorBody
+from serving.openapi_bodies import EXAMPLES, complete
 from serving.protocol_sampling import UNSUPPORTED_FIELDS
 
 _REFERENCE = "#/components/schemas/{name}"
@@ -27,30 +28,51 @@ _ASSETS = {
     "swagger-ui-standalone-preset.js": "text/javascript",
     "swagger-ui.css": "text/css",
 }
+_TAGS = {
+    "Generation": "Answers and continuations.",
+    "Models": "What is served, and with which options.",
+    "Tokenizer": "Texts to token ids, and back.",
+    "Monitoring": "How the server is doing.",
+}
 _known: dict[str, type] = {"ErrorBody": ErrorBody}
 
 
-def describe(request: type | None, answer: type | None, *, streams: bool = False) -> dict[str, Any]:
-    """Arguments of a Litestar route: what the document says about its bodies."""
+def describe(
+    request: type | None,
+    answer: type | None,
+    *,
+    tag: str,
+    streams: bool = False,
+    media_type: str = "application/json",
+    needs_key: bool = True,
+) -> dict[str, Any]:
+    """Return arguments of a Litestar route: what the document says about it and its bodies."""
     for form in (request, answer):
         if form is not None:
             _known[form.__name__] = form
+    assert tag in _TAGS
 
     class Described(Operation):
         def to_schema(self) -> dict[str, Any]:
             found = super().to_schema()
             if request is not None:
-                found["requestBody"] = {"required": True, "content": _json(request)}
-            content: dict[str, Any] = {} if answer is None else _json(answer)
+                examples = EXAMPLES[request.__name__]
+                content = _json(request)
+                content["application/json"]["examples"] = {name: {"value": body} for name, body in examples.items()}
+                found["requestBody"] = {"required": True, "content": content}
+            kind = "object" if media_type == "application/json" else "string"
+            answers = {media_type: {"schema": {"type": kind}}} if answer is None else _json(answer)
             if streams:
-                content["text/event-stream"] = {"schema": {"type": "string"}}
+                answers["text/event-stream"] = {"schema": {"type": "string"}}
             found["responses"] = {
-                "200": {"description": "The answer.", **({"content": content} if content else {})},
+                "200": {"description": "The answer.", "content": answers},
                 "default": {"description": "What went wrong.", "content": _json(ErrorBody)},
             }
+            if not needs_key:
+                found["security"] = []
             return found
 
-    return {"operation_class": Described}
+    return {"operation_class": Described, "tags": [tag]}
 
 
 def openapi_config(version: str, needs_key: bool) -> OpenAPIConfig:
@@ -68,7 +90,9 @@ def openapi_config(version: str, needs_key: bool) -> OpenAPIConfig:
     return OpenAPIConfig(
         title="DiSpec",
         version=version,
-        description="An OpenAI-compatible server. Fields of OpenAI's API that are not listed are refused by name.",
+        description="An OpenAI-compatible server. Fields of OpenAI's API that are not listed are refused by name. Null"
+        " is as good as leaving a field out. HEAD works wherever GET does.",
+        tags=[Tag(name, description) for name, description in _TAGS.items()],
         path="/schema",
         use_handler_docstrings=True,
         render_plugins=plugins,
@@ -77,16 +101,15 @@ def openapi_config(version: str, needs_key: bool) -> OpenAPIConfig:
     )
 
 
-def add_schemas(app: Litestar, model_names: Sequence[str]) -> None:
+def add_schemas(app: Litestar, model_names: Sequence[str], slo_names: Sequence[str] = ()) -> None:
     """Put the bodies' schemas into the document. Called once, when all routes are there."""
     _, found = msgspec.json.schema_components(_known.values(), ref_template=_REFERENCE)
     for schema in found.values():
         for name in UNSUPPORTED_FIELDS & schema.get("properties", {}).keys():
             del schema["properties"][name]
-        if model_names and "model" in schema.get("properties", {}) and "choices" not in schema["properties"]:
-            schema["properties"]["model"] = {"enum": [*model_names, None], "default": None}
     # A completion echoes, a chat does not; both have the field.
     found["ChatRequest"]["properties"].pop("echo", None)
+    complete(found, list(model_names), list(slo_names))
     app.openapi_schema.components.schemas.update(found)
 
 

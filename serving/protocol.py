@@ -17,6 +17,12 @@ def _limits(low: float | None = None, high: float | None = None, description: st
     return Meta(extra_json_schema=limits, description=description or None)
 
 
+def _above(low: float, high: float, description: str = "") -> Meta:
+    """The same for a number that must be more than the lower limit."""
+    limits = {"exclusiveMinimum": low, "maximum": high}
+    return Meta(extra_json_schema=limits, description=description or None)
+
+
 def _shape(**schema: Any) -> Meta:
     """The same for what is not a number. Keywords say nothing about values of types that they do not know."""
     return Meta(extra_json_schema=schema)
@@ -25,17 +31,20 @@ def _shape(**schema: Any) -> Meta:
 _TOKENS = _shape(items={"type": "integer", "minimum": 0})
 _TEXT = {"type": "string", "minLength": 1, "maxLength": 1024}
 _STOP = _shape(minLength=1, maxLength=1024, items=_TEXT, maxItems=4)
-_BIASES = _shape(propertyNames={"pattern": "^[0-9]+$"}, additionalProperties={"minimum": -100, "maximum": 100})
+_BIASES = _shape(
+    propertyNames={"pattern": "^(0|[1-9][0-9]{0,8})$"},
+    additionalProperties={"minimum": -100, "maximum": 100},
+    maxProperties=1024,
+)
 _NAME = _shape(pattern="^[!-~]*$", maxLength=128)
-_ROLE_AND_CONTENT = {"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}}
 _CUT = Meta(extra_json_schema={"minimum": -1, "not": {"const": 0}}, description="Keep the last of them; -1: what fits.")
 _MESSAGES = _shape(
     minItems=1,
-    allOf=[{"items": {"properties": _ROLE_AND_CONTENT, "required": ["role", "content"]}}],  # msgspec has "items"
+    allOf=[{"items": {"$ref": "#/components/schemas/RequestMessage"}}],  # msgspec has "items"; `serving.openapi_bodies`
 )
 _ARGUMENTS = _shape(
     maxProperties=32,
-    propertyNames={"pattern": "^[a-z]{2,}_[a-z]{2,}$"},
+    propertyNames={"pattern": "^[A-Za-z][A-Za-z0-9_]{0,63}$"},
     additionalProperties={"type": ["string", "number", "boolean", "null"]},
 )
 
@@ -49,24 +58,24 @@ class Sampling(Struct, kw_only=True):
     """What chat and plain completions have in common."""
 
     model: str | None = None
-    max_tokens: Annotated[int | None, _limits(1)] = None
+    max_tokens: Annotated[int | None, _limits(1, 2**31 - 1)] = None
     n: Annotated[int | None, _limits(1, 128)] = None
     temperature: Annotated[float | None, _limits(0, 100)] = None
-    top_p: Annotated[float | None, _limits(0, 1, "Above 0.")] = None
-    top_k: Annotated[int | None, _limits(-1, None, "0 and -1 are off.")] = None
+    top_p: Annotated[float | None, _above(0, 1)] = None
+    top_k: Annotated[int | None, _limits(-1, 2**31 - 1, "0 and -1 are off.")] = None
     min_p: Annotated[float | None, _limits(0, 1)] = None
     frequency_penalty: Annotated[float | None, _limits(-2, 2)] = None
     presence_penalty: Annotated[float | None, _limits(-2, 2)] = None
-    repetition_penalty: Annotated[float | None, _limits(0, 100, "Above 0; 1 is off.")] = None
+    repetition_penalty: Annotated[float | None, _above(0, 100, "1 is off.")] = None
     logit_bias: Annotated[dict[int, float] | None, _BIASES] = None
     seed: Annotated[int | None, _limits(-(2**63), 2**63 - 1)] = None
     stop: Annotated[str | list[str] | None, _STOP] = None
     stop_token_ids: Annotated[list[int] | None, _TOKENS] = None
     include_stop_str_in_output: bool | None = None
-    min_tokens: Annotated[int | None, _limits(0)] = None
+    min_tokens: Annotated[int | None, _limits(0, 2**31 - 1, "At most max_tokens.")] = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    bad_words: Annotated[list[str] | None, _shape(items=_TEXT)] = None
+    bad_words: Annotated[list[str] | None, _shape(items=_TEXT, maxItems=1024)] = None
     allowed_token_ids: Annotated[list[int] | None, _TOKENS, _shape(minItems=1)] = None
     prompt_logprobs: Annotated[int | None, _limits(0, 20)] = None
     truncate_prompt_tokens: Annotated[int | None, _CUT] = None
@@ -99,7 +108,7 @@ class Sampling(Struct, kw_only=True):
 
 class ChatRequest(Sampling, kw_only=True):
     messages: Annotated[list[dict[str, Any]], _MESSAGES]
-    max_completion_tokens: Annotated[int | None, _limits(1)] = None
+    max_completion_tokens: Annotated[int | None, _limits(1, 2**31 - 1)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, _limits(0, 20)] = None
     add_generation_prompt: bool | None = None
@@ -118,6 +127,7 @@ class ChatRequest(Sampling, kw_only=True):
 
 class CompletionRequest(Sampling, kw_only=True):
     prompt: Annotated[PromptInput, _shape(minItems=1, minLength=1)]
+    max_tokens: Annotated[int | None, _limits(0, 2**31 - 1, "0 only with echo.")] = None
     logprobs: Annotated[int | None, _limits(0, 20)] = None
     echo: bool | None = None
 
@@ -128,7 +138,7 @@ class GenerateRequest(Struct, kw_only=True):
     """The short form, without a model's name or roles."""
 
     prompt: Annotated[str | list[int], _shape(minItems=1, minLength=1)]
-    max_new_tokens: Annotated[int | None, _limits(1)] = None
+    max_new_tokens: Annotated[int | None, _limits(1, 2**31 - 1)] = None
     temperature: Annotated[float | None, _limits(0, 100)] = None
     priority: Annotated[int | None, _limits(-(2**31), 2**31 - 1)] = None
 
@@ -145,7 +155,10 @@ class TokenizeRequest(Struct, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, _ARGUMENTS] = None
 
+    tools: Any = None
+    chat_template: Any = None
+
 
 class DetokenizeRequest(Struct, kw_only=True):
     model: str | None = None
-    tokens: Annotated[list[int], _TOKENS]
+    tokens: list[Annotated[int, _limits(0)]]

@@ -10,6 +10,7 @@ from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from serving.errors import ApiError, invalid
 from serving.protocol import ChatRequest, CompletionRequest, Sampling
 from serving.settings import MAX_CHOICES, MAX_STOPS, MAX_TEMPLATE_ARGUMENTS
+from serving.whole_numbers import decode
 
 T = TypeVar("T")
 
@@ -68,7 +69,7 @@ _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
 def decode_body(body: bytes, form: type[T]) -> T:
     """The body as a struct. Raises ApiError with status 400."""
     try:
-        return msgspec.json.decode(body, type=form)
+        return decode(body, form)
     except msgspec.ValidationError as error:
         raise invalid(_explain(str(error), body)) from None
     except RecursionError:

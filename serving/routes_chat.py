@@ -28,7 +28,7 @@ from serving.service import ServedModel, service_of
 from serving.streaming import EventStream, JsonAnswer, event, unless_client_leaves
 
 
-@post("/v1/chat/completions", status_code=200, **describe(ChatRequest, ChatCompletion, streams=True))
+@post("/v1/chat/completions", status_code=200, **describe(ChatRequest, ChatCompletion, streams=True, tag="Generation"))
 async def chat_completions(request: Request) -> ASGIApp:
     """Answer a conversation in the model's own chat template."""
     service = service_of(request)

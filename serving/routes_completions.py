@@ -19,7 +19,7 @@ from serving.service import ServedModel, service_of
 from serving.streaming import EventStream, JsonAnswer, event, unless_client_leaves
 
 
-@post("/v1/completions", status_code=200, **describe(CompletionRequest, Completion, streams=True))
+@post("/v1/completions", status_code=200, **describe(CompletionRequest, Completion, streams=True, tag="Generation"))
 async def completions(request: Request) -> ASGIApp:
     """Continue a prompt, or each of several."""
     service = service_of(request)
@@ -39,7 +39,7 @@ async def completions(request: Request) -> ASGIApp:
     return JsonAnswer(answer.whole(updates))
 
 
-@post("/generate", status_code=200, **describe(GenerateRequest, GenerateAnswer))
+@post("/generate", status_code=200, **describe(GenerateRequest, GenerateAnswer, tag="Generation"))
 async def generate(request: Request) -> ASGIApp:
     """Continue a prompt: no model's name, no roles, no choices."""
     service = service_of(request)

@@ -4,7 +4,7 @@ import asyncio
 import time
 from typing import Any
 
-from litestar import Request, get, route
+from litestar import Request, get
 from litestar.types import ASGIApp
 
 from engine.messages import Inspection
@@ -17,7 +17,7 @@ from serving.streaming import JsonAnswer
 _INSPECTION_SECONDS = 2.0  # an engine that does not answer has other troubles, which /health tells of
 
 
-@get("/health", **describe(None, None))
+@get("/health", **describe(None, None, tag="Monitoring"))
 async def health(request: Request) -> ASGIApp:
     """Ready: 200, or 503 and why not. It follows the engine's steps, so that an engine that hangs is not ready."""
     is_ready, why = service_of(request).client.is_ready()
@@ -26,14 +26,14 @@ async def health(request: Request) -> ASGIApp:
     return JsonAnswer({"status": "ready"})
 
 
-@get(["/live", "/ping"], **describe(None, None))
+@get(["/live", "/ping"], **describe(None, None, tag="Monitoring", needs_key=False))
 async def live(request: Request) -> ASGIApp:
     """Alive: 200 as long as starting this server again would help nobody. Open without a key."""
     state = service_of(request).client.state
     return JsonAnswer({"status": "dead" if state == "dead" else "alive"}, 503 if state == "dead" else 200)
 
 
-@get("/load", **describe(None, None))
+@get("/load", **describe(None, None, tag="Monitoring"))
 async def load(request: Request) -> ASGIApp:
     """How many choices are running and waiting."""
     client = service_of(request).client
@@ -41,7 +41,7 @@ async def load(request: Request) -> ASGIApp:
     return JsonAnswer({"server_load": running + waiting, "running": running, "waiting": waiting})
 
 
-@get("/stats", **describe(None, None))
+@get("/stats", **describe(None, None, tag="Monitoring"))
 async def stats(request: Request) -> ASGIApp:
     """The front's numbers, and the engine's books as they were between two steps: null if it does not answer."""
     service = service_of(request)
@@ -70,7 +70,7 @@ async def stats(request: Request) -> ASGIApp:
     return JsonAnswer(found)
 
 
-@route("/metrics", http_method=["GET", "HEAD"], status_code=200, include_in_schema=False)
+@get("/metrics", **describe(None, None, tag="Monitoring", media_type="text/plain"))
 async def metrics(request: Request) -> ASGIApp:
     """Prometheus's text format."""
     return _Text(request.app.state["metrics"].render())

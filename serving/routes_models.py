@@ -1,5 +1,6 @@
 """What is served: /v1/models, /tokenizer_info, /model_info, /server_info, /version."""
 
+import json
 from typing import Any
 
 from litestar import Request, get
@@ -10,44 +11,36 @@ from serving.openapi import describe
 from serving.protocol_answers import Model, ModelList
 from serving.service import Service, service_of
 from serving.streaming import JsonAnswer
+from serving.tokenizer_configuration import tokenizer_configuration
 
 
-@get("/v1/models", **describe(None, ModelList))
+@get("/v1/models", **describe(None, ModelList, tag="Models"))
 async def models(request: Request) -> ASGIApp:
     """The model, under each name that it may be called by."""
     return JsonAnswer(ModelList(_models(service_of(request))))
 
 
-@get("/v1/models/{model_id:path}", **describe(None, Model))
+@get("/v1/models/{model_id:path}", **describe(None, Model, tag="Models"))
 async def model(request: Request, model_id: FromPath[str]) -> ASGIApp:
-    """The model of that name."""
+    """The model, by any name that requests may call it."""
     service = service_of(request)
-    name = str(model_id).removeprefix("/")
-    service.model().check_name(name)
-    return JsonAnswer(next(found for found in _models(service) if found.id == name))
+    served = service.model()
+    # A name that is a path has lost its first slash: "/v1/models//srv/model" is brought to "/v1/models/srv/model".
+    name = str(model_id)
+    if name not in (*served.names, served.info.model):
+        name = name.removeprefix("/")
+    served.check_name(name)
+    return JsonAnswer(_model(service, name))
 
 
-@get("/tokenizer_info", **describe(None, None))
+@get("/tokenizer_info", **describe(None, None, tag="Tokenizer"))
 async def tokenizer_info(request: Request) -> ASGIApp:
-    """The tokenizer's size, its special tokens, and whether it has a chat template."""
+    """The tokenizer's configuration as tokenizer_config.json has it, its chat template among it, and its sizes."""
     served = service_of(request).model()
-    tokenizer = served.prompts.tokenizer
-    return JsonAnswer(
-        {
-            "vocab_size": tokenizer.vocab_size,
-            "model_vocab_size": served.info.vocab_size,
-            "model_max_length": served.info.max_model_len,
-            "has_chat_template": tokenizer.has_chat_template,
-            "is_byte_level": tokenizer.is_byte_level,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "eos_token_ids": served.info.eos_token_ids,
-            **tokenizer.special_tokens,
-        }
-    )
+    return JsonAnswer(json.dumps(tokenizer_configuration(served.prompts.tokenizer, served.info)).encode())
 
 
-@get("/model_info", **describe(None, None))
+@get("/model_info", **describe(None, None, tag="Models"))
 async def model_info(request: Request) -> ASGIApp:
     """The model that is loaded."""
     served = service_of(request).model()
@@ -68,7 +61,7 @@ async def model_info(request: Request) -> ASGIApp:
     )
 
 
-@get("/server_info", **describe(None, None))
+@get("/server_info", **describe(None, None, tag="Models"))
 async def server_info(request: Request) -> ASGIApp:
     """The engine's options as they turned out, and its state."""
     service = service_of(request)
@@ -99,7 +92,7 @@ async def server_info(request: Request) -> ASGIApp:
     )
 
 
-@get("/version", **describe(None, None))
+@get("/version", **describe(None, None, tag="Models"))
 async def show_version(request: Request) -> ASGIApp:
     """The version of DiSpec."""
     answer: dict[str, Any] = {"version": service_of(request).version}
@@ -107,6 +100,9 @@ async def show_version(request: Request) -> ASGIApp:
 
 
 def _models(service: Service) -> list[Model]:
-    served = service.model()
-    created = int(service.started)
-    return [Model(name, created, served.info.max_model_len, served.info.model) for name in served.names]
+    return [_model(service, name) for name in service.model().names]
+
+
+def _model(service: Service, name: str) -> Model:
+    info = service.model().info
+    return Model(name, int(service.started), info.max_model_len, info.model)

@@ -11,19 +11,20 @@ from serving.service import service_of
 from serving.streaming import JsonAnswer
 
 
-@post("/tokenize", status_code=200, **describe(TokenizeRequest, TokenizeAnswer))
+@post("/tokenize", status_code=200, **describe(TokenizeRequest, TokenizeAnswer, tag="Tokenizer"))
 async def tokenize(request: Request) -> ASGIApp:
     """The token ids of a text, or of messages in the model's chat template."""
     service = service_of(request)
     model = service.model()
     body = await service.body(request, TokenizeRequest)
     model.check_name(body.model)
+    _refuse_unsupported(body)
     token_ids = await model.prompts.of_tokenize(body)
-    texts = [model.texts.of(token)[0] for token in token_ids] if body.return_token_strs else None
-    return JsonAnswer(TokenizeAnswer(len(token_ids), model.info.max_model_len, token_ids, texts))
+    strings = list(map(model.prompts.tokenizer.token_string, token_ids)) if body.return_token_strs else None
+    return JsonAnswer(TokenizeAnswer(len(token_ids), model.info.max_model_len, token_ids, strings))
 
 
-@post("/detokenize", status_code=200, **describe(DetokenizeRequest, DetokenizeAnswer))
+@post("/detokenize", status_code=200, **describe(DetokenizeRequest, DetokenizeAnswer, tag="Tokenizer"))
 async def detokenize(request: Request) -> ASGIApp:
     """The text of token ids, special tokens spelled out."""
     service = service_of(request)
@@ -38,3 +39,9 @@ async def detokenize(request: Request) -> ASGIApp:
     decode = model.prompts.tokenizer.decode
     text = await model.prompts.off_loop(lambda: decode(body.tokens, skip_special_tokens=False))
     return JsonAnswer(DetokenizeAnswer(text))
+
+
+def _refuse_unsupported(body: TokenizeRequest) -> None:
+    for name in ("tools", "chat_template"):
+        if getattr(body, name):  # null, or no tools, asks for nothing
+            raise ApiError(400, f"{name} is not supported: leave it out", param=name, code="not_supported")

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,25 @@ def server_options(
     api_key_file: Annotated[
         Path | None, Option(help="File with a key on each line, out of sight of `ps`.", rich_help_panel=_SERVER)
     ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        Option(
+            help="SCHEME://HOST[:PORT] whose web pages may use this server, * for all; can be given several times,"
+            " or as a JSON list.",
+            show_default="none",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    allowed_methods: Annotated[
+        list[str] | None, Option(help="Methods for those pages.", show_default="*", rich_help_panel=_SERVER)
+    ] = None,
+    allowed_headers: Annotated[
+        list[str] | None, Option(help="Headers for those pages.", show_default="*", rich_help_panel=_SERVER)
+    ] = None,
+    allow_credentials: Annotated[
+        bool,
+        Option("--allow-credentials", help="Let those pages send what the browser keeps.", rich_help_panel=_SERVER),
+    ] = False,
     served_model_name: Annotated[
         list[str] | None,
         Option(
@@ -156,8 +176,25 @@ def server_options(
     given["slos"] = tuple(map(parse_slo, given.pop("slo") or ()))
     if (bounds := given["autoscale"]) is not None:
         given["autoscale"] = _scaling_limits(bounds)
+    for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+        if (items := given.pop(name)) is not None:
+            given[name] = _texts(name, items)
     given["served_model_names"] = tuple(given.pop("served_model_name") or ())
     return given
+
+
+def _texts(name: str, items: list[str]) -> tuple[str, ...]:
+    """Texts that were given one by one, or as vLLM takes them: one JSON list."""
+    joined = " ".join(items)  # a variable is taken apart at its spaces
+    if not joined.startswith("["):
+        return tuple(items)
+    try:
+        found = json.loads(joined)
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise ValueError(f"{name} is {joined!r:.100}, must be a JSON list of texts, or one text")
+    return tuple(found)
 
 
 def _scaling_limits(bounds: str) -> ScalingLimits:

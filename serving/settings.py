@@ -1,11 +1,13 @@
 """What the front process can be told at start, and the limits that it holds its clients to."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.autoscaling import ScalingLimits
 from engine.slo import DEFAULT_CLASS, Slo
+from serving.cors import ANY, Cors, origin_as_sent
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
@@ -17,6 +19,8 @@ LogFormat = Literal["auto", "json", "text"]
 GenerationConfig = Literal["auto", "none"]
 Role = Literal["both", "prefill", "decode"]
 
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # of a header's or method's name, by RFC 9110
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
@@ -24,6 +28,9 @@ class ServerSettings:
 
     host, port: where to listen; port 0 takes a free one.
     api_keys: any of them opens every route; with none, all routes are open.
+    allowed_origins: origins whose web pages may use the server from a browser; "*" allows all, none keeps them out.
+    allowed_methods, allowed_headers: which methods and headers those pages may use; "*" allows all.
+    allow_credentials: let those pages send what the browser keeps, such as a key that was typed in for the dashboard.
     served_model_names: what clients may call the model, the first of which answers carry; empty takes its own name.
     max_queued_requests, max_queued_tokens: most choices, and most prompt tokens, that wait for the engine.
     request_timeout: seconds for a whole request; None has no limit.
@@ -42,6 +49,10 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    allowed_origins: tuple[str, ...] = ()
+    allowed_methods: tuple[str, ...] = (ANY,)
+    allowed_headers: tuple[str, ...] = (ANY,)
+    allow_credentials: bool = False
     served_model_names: tuple[str, ...] = ()
     max_queued_requests: int = 1024
     max_queued_tokens: int = 1_000_000
@@ -93,10 +104,35 @@ class ServerSettings:
         for key in self.api_keys:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ValueError("api_key holds a key that is empty or has spaces or characters other than ASCII")
+        self._check_cors()
         if not self.host:
             raise ValueError("host is empty, must be a name or an address")
         if not all(self.served_model_names):
             raise ValueError("served_model_name is empty, must be a name")
+
+    @property
+    def cors(self) -> Cors:
+        """The rules for web pages of other origins."""
+        return Cors(
+            origins=tuple(map(origin_as_sent, self.allowed_origins)),
+            methods=tuple(method.upper() for method in self.allowed_methods),
+            headers=self.allowed_headers,
+            credentials=self.allow_credentials,
+        )
+
+    def _check_cors(self) -> None:
+        for origin in self.allowed_origins:
+            origin_as_sent(origin)
+        for name in ("allowed_methods", "allowed_headers"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty, must be names, or * for all")
+            for item in getattr(self, name):
+                if item != ANY and not _TOKEN.fullmatch(item):
+                    raise ValueError(f"{name} holds {item!r:.100}, must be a name, or * for all")
+            if getattr(self, name) != (ANY,) and not self.allowed_origins:
+                raise ValueError(f"{name} is for the pages of allowed_origins: give both")
+        if self.allow_credentials and (not self.allowed_origins or ANY in self.allowed_origins):
+            raise ValueError("allow_credentials is for pages that allowed_origins names one by one, without *")
 
     def slo(self, name: str | None) -> Slo | None:
         """The class of that name, or of requests without one. Raises ValueError if there is no such class."""

@@ -92,6 +92,23 @@ def test_flag_before_environment_before_file_before_default(
     assert started[1][1]["model"] == "from the command line"
 
 
+def test_origins_by_file_variable_and_flag(
+    started: list[tuple[ServerSettings, dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "dispec.toml"
+    config.write_text('allowed_origins = ["https://a.com", "https://b.com"]\nallow_credentials = true\n')
+    assert dispec("serve", "--config", str(config)).code == 0
+    monkeypatch.setenv("DISPEC_ALLOWED_ORIGINS", '["https://c.com", "https://d.com"]')
+    assert dispec("serve").code == 0
+    assert dispec("serve", "--allowed-origins", '["*"]', "--allowed-methods", "GET").code == 0
+    both = [(settings.allowed_origins, settings.allow_credentials) for settings, _ in started]
+    assert both[:2] == [(("https://a.com", "https://b.com"), True), (("https://c.com", "https://d.com"), False)]
+    assert started[2][0].cors.allows(b"https://e.com")
+    assert started[2][0].allowed_methods == ("GET",)
+    result = dispec("serve", "--allowed-origins", "a.com")
+    assert "allowed_origins holds 'a.com', must be SCHEME://HOST" in one_sentence(result)
+
+
 def test_keys_from_a_file(started: list[tuple[ServerSettings, dict[str, Any]]], tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("# of the team\nfirst\n\n second \n")
@@ -168,19 +185,21 @@ def _routes(guarded: Server) -> list[tuple[str, str]]:
     found = [(method.upper(), path) for path, methods in document["paths"].items() for method in methods]
     others = ["/", "/metrics", "/docs", "/schema", "/schema/openapi.json", "/openapi.json", "/dashboard"]
     others += ["/dashboard/events", "/dashboard/plotly.js", "/schema/assets/swagger-ui.css", "/no/such/route"]
-    return found + [("GET", path) for path in others] + [("HEAD", "/metrics"), ("OPTIONS", "/v1/models")]
+    found += [("GET", path) for path in others]
+    paths = {path: None for _, path in found}
+    return found + [(method, path) for path in paths for method in ("HEAD", "OPTIONS", "DELETE", "TRACE")]
 
 
 def test_no_route_without_the_key(guarded: Server) -> None:
     routes = _routes(guarded)
-    assert len(routes) > 25
+    assert len(routes) > 125
     http = httpx.Client(base_url=guarded.url)
     for method, path in routes:
         path = path.replace("{model_id}", "tiny")
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {KEY}x"}, {"X-Api-Key": KEY}):
             answer = http.request(method, path, headers=headers)
             if path in ("/live", "/ping"):
-                assert answer.status_code == 200
+                assert answer.status_code == {"GET": 200, "HEAD": 200, "OPTIONS": 204}.get(method, 405)
                 continue
             assert answer.status_code == 401, path
             assert "www-authenticate" in answer.headers
@@ -191,8 +210,12 @@ def test_no_route_without_the_key(guarded: Server) -> None:
 def test_the_key_opens(guarded: Server) -> None:
     with pytest.raises(openai.AuthenticationError):
         OpenAI(base_url=f"{guarded.url}/v1", api_key="wrong").models.list()
-    names = [found.id for found in OpenAI(base_url=f"{guarded.url}/v1", api_key=KEY).models.list()]
-    assert names == ["nick"]
+    models = OpenAI(base_url=f"{guarded.url}/v1", api_key=KEY).models
+    assert [found.id for found in models.list()] == ["nick"]
+    root = models.retrieve("nick").root
+    assert models.retrieve(root).id == root
+    with pytest.raises(openai.NotFoundError):
+        models.retrieve("tiny")
     basic = base64.b64encode(f"anybody:{KEY}".encode()).decode()
     page = httpx.get(f"{guarded.url}/dashboard", headers={"Authorization": f"Basic {basic}"})
     assert page.status_code == 200

@@ -19,7 +19,6 @@ from litestar.params import FromPath
 from litestar.response import Redirect
 
 from serving.errors import ErrorBody
-from serving.protocol_sampling import UNSUPPORTED_FIELDS
 
 _REFERENCE = "#/components/schemas/{name}"
 _ASSETS = {
@@ -81,12 +80,8 @@ def add_schemas(app: Litestar, model_names: Sequence[str]) -> None:
     """Put the bodies' schemas into the document. Called once, when all routes are there."""
     _, found = msgspec.json.schema_components(_known.values(), ref_template=_REFERENCE)
     for schema in found.values():
-        for name in UNSUPPORTED_FIELDS & schema.get("properties", {}).keys():
-            del schema["properties"][name]
         if model_names and "model" in schema.get("properties", {}) and "choices" not in schema["properties"]:
             schema["properties"]["model"] = {"enum": [*model_names, None], "default": None}
-    # A completion echoes, a chat does not; both have the field.
-    found["ChatRequest"]["properties"].pop("echo", None)
     app.openapi_schema.components.schemas.update(found)
 
 

@@ -1,7 +1,6 @@
-"""What clients send: the bodies of requests. Unknown fields are ignored, nulls stand for what is left out.
+"""What clients send: the bodies of requests, with the fields that are honoured. Nulls stand for what is left out.
 
-Fields that are known and do nothing here are declared all the same, at the end of each struct, so that
-`protocol_sampling.refuse_unsupported` can say so instead of dropping them in silence.
+Other fields that clients know are in `serving.request_fields`, refused or ignored by name.
 """
 
 from typing import Annotated, Any
@@ -28,7 +27,13 @@ _STOP = _shape(minLength=1, maxLength=1024, items=_TEXT, maxItems=4)
 _BIASES = _shape(propertyNames={"pattern": "^[0-9]+$"}, additionalProperties={"minimum": -100, "maximum": 100})
 _NAME = _shape(pattern="^[!-~]*$", maxLength=128)
 _ROLE_AND_CONTENT = {"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}}
-_CUT = Meta(extra_json_schema={"minimum": -1, "not": {"const": 0}}, description="Keep the last of them; -1: what fits.")
+_CUT = Meta(extra_json_schema={"minimum": -1, "not": {"const": 0}}, description="Keep so many; -1: what fits.")
+_SIDE = Meta(extra_json_schema={"enum": ["left", "right"]}, description="The side that is cut off; left if left out.")
+_AS_IDS = Meta(description="Write tokens of log-probabilities as `token_id:` and the id.")
+_PLAIN = Meta(
+    description="Read special tokens that messages spell out as those tokens, and not as text. The server's default:"
+    " --allow-special-tokens-in-content."
+)
 _MESSAGES = _shape(
     minItems=1,
     allOf=[{"items": {"properties": _ROLE_AND_CONTENT, "required": ["role", "content"]}}],  # msgspec has "items"
@@ -70,6 +75,7 @@ class Sampling(Struct, kw_only=True):
     allowed_token_ids: Annotated[list[int] | None, _TOKENS, _shape(minItems=1)] = None
     prompt_logprobs: Annotated[int | None, _limits(0, 20)] = None
     truncate_prompt_tokens: Annotated[int | None, _CUT] = None
+    truncation_side: Annotated[str | None, _SIDE] = None
     add_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -78,23 +84,8 @@ class Sampling(Struct, kw_only=True):
     request_id: Annotated[str | None, _NAME] = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: Annotated[bool | None, _AS_IDS] = None
     kv_transfer_params: Annotated[Any, Meta(description="By which routers split a request between workers.")] = None
-
-    best_of: Any = None
-    echo: Any = None
-    suffix: Any = None
-    response_format: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    use_beam_search: Any = None
-    logits_processors: Any = None
 
 
 class ChatRequest(Sampling, kw_only=True):
@@ -105,15 +96,7 @@ class ChatRequest(Sampling, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, _ARGUMENTS] = None
-
-    audio: Any = None
-    modalities: Any = None
-    prediction: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
-    documents: Any = None
-    chat_template: Any = None
+    allow_special_tokens_in_content: Annotated[bool | None, _PLAIN] = None
 
 
 class CompletionRequest(Sampling, kw_only=True):
@@ -121,12 +104,11 @@ class CompletionRequest(Sampling, kw_only=True):
     logprobs: Annotated[int | None, _limits(0, 20)] = None
     echo: bool | None = None
 
-    prompt_embeds: Any = None
-
 
 class GenerateRequest(Struct, kw_only=True):
-    """The short form, without a model's name or roles."""
+    """The short form, without roles."""
 
+    model: str | None = None
     prompt: Annotated[str | list[int], _shape(minItems=1, minLength=1)]
     max_new_tokens: Annotated[int | None, _limits(1)] = None
     temperature: Annotated[float | None, _limits(0, 100)] = None
@@ -144,6 +126,7 @@ class TokenizeRequest(Struct, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, _ARGUMENTS] = None
+    allow_special_tokens_in_content: Annotated[bool | None, _PLAIN] = None
 
 
 class DetokenizeRequest(Struct, kw_only=True):

@@ -3,7 +3,7 @@
 from litestar import Request, post
 from litestar.types import ASGIApp
 
-from serving.errors import ApiError
+from engine.errors import ContextOverflow
 from serving.openapi import describe
 from serving.protocol import DetokenizeRequest, TokenizeRequest
 from serving.protocol_answers import DetokenizeAnswer, TokenizeAnswer
@@ -32,9 +32,7 @@ async def detokenize(request: Request) -> ASGIApp:
     model.check_name(body.model)
     model.prompts.check_tokens(body.tokens, "tokens")
     if len(body.tokens) > model.info.max_model_len:
-        raise ApiError(
-            400, f"tokens holds {len(body.tokens)}, must be at most max_model_len ({model.info.max_model_len})"
-        )
+        raise ContextOverflow("tokens", f"tokens holds {len(body.tokens)}", model.info.max_model_len)
     decode = model.prompts.tokenizer.decode
     text = await model.prompts.off_loop(lambda: decode(body.tokens, skip_special_tokens=False))
     return JsonAnswer(DetokenizeAnswer(text))

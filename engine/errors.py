@@ -14,9 +14,14 @@ class InvalidField(ValueError):
 
 
 class ContextOverflow(InvalidField):
-    """A prompt leaves no room in the context for an answer. Clients know the error by this phrase of vLLM's."""
+    """A prompt leaves no room in the context for an answer.
+
+    The sentence has the phrases by which clients know the error: vLLM's "this model's maximum context length is", which
+    LiteLLM looks for, and "prompt is too long", LangChain's.
+    """
 
     def __init__(self, field: str, holds: str, max_model_len: int) -> None:
         """`holds` says which part of the request is too long, and how long it is: "prompt has 600 tokens"."""
-        must_be = f"must be below max_model_len ({max_model_len})"
-        super().__init__(field, f"{holds}, {must_be}: this model's maximum context length is {max_model_len} tokens")
+        limit = f"must be below max_model_len ({max_model_len})"
+        known_as = f"the prompt is too long, this model's maximum context length is {max_model_len} tokens"
+        super().__init__(field, f"{holds}, {limit}: {known_as}")

@@ -69,7 +69,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
 }
 _IGNORED = frozenset({
-    "user", "session_id",  # who asks
+    "user", "session_id",  # of the caller
     "return_mm_kwargs",  # of routes that render prompts
     "spaces_between_special_tokens",  # tokens follow one another without spaces of their own
 })  # fmt: skip

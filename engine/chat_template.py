@@ -1,7 +1,7 @@
 """Turn a list of messages into the prompt that the model was trained on, with the checkpoint's own Jinja template."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -11,8 +11,12 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engine.chat_messages import plain_data, plain_messages, with_texts
+from engine.errors import InvalidField
+
 # Private-use characters, which no message holds; the space shows whether the template trims messages.
 _CONTINUED = "\ue000continued here\ue000 "
+_TAGS = range(0xF0000, 0xFFFFE)  # one for each message, to see whether the template shows it
 
 
 class _Generation(Extension):
@@ -78,30 +82,44 @@ class ChatTemplate:
         """The prompt. `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last
         message open instead, for the model to go on with. `variables` are the template's own, like `enable_thinking`.
 
-        Raises ValueError for messages of the wrong form (naming the field) and for what the template refuses.
+        A `developer` message is a system message to templates that do not know the role. Raises ValueError for
+        messages of the wrong form (naming the field), for what the template refuses and for messages it leaves out.
         """
         if continue_final_message and add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-        plain = plain_messages(messages)
-        if continue_final_message:
-            plain[-1]["content"] = plain[-1].get("content", "") + _CONTINUED
-        template = self._template("tool_use" if tools is not None and "tool_use" in self._sources else "default")
-        variables = self._special_tokens | {"documents": None} | variables
-        try:
-            text = template.render(
-                messages=plain,
-                tools=None if tools is None else _plain(tools, "tools"),
-                add_generation_prompt=add_generation_prompt,
-                **variables,
+            raise InvalidField(
+                "continue_final_message", "continue_final_message and add_generation_prompt exclude each other"
             )
-        # A template is a program, and fails in all the ways of one.
-        except Exception as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
+        template = self._template(name)
+        variables = self._special_tokens | {"documents": None} | variables
+        variables["tools"] = None if tools is None else plain_data(tools, "tools")
+        variables["add_generation_prompt"] = add_generation_prompt
+
+        def rendered(messages: Sequence[Mapping[str, Any]]) -> str:
+            try:
+                return template.render(messages=messages, **variables)
+            # A template is a program, and fails in all the ways of one.
+            except Exception as error:
+                raise InvalidField("messages", f"the chat template refuses these messages: {error}") from error
+
+        plain = plain_messages(messages)
+        for index, message in enumerate(plain):
+            if "tool_calls" in message and "tool_calls" not in self._sources[name]:
+                said = f"messages[{index}].tool_calls: the model's chat template does not know them"
+                raise InvalidField("messages", said)
+        if "developer" not in self._sources[name]:
+            plain = [message | {"role": "system"} if message["role"] == "developer" else message for message in plain]
+        if any(message["content"] is None for message in plain) and not _takes_null(plain, rendered):
+            plain = with_texts(plain)
+        if continue_final_message:
+            plain[-1]["content"] = (plain[-1]["content"] or "") + _CONTINUED
+        text = rendered(plain)
+        _check_all_shown(plain, messages, rendered)
         if not continue_final_message:
             return text
         before, mark, after = text.rpartition(_CONTINUED.strip())
         if not mark:
-            raise ValueError("continue_final_message: the chat template leaves the last message out")
+            raise InvalidField("messages", "continue_final_message: the chat template leaves the last message out")
         return before if after.startswith(" ") else before.rstrip()
 
     def _template(self, name: str) -> jinja2.Template:
@@ -115,70 +133,45 @@ class ChatTemplate:
         return self._compiled[name]
 
 
-def plain_messages(messages: Any) -> list[dict[str, Any]]:
-    """Check the messages and bring them into the form that templates for text models expect.
+def _takes_null(messages: Sequence[Mapping[str, Any]], rendered: Callable[[Any], str]) -> bool:
+    """Whether the template expects null beside tool calls, or else a text: it then fails, or writes "None"."""
+    try:
+        text = rendered(messages)
+    except InvalidField:
+        return False
+    return text.count("None") <= rendered(with_texts(messages)).count("None")
 
-    Content given as text parts becomes one string, tool-call arguments given as JSON text become an object (templates
-    write them out as JSON themselves), and fields that are None are dropped (templates test whether they exist).
+
+def _check_all_shown(
+    messages: Sequence[Mapping[str, Any]], given: Sequence[Mapping[str, Any]], rendered: Callable[[Any], str]
+) -> None:
+    """Raise InvalidField for a message that the template leaves out, by rendering each with a character of its own.
+
+    The character is at both ends of a content, one of which stays if the template keeps a part of it (as templates do
+    that drop what was thought), and after the names of called functions, beside which some templates drop the content.
     """
-    if not isinstance(messages, list | tuple):
-        raise ValueError(f"messages: must be a list, not {type(messages).__name__}")
-    if not messages:
-        raise ValueError("messages: must not be empty")
-    return [_plain_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    tags = [chr(_TAGS[index % len(_TAGS)]) for index in range(len(messages))]
+    try:
+        text = rendered([_tagged(message, tag) for message, tag in zip(messages, tags, strict=True)])
+    except InvalidField:  # the template looks at what the contents are, and has taken the real ones
+        return
+    for index, (message, tag) in enumerate(zip(messages, tags, strict=True)):
+        says_something = (message["content"] or "").strip() or "tool_calls" in message
+        if says_something and tag not in text and json.dumps(tag)[1:-1] not in text:
+            what = f"a message of the role {given[index]['role']!r:.50} at this place"
+            raise InvalidField("messages", f"messages[{index}]: the model's chat template leaves out {what}")
 
 
-def _plain_message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise ValueError(f"{where}: must be an object, not {type(message).__name__}")
-    plain = {key: value for key, value in _plain(message, where).items() if value is not None}
-    if not isinstance(plain.get("role"), str):
-        raise ValueError(f"{where}.role: {'must be a string' if 'role' in plain else 'is missing'}")
-    if "content" in plain:
-        plain["content"] = _text(plain["content"], f"{where}.content")
-    elif not plain.get("tool_calls"):
-        raise ValueError(f"{where}.content: is missing")
-    if "reasoning" in plain:  # what OpenAI-style servers call it today, and what templates know
-        plain.setdefault("reasoning_content", plain["reasoning"])
-    calls = plain.get("tool_calls", [])
-    if not isinstance(calls, list | tuple):
-        raise ValueError(f"{where}.tool_calls: must be a list")
-    for index, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict):
-            raise ValueError(f"{where}.tool_calls[{index}]: must be an object with a function")
-        if isinstance(function.get("arguments"), str):
-            try:
-                function["arguments"] = json.loads(function["arguments"] or "{}")
-            except ValueError:
-                raise ValueError(f"{where}.tool_calls[{index}].function.arguments: is not JSON") from None
-    return plain
+def _tagged(message: Mapping[str, Any], tag: str) -> dict[str, Any]:
+    tagged = dict(message)
+    if (message["content"] or "").strip():
+        tagged["content"] = f"{tag}{message['content']}{tag}"
+    if "tool_calls" in message:
+        tagged["tool_calls"] = [_tagged_call(call, tag) for call in message["tool_calls"]]
+    return tagged
 
 
-def _text(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list | tuple):
-        raise ValueError(f"{where}: must be a string or a list of parts, not {type(content).__name__}")
-    texts = []
-    for index, part in enumerate(content):
-        text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
-        if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise ValueError(f"{where}[{index}]: parts of type {kind!r} are not supported by this text model")
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def _plain(value: Any, where: str) -> Any:
-    """A copy in exact JSON types: objects with methods are a way out of a sandbox."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    for exact in (str, int, float):
-        if isinstance(value, exact):
-            return exact(value)
-    raise ValueError(f"{where}: {type(value).__name__} is not JSON data")
+def _tagged_call(call: Mapping[str, Any], tag: str) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _tagged_call(call["function"], tag)}
+    return {**call, "name": f"{call.get('name', '')}{tag}"}

@@ -43,7 +43,7 @@ def default_model_file() -> Path:
     cache = writable_cache()
     path = cache / "models" / name
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{DEFAULT_MODEL}.lock"):
             if not _is_complete(path):  # another process may have brought it while we waited
                 for abandoned in cache.glob("download-*"):  # of a process that was killed: we hold the lock

@@ -25,6 +25,7 @@ from engine.compile_cache import CompileKey, choose_compile_cache, write_stamp
 from engine.draft_checkpoint import SharedDraft
 from engine.draft_loop import DraftLoop, Guesser
 from engine.draft_model import Draft, DraftModel, find_draft
+from engine.errors import ContextOverflow, InvalidField
 from engine.handover import Handover
 from engine.launched import Launched
 from engine.logit_edits import LogitEdits, check_something_remains
@@ -222,7 +223,10 @@ class Engine:
         """
         self._check(prompt, params, priority)
         if (publish_as is not None or pull is not None) and self.handover.transfers is None:
-            raise ValueError("kv_transfer is off: this engine neither gives its KV cache to others nor takes theirs")
+            raise InvalidField(
+                "kv_transfer_params",
+                "kv_transfer is off: this engine neither gives its KV cache to others nor takes theirs",
+            )
         if publish_as is not None:
             params = replace(params, max_tokens=1, min_tokens=min(1, params.min_tokens))
         stops = set(params.stop_token_ids)
@@ -462,20 +466,19 @@ class Engine:
 
     def _check(self, prompt: Series[int], params: SamplingParams, priority: int) -> None:
         if len(prompt) == 0:
-            raise ValueError("prompt is empty: it must have at least 1 token")
+            raise InvalidField("prompt", "prompt is empty: it must have at least 1 token")
         if len(prompt) >= self.max_model_len:
-            raise ValueError(
-                f"prompt has {len(prompt)} tokens, must be below max_model_len ({self.max_model_len}) to leave room"
-                " for an answer"
-            )
+            raise ContextOverflow("prompt", f"prompt has {len(prompt)} tokens", self.max_model_len)
         for name, tokens in {"prompt": prompt, **params.token_fields()}.items():
             for token in tokens:
                 if not 0 <= token < self.config.vocab_size:
-                    raise ValueError(f"{name} holds token id {token}, must be in 0 … {self.config.vocab_size - 1}")
+                    last = self.config.vocab_size - 1
+                    raise InvalidField(name, f"{name} holds token id {token}, must be in 0 … {last}")
         if params.stop or params.bad_words:
-            raise ValueError("stop and bad_words are texts, which the engine does not see: use LLM, or token ids")
+            name = "stop" if params.stop else "bad_words"
+            raise InvalidField(name, f"{name} is a text, which the engine does not see: use LLM, or token ids")
         if not -(2**31) <= priority < 2**31:
-            raise ValueError(f"priority is {priority}, must fit in 32 bits")
+            raise InvalidField("priority", f"priority is {priority}, must fit in 32 bits")
 
     def _load_weights(
         self,

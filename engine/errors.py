@@ -1,5 +1,27 @@
-"""The error of a model that cannot be loaded. It has no imports, so that the front process shares it without torch."""
+"""Errors that a user can cause. This file imports nothing, so that the front process shares it without torch."""
 
 
 class CheckpointError(ValueError):
     """A model cannot be found, downloaded or read; the message is one sentence that names it and says what to do."""
+
+
+class InvalidField(ValueError):
+    """A field of a request breaks a rule. `field` is its name at the top level of the request."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ContextOverflow(InvalidField):
+    """A prompt leaves no room in the context for an answer.
+
+    The sentence has the phrases by which clients know the error: vLLM's "this model's maximum context length is", which
+    LiteLLM looks for, and "prompt is too long", LangChain's.
+    """
+
+    def __init__(self, field: str, holds: str, max_model_len: int) -> None:
+        """`holds` says which part of the request is too long, and how long it is: "prompt has 600 tokens"."""
+        limit = f"must be below max_model_len ({max_model_len})"
+        known_as = f"the prompt is too long, this model's maximum context length is {max_model_len} tokens"
+        super().__init__(field, f"{holds}, {limit}: {known_as}")

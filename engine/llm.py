@@ -158,10 +158,17 @@ class LLM:
         """Answer a conversation in the model's own chat template."""
         return self.generate([self.chat_prompt(messages, **template)], params)[0]
 
-    def chat_prompt(self, messages: Series[Mapping[str, Any]], **template: Any) -> list[int]:
-        """The token ids of a conversation in the model's chat template, ready for the assistant's turn."""
-        text = self.tokenizer.apply_chat_template(messages, **template)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def chat_prompt(
+        self, messages: Series[Mapping[str, Any]], *, allow_special_tokens_in_content: bool = False, **template: Any
+    ) -> list[int]:
+        """The token ids of a conversation in the model's chat template, ready for the assistant's turn.
+
+        Special tokens that messages spell out are text, unless `allow_special_tokens_in_content`.
+        """
+        text = self.tokenizer.render_chat(messages, **template)
+        if allow_special_tokens_in_content:
+            return self.tokenizer.encode(text.plain, add_special_tokens=False)
+        return self.tokenizer.encode_chat(text)
 
     def _add_all(self, prompts: Series[Prompt], params: Series[SamplingParams]) -> list[_Request]:
         requests: list[_Request] = []

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence, Set
 
 import numpy as np
 
+from engine.errors import InvalidField
 from engine.sampling_params import SamplingParams
 
 
@@ -147,7 +148,7 @@ class LogitEdits:
 
 
 def check_something_remains(params: SamplingParams, stop_token_ids: Set[int], vocab_size: int) -> None:
-    """Raise ValueError if there could be a step in which every token is ruled out.
+    """Raise InvalidField if there could be a step in which every token is ruled out.
 
     Bad words of several tokens count as if their last tokens were banned always.
     """
@@ -163,7 +164,8 @@ def check_something_remains(params: SamplingParams, stop_token_ids: Set[int], vo
     if all(token in banned for token in allowed):
         named = " and ".join(name for name, is_set in fields.items() if is_set)
         reason = f" (min_tokens is {params.min_tokens}, which withholds stop tokens)" if fields["min_tokens"] else ""
-        raise ValueError(f"{named} rule out every token of the vocabulary, at least one must remain{reason}")
+        field = next((name for name, is_set in fields.items() if is_set), "min_tokens")
+        raise InvalidField(field, f"{named} rule out every token of the vocabulary, at least one must remain{reason}")
 
 
 def _mask(allowed: Sequence[int] | None, banned: Set[int], vocab_size: int) -> np.ndarray | None:

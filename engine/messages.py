@@ -111,10 +111,11 @@ class Accepted(msgspec.Struct, tag=True):
 
 
 class Refused(msgspec.Struct, tag=True):
-    """A request that cannot be served as it is; the engine goes on."""
+    """A request that cannot be served as it is; the engine goes on. `field` is the one that breaks a rule, if known."""
 
     request_id: str
     message: str
+    field: str | None = None
 
 
 class Token(msgspec.Struct, array_like=True):

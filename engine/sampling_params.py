@@ -6,6 +6,8 @@ from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from engine.errors import InvalidField
+
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -15,7 +17,7 @@ MAX_LOGIT_BIAS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to continue one prompt. Raises ValueError with the field, its value and the limit.
+    """How to continue one prompt. Raises InvalidField, a ValueError, with the field, its value and the limit.
 
     n: independent continuations of the prompt, which is computed once. Continuation i is what the seed + i gives
         alone.
@@ -31,7 +33,8 @@ class SamplingParams:
     bad_words: texts that are never generated, as tokenised with and without a space before them.
     bad_words_token_ids: the same as token ids: the last of each is never chosen after those before it.
     min_tokens: no end-of-sequence token, stop token or stop string ends the output before this many tokens.
-    max_tokens: most tokens to generate; the context length ends a sequence as well.
+    max_tokens: most tokens to generate. The end of the context ends a sequence as well, so that a value beyond
+        max_model_len asks for all that fits (the HTTP API refuses such a value: clients rely on that).
     seed: 64-bit; None draws one. The same seed gives the same tokens whatever else is in the batch, up to the
         order in which floating-point sums are taken.
     ignore_eos: do not stop at the model's end-of-sequence tokens.
@@ -78,7 +81,7 @@ class SamplingParams:
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} is {value}, must be between {low} and {high}")
+                raise InvalidField(name, f"{name} is {value}, must be between {low} and {high}")
         for name, lowest, highest in (
             ("temperature", 0.0, 100.0),
             ("min_p", 0.0, 1.0),
@@ -86,18 +89,24 @@ class SamplingParams:
             ("frequency_penalty", -2.0, 2.0),
         ):
             if not lowest <= getattr(self, name) <= highest:  # false for NaN
-                raise ValueError(f"{name} is {getattr(self, name)}, must be between {lowest:g} and {highest:g}")
+                value = getattr(self, name)
+                raise InvalidField(name, f"{name} is {value}, must be between {lowest:g} and {highest:g}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, must be above 0 and at most 1")
+            raise InvalidField("top_p", f"top_p is {self.top_p}, must be above 0 and at most 1")
         if not 0 < self.repetition_penalty <= 100:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}, must be above 0 and at most 100")
+            raise InvalidField(
+                "repetition_penalty",
+                f"repetition_penalty is {self.repetition_penalty}, must be above 0 and at most 100",
+            )
         if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens is {self.min_tokens}, must be at most max_tokens ({self.max_tokens})")
+            raise InvalidField(
+                "min_tokens", f"min_tokens is {self.min_tokens}, must be at most max_tokens ({self.max_tokens})"
+            )
         self._check_tokens()
         self._check_texts("stop", self.stop)
         self._check_texts("bad_words", self.bad_words)
         if len(self.stop) > MAX_STOP_STRINGS:
-            raise ValueError(f"stop holds {len(self.stop)} texts, must be at most {MAX_STOP_STRINGS}")
+            raise InvalidField("stop", f"stop holds {len(self.stop)} texts, must be at most {MAX_STOP_STRINGS}")
 
     @property
     def restricts(self) -> bool:
@@ -124,8 +133,9 @@ class SamplingParams:
         }
 
     def _freeze(self) -> None:
-        if isinstance(self.stop, str) or isinstance(self.bad_words, str):
-            raise ValueError("stop and bad_words are lists of texts, not one text")
+        for name in ("stop", "bad_words"):
+            if isinstance(getattr(self, name), str):
+                raise InvalidField(name, f"{name} is one text, must be a list of texts")
         for name in ("stop_token_ids", "stop", "bad_words"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.allowed_token_ids is not None:
@@ -137,19 +147,23 @@ class SamplingParams:
         for name, tokens in self.token_fields().items():
             for token in tokens:
                 if not 0 <= token < 2**31:
-                    raise ValueError(f"{name} holds {token}, must be token ids between 0 and {2**31 - 1}")
+                    raise InvalidField(name, f"{name} holds {token}, must be token ids between 0 and {2**31 - 1}")
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise ValueError(f"logit_bias holds {len(self.logit_bias)} tokens, must be at most {MAX_LOGIT_BIAS}")
+            raise InvalidField(
+                "logit_bias", f"logit_bias holds {len(self.logit_bias)} tokens, must be at most {MAX_LOGIT_BIAS}"
+            )
         for token, bias in self.logit_bias.items():
             if not (math.isfinite(bias) and -100 <= bias <= 100):
-                raise ValueError(f"logit_bias of token {token} is {bias}, must be between -100 and 100")
+                raise InvalidField("logit_bias", f"logit_bias of token {token} is {bias}, must be between -100 and 100")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise ValueError("allowed_token_ids is empty: nothing could be generated")
+            raise InvalidField("allowed_token_ids", "allowed_token_ids is empty: nothing could be generated")
         if not all(self.bad_words_token_ids):
-            raise ValueError("bad_words_token_ids holds an empty list")
+            raise InvalidField("bad_words_token_ids", "bad_words_token_ids holds an empty list")
 
     @staticmethod
     def _check_texts(name: str, texts: Series[str]) -> None:
         for text in texts:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
-                raise ValueError(f"{name} holds {text!r:.50}, must be texts of 1 to {MAX_STOP_LENGTH} characters")
+                raise InvalidField(
+                    name, f"{name} holds {text!r:.50}, must be texts of 1 to {MAX_STOP_LENGTH} characters"
+                )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from engine.errors import InvalidField
 from engine.front_link import Link, log_to_front
 from engine.last_words import last_words
 from engine.messages import (
@@ -102,7 +103,7 @@ class Service:
     def _submit(self, message: Submit) -> None:
         try:
             if message.request_id in self._requests:
-                raise ValueError(f"request_id {message.request_id!r} is under way already")
+                raise InvalidField("request_id", f"request_id {message.request_id!r} is under way already")
             first = self._engine.add(
                 message.prompt,
                 SamplingParams(**message.params),
@@ -114,7 +115,7 @@ class Service:
                 is_resumed=message.is_resumed,
             )
         except ValueError as error:
-            self._link.send(Refused(message.request_id, str(error)))
+            self._link.send(Refused(message.request_id, str(error), getattr(error, "field", None)))
             return
         except Exception as error:  # nothing was queued, so it is this request's trouble alone
             log.exception("a request could not be queued")

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from engine.detokenize import IncrementalDetokenizer
+from engine.errors import InvalidField
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 
@@ -106,13 +107,13 @@ class TextStream:
 def without_texts(params: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
     """What the engine gets to see: words as token ids, and no stop strings, which a `TextStream` looks for.
 
-    Raises ValueError if there are texts and no tokenizer.
+    Raises InvalidField if there are texts and no tokenizer.
     """
     if not params.stop and not params.bad_words:
         return params
     if tokenizer is None:
         name = "stop" if params.stop else "bad_words"
-        raise ValueError(f"{name} is given, but a model without a tokenizer makes no text")
+        raise InvalidField(name, f"{name} is given, but a model without a tokenizer makes no text")
     bad_words = (*params.bad_words_token_ids, *tokenizer.bad_word_token_ids(params.bad_words))
     return replace(params, stop=(), bad_words=(), bad_words_token_ids=bad_words)
 

@@ -8,8 +8,10 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders
 
+from engine.chat_messages import plain_messages
 from engine.chat_template import ChatTemplate
 from engine.errors import CheckpointError
+from engine.special_texts import ChatText, SpecialTexts
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -45,6 +47,7 @@ class Tokenizer:
         special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         self.special_ids = frozenset(token for text in special if (token := backend.token_to_id(text)) is not None)
         self._bytes: dict[int, bytes] = {}
+        self._special_texts = SpecialTexts(backend)
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "Tokenizer":
@@ -99,6 +102,29 @@ class Tokenizer:
         if self._chat_template is None:
             raise ValueError("the model has no chat template: send it a plain prompt, as to /v1/completions")
         return self._chat_template.render(messages, add_generation_prompt, tools, continue_final_message, **variables)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> ChatText:
+        """The prompt of a conversation, for `encode_chat`. Raises as `apply_chat_template`."""
+        plain, texts = plain_messages(messages), self._special_texts
+        mark = texts.find_mark(plain, tools, variables)
+        if mark is not None:
+            plain, tools, variables = (texts.interrupt(value, mark) for value in (plain, tools, variables))
+        text = self.apply_chat_template(plain, add_generation_prompt, tools, continue_final_message, **variables)
+        return ChatText(text if mark is None else text.replace(mark, ""), text, mark)
+
+    def encode_chat(self, text: ChatText, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a rendered conversation. Special tokens that its messages spell out are text, not tokens."""
+        if text.mark is not None:
+            return self._special_texts.encode(text.marked, text.mark, add_special_tokens)
+        # `encode` holds Python's lock for as long as it takes; this does not.
+        return self.backend.encode_batch_fast([text.plain], add_special_tokens=add_special_tokens)[0].ids
 
     @property
     def has_chat_template(self) -> bool:

@@ -78,7 +78,7 @@ def _convert(prepared: Path, source: Path, file: GgufFile | None = None) -> None
     from transformers import AutoTokenizer  # 4 s: only here
 
     try:
-        prepared.parent.mkdir(exist_ok=True)
+        prepared.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=prepared.parent))
     except OSError as error:
         raise CheckpointError(f"cannot write to the cache {prepared.parent}: {error.strerror}") from error

@@ -19,7 +19,7 @@ class Call:
     """Begins at once. Whoever makes one must `abort` it in the end, which does nothing if it is over.
 
     Choices are numbered through: those of the first prompt, then those of the second. Raises Overloaded, NotReady or
-    RequestRefused, and then nothing is under way.
+    RequestRefused or ContextOverflow, and then nothing is under way.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from engine.errors import ContextOverflow, InvalidField
 from engine.messages import (
     Abort,
     Accepted,
@@ -134,8 +135,8 @@ class EngineClient:
         await self._supervisor.stop()
 
     def submit(self, request: GenerationRequest) -> RequestStream:
-        """Begin a request. Raises Overloaded, NotReady or RequestRefused; the engine's own refusal comes from the
-        stream."""
+        """Begin a request. Raises Overloaded, NotReady, RequestRefused or ContextOverflow; the engine's own refusal
+        comes from the stream."""
         return self.submit_as(RequestStream, request)
 
     def submit_as(self, make: Callable[..., Stream], request: GenerationRequest, *, is_resumed: bool = False) -> Stream:
@@ -147,16 +148,15 @@ class EngineClient:
             raise self._supervisor.not_ready()
         num_tokens, limit = len(request.prompt_token_ids), self.info.max_model_len
         if num_tokens >= limit:  # the engine says so as well, but need not be sent megabytes for it
-            raise RequestRefused(
-                f"prompt has {num_tokens} tokens, must be below max_model_len ({limit}) to leave room for an answer"
-            )
+            raise ContextOverflow("prompt", f"prompt has {num_tokens} tokens", limit)
         for token_id in request.prompt_token_ids:
             if not 0 <= token_id < 2**31:  # a message could not carry it; what else there is to say, the engine says
-                raise RequestRefused(f"prompt holds token id {token_id}, must be in 0 … {self.info.vocab_size - 1}")
+                last = self.info.vocab_size - 1
+                raise RequestRefused(f"prompt holds token id {token_id}, must be in 0 … {last}", "prompt")
         try:
             params = without_texts(request.params, self.tokenizer)
-        except ValueError as error:
-            raise RequestRefused(str(error)) from None
+        except InvalidField as error:
+            raise RequestRefused(str(error), error.field) from None
         key = str(next(self._keys))
         # Who goes on elsewhere has waited already.
         slack_seconds = 0.0 if is_resumed or not self._has_slos else self._slack(request)
@@ -364,8 +364,8 @@ class EngineClient:
         match message:
             case Accepted(request_id=key) if key in self._streams:
                 self._streams[key].accept()
-            case Refused(request_id=key, message=text) if key in self._streams:
-                self._end(self._streams[key], RequestRefused(text), tell_engine=False)
+            case Refused(request_id=key, message=text, field=field) if key in self._streams:
+                self._end(self._streams[key], RequestRefused(text, field), tell_engine=False)
             case Failed(request_id=key, message=text) if key in self._streams:
                 self._end(self._streams[key], EngineFailed(text), tell_engine=False)
             case Inspection():

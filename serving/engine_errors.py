@@ -29,7 +29,11 @@ class RequestTimedOut(Exception):
 
 
 class RequestRefused(ValueError):
-    """The request asks for what the engine cannot do; the message names the field."""
+    """The request asks for what the engine cannot do. `field` is the one of its fields that does, if it is one."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class TryLater(Exception):

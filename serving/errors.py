@@ -1,13 +1,13 @@
 """Every error in the one shape that OpenAI's clients read: {"error": {"message", "type", "param", "code"}}."""
 
 import logging
-import re
 from collections.abc import Mapping
 
 import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException
 
+from engine.errors import ContextOverflow, InvalidField
 from serving.engine_client import (
     EngineDied,
     EngineFailed,
@@ -36,7 +36,6 @@ _CODES = {
     503: "service_unavailable",
     504: "timeout",
 }
-_FIELD = re.compile(r"[a-z_]+(?=(\[\d+\])*(\.[\w\[\].]+)?( |:))")
 
 
 class ErrorDetail(msgspec.Struct):
@@ -83,11 +82,9 @@ class ClientLeft(ApiError):
         super().__init__(CLIENT_LEFT, "the client closed the connection")
 
 
-def invalid(message: str) -> ApiError:
-    """A request that breaks a rule; the sentence begins with the field that does."""
-    found = _FIELD.match(message)
-    code = "context_length_exceeded" if "max_model_len" in message else None
-    return ApiError(400, message, param=found.group() if found else None, code=code)
+def invalid(field: str | None, message: str) -> ApiError:
+    """A request that breaks a rule. `field` is the one of its fields that does; None if it is the whole body."""
+    return ApiError(400, message, param=field)
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -106,8 +103,12 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(500, str(error) or "the engine failed at this request", code="engine_error")
     if isinstance(error, HTTPException):  # some of which are ValueErrors
         return _of_litestar(error)
-    if isinstance(error, RequestRefused | ValueError):
-        return invalid(str(error))
+    if isinstance(error, ContextOverflow):
+        return ApiError(400, str(error), param=error.field, code="context_length_exceeded")
+    if isinstance(error, InvalidField | RequestRefused):
+        return invalid(error.field, str(error))
+    if isinstance(error, ValueError):
+        return invalid(None, str(error))
     return ApiError(500, f"internal error ({type(error).__name__}): the server's log says more", code="internal_error")
 
 

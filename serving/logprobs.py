@@ -1,6 +1,7 @@
 """Log-probabilities in the shapes of the three places that show them. There is never a NaN or an infinity."""
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 from engine.sequence import TokenLogprobs
 from engine.tokenizer import Tokenizer
@@ -20,6 +21,11 @@ class TokenTexts:
         self._tokenizer = tokenizer
         self._special_ids = frozenset() if tokenizer is None else tokenizer.special_ids
         self._known: dict[int, tuple[str, bytes]] = {}
+
+    @cached_property
+    def by_id(self) -> "TokenTexts":
+        """The same, where a token is shown as `token_id:` and its id; its bytes are what they were."""
+        return _TokenIds(self._tokenizer)
 
     def of(self, token_id: int) -> tuple[str, bytes]:
         known = self._known.get(token_id)
@@ -44,6 +50,11 @@ class TokenTexts:
         if skip_special_tokens and token_id in self._special_ids:
             return 0
         return sum(byte & 0xC0 != 0x80 for byte in self.of(token_id)[1])
+
+
+class _TokenIds(TokenTexts):
+    def of(self, token_id: int) -> tuple[str, bytes]:
+        return f"token_id:{token_id}", super().of(token_id)[1]
 
 
 def chat_logprobs(texts: TokenTexts, entries: Iterable[TokenLogprobs], count: int) -> ChatLogprobs:

@@ -20,7 +20,6 @@ from litestar.response import Redirect
 
 from serving.errors import ErrorBody
 from serving.openapi_bodies import EXAMPLES, complete
-from serving.protocol_sampling import UNSUPPORTED_FIELDS
 
 _REFERENCE = "#/components/schemas/{name}"
 _ASSETS = {
@@ -104,11 +103,6 @@ def openapi_config(version: str, needs_key: bool) -> OpenAPIConfig:
 def add_schemas(app: Litestar, model_names: Sequence[str], slo_names: Sequence[str] = ()) -> None:
     """Put the bodies' schemas into the document. Called once, when all routes are there."""
     _, found = msgspec.json.schema_components(_known.values(), ref_template=_REFERENCE)
-    for schema in found.values():
-        for name in UNSUPPORTED_FIELDS & schema.get("properties", {}).keys():
-            del schema["properties"][name]
-    # A completion echoes, a chat does not; both have the field.
-    found["ChatRequest"]["properties"].pop("echo", None)
     complete(found, list(model_names), list(slo_names))
     app.openapi_schema.components.schemas.update(found)
 

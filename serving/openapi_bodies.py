@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from serving.protocol_sampling import _TEMPLATE_OWN
+from serving.protocol_sampling import RESERVED_TEMPLATE_NAMES
 from serving.settings import MAX_PROMPTS
 
 Schema = dict[str, Any]
@@ -154,4 +154,4 @@ def complete(schemas: dict[str, Schema], model_names: list[str], slo_names: list
         if "slo" in fields:
             fields["slo"] |= {"enum": [*slo_names, None]}
         if "chat_template_kwargs" in fields:
-            fields["chat_template_kwargs"]["propertyNames"]["not"] = {"enum": sorted(_TEMPLATE_OWN)}
+            fields["chat_template_kwargs"]["propertyNames"]["not"] = {"enum": sorted(RESERVED_TEMPLATE_NAMES)}

@@ -1,7 +1,6 @@
-"""What clients send: the bodies of requests. Unknown fields are ignored, nulls stand for what is left out.
+"""What clients send: the bodies of requests, with the fields that are honoured. Nulls stand for what is left out.
 
-Fields that are known and do nothing here are declared all the same, at the end of each struct, so that
-`protocol_sampling.refuse_unsupported` can say so instead of dropping them in silence.
+Other fields that clients know are in `serving.request_fields`, refused or ignored by name.
 """
 
 from typing import Annotated, Any
@@ -37,7 +36,13 @@ _BIASES = _shape(
     maxProperties=1024,
 )
 _NAME = _shape(pattern="^[!-~]*$", maxLength=128)
-_CUT = Meta(extra_json_schema={"minimum": -1, "not": {"const": 0}}, description="Keep the last of them; -1: what fits.")
+_CUT = Meta(extra_json_schema={"minimum": -1, "not": {"const": 0}}, description="Keep so many; -1: what fits.")
+_SIDE = Meta(extra_json_schema={"enum": ["left", "right"]}, description="The side that is cut off; left if left out.")
+_AS_IDS = Meta(description="Write tokens of log-probabilities as `token_id:` and the id.")
+_PLAIN = Meta(
+    description="Read special tokens that messages spell out as those tokens, and not as text. The server's default:"
+    " --allow-special-tokens-in-content."
+)
 _MESSAGES = _shape(
     minItems=1,
     allOf=[{"items": {"$ref": "#/components/schemas/RequestMessage"}}],  # msgspec has "items"; `serving.openapi_bodies`
@@ -79,6 +84,7 @@ class Sampling(Struct, kw_only=True):
     allowed_token_ids: Annotated[list[int] | None, _TOKENS, _shape(minItems=1)] = None
     prompt_logprobs: Annotated[int | None, _limits(0, 20)] = None
     truncate_prompt_tokens: Annotated[int | None, _CUT] = None
+    truncation_side: Annotated[str | None, _SIDE] = None
     add_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -87,23 +93,8 @@ class Sampling(Struct, kw_only=True):
     request_id: Annotated[str | None, _NAME] = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: Annotated[bool | None, _AS_IDS] = None
     kv_transfer_params: Annotated[Any, Meta(description="By which routers split a request between workers.")] = None
-
-    best_of: Any = None
-    echo: Any = None
-    suffix: Any = None
-    response_format: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    use_beam_search: Any = None
-    logits_processors: Any = None
 
 
 class ChatRequest(Sampling, kw_only=True):
@@ -114,15 +105,7 @@ class ChatRequest(Sampling, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, _ARGUMENTS] = None
-
-    audio: Any = None
-    modalities: Any = None
-    prediction: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
-    documents: Any = None
-    chat_template: Any = None
+    allow_special_tokens_in_content: Annotated[bool | None, _PLAIN] = None
 
 
 class CompletionRequest(Sampling, kw_only=True):
@@ -131,12 +114,11 @@ class CompletionRequest(Sampling, kw_only=True):
     logprobs: Annotated[int | None, _limits(0, 20)] = None
     echo: bool | None = None
 
-    prompt_embeds: Any = None
-
 
 class GenerateRequest(Struct, kw_only=True):
-    """The short form, without a model's name or roles."""
+    """The short form, without roles."""
 
+    model: str | None = None
     prompt: Annotated[str | list[int], _shape(minItems=1, minLength=1)]
     max_new_tokens: Annotated[int | None, _limits(1, 2**31 - 1)] = None
     temperature: Annotated[float | None, _limits(0, 100)] = None
@@ -154,9 +136,7 @@ class TokenizeRequest(Struct, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, _ARGUMENTS] = None
-
-    tools: Any = None
-    chat_template: Any = None
+    allow_special_tokens_in_content: Annotated[bool | None, _PLAIN] = None
 
 
 class DetokenizeRequest(Struct, kw_only=True):

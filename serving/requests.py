@@ -22,10 +22,10 @@ def begin(
     """Hand the prompts to the engine. Raises what the engine's client does, and ApiError."""
     settings = service.settings
     if len(prompts) > settings.max_queued_requests:
-        raise invalid(f"prompt holds {len(prompts)} prompts, must be at most {settings.max_queued_requests}")
+        raise invalid("prompt", f"prompt holds {len(prompts)} prompts, must be at most {settings.max_queued_requests}")
     priority = body.priority or 0
     if not -_PRIORITY <= priority < _PRIORITY:
-        raise invalid(f"priority is {priority}, must be between {-_PRIORITY} and {_PRIORITY - 1}")
+        raise invalid("priority", f"priority is {priority}, must be between {-_PRIORITY} and {_PRIORITY - 1}")
     try:
         slo = settings.slo(body.slo)
     except ValueError as error:
@@ -47,7 +47,8 @@ def request_id(request: Request, given: str | None) -> str:
     """The id of the request, which a header may have given, or the body: then it is the one from here on."""
     if given:
         if len(given) > _ID_LENGTH or not given.isascii() or not given.isprintable() or " " in given:
-            raise invalid(f"request_id is {given!r:.50}, must be at most {_ID_LENGTH} printable ASCII characters")
+            must_be = f"must be at most {_ID_LENGTH} printable ASCII characters"
+            raise invalid("request_id", f"request_id is {given!r:.50}, {must_be}")
         request.scope["state"]["request_id"] = given
     return request.scope["state"]["request_id"]
 

@@ -22,7 +22,7 @@ from serving.protocol_answers import (
     ChatMessage,
     Delta,
 )
-from serving.protocol_sampling import refuse_unsupported, sampling_params
+from serving.protocol_sampling import sampling_params
 from serving.requests import begin, stream_usage
 from serving.service import ServedModel, service_of
 from serving.streaming import EventStream, JsonAnswer, event, unless_client_leaves
@@ -35,11 +35,10 @@ async def chat_completions(request: Request) -> ASGIApp:
     model = service.open_model()
     body = await service.body(request, ChatRequest)
     model.check_name(body.model)
-    refuse_unsupported(body)
     if not body.messages:
         raise ApiError(400, "messages is empty: there is nothing to answer", param="messages")
     prompt = await model.prompts.of_chat(body)
-    params = sampling_params(body, model.defaults, model.room(len(prompt.token_ids)))
+    params = sampling_params(body, model.defaults, model.room(len(prompt.token_ids)), model.info.max_model_len)
     params = await model.prompts.without_texts(params)
     call = begin(service, request, body, [prompt], [params])
     answer = _Answer(model, body, call)
@@ -55,7 +54,8 @@ class _Answer:
     def __init__(self, model: ServedModel, body: ChatRequest, call: Call) -> None:
         self._body = body
         self._call = call
-        self._texts = model.texts
+        self._plain_texts = model.texts
+        self._texts = model.texts.by_id if body.return_tokens_as_token_ids else model.texts
         self._head = (f"chatcmpl-{call.request_id}", int(time.time()), model.name)
 
     def whole(self, updates: list[ChoiceUpdate]) -> ChatCompletion:
@@ -76,9 +76,9 @@ class _Answer:
             ],
             usage=call.usage(),
             prompt_token_ids=call.prompts[0].token_ids if body.return_token_ids else UNSET,
-            prompt_logprobs=UNSET
+            prompt_logprobs=None
             if body.prompt_logprobs is None
-            else prompt_logprobs(self._texts, of_prompt or [], body.prompt_logprobs),
+            else prompt_logprobs(self._plain_texts, of_prompt or [], body.prompt_logprobs),
             kv_transfer_params=call.transfer.answer or UNSET,
         )
 

@@ -11,9 +11,10 @@ from serving.call import Call
 from serving.engine_client import ChoiceUpdate
 from serving.logprobs import CompletionLogprobsMaker, joined, prompt_logprobs
 from serving.openapi import describe
+from serving.prompts import Cut
 from serving.protocol import CompletionRequest, GenerateRequest
 from serving.protocol_answers import Completion, CompletionChoice, CompletionLogprobs, GenerateAnswer, Usage
-from serving.protocol_sampling import refuse_unsupported, sampling_params
+from serving.protocol_sampling import check_max_tokens, sampling_params
 from serving.requests import begin, stream_usage
 from serving.service import ServedModel, service_of
 from serving.streaming import EventStream, JsonAnswer, event, unless_client_leaves
@@ -26,10 +27,10 @@ async def completions(request: Request) -> ASGIApp:
     model = service.open_model()
     body = await service.body(request, CompletionRequest)
     model.check_name(body.model)
-    refuse_unsupported(body)
-    prompts = await model.prompts.of_texts(body.prompt, body.add_special_tokens, body.truncate_prompt_tokens)
+    prompts = await model.prompts.of_texts(body.prompt, body.add_special_tokens, Cut.of(body))
     # They differ in how many tokens fit after them, which matters only where max_tokens is left out.
-    params = sampling_params(body, model.defaults, min(model.room(len(prompt.token_ids)) for prompt in prompts))
+    room = min(model.room(len(prompt.token_ids)) for prompt in prompts)
+    params = sampling_params(body, model.defaults, room, model.info.max_model_len)
     params = await model.prompts.without_texts(params)
     call = begin(service, request, body, prompts, [params] * len(prompts))
     answer = _Answer(model, body, call)
@@ -41,20 +42,23 @@ async def completions(request: Request) -> ASGIApp:
 
 @post("/generate", status_code=200, **describe(GenerateRequest, GenerateAnswer, tag="Generation"))
 async def generate(request: Request) -> ASGIApp:
-    """Continue a prompt: no model's name, no roles, no choices."""
+    """Continue a prompt: no roles, no choices."""
     service = service_of(request)
     model = service.open_model()
     short = await service.body(request, GenerateRequest)
+    model.check_name(short.model)
     body = CompletionRequest(
         prompt=short.prompt,  # type: ignore[arg-type]
         max_tokens=short.max_new_tokens,
         temperature=short.temperature,
         priority=short.priority,
     )
-    prompts = await model.prompts.of_texts(body.prompt, None, None)
+    prompts = await model.prompts.of_texts(body.prompt)
+    room = model.room(len(prompts[0].token_ids))
     if body.max_tokens is None:
-        body.max_tokens = model.room(len(prompts[0].token_ids))
-    params = sampling_params(body, model.defaults, model.room(len(prompts[0].token_ids)))
+        body.max_tokens = room
+    check_max_tokens("max_new_tokens", body.max_tokens, model.info.max_model_len)
+    params = sampling_params(body, model.defaults, room, model.info.max_model_len)
     call = begin(service, request, body, prompts[:1], [params])
     (update,) = await unless_client_leaves(request.scope, request.receive, call, call.finished())
     return JsonAnswer(GenerateAnswer(update.text, len(update.token_ids)))
@@ -71,8 +75,9 @@ class _Answer:
         self._head = (f"cmpl-{call.request_id}", int(time.time()), model.name)
         self._prompt_texts: dict[int, str] = {}
         skips = body.skip_special_tokens is not False
+        texts = model.texts.by_id if body.return_tokens_as_token_ids else model.texts
         self._makers = [
-            CompletionLogprobsMaker(model.texts, body.logprobs or 0, skips)
+            CompletionLogprobsMaker(texts, body.logprobs or 0, skips)
             for _ in range(len(call.prompts) * call.num_choices)
         ]
 
@@ -85,9 +90,8 @@ class _Answer:
         ]
         for choice, update, first in zip(choices, updates, firsts, strict=True):
             choice.stop_reason = update.stop_reason
-            if self._body.prompt_logprobs is not None:
-                of_prompt = first.prompt_logprobs or []
-                choice.prompt_logprobs = prompt_logprobs(self._model.texts, of_prompt, self._body.prompt_logprobs)
+            count, of_prompt = self._body.prompt_logprobs, first.prompt_logprobs or []
+            choice.prompt_logprobs = None if count is None else prompt_logprobs(self._model.texts, of_prompt, count)
         transfer = self._call.transfer.answer or UNSET
         return Completion(*self._head, choices=choices, usage=self._usage(), kv_transfer_params=transfer)
 

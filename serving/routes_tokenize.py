@@ -3,7 +3,7 @@
 from litestar import Request, post
 from litestar.types import ASGIApp
 
-from serving.errors import ApiError
+from engine.errors import ContextOverflow
 from serving.openapi import describe
 from serving.protocol import DetokenizeRequest, TokenizeRequest
 from serving.protocol_answers import DetokenizeAnswer, TokenizeAnswer
@@ -18,7 +18,6 @@ async def tokenize(request: Request) -> ASGIApp:
     model = service.model()
     body = await service.body(request, TokenizeRequest)
     model.check_name(body.model)
-    _refuse_unsupported(body)
     token_ids = await model.prompts.of_tokenize(body)
     strings = list(map(model.prompts.tokenizer.token_string, token_ids)) if body.return_token_strs else None
     return JsonAnswer(TokenizeAnswer(len(token_ids), model.info.max_model_len, token_ids, strings))
@@ -33,15 +32,7 @@ async def detokenize(request: Request) -> ASGIApp:
     model.check_name(body.model)
     model.prompts.check_tokens(body.tokens, "tokens")
     if len(body.tokens) > model.info.max_model_len:
-        raise ApiError(
-            400, f"tokens holds {len(body.tokens)}, must be at most max_model_len ({model.info.max_model_len})"
-        )
+        raise ContextOverflow("tokens", f"tokens holds {len(body.tokens)}", model.info.max_model_len)
     decode = model.prompts.tokenizer.decode
     text = await model.prompts.off_loop(lambda: decode(body.tokens, skip_special_tokens=False))
     return JsonAnswer(DetokenizeAnswer(text))
-
-
-def _refuse_unsupported(body: TokenizeRequest) -> None:
-    for name in ("tools", "chat_template"):
-        if getattr(body, name):  # null, or no tools, asks for nothing
-            raise ApiError(400, f"{name} is not supported: leave it out", param=name, code="not_supported")

@@ -96,6 +96,14 @@ def server_options(
             rich_help_panel=_SERVER,
         ),
     ] = ServerSettings.generation_config,
+    allow_special_tokens_in_content: Annotated[
+        bool,
+        Option(
+            "--allow-special-tokens-in-content",
+            help="Read special tokens that messages spell out as those tokens; a request can say so itself.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = False,
     log_format: Annotated[
         str,
         Option(help="json, text, or auto: text on a terminal, otherwise JSON.", rich_help_panel=_SERVER),

@@ -15,11 +15,12 @@ from litestar import Request
 from engine.messages import EngineInfo
 from engine.tokenizer import Tokenizer
 from serving.body import read_body
+from serving.decoding import decode_body
 from serving.engine_client import EngineClient, NotReady
 from serving.errors import ApiError
 from serving.logprobs import TokenTexts
 from serving.prompts import Prompts
-from serving.protocol_sampling import GENERATION_DEFAULTS, decode_body
+from serving.protocol_sampling import GENERATION_DEFAULTS
 from serving.settings import ServerSettings
 from serving.worker_pool import WorkerPool
 
@@ -43,7 +44,13 @@ class ServedModel:
     ) -> None:
         self.info = info
         self.names = tuple(names) or (info.model,)
-        self.prompts = Prompts(tokenizer, info.vocab_size, info.max_model_len, settings.tokenize_timeout)
+        self.prompts = Prompts(
+            tokenizer,
+            info.vocab_size,
+            info.max_model_len,
+            settings.tokenize_timeout,
+            settings.allow_special_tokens_in_content,
+        )
         self.texts = TokenTexts(tokenizer)
         is_asked = settings.generation_config == "auto"
         self.defaults = generation_defaults(info.directory) if is_asked else MappingProxyType({})

@@ -39,6 +39,8 @@ class ServerSettings:
     keep_alive_seconds: a stream that is silent for so long gets a comment line.
     tokenize_timeout: seconds for a prompt's template and tokens, and for a body to arrive.
     max_body_bytes, max_header_bytes: of a request.
+    allow_special_tokens_in_content: whether special tokens that a message spells out are those tokens, and can end or
+        begin turns, where a request does not say so itself.
     role: which part of a request a router may send here with kv_transfer_params; whole requests are always served.
     disaggregate: serve with `prefill` engines that compute prompts and `decode` engines that generate.
     autoscale: bounds of the number of engines of each kind, between which the load decides; None leaves it.
@@ -63,6 +65,7 @@ class ServerSettings:
     tokenize_timeout: float = 30.0
     max_body_bytes: int = 32 * 2**20
     max_header_bytes: int = 64 * 2**10
+    allow_special_tokens_in_content: bool = False
     generation_config: GenerationConfig = "auto"
     log_format: LogFormat = "auto"
     role: Role = "both"

@@ -194,7 +194,9 @@ class WorkerPool:
         if self.state != "ready":
             raise self._not_ready()
         if request.publish_as is not None or request.pull is not None:
-            raise RequestRefused("kv_transfer_params is for workers: this server moves keys and values by itself")
+            raise RequestRefused(
+                "kv_transfer_params is for workers: this server moves keys and values by itself", "kv_transfer_params"
+            )
         if request.params.seed is None:
             seed = int.from_bytes(os.urandom(8), signed=True)
             request = msgspec.structs.replace(request, params=replace(request.params, seed=seed))

@@ -42,13 +42,22 @@ def test_templates_can_not_be_told_everything(served: Server, arguments: dict[st
     assert answer.json()["error"]["param"] == "chat_template_kwargs"
 
 
-def test_a_prompt_is_cut_from_the_front(client: OpenAI, llm: LLM) -> None:
+def test_a_prompt_is_cut_at_the_side_that_was_asked_for(client: OpenAI, llm: LLM) -> None:
     ids = random_tokens(CONTEXT + 100)
     body = {"max_tokens": 1, "temperature": 0, "return_token_ids": True}
     answer = complete(client, ids, truncate_prompt_tokens=20, **body)
     assert answer.choices[0].prompt_token_ids == ids[-20:]
     answer = complete(client, ids, truncate_prompt_tokens=-1, **body)
     assert answer.choices[0].prompt_token_ids == ids[-(CONTEXT - 1) :]
+    whole = chat(client, **body).prompt_token_ids
+    for keep in (20, -1):
+        size = CONTEXT - 1 if keep == -1 else keep
+        answer = complete(client, ids, truncate_prompt_tokens=keep, truncation_side="right", **body)
+        assert answer.choices[0].prompt_token_ids == ids[:size]
+        answer = chat(client, truncate_prompt_tokens=keep, truncation_side="right", **body)
+        assert answer.prompt_token_ids == whole[:size]
+    assert chat(client, truncate_prompt_tokens=20, truncation_side="left", **body).prompt_token_ids == whole[-20:]
+    assert chat(client, truncation_side="right", **body).prompt_token_ids == whole
 
 
 def test_a_prompt_that_was_seen_before_is_cached(client: OpenAI) -> None:
@@ -122,14 +131,17 @@ def test_the_openapi_document_and_its_page(served: Server) -> None:
         ({"temperature": -1}, "temperature is -1.0, must be between 0 and 100"),
         ({"temperature": "hot"}, 'temperature is "hot", must be a number'),
         ({"n": 129}, "n is 129, must be at most 128"),
-        ({"max_tokens": 0}, "max_tokens is 0, must be between 1 and"),
+        ({"max_tokens": 0}, "max_tokens is 0, must be between 1 and 512"),
+        ({"max_tokens": 513}, "max_tokens=513 cannot be greater than max_model_len=512"),
+        ({"max_completion_tokens": 10**9}, "max_completion_tokens=1000000000 cannot be greater than max_model_len=512"),
+        ({"min_tokens": 10**9, "max_tokens": None}, "min_tokens is 1000000000, must be at most max_tokens (512)"),
         ({"max_completion_tokens": -3}, "max_completion_tokens is -3, must be between 1 and"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs is 21, must be between 0 and 20"),
         ({"top_logprobs": 2}, "top_logprobs is 2, must come with logprobs true"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop holds 5 texts, must be at most 4"),
         ({"stop": "x" * 2000}, "stop holds"),
         ({"logit_bias": {"5": 101}}, "logit_bias of token 5 is 101"),
-        ({"logit_bias": {"x": 1}}, "logit_bias has a key that is not an integer"),
+        ({"logit_bias": {"x": 1}}, 'logit_bias has the key "x", must be an integer'),
         ({"allowed_token_ids": [10_000_000]}, "allowed_token_ids"),
         ({"messages": "hello"}, 'messages is "hello", must be a list'),
         ({"messages": []}, "messages is empty"),
@@ -140,6 +152,9 @@ def test_the_openapi_document_and_its_page(served: Server) -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options is only for"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs is not available"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens is 0"),
+        ({"truncation_side": "middle"}, "truncation_side is 'middle', must be left or right"),
+        ({"thinking_token_budget": 5}, "thinking_token_budget is not supported"),
+        ({"messages": [*MESSAGES, {"role": "assistant", "function_call": {}}]}, "messages[2].function_call: is not"),
         ({"request_id": "a b"}, "request_id is"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
@@ -159,12 +174,54 @@ def test_errors_name_the_field_its_value_and_the_limit(
     assert error["param"] == next(reversed(body)) or error["param"] in body
 
 
-def test_a_prompt_beyond_the_context(client: OpenAI) -> None:
-    for prompt in (random_tokens(CONTEXT), "hello " * CONTEXT, "x" * 10_000_000):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_beyond_the_context(client: OpenAI, served: Server, stream: bool) -> None:
+    # LiteLLM looks for the part after the comma, LangChain for the one before it, as its client does not show the code.
+    phrase = f"prompt is too long, this model's maximum context length is {CONTEXT} tokens"
+    texts = ("hello " * CONTEXT, "x" * 10_000_000)
+    for prompt in (random_tokens(CONTEXT), [[1], random_tokens(CONTEXT)], *texts):
         with pytest.raises(openai.BadRequestError) as error:
-            complete(client, prompt)
-        assert error.value.code == "context_length_exceeded"
-        assert str(CONTEXT) in error.value.body["message"]
+            complete(client, prompt, stream=stream)
+        assert (error.value.code, error.value.param) == ("context_length_exceeded", "prompt")
+        assert phrase in error.value.body["message"]
+    for text in texts:
+        with pytest.raises(openai.BadRequestError) as error:
+            chat(client, [{"role": "user", "content": text}], stream=stream)
+        assert (error.value.code, error.value.param) == ("context_length_exceeded", "messages")
+        assert phrase in error.value.body["message"]
+    for path, body, field in (
+        ("/generate", {"prompt": texts[0]}, "prompt"),
+        ("/tokenize", {"prompt": texts[1]}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": texts[1]}]}, "messages"),
+        ("/detokenize", {"tokens": [1] * (CONTEXT + 1)}, "tokens"),
+    ):
+        found = served.post(path, body).json()["error"]
+        assert (found["code"], found["param"]) == ("context_length_exceeded", field)
+        assert phrase in found["message"]
+
+
+def test_more_tokens_than_the_context_has_are_refused_and_than_it_has_left_are_not(served: Server) -> None:
+    for path, field, body in (
+        ("/v1/completions", "max_tokens", {"prompt": "x"}),
+        ("/v1/chat/completions", "max_tokens", {"messages": MESSAGES}),
+        ("/v1/chat/completions", "max_completion_tokens", {"messages": MESSAGES}),
+        ("/generate", "max_new_tokens", {"prompt": "x"}),
+    ):
+        answer = served.post(path, body | {field: CONTEXT + 1})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == field
+        assert "cannot be greater than max_model_len" in answer.json()["error"]["message"]
+        if path != "/generate":
+            usage = served.post(path, body | {field: CONTEXT, "ignore_eos": True}).json()["usage"]
+            assert usage["total_tokens"] == CONTEXT
+
+
+def test_the_param_of_an_error_is_null_for_a_whole_body(served: Server) -> None:
+    for body in (b"[]", b"7", b"{"):
+        error = served.post("/v1/chat/completions", content=body).json()["error"]
+        assert error["param"] is None
+    bias = served.post("/v1/completions", {"prompt": "x", "logit_bias": {"999": 1}}).json()["error"]
+    assert bias["param"] == "logit_bias"  # which the engine finds
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.errors import ContextOverflow
 from serving.engine_client import (
     EngineClient,
     Listener,
@@ -232,7 +233,7 @@ def test_the_engine_s_refusal_reaches_whoever_asked(loop, client, prompt, params
 
 @pytest.mark.parametrize("length", [512, 100_000])
 def test_a_prompt_that_leaves_no_room_is_refused_at_once(loop, client, length):
-    with pytest.raises(RequestRefused, match=rf"prompt has {length} tokens, must be below max_model_len \(512\)"):
+    with pytest.raises(ContextOverflow, match=rf"prompt has {length} tokens, must be below max_model_len \(512\)"):
         loop.run(as_coroutine(lambda: ask(client, [3] * length, greedy())))
 
 

@@ -300,5 +300,5 @@ def test_parameters_that_the_model_cannot_serve(llm, params, message):
 
 
 def test_texts_need_a_tokenizer(llm):
-    with pytest.raises(ValueError, match="stop and bad_words are texts"):
+    with pytest.raises(ValueError, match="stop is a text, which the engine does not see"):
         llm.engine.add([1], SamplingParams(stop=("x",)))

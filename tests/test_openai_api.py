@@ -245,11 +245,34 @@ def test_prompt_logprobs_in_the_shape_of_vllm(served: Server, llm: LLM) -> None:
     found = served.post("/v1/completions", body).json()["choices"][0]["prompt_logprobs"]
     expected = llm.generate([ids], SamplingParams(prompt_logprobs=2, max_tokens=1))[0].prompt_logprobs or []
     assert found[0] is None
+    for path, given in (("/v1/completions", {"prompt": ids}), ("/v1/chat/completions", {"messages": MESSAGES})):
+        answer = served.post(path, given | {"max_tokens": 1}).json()
+        where = answer["choices"][0] if path == "/v1/completions" else answer
+        assert where["prompt_logprobs"] is None  # and not left out
     for shown, entry in zip(found[1:], expected[1:], strict=True):
         assert entry is not None
         assert shown[str(entry.token_id)]["rank"] == entry.rank
         assert shown[str(entry.token_id)]["logprob"] == pytest.approx(entry.logprob, abs=1e-4)
         assert {str(token) for token, _ in entry.top} <= shown.keys()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_as_their_ids(client: OpenAI, llm: LLM, stream: bool) -> None:
+    body = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "return_tokens_as_token_ids": True, "stream": stream}
+    expected = llm.generate("The quick", SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=2))[0]
+    ids = [f"token_id:{token}" for token in expected.token_ids]
+    answer = complete(client, "The quick", logprobs=2, **body)
+    found = [chunk.choices[0].logprobs for chunk in (answer if stream else [answer])]
+    assert [token for logprobs in found for token in logprobs.tokens] == ids
+    tops = [top for logprobs in found for top in logprobs.top_logprobs]
+    assert tops[0].keys() == {f"token_id:{token}" for token, _ in (expected.logprobs or [])[0].top}
+    answer = chat(client, logprobs=True, top_logprobs=2, **body)
+    pieces = [chunk.choices[0].logprobs for chunk in (answer if stream else [answer])]
+    entries = [entry for piece in pieces if piece is not None for entry in piece.content]
+    told = llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=2))
+    assert [entry.token for entry in entries] == [f"token_id:{token}" for token in told.token_ids]
+    assert [bytes(entry.bytes) for entry in entries] == [llm.tokenizer.token_bytes(token) for token in told.token_ids]
+    assert all(top.token.startswith("token_id:") for entry in entries for top in entry.top_logprobs)
 
 
 def test_nothing_impossible_is_written_as_infinity(served: Server) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from engine.autoscaling import Observation, ScalingLimits
+from engine.errors import ContextOverflow
 from engine.sampling_params import SamplingParams
 from serving import worker_pool
 from serving.autoscaler import Autoscaler
@@ -163,7 +164,7 @@ def test_what_one_engine_refuses_the_pool_refuses(loop, directory):
         async with running_pool(directory) as pool:
             with pytest.raises(RequestRefused, match="must be in 0"):
                 await generate(pool, [10**9 // 2], greedy(4))
-            with pytest.raises(RequestRefused, match="max_model_len"):
+            with pytest.raises(ContextOverflow, match="max_model_len"):
                 ask(pool, [1] * 100_000, greedy(4))
             assert len((await generate(pool, [1, 2, 3], greedy(1)))[0].token_ids) == 1
             longest = pool.info.max_model_len - 1

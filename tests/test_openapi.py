@@ -7,7 +7,7 @@ import jsonschema_rs
 import pytest
 
 from engine.chat_template import ChatTemplate
-from serving.protocol_sampling import _TEMPLATE_OWN
+from serving.protocol_sampling import RESERVED_TEMPLATE_NAMES
 from tests.servers import Server
 
 pytest_plugins = ["tests.api_server"]
@@ -78,7 +78,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"chat_template_kwargs": {"a b": 1}}),
     (CHAT, {"chat_template_kwargs": {"x" * 65: 1}}),
     (CHAT, {"chat_template_kwargs": {f"x{index}": 1 for index in range(33)}}),
-    *((CHAT, {"chat_template_kwargs": {name: 1}}) for name in sorted(_TEMPLATE_OWN)),
+    *((CHAT, {"chat_template_kwargs": {name: 1}}) for name in sorted(RESERVED_TEMPLATE_NAMES)),
     (COMPLETION, {"prompt": ""}),
     (COMPLETION, {"prompt": []}),
     (COMPLETION, {"prompt": [[]]}),

@@ -1,9 +1,10 @@
 """Find a model (directory, hub id, GGUF file, built-in default) and stream its weights."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from engine.errors import CheckpointError
 from engine.gguf_file import GgufFile
 from engine.tokenizer import Tokenizer
 from engine.tokenizer_files import directory_tokenizer, gguf_tokenizer
-from layers.config import ModelConfig, UnsupportedModelError, config_from_hugging_face
+from layers.config import ModelConfig, UnsupportedModelError, config_from_hugging_face, config_warnings
 
 __all__ = ["DEFAULT_MODEL", "Checkpoint", "CheckpointError", "find_checkpoint"]
 
+log = logging.getLogger("dispec")
+
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPARED_ROWS = 4096  # of two matrices at a time: what differs mostly differs at once
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
 _HUB_WEIGHTS = [_WEIGHTS, "model-*.safetensors"]  # not the copies that some repositories keep in other layouts
@@ -32,6 +37,7 @@ class Checkpoint:
     """A model that is on this machine and has been looked over: its config is supported, its files are whole.
 
     `directory` is where `Tokenizer.from_directory` finds the tokenizer and chat template. `files` hold the weights.
+    `has_only_head`: the files have the matrix of tied embeddings under the name of the head.
     """
 
     name: str
@@ -39,6 +45,7 @@ class Checkpoint:
     directory: Path
     eos_token_ids: tuple[int, ...]
     files: tuple[Path, ...]
+    has_only_head: bool = False
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name, one at a time, in the dtype of the file.
@@ -49,11 +56,13 @@ class Checkpoint:
         for file in self.files:
             tensors = GgufFile(file).tensors(dtype) if file.suffix == ".gguf" else read_safetensors(file)
             for name, tensor in tensors:
-                if not self._is_redundant(name):
+                if name == _HEAD and self.has_only_head:
+                    yield _EMBEDDING, tensor
+                elif not self._is_redundant(name):
                     yield name, tensor
 
     def _is_redundant(self, name: str) -> bool:
-        return name.endswith("rotary_emb.inv_freq") or (self.config.tie_embeddings and name == "lm_head.weight")
+        return name.endswith("rotary_emb.inv_freq") or (self.config.tie_embeddings and name == _HEAD)
 
 
 def find_checkpoint(model: str | Path) -> Checkpoint:
@@ -92,7 +101,13 @@ def _open_directory(directory: Path, name: str) -> Checkpoint:
     raw = _read_config(directory)
     config = _parse_config(raw, directory)
     files = _weight_files(directory)
-    _check_names(files, directory)
+    places = _check_names(files, directory)
+    for warning in config_warnings(raw):
+        log.warning("%s: %s", directory / "config.json", warning)
+    if config.tie_embeddings and _HEAD in places and _EMBEDDING in places and not _is_tied(places):
+        log.warning("%s: tie_word_embeddings is true, but %s differs: it is not tied", directory, _HEAD)
+        config = replace(config, tie_embeddings=False)
+    has_only_head = config.tie_embeddings and _HEAD in places and _EMBEDDING not in places
     prepared = directory_tokenizer(directory)
     generation = directory / "generation_config.json"
     eos_token_ids = (
@@ -100,7 +115,7 @@ def _open_directory(directory: Path, name: str) -> Checkpoint:
         or _eos_token_ids(raw, directory / "config.json")
         or _tokenizer_eos(prepared)
     )
-    return Checkpoint(name, config, prepared, eos_token_ids, files)
+    return Checkpoint(name, config, prepared, eos_token_ids, files, has_only_head)
 
 
 def _open_hub(model: str) -> Checkpoint:
@@ -187,8 +202,8 @@ def _weight_files(directory: Path) -> tuple[Path, ...]:
     return tuple(directory / shard for shard in shards)
 
 
-def _check_names(files: tuple[Path, ...], directory: Path) -> None:
-    """Read only the headers: they tell whether each file is whole and which tensors it holds."""
+def _check_names(files: tuple[Path, ...], directory: Path) -> dict[str, Path]:
+    """The file of each tensor. Read only the headers: they tell whether a file is whole and which tensors it holds."""
     found: dict[str, Path] = {}
     for file in files:
         with _open_safetensors(file) as tensors:
@@ -203,6 +218,19 @@ def _check_names(files: tuple[Path, ...], directory: Path) -> None:
         for name, shard in _read_json(directory / _INDEX)["weight_map"].items():
             if name not in found or found[name].name != shard:
                 raise CheckpointError(f"{directory / shard} lacks {name}, which {_INDEX} promises: download it again")
+    return found
+
+
+def _is_tied(places: Mapping[str, Path]) -> bool:
+    """Whether embedding and head are the same numbers, as in files that hold a tied matrix twice."""
+    with _open_safetensors(places[_EMBEDDING]) as one, _open_safetensors(places[_HEAD]) as other:
+        embedding, head = one.get_slice(_EMBEDDING), other.get_slice(_HEAD)
+        if embedding.get_shape() != head.get_shape():
+            return False
+        rows = range(0, embedding.get_shape()[0], _COMPARED_ROWS)
+        return all(
+            bool((embedding[row : row + _COMPARED_ROWS] == head[row : row + _COMPARED_ROWS]).all()) for row in rows
+        )
 
 
 def _open_safetensors(file: Path) -> Any:

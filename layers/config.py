@@ -1,9 +1,9 @@
 """The shape of a model, read from a Hugging Face config. A family is a set of flags here, not a file."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 _VOCAB_ROWS = 32  # that stay together when the vocabulary is split over ranks: a kernel's tile
 
@@ -89,15 +89,47 @@ class ModelConfig:
         return self.head_dim**-0.5
 
 
-_FAMILIES: dict[str, dict[str, bool]] = {
-    "LlamaForCausalLM": {"qkv_bias": False, "qk_norm": False},
-    "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False},
-    "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
+class _Family(NamedTuple):
+    """`defaults` stand for what a `config.json` leaves out; they are those of transformers' config classes.
+
+    optional_bias: whether `attention_bias` adds biases to all four projections.
+    """
+
+    qkv_bias: bool
+    qk_norm: bool
+    optional_bias: bool
+    defaults: Mapping[str, int]
+
+
+_QWEN_DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
 }
+_LLAMA_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
+_FAMILIES: dict[str, _Family] = {
+    "LlamaForCausalLM": _Family(qkv_bias=False, qk_norm=False, optional_bias=True, defaults=_LLAMA_DEFAULTS),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True, qk_norm=False, optional_bias=False, defaults=_QWEN_DEFAULTS),
+    "Qwen3ForCausalLM": _Family(
+        qkv_bias=False, qk_norm=True, optional_bias=True, defaults=_QWEN_DEFAULTS | {"head_dim": 128}
+    ),
+}
+_DEFAULT_THETA = 10000.0
 
 
 def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
-    """Read the contents of a `config.json`, in the layout of transformers 4 or 5.
+    """Read the contents of a `config.json`, in the layout of transformers 4 or 5, as transformers 5 does.
 
     Raises UnsupportedModelError for what we cannot run faithfully, ValueError for what makes no sense.
     """
@@ -109,30 +141,41 @@ def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
         )
     _refuse_unsupported(raw)
     family = _FAMILIES[architecture]
-    hidden_size, num_heads = int(_required(raw, "hidden_size")), int(_required(raw, "num_attention_heads"))
-    max_positions = int(_required(raw, "max_position_embeddings"))
-    biased = bool(raw.get("attention_bias", False))
-    if architecture == "Qwen2ForCausalLM":
-        biased = False  # its qkv bias is fixed by the family, and its output projection never has one
-    rope = raw.get("rope_parameters") or {}
+    given = {**family.defaults, **raw}
+    hidden_size, num_heads = int(_required(given, "hidden_size")), int(_required(given, "num_attention_heads"))
+    max_positions = int(_required(given, "max_position_embeddings"))
+    biased = family.optional_bias and bool(raw.get("attention_bias", False))
+    rope = _rope_settings(raw)
+    scaling = _rope_scaling(rope, max_positions)
     return ModelConfig(
         architecture=architecture,
-        vocab_size=int(_required(raw, "vocab_size")),
+        vocab_size=int(_required(given, "vocab_size")),
         hidden_size=hidden_size,
-        intermediate_size=int(_required(raw, "intermediate_size")),
-        num_layers=int(_required(raw, "num_hidden_layers")),
+        intermediate_size=int(_required(given, "intermediate_size")),
+        num_layers=int(_required(given, "num_hidden_layers")),
         num_heads=num_heads,
-        num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
-        head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
-        max_position_embeddings=max_positions,
+        num_kv_heads=int(given.get("num_key_value_heads") or num_heads),
+        head_dim=int(given.get("head_dim") or hidden_size // num_heads),
+        max_position_embeddings=_context_length(scaling, max_positions),
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        rope_scaling=_rope_scaling(rope or raw.get("rope_scaling") or {}, max_positions),
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or _DEFAULT_THETA),
+        rope_scaling=scaling,
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=family["qkv_bias"] or biased,
+        qkv_bias=family.qkv_bias or biased,
         output_bias=biased,
-        qk_norm=family["qk_norm"],
+        qk_norm=family.qk_norm,
     )
+
+
+def config_warnings(raw: Mapping[str, Any]) -> Iterator[str]:
+    """What of a `config.json` is read as transformers 5 reads it, and hardly as its author meant it."""
+    replaced, theta = raw.get("rope_parameters") or {}, raw.get("rope_theta") or _DEFAULT_THETA
+    scaling = raw.get("rope_scaling")
+    if scaling and not scaling.get("rope_theta") and replaced.get("rope_theta", theta) != theta:
+        yield (
+            f"rope_scaling replaces rope_parameters with its rope_theta of {replaced['rope_theta']}: rope_theta is"
+            f" {theta} now, as in transformers, unless it is written into rope_scaling"
+        )
 
 
 def _required(raw: Mapping[str, Any], field: str) -> Any:
@@ -153,10 +196,33 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         raise UnsupportedModelError(f"hidden_act {activation!r}: only silu is supported")
     if raw.get("mlp_bias"):
         raise UnsupportedModelError("mlp_bias")
-    rope = raw.get("rope_parameters") or {}
+    rope = _rope_settings(raw)
+    by_layer_type = [key for key, value in rope.items() if isinstance(value, Mapping)]
+    if by_layer_type:
+        raise UnsupportedModelError(f"rotary positions by layer type ({by_layer_type[0]})")
     partial = raw.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise UnsupportedModelError(f"partial_rotary_factor {partial}")
+
+
+def _rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The one description of rotary positions that counts.
+
+    `rope_scaling` is the older name, and what model cards tell to add for long contexts. Where both are there it
+    replaces `rope_parameters` as a whole. The original context length has a place outside of either, which goes first.
+    """
+    settings = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    if original := raw.get("original_max_position_embeddings"):
+        settings["original_max_position_embeddings"] = original
+    return settings
+
+
+def _context_length(scaling: RopeScaling | None, max_positions: int) -> int:
+    """Tokens that the positions reach. YaRN is added to a model whose `max_position_embeddings` often stays as it was
+    trained, so that what it stretches to is the original length times the factor."""
+    if scaling is None or scaling.kind != "yarn":
+        return max_positions
+    return max(max_positions, int(scaling.original_max_position_embeddings * scaling.factor))
 
 
 def _rope_scaling(rope: Mapping[str, Any], max_positions: int) -> RopeScaling | None:

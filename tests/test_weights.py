@@ -1,8 +1,12 @@
 """Weights are declared once: what does not match the declaration is refused with its name."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import ops
 from engine.checkpoint import find_checkpoint
@@ -10,7 +14,8 @@ from layers.config import ModelConfig
 from layers.types import Weights
 from layers.weights import WeightsError, declare, dummy_weights, load_weights
 from ops.cpu.library import has_linear
-from tests.checkpoints import FAMILIES, save_tiny
+from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_tiny
+from tests.paged_model import PagedModel
 
 CPU = torch.device("cpu")
 
@@ -40,6 +45,80 @@ def test_the_declaration_names_exactly_what_transformers_saves(family, tmp_path)
     if config.tie_embeddings:
         saved.pop("lm_head.weight", None)
     assert declared == saved
+
+
+def same_logits_as_transformers(directory) -> ModelConfig:
+    """Load a directory with both, and compare what they make of a prompt; the config that it was loaded with."""
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    found = find_checkpoint(directory)
+    weights = load(found.config, list(found.tensors()))
+    prompt = list(range(7, 47))
+    with torch.no_grad():
+        expected = theirs(torch.tensor([prompt])).logits[0]
+    (logits,) = PagedModel(weights, found.config, [prompt]).compute({0: len(prompt)})
+    assert (logits - expected).abs().max().item() <= 1e-4
+    return found.config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("kept", "is_tied"),
+    [
+        ("both, and they differ", False),
+        ("both, and they are the same", True),
+        ("the embedding", True),
+        ("the head", True),
+    ],
+)
+def test_tied_embeddings_are_what_the_files_hold(family, sharded, kept, is_tied, tmp_path):
+    """The config says that they are tied; transformers believes the tensors."""
+    save_tiny(tmp_path, family, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    head = embedding.clone()
+    if kept == "both, and they differ":
+        head[-1, -1] += 5  # the very last number: the whole of both is compared
+    if kept != "the embedding":
+        tensors["lm_head.weight"] = head
+    if kept == "the head":
+        del tensors["model.embed_tokens.weight"]
+    (tmp_path / "model.safetensors").unlink()
+    files = {name: f"model-0000{1 + (sharded and 'head' in name)}-of-00002.safetensors" for name in tensors}
+    for file in set(files.values()):
+        part = {name: tensor for name, tensor in tensors.items() if files[name] == file}
+        save_file(part, tmp_path / file, metadata={"format": "pt"})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    assert same_logits_as_transformers(tmp_path).tie_embeddings == is_tied
+
+
+def test_a_head_of_another_shape_is_refused_though_the_config_ties(tmp_path):
+    save_tiny(tmp_path, "qwen3")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][:100].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = find_checkpoint(tmp_path)
+    with pytest.raises(WeightsError, match=rf"'lm_head.weight' has shape \[100, 64\].*\[{VOCAB_SIZE}, 64\]"):
+        load(found.config, list(found.tensors()))
+
+
+@pytest.mark.parametrize(
+    ("family", "left_out", "added"),
+    [
+        ("qwen3", ("head_dim",), {}),
+        ("llama", ("num_key_value_heads",), {}),
+        ("qwen3", (), {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}}),
+        ("llama", (), {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 500.0}),
+    ],
+)
+def test_configs_with_gaps_and_additions_compute_what_transformers_does(family, left_out, added, tmp_path):
+    shapes = {"head_dim": 128} if "head_dim" in left_out else {}
+    shapes |= {"num_key_value_heads": 9} if "num_key_value_heads" in left_out else {}
+    save_tiny(tmp_path, family, **shapes)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw = {key: value for key, value in raw.items() if key not in left_out} | added
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    same_logits_as_transformers(tmp_path)
 
 
 def test_order_does_not_matter(checkpoint):

@@ -3,10 +3,11 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -121,6 +122,17 @@ class ChatTemplate:
         if not mark:
             raise InvalidField("messages", "continue_final_message: the chat template leaves the last message out")
         return before if after.startswith(" ") else before.rstrip()
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """What a caller can set in the templates: names that they read and that `render` does not set itself."""
+        found: set[str] = set()
+        for source in self._sources.values():
+            try:
+                found |= meta.find_undeclared_variables(_environment.parse(source))
+            except jinja2.TemplateError:
+                continue  # `render` says so, if it is this one that is wanted
+        return frozenset(found - {"messages", "tools", "add_generation_prompt"})
 
     def _template(self, name: str) -> jinja2.Template:
         if name not in self._compiled:

@@ -1,102 +1,51 @@
 """The Python face of the engine: `LLM.generate`, `.chat`, `.stream`."""
 
-import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Series
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, overload
 
 from tqdm import tqdm
 
 from engine.completion import Choice, Completion, Piece, Timing
 from engine.engine import Engine
+from engine.field_names import field_names, refuse_unknown
 from engine.options import EngineOptions
+from engine.prompts import Prompt, PromptInput, as_prompts
 from engine.sampling_params import SamplingParams
-from engine.sequence import Sequence, TokenLogprobs
-from engine.step import TokenOutput
-from engine.text_stream import TextStream, without_texts
+from engine.sequence import TokenLogprobs
+from engine.shared_engine import SharedEngine
 from engine.tokenizer import Tokenizer
 from layers.config import ModelConfig
 
-Prompt = str | Series[int]
+Messages = Series[Mapping[str, Any]]
+Params = SamplingParams | Series[SamplingParams] | None
 
-
-@dataclass
-class _ChoiceUnderWay:
-    sequence: Sequence
-    text: TextStream
-    num_tokens: int = 0  # of the sequence's, those that count: a stop string may be noticed later
-    first_token: float = 0.0
-    finished: float = 0.0
-
-    def take(self, output: TokenOutput) -> str:
-        """Note a token's arrival; the text that it makes certain. May find that a stop string ends the choice."""
-        now = time.perf_counter() - self.sequence.arrival_time
-        if output.token_id is None:
-            raise RuntimeError(f"the engine failed: {self.sequence.error}")
-        self.num_tokens += 1
-        self.first_token = self.first_token or now
-        self.finished = now
-        new = self.text.add(output.token_id, ends=output.finish_reason == "stop")
-        if output.finish_reason is not None:
-            new += self.text.finish()
-        return new
-
-    def choice(self) -> Choice:
-        sequence, reason = self.sequence, self.sequence.finish_reason
-        assert reason is not None
-        stop_reason: str | int | None = self.text.stop_reason
-        last = sequence.token_ids[-1]
-        if stop_reason is not None:
-            reason = "stop"
-        elif reason == "stop" and last in sequence.params.stop_token_ids:
-            stop_reason = last
-        return Choice(
-            token_ids=sequence.output_token_ids[: self.num_tokens],
-            text=self.text.text,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            logprobs=sequence.logprobs[: self.num_tokens] if sequence.params.logprobs is not None else None,
-            timing=Timing(self.first_token, self.finished),
-        )
-
-
-@dataclass
-class _Request:
-    choices: list[_ChoiceUnderWay]
-    done: list[Choice | None] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.done = [None] * len(self.choices)
-
-    def completion(self) -> Completion | None:
-        """The whole, once every choice has ended."""
-        choices = tuple(choice for choice in self.done if choice is not None)
-        if len(choices) < len(self.choices):
-            return None
-        first = self.choices[0].sequence
-        return Completion(
-            prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
-            choices=choices,
-            prompt_logprobs=[None, *first.prompt_logprobs] if first.params.prompt_logprobs is not None else None,
-            num_cached_tokens=first.num_cached_tokens or 0,
-        )
+# Where a name belongs that was given to something else.
+_IN_PARAMS = {"params=SamplingParams({}=…)": field_names(SamplingParams)}
+_IN_LLM = {"LLM({}=…)": field_names(EngineOptions)}
+_TEMPLATE_ARGUMENTS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 
 
 class LLM:
     """A model, ready to answer.
 
-        llm = LLM("smollm2")
-        llm.generate(["Once upon a time"], SamplingParams(max_tokens=64))[0].text
-        llm.chat([{"role": "user", "content": "What is the capital of France?"}]).text
+        with LLM("smollm2") as llm:
+            llm.generate(["Once upon a time"], SamplingParams(max_tokens=64))[0].text
+            llm.chat([{"role": "user", "content": "What is the capital of France?"}]).text
 
-    Options are those of `EngineOptions`. Use it from the thread that made it.
+    Options are those of `EngineOptions`. Several threads may use it, and several iterators of `stream` may be read in
+    turns: what they ask for runs in one batch.
     """
 
     def __init__(
         self, model: str | Path | ModelConfig = "smollm2", *, show_progress: bool = False, **options: Any
     ) -> None:
+        known = (*field_names(EngineOptions), "show_progress")
+        refuse_unknown("LLM", options, known, _IN_PARAMS)
         chosen = EngineOptions(model=model, **options)
         if chosen.compile is None and not chosen.enforce_eager and chosen.torch_device().type == "cuda":
             # Whoever has many prompts answered leaves no time in between, and what draws tokens should be compiled.
@@ -106,10 +55,17 @@ class LLM:
         self._tokenizer = None
         if checkpoint is not None:
             self._tokenizer = Tokenizer.from_directory(checkpoint.directory)
+        self._shared = SharedEngine(self.engine, self._tokenizer)
 
     def close(self) -> None:
-        """End what the engine started, and let go of other engines."""
-        self.engine.close()
+        """End what the engine has started: other processes, connections. Nothing can be asked afterwards."""
+        self._shared.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -121,135 +77,148 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Series[Prompt],
-        params: SamplingParams | Series[SamplingParams] | None = None,
+        params: Params = None,
         *,
         use_tqdm: bool | None = None,
+        **unknown: Any,
     ) -> list[Completion]:
-        """Continue one prompt or many, each a text or a list of token ids; the completions in the prompts' order.
+        """Continue one prompt or many; the completions in the prompts' order.
 
-        `params` is one for all or one each. A progress bar shows for eight prompts and more on a terminal, or as
-        `use_tqdm` says. Raises ValueError, before anything runs, if any prompt cannot be served.
+        A prompt is a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids`, and `cache_salt`
+        where its cached prefixes are for prompts of the same salt alone. `params` is one for all or one each. A
+        progress bar shows for eight prompts and more on a terminal, or as `use_tqdm` says. Raises ValueError, before
+        anything runs, if any prompt cannot be served.
         """
+        refuse_unknown("generate", unknown, ("prompts", "params", "use_tqdm"), _IN_PARAMS | _IN_LLM)
         several = as_prompts(prompts)
-        if params is None or isinstance(params, SamplingParams):
-            each = [params or SamplingParams()] * len(several)
-        else:
-            each = list(params)
-            if len(each) != len(several):
-                raise ValueError(f"params holds {len(each)} SamplingParams for {len(several)} prompts")
-        requests = self._add_all(several, each)
-        disable = None if use_tqdm is None and len(several) >= 8 else not use_tqdm
-        done: dict[int, Completion] = {}
-        with tqdm(total=len(several), desc="generating", unit="prompt", disable=disable) as bar:
-            for index, piece in self._run(requests):
-                if piece.completion is not None:
-                    done[index] = piece.completion
-                    bar.update()
-        return [done[index] for index in range(len(requests))]
+        return self._generate(several, _one_each(params, len(several)), use_tqdm)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Piece]:
-        """Continue one prompt, yielding text as it becomes certain. Closing the iterator aborts the request."""
-        for _, piece in self._run(self._add_all([prompt], [params or SamplingParams()])):
-            yield piece
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **unknown: Any) -> Generator[Piece]:
+        """Continue one prompt, yielding text as it becomes certain. Closing the iterator aborts the request.
+
+        The prompt begins to run when the iterator is first read.
+        """
+        refuse_unknown("stream", unknown, ("prompt", "params"), _IN_PARAMS | _IN_LLM)
+        prompts = as_prompts(prompt)
+        if len(prompts) > 1:
+            raise ValueError(f"prompt holds {len(prompts)} prompts, stream takes one")
+        return self._stream(prompts, _one_each(params, 1))
+
+    @overload
+    def chat(
+        self, messages: Messages, params: Params = None, *, use_tqdm: bool | None = None, **template: Any
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self, messages: Series[Messages], params: Params = None, *, use_tqdm: bool | None = None, **template: Any
+    ) -> list[Completion]: ...
 
     def chat(
-        self, messages: Series[Mapping[str, Any]], params: SamplingParams | None = None, **template: Any
-    ) -> Completion:
-        """Answer a conversation in the model's own chat template."""
-        return self.generate([self.chat_prompt(messages, **template)], params)[0]
+        self,
+        messages: Messages | Series[Messages],
+        params: Params = None,
+        *,
+        use_tqdm: bool | None = None,
+        **template: Any,
+    ) -> Completion | list[Completion]:
+        """Answer a conversation, or each of several, in the model's own chat template.
+
+        `template` is as in `chat_prompt`, `params` and `use_tqdm` as in `generate`.
+        """
+        own = ("messages", "params", "use_tqdm", "allow_special_tokens_in_content")
+        self._check_template_names("chat", template, own)
+        several = isinstance(messages, list | tuple) and bool(messages) and isinstance(messages[0], list | tuple)
+        conversations: Any = messages if several else [messages]
+        each = _one_each(params, len(conversations))
+        prompts = []
+        for index, conversation in enumerate(conversations):
+            try:
+                prompts.append(PromptInput(self.chat_prompt(conversation, **template)))
+            except ValueError as error:
+                if not several:
+                    raise
+                raise ValueError(f"conversation {index}: {error}") from error
+        completions = self._generate(prompts, each, use_tqdm)
+        return completions if several else completions[0]
 
     def chat_prompt(
-        self, messages: Series[Mapping[str, Any]], *, allow_special_tokens_in_content: bool = False, **template: Any
+        self, messages: Messages, *, allow_special_tokens_in_content: bool = False, **template: Any
     ) -> list[int]:
         """The token ids of a conversation in the model's chat template, ready for the assistant's turn.
 
         Special tokens that messages spell out are text, unless `allow_special_tokens_in_content`.
+
+        template: `tools`, `add_generation_prompt`, `continue_final_message`, and variables that the template declares,
+        such as `enable_thinking`; another name raises ValueError. `chat_template_kwargs` is a mapping of variables
+        that need not be declared, for calls that are to work with any template.
         """
-        text = self.tokenizer.render_chat(messages, **template)
+        self._check_template_names("chat_prompt", template, ("messages", "allow_special_tokens_in_content"))
+        more = template.pop("chat_template_kwargs", None) or {}
+        if not isinstance(more, Mapping):
+            raise ValueError(f"chat_template_kwargs is {type(more).__name__}, must be a mapping of template variables")
+        for name in more:
+            if not isinstance(name, str) or name == "messages" or name in template:
+                raise ValueError(f"chat_template_kwargs holds {name!r}, which is given already or is no variable")
+        text = self.tokenizer.render_chat(messages, **template, **more)
         if allow_special_tokens_in_content:
             return self.tokenizer.encode(text.plain, add_special_tokens=False)
         return self.tokenizer.encode_chat(text)
 
-    def _add_all(self, prompts: Series[Prompt], params: Series[SamplingParams]) -> list[_Request]:
-        requests: list[_Request] = []
-        try:
-            for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-                try:
-                    requests.append(self._add(prompt, param))
-                except ValueError as error:
-                    if len(prompts) == 1:
-                        raise
-                    raise ValueError(f"prompts[{index}]: {error}") from error
-        except ValueError:
-            self._abort(requests)
-            raise
-        return requests
+    def _check_template_names(self, owner: str, given: Mapping[str, Any], own: tuple[str, ...]) -> None:
+        known = (*own, *_TEMPLATE_ARGUMENTS, *sorted(self.tokenizer.template_variables))
+        refuse_unknown(owner, given, known, _IN_PARAMS | _IN_LLM)
 
-    def _add(self, prompt: Prompt, params: SamplingParams) -> _Request:
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        sequence = self.engine.add(token_ids, without_texts(params, self._tokenizer))
-        return _Request([_ChoiceUnderWay(choice, TextStream(self._tokenizer, params)) for choice in sequence.choices])
-
-    def _run(self, requests: list[_Request]) -> Iterator[tuple[int, Piece]]:
-        """Step until all requests have ended, yielding each token as it comes, with its request's index."""
-        places = {
-            choice.sequence.id: (number, index)
-            for number, request in enumerate(requests)
-            for index, choice in enumerate(request.choices)
-        }
-        try:
-            while places:
-                for output in self.engine.step():
-                    if output.sequence.id not in places:
-                        continue
-                    number, index = places[output.sequence.id]
-                    request = requests[number]
-                    choice = request.choices[index]
-                    text = choice.take(output)
-                    finished = output.finish_reason
-                    if choice.text.stop_reason is not None:
-                        finished = "stop"
-                        self.engine.finish(choice.sequence, "stop")
-                    completion = None
-                    if finished is not None:
-                        del places[output.sequence.id]
-                        request.done[index] = choice.choice()
-                        completion = request.completion()
-                    yield number, Piece(text, output.token_id, index, finished, completion)
-        finally:
-            self._abort(requests)
-
-    def _abort(self, requests: Iterable[_Request]) -> None:
-        for request in requests:
-            for choice in request.choices:
-                self.engine.abort(choice.sequence)
-
-
-def as_prompts(prompts: Prompt | Series[Prompt]) -> list[Prompt]:
-    """One prompt or many as a list: a text is one, and so is a list of token ids. Raises ValueError if empty."""
-    if isinstance(prompts, str):
-        return [prompts]
-    several = list(prompts)
-    if several and all(isinstance(item, int) for item in several):
-        return [several]  # type: ignore[list-item]
-    if not several:
-        raise ValueError("prompts is empty: give at least one prompt")
-    for index, item in enumerate(several):
-        if not isinstance(item, str) and not (
-            isinstance(item, Series) and all(isinstance(token, int) for token in item)
+    def _generate(
+        self, prompts: list[PromptInput], params: list[SamplingParams], use_tqdm: bool | None
+    ) -> list[Completion]:
+        disable = None if use_tqdm is None and len(prompts) >= 8 else not use_tqdm
+        done: dict[int, Completion] = {}
+        with (
+            closing(self._shared.run(prompts, params)) as pieces,
+            tqdm(total=len(prompts), desc="generating", unit="prompt", disable=disable) as bar,
         ):
-            raise ValueError(f"prompts[{index}] is {type(item).__name__}, must be a text or a list of token ids")
-    return several  # type: ignore[return-value]
+            for index, piece in pieces:
+                if piece.completion is not None:
+                    done[index] = piece.completion
+                    bar.update()
+        return [done[index] for index in range(len(prompts))]
+
+    def _stream(self, prompts: list[PromptInput], params: list[SamplingParams]) -> Generator[Piece]:
+        with closing(self._shared.run(prompts, params)) as pieces:
+            for _, piece in pieces:
+                yield piece
+
+
+def _one_each(params: Params, count: int) -> list[SamplingParams]:
+    """The parameters of each prompt. Raises ValueError for anything else than SamplingParams."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if isinstance(params, Mapping):
+        refuse_unknown("SamplingParams", map(str, params), field_names(SamplingParams))
+        given = ", ".join(f"{name}={value!r:.50}" for name, value in params.items())
+        raise ValueError(f"params is {type(params).__name__}, must be SamplingParams: write SamplingParams({given})")
+    if not isinstance(params, Series) or isinstance(params, str | bytes):
+        raise ValueError(f"params is {type(params).__name__}, must be SamplingParams or a list of them")
+    for index, one in enumerate(params):
+        if not isinstance(one, SamplingParams):
+            raise ValueError(f"params[{index}] is {type(one).__name__}, must be SamplingParams")
+    if len(params) != count:
+        raise ValueError(f"params holds {len(params)} SamplingParams for {count} prompts")
+    return list(params)
 
 
 def generate(
-    model: str | Path,
+    model: str | Path | ModelConfig,
     prompts: Prompt | Series[Prompt],
-    params: SamplingParams | Series[SamplingParams] | None = None,
+    params: Params = None,
     **options: Any,
 ) -> list[Completion]:
-    """Load a model, continue the prompts, forget the model. Options are those of `EngineOptions`."""
-    return LLM(model, **options).generate(prompts, params)
+    """Load a model, continue the prompts, close the model. Options are those of `LLM`."""
+    several = as_prompts(prompts)
+    each = _one_each(params, len(several))
+    with LLM(model, **options) as llm:
+        return llm._generate(several, each, None)
 
 
 __all__ = ["LLM", "Choice", "Completion", "Piece", "SamplingParams", "Timing", "TokenLogprobs", "generate"]

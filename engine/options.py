@@ -2,11 +2,13 @@
 
 import re
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 
 import torch
 
 from engine.cpu_cores import usable_cores
+from engine.field_names import with_checked_names
 from engine.transfer.interface import TRANSPORTS, is_loopback
 from layers.config import ModelConfig
 
@@ -14,7 +16,17 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 BLOCK_SIZES = (16, 32, 64)
 COMPILE = ("background", "startup", "off")
 
+_COUNTS = (
+    "block_size",
+    "max_num_seqs",
+    "num_speculative_tokens",
+    "tensor_parallel_size",
+    "seed",
+    "kv_transfer_port",
+)
 
+
+@with_checked_names
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """Raises ValueError with the option, its value and the limit.
@@ -87,6 +99,7 @@ class EngineOptions:
         return 0 if self.speculative_model is None else self.num_speculative_tokens
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(DTYPES)}")
         if self.load_format not in ("auto", "dummy"):
@@ -147,6 +160,15 @@ class EngineOptions:
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device is {self.device!r}, must be 'cpu', 'cuda' or 'cuda:N'")
         parse_bytes(self.kv_cache_memory)
+
+    def _check_numbers(self) -> None:
+        for name in ("max_model_len", "max_num_batched_tokens", "max_prefill_chunk", "threads", *_COUNTS):
+            value = getattr(self, name)
+            if not isinstance(value, int) and (value is not None or name in _COUNTS):
+                raise ValueError(f"{name} is {value!r:.50}, must be an integer")
+        for name in ("gpu_memory_utilization", "priority_aging", "kv_transfer_lease"):
+            if not isinstance(getattr(self, name), Real):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.50}, must be a number")
 
     def _check_ranks(self) -> None:
         size = f"tensor_parallel_size is {self.tensor_parallel_size}"

@@ -1,12 +1,14 @@
 """What a request can ask of its continuation, checked in one place."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from types import MappingProxyType
 
 from engine.errors import InvalidField
+from engine.field_names import with_checked_names
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
@@ -14,7 +16,10 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024  # characters
 MAX_LOGIT_BIAS = 1024
 
+_OPTIONAL = ("seed", "logprobs", "prompt_logprobs")
 
+
+@with_checked_names
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to continue one prompt. Raises InvalidField, a ValueError, with the field, its value and the limit.
@@ -69,7 +74,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         self._freeze()
+        self._check_token_kinds()
         for name, low, high in (
             ("n", 1, MAX_CHOICES),
             ("top_k", -1, 2**31 - 1),
@@ -131,6 +138,43 @@ class SamplingParams:
             "logit_bias": tuple(self.logit_bias),
             "bad_words_token_ids": tuple(token for words in self.bad_words_token_ids for token in words),
         }
+
+    def _check_kinds(self) -> None:
+        """Raise InvalidField for a value of another type than its field's. A list that is None is empty."""
+        for name in ("n", "top_k", "min_tokens", "max_tokens", "seed", "logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) and (value is not None or name not in _OPTIONAL):
+                raise InvalidField(name, f"{name} is {value!r:.50}, must be an integer")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            if not isinstance(getattr(self, name), Real):
+                raise InvalidField(name, f"{name} is {getattr(self, name)!r:.50}, must be a number")
+        for name in ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, ())
+        if self.logit_bias is None:
+            object.__setattr__(self, "logit_bias", {})
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "bad_words_token_ids"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Iterable):
+                raise InvalidField(name, f"{name} is {value!r:.50}, must be a list")
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidField(
+                "logit_bias", f"logit_bias is {self.logit_bias!r:.50}, must be a mapping of token ids to numbers"
+            )
+        for words in self.bad_words_token_ids:
+            if not isinstance(words, Iterable):
+                raise InvalidField(
+                    "bad_words_token_ids", f"bad_words_token_ids holds {words!r:.50}, must be lists of token ids"
+                )
+
+    def _check_token_kinds(self) -> None:
+        for name, tokens in self.token_fields().items():
+            for token in tokens:
+                if not isinstance(token, Integral):
+                    raise InvalidField(name, f"{name} holds {token!r:.50}, must be token ids")
+        for token, bias in self.logit_bias.items():
+            if not isinstance(bias, Real):
+                raise InvalidField("logit_bias", f"logit_bias of token {token} is {bias!r:.50}, must be a number")
 
     def _freeze(self) -> None:
         for name in ("stop", "bad_words"):

@@ -131,6 +131,11 @@ class Tokenizer:
         return self._chat_template is not None
 
     @property
+    def template_variables(self) -> frozenset[str]:
+        """See `ChatTemplate.variables`; none without a template."""
+        return frozenset() if self._chat_template is None else self._chat_template.variables
+
+    @property
     def vocab_size(self) -> int:
         """Number of tokens with the added ones. The model's own vocabulary may be padded to more."""
         return self.backend.get_vocab_size(with_added_tokens=True)

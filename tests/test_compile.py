@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import jaxtyping
@@ -85,6 +86,20 @@ def test_no_recompile_over_many_batch_sizes_lengths_and_settings(compiled):
     compiled.generate([[5]], SamplingParams(temperature=1.0, max_tokens=2))
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+def test_another_thread_runs_the_same_graphs(compiled):
+    """Guards look at what torch keeps for each thread, such as how many threads it uses."""
+    graphs = counters["stats"]["unique_graphs"]
+    params = (every_feature() * 2)[:9]
+
+    def answers() -> list[list[int]]:
+        return [one.token_ids for one in compiled.generate(prompts(9), params) + compiled.generate([[5]], params[1])]
+
+    with ThreadPoolExecutor(1) as another:
+        found = another.submit(answers).result()
+    assert found == answers()
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 def test_a_compiled_step_allocates_nothing_as_large_as_a_weight_matrix_or_the_cache(compiled):

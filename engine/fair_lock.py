@@ -1,0 +1,56 @@
+"""A lock that threads get in the order in which they asked for it."""
+
+import threading
+from collections import deque
+from types import TracebackType
+
+
+class FairLock:
+    """A mutual exclusion lock without starvation.
+
+    A thread that takes a `threading.Lock` again right after its release nearly always gets it, whoever waits: one that
+    runs a step after another would keep every other thread out. This lock passes from its holder to the thread that
+    has waited longest.
+    """
+
+    def __init__(self) -> None:
+        # Reentrant, because a generator that is collected while this is held may ask for the lock in the same thread.
+        self._state = threading.RLock()
+        self._waiting: deque[threading.Lock] = deque()
+        self._is_held = False
+
+    def acquire(self, blocking: bool = True) -> bool:
+        """Take the lock; returns whether it was taken, which without `blocking` may not be so."""
+        with self._state:
+            if not self._is_held:
+                self._is_held = True
+                return True
+            if not blocking:
+                return False
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        try:
+            turn.acquire()
+        except BaseException:  # Ctrl-C while waiting
+            with self._state:
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
+                else:
+                    self.release()
+            raise
+        return True
+
+    def release(self) -> None:
+        """Pass the lock on."""
+        with self._state:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._is_held = False
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()

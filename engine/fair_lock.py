@@ -8,9 +8,9 @@ from types import TracebackType
 class FairLock:
     """A mutual exclusion lock without starvation.
 
-    A thread that takes a `threading.Lock` again right after its release nearly always gets it, whoever waits: one that
-    runs a step after another would keep every other thread out. This lock passes from its holder to the thread that
-    has waited longest.
+    A thread that takes a `threading.Lock` again right after its release nearly always gets it, even if others wait: a
+    thread that runs step after step would keep all others out. This lock passes from its holder to the thread that has
+    waited longest.
     """
 
     def __init__(self) -> None:

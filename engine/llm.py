@@ -48,7 +48,7 @@ class LLM:
         refuse_unknown("LLM", options, known, _IN_PARAMS)
         chosen = EngineOptions(model=model, **options)
         if chosen.compile is None and not chosen.enforce_eager and chosen.torch_device().type == "cuda":
-            # Whoever has many prompts answered leaves no time in between, and what draws tokens should be compiled.
+            # A batch of prompts leaves no idle time to compile in, and sampling gains by it.
             chosen = replace(chosen, compile="startup")
         self.engine = Engine(chosen, show_progress)
         checkpoint = self.engine.checkpoint

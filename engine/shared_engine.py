@@ -67,7 +67,7 @@ class SharedEngine:
                 else:
                     self._step_for(call)
         finally:
-            # This may be the garbage collector's doing, anywhere, also where this thread holds the lock.
+            # The garbage collector may close this generator anywhere, also where this thread holds the lock.
             self._abandoned.append(call)
             self._abort_abandoned()
 
@@ -110,7 +110,9 @@ class SharedEngine:
             self._check_usable()
             self._abort_calls()
             if not self._engine.has_work:
-                raise RuntimeError("the request was ended by something else than this LLM, which waits for its tokens")
+                raise RuntimeError(
+                    "the request was ended by something other than this LLM, which still waits for its tokens"
+                )
             with self._as_made():
                 outputs = self._engine.step()
             for output in outputs:
@@ -141,7 +143,7 @@ class SharedEngine:
         call.pieces.append((number, Piece(text, output.token_id, index, finished, completion)))
 
     def _abort_abandoned(self) -> None:
-        """Abort what nobody reads any more, or leave that to the thread that has the lock."""
+        """Abort the requests of abandoned calls, or leave that to the thread that has the lock."""
         if not self._abandoned:
             return
         with deferred_interrupt():

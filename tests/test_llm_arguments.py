@@ -5,6 +5,7 @@ import pytest
 
 from engine import LLM, EngineOptions, SamplingParams, generate
 from engine.chat_template import ChatTemplate
+from engine.engine import Engine
 from tests.checkpoints import CHATML, save_tiny, save_tokenizer
 from tests.small_engine import OPTIONS, greedy, make
 
@@ -263,7 +264,13 @@ def test_a_closed_llm_says_so(directory):
 
 def test_the_module_s_generate_closes_what_it_opened(directory, monkeypatch):
     closed = []
-    monkeypatch.setattr(LLM, "close", closed.append)
+    close = Engine.close
+
+    def note(engine: Engine) -> None:
+        closed.append(engine)
+        close(engine)
+
+    monkeypatch.setattr(Engine, "close", note)
     (completion,) = generate(directory, {"prompt": "The sea"}, greedy(4), **OPTIONS)
     assert len(completion.token_ids) == 4
     assert len(closed) == 1

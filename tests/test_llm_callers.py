@@ -211,7 +211,7 @@ def test_an_engine_that_fails_tells_each_caller(llm, monkeypatch):
 
 
 def test_a_request_that_fails_alone_is_told_to_its_owner(llm, monkeypatch):
-    """Whoever steps, and the others get their answers."""
+    """Also if another caller runs the step, and all others get their answers."""
     (expected,) = alone(llm, [[7, 7, 7]], greedy(12))
     launch = llm.engine.runner.launch
     guilty = llm.stream([1, 1], greedy(12))
@@ -234,7 +234,7 @@ def test_a_request_that_was_ended_behind_the_back_does_not_spin(llm):
     next(stream)
     for sequence in list(llm.engine.scheduler.running):
         llm.engine.abort(sequence)
-    with pytest.raises(RuntimeError, match="ended by something else"):
+    with pytest.raises(RuntimeError, match="ended by something other than this LLM"):
         list(stream)
 
 
@@ -279,6 +279,28 @@ def test_a_fair_lock_is_passed_on_in_order():
     for thread in threads:
         thread.join(PATIENCE)
     assert order == [0, 1, 2, 3, 4, 5]
+    assert lock.acquire(blocking=False)
+
+
+def test_a_thread_that_is_interrupted_while_it_waits_leaves_the_queue():
+    lock, held, main = FairLock(), threading.Event(), threading.get_ident()
+    done = threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            while not lock._waiting:
+                os.sched_yield()
+            signal.pthread_kill(main, signal.SIGINT)
+            done.wait(PATIENCE)
+
+    holder = in_thread(hold)
+    held.wait(PATIENCE)
+    with pytest.raises(KeyboardInterrupt):
+        lock.acquire()
+    assert not lock._waiting
+    done.set()
+    holder.join(PATIENCE)
     assert lock.acquire(blocking=False)
 
 

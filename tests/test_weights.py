@@ -121,6 +121,15 @@ def test_configs_with_gaps_and_additions_compute_what_transformers_does(family, 
     same_logits_as_transformers(tmp_path)
 
 
+def test_a_rotation_base_that_rope_scaling_replaces_is_told(tmp_path, caplog):
+    save_tiny(tmp_path, "qwen3", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    raw = json.loads((tmp_path / "config.json").read_text())
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_scaling": scaling}))
+    assert same_logits_as_transformers(tmp_path).rope_theta == 10000.0
+    assert "rope_theta of 500000.0" in caplog.text
+
+
 def test_order_does_not_matter(checkpoint):
     config, tensors = checkpoint
     forwards, backwards = load(config, list(tensors.items())), load(config, list(tensors.items())[::-1])

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,30 @@ def test_a_decode_step_replays_one_graph_and_copies_only_its_inputs() -> None:
     keys = engine.runner.kv_cache[0].keys
     largest_copy = max((event.device_memory_usage for event in averages if "copy" in event.key), default=0)
     assert largest_copy < keys.numel() * keys.element_size()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_other_threads_replay_the_same_graphs(dtype: str) -> None:
+    """The current device belongs to a thread, and graphs were recorded in another one."""
+    torch._dynamo.reset()
+    counters.clear()
+    llm = LLM(CONFIG, load_format="dummy", dtype=dtype, **SMALL)
+    given = prompts(6, vocab=1024)
+    params = [SamplingParams(temperature=index % 2, seed=index, max_tokens=20, ignore_eos=True) for index in range(6)]
+
+    def answer(index: int) -> list[int]:
+        return llm.generate([given[index]], params[index])[0].token_ids
+
+    expected = [answer(index) for index in range(6)]
+    graphs = counters["stats"]["unique_graphs"]
+    with ThreadPoolExecutor(1) as another:
+        assert list(another.map(answer, range(6))) == expected
+    assert counters["stats"]["unique_graphs"] == graphs
+    with ThreadPoolExecutor(4) as several:  # batches of every size, whose sums bfloat16 may round differently
+        found = list(several.map(answer, [*range(6)] * 4))
+    assert [len(tokens) for tokens in found] == [20] * 24
+    assert dtype == "bfloat16" or found == expected * 4
+    assert not llm.engine.has_work
 
 
 @pytest.mark.parametrize("head_norms", [False, True])

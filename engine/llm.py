@@ -175,7 +175,7 @@ class LLM:
         disable = None if use_tqdm is None and len(prompts) >= 8 else not use_tqdm
         done: dict[int, Completion] = {}
         with (
-            closing(self._shared.run(prompts, params)) as pieces,
+            closing(self._shared.run(prompts, params, is_stream=False)) as pieces,
             tqdm(total=len(prompts), desc="generating", unit="prompt", disable=disable) as bar,
         ):
             for index, piece in pieces:
@@ -185,7 +185,7 @@ class LLM:
         return [done[index] for index in range(len(prompts))]
 
     def _stream(self, prompts: list[PromptInput], params: list[SamplingParams]) -> Generator[Piece]:
-        with closing(self._shared.run(prompts, params)) as pieces:
+        with closing(self._shared.run(prompts, params, is_stream=True)) as pieces:
             for _, piece in pieces:
                 yield piece
 

@@ -180,7 +180,7 @@ def test_a_stream_that_is_collected_amid_a_step_is_aborted_after_it(llm, monkeyp
     next(stream)
     del stream, cycle
 
-    def step_and_collect() -> list:
+    def step_and_collect(**_) -> list:
         gc.collect()
         return step()
 
@@ -198,7 +198,7 @@ def test_an_engine_that_fails_tells_each_caller(llm, monkeypatch):
     for stream in streams:
         next(stream)
 
-    def fail() -> None:
+    def fail(**_) -> None:
         raise RuntimeError("out of order")
 
     with monkeypatch.context() as broken:
@@ -246,7 +246,7 @@ def test_another_thread_computes_with_as_many_threads(llm, monkeypatch):
         pytest.skip("torch does not use libgomp here")
     omp, step, seen = ctypes.CDLL(runtime.group()), llm.engine.step, set()
 
-    def count() -> list:
+    def count(**_) -> list:
         seen.add(omp.omp_get_max_threads())
         return step()
 
@@ -335,3 +335,27 @@ def test_a_second_ctrl_c_does_not_wait():
         signal.raise_signal(signal.SIGINT)
         reached = False
     assert reached
+
+
+def test_the_engine_may_pause_only_while_no_stream_is_read(llm, monkeypatch):
+    """Taking over what was compiled takes up to a second, in which no token comes."""
+    pauses = []
+    step = llm.engine.step
+
+    def noted(*, may_pause: bool = False):
+        pauses.append(may_pause)
+        return step(may_pause=may_pause)
+
+    monkeypatch.setattr(llm.engine, "step", noted)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    llm.generate([[1, 2, 3]], params)
+    assert set(pauses) == {True}
+    pauses.clear()
+    stream = llm.stream([1, 2, 3], params)
+    next(stream)
+    llm.generate([[4, 5]], params)
+    list(stream)
+    assert set(pauses) == {False}
+    pauses.clear()
+    llm.generate([[1, 2, 3]], params)
+    assert set(pauses) == {True}

@@ -1,6 +1,5 @@
 """Find a model (directory, hub id, GGUF file, built-in default) and stream its weights."""
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,9 @@ from torch import Tensor
 from engine.default_model import DEFAULT_MODEL, default_model_file
 from engine.errors import CheckpointError
 from engine.gguf_file import GgufFile
-from engine.tokenizer import Tokenizer
+from engine.json_file import read_json
+from engine.tokenizer import Tokenizer, token_text
+from engine.tokenizer_check import added_token_id
 from engine.tokenizer_files import directory_tokenizer, gguf_tokenizer
 from layers.config import ModelConfig, UnsupportedModelError, config_from_hugging_face, config_warnings
 
@@ -93,8 +94,7 @@ def find_checkpoint(model: str | Path) -> Checkpoint:
 def _open_gguf(path: Path, name: str) -> Checkpoint:
     file = GgufFile(path)
     directory = gguf_tokenizer(file)
-    eos_token_ids = file.eos_token_ids or _tokenizer_eos(directory)
-    return Checkpoint(name, file.config, directory, eos_token_ids, (path,))
+    return Checkpoint(name, file.config, directory, _generation_ends(directory), (path,))
 
 
 def _open_directory(directory: Path, name: str) -> Checkpoint:
@@ -109,12 +109,10 @@ def _open_directory(directory: Path, name: str) -> Checkpoint:
         config = replace(config, tie_embeddings=False)
     has_only_head = config.tie_embeddings and _HEAD in places and _EMBEDDING not in places
     prepared = directory_tokenizer(directory)
-    generation = directory / "generation_config.json"
-    eos_token_ids = (
-        (_eos_token_ids(_read_json(generation), generation) if generation.is_file() else ())
-        or _eos_token_ids(raw, directory / "config.json")
-        or _tokenizer_eos(prepared)
-    )
+    # A text ends at the tokenizer's token and at those of the generation config, as in vLLM: a chat model often names
+    # the end of a turn in one and the end of a text in the other.
+    ends = _generation_ends(directory) or _eos_token_ids(raw, directory / "config.json")
+    eos_token_ids = tuple(dict.fromkeys((*_tokenizer_eos(prepared), *ends)))
     return Checkpoint(name, config, prepared, eos_token_ids, files, has_only_head)
 
 
@@ -156,7 +154,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         ggufs = sorted(directory.glob("*.gguf"))
         advice = f"give the file {ggufs[0]}" if ggufs else "give the directory that holds config.json and the weights"
         raise CheckpointError(f"{directory} has no config.json: {advice}")
-    return _read_json(path)
+    return read_json(path)
 
 
 def _parse_config(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
@@ -167,16 +165,6 @@ def _parse_config(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         reason = str(error).removeprefix("config.json: ")
         raise CheckpointError(f"{directory / 'config.json'} makes no sense ({reason}): download it again") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): download it again") from error
-    if not isinstance(contents, dict):
-        raise CheckpointError(f"{path} is not a JSON object: download it again")
-    return contents
 
 
 def _weight_files(directory: Path) -> tuple[Path, ...]:
@@ -190,7 +178,7 @@ def _weight_files(directory: Path) -> tuple[Path, ...]:
                 "convert them to safetensors"
             )
         raise CheckpointError(f"{directory} has neither {_WEIGHTS} nor {_INDEX}: finish its download")
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: download it again")
     shards = sorted({str(shard) for shard in weight_map.values()})
@@ -215,7 +203,7 @@ def _check_names(files: tuple[Path, ...], directory: Path) -> dict[str, Path]:
                 )
             found[name] = file
     if len(files) > 1:
-        for name, shard in _read_json(directory / _INDEX)["weight_map"].items():
+        for name, shard in read_json(directory / _INDEX)["weight_map"].items():
             if name not in found or found[name].name != shard:
                 raise CheckpointError(f"{directory / shard} lacks {name}, which {_INDEX} promises: download it again")
     return found
@@ -258,6 +246,14 @@ def _eos_token_ids(raw: Mapping[str, Any], source: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
+def _generation_ends(directory: Path) -> tuple[int, ...]:
+    path = directory / "generation_config.json"
+    return _eos_token_ids(read_json(path), path)
+
+
 def _tokenizer_eos(directory: Path) -> tuple[int, ...]:
-    token = Tokenizer.from_directory(directory).eos_token_id
+    text = token_text(read_json(directory / "tokenizer_config.json").get("eos_token"))
+    token = None if text is None else added_token_id(directory, text)
+    if token is None:
+        token = Tokenizer.from_directory(directory).eos_token_id
     return () if token is None else (token,)

@@ -53,7 +53,7 @@ class _Reader(gguf.GGUFReader):
 
 
 class GgufFile:
-    """An open GGUF file: its config, end-of-sequence tokens and tensors.
+    """An open GGUF file: its config, tokenizer entries and tensors.
 
     Raises CheckpointError if the file cannot be read, UnsupportedModelError if it holds what we do not run.
     """
@@ -71,29 +71,10 @@ class GgufFile:
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is not a complete model: {error}") from error
 
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends a turn: files of Llama 3 name the end of text and the end of turn separately."""
-        ids = (self._metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
-        return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
-
-    @property
-    def pre_tokenizer(self) -> str | None:
-        """llama.cpp's name for the rule that splits text into words, such as `qwen2`."""
-        return self._metadata.get("tokenizer.ggml.pre")
-
-    @property
-    def adds_bos(self) -> bool:
-        """Whether a text starts with the beginning-of-sequence token; llama.cpp's defaults where the file is silent."""
-        usual = self._metadata.get("tokenizer.ggml.model") == "llama" or self.pre_tokenizer == "llama-bpe"
-        return bool(self._metadata.get("tokenizer.ggml.add_bos_token", usual))
-
-    @property
-    def special_token_ids(self) -> dict[str, int]:
-        """Ids by the roles that tokenizer_config.json knows."""
-        names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-        ids = {role: self._metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in names.items()}
-        return {role: int(token) for role, token in ids.items() if token is not None}
+    def tokenizer_metadata(self) -> dict[str, Any]:
+        """The `tokenizer.*` entries, vocabulary included, which takes seconds to read."""
+        fields = gguf.GGUFReader(self.path).fields
+        return {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name; a name we cannot map is left as it is in the file.

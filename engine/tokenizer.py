@@ -1,6 +1,5 @@
 """Text to token ids and back, from a `tokenizer.json`. Without torch or transformers: the front process uses it."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from tokenizers import decoders
 from engine.chat_messages import plain_messages
 from engine.chat_template import ChatTemplate
 from engine.errors import CheckpointError
+from engine.json_file import read_json
 from engine.special_texts import ChatText, SpecialTexts
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -63,8 +63,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # it raises plain Exception
             raise CheckpointError(f"{path} is not a tokenizer that we can read ({error}): download it again") from error
-        config = _read_json(directory / "tokenizer_config.json")
-        special_tokens = _special_tokens(_read_json(directory / "special_tokens_map.json") | config)
+        config = read_json(directory / "tokenizer_config.json")
+        special_tokens = _special_tokens(read_json(directory / "special_tokens_map.json") | config)
         return cls(backend, special_tokens, _chat_templates(directory, config), config)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -191,29 +191,18 @@ class Tokenizer:
         return known
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): download it again") from error
-    if not isinstance(contents, dict):
-        raise CheckpointError(f"{path} is not a JSON object: download it again")
-    return contents
+def token_text(token: Any) -> str | None:
+    """The text of a token as the config files write it: a string, or an object with a `content`, in older files."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokens by role. Each is a string, or an object with a `content`, depending on the age of the file."""
-
-    def text(token: Any) -> str | None:
-        token = token.get("content") if isinstance(token, dict) else token
-        return token if isinstance(token, str) else None
-
-    found = {role: token for role in _SPECIAL_TOKENS if (token := text(config.get(role))) is not None}
+    """Tokens by role."""
+    found = {role: token for role in _SPECIAL_TOKENS if (token := token_text(config.get(role))) is not None}
     more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     names: Iterable[Any] = more if isinstance(more, list) else []
-    return found | {"additional_special_tokens": [token for name in names if (token := text(name)) is not None]}
+    return found | {"additional_special_tokens": [token for name in names if (token := token_text(name)) is not None]}
 
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -96,6 +96,8 @@ def save_tiny(
     model = tiny_model(family, seed, dtype, **overrides)
     model.save_pretrained(directory, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
     save_tokenizer(directory)
+    if family == "qwen2":  # transformers reads the tokenizers of this family as Qwen's, whatever else they say
+        qwen_tokenizer().save(str(directory / "tokenizer.json"))
     return model
 
 
@@ -112,6 +114,20 @@ def tiny_tokenizer() -> tokenizers.Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_CORPUS * 2, trainer)
+    return tokenizer
+
+
+def qwen_tokenizer() -> tokenizers.Tokenizer:
+    """The same vocabulary with words split as Qwen 2 splits them."""
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
+    tokenizer = tiny_tokenizer()
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     return tokenizer
 
 
@@ -139,12 +155,13 @@ def save_tiny_gguf(
     extra_tensors: dict[str, np.ndarray] | None = None,
     pre_tokenizer: str = "smollm",
     bos_token_id: int | None = None,
+    tokenizer: dict[str, Any] | None = None,
 ) -> None:
     """Write a model as llama.cpp's converter does: its names, its row order of Llama's rotated projections.
 
     `quantization` is of the matrices whose rows it can hold; vectors stay F32. `metadata` adds keys after the
     architecture's name (`rope.scaling.type`); a value of None takes one out. `pre_tokenizer` is llama.cpp's name for
-    how text is split into words.
+    how text is split into words. `tokenizer` replaces the tokenizer's entries, by their names after `tokenizer.ggml.`.
     """
     config = model.config
     family = config.model_type
@@ -166,7 +183,10 @@ def save_tiny_gguf(
     for key, value in (entries | (metadata or {})).items():
         if value is not None:
             _add_value(writer, f"{family}.{key}", value)
-    _add_tokenizer(writer, pre_tokenizer, bos_token_id)
+    if tokenizer is None:
+        _add_tokenizer(writer, pre_tokenizer, bos_token_id)
+    for key, value in (tokenizer or {}).items():
+        _add_value(writer, f"tokenizer.ggml.{key}", value)
     names = gguf.get_tensor_name_map(_GGUF_ARCHITECTURES[family], config.num_hidden_layers)
     tied = config.tie_word_embeddings
     for name, tensor in model.state_dict().items():
@@ -201,6 +221,8 @@ _GGUF_ARCHITECTURES = {
 def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     if isinstance(value, str):
         writer.add_string(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
     elif isinstance(value, list):

@@ -83,11 +83,13 @@ def test_tensors_outlive_the_iteration(sharded):
 @pytest.mark.parametrize(
     ("generation", "config", "expected"),
     [
-        ({"eos_token_id": [7, 5, 7]}, {"eos_token_id": 3}, (7, 5)),
-        ({"eos_token_id": 9}, {"eos_token_id": 3}, (9,)),
-        ({"eos_token_id": None}, {"eos_token_id": 3}, (3,)),
-        (None, {"eos_token_id": [3, 4]}, (3, 4)),
-        (None, {"eos_token_id": None}, (EOS_TOKEN_ID,)),  # the tokenizer's
+        # Always the tokenizer's, <|im_end|>, and the others that the files name.
+        ({"eos_token_id": [7, 5, 7]}, {"eos_token_id": 3}, (EOS_TOKEN_ID, 7, 5)),
+        ({"eos_token_id": 9}, {"eos_token_id": 3}, (EOS_TOKEN_ID, 9)),
+        ({"eos_token_id": [0, EOS_TOKEN_ID]}, {"eos_token_id": 3}, (EOS_TOKEN_ID, 0)),
+        ({"eos_token_id": None}, {"eos_token_id": 3}, (EOS_TOKEN_ID, 3)),
+        (None, {"eos_token_id": [3, 4]}, (EOS_TOKEN_ID, 3, 4)),
+        (None, {"eos_token_id": None}, (EOS_TOKEN_ID,)),
     ],
 )
 def test_end_of_sequence_tokens(copy, generation, config, expected):

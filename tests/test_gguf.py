@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from engine import default_model
 from engine.checkpoint import CheckpointError, find_checkpoint
 from engine.gguf_file import GgufFile
+from engine.gguf_tokenizer import GgufTokenizer
 from engine.tokenizer import Tokenizer
 from layers.config import RopeScaling, UnsupportedModelError
 from tests.checkpoints import CHATML, EOS_TOKEN_ID, FAMILIES, save_tiny_gguf, tiny_model, tiny_tokenizer
@@ -209,14 +210,14 @@ def test_tokenizer_is_converted_once(tmp_path, monkeypatch):
     save_tiny_gguf(path, tiny("qwen3"))
     checkpoint = find_checkpoint(path)
     assert checkpoint.name == "tiny"
-    assert checkpoint.eos_token_ids == (EOS_TOKEN_ID,)
+    assert checkpoint.eos_token_ids == (EOS_TOKEN_ID, 0)  # <|im_end|>, and <|endoftext|> by its text
     tokenizer = Tokenizer.from_directory(checkpoint.directory)
     text = "The capital of France is König Paris 😀!\n\n<|im_end|>"
     assert tokenizer.encode(text) == tiny_tokenizer().encode(text).ids
     assert tokenizer.eos_token == "<|im_end|>"
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
     assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("converted again"))
+    monkeypatch.setattr(GgufTokenizer, "save", lambda *_: pytest.fail("converted again"))
     assert find_checkpoint(path) == checkpoint
     assert [entry.name for entry in (tmp_path / "cache" / "tokenizers").iterdir()] == [checkpoint.directory.name]
 
@@ -263,7 +264,7 @@ def test_default_model_is_read_as_transformers_reads_it(smollm2):
     checkpoint = find_checkpoint("smollm2")
     theirs = AutoConfig.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     config = checkpoint.config
-    assert (checkpoint.name, checkpoint.eos_token_ids) == ("smollm2", (2,))
+    assert (checkpoint.name, checkpoint.eos_token_ids) == ("smollm2", (2, 4, 0))  # as llama.cpp ends
     assert (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads) == (30, 576, 9, 3)
     assert (theirs.num_hidden_layers, theirs.hidden_size) == (30, 576)
     assert (theirs.num_attention_heads, theirs.num_key_value_heads) == (9, 3)

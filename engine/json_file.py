@@ -1,0 +1,20 @@
+"""JSON files of a checkpoint, whose faults are told in one sentence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty where there is no file. Raises CheckpointError for anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): download it again") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path} is not a JSON object: download it again")
+    return contents

@@ -1,28 +1,32 @@
 """Token ids to text while they arrive: each piece final, none late, all of them together the decoded whole."""
 
 import codecs
-import json
-import re
+from collections.abc import Sequence
 
 from engine.tokenizer import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_LONGEST_BEGINNING = 16  # tokens; a character without its last byte is three, and special tokens may stand between
 
 
 class IncrementalDetokenizer:
-    """The text of one sequence as it grows.
+    """The text of one sequence as it grows, after a prompt.
+
+    The prompt gives no text itself, but a text that goes on after it differs from one that begins: SentencePiece
+    vocabularies have no space at the beginning, and a prompt may end within a character.
 
     `add` returns what the token makes certain: text that no later token can change. What is held back is only the
-    beginning of a character whose bytes are split over tokens. The pieces of `add` and `finish` together equal
-    `tokenizer.decode` of all the ids. The cost per token does not depend on the length of the sequence.
+    beginning of a character whose bytes are split over tokens. The pieces of `add` and `finish` together equal what
+    `tokenizer.decode` of prompt and ids adds to that of the prompt. The cost per token does not depend on the length
+    of the sequence.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()
+    ) -> None:
         hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._text: _ByteText | _WindowText = (
-            _ByteText(tokenizer, hidden) if tokenizer.is_byte_level else _WindowText(tokenizer, hidden)
-        )
+        kind = _ByteText if tokenizer.is_byte_level else _WindowText
+        self._text: _ByteText | _WindowText = kind(tokenizer, hidden, prompt_token_ids)
 
     def add(self, token_id: int) -> str:
         """The new text that is certain, often one word, empty inside a character and for skipped tokens."""
@@ -36,10 +40,12 @@ class IncrementalDetokenizer:
 class _ByteText:
     """Byte-level vocabularies: the text is the UTF-8 of the concatenated bytes, which Python decodes in steps."""
 
-    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int], prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._hidden = hidden
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in prompt_token_ids[-_LONGEST_BEGINNING:]:
+            self.add(token)
 
     def add(self, token_id: int) -> str:
         if token_id in self._hidden:
@@ -58,24 +64,21 @@ class _WindowText:
     another token follows it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int], prompt_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
         self._backend = tokenizer.backend
         self._hidden = hidden
-        decoder = self._backend.decoder
-        kinds = json.loads(decoder.__getstate__()) if decoder is not None else {}
-        types = {part["type"] for part in kinds.get("decoders", [kinds]) if "type" in part}
-        self._falls_back_to_bytes = "ByteFallback" in types
-        self._joins_bytes = "ByteLevel" in types
-        self._window: list[int] = []
-        self._shown = ""  # the text of the part of the window that has been returned
-        self._shown_tokens = 0
+        self._joins_bytes = "ByteLevel" in tokenizer.decoder_kinds
+        before, begun = self._end_of(prompt_token_ids)
+        self._window = before + begun
+        self._shown = self._decode(before)  # the text of the part of the window that has been returned
+        self._shown_tokens = len(before)
 
     def add(self, token_id: int) -> str:
-        token = self._backend.id_to_token(token_id)
-        if token is None or token_id in self._hidden:
+        if self._is_nothing(token_id):
             return ""
         self._window.append(token_id)
-        if self._falls_back_to_bytes and _BYTE_TOKEN.fullmatch(token):
+        if self._tokenizer.byte_of(token_id) is not None:
             return ""  # without decoding: the run may be long
         text = self._decode(self._window)
         if self._joins_bytes and text.endswith(_REPLACEMENT):
@@ -92,6 +95,27 @@ class _WindowText:
             self._shown_tokens = len(self._window)
             self._shown = self._decode(self._window)
         return new
+
+    def _end_of(self, token_ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """What of a prompt the text after it depends on: its last token with a text, and a character begun in bytes."""
+        run: list[int] = []
+        before: list[int] = []
+        for token in reversed(token_ids):
+            if self._is_nothing(token):
+                continue
+            if self._tokenizer.byte_of(token) is None:
+                before = [token]
+                break
+            run.insert(0, token)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        decoder.decode(bytes(byte for token in run if (byte := self._tokenizer.byte_of(token)) is not None))
+        num_begun = len(decoder.getstate()[0])
+        whole, begun = run[: len(run) - num_begun], run[len(run) - num_begun :]
+        # Bytes that follow one another are decoded as one, so that whole characters must not stand before a begun one.
+        return before or (whole if not begun else []), begun
+
+    def _is_nothing(self, token_id: int) -> bool:
+        return token_id in self._hidden or self._tokenizer.token_text(token_id) is None
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)

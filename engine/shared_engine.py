@@ -98,7 +98,8 @@ class SharedEngine:
                     first = self._engine.add(token_ids, edited[index], cache_salt=prompt.cache_salt)
                 except ValueError as error:
                     raise ValueError(f"{_where(index, prompts)}{error}") from error
-                choices = [RunningChoice(one, TextStream(self._tokenizer, param)) for one in first.choices]
+                texts = [TextStream(self._tokenizer, param, token_ids) for _ in first.choices]
+                choices = [RunningChoice(*pair) for pair in zip(first.choices, texts, strict=True)]
                 call.requests.append(RunningRequest(choices))
                 call.num_open += len(choices)
                 for number, choice in enumerate(choices):

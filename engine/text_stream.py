@@ -59,14 +59,19 @@ class StopStrings:
 class TextStream:
     """Token ids to the text of a continuation, which ends at a stop string.
 
-    The pieces of `add` and `finish` together equal `tokenizer.decode` of all the ids, cut at the first stop string.
+    The pieces of `add` and `finish` together equal what `tokenizer.decode` of prompt and ids adds to that of the
+    prompt, cut at the first stop string.
     The text of the first `params.min_tokens` tokens is always returned whole and at once: stop strings are looked for
     in what comes after it, and one that begins in it is none. A character belongs to the token that completes it.
     Without a tokenizer every text is empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens) if tokenizer else None
+    def __init__(
+        self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_token_ids: Sequence[int] = ()
+    ) -> None:
+        self._detokenizer = (
+            IncrementalDetokenizer(tokenizer, params.skip_special_tokens, prompt_token_ids) if tokenizer else None
+        )
         self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
         self._min_tokens = params.min_tokens
         self._num_tokens = 0

@@ -1,11 +1,13 @@
 """Text to token ids and back, from a `tokenizer.json`. Without torch or transformers: the front process uses it."""
 
+import functools
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders
 
 from engine.chat_messages import plain_messages
 from engine.chat_template import ChatTemplate
@@ -14,6 +16,7 @@ from engine.json_file import read_json
 from engine.special_texts import ChatText, SpecialTexts
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -46,6 +49,8 @@ class Tokenizer:
         self._chat_template = ChatTemplate(chat_templates, self.special_tokens) if chat_templates else None
         special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         self.special_ids = frozenset(token for text in special if (token := backend.token_to_id(text)) is not None)
+        decoder = backend.decoder
+        self.decoder_kinds = frozenset(_kinds(json.loads(decoder.__getstate__())) if decoder is not None else ())
         self._bytes: dict[int, bytes] = {}
         self._special_texts = SpecialTexts(backend)
 
@@ -75,13 +80,26 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def bad_word_token_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-        """Token ids of texts that shall not be generated, at the start of a word and within one."""
+        """Token ids of texts that shall not be generated, at the start of a word and within one.
+
+        Of white space, such as a newline, exactly what is given.
+        """
         found: dict[tuple[int, ...], None] = {}
         for word in words:
-            for text in (word.lstrip(), " " + word.lstrip()):
-                if ids := tuple(self.encode(text, add_special_tokens=False)):
+            bare = word.lstrip(" ")
+            for text in (bare, " " + bare) if bare.strip() else (word,):
+                if ids := tuple(self._inside.encode(text, add_special_tokens=False).ids):
                     found[ids] = None
         return tuple(found)
+
+    @functools.cached_property
+    def _inside(self) -> tokenizers.Tokenizer:
+        """The same, for texts that stand within another: without the space that some put before a text."""
+        contents = json.loads(self.backend.to_str())
+        parts = {name: _without_first_space(contents[name]) for name in ("normalizer", "pre_tokenizer")}
+        if all(contents[name] == part for name, part in parts.items()):
+            return self.backend
+        return tokenizers.Tokenizer.from_str(json.dumps(contents | parts))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids past the vocabulary are nothing."""
@@ -173,22 +191,69 @@ class Tokenizer:
     @property
     def is_byte_level(self) -> bool:
         """Whether tokens are pieces of bytes that simply follow one another, so that a text is their concatenation."""
-        return isinstance(self.backend.decoder, decoders.ByteLevel)
+        return self.decoder_kinds == {"ByteLevel"}
+
+    def token_text(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling of a token; None for what is none."""
+        return self.backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+
+    def byte_of(self, token_id: int) -> int | None:
+        """The byte of a token such as `<0xE2>`, where the vocabulary falls back to bytes; None for other tokens."""
+        if "ByteFallback" not in self.decoder_kinds:
+            return None
+        match = _BYTE_TOKEN.fullmatch(self.token_text(token_id) or "")
+        return int(match[1], 16) if match else None
 
     def token_string(self, token_id: int) -> str:
         """Return how the vocabulary writes a token: `Ġthe` or `▁the` for ` the`. Empty for unknown ids."""
         return self.backend.id_to_token(token_id) or ""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token of a byte-level vocabulary spells, perhaps a part of a character; nothing for unknown ids."""
+        """What one token spells within a text, perhaps a part of a character; nothing for unknown ids.
+
+        At the beginning of a text SentencePiece vocabularies leave out the space that the token begins with.
+        """
         known = self._bytes.get(token_id)
         if known is None:
-            text = self.backend.id_to_token(token_id) or ""
-            spelled = [_BYTE_OF.get(character) for character in text]
-            # Added tokens may be written plainly: one character outside the alphabet, and the token means itself.
-            known = text.encode() if None in spelled else bytes(byte for byte in spelled if byte is not None)
-            self._bytes[token_id] = known
+            known = self._bytes[token_id] = self._spell(token_id)
         return known
+
+    def _spell(self, token_id: int) -> bytes:
+        if not self.is_byte_level:
+            if self.token_text(token_id) is None:
+                return b""
+            if (byte := self.byte_of(token_id)) is not None:
+                return bytes([byte])
+            # Decoders treat the first token apart, so that it is the second which shows what it is.
+            once, twice = (self.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
+            return twice[len(once) :].encode()
+        text = self.token_text(token_id) or ""
+        spelled = [_BYTE_OF.get(character) for character in text]
+        # Added tokens may be written plainly: one character outside the alphabet, and the token means itself.
+        return text.encode() if None in spelled else bytes(byte for byte in spelled if byte is not None)
+
+
+def _kinds(part: Any) -> set[str]:
+    """The types of a decoder's parts, a `Sequence` itself left out."""
+    kinds = set() if part.get("type") in (None, "Sequence") else {part["type"]}
+    return kinds.union(*(_kinds(inner) for inner in part.get("decoders", [])))
+
+
+def _without_first_space(part: Any) -> Any:
+    """A normalizer or pre-tokenizer, as JSON, that puts nothing before a text."""
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Prepend":
+        return None
+    changed = dict(part)
+    if part.get("type") == "Metaspace":
+        changed["prepend_scheme"] = "never"
+    elif part.get("type") == "ByteLevel":
+        changed["add_prefix_space"] = False
+    for name in ("normalizers", "pretokenizers"):
+        if name in part:
+            changed[name] = [left for inner in part[name] if (left := _without_first_space(inner)) is not None]
+    return changed
 
 
 def token_text(token: Any) -> str | None:

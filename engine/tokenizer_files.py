@@ -22,7 +22,7 @@ from engine.tokenizer_check import is_whole
 _CONVERSION = "2"  # part of the cache key: raise it when the conversion changes
 _SOURCES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json"),
-    *("special_tokens_map.json", "chat_template.jinja", "config.json"),
+    *("special_tokens_map.json", "chat_template.jinja", "config.json", "generation_config.json"),
 )
 
 
@@ -65,6 +65,8 @@ def _through_transformers(directory: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(directory, trust_remote_code=False).save_pretrained(target)
     if not (target / "tokenizer.json").is_file():
         raise ValueError("it has no fast form")
+    if (suggested := directory / "generation_config.json").is_file():  # sampling, which is read beside the tokenizer
+        shutil.copy(suggested, target)
 
 
 def _convert(prepared: Path, name: str, convert_into: Callable[[Path], None]) -> None:

@@ -172,7 +172,8 @@ class EngineClient:
             is_resumed,
         )
         self._admission.enter(key, num_tokens, time.perf_counter() + slack_seconds)
-        stream = make(key, request, RequestText(self.tokenizer, request.params, request.is_continued), self._abort)
+        text = RequestText(self.tokenizer, request.params, request.prompt_token_ids, request.is_continued)
+        stream = make(key, request, text, self._abort)
         if not self._is_waited_for:
             self._busy_since = time.perf_counter()
         self._streams[key] = stream

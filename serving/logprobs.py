@@ -36,9 +36,6 @@ class TokenTexts:
     def _find(self, token_id: int) -> tuple[str, bytes]:
         if self._tokenizer is None:  # dummy weights
             return f"token_id:{token_id}", b""
-        if not self._tokenizer.is_byte_level:
-            text = self._tokenizer.decode([token_id], skip_special_tokens=False)
-            return text, text.encode()
         data = self._tokenizer.token_bytes(token_id)
         try:
             return data.decode(), data
@@ -50,6 +47,15 @@ class TokenTexts:
         if skip_special_tokens and token_id in self._special_ids:
             return 0
         return sum(byte & 0xC0 != 0x80 for byte in self.of(token_id)[1])
+
+    def length_at(self, token_id: int, text: str, offset: int) -> int:
+        """The same in a text that is known, which may lack what encoding it has added: BOS, a first space."""
+        spelled = self.of(token_id)[1].decode(errors="replace")
+        if text.startswith(spelled, offset):
+            return len(spelled)
+        if spelled.startswith(" ") and text.startswith(spelled[1:], offset):
+            return len(spelled) - 1
+        return self.length_in_text(token_id, skip_special_tokens=True)
 
 
 class _TokenIds(TokenTexts):
@@ -77,33 +83,35 @@ class CompletionLogprobsMaker:
         self._count = count
         self._skip_special_tokens = skip_special_tokens
         self._offset = 0
+        self._has_begun = False  # the output, whose first token may lack its space
 
-    def of_prompt(
-        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs], text_length: int
-    ) -> CompletionLogprobs:
-        """Of a prompt that is echoed as so many characters. Nothing came before its first token, so that it has no
-        probability."""
+    def of_prompt(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs], text: str) -> CompletionLogprobs:
+        """Of a prompt that is echoed as `text`. Nothing came before its first token, so that it has no probability."""
         found = CompletionLogprobs([], [], [], [])
-        self._add(found, token_ids[0], None, is_echoed=True)
-        for entry in entries:
-            self._add(found, entry.token_id, entry, is_echoed=True)
-        self._offset = text_length
+        for token_id, entry in zip(token_ids, (None, *entries), strict=False):
+            self._add(found, token_id, entry)
+            self._offset += self._texts.length_at(token_id, text, self._offset)
+        self._offset = len(text)
         return found
 
-    def of_output(self, entries: Iterable[TokenLogprobs]) -> CompletionLogprobs:
+    def of_output(self, entries: Iterable[TokenLogprobs], text: str) -> CompletionLogprobs:
+        """Of tokens that make `text` certain, which may be less than they spell, or none."""
         found = CompletionLogprobs([], [], [], [])
         for entry in entries:
             self._add(found, entry.token_id, entry)
+            length = self._texts.length_in_text(entry.token_id, self._skip_special_tokens)
+            if length and not self._has_begun:
+                self._has_begun = True
+                spelled = self._texts.of(entry.token_id)[1]
+                length -= spelled.startswith(b" ") and text != "" and not text.startswith(" ")
+            self._offset += length
         return found
 
-    def _add(
-        self, found: CompletionLogprobs, token_id: int, entry: TokenLogprobs | None, is_echoed: bool = False
-    ) -> None:
+    def _add(self, found: CompletionLogprobs, token_id: int, entry: TokenLogprobs | None) -> None:
         found.text_offset.append(self._offset)
         found.tokens.append(self._texts.of(token_id)[0])
         found.token_logprobs.append(None if entry is None else finite(entry.logprob))
         found.top_logprobs.append(None if entry is None else self._top(entry))
-        self._offset += self._texts.length_in_text(token_id, self._skip_special_tokens and not is_echoed)
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
         top: dict[str, float] = {}

@@ -1,5 +1,7 @@
 """A request's tokens to the text that its reader sees, away from the event loop."""
 
+from collections.abc import Sequence
+
 import msgspec
 
 from engine.messages import Token
@@ -35,10 +37,16 @@ class RequestText:
     is_continued: where the engine ends for length, another one goes on.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, is_continued: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int] = (),
+        is_continued: bool = False,
+    ) -> None:
         self._params = params
         self._is_continued = is_continued
-        self._texts = [TextStream(tokenizer, params) for _ in range(params.n)]
+        self._texts = [TextStream(tokenizer, params, prompt_token_ids) for _ in range(params.n)]
         self._last_times: list[float | None] = [None] * params.n
         self._has_ended = [False] * params.n
         self.num_tokens = 0

@@ -125,10 +125,10 @@ class _Answer:
             prompt = self._call.prompts[index // self._call.num_choices]
             prompt_text = self._text_of(index // self._call.num_choices)
             if body.logprobs is not None:
-                logprobs = maker.of_prompt(prompt.token_ids, first.prompt_logprobs or [], len(prompt_text))
+                logprobs = maker.of_prompt(prompt.token_ids, first.prompt_logprobs or [], prompt_text)
             text = prompt_text + text
         if body.logprobs is not None:
-            of_output = maker.of_output(entries)
+            of_output = maker.of_output(entries, update.text)
             logprobs = of_output if logprobs is None else joined(logprobs, of_output)
         choice = CompletionChoice(index, text, logprobs, update.finish_reason)
         if update.stop_reason is not None:

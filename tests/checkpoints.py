@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -129,6 +129,32 @@ def qwen_tokenizer() -> tokenizers.Tokenizer:
         ]
     )
     return tokenizer
+
+
+def sentencepiece_tokenizer() -> tokenizers.Tokenizer:
+    """As files of the time of Llama 2 spell it: the space is prepended by the normalizer, before each text."""
+    words = ["▁", *"thecapiolfrnFsx", "▁t", "he", "▁the", "▁c", "ap", "▁cap", "▁▁", "▁F", "▁x"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *bytes_, *words])}
+    merges = [
+        ("▁", "t"),
+        ("h", "e"),
+        ("▁t", "he"),
+        ("▁", "c"),
+        ("a", "p"),
+        ("▁c", "ap"),
+        ("▁", "▁"),
+        ("▁", "F"),
+        ("▁", "x"),
+    ]
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return backend
 
 
 def save_tokenizer(directory: Path, **config: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -19,7 +19,7 @@ from engine.checkpoint import find_checkpoint
 from engine.detokenize import IncrementalDetokenizer
 from engine.errors import CheckpointError
 from engine.tokenizer import Tokenizer
-from tests.checkpoints import CHATML, save_tiny, save_tokenizer, tiny_tokenizer
+from tests.checkpoints import CHATML, save_tiny, save_tokenizer, sentencepiece_tokenizer, tiny_tokenizer
 
 # The shape of Qwen 2.5's template: a default system message, tools as JSON, tool calls and their results.
 QWEN_TOOLS = r"""{%- if tools %}
@@ -450,6 +450,66 @@ def test_pieces_of_any_bytes_are_the_whole(contents):
             alphabet = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
             ids = [alphabet[bytes([byte])] for byte in contents]
         assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@given(data=st.data(), skip_special_tokens=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_pieces_after_a_prompt_are_what_the_whole_has_more(vocabulary, data, skip_special_tokens):
+    tokenizer = VOCABULARIES[vocabulary]
+    tokens = st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=12)
+    prompt, ids = data.draw(tokens), data.draw(tokens)
+    before, whole = (tokenizer.decode(part, skip_special_tokens) for part in (prompt, prompt + ids))
+    # Bytes that become invalid, or a character, only by what follows are no text of the prompt yet.
+    assume(whole.startswith(before) and not before.endswith("\ufffd"))
+    stream = IncrementalDetokenizer(tokenizer, skip_special_tokens, prompt)
+    assert "".join([*map(stream.add, ids), stream.finish()]) == whole[len(before) :]
+
+
+def test_the_first_word_after_a_prompt_keeps_its_space():
+    for name in ("fallback", "metaspace"):
+        tokenizer = VOCABULARIES[name]
+        hello, bos = (tokenizer.backend.token_to_id(text) for text in ("▁Hello", "<s>"))
+
+        def first(prompt: list[int], skips: bool = True, tokenizer=tokenizer, hello=hello) -> str:
+            return IncrementalDetokenizer(tokenizer, skips, prompt).add(hello)
+
+        assert (first([hello]), first([bos]), first([bos], False), first([])) == (" Hello", "Hello", " Hello", "Hello")
+        assert first([hello, bos]) == first([hello, 100_000]) == first([-1, hello]) == " Hello"
+
+
+def test_a_character_begun_in_the_prompt_comes_whole():
+    for name in ("bytes", "wrapped", "fallback"):
+        tokenizer = VOCABULARIES[name]
+        spelled = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
+        ids = [spelled[bytes([byte])] for byte in "aé😀b".encode()]
+        for cut in range(1, 6):
+            stream = IncrementalDetokenizer(tokenizer, True, ids[:cut])
+            rest = "".join([*map(stream.add, ids[cut:]), stream.finish()])
+            assert rest == "aé😀b"[len(bytes("aé😀b".encode()[:cut]).decode(errors="ignore")) :], (name, cut)
+
+
+def test_what_tokens_spell_within_a_text():
+    tokenizer = VOCABULARIES["fallback"]
+    spelled = [tokenizer.token_bytes(token).decode(errors="replace") for token in (0x41, 0xE2, *range(256, 267))]
+    assert spelled == ["A", "\ufffd", " ", " Hello", " wor", "ld", "é", "\ufffd", "!", "  ", "😀", "<s>", "</s>"]
+    assert VOCABULARIES["metaspace"].token_bytes(1) == b" Hello"
+    assert tokenizer.token_bytes(100_000) == b""
+
+
+def test_bad_words_within_words_and_white_space():
+    tokenizer = Tokenizer(sentencepiece_tokenizer())
+    ids = tokenizer.vocabulary
+    assert tokenizer.bad_word_token_ids(["\n"]) == ((ids["<0x0A>"],),)
+    assert tokenizer.bad_word_token_ids(["the", " the"]) == ((ids["t"], ids["he"]), (ids["▁the"],))
+    assert tokenizer.bad_word_token_ids(["  "]) == ((ids["▁▁"],),)
+    assert tokenizer.bad_word_token_ids(["</s>"])[0] == (ids["</s>"],)
+    tokenizer = VOCABULARIES["bytes"]
+    (newline,) = tokenizer.encode("\n")
+    assert tokenizer.bad_word_token_ids(["\n"]) == ((newline,),)
+    words = [tuple(tokenizer.encode(text)) for text in ("the dog", " the dog", "\tx", " \tx")]
+    assert tokenizer.bad_word_token_ids(["the dog", "\tx"]) == tuple(words)
+    assert min(map(len, words)) > 1
 
 
 def test_a_character_split_over_tokens_comes_whole(tokenizer):

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, normalizers, processors
 from transformers import AutoTokenizer
 
 from engine.checkpoint import find_checkpoint
 from engine.errors import CheckpointError
 from engine.tokenizer import Tokenizer
 from engine.tokenizer_files import directory_tokenizer
-from tests.checkpoints import qwen_tokenizer, save_tiny, save_tokenizer, tiny_tokenizer
+from tests.checkpoints import qwen_tokenizer, save_tiny, save_tokenizer, sentencepiece_tokenizer, tiny_tokenizer
 
 TEXTS = (
     *("Hello", " leading", "  two", "", "The capital\nof France", "<|im_end|>after", "a<|im_start|> b", "I'M 123 KÖLN"),
@@ -105,38 +103,12 @@ def test_a_class_that_splits_words_in_its_own_way(model_type, name, tmp_path):
     assert assert_same(directory) != directory
 
 
-def sentencepiece() -> tokenizers.Tokenizer:
-    """As files of the time of Llama 2 spell it: the space is prepended by the normalizer, before each text."""
-    words = ["▁", *"thecapiolfrnFsx", "▁t", "he", "▁the", "▁c", "ap", "▁cap", "▁▁", "▁F", "▁x"]
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *bytes_, *words])}
-    merges = [
-        ("▁", "t"),
-        ("h", "e"),
-        ("▁t", "he"),
-        ("▁", "c"),
-        ("a", "p"),
-        ("▁c", "ap"),
-        ("▁", "▁"),
-        ("▁", "F"),
-        ("▁", "x"),
-    ]
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return backend
-
-
 @pytest.mark.parametrize("legacy", [None, True, False])
 def test_sentencepiece(legacy, tmp_path):
     config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
     config |= {} if legacy is None else {"legacy": legacy}
     directory = files(tmp_path / "model", "llama", config)
-    sentencepiece().save(str(directory / "tokenizer.json"))
+    sentencepiece_tokenizer().save(str(directory / "tokenizer.json"))
     texts = ["the cap", " the", "  the", "the</s>the", "</s> the", "the\nFé", "<s> the"]
     assert assert_same(directory, texts) != directory
 

@@ -44,16 +44,21 @@ class _ByteText:
         self._tokenizer = tokenizer
         self._hidden = hidden
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_untouched = False  # the decoder as the prompt left it, perhaps within a character
         for token in prompt_token_ids[-_LONGEST_BEGINNING:]:
             self.add(token)
+        self._is_untouched = True
 
     def add(self, token_id: int) -> str:
-        if token_id in self._hidden:
+        if token_id in self._hidden or not (spelled := self._tokenizer.token_bytes(token_id)):
             return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        if self._is_untouched and not _goes_on(spelled[0]):
+            self._decoder.reset()
+        self._is_untouched = False
+        return self._decoder.decode(spelled)
 
     def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        return "" if self._is_untouched else self._decoder.decode(b"", final=True)
 
 
 class _WindowText:
@@ -69,16 +74,21 @@ class _WindowText:
         self._backend = tokenizer.backend
         self._hidden = hidden
         self._joins_bytes = "ByteLevel" in tokenizer.decoder_kinds
-        before, begun = self._end_of(prompt_token_ids)
-        self._window = before + begun
+        before, self._begun = self._end_of(prompt_token_ids)
+        self._window = list(before)
         self._shown = self._decode(before)  # the text of the part of the window that has been returned
         self._shown_tokens = len(before)
 
     def add(self, token_id: int) -> str:
         if self._is_nothing(token_id):
             return ""
+        byte = self._tokenizer.byte_of(token_id)
+        if self._begun:
+            if byte is not None and _goes_on(byte):
+                self._window += self._begun
+            self._begun = []
         self._window.append(token_id)
-        if self._tokenizer.byte_of(token_id) is not None:
+        if byte is not None:
             return ""  # without decoding: the run may be long
         text = self._decode(self._window)
         if self._joins_bytes and text.endswith(_REPLACEMENT):
@@ -106,7 +116,8 @@ class _WindowText:
             if self._tokenizer.byte_of(token) is None:
                 before = [token]
                 break
-            run.insert(0, token)
+            run.append(token)
+        run.reverse()
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         decoder.decode(bytes(byte for token in run if (byte := self._tokenizer.byte_of(token)) is not None))
         num_begun = len(decoder.getstate()[0])
@@ -119,3 +130,8 @@ class _WindowText:
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
+
+
+def _goes_on(byte: int) -> bool:
+    """Whether it is a byte of a character that an earlier one begins."""
+    return byte & 0xC0 == 0x80

@@ -29,15 +29,43 @@ _LONGEST_ARRAY_READ = 1024  # more layers than any model has; what is longer is 
 
 
 class _Reader(gguf.GGUFReader):
-    """The reader of the gguf package, without two seconds of Python over a vocabulary that we do not want.
+    """The reader of the gguf package, without two seconds of Python over a vocabulary that we seldom want.
 
     Should a later version of the package call this method something else, reading is slow again but right.
     """
+
+    # Where each array begins that was passed over, its items' type and their number; in the order of the fields.
+    passed_over: list[tuple[int, int, int]]
+
+    def __init__(self, *args: Any) -> None:
+        self.passed_over = []
+        super().__init__(*args)
+
+    def contents(self) -> dict[str, Any]:
+        """Every entry, the arrays that were passed over included."""
+        arrays = iter(self.passed_over)
+        return {
+            name: self._array(*next(arrays)) if field.types == [gguf.GGUFValueType.ARRAY] else field.contents()
+            for name, field in self.fields.items()
+        }
+
+    def _array(self, start: int, item_type: int, count: int) -> list[Any]:
+        position = start + 12
+        if item_type != gguf.GGUFValueType.STRING:
+            scalar = self.gguf_scalar_to_np[gguf.GGUFValueType(item_type)]
+            return np.frombuffer(self.data, scalar, count, position).tolist()
+        length_at, data, texts = struct.Struct("<Q").unpack_from, memoryview(self.data), []
+        for _ in range(count):
+            length = length_at(data, position)[0]
+            texts.append(str(data[position + 8 : position + 8 + length], "utf-8"))
+            position += 8 + length
+        return texts
 
     def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
         if raw_type == gguf.GGUFValueType.ARRAY:
             item_type, count = struct.unpack_from("<IQ", self.data, orig_offs)
             if count > _LONGEST_ARRAY_READ and item_type != gguf.GGUFValueType.ARRAY:
+                self.passed_over.append((int(orig_offs), item_type, count))
                 return self._size_of_array(orig_offs, item_type, count), [], [], [gguf.GGUFValueType.ARRAY]
         return super()._get_field_parts(orig_offs, raw_type)
 
@@ -72,9 +100,8 @@ class GgufFile:
             raise CheckpointError(f"{path} is not a complete model: {error}") from error
 
     def tokenizer_metadata(self) -> dict[str, Any]:
-        """The `tokenizer.*` entries, vocabulary included, which takes seconds to read."""
-        fields = gguf.GGUFReader(self.path).fields
-        return {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}
+        """The `tokenizer.*` entries, vocabulary included."""
+        return {name: value for name, value in self._reader.contents().items() if name.startswith("tokenizer.")}
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name; a name we cannot map is left as it is in the file.

@@ -288,6 +288,8 @@ def test_quick_reader_finds_what_the_slow_one_finds(smollm2):
     quick = GgufFile(smollm2)._reader
     assert quick.fields.keys() == slow.fields.keys()
     assert quick.fields["llama.block_count"].contents() == slow.fields["llama.block_count"].contents()
+    vocabulary = {name: field.contents() for name, field in slow.fields.items() if name.startswith("tokenizer.")}
+    assert GgufFile(smollm2).tokenizer_metadata() == vocabulary
     assert [(t.name, t.data_offset, t.n_bytes) for t in quick.tensors] == [
         (t.name, t.data_offset, t.n_bytes) for t in slow.tensors
     ]

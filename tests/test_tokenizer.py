@@ -489,6 +489,19 @@ def test_a_character_begun_in_the_prompt_comes_whole():
             assert rest == "aé😀b"[len(bytes("aé😀b".encode()[:cut]).decode(errors="ignore")) :], (name, cut)
 
 
+def test_a_character_begun_in_the_prompt_and_left_is_no_text_of_the_answer():
+    for name in ("bytes", "wrapped", "fallback"):
+        tokenizer = VOCABULARIES[name]
+        spelled = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
+        prompt = [spelled[b"a"], spelled[b"\xc3"]]
+        stream = IncrementalDetokenizer(tokenizer, True, prompt)
+        assert stream.finish() == ""
+        stream = IncrementalDetokenizer(tokenizer, True, prompt)
+        assert stream.add(spelled[b"!"]) + stream.finish() == "!"
+        stream = IncrementalDetokenizer(tokenizer, True, prompt)
+        assert stream.add(spelled[b"b"]) + stream.finish() == "b"
+
+
 def test_what_tokens_spell_within_a_text():
     tokenizer = VOCABULARIES["fallback"]
     spelled = [tokenizer.token_bytes(token).decode(errors="replace") for token in (0x41, 0xE2, *range(256, 267))]

@@ -126,7 +126,7 @@ class _WindowText:
         return before or (whole if not begun else []), begun
 
     def _is_nothing(self, token_id: int) -> bool:
-        return token_id in self._hidden or self._tokenizer.token_text(token_id) is None
+        return token_id in self._hidden or self._tokenizer.id_to_token(token_id) is None
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)

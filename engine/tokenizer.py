@@ -193,7 +193,7 @@ class Tokenizer:
         """Whether tokens are pieces of bytes that simply follow one another, so that a text is their concatenation."""
         return self.decoder_kinds == {"ByteLevel"}
 
-    def token_text(self, token_id: int) -> str | None:
+    def id_to_token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of a token; None for what is none."""
         return self.backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
 
@@ -201,7 +201,7 @@ class Tokenizer:
         """The byte of a token such as `<0xE2>`, where the vocabulary falls back to bytes; None for other tokens."""
         if "ByteFallback" not in self.decoder_kinds:
             return None
-        match = _BYTE_TOKEN.fullmatch(self.token_text(token_id) or "")
+        match = _BYTE_TOKEN.fullmatch(self.id_to_token(token_id) or "")
         return int(match[1], 16) if match else None
 
     def token_string(self, token_id: int) -> str:
@@ -220,14 +220,14 @@ class Tokenizer:
 
     def _spell(self, token_id: int) -> bytes:
         if not self.is_byte_level:
-            if self.token_text(token_id) is None:
+            if self.id_to_token(token_id) is None:
                 return b""
             if (byte := self.byte_of(token_id)) is not None:
                 return bytes([byte])
             # Decoders treat the first token apart, so that it is the second which shows what it is.
             once, twice = (self.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
             return twice[len(once) :].encode()
-        text = self.token_text(token_id) or ""
+        text = self.id_to_token(token_id) or ""
         spelled = [_BYTE_OF.get(character) for character in text]
         # Added tokens may be written plainly: one character outside the alphabet, and the token means itself.
         return text.encode() if None in spelled else bytes(byte for byte in spelled if byte is not None)

@@ -206,7 +206,7 @@ class Tokenizer:
 
     def token_string(self, token_id: int) -> str:
         """Return how the vocabulary writes a token: `Ġthe` or `▁the` for ` the`. Empty for unknown ids."""
-        return self.backend.id_to_token(token_id) or ""
+        return self.id_to_token(token_id) or ""
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token spells within a text, perhaps a part of a character; nothing for unknown ids.

@@ -139,12 +139,13 @@ def test_what_stands_around_a_text(tmp_path):
 
 def test_named_templates(tmp_path):
     metadata = {f"tokenizer.ggml.{key}": value for key, value in gpt2().items()}
-    metadata |= {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "tools"}
+    shown = "{{ messages[0].content }}"
+    metadata |= {"tokenizer.chat_template": f"plain {shown}", "tokenizer.chat_template.tool_use": f"tools {shown}"}
     GgufTokenizer(metadata).save(tmp_path)
     tokenizer = Tokenizer.from_directory(tmp_path)
     messages = [{"role": "user", "content": "Hi"}]
-    assert tokenizer.apply_chat_template(messages) == "plain"
-    assert tokenizer.apply_chat_template(messages, tools=[{"type": "function"}]) == "tools"
+    assert tokenizer.apply_chat_template(messages) == "plain Hi"
+    assert tokenizer.apply_chat_template(messages, tools=[{"type": "function"}]) == "tools Hi"
 
 
 @pytest.mark.parametrize(

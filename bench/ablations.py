@@ -17,7 +17,7 @@ from bench.machine import choose_device, describe_machine
 from bench.report import Output, Plot, Report
 from bench.rounds import take_turns
 from bench.workload import Workload
-from engine.options import DTYPES
+from engine.dtypes import DTYPES
 
 # What the engine on a CPU computes with in the rows that go without.
 _PLAIN = {"DISPEC_PACKED_WEIGHTS": "off", "DISPEC_CPU_KERNELS": "off"}

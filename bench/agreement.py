@@ -17,7 +17,7 @@ from bench.machine import choose_device, describe_machine
 from bench.report import Output, Report
 from bench.transformers_peer import transformers_model
 from engine import LLM, SamplingParams
-from engine.options import DTYPES
+from engine.dtypes import DTYPES
 
 _STARTS = (
     "The history of", "In a distant galaxy", "def main():", "The recipe calls for", "Scientists have found that",

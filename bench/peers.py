@@ -14,7 +14,7 @@ import typer
 from bench.contestants import ROOT, Contestant, LlamaCpp, Worker, our_engine, transformers
 from bench.geometries import NAMES, geometry
 from bench.loading import config_of, useful_kv_memory
-from engine.options import DTYPES
+from engine.dtypes import DTYPES
 
 PEERS = ("transformers", "vllm", "llama.cpp")
 

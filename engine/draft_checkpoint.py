@@ -20,15 +20,15 @@ from torch import Tensor
 
 import ops
 from engine.checkpoint import read_safetensors
+from engine.default_model import DEFAULT_DRAFT
 from engine.errors import CheckpointError
+from engine.model_source import DRAFT_FILE
 from engine.tokenizer import Tokenizer
 from layers.config import ModelConfig, config_from_hugging_face
 from layers.types import Weights
 from layers.weights import Pack
 
-DEFAULT_DRAFT = "smollm2-draft"  # of the built-in model
-
-_FILE, _WEIGHTS = "draft.json", "model.safetensors"
+_WEIGHTS = "model.safetensors"
 _BUILT_IN = Path(__file__).with_name("data") / DEFAULT_DRAFT
 
 
@@ -63,12 +63,12 @@ def find_shared_draft(name: str | Path, tokenizer: Tokenizer | None, target: Mod
     that was made for another target.
     """
     directory = _BUILT_IN if name == DEFAULT_DRAFT else Path(name).expanduser()
-    if not (directory / _FILE).is_file():
+    if not (directory / DRAFT_FILE).is_file():
         if name == DEFAULT_DRAFT:
             raise CheckpointError(f"{DEFAULT_DRAFT} is not part of this installation: make one with `dispec distill`")
         return None
     try:
-        about = json.loads((directory / _FILE).read_text(encoding="utf-8"))
+        about = json.loads((directory / DRAFT_FILE).read_text(encoding="utf-8"))
         config = config_from_hugging_face(json.loads((directory / "config.json").read_text(encoding="utf-8")))
         head_tokens = about["head_tokens"] and tuple(map(int, about["head_tokens"]))
         fits = tokenizer is None or about["vocabulary"] == vocabulary_hash(tokenizer)
@@ -80,7 +80,7 @@ def find_shared_draft(name: str | Path, tokenizer: Tokenizer | None, target: Mod
             " another one than this"
         )
     if head_tokens is not None and not all(0 <= token < config.vocab_size for token in head_tokens):
-        raise CheckpointError(f"{directory / _FILE} names tokens that the model does not have: make it again")
+        raise CheckpointError(f"{directory / DRAFT_FILE} names tokens that the model does not have: make it again")
     return SharedDraft(directory, config, head_tokens)
 
 
@@ -96,7 +96,7 @@ def save_shared_draft(
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / _WEIGHTS)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     about = {"vocabulary": vocabulary_hash(tokenizer), "head_tokens": head_tokens}
-    (directory / _FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
+    (directory / DRAFT_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
 
 
 def vocabulary_hash(tokenizer: Tokenizer) -> str:

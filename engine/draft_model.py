@@ -13,6 +13,7 @@ from tqdm import tqdm
 from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.draft_checkpoint import SharedDraft, find_shared_draft
 from engine.draft_loop import LAST_TOKENS, DraftLoop, can_loop, num_missing
+from engine.model_source import SPECULATIVE_MODELS, find_source
 from engine.options import EngineOptions
 from engine.recorded_draft_loop import Guesses, RecordedDraftLoop
 from engine.runner import Runner
@@ -45,12 +46,14 @@ def find_draft(options: EngineOptions, target: Checkpoint | None, config: ModelC
         return None
     if isinstance(name, ModelConfig):
         return Draft(name, None)
-    if options.load_format == "dummy":
-        return Draft(find_checkpoint(name).config, None)
-    tokenizer = Tokenizer.from_directory(target.directory) if target is not None else None
+    is_dummy = options.load_format == "dummy"
+    tokenizer = Tokenizer.from_directory(target.directory) if target is not None and not is_dummy else None
     shared = find_shared_draft(name, tokenizer, config)
     if shared is not None:
-        return Draft(shared.config, shared)
+        return Draft(shared.config, None if is_dummy else shared)
+    find_source(name, SPECULATIVE_MODELS)
+    if is_dummy:
+        return Draft(find_checkpoint(name, without_weights=True).config, None)
     checkpoint = find_checkpoint(name)
     if tokenizer is not None and Tokenizer.from_directory(checkpoint.directory).vocabulary != tokenizer.vocabulary:
         raise ValueError(

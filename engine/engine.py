@@ -25,6 +25,7 @@ from engine.compile_cache import CompileKey, choose_compile_cache, write_stamp
 from engine.draft_checkpoint import SharedDraft
 from engine.draft_loop import DraftLoop, Guesser
 from engine.draft_model import Draft, DraftModel, find_draft
+from engine.dtypes import DTYPES
 from engine.errors import ContextOverflow, InvalidField
 from engine.handover import Handover
 from engine.launched import Launched
@@ -39,7 +40,7 @@ from engine.memory import (
     return_freed_memory,
     weight_bytes,
 )
-from engine.options import DTYPES, EngineOptions
+from engine.options import EngineOptions
 from engine.rank_messages import Prepare
 from engine.recorded_draft_loop import RecordedDraftLoop
 from engine.runner import Runner
@@ -99,7 +100,7 @@ class Engine:
             if isinstance(options.model, ModelConfig):
                 self.config = options.model
             else:
-                self.checkpoint = find_checkpoint(options.model)
+                self.checkpoint = find_checkpoint(options.model, without_weights=options.load_format == "dummy")
                 self.config = self.checkpoint.config
             draft = find_draft(options, self.checkpoint, self.config)
             check_can_shard(self.config, options.tensor_parallel_size)

@@ -18,6 +18,7 @@ def last_words(error: BaseException) -> Died:
         error=type(error).__name__,
         message=message if len(message) <= 1000 else f"{message[:1000]}…",
         hint=_hint(error, message),
+        is_bad_input=isinstance(error, ValueError),
         traceback="" if isinstance(error, ValueError | MemoryError) else "".join(traceback.format_exception(error)),
     )
 

@@ -10,7 +10,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from engine.options import DTYPES, EngineOptions, parse_bytes
+from engine.dtypes import DTYPES
+from engine.options import EngineOptions, parse_bytes
 from layers.config import ModelConfig
 from layers.types import KVCache, LayerKV, Weights
 

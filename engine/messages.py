@@ -187,12 +187,14 @@ class Died(msgspec.Struct, tag=True):
     """The engine's last words: it could not start, or cannot go on.
 
     error: the class of the exception; hint: what to do about it; traceback: where it came from, if that is of use.
+    is_bad_input: an option or a file that the user gave is at fault; then the message says all.
     """
 
     error: str
     message: str
     hint: str
     traceback: str = ""
+    is_bad_input: bool = False
 
 
 FromFront = Submit | Resume | Abort | Inspect | Shutdown

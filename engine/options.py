@@ -1,18 +1,20 @@
-"""What an engine can be told at start, checked in one place."""
+"""What an engine can be told at start, checked in one place. It loads no torch: the server checks its options too."""
 
 import re
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from engine.cpu_cores import usable_cores
 from engine.field_names import with_checked_names
 from engine.transfer.interface import TRANSPORTS, is_loopback
 from layers.config import ModelConfig
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+if TYPE_CHECKING:
+    import torch
+
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
 BLOCK_SIZES = (16, 32, 64)
 COMPILE = ("background", "startup", "off")
 
@@ -100,8 +102,8 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         self._check_numbers()
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(DTYPES)}")
+        if self.dtype not in DTYPE_NAMES:
+            raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(DTYPE_NAMES)}")
         if self.load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format is {self.load_format!r}, must be 'auto' or 'dummy'")
         if isinstance(self.model, ModelConfig) and self.load_format != "dummy":
@@ -179,8 +181,10 @@ class EngineOptions:
         if self.async_scheduling:
             raise ValueError(f"{size} and async_scheduling is on: several ranks start a step when the last one is done")
 
-    def torch_device(self) -> torch.device:
+    def torch_device(self) -> "torch.device":
         """The device to run on. Raises ValueError if it is not there or cannot run the dtype."""
+        import torch
+
         name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         device = torch.device(name)
         if device.type == "cuda":
@@ -210,9 +214,11 @@ class EngineOptions:
 
     def num_threads(self) -> int:
         """CPU threads of a step."""
+        import torch
+
         return self.threads or min(torch.get_num_threads(), usable_cores())
 
-    def when_to_compile(self, device: torch.device) -> str:
+    def when_to_compile(self, device: "torch.device") -> str:
         """One of `COMPILE`."""
         if self.enforce_eager:
             return "off"

@@ -13,8 +13,9 @@ import msgspec
 import torch
 
 from engine.checkpoint import find_checkpoint
+from engine.dtypes import DTYPES
 from engine.memory import allocate_kv_cache
-from engine.options import DTYPES, EngineOptions
+from engine.options import EngineOptions
 from engine.rank_messages import Compute, Copy, Head, Join, Prepare, receive
 from engine.runner import Runner
 from engine.tensor_parallel import join, meeting_point
@@ -31,10 +32,13 @@ def _runner_maker(order: Join) -> Callable[[Prepare], Runner]:
         torch.cuda.set_device(device)
     shard = join(order.rank, size, device, meeting_point(size, order.port))
     dtype = DTYPES[options.dtype]
-    checkpoint = None if order.config is not None else find_checkpoint(order.options["model"])
+    is_dummy = options.load_format == "dummy"
+    checkpoint = None
+    if order.config is None:
+        checkpoint = find_checkpoint(order.options["model"], without_weights=is_dummy)
     config = checkpoint.config if checkpoint is not None else order.config
     assert config is not None
-    if checkpoint is None or options.load_format == "dummy":
+    if checkpoint is None or is_dummy:
         weights = dummy_weights(config, dtype, device, options.seed, shard)
     else:
         weights = load_weights(config, checkpoint.tensors(dtype), dtype, device, shard=shard)

@@ -169,6 +169,7 @@ def serve(quiet: Quiet = False, debug: Debug = False, *, server: dict[str, Any],
     # Before anything loads it: a second thread of the tokenizer's would take time from the engine's.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     show_progress = not quiet and sys.stderr.isatty()
+    _choose_progress_bars(show_progress)
     with reporting(quiet=quiet, debug=debug):
         from serving.server import run
 
@@ -311,12 +312,17 @@ def _read_prompt(given: str) -> str:
 def _start(engine: dict[str, Any], quiet: bool) -> "LLM":
     """Load the model, for one sequence at a time unless told otherwise: fewer graphs to compile and record."""
     show_progress = not quiet and sys.stderr.isatty()
-    if not show_progress:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _choose_progress_bars(show_progress)
     log.info("loading %s", engine["model"])
     from engine.llm import LLM
 
     return LLM(show_progress=show_progress, **({"max_num_seqs": 1} | engine))
+
+
+def _choose_progress_bars(show_progress: bool) -> None:
+    """The hub's client draws its own while it downloads; it reads the variable when it is first imported."""
+    if not show_progress:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from typing import Any
 
 import typer
 
+from serving.engine_errors import EngineDied
+
 BAD_INPUT = 2
 INTERRUPTED = 130  # what shells report for a process that SIGINT ended
 BROKEN_PIPE = 141  # the same for SIGPIPE
@@ -60,6 +62,10 @@ def reporting(*, quiet: bool, debug: bool) -> Iterator[None]:
 def explain(error: BaseException) -> tuple[str, int]:
     """An error as one sentence and the exit code that goes with it: 2 if the user gave something wrong, else 1."""
     text = " ".join(str(error).split())
+    if isinstance(error, EngineDied):
+        if error.is_bad_input:
+            return " ".join(error.message.split()), BAD_INPUT
+        return f"the engine could not go on: {text}", 1
     if isinstance(error, ValueError):
         return text or "the input is not valid", BAD_INPUT
     # torch has its own class for CUDA and a plain RuntimeError for the CPU; neither is worth an import here.

@@ -9,15 +9,19 @@ class EngineDied(Exception):
     """The engine process could not start, or ended before the request did.
 
     error: the class of the engine's exception, if it could name one; message: what happened; hint: what to do;
-    traceback: where it came from, if that is of use.
+    traceback: where it came from, if that is of use; is_bad_input: what the user gave is at fault, and the message says
+    all there is to say.
     """
 
-    def __init__(self, message: str, hint: str = "", error: str = "", traceback: str = "") -> None:
+    def __init__(
+        self, message: str, hint: str = "", error: str = "", traceback: str = "", *, is_bad_input: bool = False
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.error = error
         self.traceback = traceback
+        self.is_bad_input = is_bad_input
 
     def __str__(self) -> str:
         sentence = f"{self.error}: {self.message}" if self.error else self.message

@@ -124,7 +124,7 @@ class EngineProcess:
     def _ending(self) -> EngineDied:
         if self._last_words is not None:
             words = self._last_words
-            return EngineDied(words.message, words.hint, words.error, words.traceback)
+            return EngineDied(words.message, words.hint, words.error, words.traceback, is_bad_input=words.is_bad_input)
         code = self._process.returncode
         if code >= 0:
             return EngineDied(f"the engine process ended with exit code {code}", "the log above may say why")

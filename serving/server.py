@@ -29,6 +29,7 @@ from serving.metrics import Metrics
 from serving.routes_dashboard import dashboard_router
 from serving.service import Service, version
 from serving.settings import ServerSettings
+from serving.start_check import check_start
 from serving.structured_log import logging_to
 from serving.worker_pool import WorkerPool
 
@@ -41,7 +42,11 @@ _LAST_WORDS_SECONDS = 3  # for what is still being written when everything is do
 
 
 def run(settings: ServerSettings, engine_options: dict[str, Any], *, quiet: bool, show_progress: bool) -> int:
-    """Serve in this process until a signal comes; returns the exit code. Raises as `serve` does."""
+    """Serve in this process until a signal comes; returns the exit code.
+
+    Raises ValueError for what cannot be started, before anything is, and as `serve` does.
+    """
+    check_start(settings, engine_options)
 
     def say(line: str) -> None:
         if not quiet or line.startswith("warning: "):

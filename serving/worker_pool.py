@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,15 @@ log = logging.getLogger("dispec")
 REPLACE_SECONDS = 5.0  # after an engine has died for good, until another one is started; longer each time
 
 
+def worker_options(engine_options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of each engine of a pool: with a way to move KV blocks between them, and a secret for it.
+
+    Threads are left out: those given are for all engines together.
+    """
+    others = {name: value for name, value in engine_options.items() if name != "threads"}
+    return {"kv_transfer": "auto", "kv_transfer_secret": secrets.token_hex(16), **others}
+
+
 class WorkerPool:
     """Belongs to the event loop that calls `start`.
 
@@ -47,9 +56,7 @@ class WorkerPool:
         self.listeners: list[Listener] = []
         self._limits = limits
         self._num_cores = num_cores
-        # Who does not know it gets no keys and values; it never leaves these processes.
-        defaults = {"kv_transfer": "auto", "kv_transfer_secret": secrets.token_hex(16)}
-        self._options = defaults | {name: value for name, value in engine_options.items() if name != "threads"}
+        self._options = worker_options(engine_options)
         self._numbers = itertools.count()
         self._keys = itertools.count()
         self._relays: dict[str, Relay] = {}

@@ -6,12 +6,15 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine import LLM, SamplingParams
 from engine.checkpoint import Checkpoint, CheckpointError, find_checkpoint
+from engine.model_source import check_model
 from layers.config import UnsupportedModelError
 from tests.checkpoints import EOS_TOKEN_ID, FAMILIES, save_tiny
 
@@ -241,9 +244,74 @@ def test_half_downloaded_hub_model(sharded, hub_cache):
     assert "model-00004-of-00009.safetensors is missing" in refusal("someone/tiny-llama")
 
 
-def test_hub_offline(hub_cache):
+def test_hub_offline(hub_cache, monkeypatch):
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
     message = refusal("someone/tiny-llama")
-    assert "someone/tiny-llama is not in the local cache" in message
+    assert "someone/tiny-llama is not in the local cache and the hub cannot be reached: connect, or" in message
+    assert "OFFLINE" not in message
+    for name in ("TRANSFORMERS_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+        assert f"is not in the local cache and {name} is set: unset it, or give" in refusal("someone/tiny-llama")
+
+
+@pytest.mark.parametrize("where", ["directory", "hub"])
+def test_config_and_tokenizer_are_enough_without_weights(sharded, hub_cache, tmp_path, where):
+    bare = Path(shutil.copytree(sharded, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors*")))
+    model: str | Path = bare
+    if where == "hub":
+        put_into_hub_cache(hub_cache, bare)
+        model = "someone/tiny-llama"
+    assert "has neither model.safetensors nor" in refusal(model)
+    check_model(model, without_weights=True)
+    with pytest.raises(CheckpointError, match="has neither"):
+        find_checkpoint(model)
+    found, whole = find_checkpoint(model, without_weights=True), find_checkpoint(sharded)
+    assert (found.config, found.eos_token_ids, found.files) == (whole.config, whole.eos_token_ids, ())
+    llm = LLM(model, load_format="dummy", enforce_eager=True, kv_cache_memory="1MiB", dtype="float32")
+    known = LLM(sharded, load_format="dummy", enforce_eager=True, kv_cache_memory="1MiB", dtype="float32")
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    assert llm.generate("the sea", params)[0].text == known.generate("the sea", params)[0].text
+
+
+def test_only_the_small_files_of_a_hub_model_are_fetched_without_weights(sharded, monkeypatch):
+    patterns: list[str] = []
+
+    def fetch(model: str, allow_patterns: list[str]) -> str:
+        patterns.extend(allow_patterns)
+        return str(sharded)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    find_checkpoint("someone/tiny-llama", without_weights=True)
+    assert not [pattern for pattern in patterns if "safetensors" in pattern]
+    find_checkpoint("someone/tiny-llama")
+    assert "model.safetensors" in patterns
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("smolm2", "smollm2"),
+        ("SmolLM2", "smollm2"),
+        ("{models}/tiny-lama", "{models}/tiny-llama"),
+        ("{models}/tiny.guf", "{models}/tiny.gguf"),
+        ("someone/tiny-lama", "someone/tiny-llama"),
+        ("{models}/elephant", None),
+        ("{models}/notes", None),
+        ("gpt-5", None),
+        ("/no/such/tiny-llama", None),
+    ],
+)
+def test_the_closest_name_is_suggested(sharded, hub_cache, tmp_path, wrong, right):
+    models = tmp_path / "models"
+    shutil.copytree(sharded, models / "tiny-llama")
+    (models / "tiny.gguf").touch()
+    (models / "notes.d").mkdir()  # no model
+    put_into_hub_cache(hub_cache, sharded)
+    message = refusal(wrong.format(models=models))
+    assert ("did you mean" in message) == (right is not None)
+    if right is not None:
+        assert f"(did you mean {right.format(models=models)}?)" in message
 
 
 class _EmptyHub(BaseHTTPRequestHandler):

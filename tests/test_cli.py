@@ -17,6 +17,7 @@ import typer
 from engine.options import EngineOptions
 from serving.cli_options import engine_options
 from serving.console import explain, reporting
+from serving.engine_errors import EngineDied
 from tests.checkpoints import save_tiny, save_tiny_gguf, tiny_model
 from tests.commands import dispec, eager, one_sentence, running
 
@@ -187,6 +188,8 @@ def test_debug_shows_where_an_error_came_from(monkeypatch: pytest.MonkeyPatch, b
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory (DefaultCPU", 1),
         (ImportError("no libcuda"), "a package is missing or broken (no libcuda)", 1),
         (KeyError("x"), "unexpected KeyError: 'x'", 1),
+        (EngineDied("dtype is 'x'", "a hint", "ValueError", is_bad_input=True), "dtype is 'x'", 2),
+        (EngineDied("no room", "lower it", "OSError"), "the engine could not go on: OSError: no room (hint: lower", 1),
     ],
 )
 def test_explanations(error: Exception, said: str, code: int) -> None:

@@ -13,7 +13,8 @@ LAYERS = ("ops", "layers", "engine", "serving")  # each may import itself and wh
 FILES = sorted(path for package in LAYERS for path in (ROOT / package).rglob("*.py"))
 OURS = {*LAYERS, "bench", "tests"}
 
-WITHOUT_TORCH = ["engine", "engine.scheduler", "engine.sequence", "engine.block_pool"]
+WITHOUT_TORCH = ["engine", "engine.scheduler", "engine.sequence", "engine.block_pool", "engine.options"]
+WITHOUT_TORCH += ["engine.model_source"]
 HEAVY = ("torch", "transformers", "triton")
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable
@@ -44,12 +45,14 @@ class SourceSide(Protocol):
 
 
 class Server:
-    """Listens from the start, accepts once `start` is called, when there is something to serve."""
+    """Listens from the start, accepts once `start` is called, when there is something to serve.
+
+    Raises ValueError if it cannot listen where the options say.
+    """
 
     def __init__(self, options: TransferOptions) -> None:
-        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
         self._options = options
-        self._listeners = [socket.create_server((options.host, options.port), family=family, backlog=128)]
+        self._listeners = [_listen(options.host, options.port)]
         self.address: tuple[str, int] = self._listeners[0].getsockname()[:2]
         self._lock = threading.Lock()
         self._connections: set[Connection] = set()
@@ -199,3 +202,14 @@ class Server:
         self._shake_hands(connection)
         connection.send(Memory(self._memories.layout()))
         socket.send_fds(connection.socket, [b"\0"], [self._memories.fd])
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((address, port), family=family, backlog=128)
+    except (socket.gaierror, UnicodeError):
+        raise ValueError(f"kv_transfer_host is {address!r}, which is no address of this machine") from None
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise ValueError(f"cannot listen on kv_transfer_host {address!r}, kv_transfer_port {port} ({why})") from error

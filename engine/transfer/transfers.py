@@ -71,7 +71,7 @@ class Transfers:
         self._pages = pages_of(kv_cache, shared)
         self._memories = Memories(self.options, self._pages, shared)
         if not self._memories.transports:
-            raise ValueError(f"transports is {', '.join(self.options.allowed)}: none can be used here")
+            raise ValueError(f"kv_transfer allows {', '.join(self.options.allowed)}: none can be used here")
         self._check_places = max(1, self.options.read_bytes // self._pages.block_bytes)  # then they can be read at once
         self._hello = Hello(
             self.engine_id,

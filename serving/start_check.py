@@ -1,0 +1,34 @@
+"""What is refused before a server starts any process: options and models with which no engine could start."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.model_source import check_draft, check_model
+from engine.options import EngineOptions
+from layers.config import ModelConfig
+from serving.settings import ServerSettings
+from serving.worker_pool import worker_options
+
+
+def check_start(settings: ServerSettings, engine_options: Mapping[str, Any]) -> None:
+    """Raise ValueError, with the sentence that the engine itself would refuse them with.
+
+    Only what needs neither torch nor large files is looked at: the engine process finds the rest.
+    """
+    moves_kv = settings.disaggregate or settings.role != "both"
+    if moves_kv and engine_options.get("tensor_parallel_size", 1) != 1:
+        why = "disaggregate" if settings.disaggregate else f"role {settings.role!r}"
+        size = engine_options["tensor_parallel_size"]
+        raise ValueError(
+            f"tensor_parallel_size is {size}, must be 1 with {why}: an engine of several ranks moves no KV"
+        )
+    if settings.disaggregate and (port := engine_options.get("kv_transfer_port")):
+        raise ValueError(
+            f"kv_transfer_port is {port}, must be left out with disaggregate: each engine needs a port of its own"
+        )
+    options = EngineOptions(**(worker_options(engine_options) if settings.disaggregate else engine_options))
+    without_weights = options.load_format == "dummy"
+    if not isinstance(options.model, ModelConfig):
+        check_model(options.model, without_weights=without_weights)
+    if options.speculative_model is not None and not isinstance(options.speculative_model, ModelConfig):
+        check_draft(options.speculative_model, without_weights=without_weights)

@@ -43,6 +43,7 @@ from serving.engine_supervisor import EngineSupervisor, State
 from serving.listener import Listener
 from serving.request_stream import GenerationRequest, RequestError, RequestStream, RequestSummary, RequestTiming
 from serving.request_text import ChoiceUpdate, RequestText
+from serving.restart_policy import RestartPolicy
 
 log = logging.getLogger("dispec")
 
@@ -52,12 +53,12 @@ _News = list[tuple[RequestStream, tuple[ChoiceUpdate, bool] | EngineFailed]]
 
 
 class EngineClient:
-    """Starts an engine process, serves requests with it, and starts it again, once, if it dies.
+    """Starts an engine process, serves requests with it, and starts it again if it dies.
 
     engine_options: fields of `EngineOptions`.
     max_queued_requests, max_queued_tokens: that the engine has not started yet; more are Overloaded.
     stall_seconds: without a step while there is work, after which the engine does not count as ready.
-    restart_window: a restarted engine that dies within these seconds stays dead.
+    restarts: how often, and when, an engine that dies is started again.
     num_threads: of the engine; None takes a thread for each core.
     has_slos: whether there are classes of requests with promises, so that those without one can wait for them.
 
@@ -71,7 +72,7 @@ class EngineClient:
         max_queued_requests: int,
         max_queued_tokens: int,
         stall_seconds: float,
-        restart_window: float = 60.0,
+        restarts: RestartPolicy | None = None,
         show_progress: bool = False,
         num_threads: int | None = None,
         has_slos: bool = False,
@@ -82,7 +83,7 @@ class EngineClient:
             receive=self._receive,
             on_state=lambda state: self._tell(lambda listener: listener.on_state(state)),
             on_death=self._fail_all,
-            restart_window=restart_window,
+            restarts=restarts or RestartPolicy(),
         )
         self._stall_seconds = stall_seconds
         self._has_slos = has_slos

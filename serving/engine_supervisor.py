@@ -1,15 +1,16 @@
-"""Keeps an engine process alive: started once, started again once if it dies, ended when it is no longer wanted."""
+"""Keeps an engine process alive: starts it, starts it again if it dies, ends it when it is no longer wanted."""
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Literal
 
 from engine.messages import EngineInfo, FromEngine, FromFront, Shutdown, Start
 from engine.tokenizer import Tokenizer
 from serving.engine_errors import EngineDied, NotReady
 from serving.engine_process import EngineProcess
+from serving.restart_policy import RestartPolicy
 
 log = logging.getLogger("dispec")
 
@@ -28,7 +29,8 @@ class EngineSupervisor:
 
     receive: gets what the engine says but for `EngineInfo`, in a thread of its own.
     on_state: the state has changed. on_death: the process has ended, and all it knew is lost.
-    restart_window: a restarted engine that dies within these seconds stays dead.
+    restarts: when a dead engine is started again; an engine that used them up is dead for good.
+    clock, sleep: how time passes.
 
     info, tokenizer: of the engine that runs or ran last; None until the first one is ready.
     """
@@ -39,7 +41,9 @@ class EngineSupervisor:
         receive: Callable[[FromEngine], None],
         on_state: Callable[[State], None],
         on_death: Callable[[EngineDied], None],
-        restart_window: float,
+        restarts: RestartPolicy,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.state: State = "loading"
         self.info: EngineInfo | None = None
@@ -48,8 +52,11 @@ class EngineSupervisor:
         self._receive = receive
         self._on_state = on_state
         self._on_death = on_death
-        self._restart_window = restart_window
-        self._restarted = float("-inf")
+        self._restarts = restarts
+        self._clock = clock
+        self._sleep = sleep
+        self._num_restarts = 0  # since the engine last served for long
+        self._ready_since = self._next_launch = clock()
         self._restart: asyncio.Task[None] | None = None
         self._process: EngineProcess | None = None
         self._is_draining = False
@@ -62,7 +69,7 @@ class EngineSupervisor:
         except EngineDied:
             self._set_state("dead")
             raise
-        self._set_state("ready")
+        self._serve()
         return info
 
     def drain(self) -> None:
@@ -95,14 +102,19 @@ class EngineSupervisor:
         """Why the engine takes no requests now."""
         why, retry_after = _REASONS.get(self.state, ("the engine has just ended", 5))
         if self.state == "restarting" and self.info is not None:
-            retry_after = max(round(sum(self.info.phase_seconds.values())), 1)
+            waiting = max(self._next_launch - self._clock(), 0.0)
+            retry_after = max(round(waiting + sum(self.info.phase_seconds.values())), 1)
         return NotReady(why, retry_after)
 
     async def _launch(self) -> EngineInfo:
         """A new process, until it is ready. Raises EngineDied."""
         self._birth: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._exit: asyncio.Future[EngineDied] = self._loop.create_future()
-        self._process = process = EngineProcess(self._start, self._hear, self._hear_exit)
+        try:
+            self._process = process = EngineProcess(self._start, self._hear, self._hear_exit)
+        except OSError as error:  # no memory, no process, no file descriptor left
+            hint = "see how much memory, how many processes and open files this user may have"
+            raise EngineDied(f"no engine process can be started ({error.strerror or error})", hint) from error
         await asyncio.wait((self._birth, self._exit), return_when=asyncio.FIRST_COMPLETED)
         if self._birth.done():
             info = self._birth.result()
@@ -118,16 +130,35 @@ class EngineSupervisor:
             raise self._exit.result()
         return info
 
-    async def _launch_again(self) -> None:
-        try:
-            await self._launch()
-        except Exception as error:
-            log.error("the engine could not be started again: %s", error)
+    def _serve(self) -> None:
+        self._ready_since = self._clock()
+        self._set_state("draining" if self._is_draining else "ready")
+
+    async def _launch_again(self, ending: EngineDied) -> None:
+        """Start the engine again, as often as the policy allows, until it serves."""
+        while self._num_restarts < self._restarts.max_restarts and not self._is_draining:
+            seconds = self._restarts.seconds_before(self._num_restarts)
+            self._num_restarts += 1
+            self._next_launch = self._clock() + seconds
+            of_all = f"{self._num_restarts} of {self._restarts.max_restarts}"
+            log.warning("the engine died: %s; it is started again in %g s (restart %s)", ending, seconds, of_all)
+            await self._sleep(seconds)
+            try:
+                await self._launch()
+            except EngineDied as error:
+                ending = error
+            else:
+                log.warning("the engine has been started again and serves")
+                self._serve()
+                return
+        if self._is_draining:
             self._set_state("dead")
         else:
-            self._restarted = time.perf_counter()
-            log.warning("the engine has been started again and serves")
-            self._set_state("draining" if self._is_draining else "ready")
+            self._give_up(ending)
+
+    def _give_up(self, ending: EngineDied) -> None:
+        log.error("the engine died: %s; after %d restarts in a row it stays dead", ending, self._num_restarts)
+        self._set_state("dead")
 
     async def _end(self, process: EngineProcess, *, gently: bool) -> None:
         """Politely if asked to, and if that does not help by force."""
@@ -154,13 +185,13 @@ class EngineSupervisor:
         if ending.traceback:
             log.error("%s", ending.traceback.rstrip())
         if self.state == "ready":
-            if time.perf_counter() - self._restarted < self._restart_window:
-                log.error("the engine died again: %s; it is not started a second time", ending)
-                self._set_state("dead")
-            else:
-                log.warning("the engine died: %s; it is being started again, once", ending)
+            if self._clock() - self._ready_since >= self._restarts.healthy_seconds:
+                self._num_restarts = 0
+            if self._num_restarts < self._restarts.max_restarts:
                 self._set_state("restarting")
-                self._restart = self._loop.create_task(self._launch_again())
+                self._restart = self._loop.create_task(self._launch_again(ending))
+            else:
+                self._give_up(ending)
         elif self.state == "draining":
             self._set_state("dead")
         self._exit.set_result(ending)

@@ -157,6 +157,12 @@ def server_options(
     drain_timeout: Annotated[
         float, Option(help="Seconds that running requests have after SIGTERM.", rich_help_panel=_LIMITS)
     ] = ServerSettings.drain_timeout,
+    max_engine_restarts: Annotated[
+        int,
+        Option(
+            help="In a row, of an engine that dies; then the server ends with exit code 1.", rich_help_panel=_LIMITS
+        ),
+    ] = ServerSettings.max_engine_restarts,
     keep_alive_seconds: Annotated[
         float, Option(help="Of silence, after which a stream gets a comment line.", rich_help_panel=_LIMITS)
     ] = ServerSettings.keep_alive_seconds,

@@ -22,10 +22,12 @@ from engine.cpu_cores import usable_cores
 from engine.messages import EngineInfo
 from serving.app import create_app
 from serving.autoscaler import Autoscaler
-from serving.engine_client import EngineClient
+from serving.engine_client import EngineClient, State
 from serving.http_protocol import BoundedHttp
+from serving.listener import Listener
 from serving.live import Live
 from serving.metrics import Metrics
+from serving.restart_policy import RestartPolicy
 from serving.routes_dashboard import dashboard_router
 from serving.service import Service, version
 from serving.settings import ServerSettings
@@ -81,6 +83,8 @@ async def serve(
             await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 info = await starting  # raises what kept it from starting
+                client.listeners.append(watch := _EndWithTheEngine(server))
+                watch.on_state(client.state)
                 for line in _welcome(info, settings, names[0], listener):
                     say(line)
                 if settings.autoscale is not None and isinstance(client, WorkerPool):
@@ -107,6 +111,7 @@ def make_client(
         "stall_seconds": settings.stall_seconds,
         "show_progress": show_progress,
         "has_slos": bool(settings.slos),
+        "restarts": RestartPolicy(settings.max_engine_restarts),
     }
     if settings.disaggregate:
         num_cores = engine_options.get("threads") or usable_cores()
@@ -172,12 +177,30 @@ class DrainingServer(uvicorn.Server):
             self.exit_code = 128 + number
             self.force_exit = self.should_exit = True
 
+    def give_up(self) -> None:
+        """Leave with exit code 1, unless it is leaving already."""
+        if self._draining is None and not self.should_exit:
+            log.error("no engine is left: the server ends")
+            self.exit_code = 1
+            self.should_exit = True
+
     async def _drain(self) -> None:
         try:
             if not await self._client.drain(self._drain_timeout):
                 log.warning("some requests were not done after %g s and have been ended", self._drain_timeout)
         finally:
             self.should_exit = True
+
+
+class _EndWithTheEngine(Listener):
+    """Ends a server that no engine is left to serve, so that whatever started it can start it again."""
+
+    def __init__(self, server: DrainingServer) -> None:
+        self._server = server
+
+    def on_state(self, state: State) -> None:
+        if state == "dead":
+            self._server.give_up()
 
 
 def listen(host: str, port: int) -> socket.socket:

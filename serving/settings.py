@@ -36,6 +36,7 @@ class ServerSettings:
     request_timeout: seconds for a whole request; None has no limit.
     stall_seconds: not ready if work is pending and no step ended for so long.
     drain_timeout: seconds that running requests have after SIGTERM.
+    max_engine_restarts: in a row, of an engine that dies; when they are used up the server ends with exit code 1.
     keep_alive_seconds: a stream that is silent for so long gets a comment line.
     tokenize_timeout: seconds for a prompt's template and tokens, and for a body to arrive.
     max_body_bytes, max_header_bytes: of a request.
@@ -61,6 +62,7 @@ class ServerSettings:
     request_timeout: float | None = None
     stall_seconds: float = 60.0
     drain_timeout: float = 60.0
+    max_engine_restarts: int = 5
     keep_alive_seconds: float = 5.0
     tokenize_timeout: float = 30.0
     max_body_bytes: int = 32 * 2**20
@@ -82,6 +84,7 @@ class ServerSettings:
             ("decode", 1, 64),
             ("max_queued_requests", 1, 2**20),
             ("max_queued_tokens", 1, 2**31),
+            ("max_engine_restarts", 0, 1000),
             ("max_body_bytes", 1024, 2**30),
             ("max_header_bytes", 4096, 2**20),
         ):

@@ -79,7 +79,7 @@ class WorkerPool:
             return "loading"
         if "ready" in states:
             return "ready"
-        return "restarting" if "restarting" in states else "dead"
+        return "dead" if all(state == "dead" for state in states) else "restarting"
 
     @property
     def info(self) -> EngineInfo | None:
@@ -118,8 +118,9 @@ class WorkerPool:
         await worker.client.stop()
 
     def _replace(self, worker: Worker) -> None:
-        """Have another one in the place of one that has died for good."""
-        if self._has_started and not self._is_draining and not worker.is_leaving and worker in self.workers:
+        """Have another one in the place of one that served and has died for good."""
+        has_served = worker.client.info is not None  # else whoever started it hears of its death
+        if self._has_started and has_served and not self._is_draining and not worker.is_leaving:
             worker.is_leaving = True
             task = self._loop.create_task(self._start_another(worker))
             self._tasks.add(task)

@@ -48,9 +48,12 @@ class Server:
         lines = self.log.read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
-    def engine_process(self) -> psutil.Process:
+    def engine_processes(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return next(child for child in children if "engine.service" in child.cmdline())
+        return [child for child in children if "engine.service" in child.cmdline()]
+
+    def engine_process(self) -> psutil.Process:
+        return self.engine_processes()[0]
 
     def is_idle(self) -> bool:
         """Whether front and engine have nothing under way, and the engine's books are in order."""

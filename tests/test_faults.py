@@ -14,6 +14,7 @@ import pytest
 from engine.sampling_params import SamplingParams
 from serving import engine_process
 from serving.engine_client import EngineDied, EngineFailed, NotReady
+from serving.restart_policy import RestartPolicy
 from tests import faulty_service
 from tests.checkpoints import save_tiny
 from tests.commands import ROOT
@@ -46,12 +47,12 @@ async def expect_death(streams, match: str) -> None:
         assert error.value.hint
 
 
-def test_killing_the_engine_fails_what_is_under_way_and_restarts_it_once(directory, llm, caplog):
+def test_killing_the_engine_fails_what_is_under_way_and_restarts_it(directory, llm, caplog):
     prompt = random_tokens(9)
     expected = llm.generate([prompt], greedy(8))[0].token_ids
 
     async def kill_twice() -> None:
-        async with running_client(directory) as client:
+        async with running_client(directory, restarts=RestartPolicy(max_restarts=1)) as client:
             client.listeners.append(recorder := Recorder())
             first_pid = client.info.pid
             streams = [ask(client, random_tokens(5, seed), replace(LONG, n=2)) for seed in range(3)]
@@ -84,13 +85,13 @@ def test_killing_the_engine_fails_what_is_under_way_and_restarts_it_once(directo
     with caplog.at_level(logging.WARNING):
         asyncio.run(kill_twice())
     told = [record.getMessage() for record in caplog.records]
-    assert any("the engine died" in line and "started again, once" in line for line in told)
-    assert any("not started a second time" in line for line in told)
+    assert any("the engine died" in line and "(restart 1 of 1)" in line for line in told)
+    assert any("after 1 restarts in a row it stays dead" in line for line in told)
 
 
 def test_an_engine_that_lived_long_after_a_restart_is_restarted_again(directory):
     async def kill_thrice() -> None:
-        async with running_client(directory, restart_window=0) as client:
+        async with running_client(directory, restarts=RestartPolicy(max_restarts=1, healthy_seconds=0)) as client:
             for _ in range(2):
                 pid = client.info.pid
                 os.kill(pid, signal.SIGKILL)

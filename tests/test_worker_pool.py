@@ -16,7 +16,8 @@ from engine.errors import ContextOverflow
 from engine.sampling_params import SamplingParams
 from serving import worker_pool
 from serving.autoscaler import Autoscaler
-from serving.engine_errors import EngineDied, RequestRefused
+from serving.engine_errors import EngineDied, NotReady, RequestRefused
+from serving.restart_policy import RestartPolicy
 from serving.worker import ROLES
 from serving.worker_pool import WorkerPool
 from tests.engine_clients import (
@@ -45,11 +46,11 @@ def loop():
 
 @asynccontextmanager
 async def running_pool(
-    directory: Path, engine: dict[str, Any] | None = None, **counts: int
+    directory: Path, engine: dict[str, Any] | None = None, restarts: RestartPolicy | None = None, **counts: int
 ) -> AsyncIterator[WorkerPool]:
     """A pool that serves; what the test leaves in it is found out."""
     options = OPTIONS | {"model": str(directory), "kv_transfer_lease": 2.0} | (engine or {})
-    limits = {"max_queued_requests": 1000, "max_queued_tokens": 1_000_000, "stall_seconds": 60.0}
+    limits = {"max_queued_requests": 1000, "max_queued_tokens": 1_000_000, "stall_seconds": 60.0, "restarts": restarts}
     pool = WorkerPool(options, **{"num_prefill": 1, "num_decode": 1, "num_cores": 2} | counts, **limits)
     try:
         await pool.start()
@@ -226,7 +227,7 @@ def test_an_engine_that_keeps_dying_is_replaced(loop, directory, monkeypatch):
     monkeypatch.setattr(worker_pool, "REPLACE_SECONDS", 0.01)
 
     async def kill_again_and_again():
-        async with running_pool(directory) as pool:
+        async with running_pool(directory, restarts=RestartPolicy(max_restarts=1)) as pool:
             first = next(worker for worker in pool.workers if worker.role == "decode")
             for _ in range(2):  # the second time it is not started again
                 await until(lambda: first.client.state == "ready")
@@ -237,3 +238,23 @@ def test_an_engine_that_keeps_dying_is_replaced(loop, directory, monkeypatch):
             assert len((await generate(pool, [1, 2, 3], greedy(4)))[0].token_ids) == 4
 
     loop.run(kill_again_and_again())
+
+
+def test_a_pool_of_which_no_engine_can_be_had_is_dead(loop, directory, monkeypatch):
+    monkeypatch.setattr(worker_pool, "REPLACE_SECONDS", 1000.0)
+
+    async def kill_one_after_the_other():
+        async with running_pool(directory, restarts=RestartPolicy(max_restarts=0)) as pool:
+            pool.listeners.append(recorder := Recorder())
+            first, second = pool.workers
+            os.kill(first.client.info.pid, signal.SIGKILL)
+            await until(lambda: first.client.state == "dead")
+            assert pool.is_ready()[0]
+            assert len((await generate(pool, [1, 2, 3], greedy(4)))[0].token_ids) == 4
+            assert recorder.states == []
+            os.kill(second.client.info.pid, signal.SIGKILL)
+            await until(lambda: pool.state == "dead")
+            assert recorder.states == ["dead"]
+
+    with pytest.raises(NotReady):  # from the look at what is left: no engine is
+        loop.run(kill_one_after_the_other())

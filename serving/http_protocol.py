@@ -1,10 +1,26 @@
 """uvicorn's HTTP on httptools, which takes less time than h11 for each event of a stream, with bounded headers."""
 
 import uuid
+from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.errors import ApiError
+
+
+def closing_answer(error: ApiError) -> bytes:
+    """An error as bytes of HTTP, for a connection on which nothing more is answered."""
+    body = error.body()
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "x-request-id": uuid.uuid4().hex,
+        "connection": "close",
+        **{name.lower(): value for name, value in error.headers.items()},
+    }
+    lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + body
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -28,15 +44,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """What the application would have answered, had the parser let the request through to it."""
-        body = ApiError(400, msg).body()
-        head = (
-            "HTTP/1.1 400 Bad Request\r\n"
-            "content-type: application/json\r\n"
-            f"content-length: {len(body)}\r\n"
-            f"x-request-id: {uuid.uuid4().hex}\r\n"
-            "connection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode("ascii") + body)
+        self.transport.write(closing_answer(ApiError(400, msg)))
         self.transport.close()
 
     def on_headers_complete(self) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -20,6 +19,7 @@ from litestar.types import ASGIApp
 
 from engine.cpu_cores import usable_cores
 from engine.messages import EngineInfo
+from serving.acceptor import Acceptor, raise_file_limit
 from serving.app import create_app
 from serving.autoscaler import Autoscaler
 from serving.engine_client import EngineClient, State
@@ -40,6 +40,7 @@ log = logging.getLogger("dispec.server")
 _BACKLOG = 4096
 _IDLE_SECONDS = 75  # more than clients and proxies keep connections for, so that it is they who close them
 _WORKERS = 4
+_FEW_FILES = 1024  # below which the limit is worth a warning
 _LAST_WORDS_SECONDS = 3  # for what is still being written when everything is done; open dashboards never are
 
 
@@ -67,15 +68,17 @@ async def serve(
     """
     # Long prompts are tokenised in threads, in parallel: more of them would take every core from the engine.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_WORKERS, "worker"))
+    file_limit = raise_file_limit()
+    if file_limit < _FEW_FILES:
+        log.warning("this process may open %d files, each connection is one: raise `ulimit -n`", file_limit)
     listener = listen(settings.host, settings.port)
     with listener:
-        _allow_many_connections()
         client = make_client(settings, engine_options, show_progress)
         names = settings.served_model_names or (model_name(str(engine_options["model"])),)
         metrics, live = Metrics(names[0]), Live()
         metrics.attach(client)
         app = create_app(client, settings, metrics, dashboard_router(client, live), names=names)
-        server = DrainingServer(app, settings, client)
+        server = DrainingServer(app, settings, client, file_limit)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         starting = asyncio.create_task(_start(client, app.state["service"]))
         scaling: asyncio.Task[None] | None = None
@@ -134,7 +137,9 @@ class DrainingServer(uvicorn.Server):
     A second signal ends those as well.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, client: EngineClient | WorkerPool) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: ServerSettings, client: EngineClient | WorkerPool, file_limit: int
+    ) -> None:
         config = uvicorn.Config(
             app,
             http=BoundedHttp.of(settings.max_header_bytes),
@@ -150,8 +155,21 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self.exit_code = 0
         self._client = client
+        self._file_limit = file_limit
         self._drain_timeout = settings.drain_timeout
         self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, but connections are accepted by us."""
+        await super().startup(sockets=[])
+        for listener in sockets or ():
+            acceptor = Acceptor(listener, self._protocol, self._file_limit)
+            self.servers.append(acceptor)  # type: ignore[arg-type]
+
+    def _protocol(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -230,14 +248,6 @@ def model_name(model: str) -> str:
     if path.is_dir():
         return path.resolve().name
     return path.stem if path.is_file() else model
-
-
-def _allow_many_connections() -> None:
-    """Each takes a file descriptor, and 1024 of them are usual."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _welcome(info: EngineInfo, settings: ServerSettings, name: str, listener: socket.socket) -> Iterator[str]:

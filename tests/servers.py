@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -86,11 +87,16 @@ def options(model: Path | str, **others: Any) -> list[str]:
 
 
 @contextmanager
-def server(directory: Path, model: Path | str, *, args: list[str] | None = None, **others: Any) -> Iterator[Server]:
-    """Start one and wait until it is ready; `directory` is for its log."""
+def server(
+    directory: Path, model: Path | str, *, args: list[str] | None = None, open_files: int | None = None, **others: Any
+) -> Iterator[Server]:
+    """Start one and wait until it is ready; `directory` is for its log. open_files: that each process may have."""
     log = directory / "server.log"
     flags = options(model, **others) if args is None else args
-    with log.open("wb") as errors, running(["serve", *flags], stdout=subprocess.PIPE, stderr=errors) as process:
+    more: dict[str, Any] = {}
+    if open_files is not None:
+        more["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
+    with log.open("wb") as errors, running(["serve", *flags], stdout=subprocess.PIPE, stderr=errors, **more) as process:
         url = _url_of(process, log)
         headers = {"Authorization": f"Bearer {others['api_key']}"} if "api_key" in others else {}
         family = psutil.Process(process.pid).children(recursive=True)

@@ -2,11 +2,9 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,18 +15,19 @@ import zmq
 import engine
 from engine.messages import EXIT_AFTER_LAST_WORDS, Died, FromEngine, FromFront, Start, encode
 from serving.engine_errors import EngineDied
+from serving.socket_directory import SocketDirectory
 
 _ROOT = Path(engine.__file__).parent.parent  # what the front imported, the engine process shall import as well
 _SERVICE = "engine.service"
 _EXIT_BELL = "inproc://exit"
-_LONGEST_SOCKET_PATH = 100  # the system's limit is 104 to 108 bytes
 
 
 class EngineProcess:
     """Starts `engine.service` and reads what it says, in a thread, until it ends.
 
     `on_message` gets each message but the last words, `on_exit` why the process ended; both are called in the
-    reading thread. Everything else belongs to one thread, the one that made it.
+    reading thread. Everything else belongs to one thread, the one that made it. Raises EngineDied if the system has no
+    room for another process.
     """
 
     def __init__(
@@ -37,8 +36,25 @@ class EngineProcess:
         self._on_message = on_message
         self._on_exit = on_exit
         self._last_words: Died | None = None
-        self._directory = _private_directory()
-        self._context = zmq.Context()
+        with contextlib.ExitStack() as undo:
+            try:
+                self._sockets = SocketDirectory()
+                undo.callback(self._sockets.remove)
+                self._directory = self._sockets.path
+                self._context = zmq.Context()
+                undo.callback(self._context.destroy, linger=0)
+                self._open(start)
+            except (OSError, zmq.ZMQError) as error:
+                why = os.strerror(error.errno) if error.errno else str(error)
+                hint = "see how much memory and disk, how many processes and open files there may be"
+                raise EngineDied(f"no engine process can be started ({why})", hint) from error
+            undo.pop_all()
+        self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
+        self._reader.start()
+        threading.Thread(target=self._wait, name="engine-waiter", daemon=True).start()
+
+    def _open(self, start: Start) -> None:
+        """Bind the sockets and start the process. Raises OSError or ZMQError."""
         self._outbox = self._socket(zmq.PUSH, f"ipc://{self._directory}/to-engine")
         # The thread that waits for the process rings the same socket on which the process speaks.
         self._inbox = self._socket(zmq.PULL, f"ipc://{self._directory}/to-front", _EXIT_BELL)
@@ -62,9 +78,6 @@ class EngineProcess:
         with contextlib.suppress(BrokenPipeError):  # if it ended at once, the waiting thread will tell
             self._stdin.write(msgspec.json.encode(start) + b"\n")
             self._stdin.flush()
-        self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
-        self._reader.start()
-        threading.Thread(target=self._wait, name="engine-waiter", daemon=True).start()
 
     def send(self, message: FromFront) -> None:
         """Hand a message over. One to a process that has ended goes nowhere: `on_exit` tells about the process."""
@@ -81,7 +94,7 @@ class EngineProcess:
         self._context.destroy(linger=0)
         with contextlib.suppress(BrokenPipeError):
             self._stdin.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._sockets.remove()
 
     def _socket(self, kind: int, *addresses: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
@@ -134,12 +147,3 @@ class EngineProcess:
         else:
             hint = "the log above may say why"
         return EngineDied(f"the engine process was ended by {name}", hint)
-
-
-def _private_directory() -> str:
-    """For sockets, whose paths must be short."""
-    directory = tempfile.mkdtemp(prefix="dispec-")
-    if len(directory) + len("/to-engine") > _LONGEST_SOCKET_PATH:
-        os.rmdir(directory)
-        directory = tempfile.mkdtemp(prefix="dispec-", dir="/tmp")
-    return directory

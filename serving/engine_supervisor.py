@@ -110,11 +110,7 @@ class EngineSupervisor:
         """A new process, until it is ready. Raises EngineDied."""
         self._birth: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._exit: asyncio.Future[EngineDied] = self._loop.create_future()
-        try:
-            self._process = process = EngineProcess(self._start, self._hear, self._hear_exit)
-        except OSError as error:  # no memory, no process, no file descriptor left
-            hint = "see how much memory, how many processes and open files this user may have"
-            raise EngineDied(f"no engine process can be started ({error.strerror or error})", hint) from error
+        self._process = process = EngineProcess(self._start, self._hear, self._hear_exit)
         await asyncio.wait((self._birth, self._exit), return_when=asyncio.FIRST_COMPLETED)
         if self._birth.done():
             info = self._birth.result()

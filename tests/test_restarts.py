@@ -61,7 +61,7 @@ class World:
     def _process(self, *arguments) -> FakeProcess:
         if self.num_refused:
             self.num_refused -= 1
-            raise OSError(24, "Too many open files")
+            raise EngineDied("no engine process can be started (Too many open files)")
         self.processes.append(FakeProcess(*arguments))
         return self.processes[-1]
 

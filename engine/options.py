@@ -47,7 +47,8 @@ class EngineOptions:
     priority_aging: seconds of waiting that make up for one step of priority.
     async_scheduling: prepare a step while the device runs the one before it; None does so on CUDA.
     block_size: tokens per KV block: 16, 32 or 64. 32 reads a third faster than 16 on CPU; smaller blocks share more.
-    load_format: "auto" reads the checkpoint, "dummy" makes random weights of its shapes.
+    load_format: "auto" reads the checkpoint, "dummy" makes random weights of its shapes, for which its config and
+        tokenizer are enough.
     compile: "startup" compiles before the first request; "background" (CUDA) answers at once and compiles when there is
         nothing else to do; "off" compiles nothing. None takes "off" on CPU, where our kernels leave nothing to gain by
         it, and "background" on CUDA, but "startup" for float32, several ranks or a draft model, which need it.

@@ -3,9 +3,11 @@ line in the log when it is over.
 """
 
 import logging
+import math
 import re
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from litestar.enums import ScopeType
@@ -20,16 +22,27 @@ log = logging.getLogger("dispec.access")
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # goes into headers and logs as it is
 _QUIET_PATHS = frozenset({"/live", "/ping", "/health", "/metrics", "/load", "/stats"})  # polled all the time
+_QUIET_SECONDS = 60.0  # between two lines about the same failure of such a path
 
 
 class Gate:
-    """ASGI middleware around the whole application."""
+    """ASGI middleware around the whole application. clock: seconds, for what is logged once in a while."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, max_header_bytes: int, *, cors: Cors = NO_ORIGINS) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        max_header_bytes: int,
+        *,
+        cors: Cors = NO_ORIGINS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._app = app
         self._keys = keys
         self._cors = cors
         self._max_header_bytes = max_header_bytes
+        self._clock = clock
+        self._last_told: dict[tuple[str, int], float] = {}  # of a quiet path and its status
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
@@ -64,7 +77,7 @@ class Gate:
                 await self._app(scope, receive, send_with_id)
         finally:
             path = scope["path"]
-            level = logging.DEBUG if path in _QUIET_PATHS and status < 400 else logging.INFO
+            level = self._level(path, status)
             if log.isEnabledFor(level):
                 fields = {
                     "request_id": state["request_id"],
@@ -75,6 +88,16 @@ class Gate:
                     **state.get("log", {}),
                 }
                 log.log(level, "request", extra={"fields": fields})
+
+    def _level(self, path: str, status: int) -> int:
+        """Of the line about a request: answers to polling fill no log, and its failures are told once a minute."""
+        if path not in _QUIET_PATHS:
+            return logging.INFO
+        now = self._clock()
+        if status < 400 or now - self._last_told.get((path, status), -math.inf) < _QUIET_SECONDS:
+            return logging.DEBUG
+        self._last_told[path, status] = now
+        return logging.INFO
 
     def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
         if not self._keys.allow(path, headers.get(b"authorization")):

@@ -1,7 +1,6 @@
 """How it is: alive, ready, busy. And the numbers, for Prometheus and for people."""
 
 import asyncio
-import time
 from typing import Any
 
 from litestar import Request, get
@@ -48,7 +47,7 @@ async def stats(request: Request) -> ASGIApp:
     client = service.client
     found: dict[str, Any] = {
         "state": client.state,
-        "uptime_seconds": round(time.time() - service.started, 3),
+        "uptime_seconds": round(service.uptime_seconds, 3),
         "requests": client.load,
         "running": client.num_running,
         "waiting": client.num_waiting,

@@ -78,9 +78,14 @@ class Service:
     def __init__(self, client: EngineClient | WorkerPool, settings: ServerSettings, names: Sequence[str] = ()) -> None:
         self.client = client
         self.settings = settings
-        self.started = time.time()
+        self.started = time.time()  # for clients; how long ago that was is not for the wall clock to say
+        self._started = time.monotonic()
         self._names = tuple(names) or settings.served_model_names
         self._model: ServedModel | None = None
+
+    @property
+    def uptime_seconds(self) -> float:
+        return time.monotonic() - self._started
 
     def model(self) -> ServedModel:
         """Raises NotReady until it is loaded."""

@@ -1,5 +1,6 @@
 """Find a model (directory, hub id, GGUF file, built-in default) and stream its weights."""
 
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -147,7 +148,7 @@ def _open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        with file.open("rb") as start:
+        with contextlib.suppress(OSError), file.open("rb") as start:
             if start.read(24).startswith(b"version https://git-lfs"):
                 raise CheckpointError(f"{file} is only a Git LFS pointer: run `git lfs pull`") from None
         raise CheckpointError(f"{file} is not a whole safetensors file ({error}): download it again") from error

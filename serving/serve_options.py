@@ -181,7 +181,10 @@ def server_options(
     keys = list(given.pop("api_key") or ())
     key_file = given.pop("api_key_file")
     if key_file is not None:
-        lines = (line.strip() for line in Path(key_file).read_text(encoding="utf-8").splitlines())
+        try:
+            lines = [line.strip() for line in Path(key_file).read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"api_key_file {key_file} cannot be read ({error})") from error
         found = [line for line in lines if line and not line.startswith("#")]
         if not found:
             raise ValueError(f"api_key_file {key_file} holds no key")

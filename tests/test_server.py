@@ -116,7 +116,9 @@ def test_keys_from_a_file(started: list[tuple[ServerSettings, dict[str, Any]]], 
     assert started[0][0].api_keys == ("third", "first", "second")
     keys.write_text("\n")
     assert "holds no key" in one_sentence(dispec("serve", "--api-key-file", str(keys)))
-    assert "No such file" in one_sentence(dispec("serve", "--api-key-file", str(tmp_path / "none")))
+    missing = dispec("serve", "--api-key-file", str(tmp_path / "none"))
+    assert "No such file" in one_sentence(missing)
+    assert missing.code == 2
 
 
 @pytest.mark.parametrize(

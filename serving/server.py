@@ -41,6 +41,7 @@ _BACKLOG = 4096
 _IDLE_SECONDS = 75  # more than clients and proxies keep connections for, so that it is they who close them
 _WORKERS = 4
 _FEW_FILES = 1024  # below which the limit is worth a warning
+_OPEN_FILES, _OPEN_FILES_PER_ENGINE = 32, 32  # with nothing to do a server of one engine has 26 open
 _LAST_WORDS_SECONDS = 3  # for what is still being written when everything is done; open dashboards never are
 
 
@@ -64,13 +65,12 @@ async def serve(
 ) -> int:
     """Serve until a signal comes; returns the exit code. `say` gets a few lines for people.
 
-    Raises OSError if the address cannot be had, EngineDied if the engine cannot start.
+    Raises ValueError if the address or enough open files cannot be had, EngineDied if the engine cannot start.
     """
     # Long prompts are tokenised in threads, in parallel: more of them would take every core from the engine.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_WORKERS, "worker"))
     file_limit = raise_file_limit()
-    if file_limit < _FEW_FILES:
-        log.warning("this process may open %d files, each connection is one: raise `ulimit -n`", file_limit)
+    _check_file_limit(file_limit, settings)
     listener = listen(settings.host, settings.port)
     with listener:
         client = make_client(settings, engine_options, show_progress)
@@ -248,6 +248,19 @@ def model_name(model: str) -> str:
     if path.is_dir():
         return path.resolve().name
     return path.stem if path.is_file() else model
+
+
+def _check_file_limit(limit: int, settings: ServerSettings) -> None:
+    """Warn where connections will be few. Raises ValueError where there would be none."""
+    num_engines = 1
+    if settings.disaggregate:
+        bounds = settings.autoscale
+        num_engines = settings.prefill + settings.decode if bounds is None else 2 * bounds.most
+    fewest = _OPEN_FILES + _OPEN_FILES_PER_ENGINE * num_engines
+    if limit < fewest:
+        raise ValueError(f"this process may open {limit} files, must be at least {fewest}: raise `ulimit -n`")
+    if limit < _FEW_FILES:
+        log.warning("this process may open %d files, and each connection is one: raise `ulimit -n`", limit)
 
 
 def _welcome(info: EngineInfo, settings: ServerSettings, name: str, listener: socket.socket) -> Iterator[str]:

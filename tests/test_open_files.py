@@ -12,9 +12,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import serving.server
 from serving import acceptor
 from serving.acceptor import Acceptor, num_reserved, raise_file_limit
 from tests.checkpoints import save_tiny
+from tests.commands import dispec, one_sentence
 from tests.servers import PATIENCE, server, wait_for
 
 NUM_STREAMS = 120
@@ -66,6 +68,7 @@ def test_connections_beyond_the_limit_are_answered_with_503(tmp_path: Path) -> N
         assert any("may open 64 files" in line for line in told)
         assert 1 <= sum("connections refused with 503" in line for line in told) < 10
         # What is left behind by the storm: nothing.
+        wait_for(lambda: running_server.get("/health").status_code == 200)
         wait_for(running_server.is_idle)
         assert running_server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
         # There is room for another engine even while the connections hold all they may have.
@@ -93,6 +96,22 @@ def test_the_soft_limit_is_raised_to_the_hard_one(monkeypatch: pytest.MonkeyPatc
     assert raise_file_limit() == limits[0] == 2**17  # never lowered
     limits = [resource.RLIM_INFINITY, resource.RLIM_INFINITY]
     assert raise_file_limit() > 2**20
+
+
+@pytest.mark.parametrize(
+    ("limit", "args", "fewest"),
+    [
+        (63, [], 64),
+        (95, ["--disaggregate"], 96),
+        (223, ["--disaggregate", "--prefill", "2", "--decode", "4"], 224),
+        (287, ["--disaggregate", "--autoscale", "1:4"], 288),
+    ],
+)
+def test_too_few_files_for_any_connection_are_refused_at_start(monkeypatch, limit, args, fewest) -> None:
+    monkeypatch.setattr(serving.server, "raise_file_limit", lambda: limit)
+    result = dispec("serve", "--port", "0", *args)
+    assert result.code == 2
+    assert f"may open {limit} files, must be at least {fewest}: raise `ulimit -n`" in one_sentence(result)
 
 
 class Full:

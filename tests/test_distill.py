@@ -1,13 +1,16 @@
 """A draft made from a tiny target: it learns, loads, changes no answer, and goes on where it was cut off."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from engine.distill import Recipe, distill, frequent_tokens
 from engine.distill_text import Text, read_prompts, read_text
+from engine.draft_checkpoint import save_shared_draft
 from engine.options import EngineOptions
+from engine.tokenizer import Tokenizer
 from tests.checkpoints import save_tiny
 from tests.small_engine import greedy, make, random_prompts
 
@@ -73,6 +76,15 @@ def test_a_draft_of_another_target_is_refused(draft, tmp_path) -> None:
     save_tiny(tmp_path, "llama")
     with pytest.raises(ValueError, match="borrows embedding and head of the model that it was made for"):
         make(tmp_path, speculative_model=str(draft))
+
+
+def test_random_weights_need_no_more_of_target_and_draft_than_their_shapes(target, tmp_path) -> None:
+    bare = shutil.copytree(target, tmp_path / "target", ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = json.loads((bare / "config.json").read_text()) | {"num_hidden_layers": 1, "layer_types": None}
+    save_shared_draft(tmp_path / "draft", config, {}, [1, 2, 3], Tokenizer.from_directory(bare))
+    (tmp_path / "draft/model.safetensors").unlink()
+    llm = make(bare, load_format="dummy", speculative_model=str(tmp_path / "draft"))
+    assert len(llm.generate([[1, 2, 3]], greedy(8))[0].token_ids) == 8
 
 
 def test_what_makes_no_sense_is_refused(target, tmp_path) -> None:

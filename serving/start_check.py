@@ -26,7 +26,9 @@ def check_start(settings: ServerSettings, engine_options: Mapping[str, Any]) -> 
         raise ValueError(
             f"kv_transfer_port is {port}, must be left out with disaggregate: each engine needs a port of its own"
         )
-    options = EngineOptions(**(worker_options(engine_options) if settings.disaggregate else engine_options))
+    if settings.disaggregate:  # whose engines share the threads
+        engine_options = worker_options(engine_options) | {"threads": engine_options.get("threads")}
+    options = EngineOptions(**engine_options)
     without_weights = options.load_format == "dummy"
     if not isinstance(options.model, ModelConfig):
         check_model(options.model, without_weights=without_weights)

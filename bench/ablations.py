@@ -33,11 +33,10 @@ class Row(NamedTuple):
 
 def rows(is_cuda: bool, requests: int) -> list[Row]:
     """The set-ups, each with one technique more than the one before."""
-    options: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 1, "enable_prefix_caching": False}
-    options["speculative_model"] = None
+    options: dict[str, Any] = {"max_num_seqs": 1, "enable_prefix_caching": False, "speculative_model": None}
     environment: dict[str, str] = {}
     if is_cuda:
-        options["async_scheduling"] = False
+        options |= {"enforce_eager": True, "async_scheduling": False}
         first = "ours, eager, one at a time"
         of_device: list[tuple[str, dict[str, Any], dict[str, str]]] = [
             ("+ compiled steps, CUDA graphs", {"enforce_eager": False}, {}),
@@ -47,9 +46,8 @@ def rows(is_cuda: bool, requests: int) -> list[Row]:
         environment = _PLAIN
         first = "ours, eager, torch's operations, one at a time"
         of_device = [
-            ("+ compiled layers", {"enforce_eager": False, "compile": "startup"}, {}),
             ("+ packed weights", {}, {"DISPEC_PACKED_WEIGHTS": "on"}),
-            ("+ kernels of our own, nothing compiled", {"compile": "off"}, {"DISPEC_CPU_KERNELS": "on"}),
+            ("+ kernels of our own", {}, {"DISPEC_CPU_KERNELS": "on"}),
         ]
     found = [Row("transformers", None, {}), Row(first, options, environment)]
     for name, change, variables in (

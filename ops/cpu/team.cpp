@@ -6,14 +6,13 @@
 // range of its own, so that neighbouring results are written by one core (work stealing: Blumofe and Leiserson, 1999).
 #include "team.h"
 
-#include <linux/futex.h>
 #include <pthread.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
 #include <thread>
 
 extern "C" int omp_get_max_threads();  // torch's OpenMP runtime: it is what torch.set_num_threads sets
@@ -22,13 +21,7 @@ namespace {
 
 // How long a thread looks out for work, or for the end of it, before it sleeps. Waking takes 5 to 50 us; on two cores
 // of a Zen 5, 20 us cost 5 % of the speed when quiet, 100 us nothing, 2,000 us a third of it beside two busy processes.
-constexpr int64_t SPIN_NANOSECONDS = 100'000;
-
-int64_t now() {
-    timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec * 1'000'000'000 + time.tv_nsec;
-}
+constexpr std::chrono::microseconds SPIN_TIME(100);
 
 void relax() {
 #if defined(__x86_64__)
@@ -41,24 +34,41 @@ void relax() {
 // Spin until it holds, for a limited time. Returns whether it does.
 template <typename Condition>
 bool spin_until(const Condition &holds) {
-    for (int64_t started = 0;;) {
+    using Clock = std::chrono::steady_clock;
+    for (Clock::time_point end{};;) {
         for (int i = 0; i < 64; ++i) {
             if (holds()) return true;
             relax();
         }
-        const int64_t time = now();
-        if (!started) started = time;
-        if (time - started > SPIN_NANOSECONDS) return false;
+        const Clock::time_point now = Clock::now();
+        if (end == Clock::time_point{}) end = now + SPIN_TIME;
+        if (now > end) return false;
     }
 }
 
-void sleep_while(std::atomic<uint32_t> &word, uint32_t value) {
-    syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
-}
+// Where threads sleep until something holds. What makes it hold happens before `notify`, both in one order with what the
+// sleeper looks at (all of it sequentially consistent), so that none sleeps on.
+class WaitQueue {
+  public:
+    template <typename Condition>
+    void wait_until(const Condition &holds) {
+        std::unique_lock lock(mutex);
+        waiting.fetch_add(1);
+        changed.wait(lock, holds);
+        waiting.fetch_sub(1);
+    }
 
-void wake(std::atomic<uint32_t> &word, int threads) {
-    syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, threads, nullptr, nullptr, 0);
-}
+    void notify() {
+        if (!waiting.load()) return;
+        std::lock_guard lock(mutex);
+        changed.notify_all();
+    }
+
+  private:
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::atomic<int> waiting{0};
+};
 
 constexpr int64_t MAX_THREADS = 256;
 constexpr int64_t MAX_UNITS = UINT16_MAX;
@@ -82,7 +92,6 @@ struct Team {
     };
     Share shares[MAX_THREADS];
     alignas(64) std::atomic<uint32_t> unfinished{0};  // units
-    std::atomic<bool> caller_sleeps{false};
     // What the job is. Written between two jobs, read after a claim, which keeps the job from ending.
     alignas(64) int64_t count = 0;
     int64_t unit = 1;
@@ -90,11 +99,10 @@ struct Team {
     void (*run)(const void *, int64_t, int64_t) = nullptr;
     const void *context = nullptr;
     std::atomic<int64_t> size{1};
-    alignas(64) std::atomic<uint32_t> job{0};
-    std::atomic<uint32_t> bell{0};
-    std::atomic<int> sleepers{0};
-    std::atomic_flag is_taken = ATOMIC_FLAG_INIT;
     int64_t num_workers = 0;
+    std::atomic_flag is_taken = ATOMIC_FLAG_INIT;
+    alignas(64) std::atomic<uint32_t> job{0};
+    alignas(64) WaitQueue workers, caller;
 
     // Claim a part of a range and do it. Its owner takes from the front, others from the back.
     bool do_part(Share &share, bool is_owner) {
@@ -110,7 +118,7 @@ struct Team {
             if (!share.range.compare_exchange_weak(seen, rest.word)) continue;
             const int64_t first = front ? range.begin() : range.end() - part;
             run(context, first * unit, std::min(count, (first + part) * unit));
-            if (unfinished.fetch_sub(part) == part && caller_sleeps.load()) wake(unfinished, 1);
+            if (unfinished.fetch_sub(part) == part) caller.notify();
             return true;
         }
     }
@@ -128,15 +136,9 @@ struct Team {
         uint32_t last = 0;
         const auto is_wanted = [&] { return job.load() != last; };
         for (;;) {
-            if (spin_until(is_wanted)) {
-                last = job.load();
-                if (index < size.load(std::memory_order_relaxed)) help(index);
-                continue;
-            }
-            const uint32_t rung = bell.load();
-            sleepers.fetch_add(1);
-            if (!is_wanted()) sleep_while(bell, rung);
-            sleepers.fetch_sub(1);
+            if (!spin_until(is_wanted)) workers.wait_until(is_wanted);
+            last = job.load();
+            if (index < size.load(std::memory_order_relaxed)) help(index);
         }
     }
 
@@ -162,17 +164,10 @@ struct Team {
             shares[i].range.store(Range(next, begin, one_by_one ? units : units * (i + 1) / wanted).word);
         }
         job.store(next);
-        if (sleepers.load()) {
-            bell.fetch_add(1);
-            wake(bell, int(num_workers));
-        }
+        workers.notify();
         help(0);
         const auto is_done = [&] { return unfinished.load() == 0; };
-        while (!spin_until(is_done)) {
-            caller_sleeps.store(true);
-            if (const uint32_t left = unfinished.load()) sleep_while(unfinished, left);
-            caller_sleeps.store(false);
-        }
+        if (!spin_until(is_done)) caller.wait_until(is_done);
     }
 };
 

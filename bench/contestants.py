@@ -13,8 +13,17 @@ from typing import Any, Protocol
 from bench.llama_cpp import parse_batched_bench
 from bench.resident_memory import cpu_seconds, peak_bytes
 from bench.workload import Workload
+from engine import SPIN_COUNT
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def peer_environment() -> dict[str, str]:
+    """This process's variables without what `import engine` added to them: peers run with their own defaults."""
+    environment = dict(os.environ)
+    if environment.get("GOMP_SPINCOUNT") == SPIN_COUNT:
+        del environment["GOMP_SPINCOUNT"]
+    return environment
 
 
 class ContestantFailed(RuntimeError):
@@ -134,7 +143,9 @@ class LlamaCpp:
         command = [str(self._program), "-m", str(self._model), "--output-format", "jsonl"]
         command += [str(word) for pair in numbers.items() for word in pair]
         with tempfile.TemporaryFile("w+") as out:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, env=peer_environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+            )
             spent = 0.0
             try:
                 while process.poll() is None:
@@ -166,17 +177,18 @@ def our_engine(
     model: str, options: dict[str, Any], name: str = "dispec", environment: dict[str, str] | None = None
 ) -> Worker:
     """`LLM.generate` with these options of the engine, and these variables set in its process."""
-    return _own_worker(name, {"engine": "dispec", "model": model, "options": options}, environment)
+    settings = {"engine": "dispec", "model": model, "options": options}
+    return _own_worker(name, settings, os.environ | environment if environment else None)
 
 
 def transformers(name: str, settings: dict[str, Any]) -> Worker:
     """transformers' `generate`. settings: model, is_geometry, dtype, device, one_at_a_time."""
-    return _own_worker(name, {"engine": "transformers"} | settings)
+    return _own_worker(name, {"engine": "transformers"} | settings, peer_environment())
 
 
 def _own_worker(name: str, settings: dict[str, Any], environment: dict[str, str] | None = None) -> Worker:
     command = [sys.executable, "-m", "bench.worker", json.dumps(settings)]
-    return Worker(name, command, os.environ | environment if environment else None)
+    return Worker(name, command, environment)
 
 
 def _version(program: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.contestants import ROOT, Contestant, LlamaCpp, Worker, our_engine, transformers
+from bench.contestants import ROOT, Contestant, LlamaCpp, Worker, our_engine, peer_environment, transformers
 from bench.geometries import NAMES, geometry
 from bench.loading import config_of, useful_kv_memory
 from engine.dtypes import DTYPES
@@ -125,7 +125,7 @@ def _vllm(
         if not (directory / "config.json").is_file():
             raise ValueError(f"--peer vllm needs the model as a Hugging Face directory: --peer-hf, {directory} is none")
         settings["model"] = str(directory)
-    environment = dict(os.environ) | {"HF_HUB_OFFLINE": "1"}
+    environment = peer_environment() | {"HF_HUB_OFFLINE": "1"}
     if not is_cuda:
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         kv_memory = useful_kv_memory(config_of(model), sequences, tokens, DTYPES[dtype].itemsize, block_size=128)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 # Torch's OpenMP runtime reads it when it is loaded. By default a thread spins for 300,000 turns after each parallel
 # operation, some 5 ms, on a core that another process or our kernels' threads (ops/cpu/team.cpp) could use.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+SPIN_COUNT = "20000"
+os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 if TYPE_CHECKING:
     from engine.completion import Choice, Completion, Piece, Timing

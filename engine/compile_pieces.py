@@ -63,8 +63,8 @@ def compile_pieces(
     """Compile, at each `next` one graph or a part of the compiler itself. Call it in `torch.inference_mode`.
 
     max_num_seqs, max_num_drafts: of a step. An engine of one sequence has steps of several rows only if it verifies
-    draft tokens. On CUDA the layers of uniform steps are not compiled: each has to be one op. Raises whatever the
-    compiler does.
+    draft tokens. On CUDA the layers of uniform steps are not compiled: each has to be one op. Raises any
+    exception of the compiler.
     """
     has_many_rows = max_num_seqs * (1 + max_num_drafts) > 1
     for name in _IMPORTS:

@@ -1,4 +1,4 @@
-"""Tokens that llama.cpp knows by their text, whatever the GGUF file says of them."""
+"""Tokens that llama.cpp knows by their text, regardless of their type in the GGUF file."""
 
 # A text ends at them.
 END_TEXTS = frozenset(

@@ -90,7 +90,7 @@ class SpecialTexts:
 
 
 class _Reader:
-    """A copy of a tokenizer in which each special token has another name, that no client can guess.
+    """A copy of a tokenizer in which each special token has another, secret name.
 
     forbidden: the tokens' ids, which the copy must not make of a text; that of the unknown token may come of any.
     is_faithful: whether it reads a text with every special token as the original does.

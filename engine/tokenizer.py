@@ -39,7 +39,7 @@ class Tokenizer:
         chat_templates: Mapping[str, str] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """`config` is the contents of tokenizer_config.json, for those who ask for it."""
+        """`config` is the contents of tokenizer_config.json, as `/tokenizer_info` shows it."""
         # A file may carry the padding and truncation of its training run; prompts are never cut or padded.
         backend.no_padding()
         backend.no_truncation()

@@ -35,7 +35,7 @@ class _TokenizerJson(msgspec.Struct):
 
 
 _FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-# What `Qwen2Tokenizer` splits words by, whatever tokenizer.json says.
+# What `Qwen2Tokenizer` splits words by; tokenizer.json is not asked.
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -45,7 +45,7 @@ def is_whole(directory: Path) -> bool:
     """Whether `tokenizer.json` alone gives the ids of `AutoTokenizer`; False where that is not certain."""
     contents = _read(directory)
     if contents is None:
-        return True  # whoever reads it tells what is wrong
+        return True  # reading it will tell what is wrong
     config = read_json(directory / "tokenizer_config.json")
     model = read_json(directory / "config.json")
     try:

@@ -79,7 +79,7 @@ def _convert(prepared: Path, name: str, convert_into: Callable[[Path], None]) ->
         convert_into(unfinished)
         with contextlib.suppress(OSError):  # another process was first: its conversion is as good
             os.rename(unfinished, prepared)
-    # Whatever a conversion stumbles over (a broken file, a missing package, a new vocabulary) is reported alike.
+    # Every failure of a conversion (a broken file, a missing package, a new vocabulary) is reported alike.
     except Exception as error:
         summary = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(

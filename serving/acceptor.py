@@ -148,7 +148,7 @@ class Acceptor:
 
 
 class _Refusal(asyncio.Protocol):
-    """Answers 503 to whatever is asked, and closes when the client does or takes too long."""
+    """Answers every request with 503, and closes when the client does or takes too long."""
 
     def __init__(self, on_end: Callable[["_Refusal"], None]) -> None:
         self._on_end = on_end

@@ -211,7 +211,7 @@ class DrainingServer(uvicorn.Server):
 
 
 class _EndWithTheEngine(Listener):
-    """Ends a server that no engine is left to serve, so that whatever started it can start it again."""
+    """Ends a server of which no engine is left, so that its supervisor can start it again."""
 
     def __init__(self, server: DrainingServer) -> None:
         self._server = server

@@ -119,7 +119,7 @@ class WorkerPool:
 
     def _replace(self, worker: Worker) -> None:
         """Have another one in the place of one that served and has died for good."""
-        has_served = worker.client.info is not None  # else whoever started it hears of its death
+        has_served = worker.client.info is not None  # else its start raises the error
         if self._has_started and has_served and not self._is_draining and not worker.is_leaving:
             worker.is_leaving = True
             task = self._loop.create_task(self._start_another(worker))

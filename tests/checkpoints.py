@@ -96,7 +96,7 @@ def save_tiny(
     model = tiny_model(family, seed, dtype, **overrides)
     model.save_pretrained(directory, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
     save_tokenizer(directory)
-    if family == "qwen2":  # transformers reads the tokenizers of this family as Qwen's, whatever else they say
+    if family == "qwen2":  # transformers reads every tokenizer of this family as Qwen's
         qwen_tokenizer().save(str(directory / "tokenizer.json"))
     return model
 

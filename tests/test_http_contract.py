@@ -134,7 +134,7 @@ def test_types_that_are_read(served: Server, path: str) -> None:
         headers = {} if kind is None else {"Content-Type": kind}
         assert served.post(path, content=body, headers=headers).status_code == 200
     assert served.post(path, content=body, headers={"Content-Encoding": "identity"}).status_code == 200
-    # A page of another origin that names no type spares itself the preflight, so that nobody would have been asked.
+    # A page of another origin that names no type would spare itself the preflight, and with it the permission.
     answer = served.post(path, content=body, headers={"Origin": "https://other.example.com"})
     assert answer.status_code == 415
 

@@ -39,7 +39,7 @@ def files(directory: Path, model_type: str, config: dict[str, Any], **more: Any)
 
 
 def assert_same(directory: Path, texts=TEXTS) -> Path:
-    """Whoever reads the files has the same ids, texts and special tokens; returns where ours were read from."""
+    """Check that both readers have the same ids, texts and special tokens; return where ours read them from."""
     found = directory_tokenizer(directory)
     ours, theirs = Tokenizer.from_directory(found), AutoTokenizer.from_pretrained(directory)
     for text in texts:

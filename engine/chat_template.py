@@ -1,6 +1,7 @@
 """Turn a list of messages into the prompt that the model was trained on, with the checkpoint's own Jinja template."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -18,6 +19,7 @@ from engine.errors import InvalidField
 # Private-use characters, which no message holds; the space shows whether the template trims messages.
 _CONTINUED = "\ue000continued here\ue000 "
 _TAGS = range(0xF0000, 0xFFFFE)  # one for each message, to see whether the template shows it
+_SHOWN_TAG = re.compile(r"[\U000f0000-\U000ffffd]|\\udb[89ab][0-9a-f]\\ud[c-f][0-9a-f]{2}")  # as it is, or in JSON
 
 
 class _Generation(Extension):
@@ -167,9 +169,10 @@ def _check_all_shown(
         text = rendered([_tagged(message, tag) for message, tag in zip(messages, tags, strict=True)])
     except InvalidField:  # the template looks at what the contents are, and has taken the real ones
         return
+    shown = set(_SHOWN_TAG.findall(text))  # once: looking for each tag takes a minute for thousands of long messages
     for index, (message, tag) in enumerate(zip(messages, tags, strict=True)):
         says_something = (message["content"] or "").strip() or "tool_calls" in message
-        if says_something and tag not in text and json.dumps(tag)[1:-1] not in text:
+        if says_something and shown.isdisjoint((tag, json.dumps(tag)[1:-1])):
             what = f"a message of the role {given[index]['role']!r:.50} at this place"
             raise InvalidField("messages", f"messages[{index}]: the model's chat template leaves out {what}")
 

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from engine import LLM
+from engine.chat_template import _check_all_shown
 from engine.errors import InvalidField
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
@@ -87,6 +88,27 @@ def test_no_message_vanishes(template: str, messages: list[Any], place: int, rol
     with pytest.raises(InvalidField, match=rf"messages\[{place}\]: .* leaves out .* '{role}") as error:
         with_template(tmp_path, template).apply_chat_template(messages)
     assert error.value.field == "messages"
+
+
+def test_a_long_conversation_is_searched_once() -> None:
+    class Text(str):
+        num_searches = 0
+
+        def __contains__(self, part: str) -> bool:
+            self.num_searches += 1
+            return super().__contains__(part)
+
+    messages = user("Hi") * 100
+    text = Text()
+
+    def rendered(tagged: Any) -> str:
+        nonlocal text
+        text = Text(json.dumps([message["content"] for message in tagged[:-1]]))  # in JSON's escapes
+        return text
+
+    with pytest.raises(InvalidField, match=r"messages\[99\]"):
+        _check_all_shown(messages, messages, rendered)
+    assert text.num_searches <= 2
 
 
 def test_no_call_vanishes(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Special tokens that a message spells out, as plain text in the prompt, so that no content begins or ends a turn.
 
-A mark is put inside each such text before the chat template sees it. In the rendered prompt the special tokens without
-a mark are the template's own. A copy of the tokenizer reads those by other names and everything else as text: it
-splits the prompt where the original does, so that prefix spaces and stripped whitespace stay as they are.
+A mark is put inside each such text before the chat template sees it, and behind one that is begun at the end of a
+string, to which the template may join another. In the rendered prompt the special tokens without a mark are the
+template's own. A copy of the tokenizer reads those by other names and everything else as text: it splits the prompt
+where the original does, so that prefix spaces and stripped whitespace stay as they are.
 """
 
 import re
@@ -21,7 +22,7 @@ _MARKS = (0xE001, 0xF8FF)  # private-use characters: the first of them that no m
 
 
 class ChatText(NamedTuple):
-    """A rendered conversation. `marked` has `mark` inside every special token that a message spells out."""
+    """A rendered conversation. `marked` has `mark` inside every special token that messages spell out."""
 
     plain: str
     marked: str
@@ -35,9 +36,10 @@ class SpecialTexts:
         self._backend = backend
 
     def find_mark(self, *values: Any) -> str | None:
-        """A character for `interrupt` that no string in the JSON values holds; None if none of them spells a token."""
+        """A character for `interrupt` that no string in the JSON values holds; None if none of them spells a token, or
+        begins one at its end."""
         texts = [text for value in values for text in _strings(value)]
-        if self._pattern is None or not any(self._pattern.search(text) for text in texts):
+        if self._pattern is None or not any(self._spells(text) for text in texts):
             return None
         held = set().union(*texts)
         mark = next((mark for mark in map(chr, range(*_MARKS)) if mark not in held), None)
@@ -55,7 +57,16 @@ class SpecialTexts:
             return value
         while self._pattern.search(value) is not None:  # what a mark leaves over may spell another one
             value = self._pattern.sub(lambda found: f"{found[0][0]}{mark}{found[0][1:]}", value)
-        return value
+        return value + mark if self._begins_at_the_end(value) else value
+
+    def text(self, marked: str, mark: str) -> ChatText:
+        """A prompt that was rendered from interrupted values. It needs no marks if they keep no token apart."""
+        assert self._pattern is not None
+        plain = marked.replace(mark, "")
+        parts = [part.replace(mark, "") for part in self._pattern.split(marked)]
+        if parts == self._pattern.split(plain) and self._num_normalized(plain) in (None, len(parts) - 1):
+            return ChatText(plain, plain, None)
+        return ChatText(plain, marked, mark)
 
     def encode(self, marked: str, mark: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text whose special tokens are those without a mark. Raises InvalidField if the vocabulary
@@ -77,6 +88,38 @@ class SpecialTexts:
     def _pattern(self) -> re.Pattern[str] | None:
         texts = sorted((token.content for token in self._specials), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    def _spells(self, text: str) -> bool:
+        assert self._pattern is not None
+        return bool(self._pattern.search(text) or self._num_normalized(text)) or self._begins_at_the_end(text)
+
+    def _num_normalized(self, text: str) -> int | None:
+        """How many special tokens a text spells once it is normalized; None if they are looked for before that."""
+        normalizer = self._backend.normalizer
+        if normalizer is None or self._normalized_pattern is None:
+            return None
+        return len(self._normalized_pattern.findall(normalizer.normalize_str(text)))
+
+    @cached_property
+    def _normalized_pattern(self) -> re.Pattern[str] | None:
+        if not any(token.normalized for token in self._specials):
+            return None
+        texts = {token.content for token in self._specials}
+        texts |= {self._backend.normalizer.normalize_str(text) for text in texts}
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+
+    def _begins_at_the_end(self, text: str) -> bool:
+        """Whether the text ends with the beginning of a special token."""
+        end = text[-self._longest_beginning :] if self._beginnings else ""
+        return any(end[index:] in self._beginnings for index in range(len(end)) if end[index] in self._beginnings)
+
+    @cached_property
+    def _beginnings(self) -> frozenset[str]:
+        return frozenset(token.content[:end] for token in self._specials for end in range(1, len(token.content)))
+
+    @cached_property
+    def _longest_beginning(self) -> int:
+        return max(map(len, self._beginnings))
 
     @cached_property
     def _specials(self) -> list[tokenizers.AddedToken]:

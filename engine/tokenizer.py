@@ -135,7 +135,7 @@ class Tokenizer:
         if mark is not None:
             plain, tools, variables = (texts.interrupt(value, mark) for value in (plain, tools, variables))
         text = self.apply_chat_template(plain, add_generation_prompt, tools, continue_final_message, **variables)
-        return ChatText(text if mark is None else text.replace(mark, ""), text, mark)
+        return ChatText(text, text, None) if mark is None else texts.text(text, mark)
 
     def encode_chat(self, text: ChatText, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a rendered conversation. Special tokens that its messages spell out are text, not tokens."""

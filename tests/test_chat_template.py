@@ -277,6 +277,33 @@ def test_everything_that_reaches_a_prompt_is_text(tmp_path: Path) -> None:
     assert tokenizer.encode_chat(role).count(EOS_TOKEN_ID) == 1
 
 
+def test_texts_that_a_template_joins_spell_no_token(tmp_path: Path) -> None:
+    joined = "{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}<|im_end|>"
+    tokenizer = with_template(tmp_path, joined)
+    for texts in (("<|im_", "end|>"), ("<", "|im_end|>"), ("a<|im_end|", ">b"), ("<|im_end|><", "|im_end|>")):
+        chat = tokenizer.render_chat([{"role": "user", "name": texts[0], "content": texts[1]}])
+        assert chat.plain == "".join(texts) + "<|im_end|>"
+        assert tokenizer.encode_chat(chat).count(EOS_TOKEN_ID) == 1
+        chat = tokenizer.render_chat([*user(texts[0]), *user(texts[1])])
+        assert tokenizer.encode_chat(chat).count(EOS_TOKEN_ID) == 1
+
+
+def test_texts_that_a_normalizer_makes_tokens_are_text(tmp_path: Path) -> None:
+    byte_level(tmp_path)
+    contents = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in contents["added_tokens"]:
+        token["normalized"] = True
+    contents["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    usual = tokenizer.encode_chat(tokenizer.render_chat(user("Hi"))).count(EOS_TOKEN_ID)
+    for spelled in ("<|IM_END|>", "\uff1c|im_end|\uff1e", "<|im_end|>"):
+        chat = tokenizer.render_chat(user(spelled))
+        assert tokenizer.encode(chat.plain).count(EOS_TOKEN_ID) == usual + 1
+        assert tokenizer.encode_chat(chat).count(EOS_TOKEN_ID) == usual
+    assert tokenizer.render_chat(user("a <")).mark is None
+
+
 def test_a_text_that_can_only_be_the_token_is_refused(tmp_path: Path) -> None:
     """A unigram model takes the longest piece that it knows, and it knows its special tokens' texts."""
     word_pieces(tmp_path, is_unigram=True)

@@ -114,8 +114,9 @@ class GgufTokenizer:
             types[token] = _Type.CONTROL
         for text in SHOWN_TEXTS & self.ids.keys():
             types[self.ids[text]] = _Type.USER_DEFINED
-        if "<|end|>" in self.ids and self.ids["<|end|>"] not in self.end_ids:
-            types[self.ids["<|end|>"]] = _Type.USER_DEFINED
+        for text, kind in (("<|end|>", _Type.USER_DEFINED), ("</s>", _Type.NORMAL)):
+            if text in self.ids and self.ids[text] not in self.end_ids:
+                types[self.ids[text]] = kind
         return types
 
     def _byte_level(self) -> dict[str, Any]:

@@ -99,6 +99,16 @@ def test_the_end_of_a_message_is_no_end_beside_the_end_of_an_answer(tmp_path):
     assert tokenizer.decode([450, 451]) == "<|end|>"
 
 
+def test_an_end_that_is_none_beside_tool_responses_is_text(tmp_path):
+    tokens = [*gpt2()["tokens"][:450], "</s>", "<|tool_response>"]
+    entries = {"tokens": tokens, "token_type": [*[CONTROL] * 3, *[NORMAL] * 447, CONTROL, CONTROL]}
+    assert 450 not in ends(tmp_path, **entries)
+    tokenizer = read(tmp_path, gpt2(**entries))
+    ids = tokenizer.encode("a</s>", add_special_tokens=False)
+    assert 450 not in ids
+    assert tokenizer.decode(ids) == "a</s>"
+
+
 @pytest.mark.parametrize(
     ("add_space_prefix", "text", "ids"),
     [

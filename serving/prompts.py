@@ -11,7 +11,7 @@ from engine.tokenizer import Tokenizer
 from serving.errors import ApiError, invalid
 from serving.protocol import ChatRequest, PromptInput, Sampling, TokenizeRequest
 from serving.protocol_sampling import template_arguments
-from serving.settings import MAX_BAD_WORDS, MAX_PROMPTS
+from serving.settings import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_PROMPTS
 
 T = TypeVar("T")
 
@@ -124,6 +124,9 @@ class Prompts:
 
         def tokenize() -> SamplingParams:
             found = self.tokenizer.bad_word_token_ids(params.bad_words)
+            if (count := sum(map(len, found))) > MAX_BAD_WORD_TOKENS:
+                said = f"bad_words holds {count} tokens, must be at most {MAX_BAD_WORD_TOKENS}"
+                raise invalid("bad_words", said)
             return replace(params, bad_words=(), bad_words_token_ids=(*params.bad_words_token_ids, *found))
 
         return await self.off_loop(tokenize)

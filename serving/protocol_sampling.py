@@ -8,7 +8,7 @@ from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from serving.decoding import shown
 from serving.errors import ApiError, invalid
 from serving.protocol import ChatRequest, CompletionRequest
-from serving.settings import MAX_CHOICES, MAX_STOPS, MAX_TEMPLATE_ARGUMENTS
+from serving.settings import MAX_CHOICES, MAX_STOPS, MAX_TEMPLATE_ARGUMENTS, MAX_TOKEN_IDS
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's
 
@@ -31,6 +31,9 @@ def sampling_params(
     given["stop"] = stop_strings(request.stop)
     if (n := given.get("n", 1)) > MAX_CHOICES:
         raise invalid("n", f"n is {shown(n)}, must be at most {MAX_CHOICES}")
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        if (count := len(given.get(name) or ())) > MAX_TOKEN_IDS:
+            raise invalid(name, f"{name} holds {count} token ids, must be at most {MAX_TOKEN_IDS}")
     given["max_tokens"] = max_tokens(request, room, max_model_len)
     given["logprobs"] = logprobs(request)
     given["prompt_logprobs"] = request.prompt_logprobs

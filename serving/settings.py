@@ -13,6 +13,7 @@ MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 MAX_STOPS = 4
 MAX_BAD_WORDS = 1024
+MAX_TOKEN_IDS = 2**18  # in a list of them: more than any vocabulary has
 MAX_BAD_WORD_TOKENS = 65536  # of all of them: the engine checks them in 20 ms, and generates nothing meanwhile
 MAX_TEMPLATE_ARGUMENTS = 32
 

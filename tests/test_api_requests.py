@@ -140,6 +140,8 @@ def test_the_openapi_document_and_its_page(served: Server) -> None:
         ({"top_logprobs": 2}, "top_logprobs is 2, must come with logprobs true"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop holds 5 texts, must be at most 4"),
         ({"stop": "x" * 2000}, "stop holds"),
+        ({"stop_token_ids": [7] * 262_145}, "stop_token_ids holds 262145 token ids, must be at most 262144"),
+        ({"allowed_token_ids": [7] * 262_145}, "allowed_token_ids holds 262145 token ids, must be at most 262144"),
         ({"bad_words": [f"{index}" + "é" * 900 for index in range(64)]}, "tokens, must be at most 65536"),
         ({"logit_bias": {"5": 101}}, "logit_bias of token 5 is 101"),
         ({"logit_bias": {"x": 1}}, 'logit_bias has the key "x", must be an integer'),

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import platformdirs
 
+from engine.owned_directory import OwnedDirectory
+
 _MIN_FREE_BYTES = 64 * 2**20  # below it a cache counts as full: compiled code takes some 30 MB
 _FAILURE_SECONDS = 24 * 3600.0
+_substitutes: list[OwnedDirectory] = []  # for cache directories that cannot be written
 
 
 def cache_directory() -> Path:
@@ -44,16 +47,23 @@ def _writable(directory: Path) -> Path:
     try:
         check_writable(directory)
     except OSError as error:
-        substitute = Path(tempfile.mkdtemp(prefix="dispec-cache-"))
-        atexit.register(shutil.rmtree, substitute, ignore_errors=True)
+        substitute = OwnedDirectory("dispec-cache-")
+        _substitutes.append(substitute)
         warnings.warn(
             f"the cache directory {directory} cannot be used ({error.strerror or error}): nothing is kept for the next"
             " start (set DISPEC_CACHE_DIR to a directory that can be written)",
             RuntimeWarning,
             stacklevel=3,
         )
-        return substitute
+        return Path(substitute.path)
     return directory
+
+
+@atexit.register
+def remove_substitutes() -> None:
+    """Remove the temporary directories. A process that ends with `os._exit` has to call it."""
+    for substitute in _substitutes:
+        substitute.remove()
 
 
 def cache_path(*parts: str) -> Path:

@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -128,9 +129,16 @@ def try_bf16(device: str) -> Outcome:
 
 
 def try_cpu_kernels() -> Outcome:
-    """Build our C++ kernels, or find them built."""
+    """Build our C++ kernels, or find them built. An engine too builds them elsewhere if the cache cannot be written."""
 
-    return _attempt(build)
+    def run() -> None:
+        try:
+            build()
+        except OSError:
+            with tempfile.TemporaryDirectory(prefix="dispec-env-check-") as directory:
+                build(Path(directory))
+
+    return _attempt(run)
 
 
 def try_packed_bf16() -> Outcome:

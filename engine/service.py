@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from engine.cache import remove_substitutes
 from engine.errors import InvalidField
 from engine.front_link import Link, log_to_front
 from engine.last_words import last_words
@@ -271,6 +272,7 @@ def _end_with_the_front(directory: str) -> None:
         while os.read(0, 4096):
             pass
     shutil.rmtree(directory, ignore_errors=True)  # the sockets, which nobody else is left to remove
+    remove_substitutes()
     os._exit(1)
 
 
@@ -290,6 +292,7 @@ def main() -> None:
         link.send(last_words(error))
         code = EXIT_AFTER_LAST_WORDS
     link.close()
+    remove_substitutes()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # taking torch apart would only make a restart wait

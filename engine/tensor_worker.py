@@ -12,6 +12,7 @@ from collections.abc import Callable
 import msgspec
 import torch
 
+from engine.cache import remove_substitutes
 from engine.checkpoint import find_checkpoint
 from engine.dtypes import DTYPES
 from engine.memory import allocate_kv_cache
@@ -83,6 +84,7 @@ def main() -> None:
                 runner.follow(shape, payload, warm_up)
             case Head():
                 runner.follow_head(payload)
+    remove_substitutes()
     os._exit(0)  # leaving the group in order would wait for the engine, which may be gone
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ import pytest
 
 from engine import cache
 from ops.cpu import library
+from tests.checkpoints import save_tiny_gguf, tiny_model
+from tests.servers import server, wait_for
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,3 +97,25 @@ def test_a_compiler_that_fails_is_asked_once(tmp_path, monkeypatch):
     with pytest.warns(RuntimeWarning, match="running slower without them"):
         load()
     assert (tmp_path / "runs").read_text() != runs
+
+
+def test_a_server_without_its_cache_leaves_nothing_behind(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    save_tiny_gguf(tmp_path / "model.gguf", tiny_model("llama"))
+    monkeypatch.setenv("DISPEC_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("DISPEC_CPU_KERNELS", "off")
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="t") as short:  # tmp_path may be too long for sockets
+        monkeypatch.setenv("TMPDIR", short)
+
+        def substitutes() -> set[Path]:
+            return set(Path(short).glob("dispec-cache-*"))
+
+        with server(tmp_path, tmp_path / "model.gguf") as running_server:
+            first = substitutes()
+            assert len(first) == 1
+            running_server.engine_process().kill()
+            wait_for(lambda: substitutes() and not first & substitutes(), "removal by the engine that follows")
+            wait_for(lambda: running_server.get("/health").status_code == 200, "readiness")
+            running_server.process.terminate()
+            assert running_server.process.wait() == 0
+            assert substitutes() == set()

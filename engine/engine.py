@@ -50,6 +50,7 @@ from engine.sequence import FinishReason, Sequence
 from engine.speculation import Speculator
 from engine.step import Step, TokenOutput
 from engine.step_record import Kind, StepRecord
+from engine.torch_threads import set_threads
 from engine.transfer.interface import Ticket, TransferOptions, Transport
 from layers.config import ModelConfig, Shard, UnsupportedModelError
 from layers.sharding import Sharding, check_can_shard
@@ -87,8 +88,7 @@ class Engine:
     def __init__(self, options: EngineOptions, show_progress: bool = False) -> None:
         self.options = options
         self.device = options.torch_device()
-        if options.num_threads() != torch.get_num_threads():  # setting it starts threads of a pool that is of no use
-            torch.set_num_threads(options.num_threads())
+        set_threads(options.num_threads())
         self.phase_seconds: dict[str, float] = {}
         self._show_progress = show_progress
         self._ids = itertools.count()

@@ -102,7 +102,7 @@ class EngineOptions:
         return 0 if self.speculative_model is None else self.num_speculative_tokens
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        self._check_types()
         if self.dtype not in DTYPE_NAMES:
             raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(DTYPE_NAMES)}")
         if self.load_format not in ("auto", "dummy"):
@@ -164,10 +164,19 @@ class EngineOptions:
             raise ValueError(f"device is {self.device!r}, must be 'cpu', 'cuda' or 'cuda:N'")
         parse_bytes(self.kv_cache_memory)
 
-    def _check_numbers(self) -> None:
+    def _check_types(self) -> None:
+        for name in ("model", "speculative_model"):
+            value = getattr(self, name)
+            if not isinstance(value, str | Path | ModelConfig) and (value is not None or name == "model"):
+                raise ValueError(f"{name} is {value!r:.50}, must be a name, a path or a ModelConfig")
+        for name in ("device", "kv_transfer_host", "kv_transfer_secret"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "kv_transfer_host"):
+                raise ValueError(f"{name} is {type(value).__name__}, must be a text")
         for name in ("max_model_len", "max_num_batched_tokens", "max_prefill_chunk", "threads", *_COUNTS):
             value = getattr(self, name)
-            if not isinstance(value, int) and (value is not None or name in _COUNTS):
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            if not is_integer and (value is not None or name in _COUNTS):
                 raise ValueError(f"{name} is {value!r:.50}, must be an integer")
         for name in ("gpu_memory_utilization", "priority_aging", "kv_transfer_lease"):
             if not isinstance(getattr(self, name), Real):
@@ -215,9 +224,9 @@ class EngineOptions:
 
     def num_threads(self) -> int:
         """CPU threads of a step."""
-        import torch
+        from engine.torch_threads import default_threads
 
-        return self.threads or min(torch.get_num_threads(), usable_cores())
+        return self.threads or min(default_threads(), usable_cores())
 
     def when_to_compile(self, device: "torch.device") -> str:
         """One of `COMPILE`."""

@@ -1,6 +1,6 @@
 """The forms in which `LLM` takes prompts, as one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Series
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ def as_prompts(prompts: Prompt | Series[Prompt]) -> list[PromptInput]:
     """
     if isinstance(prompts, str | Mapping):
         return [_as_prompt(prompts, "prompt")]
-    if isinstance(prompts, bytes | bytearray | set | frozenset):  # which are iterables of numbers, or have no order
+    # Bytes are iterables of numbers, and sets have no order.
+    if isinstance(prompts, bytes | bytearray | set | frozenset) or not isinstance(prompts, Iterable):
         raise ValueError(f"prompts is {type(prompts).__name__}, must be one prompt or a list of them")
     several: list[Any] = list(prompts)
     if several and all(isinstance(item, int) for item in several):

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from engine.options import EngineOptions
 from engine.rank_messages import Join, Message, framed
+from engine.torch_threads import set_threads
 from layers.config import ModelConfig, Shard
 
 _WORKER = "engine.tensor_worker"
@@ -72,7 +73,7 @@ class TensorParallel:
         self._all_threads = torch.get_num_threads()
         threads = max(1, self._all_threads // size)
         if device.type == "cpu":
-            torch.set_num_threads(threads)
+            set_threads(threads)
         store = meeting_point(size)
         self._followers = [_start(options, device, rank, store.port, threads) for rank in range(1, size)]
         # Python keeps the pipes of a process that is not waited for: followers would never learn that we are gone.
@@ -171,7 +172,7 @@ def _end(followers: "list[subprocess.Popen[bytes]]", is_cuda: bool, all_threads:
 
             reset_cudagraph_trees()
         dist.destroy_process_group()
-    torch.set_num_threads(all_threads)
+    set_threads(all_threads)
 
 
 def _start(

@@ -75,8 +75,9 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. `add_special_tokens` adds what the model expects around a text (often a BOS token);
         leave it off for the output of a chat template, which has them already. Special tokens spelled out in the text
-        become those tokens.
+        become those tokens. Raises ValueError for a text with half a surrogate pair.
         """
+        _check_unicode(text)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def bad_word_token_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
@@ -86,6 +87,7 @@ class Tokenizer:
         """
         found: dict[tuple[int, ...], None] = {}
         for word in words:
+            _check_unicode(word)
             bare = word.lstrip(" ")
             for text in (bare, " " + bare) if bare.strip() else (word,):
                 if ids := tuple(self._inside.encode(text, add_special_tokens=False).ids):
@@ -138,7 +140,11 @@ class Tokenizer:
         return ChatText(text, text, None) if mark is None else texts.text(text, mark)
 
     def encode_chat(self, text: ChatText, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a rendered conversation. Special tokens that its messages spell out are text, not tokens."""
+        """Token ids of a rendered conversation. Special tokens that its messages spell out are text, not tokens.
+
+        Raises ValueError for a text with half a surrogate pair.
+        """
+        _check_unicode(text.plain)
         if text.mark is not None:
             return self._special_texts.encode(text.marked, text.mark, add_special_tokens)
         # `encode` holds Python's lock for as long as it takes; this does not.
@@ -231,6 +237,15 @@ class Tokenizer:
         spelled = [_BYTE_OF.get(character) for character in text]
         # Added tokens may be written plainly: one character outside the alphabet, and the token means itself.
         return text.encode() if None in spelled else bytes(byte for byte in spelled if byte is not None)
+
+
+def _check_unicode(text: str) -> None:
+    """Raise ValueError for half a surrogate pair, as Python makes of bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = text[error.start]
+        raise ValueError(f"text holds {found!r} at position {error.start}, must be valid Unicode") from None
 
 
 def _kinds(part: Any) -> set[str]:

@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine import cpu_cores
+from engine.cpu_cores import usable_cores
 from engine.options import EngineOptions
+from tests.checkpoints import save_tiny
+from tests.small_engine import make
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,3 +94,17 @@ def test_threads_by_flag_variable_and_file(way, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == 3
+
+
+def test_the_threads_of_one_engine_are_no_default_for_the_next(tmp_path):
+    save_tiny(tmp_path, "llama")
+    before = torch.get_num_threads()
+    try:
+        for threads, expected in ((before + 2, before + 2), (None, min(before, usable_cores()))):
+            make(tmp_path, threads=threads).close()
+            assert torch.get_num_threads() == expected
+        torch.set_num_threads(1)  # the user's own choice between two engines
+        make(tmp_path).close()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from engine.environment import try_cpu_kernels
 from serving import env_check
 from serving.env_check import Finding
 from tests.commands import running
@@ -60,3 +61,14 @@ def test_env_check_tells_which_device_fails() -> None:
     }
     assert features["eager CPU"].works
     assert features["CUDA graphs"] == ("CUDA graphs", False, "cuda:1 engine: too old")
+
+
+def test_kernels_work_without_a_cache(tmp_path, monkeypatch) -> None:
+    """An engine builds them in a temporary directory, and so does the probe."""
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ntouch "$2"\n')
+    compiler.chmod(0o755)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("DISPEC_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert try_cpu_kernels().works

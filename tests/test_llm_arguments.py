@@ -1,5 +1,7 @@
 """What `LLM` is given wrongly is refused in one sentence, before anything runs; vLLM's forms are taken."""
 
+import re
+
 import jaxtyping
 import pytest
 
@@ -274,3 +276,35 @@ def test_the_module_s_generate_closes_what_it_opened(directory, monkeypatch):
     (completion,) = generate(directory, {"prompt": "The sea"}, greedy(4), **OPTIONS)
     assert len(completion.token_ids) == 4
     assert len(closed) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model", None, "model is None, must be a name, a path or a ModelConfig"),
+        ("speculative_model", 3, "speculative_model is 3, must be a name"),
+        ("threads", True, "threads is True, must be an integer"),
+        ("max_num_seqs", True, "max_num_seqs is True, must be an integer"),
+        ("device", ["cpu"], "device is list, must be a text"),
+        ("kv_transfer_secret", 5, "kv_transfer_secret is int, must be a text"),
+    ],
+)
+def test_options_of_another_type_are_refused(name, value, message, unchecked):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EngineOptions(**{name: value})
+
+
+@pytest.mark.parametrize("prompts", [None, 5])
+def test_prompts_that_are_no_series_are_refused(llm, prompts, unchecked):
+    with pytest.raises(ValueError, match=f"prompts is {type(prompts).__name__}, must be one prompt or a list"):
+        llm.generate(prompts)
+
+
+def test_half_a_surrogate_pair_is_refused(llm):
+    message = r"text holds '\\ud800' at position \d+, must be valid Unicode"
+    with pytest.raises(ValueError, match=message):
+        llm.generate("a\ud800")
+    with pytest.raises(ValueError, match=message):
+        llm.chat([{"role": "user", "content": "a\ud800"}])
+    with pytest.raises(ValueError, match=message):
+        llm.generate("a", SamplingParams(bad_words=["\ud800"]))

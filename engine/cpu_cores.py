@@ -18,8 +18,11 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 def _quotas(root: Path) -> Iterator[float]:
     """CPU quotas, in cores, of the process's cgroups and of all around them (Linux: admin-guide/cgroup-v2.rst)."""
-    for line in _read(root / "proc/self/cgroup").split():
-        _, controllers, path = line.split(":", 2)
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not path:  # no line of a group
+            continue
         if not controllers:
             mounts, names = [root / "sys/fs/cgroup"], ["cpu.max"]
         elif "cpu" in controllers.split(","):

@@ -53,6 +53,7 @@ def system(root: Path, groups: str, files: dict[str, str]) -> Path:
             {"sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "-1", "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000"},
             8,
         ),
+        ("0::/my app", {"sys/fs/cgroup/my app/cpu.max": "350000 100000"}, 3),
         ("", {}, 8),
     ],
 )

@@ -27,6 +27,9 @@ Params = SamplingParams | Series[SamplingParams] | None
 # Where a name belongs that was given to something else.
 _IN_PARAMS = {"params=SamplingParams({}=…)": field_names(SamplingParams)}
 _IN_LLM = {"LLM({}=…)": field_names(EngineOptions)}
+# What templates of other models declare.
+_OF_TEMPLATES: tuple[str, ...] = ("enable_thinking", "thinking", "reasoning_effort", "documents")
+_IN_TEMPLATES = {"chat_template_kwargs={{{!r}: …}}": _OF_TEMPLATES}
 _TEMPLATE_ARGUMENTS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 
 
@@ -167,7 +170,7 @@ class LLM:
 
     def _check_template_names(self, owner: str, given: Mapping[str, Any], own: tuple[str, ...]) -> None:
         known = (*own, *_TEMPLATE_ARGUMENTS, *sorted(self.tokenizer.template_variables))
-        refuse_unknown(owner, given, known, _IN_PARAMS | _IN_LLM)
+        refuse_unknown(owner, given, known, _IN_PARAMS | _IN_LLM | _IN_TEMPLATES)
 
     def _generate(
         self, prompts: list[PromptInput], params: list[SamplingParams], use_tqdm: bool | None

@@ -9,9 +9,12 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 log = logging.getLogger("dispec")
+
+_SECONDS_TO_LOCK = 60.0  # a directory after it was made, however busy the machine is
 
 
 class OwnedDirectory:
@@ -40,10 +43,12 @@ def _remove_abandoned(prefix: str, parent: str) -> None:
         except OSError:
             continue
         try:
-            if os.fstat(directory).st_uid != os.getuid():
+            status = os.fstat(directory)
+            if status.st_uid != os.getuid():
                 continue
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.listdir(directory):  # an empty one may have been made this moment, and is about to be locked
+            # An empty one may have been made this moment, and is about to be locked.
+            if os.listdir(directory) or time.time() - status.st_mtime > _SECONDS_TO_LOCK:
                 shutil.rmtree(path, ignore_errors=True)
                 log.info("removed %s, which a process that was killed had left behind", path)
         except OSError:  # locked: its owner lives

@@ -213,6 +213,10 @@ def test_variables_of_the_template_reach_it(llm):
     ("given", "message"),
     [
         ({"enable_thinkin": False}, r"has no enable_thinkin: did you mean enable_thinking\?$"),
+        (
+            {"reasoning_effort": "low"},  # another model's
+            r"has no reasoning_effort: did you mean chat_template_kwargs=\{'reasoning_effort': …\}\?$",
+        ),
         ({"chat_template": "x"}, r"has no chat_template: did you mean chat_template_kwargs\?$"),
         ({"chat_template_kwargs": ["x"]}, "^chat_template_kwargs is list, must be a mapping"),
         ({"chat_template_kwargs": {"messages": []}}, "^chat_template_kwargs holds 'messages'"),

@@ -55,6 +55,8 @@ def test_what_a_killed_owner_left_is_removed_and_nothing_else(parent: Path) -> N
     (elsewhere / "file").touch()
     (parent / "dispec-sockets-link").symlink_to(elsewhere)
     (parent / "dispec-sockets-fresh").mkdir()  # made by a process that will lock it next
+    (parent / "dispec-sockets-stale").mkdir()  # by one that was killed before it made sockets
+    os.utime(parent / "dispec-sockets-stale", (0, 0))
     (parent / "dispec-sockets-file").touch()
     with owner(parent) as (_, alive):
         with owner(parent) as (_, abandoned):
@@ -65,6 +67,7 @@ def test_what_a_killed_owner_left_is_removed_and_nothing_else(parent: Path) -> N
         assert (alive / "to-engine").exists()
         assert (elsewhere / "file").exists()
         assert (parent / "dispec-sockets-fresh").exists()
+        assert not (parent / "dispec-sockets-stale").exists()
         directory.remove()
         directory.remove()
         assert not os.path.exists(directory.path)

@@ -1,11 +1,9 @@
 """A conversation in a terminal, or one question a line through a pipe."""
 
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
-from types import FrameType
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.sampling_params import SamplingParams
@@ -92,13 +90,11 @@ def _answer(llm: "LLM", prompt: list[int], params: SamplingParams) -> tuple[str,
     texts: list[str] = []
     completion = None
     try:
-        with _interruptible() as interrupted, closing(llm.stream(prompt, params)) as pieces:
+        with closing(llm.stream(prompt, params)) as pieces:  # where Ctrl-C comes between two steps
             for piece in pieces:
                 texts.append(piece.text)
                 print(piece.text, end="", flush=True)
                 completion = piece.completion
-                if interrupted():
-                    break
     except KeyboardInterrupt:
         pass
     answer = "".join(texts)
@@ -107,27 +103,6 @@ def _answer(llm: "LLM", prompt: list[int], params: SamplingParams) -> tuple[str,
     if completion is None:
         say("stopped")
     return answer, completion
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C wait for the end of a step, so that the engine is never left in the middle of one.
-
-    A second one does not wait: a step over a long prompt can take its time.
-    """
-    count = 0
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        nonlocal count
-        count += 1
-        if count > 1:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: count > 0
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _read_line() -> str | None:

@@ -93,7 +93,7 @@ function showServerState({ state, reason }) {
     loading: "The engine is loading the model; this page follows by itself.",
     draining: "The server is shutting down: it finishes what is running and takes nothing new.",
     restarting: "The engine died and is being started again.",
-    dead: "The engine is down, and requests are refused until the server is started again.",
+    dead: "The engine is down and was started again too often: the server ends.",
     stalled: "Work is pending, but nothing moves.",
   };
   const message = messages[state] ?? "";

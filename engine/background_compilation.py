@@ -1,6 +1,5 @@
 """Compiling while an engine on CUDA answers from recorded graphs, in pieces of a graph each."""
 
-import logging
 import time
 from collections.abc import Generator
 
@@ -10,8 +9,6 @@ from engine.cache import known_failure, remember_failure
 from engine.compile_cache import CompileKey, stamp, write_stamp
 from engine.compile_pieces import Compiled
 from engine.compiled_model import first_cause, warn_eager
-
-log = logging.getLogger("dispec")
 
 # While prompts run of which no single token is awaited, at most a twentieth of the time goes into this; until it is
 # known, a piece counts as this long.
@@ -23,7 +20,7 @@ class BackgroundCompilation:
     """Compiles piece by piece, when the engine asks it to: between two steps, or when there is nothing else to do.
 
     What is not in the cache yet takes longer, and is compiled only while the engine is idle. A key that failed within
-    the last day is not tried again.
+    the last day, and has not been compiled since, is not tried again.
     """
 
     def __init__(self, key: CompileKey, pieces: Generator[None, None, Compiled]) -> None:
@@ -34,7 +31,7 @@ class BackgroundCompilation:
         self._due = self._began + _LONGEST_PIECE / _BUSY_SHARE
         self.seconds = 0.0
         self.has_ended = False
-        if (reason := known_failure(stamp(key))) is not None:
+        if not self._is_cached and (reason := known_failure(stamp(key))) is not None:
             self._fail(f"{reason}, found at an earlier start")
 
     def advance(self, *, is_idle: bool, may_pause: bool = False) -> Compiled | None:

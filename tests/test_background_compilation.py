@@ -14,7 +14,7 @@ import torch
 
 from engine import LLM, SamplingParams, token_chooser
 from engine.background_compilation import BackgroundCompilation
-from engine.compile_cache import CompileKey, stamp
+from engine.compile_cache import CompileKey, stamp, write_stamp
 from engine.compile_pieces import Compiled
 from engine.compiled_model import eager_functions
 from engine.options import EngineOptions
@@ -183,6 +183,9 @@ def test_what_failed_is_not_tried_again_for_a_day():
     failure = stamp(key()).with_name(f"{stamp(key()).name}.failed")
     yesterday = failure.stat().st_mtime - 90_000
     os.utime(failure, (yesterday, yesterday))
+    assert not BackgroundCompilation(key(), pieces(calls)).has_ended
+    failure.touch()
+    write_stamp(key())  # as `--compile startup` does where it succeeds
     assert not BackgroundCompilation(key(), pieces(calls)).has_ended
 
 

@@ -1,7 +1,6 @@
 """How much memory the KV cache gets, and a ledger of where memory went."""
 
 import ctypes
-import math
 import sys
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from engine.dtypes import DTYPES
 from engine.options import EngineOptions, parse_bytes
 from layers.config import ModelConfig
-from layers.types import KVCache, LayerKV, Weights
+from layers.types import KVCache, Weights
 
 CPU_SHARE_OF_FREE = 0.25
 
@@ -91,25 +90,20 @@ def allocate_kv_cache(
     device: torch.device,
     memory: Tensor | None = None,
 ) -> KVCache:
-    """Zeroed pages for every layer. On CPU the kernel hands out the memory only as blocks are first written.
+    """Zeroed pages of all layers. On CPU the kernel hands out the memory only as blocks are first written.
 
     memory: zeroed bytes to make them of, `kv_cache_bytes` of them, for others to read; None takes new ones.
     """
-    taken = 0
-    keys = (plan.num_blocks, config.num_kv_heads, config.head_dim, plan.block_size)
-    values = (plan.num_blocks, config.num_kv_heads, plan.block_size, config.head_dim)
-
-    def pages(shape: tuple[int, ...]) -> Tensor:
-        nonlocal taken
-        if memory is not None:
-            start, taken = taken, taken + math.prod(shape) * dtype.itemsize
-            return memory[start:taken].view(dtype).view(shape)
-        if device.type != "cpu":
-            return torch.zeros(shape, dtype=dtype, device=device)
+    num_blocks, block_size, heads, head_dim = plan.num_blocks, plan.block_size, config.num_kv_heads, config.head_dim
+    keys = (config.num_layers, num_blocks, heads, head_dim, block_size)
+    values = (config.num_layers, num_blocks, heads, block_size, head_dim)
+    if device.type != "cpu":
+        return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for shape in (keys, values)))
+    if memory is None:
         # numpy's zeros are calloc's: pages of the process that cost nothing until they are touched.
-        return torch.from_numpy(np.zeros(np.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
-
-    return tuple(LayerKV(pages(keys), pages(values)) for _ in range(config.num_layers))
+        memory = torch.from_numpy(np.zeros(kv_cache_bytes(config, plan, dtype), dtype=np.uint8))
+    halves = memory[: kv_cache_bytes(config, plan, dtype)].view(dtype).chunk(2)
+    return KVCache(halves[0].view(keys), halves[1].view(values))
 
 
 def free_memory(device: torch.device, utilization: float) -> int:

@@ -24,10 +24,12 @@ def attention(
 
     Writes the tokens' keys and values to `kv` first, so that they attend to one another through the cache.
     """
-    projected = ops.linear(x, w.qkv, w.qkv_bias, norm=norm)
+    few_rows = batch.query_len is not None
     query_norm = None if w.query_norm is None else ops.Norm(w.query_norm, config.rms_norm_eps)
     key_norm = None if w.key_norm is None else ops.Norm(w.key_norm, config.rms_norm_eps)
-    query = ops.rotate_and_write(projected, rotation, *kv, batch.slot_mapping, query_norm, key_norm)
+    query = ops.qkv_rope_write(
+        x, w.qkv, w.qkv_bias, norm, rotation, *kv, batch.slot_mapping, query_norm, key_norm, few_rows=few_rows
+    )
     attended = ops.paged_attention(
         query,
         kv.keys,
@@ -40,7 +42,8 @@ def attention(
     )
     attended = rearrange(attended, "t h d -> t (h d)")
     if config.shard is None:
-        return ops.linear(attended, w.output, w.output_bias, residual=x)
+        return ops.linear(attended, w.output, w.output_bias, residual=x, few_rows=few_rows)
     # The first rank has the bias where the others have zeros. The residual is larger than what is added to it: inside
     # the sum it would cost a second rounding of its own size.
-    return x + ops.all_reduce(ops.linear(attended, w.output, w.output_bias), config.shard.group)
+    attended = ops.linear(attended, w.output, w.output_bias, few_rows=few_rows)
+    return x + ops.all_reduce(attended, config.shard.group)

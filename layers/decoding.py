@@ -6,7 +6,7 @@ from torch import Tensor, arange
 import ops
 from layers.config import ModelConfig
 from layers.rope import rope_rotation
-from layers.types import KVCache, Weights
+from layers.types import KVCache, Weights, layers
 
 
 def decoder(
@@ -20,7 +20,7 @@ def decoder(
     """None where there is no kernel for it. num_columns, head_tokens: as `ops.decoder` takes them."""
     if config.shard is not None:
         return None
-    layers = tuple(
+    gathered = tuple(
         ops.DecoderLayer(
             w.attention_norm,
             w.attention.qkv,
@@ -34,13 +34,13 @@ def decoder(
             w.mlp.down,
             *kv,
         )
-        for w, kv in zip(weights.blocks, kv_cache, strict=True)
+        for w, kv in zip(layers(weights.blocks), kv_cache.layers(), strict=True)
     )
     factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
     positions = arange(max_positions, device=weights.rope_frequencies.device)
     return ops.decoder(
         weights.embedding,
-        layers,
+        gathered,
         ops.Norm(weights.final_norm, config.rms_norm_eps),
         weights.lm_head,
         head_tokens,

@@ -8,7 +8,7 @@ import ops
 from layers.attention import Rotation, attention
 from layers.config import ModelConfig
 from layers.rope import rope_rotation
-from layers.types import Batch, BlockWeights, KVCache, LayerKV, Weights
+from layers.types import Batch, BlockWeights, KVCache, LayerKV, Weights, layers
 
 
 def embed(weights: Weights, config: ModelConfig, batch: Batch) -> tuple[Float[Tensor, "T E"], Rotation]:
@@ -28,12 +28,6 @@ def _embedding(weights: Weights, config: ModelConfig, token_ids: Int[Tensor, "T"
     return ops.all_reduce(torch.where(is_own[:, None], x, 0.0), config.shard.group)
 
 
-def is_one_op(w: BlockWeights, config: ModelConfig, kv: LayerKV) -> bool:
-    """Whether a layer of a uniform step is a single op, in which a compiler finds nothing to do."""
-    matrices = (w.attention.qkv, w.attention.output, w.mlp.down)
-    return config.shard is None and ops.has_layer_kernel(matrices, w.mlp.gate_up, kv.keys)
-
-
 def block(
     x: Float[Tensor, "T E"],
     w: BlockWeights,
@@ -44,34 +38,30 @@ def block(
 ) -> Float[Tensor, "T E"]:
     """One transformer layer, residual connections included. Writes the layer's pages."""
     attention_norm, mlp_norm = (ops.Norm(weight, config.rms_norm_eps) for weight in (w.attention_norm, w.mlp_norm))
-    a, mlp = w.attention, w.mlp
-    shard = config.shard
-    if batch.query_len is not None and is_one_op(w, config, kv):
-        return ops.decoder_layer(
-            x,
-            attention_norm,
-            a.qkv,
-            a.qkv_bias,
-            a.query_norm,
-            a.key_norm,
-            a.output,
-            a.output_bias,
-            mlp_norm,
-            mlp.gate_up,
-            mlp.down,
-            rotation,
-            *kv,
-            batch.slot_mapping,
-            batch.block_tables,
-            batch.query_start,
-            batch.context_lens,
-            config.attention_scale,
+    few_rows = batch.query_len is not None
+    x = attention(x, attention_norm, w.attention, config, batch, rotation, kv)
+    gated = ops.linear(x, w.mlp.gate_up, norm=mlp_norm, is_gated=True, few_rows=few_rows)
+    if config.shard is None:
+        return ops.linear(gated, w.mlp.down, residual=x, few_rows=few_rows)
+    return x + ops.all_reduce(ops.linear(gated, w.mlp.down, few_rows=few_rows), config.shard.group)
+
+
+def hidden_states(
+    weights: Weights, config: ModelConfig, batch: Batch, kv_cache: KVCache, decoder: ops.Decoder | None = None
+) -> Float[Tensor, "T E"]:
+    """All layers of one step: writes the step's keys and values to the cache, returns what the head reads.
+
+    decoder: the same weights and cache, gathered for `ops.decoder_layers`, which then computes uniform steps: the same
+    bits in one call.
+    """
+    x, rotation = embed(weights, config, batch)
+    if decoder is not None and batch.query_len is not None:
+        return ops.decoder_layers(
+            decoder, x, rotation, batch.slot_mapping, batch.block_tables, batch.query_start, batch.context_lens
         )
-    x = attention(x, attention_norm, a, config, batch, rotation, kv)
-    gated = ops.linear(x, mlp.gate_up, norm=mlp_norm, is_gated=True)
-    if shard is None:
-        return ops.linear(gated, w.mlp.down, residual=x)
-    return x + ops.all_reduce(ops.linear(gated, w.mlp.down), shard.group)
+    for w, kv in zip(layers(weights.blocks), kv_cache.layers(), strict=True):
+        x = block(x, w, config, batch, rotation, kv)
+    return x
 
 
 def logits(x: Float[Tensor, "R E"], weights: Weights, config: ModelConfig) -> Float[Tensor, "R V"]:
@@ -82,10 +72,14 @@ def logits(x: Float[Tensor, "R E"], weights: Weights, config: ModelConfig) -> Fl
     return ops.all_gather_columns(found, config.shard.group, config.shard.size)[:, : config.vocab_size]
 
 
+def wanted_rows(x: Float[Tensor, "T E"], batch: Batch) -> Float[Tensor, "R E"]:
+    """The rows whose logits the step wants."""
+    if batch.logits_indices is None:
+        return x
+    # Unlike x[indices], a CPU selects a few rows in one thread: see `ops/cpu/team.cpp`.
+    return x.index_select(0, batch.logits_indices)
+
+
 def forward(weights: Weights, config: ModelConfig, batch: Batch, kv_cache: KVCache) -> Float[Tensor, "R V"]:
     """One step of the model: writes the step's keys and values to the cache, returns the wanted rows' logits."""
-    x, rotation = embed(weights, config, batch)
-    for w, kv in zip(weights.blocks, kv_cache, strict=True):
-        x = block(x, w, config, batch, rotation, kv)
-    # Unlike x[indices], a CPU selects a few rows in one thread: see `ops/cpu/team.cpp`.
-    return logits(x.index_select(0, batch.logits_indices), weights, config)
+    return logits(wanted_rows(hidden_states(weights, config, batch, kv_cache), batch), weights, config)

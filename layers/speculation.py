@@ -1,6 +1,6 @@
-"""A draft model's guesses: one step to the next with nothing of the host's in between.
+"""One draft token of each sequence, and what the next one follows from: a draft loop is this step k times.
 
-Guesses are chosen as their target chooses tokens, with the noise of the sequence's seed and position, so that both
+Draft tokens are chosen as their target chooses tokens, with the noise of the sequence's seed and position, so that both
 choose the same token wherever they agree (Gumbel coupling, arXiv:2408.07978). A head that knows some tokens alone
 draws with those tokens' noise.
 """
@@ -13,76 +13,65 @@ from torch import Tensor
 
 from layers.config import ModelConfig
 from layers.logit_processing import restrict
-from layers.model import forward
+from layers.model import hidden_states, logits, wanted_rows
 from layers.sampling import draw, greedy
+from layers.steps import Vocabulary, in_vocabulary
 from layers.types import Batch, Filters, KVCache, Sampling, Weights
 
 
 class DraftState(NamedTuple):
-    """What the next guess of each sequence follows from; `batch` is uniform and wants the logits of last tokens.
+    """What the next draft token of each sequence follows from; `batch` is uniform and wants the logits of last tokens.
 
-    draws: whether any token is drawn; else all are the likeliest ones.
-    filters: None where nobody restricts what may be drawn. `top_k` counts the tokens that the head knows.
+    last_positions: of the last token of each sequence whose keys and values are to be computed. A sequence that has its
+        draft tokens stays where it is, and what it computes goes into the padding block.
+    sampling: None where every draft token is the likeliest one.
+    filters: None where nothing restricts what may be drawn. `top_k` counts the tokens that the head knows.
     """
 
     batch: Batch
-    sampling: Sampling
-    draws: bool = True
-    filters: Filters | None = None
+    last_positions: Int[Tensor, "B"]
+    sampling: Sampling | None
+    filters: Filters | None
 
 
-def guess(
-    weights: Weights,
-    config: ModelConfig,
-    state: DraftState,
-    kv_cache: KVCache,
-    vocab_size: int,
-    head_tokens: Int[Tensor, "V"] | None,
-) -> Int[Tensor, "B"]:
-    """Guess a token of each sequence; writes keys and values.
+def draft_step(
+    weights: Weights, config: ModelConfig, vocabulary: Vocabulary, state: DraftState, kv_cache: KVCache
+) -> tuple[Int[Tensor, "B"], DraftState]:
+    """A draft token of each sequence, and the state one token later. Writes keys and values.
 
-    vocab_size: of the target, whose tokens are guessed. head_tokens: what the columns of the logits stand for, if not
-    for all tokens in order.
+    The tokens of the state are T / B of each sequence: all that the model has not computed yet.
     """
-    batch, sampling = state.batch, state.sampling
-    if config.vocab_size < vocab_size:  # padding of the larger vocabulary, which no tokenizer knows
-        batch = batch._replace(token_ids=batch.token_ids.clamp(max=config.vocab_size - 1))
-    logits = forward(weights, config, batch, kv_cache)
-    if head_tokens is None:
-        logits = logits[:, :vocab_size]
-    if state.draws:
-        if state.filters is not None:
-            logits = restrict(logits, sampling.temperature, state.filters)
-        token_ids = draw(logits, sampling, head_tokens)
+    batch = state.batch
+    token_ids = in_vocabulary(batch.token_ids, config) if config.vocab_size < vocabulary.size else batch.token_ids
+    batch = batch._replace(token_ids=token_ids, query_len=token_ids.shape[0] // batch.context_lens.shape[0])
+    found = logits(wanted_rows(hidden_states(weights, config, batch, kv_cache), batch), weights, config)
+    if vocabulary.head_tokens is None:
+        found = found[:, : vocabulary.size]
+    if state.sampling is None:
+        token_ids = greedy(found)
     else:
-        token_ids = greedy(logits)
-    return token_ids if head_tokens is None else head_tokens[token_ids]
+        if state.filters is not None:
+            found = restrict(found, state.sampling.temperature, state.filters)
+        token_ids = draw(found, state.sampling, vocabulary.head_tokens)
+    if vocabulary.head_tokens is not None:
+        token_ids = vocabulary.head_tokens.index_select(0, token_ids)
+    return token_ids, _advance(state, token_ids, kv_cache.block_size)
 
 
-def advance(
-    state: DraftState, token_ids: Int[Tensor, "B"], last_positions: Int[Tensor, "B"], block_size: int
-) -> DraftState:
-    """The state one token later.
-
-    last_positions: of the last token of each sequence whose keys and values are to be computed. A sequence that has its
-    guesses stays where it is, and what it computes goes into the padding block.
-    """
-    batch, sampling = state.batch, state.sampling
+def _advance(state: DraftState, token_ids: Int[Tensor, "B"], block_size: int) -> DraftState:
+    batch, last_positions = state.batch, state.last_positions
     positions = torch.minimum(batch.context_lens, last_positions)
     blocks = batch.block_tables.gather(1, (positions // block_size).long()[:, None])[:, 0]
-    slots = torch.where(batch.context_lens <= last_positions, blocks * block_size + positions % block_size, 0).to(
-        batch.slot_mapping.dtype
-    )
-    size = len(batch.context_lens)
-    rows = torch.arange(size + 1, dtype=batch.query_start.dtype, device=positions.device)
+    slots = torch.where(batch.context_lens <= last_positions, blocks * block_size + positions % block_size, 0)
+    size = batch.context_lens.shape[0]
     following = Batch(
         token_ids=token_ids.to(batch.token_ids.dtype),
         positions=positions,
-        slot_mapping=slots,
+        slot_mapping=slots.to(batch.slot_mapping.dtype),
         block_tables=batch.block_tables,
-        query_start=rows,
+        query_start=torch.arange(size + 1, dtype=batch.query_start.dtype, device=positions.device),
         context_lens=positions + 1,
-        logits_indices=rows[:-1],
-        query_len=1,
+        logits_indices=None,
     )
-    return state._replace(batch=following, sampling=sampling._replace(position=sampling.position + 1))
+    sampling = None if state.sampling is None else state.sampling._replace(position=state.sampling.position + 1)
+    return state._replace(batch=following, sampling=sampling)

@@ -12,15 +12,16 @@ D2    half of it, the pairs that rotate
 ====  =====================================  ====  ==================================
 
 Everything here is a named tuple of tensors and plain values: a pytree that torch.compile, tests and a
-debugger all read the same way.
+debugger all read the same way. Weights and cache are stacked by layer, which keeps a compiled step's inputs at about
+twenty tensors: its host cost grows with their number.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops import Matrix
+from ops import Matrix, Packed
 
 
 class AttentionWeights(NamedTuple):
@@ -53,12 +54,13 @@ class BlockWeights(NamedTuple):
 class Weights(NamedTuple):
     """All weights of a model. Each `Matrix` is in the layout that `ops.pack` chose.
 
+    Every field of `blocks` has the layers as an additional first dimension; `layers` gives one view per layer.
     `rope_frequencies` is not read from a checkpoint but follows from the config (radians per position). A tied
     `embedding` is the very `lm_head` where its layout lets rows be read from it.
     """
 
     embedding: Matrix
-    blocks: tuple[BlockWeights, ...]
+    blocks: BlockWeights
     final_norm: Float[Tensor, "E"]
     lm_head: Matrix
     rope_frequencies: Float[Tensor, "D2"]
@@ -75,7 +77,44 @@ class LayerKV(NamedTuple):
     values: Float[Tensor, "NB KV BS D"]
 
 
-KVCache = tuple[LayerKV, ...]
+class KVCache(NamedTuple):
+    """The pages of all layers."""
+
+    keys: Float[Tensor, "L NB KV D BS"]
+    values: Float[Tensor, "L NB KV BS D"]
+
+    @property
+    def block_size(self) -> int:
+        return self.keys.shape[4]
+
+    def layers(self) -> tuple[LayerKV, ...]:
+        """The pages of each layer, as views."""
+        return tuple(map(LayerKV, self.keys.unbind(0), self.values.unbind(0)))
+
+
+def layers(blocks: BlockWeights) -> tuple[BlockWeights, ...]:
+    """The weights of each layer, as views of stacked ones."""
+    num_layers = len(blocks.attention_norm)
+
+    def unstacked(stacked: Matrix | None) -> tuple[Any, ...]:
+        if stacked is None:
+            return (None,) * num_layers
+        if not isinstance(stacked, Packed):
+            return stacked.unbind(0)
+        blocked = stacked.blocked.unbind(0) if isinstance(stacked.blocked, Tensor) else stacked.blocked
+        return tuple(Packed(one, stacked.features) for one in blocked)
+
+    columns = zip(
+        unstacked(blocks.attention_norm),
+        zip(*(unstacked(field) for field in blocks.attention), strict=True),
+        unstacked(blocks.mlp_norm),
+        zip(*(unstacked(field) for field in blocks.mlp), strict=True),
+        strict=True,
+    )
+    return tuple(
+        BlockWeights(attention_norm, AttentionWeights(*attention), mlp_norm, MlpWeights(*mlp))
+        for attention_norm, attention, mlp_norm, mlp in columns
+    )
 
 
 class Batch(NamedTuple):
@@ -86,8 +125,9 @@ class Batch(NamedTuple):
     to a sequence: padding tokens have slots in it.
 
     `query_len` is the number of tokens of every sequence where all have the same number (1 in decode, k + 1
-    when k draft tokens are verified), so that T = B * query_len; it is None in a ragged step. It is a plain
-    value, so each one is a compiled graph of its own.
+    when k draft tokens are verified), so that T = B * query_len; it is None in a ragged step. Compiled steps derive it
+    from the shapes, as a symbolic value: decode and verification are one graph. `logits_indices` None wants the logits
+    of all tokens.
     """
 
     token_ids: Int[Tensor, "T"]
@@ -96,7 +136,7 @@ class Batch(NamedTuple):
     block_tables: Int[Tensor, "B P"]
     query_start: Int[Tensor, "B+1"]
     context_lens: Int[Tensor, "B"]
-    logits_indices: Int[Tensor, "R"]
+    logits_indices: Int[Tensor, "R"] | None
     query_len: int | None = None
 
 

@@ -1,10 +1,11 @@
 """Every weight of a model, declared once: its place in `Weights`, shape and names in a checkpoint.
 
-Loading, dummy weights and tests all derive from `declare`.
+Loading, dummy weights and tests all derive from `declare`. The weights of all layers are one tensor each, stacked; a
+checkpoint streams into its slices.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -47,7 +48,8 @@ class Source:
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One weight: `name` is its path in `Weights`; its sources are stacked along the first dimension.
+    """One weight: `name` is its path in `Weights`, `layer` its place in the stack there, None for a weight outside of
+    the layers; its sources are stacked along the first dimension.
 
     A `matrix` is only ever multiplied by, so it may be packed; a `table` is looked up by row; a `vector` is
     used elementwise.
@@ -56,6 +58,7 @@ class WeightSpec:
     name: str
     kind: Literal["matrix", "table", "vector"]
     sources: tuple[Source, ...]
+    layer: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,13 +75,14 @@ def declare(config: ModelConfig) -> Iterator[WeightSpec]:
     hidden, vocab = config.hidden_size, config.vocab_size
     yield WeightSpec("embedding", "table", (Source("model.embed_tokens.weight", (vocab, hidden), "vocabulary"),))
     for layer in range(config.num_layers):
-        yield from _declare_block(config, f"blocks.{layer}", f"model.layers.{layer}")
+        for spec in _declare_block(config, f"model.layers.{layer}"):
+            yield replace(spec, layer=layer)
     yield WeightSpec("final_norm", "vector", (Source("model.norm.weight", (hidden,)),))
     if not config.tie_embeddings:
         yield WeightSpec("lm_head", "matrix", (Source("lm_head.weight", (vocab, hidden), "vocabulary"),))
 
 
-def _declare_block(config: ModelConfig, path: str, prefix: str) -> Iterator[WeightSpec]:
+def _declare_block(config: ModelConfig, prefix: str) -> Iterator[WeightSpec]:
     hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     query_rows, kv_rows = config.num_heads * head_dim, config.num_kv_heads * head_dim
     projections: tuple[tuple[str, int, Axis], ...] = (
@@ -87,29 +91,29 @@ def _declare_block(config: ModelConfig, path: str, prefix: str) -> Iterator[Weig
         ("v_proj", kv_rows, "kv_heads"),
     )
     attention = f"{prefix}.self_attn"
-    yield WeightSpec(f"{path}.attention_norm", "vector", (Source(f"{prefix}.input_layernorm.weight", (hidden,)),))
+    yield WeightSpec("blocks.attention_norm", "vector", (Source(f"{prefix}.input_layernorm.weight", (hidden,)),))
     yield WeightSpec(
-        f"{path}.attention.qkv",
+        "blocks.attention.qkv",
         "matrix",
         tuple(Source(f"{attention}.{name}.weight", (rows, hidden), heads) for name, rows, heads in projections),
     )
     if config.qkv_bias:
         yield WeightSpec(
-            f"{path}.attention.qkv_bias",
+            "blocks.attention.qkv_bias",
             "vector",
             tuple(Source(f"{attention}.{name}.bias", (rows,), heads) for name, rows, heads in projections),
         )
     if config.qk_norm:
-        yield WeightSpec(f"{path}.attention.query_norm", "vector", (Source(f"{attention}.q_norm.weight", (head_dim,)),))
-        yield WeightSpec(f"{path}.attention.key_norm", "vector", (Source(f"{attention}.k_norm.weight", (head_dim,)),))
+        yield WeightSpec("blocks.attention.query_norm", "vector", (Source(f"{attention}.q_norm.weight", (head_dim,)),))
+        yield WeightSpec("blocks.attention.key_norm", "vector", (Source(f"{attention}.k_norm.weight", (head_dim,)),))
     output = Source(f"{attention}.o_proj.weight", (hidden, query_rows), "query_heads", dim=1)
-    yield WeightSpec(f"{path}.attention.output", "matrix", (output,))
+    yield WeightSpec("blocks.attention.output", "matrix", (output,))
     if config.output_bias:
         bias = Source(f"{attention}.o_proj.bias", (hidden,), "once")
-        yield WeightSpec(f"{path}.attention.output_bias", "vector", (bias,))
-    yield WeightSpec(f"{path}.mlp_norm", "vector", (Source(f"{prefix}.post_attention_layernorm.weight", (hidden,)),))
+        yield WeightSpec("blocks.attention.output_bias", "vector", (bias,))
+    yield WeightSpec("blocks.mlp_norm", "vector", (Source(f"{prefix}.post_attention_layernorm.weight", (hidden,)),))
     yield WeightSpec(
-        f"{path}.mlp.gate_up",
+        "blocks.mlp.gate_up",
         "matrix",
         tuple(
             Source(f"{prefix}.mlp.{name}.weight", (intermediate, hidden), "intermediate")
@@ -117,7 +121,7 @@ def _declare_block(config: ModelConfig, path: str, prefix: str) -> Iterator[Weig
         ),
     )
     down = Source(f"{prefix}.mlp.down_proj.weight", (hidden, intermediate), "intermediate", dim=1)
-    yield WeightSpec(f"{path}.mlp.down", "matrix", (down,))
+    yield WeightSpec("blocks.mlp.down", "matrix", (down,))
 
 
 @dataclass
@@ -157,6 +161,8 @@ def load_weights(
 ) -> Weights:
     """Stream a checkpoint's tensors into place, one at a time; each matrix is packed once it is whole.
 
+    Peak memory is that of the weights and of one matrix that is not packed yet.
+
     `tensors` yields (Hugging Face name, tensor) in any order; `on_progress` hears of each one's elements. `borrowed`
     weights, by their names in `Weights`, are another model's and not among the tensors. `shard`: the rank whose part
     of the model `config` is wanted. `pack`: what makes of a matrix what `ops.linear` takes.
@@ -166,19 +172,18 @@ def load_weights(
     sharding = Sharding(config, shard) if shard is not None else None
     own = (spec for spec in declare(config) if spec.name not in borrowed)
     place_of = {source.name: spec for spec in own for source in spec.sources}
-    loading: dict[str, _Loading] = {}
-    done: dict[str, ops.Matrix] = {}
+    stacks = _Stacks(config.num_layers, dtype, device, pack)
+    loading: dict[WeightSpec, _Loading] = {}
+    done: set[WeightSpec] = set()
     for name, tensor in tensors:
         spec = place_of.get(name)
         if spec is None:
             raise WeightsError(f"tensor {name!r} of the checkpoint has no place in a {config.architecture}")
-        if spec.name in done or (spec.name in loading and name not in loading[spec.name].waiting):
+        if spec in done or (spec in loading and name not in loading[spec].waiting):
             raise WeightsError(f"tensor {name!r} occurs twice in the checkpoint")
-        if spec.name not in loading:
-            loading[spec.name] = _Loading(
-                spec, torch.empty(spec.local_shape(sharding), dtype=dtype, device=device), sharding
-            )
-        weight = loading[spec.name]
+        if spec not in loading:
+            loading[spec] = _Loading(spec, stacks.room(spec, spec.local_shape(sharding)), sharding)
+        weight = loading[spec]
         source, row = weight.waiting.pop(name)
         if tuple(tensor.shape) != source.shape:
             raise WeightsError(
@@ -187,16 +192,68 @@ def load_weights(
         weight.fill(source, row, tensor)
         on_progress(tensor.numel())
         if not weight.waiting:
-            done[spec.name] = _finished(spec, loading.pop(spec.name).tensor, pack)
-    missing = [name for name, spec in place_of.items() if spec.name not in done and _is_waiting(name, spec, loading)]
+            stacks.finish(spec, loading.pop(spec).tensor)
+            done.add(spec)
+    missing = [
+        name
+        for name, spec in place_of.items()
+        if spec not in done and (spec not in loading or name in loading[spec].waiting)
+    ]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise WeightsError(f"tensor {missing[0]!r}{more} is missing from the checkpoint")
-    return assemble(config, {**done, **borrowed}, device, pack)
+    return assemble(config, {**stacks.weights(), **borrowed}, device, pack)
 
 
-def _is_waiting(name: str, spec: WeightSpec, loading: dict[str, _Loading]) -> bool:
-    return spec.name not in loading or name in loading[spec.name].waiting
+class _Stacks:
+    """Weights by their names in `Weights`, filled one layer at a time."""
+
+    def __init__(self, num_layers: int, dtype: torch.dtype, device: torch.device, pack: Pack) -> None:
+        self._num_layers = num_layers
+        self._pack = pack
+        self._like = torch.empty(2, 2, dtype=dtype, device=device)
+        self._packs = pack(self._like) is not self._like
+        self._found: dict[str, ops.Matrix] = {}
+        # Layouts that torch cannot stack, by layer.
+        self._opaque: dict[str, dict[int, ops.Packed]] = {}
+
+    def room(self, spec: WeightSpec, shape: tuple[int, ...]) -> Tensor:
+        """Where a weight of that shape is to be written: its final place, unless it is packed once it is whole."""
+        if spec.layer is None or (self._packs and spec.kind == "matrix"):
+            return self._like.new_empty(shape)
+        if spec.name not in self._found:
+            self._found[spec.name] = self._like.new_empty((self._num_layers, *shape))
+        stack = self._found[spec.name]
+        assert isinstance(stack, Tensor)
+        return stack[spec.layer]
+
+    def finish(self, spec: WeightSpec, tensor: Tensor) -> None:
+        """Take a weight that is whole."""
+        weight = self._pack(tensor) if spec.kind == "matrix" else tensor
+        if spec.layer is None:
+            self._found[spec.name] = weight
+        elif isinstance(weight, ops.Packed):
+            self._stack(spec.name, spec.layer, weight)
+
+    def _stack(self, name: str, layer: int, packed: ops.Packed) -> None:
+        assert isinstance(packed.blocked, Tensor)
+        if packed.blocked.is_mkldnn:
+            self._opaque.setdefault(name, {})[layer] = packed
+            return
+        if name not in self._found:
+            stack = packed.blocked.new_empty((self._num_layers, *packed.blocked.shape))
+            self._found[name] = ops.Packed(stack, packed.features)
+        whole = self._found[name]
+        assert isinstance(whole, ops.Packed)
+        assert isinstance(whole.blocked, Tensor)
+        whole.blocked[layer].copy_(packed.blocked)
+
+    def weights(self) -> dict[str, ops.Matrix]:
+        """All weights, once they are whole."""
+        for name, by_layer in self._opaque.items():
+            ordered = [by_layer[layer] for layer in range(self._num_layers)]
+            self._found[name] = ops.Packed(tuple(one.blocked for one in ordered), ordered[0].features)  # type: ignore[arg-type]
+        return self._found
 
 
 def dummy_weights(
@@ -213,50 +270,30 @@ def dummy_weights(
     """
     sharding = Sharding(config, shard) if shard is not None else None
     generator = torch.Generator(device).manual_seed(seed)
-    done = {}
+    stacks = _Stacks(config.num_layers, dtype, device, pack)
     for spec in declare(config):
-        tensor = torch.empty(spec.shape, dtype=dtype, device=device)
+        room = stacks.room(spec, spec.local_shape(sharding))
+        whole = room if sharding is None else torch.empty(spec.shape, dtype=dtype, device=device)
         if spec.kind == "vector":
-            tensor.fill_(0.0 if spec.name.endswith("_bias") else 1.0)
+            whole.fill_(0.0 if spec.name.endswith("_bias") else 1.0)
         else:
             deviation = 1.0 if spec.kind == "table" else spec.shape[1] ** -0.5
-            tensor.normal_(0.0, 0.5 * deviation, generator=generator)
+            whole.normal_(0.0, 0.5 * deviation, generator=generator)
         if sharding is not None:
-            tensor = _part_of(spec, tensor, sharding)
-        done[spec.name] = _finished(spec, tensor, pack)
-    return assemble(config, done, device, pack)
+            _take_part(spec, whole, room, sharding)
+        stacks.finish(spec, room)
+    return assemble(config, stacks.weights(), device, pack)
 
 
-def _part_of(spec: WeightSpec, whole: Tensor, sharding: Sharding) -> Tensor:
-    weight = _Loading(spec, whole.new_empty(spec.local_shape(sharding)), sharding)
+def _take_part(spec: WeightSpec, whole: Tensor, room: Tensor, sharding: Sharding) -> None:
+    weight = _Loading(spec, room, sharding)
     rows = whole.split([source.shape[0] for source in spec.sources])
     for (source, row), tensor in zip(weight.waiting.values(), rows, strict=True):
         weight.fill(source, row, tensor)
-    return weight.tensor
-
-
-def _finished(spec: WeightSpec, tensor: Tensor, pack: Pack) -> ops.Matrix:
-    return pack(tensor) if spec.kind == "matrix" else tensor
 
 
 def assemble(config: ModelConfig, weights: dict[str, Any], device: torch.device, pack: Pack = ops.pack) -> Weights:
     """Build the `Weights` tree from weights by their declared names."""
-
-    def block(path: str) -> BlockWeights:
-        return BlockWeights(
-            attention_norm=weights[f"{path}.attention_norm"],
-            attention=AttentionWeights(
-                qkv=weights[f"{path}.attention.qkv"],
-                output=weights[f"{path}.attention.output"],
-                qkv_bias=weights.get(f"{path}.attention.qkv_bias"),
-                output_bias=weights.get(f"{path}.attention.output_bias"),
-                query_norm=weights.get(f"{path}.attention.query_norm"),
-                key_norm=weights.get(f"{path}.attention.key_norm"),
-            ),
-            mlp_norm=weights[f"{path}.mlp_norm"],
-            mlp=MlpWeights(gate_up=weights[f"{path}.mlp.gate_up"], down=weights[f"{path}.mlp.down"]),
-        )
-
     embedding = weights["embedding"]
     lm_head = weights.get("lm_head")
     if lm_head is None:  # tied
@@ -265,7 +302,19 @@ def assemble(config: ModelConfig, weights: dict[str, Any], device: torch.device,
             embedding = lm_head
     return Weights(
         embedding=embedding,
-        blocks=tuple(block(f"blocks.{layer}") for layer in range(config.num_layers)),
+        blocks=BlockWeights(
+            attention_norm=weights["blocks.attention_norm"],
+            attention=AttentionWeights(
+                qkv=weights["blocks.attention.qkv"],
+                output=weights["blocks.attention.output"],
+                qkv_bias=weights.get("blocks.attention.qkv_bias"),
+                output_bias=weights.get("blocks.attention.output_bias"),
+                query_norm=weights.get("blocks.attention.query_norm"),
+                key_norm=weights.get("blocks.attention.key_norm"),
+            ),
+            mlp_norm=weights["blocks.mlp_norm"],
+            mlp=MlpWeights(gate_up=weights["blocks.mlp.gate_up"], down=weights["blocks.mlp.down"]),
+        ),
         final_norm=weights["final_norm"],
         lm_head=lm_head,
         rope_frequencies=rope_frequencies(config).to(device),

@@ -5,8 +5,8 @@ Each op has a fake implementation for tracing, a Triton one for CUDA, a torch on
 """
 
 from ops.argmax import argmax
-from ops.collective import all_gather_columns, all_reduce
-from ops.decode import Decoder, DecoderLayer, decode, decoder
+from ops.collective import all_gather_columns, all_reduce, broadcast
+from ops.decode import Decoder, DecoderLayer, decode, decoder, decoder_layers
 from ops.draw import draw, has_draw_kernel
 from ops.embedding import embedding
 from ops.kv_cache import copy_blocks, write_kv
@@ -14,7 +14,7 @@ from ops.layer import decoder_layer, has_layer_kernel
 from ops.linear import Matrix, Packed, linear, pack
 from ops.norm import Norm, rms_norm
 from ops.paged_attention import paged_attention
-from ops.rotary import rotate_and_write
+from ops.rotary import qkv_rope_write, rotate_and_write
 from ops.token_threshold import token_threshold
 
 __all__ = [
@@ -26,10 +26,12 @@ __all__ = [
     "all_gather_columns",
     "all_reduce",
     "argmax",
+    "broadcast",
     "copy_blocks",
     "decode",
     "decoder",
     "decoder_layer",
+    "decoder_layers",
     "draw",
     "embedding",
     "has_draw_kernel",
@@ -37,6 +39,7 @@ __all__ = [
     "linear",
     "pack",
     "paged_attention",
+    "qkv_rope_write",
     "rms_norm",
     "rotate_and_write",
     "token_threshold",

@@ -5,7 +5,7 @@ nothing is said: a model on one device has no ranks.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -20,3 +20,9 @@ def all_gather_columns(x: Float[Tensor, "R C"], group: str, size: int) -> Float[
     functional = torch.ops._c10d_functional
     stacked = functional.wait_tensor(functional.all_gather_into_tensor(x.contiguous(), size, group))
     return stacked.view(size, *x.shape).transpose(0, 1).reshape(x.shape[0], -1)
+
+
+def broadcast(x: Int[Tensor, "*S"], group: str) -> Int[Tensor, "*S"]:
+    """The first rank's `x`."""
+    functional = torch.ops._c10d_functional
+    return functional.wait_tensor(functional.broadcast(x, 0, group))

@@ -124,3 +124,16 @@ def decode(
     where all tokens are the likeliest.
     """
     return cpu_decode.decode(decoder.model, counts, token_ids, block_tables, context_lens, temperature, seed)
+
+
+def decoder_layers(
+    decoder: Decoder,
+    x: Float[Tensor, "T E"],
+    rotation: tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]],
+    slot_mapping: Int[Tensor, "T"],
+    block_tables: Int[Tensor, "B P"],
+    query_start: Int[Tensor, "B+1"],
+    context_lens: Int[Tensor, "B"],
+) -> Float[Tensor, "T E"]:
+    """All layers of a step with few query tokens per sequence: the very bits of `layers.block` for each in turn."""
+    raise NotImplementedError

@@ -34,7 +34,8 @@ class Packed(NamedTuple):
     """A weight [features, K] whose elements are unreadable but for `linear`: in our tiles of bf16 (four dimensions) or
     of 8 bits (three), or in oneDNN's blocked layout (two).
 
-    A type of its own, because under tracing the layout of the tensor inside is not to be seen.
+    A type of its own, because under tracing the layout of the tensor inside is not to be seen. A weight that is stacked
+    by layer has one more dimension; oneDNN's layout cannot be stacked, and is a tensor for each layer.
     """
 
     blocked: Tensor
@@ -79,12 +80,15 @@ def linear(
     norm: Norm | None = None,
     residual: Float[Tensor, "T M"] | None = None,
     is_gated: bool = False,
+    few_rows: bool = False,
 ) -> Float[Tensor, "T M"]:
     """`norm(x) @ weight.T + bias + residual` for a weight [N, K] that `pack` returned; M is N.
 
     If `is_gated`, the first half of the N features gates the second before `residual` is added, `silu(gate) * up`
     (arXiv:2002.05202), and M is N / 2. Products are summed in float32 and rounded once to x's dtype; what is asked for
     around them is computed as if it were an operation of its own, and costs no pass of its own where a kernel has it.
+
+    few_rows: whether x is expected to have few rows, as in decoding; then CUDA has one kernel for all of it in 16 bits.
     """
     if isinstance(weight, Packed) and weight.is_tiled and not (is_gated and weight.features % (2 * cpu_linear.TILE)):
         norm_weight, eps = norm or (None, 0.0)

@@ -17,7 +17,7 @@ from ops.tracing import constant
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define(
     "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor block_tables, Tensor query_start,"
-    " Tensor context_lens, int? query_len, float scale) -> Tensor"
+    " Tensor context_lens, SymInt? query_len, float scale) -> Tensor"
 )
 
 # What the Triton kernels have launch configurations for; the CPU takes any.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ops.cpu import attention as cpu_attention
 from ops.kv_cache import write_kv
+from ops.linear import Matrix, linear
 from ops.norm import Norm, rms_norm
 from ops.paged_attention import has_cpu_kernel
 
@@ -15,6 +16,28 @@ _library.define(
     "rotate_and_write(Tensor projected, Tensor cosine, Tensor sine, Tensor(a!) keys, Tensor(b!) values,"
     " Tensor slot_mapping, Tensor? query_norm, Tensor? key_norm, float eps) -> Tensor"
 )
+
+
+def qkv_rope_write(
+    x: Float[Tensor, "T E"],
+    qkv: Matrix,
+    bias: Float[Tensor, "QKV"] | None,
+    norm: Norm,
+    rotation: tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]],
+    keys: Float[Tensor, "NB KV D BS"],
+    values: Float[Tensor, "NB KV BS D"],
+    slot_mapping: Int[Tensor, "T"],
+    query_norm: Norm | None = None,
+    key_norm: Norm | None = None,
+    *,
+    few_rows: bool = False,
+) -> Float[Tensor, "T H D"]:
+    """`rotate_and_write` of `linear(x, qkv, bias, norm=norm)`: queries ready to attend, keys and values in their pages.
+
+    few_rows: as in `linear`.
+    """
+    projected = linear(x, qkv, bias, norm=norm, few_rows=few_rows)
+    return rotate_and_write(projected, rotation, keys, values, slot_mapping, query_norm, key_norm)
 
 
 def rotate_and_write(

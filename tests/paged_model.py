@@ -8,9 +8,9 @@ from torch import Tensor
 
 from layers import model
 from layers.config import ModelConfig
-from layers.types import Batch, LayerKV, Weights
+from layers.types import Batch, KVCache, Weights
 
-Forward = Callable[[Weights, ModelConfig, Batch, tuple[LayerKV, ...]], Tensor]
+Forward = Callable[[Weights, ModelConfig, Batch, KVCache], Tensor]
 
 
 class PagedModel:
@@ -37,14 +37,11 @@ class PagedModel:
         numbers = list(range(1, sum(blocks_each) + 4))
         random.Random(seed).shuffle(numbers)
         self.tables = [[numbers.pop() for _ in range(count)] for count in blocks_each]
-        shape = (sum(blocks_each) + 4, config.num_kv_heads)
+        shape = (config.num_layers, sum(blocks_each) + 4, config.num_kv_heads)
         dtype = weights.final_norm.dtype
-        self.kv_cache = tuple(
-            LayerKV(
-                torch.full((*shape, config.head_dim, block_size), torch.nan, dtype=dtype),
-                torch.full((*shape, block_size, config.head_dim), torch.nan, dtype=dtype),
-            )
-            for _ in range(config.num_layers)
+        self.kv_cache = KVCache(
+            torch.full((*shape, config.head_dim, block_size), torch.nan, dtype=dtype),
+            torch.full((*shape, block_size, config.head_dim), torch.nan, dtype=dtype),
         )
 
     def compute(self, counts: dict[int, int], query_len: int | None = None) -> list[Tensor]:

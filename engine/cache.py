@@ -1,12 +1,10 @@
 """Where downloads, converted tokenizers and compiled code are kept. Imports no torch."""
 
 import atexit
-import contextlib
 import functools
 import os
 import shutil
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import platformdirs
 from engine.owned_directory import OwnedDirectory
 
 _MIN_FREE_BYTES = 64 * 2**20  # below it a cache counts as full: compiled code takes some 30 MB
-_FAILURE_SECONDS = 24 * 3600.0
 _substitutes: list[OwnedDirectory] = []  # for cache directories that cannot be written
 
 
@@ -70,24 +67,3 @@ def cache_path(*parts: str) -> Path:
     """Return where something is in the cache, or is to be written if it is not there yet."""
     kept = cache_directory().joinpath(*parts)
     return kept if kept.exists() else writable_cache().joinpath(*parts)
-
-
-def remember_failure(stamp: Path, reason: str) -> None:
-    """Note beside a stamp that is not there why what it stands for failed, so that the next start need not try."""
-    with contextlib.suppress(OSError):  # then the next start tries again
-        _failure(stamp).write_text(reason, encoding="utf-8")
-
-
-def known_failure(stamp: Path) -> str | None:
-    """Return why it failed at a start within the last day; None if it did not."""
-    try:
-        path = _failure(stamp)
-        if time.time() - path.stat().st_mtime > _FAILURE_SECONDS:
-            return None
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return None
-
-
-def _failure(stamp: Path) -> Path:
-    return stamp.with_name(f"{stamp.name}.failed")

@@ -88,9 +88,13 @@ class DraftController:
         """Learn from a draft model that computed so many tokens before it guessed."""
         self.catch_up.observe(num_tokens, seconds / self.pace)
 
+    def is_resting(self, num_sequences: int) -> bool:
+        """Return whether a step of so many sequences, that all can have draft tokens, is planned to have none."""
+        return self._rest > 0 and self._resting == num_sequences
+
     def rests(self, num_sequences: int) -> bool:
-        """Whether a step of so many sequences, that all can have guesses, has none, without looking at them."""
-        if not self._rest or self._resting != num_sequences:
+        """The same for the next step, which is taken off the plan."""
+        if not self.is_resting(num_sequences):
             return False
         self.budget.earn(self.uniform.of(num_sequences) or 0.0)
         self._rest -= 1

@@ -1,60 +1,61 @@
-"""Guesses of a draft model on a CPU, one after another.
+"""Draft tokens of a draft model, one after another, with the host's help for the first alone.
 
-But for the tokens, all that changes from one to the next is known beforehand. Where the model's layers are ops of ours
-all guesses are one call (`ops.decode`); else, and where somebody restricts what may be drawn, the host writes the few
-numbers that a step needs, and nothing else stands between two steps.
-
-`engine.recorded_draft_loop` is the same for CUDA, where the host is far away.
+The host writes where each sequence stands; from then on each draft token follows from the one before it on the device:
+`layers.speculation.draft_step`, compiled on CUDA, where its calls are a chain of CUDA graphs, and the target's step
+reads the draft tokens where the loop left them. On a CPU whose kernels run whole layers, all of them are one C++ call
+(`ops.decode`) unless something restricts what may be drawn.
 """
 
 import functools
-import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import ops
+from engine.compiled_steps import begin_replay, compiled, first_cause, mark_dynamic, mark_static, warn_eager
 from engine.runner import Runner
 from engine.sequence import Needs, Sequence
+from engine.step import Work
+from engine.step_inputs import StepShape, carve, fill
+from engine.step_shapes import sequence_sizes
 from engine.token_chooser import write_filters
-from layers.config import ModelConfig
-from layers.decoding import decoder
-from layers.speculation import DraftState, guess
-from layers.types import Batch, Filters, Sampling
+from layers.speculation import DraftState, draft_step
+from layers.types import Filters, KVCache, Weights
 
-# Tokens of a sequence that the draft model may not have computed: a guess that stood, and what followed it.
+# Tokens of a sequence that the draft model may not have computed: an accepted draft token, and what followed it.
 LAST_TOKENS = 2
 
-# Where nothing is drawn.
-_UNUSED = Sampling(*(torch.empty(0, dtype=kind) for kind in (torch.float32, torch.int64, torch.int32)))
+_EXTRA_FIELDS = 4  # last_positions, top_k, top_p, min_p
+# No two sizes are equal, as in `engine.step_shapes`.
+_TRACED = StepShape(tokens=6, sequences=3, blocks=5, rows=3, query_len=LAST_TOKENS)
 
 
-class Guesser(NamedTuple):
-    """A draft model. vocab_size: of its target. head_tokens: as in `layers.speculation.guess`."""
+class DeviceDrafts:
+    """Draft tokens that the device is making, of sequences whose `draft_token_ids` only say how many they are.
 
-    config: ModelConfig
-    runner: Runner
-    vocab_size: int
-    head_tokens: Tensor | None
+    rows: the place of each sequence's first one among the tokens that the target's step reads, by sequence id.
+    """
 
-    @property
-    def num_columns(self) -> int:
-        """Tokens that it may guess."""
-        return min(self.vocab_size, self.config.vocab_size) if self.head_tokens is None else len(self.head_tokens)
+    def __init__(self, depths: dict[Sequence, int], found: Tensor, started: torch.cuda.Event) -> None:
+        size, depth = found.shape
+        self.rows = {sequence.id: row * depth for row, sequence in enumerate(depths)}
+        self._depths = depths
+        self._found = torch.empty((size, depth), dtype=found.dtype, pin_memory=True)
+        self._found.copy_(found, non_blocking=True)
+        self._started, self._ended = started, torch.cuda.Event(enable_timing=True)
+        self._ended.record()
+        for sequence, count in depths.items():
+            sequence.draft_token_ids = [0] * count
 
-    def guess(self, state: DraftState) -> Tensor:
-        """A token of each sequence."""
-        weights, cache = self.runner.weights, self.runner.kv_cache
-        return guess(weights, self.config, state, cache, self.vocab_size, self.head_tokens)
-
-    def decoder(self, max_model_len: int) -> ops.Decoder | None:
-        """What makes many guesses in one call; None where that is not to be had."""
-        weights, cache = self.runner.weights, self.runner.kv_cache
-        return decoder(weights, self.config, cache, max_model_len, self.num_columns, self.head_tokens)
+    def wait(self) -> float:
+        """Give the sequences their draft tokens; the seconds that these took the device."""
+        self._ended.synchronize()
+        _give(self._depths, self._found)
+        return 1e-3 * self._started.elapsed_time(self._ended)
 
 
 def num_missing(sequence: Sequence) -> int:
@@ -63,101 +64,169 @@ def num_missing(sequence: Sequence) -> int:
 
 
 def can_loop(sequence: Sequence) -> bool:
-    """Whether nothing that a guess of it depends on is known to the host alone."""
+    """Whether nothing that a draft token of it depends on is known to the host alone."""
     return len(sequence.token_ids) >= LAST_TOKENS and not sequence.needs & (Needs.EDIT | Needs.MASK)
 
 
 class DraftLoop:
-    """Guesses for sequences of which the draft model has computed all but the last two tokens."""
+    """Draft tokens for sequences of which the draft model has computed all but the last two tokens.
 
-    def __init__(self, guesser: Guesser, max_num_seqs: int, max_model_len: int) -> None:
-        self._guesser = guesser
-        self._decoder = guesser.decoder(max_model_len)
-        self._block_size = guesser.runner.block_size
-        self._rows = torch.arange(LAST_TOKENS * max_num_seqs + 1, dtype=torch.int32)
+    runner: of the draft model. sampled: the tokens that the target's steps read, on the device.
+    """
+
+    def __init__(self, runner: Runner, sampled: Tensor, max_num_seqs: int, max_num_drafts: int, max_model_len: int):
+        self._runner = runner
+        self._sampled = sampled
+        self._max_num_drafts = max_num_drafts
+        self._max_blocks = max(2, -(-max_model_len // runner.block_size))
+        self._sizes = sequence_sizes(max_num_seqs)
+        size = max(self._shape(self._sizes[-1]).size, _TRACED.size)
+        extra = (_EXTRA_FIELDS, max(4, -(-self._sizes[-1] // 4) * 4))  # rows of whole 16 bytes
+        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=runner.is_cuda)
+        self._host_extra = torch.zeros(extra, dtype=torch.int32, pin_memory=runner.is_cuda)
+        self._inputs, self._extra = (
+            (torch.zeros_like(host, device=runner.device) if runner.is_cuda else host)
+            for host in (self._host, self._host_extra)
+        )
+        self._host_views = functools.lru_cache(256)(functools.partial(carve, self._host))
+        self._device_state = functools.lru_cache(256)(self._state)
+        self._eager_step = self._step = _bound_step(runner)
 
     @torch.inference_mode()
-    def run(self, depths: dict[Sequence, int]) -> None:
-        """Guess so many tokens of each sequence, into its `draft_token_ids`."""
-        # Those with most guesses first, so that the others can be left out when they have theirs.
+    def run(self, depths: dict[Sequence, int]) -> DeviceDrafts | None:
+        """Draft so many tokens of each sequence. On CUDA they are under way when this returns, else in the sequences'
+        `draft_token_ids`."""
+        # Those with most draft tokens first, so that the others can be left out when they have theirs.
         depths = dict(sorted(depths.items(), key=lambda item: -item[1]))
-        # One more token than was missing is computed again: a uniform step is that much faster.
-        query_len = LAST_TOKENS if any(num_missing(sequence) > 1 for sequence in depths) else 1
-        needs = functools.reduce(operator.or_, (sequence.needs for sequence in depths))
-        if self._decoder is not None and not needs & Needs.RESTRICT:
-            found = self._decode(self._decoder, depths, query_len, draws=bool(needs & Needs.DRAW)).tolist()
-            for (sequence, count), guessed in zip(depths.items(), found, strict=True):
-                sequence.draft_token_ids = guessed[:count]
-            return
-        state = self._first(list(depths), query_len, needs)
-        token_ids = self._guesser.guess(state)
-        guesses = [token_ids.tolist()]
-        for place in range(1, max(depths.values())):
-            guessing = [sequence for sequence, count in depths.items() if count > place]
-            state = self._following(state, token_ids[: len(guessing)], guessing, place)
-            token_ids = self._guesser.guess(state)
-            guesses.append(token_ids.tolist())
-        for row, (sequence, count) in enumerate(depths.items()):
-            sequence.draft_token_ids = [guesses[place][row] for place in range(count)]
+        needs = 0
+        for sequence in depths:
+            needs |= sequence.needs
+        if self._runner.is_cuda:
+            started = torch.cuda.Event(enable_timing=True)
+            started.record()
+            return DeviceDrafts(depths, self._loop(depths, Needs.DRAW | Needs.RESTRICT), started)
+        if self._runner.decoder is not None and not needs & Needs.RESTRICT:
+            _give(depths, _decode(self._runner.decoder, depths, draws=bool(needs & Needs.DRAW)))
+        else:
+            _give(depths, self._loop(depths, needs))
+        return None
 
-    @staticmethod
-    def _decode(decoder: ops.Decoder, depths: dict[Sequence, int], query_len: int, *, draws: bool) -> Tensor:
-        """All guesses in one call."""
-        return ops.decode(
-            decoder,
-            _int32(depths.values()),
-            _int32(chain.from_iterable(sequence.token_ids[-query_len:] for sequence in depths)).view(-1, query_len),
-            _block_tables(list(depths)),
-            _int32(len(sequence.token_ids) for sequence in depths),
-            _temperatures(depths) if draws else None,
-            _seeds(depths) if draws else None,
-        )
+    @torch.inference_mode()
+    def compile(self) -> Iterator[None]:
+        """Compile the step and record the chains of it, one for a number of sequences at each `next`; falls back to
+        eager with a warning."""
+        try:
+            self._step = compiled(self._eager_step, replays=self._runner.plan.replays)
+            for shape in (_TRACED, *map(self._shape, reversed(self._sizes))):
+                # A chain takes a call to warm its memory pool up, and one to be recorded.
+                for _ in range(2 if self._runner.plan.replays else 1):
+                    self._run_padding(shape)
+                yield
+        except Exception as error:  # a compiler can fail in any way; the engine works without one
+            self._step = self._eager_step
+            warn_eager(first_cause(error))
 
-    def _first(self, sequences: list[Sequence], query_len: int, needs: int) -> DraftState:
-        tables = _block_tables(sequences)
-        last = _int32(chain.from_iterable(sequence.token_ids[-query_len:] for sequence in sequences))
-        batch = self._batch(sequences, last, tables, 0, query_len)
-        sampling = _UNUSED
-        if needs & Needs.DRAW:
-            sampling = Sampling(_temperatures(sequences), _seeds(sequences), batch.context_lens)
-        filters = None
+    def _run_padding(self, shape: StepShape) -> None:
+        self._host[: shape.size] = 0
+        fill(self._host_views(shape), (), self._runner.block_size, {})
+        self._upload(shape)
+        self._draft(self._device_state(shape, Needs.DRAW | Needs.RESTRICT), self._max_num_drafts)
+        if self._runner.is_cuda:
+            torch.cuda.synchronize(self._runner.device)  # before the next shape is written
+
+    def _shape(self, size: int) -> StepShape:
+        # One more token than may be missing is computed again: a uniform step is that much faster.
+        return StepShape(LAST_TOKENS * size, size, self._max_blocks, size, LAST_TOKENS)
+
+    def _loop(self, depths: dict[Sequence, int], needs: int) -> Tensor:
+        """All draft tokens, a row for each sequence, with as many columns as the one with most has."""
+        count, depth = len(depths), max(depths.values())
+        if self._runner.is_cuda:
+            shape = self._shape(next(size for size in self._sizes if size >= count))
+        else:
+            widest = max(len(sequence.block_table) for sequence in depths)
+            shape = self._shape(count)._replace(blocks=max(2, widest))
+        works = [Work(each, len(each.token_ids) - LAST_TOKENS, LAST_TOKENS, samples=True) for each in depths]
+        self._host[: shape.size] = 0
+        fill(self._host_views(shape), tuple(works), self._runner.block_size, {})
+        last, top_k = self._host_extra[:2].numpy()
+        top_p, min_p = self._host_extra[2:].view(torch.float32).numpy()
+        last[: shape.sequences] = 0
+        last[:count] = [len(sequence.token_ids) + own - 2 for sequence, own in depths.items()]
         if needs & Needs.RESTRICT:
-            filters = Filters(last.new_empty(len(sequences)), *torch.empty(2, len(sequences)))
-            write_filters(sequences, self._guesser.num_columns, *(field.numpy() for field in filters))
-        return DraftState(batch, sampling, bool(needs & Needs.DRAW), filters)
+            size = shape.sequences
+            write_filters(list(depths), self._runner.num_columns, top_k[:size], top_p[:size], min_p[:size])
+        self._upload(shape)
+        found = self._draft(self._device_state(shape, needs & (Needs.DRAW | Needs.RESTRICT)), depth)
+        kept = self._sampled[: shape.sequences * depth]
+        kept.copy_(found.flatten())
+        return kept.view(shape.sequences, depth)[:count]
 
-    def _following(self, state: DraftState, token_ids: Tensor, guessing: list[Sequence], place: int) -> DraftState:
-        """After `place` guesses, of the first sequences alone, which are to have more."""
-        count = len(guessing)
-        batch = self._batch(guessing, token_ids.to(torch.int32), state.batch.block_tables[:count], place, 1)
-        sampling, filters = state.sampling, state.filters
-        if state.draws:
-            sampling = Sampling(sampling.temperature[:count], sampling.seed[:count], batch.context_lens)
-        if filters is not None:
-            filters = Filters(*(field[:count] for field in filters))
-        return DraftState(batch, sampling, state.draws, filters)
+    def _upload(self, shape: StepShape) -> None:
+        if self._runner.is_cuda:
+            self._inputs[: shape.size].copy_(self._host[: shape.size], non_blocking=True)
+            self._extra.copy_(self._host_extra, non_blocking=True)
 
-    def _batch(
-        self, sequences: list[Sequence], token_ids: Tensor, block_tables: Tensor, place: int, query_len: int
-    ) -> Batch:
-        ends = [len(sequence.token_ids) + place for sequence in sequences]
-        positions = [position for end in ends for position in range(end - query_len, end)]
-        tables = chain.from_iterable([sequence.block_table] * query_len for sequence in sequences)
-        size = self._block_size
-        slots = _int32(
-            table[position // size] * size + position % size for table, position in zip(tables, positions, strict=True)
+    def _state(self, shape: StepShape, needs: int) -> DraftState:
+        """The inputs of a shape as the device reads them. One graph serves all sequences on CUDA: there they are drawn
+        and restricted whether they ask for it or not."""
+        inputs = carve(self._inputs, shape)
+        last, top_k = self._extra[:2, : shape.sequences]
+        top_p, min_p = self._extra[2:, : shape.sequences].view(torch.float32)
+        filters = Filters(top_k, top_p, min_p)
+        plan = self._runner.plan
+        if plan.compile != "off":
+            mark_dynamic(inputs.batch.block_tables, 1)
+            for tensor in (*inputs.batch, *inputs.sampling, last, *filters):
+                if isinstance(tensor, Tensor):
+                    mark_dynamic(tensor, 0)
+        if plan.replays:
+            mark_static(inputs.batch, inputs.sampling, last, filters)
+        return DraftState(
+            inputs.batch._replace(query_len=None),
+            last,
+            inputs.sampling if needs & Needs.DRAW else None,
+            filters if needs & Needs.RESTRICT else None,
         )
-        starts = self._rows[: len(positions) + 1 : query_len]
-        return Batch(
-            token_ids,
-            _int32(positions),
-            slots,
-            block_tables,
-            starts.contiguous(),
-            _int32(ends),
-            starts[1:] - 1 if query_len > 1 else self._rows[: len(ends)],
-            query_len,
-        )
+
+    def _draft(self, state: DraftState, depth: int) -> Tensor:
+        """A chain of steps: each reads what the one before it returned, which stays until the next chain begins."""
+        if self._runner.plan.replays and self._step is not self._eager_step:
+            begin_replay()
+        found = []
+        for _ in range(depth):
+            token_ids, state = self._step(self._runner.weights, state, self._runner.kv_cache)
+            found.append(token_ids)
+        return torch.stack(found, 1)
+
+
+def _bound_step(runner: Runner) -> Callable[[Weights, DraftState, KVCache], tuple[Tensor, DraftState]]:
+    config, vocabulary = runner.config, runner.vocabulary
+
+    def step(weights: Any, state: Any, kv_cache: Any) -> tuple[Tensor, DraftState]:
+        return draft_step(weights, config, vocabulary, state, kv_cache)
+
+    return step
+
+
+def _give(depths: dict[Sequence, int], found: Tensor) -> None:
+    for (sequence, count), tokens in zip(depths.items(), found.tolist(), strict=True):
+        sequence.draft_token_ids = tokens[:count]
+
+
+def _decode(decoder: ops.Decoder, depths: dict[Sequence, int], *, draws: bool) -> Tensor:
+    """All draft tokens in one call; `depths` fall."""
+    # One more token than was missing is computed again: a uniform step is that much faster.
+    query_len = LAST_TOKENS if any(num_missing(sequence) > 1 for sequence in depths) else 1
+    return ops.decode(
+        decoder,
+        _int32(depths.values()),
+        _int32(chain.from_iterable(sequence.token_ids[-query_len:] for sequence in depths)).view(-1, query_len),
+        _block_tables(list(depths)),
+        _int32(len(sequence.token_ids) for sequence in depths),
+        _temperatures(depths) if draws else None,
+        _seeds(depths) if draws else None,
+    )
 
 
 def _block_tables(sequences: list[Sequence]) -> Tensor:

@@ -6,16 +6,16 @@ any temperature: Gumbel coupling (arXiv:2408.07978), with which what a target dr
 """
 
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.draft_checkpoint import SharedDraft, find_shared_draft
-from engine.draft_loop import LAST_TOKENS, DraftLoop, can_loop, num_missing
+from engine.draft_loop import LAST_TOKENS, DeviceDrafts, DraftLoop, can_loop, num_missing
 from engine.model_source import SPECULATIVE_MODELS, find_source
 from engine.options import EngineOptions
-from engine.recorded_draft_loop import Guesses, RecordedDraftLoop
 from engine.runner import Runner
 from engine.sequence import Sequence
 from engine.step import Step, Work
@@ -64,13 +64,13 @@ def find_draft(options: EngineOptions, target: Checkpoint | None, config: ModelC
 
 
 class Proposal(NamedTuple):
-    """How often the draft model ran to guess, and those of its guesses that are still on the device.
+    """How often the draft model ran, and those of its draft tokens that are still on the device.
 
     caught_up: tokens that it had to compute before. catch_up_seconds: what they took.
     """
 
     runs: int
-    guesses: Guesses | None = None
+    drafts: DeviceDrafts | None = None
     caught_up: int = 0
     catch_up_seconds: float = 0.0
 
@@ -82,7 +82,7 @@ class DraftModel:
     guesses. What it finds in blocks that it has not computed itself can only make its guesses worse.
     """
 
-    def __init__(self, runner: Runner, loop: DraftLoop | RecordedDraftLoop, max_num_batched_tokens: int) -> None:
+    def __init__(self, runner: Runner, loop: DraftLoop, max_num_batched_tokens: int) -> None:
         self._runner = runner
         self._loop = loop
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -93,12 +93,15 @@ class DraftModel:
         return self._runner.chooser
 
     def compile(self, show_progress: bool = False) -> None:
-        """Compile the model and, on CUDA, record its loops."""
-        self._runner.compile(show_progress)
-        if isinstance(self._loop, RecordedDraftLoop) and self._runner.is_compiled:
-            with tqdm(desc="recording drafts", unit="size", disable=not show_progress, leave=False) as bar:
-                for _ in self._loop.compile():
-                    bar.update()
+        """Compile the model's steps and its draft loop."""
+        with tqdm(desc="compiling the draft model", unit="graph", disable=not show_progress, leave=False) as bar:
+            for _ in self.compile_pieces():
+                bar.update()
+
+    def compile_pieces(self) -> Iterator[None]:
+        """The same, one call of what is compiled at each `next`."""
+        yield from self._loop.compile()
+        yield from self._runner.compile_pieces()
 
     def propose(self, step: Step) -> Proposal:
         """Fill `draft_token_ids` of the step's sequences that are to have some."""
@@ -111,22 +114,20 @@ class DraftModel:
         caught_up = self._catch_up(list(guessing))
         catch_up_seconds = time.perf_counter() - started
         runs = 0
-        # A model that is compiled for a CPU has no graph of a uniform step of two tokens each.
-        loops = self._runner.is_cuda or not self._runner.is_compiled
-        looping = {sequence: count for sequence, count in guessing.items() if loops and can_loop(sequence)}
+        looping = {sequence: count for sequence, count in guessing.items() if can_loop(sequence)}
         stepping = {sequence: count for sequence, count in guessing.items() if sequence not in looping}
         for depth in range(max(stepping.values(), default=0)):
             deep = [sequence for sequence, count in stepping.items() if count > depth]
             # The first takes the token that the target chose last, and the one before it if that was a guess.
             self._run([_work(sequence, samples=True) for sequence in deep])
             runs += 1
-        guesses = None
+        drafts = None
         if looping:
-            guesses = self._loop.run(looping)
+            drafts = self._loop.run(looping)
             runs += max(looping.values())
             for sequence, count in looping.items():
                 sequence.num_drafter_tokens = len(sequence.token_ids) + count - 1
-        return Proposal(runs, guesses, caught_up, catch_up_seconds)
+        return Proposal(runs, drafts, caught_up, catch_up_seconds)
 
     def _catch_up(self, sequences: list[Sequence]) -> int:
         """Compute all but the last two tokens of each; how many those were."""

@@ -17,18 +17,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from tqdm import tqdm
 
-from engine.background_compilation import BackgroundCompilation
 from engine.block_pool import BlockPool
 from engine.cache import writable_cache
 from engine.checkpoint import Checkpoint, find_checkpoint
-from engine.compile_cache import CompileKey, choose_compile_cache, write_stamp
+from engine.compile_cache import choose_compile_cache
 from engine.draft_checkpoint import SharedDraft
-from engine.draft_loop import DraftLoop, Guesser
+from engine.draft_loop import DraftLoop
 from engine.draft_model import Draft, DraftModel, find_draft
 from engine.dtypes import DTYPES
 from engine.errors import ContextOverflow, InvalidField
+from engine.execution_plan import plan_for
 from engine.handover import Handover
-from engine.launched import Launched
 from engine.logit_edits import LogitEdits, check_something_remains
 from engine.memory import (
     KVPlan,
@@ -41,8 +40,8 @@ from engine.memory import (
     weight_bytes,
 )
 from engine.options import EngineOptions
+from engine.pending_step import PendingStep
 from engine.rank_messages import Prepare
-from engine.recorded_draft_loop import RecordedDraftLoop
 from engine.runner import Runner
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
@@ -74,7 +73,7 @@ class _InFlight(NamedTuple):
     """A step that was launched and not yet committed, and what its record will say."""
 
     step: Step
-    launched: Launched
+    pending: PendingStep
     record: StepRecord
 
 
@@ -141,9 +140,7 @@ class Engine:
             return_freed_memory()
         if has_kernels() and not is_kept():
             writable_cache()  # warns that they are built again at each start
-        # On CPU the work is done when a launch returns, so there is nothing to overlap with.
-        self.overlaps = self.device.type == "cuda" if options.async_scheduling is None else options.async_scheduling
-        self.overlaps = self.overlaps and options.speculative_model is None and self._ranks is None
+        self.plan = plan_for(options, self.device, self.config.head_dim)
         default_budget = max(8192 if self.device.type == "cuda" else 512, options.max_num_seqs)
         self.max_num_batched_tokens = options.max_num_batched_tokens or default_budget
         activations = self._activation_bytes(weights) if self.device.type == "cuda" else 0
@@ -155,30 +152,24 @@ class Engine:
             log.warning("max_model_len is %d, the model's is %d: the KV cache holds no more", self.max_model_len, limit)
         self._shared = self._allocate_shared()
         self.runner = self._make_runner(self._own_config, weights, self.kv_plan, shared=self._shared)
-        when = options.when_to_compile(self.device)
+        self.plan = self.runner.plan
         self.speculator: Speculator | None = None
         if options.speculative_model is not None:
             draft_model = None
             if draft is not None:
                 assert draft_weights is not None
                 draft_model = self._make_draft_model(draft, draft_weights)
-                if when == "startup":
-                    with self._phase("compile draft"):
-                        draft_model.compile(self._show_progress)
             self.speculator = Speculator(options.num_speculative_tokens, draft_model)
-        self._compiling: BackgroundCompilation | None = None
         self.compiled_seconds: float | None = None
-        match when:
-            case "startup":
-                with self._phase("compile"):
-                    self.runner.compile(self._show_progress)
-                # Several ranks compile other graphs, and their key does not say so.
-                if self.runner.is_compiled and self._ranks is None:
-                    write_stamp(self._compile_key())  # a later start need not look
-            case "background":
-                with self._phase("record"):
-                    self.runner.record()
-                self._compiling = BackgroundCompilation(self._compile_key(), self.runner.compile_pieces())
+        self._compiling: Iterator[None] | None = None
+        if self.plan.compile == "background":
+            self._compiling = self._compile_pieces()
+        elif self.plan.compile == "startup":
+            with self._phase("compile"):
+                for _ in tqdm(
+                    self._compile_pieces(), desc="compiling", unit="graph", disable=not self._show_progress, leave=False
+                ):
+                    pass
         self.scheduler = Scheduler(
             BlockPool(self.kv_plan.num_blocks, self.kv_plan.block_size),
             options.max_num_seqs,
@@ -283,17 +274,12 @@ class Engine:
         self.handover.forget_unwanted()
         self.handover.publish()
 
-    def step(self, *, may_pause: bool = False) -> list[TokenOutput]:
+    def step(self) -> list[TokenOutput]:
         """Run the model once over whatever is due; the new tokens, at most one a sequence.
 
         Where steps overlap, a step is launched before the one before it is waited for, whose tokens are returned; the
         last one's come from a call that finds nothing more to launch. Without work it returns at once.
-
-        may_pause: whether no single token is awaited, so that a second now and then may go into taking over what was
-        compiled; otherwise that waits for `work_while_idle`.
         """
-        if self._compiling is not None:
-            self._go_on_compiling(is_idle=False, may_pause=may_pause)
         try:
             return self._step()
         except Exception as error:  # whatever it is, it shall cost only those who cause it
@@ -312,15 +298,15 @@ class Engine:
         return ([fd] if fd is not None else []) + (self._ranks.wake_ups if self._ranks is not None else [])
 
     def work_while_idle(self) -> None:
-        """Do a little, at most a second, of what can wait: compile a graph, take what another process has sent.
+        """Do a part of what can wait: compile a graph, take what another process has sent.
 
         Raises TensorParallelError if another rank has ended.
         """
         if self._ranks is not None:
             self._ranks.check()
         self.handover.advance()
-        if self._compiling is not None:
-            self._go_on_compiling(is_idle=True)
+        if self._compiling is not None and next(self._compiling, self) is self:
+            self._compiling = None
 
     def close(self) -> None:
         """Let go of other engines, which will not get what they were reading from this one, and end all processes that
@@ -330,35 +316,23 @@ class Engine:
         if self._ranks is not None:
             self._ranks.close()
 
-    def _go_on_compiling(self, *, is_idle: bool, may_pause: bool = False) -> None:
-        assert self._compiling is not None
-        compiled = self._compiling.advance(is_idle=is_idle, may_pause=may_pause)
-        if compiled is not None:
-            self.runner.take(compiled)
-            if self.speculator is not None and self.speculator.draft_model is not None:
-                self.speculator.draft_model.chooser.functions = compiled.chooser
-            self.compiled_seconds = self._compiling.seconds
-            log.info("compiled steps from here on, %.1f s after the start", self._compiling.seconds)
-        if self._compiling.has_ended:
-            self._compiling = None
-
-    def _compile_key(self) -> CompileKey:
-        options = self.options
-        return CompileKey(
-            config=self.config,
-            dtype=options.dtype,
-            block_size=options.block_size,
-            max_num_seqs=options.max_num_seqs,
-            max_num_drafts=options.max_num_drafts,
-            overlaps=self.overlaps,
-            threads=torch.get_num_threads(),
-            device="cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
-        )
+    def _compile_pieces(self) -> Iterator[None]:
+        """Compile and record all that a run can need, a piece at each `next`; the last one has steps run it."""
+        started = time.perf_counter()
+        if self.speculator is not None and self.speculator.draft_model is not None:
+            yield from self.speculator.draft_model.compile_pieces()
+        yield from self.runner.compile_pieces()
+        if self.plan.compile == "background" and self.runner.is_compiled:
+            self.compiled_seconds = time.perf_counter() - started
+            log.info("compiled steps from here on, %.1f s after the start", self.compiled_seconds)
 
     def _step(self) -> list[TokenOutput]:
         started = time.perf_counter()
         self.handover.advance()
+        outputs: list[TokenOutput] = []
         if self.speculator is not None:
+            if self._in_flight and self.speculator.needs_result(self.scheduler.running):
+                outputs += self._commit(self._in_flight.popleft())
             self.speculator.plan(self.scheduler.running)
         step = self.scheduler.schedule()
         scheduled = time.perf_counter()
@@ -367,12 +341,12 @@ class Engine:
             for work in step.work:
                 if work.sequence.scheduled_time is None:
                     work.sequence.scheduled_time = started
-            launched = self.runner.launch(step, self.speculator.guesses if self.speculator is not None else None)
+            pending = self.runner.launch(step, self.speculator.drafts if self.speculator is not None else None)
             launch = time.perf_counter() - scheduled - draft
             record = self._record(step, started, scheduled - started, draft, launch)
-            self._in_flight.append(_InFlight(step, launched, record))
-        outputs = self.handover.take_outputs()
-        while len(self._in_flight) > (self.overlaps if step.work else 0):
+            self._in_flight.append(_InFlight(step, pending, record))
+        outputs += self.handover.take_outputs()
+        while len(self._in_flight) > (self._overlaps(step) if step.work else 0):
             outputs += self._commit(self._in_flight.popleft())
         if not step.work and not outputs and self.scheduler.has_work:
             if self.scheduler.holds_for_others:
@@ -380,6 +354,11 @@ class Engine:
                 return outputs
             raise RuntimeError("the scheduler has work and schedules none of it: a bug, please report it")
         return outputs
+
+    def _overlaps(self, step: Step) -> bool:
+        """Whether the step may stay under way while the next one is prepared. How many tokens one with draft tokens
+        gives decides where the next one begins."""
+        return self.plan.overlaps and not any(work.num_drafts for work in step.work)
 
     def _isolate(self, error: Exception) -> list[TokenOutput]:
         """After a failed step: run each of its sequences alone for one token, and end those that fail again.
@@ -412,7 +391,7 @@ class Engine:
 
     def _commit(self, flight: _InFlight) -> list[TokenOutput]:
         waiting = time.perf_counter()
-        result = flight.launched.wait()
+        result = flight.pending.wait()
         waited = time.perf_counter()
         outputs = self.scheduler.commit(flight.step, result)
         self.handover.publish()
@@ -425,7 +404,7 @@ class Engine:
             **handed_over,
         )
         if self.speculator is not None:
-            guessing = flight.launched.draft_seconds
+            guessing = flight.pending.draft_seconds
             verifying = max(0.0, record.schedule + record.launch + record.wait - guessing)
             stood = self.speculator.observe(flight.step, result, verifying, guessing)
             record = record._replace(num_stood=stood)
@@ -508,13 +487,13 @@ class Engine:
         *,
         verifies: bool = True,
     ) -> Runner:
-        guesser = self.options.speculative_model
         if self._ranks is not None:
             self._ranks.send(Prepare(plan, self.max_num_batched_tokens))
         kv_cache = allocate_kv_cache(
             config, plan, DTYPES[self.options.dtype], self.device, shared.tensor if shared else None
         )
         return Runner(
+            self.plan,
             config,
             weights,
             kv_cache,
@@ -522,10 +501,10 @@ class Engine:
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
             max_num_drafts=self.options.max_num_drafts if verifies else 0,
-            reads_guesses=verifies and self.device.type == "cuda" and guesser not in (None, "ngram"),
+            # A draft model decodes in its loop; what it computes besides is ragged on CUDA, which takes no other graph.
+            max_query_len=None if verifies or self.device.type == "cpu" else 0,
             vocab_size=self.config.vocab_size,
             head_tokens=head_tokens,
-            overlaps=self.overlaps,
             ranks=self._ranks,
         )
 
@@ -533,13 +512,8 @@ class Engine:
         options = self.options
         head_tokens = None if draft.head_tokens is None else torch.tensor(draft.head_tokens, device=self.device)
         runner = self._make_runner(draft.config, weights, self.kv_plan, head_tokens, verifies=False)
-        guesser = Guesser(draft.config, runner, self.config.vocab_size, head_tokens)
         sizes = (options.max_num_seqs, options.num_speculative_tokens, self.kv_plan.max_model_len)
-        loop: DraftLoop | RecordedDraftLoop
-        if runner.is_cuda:
-            loop = RecordedDraftLoop(guesser, self.runner, *sizes)
-        else:
-            loop = DraftLoop(guesser, options.max_num_seqs, self.kv_plan.max_model_len)
+        loop = DraftLoop(runner, self.runner.sampled, *sizes)
         return DraftModel(runner, loop, self.max_num_batched_tokens)
 
     def _make_transfers(self) -> "Transfers | None":
@@ -558,7 +532,7 @@ class Engine:
                 lease_seconds=options.kv_transfer_lease,
             )
         )
-        pages = self.runner.kv_cache[0].keys
+        pages = self.runner.kv_cache.keys
         fingerprint = f"{self.config} {pages.dtype} {options.block_size} {options.seed}"
         transfers.register(self.runner.kv_cache, hashlib.sha256(fingerprint.encode()).hexdigest(), self._shared)
         return transfers
@@ -631,5 +605,6 @@ class Engine:
         if self.device.type == "cpu":
             device += f" with {threads} thread{'' if threads == 1 else 's'}"
         log.info("%s on %s, context %d; %s", self.config.architecture, device, self.max_model_len, seconds)
+        log.info("  %-12s %s", "steps", self.plan.describe())
         for name, size, note in lines:
             log.info("  %-12s %10s  %s", name, size, note)

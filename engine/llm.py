@@ -3,7 +3,6 @@
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Series
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
@@ -50,9 +49,6 @@ class LLM:
         known = (*field_names(EngineOptions), "show_progress")
         refuse_unknown("LLM", options, known, _IN_PARAMS)
         chosen = EngineOptions(model=model, **options)
-        if chosen.compile is None and not chosen.enforce_eager and chosen.torch_device().type == "cuda":
-            # A batch of prompts leaves no idle time to compile in, and sampling gains by it.
-            chosen = replace(chosen, compile="startup")
         self.engine = Engine(chosen, show_progress)
         checkpoint = self.engine.checkpoint
         self._tokenizer = None
@@ -178,7 +174,7 @@ class LLM:
         disable = None if use_tqdm is None and len(prompts) >= 8 else not use_tqdm
         done: dict[int, Completion] = {}
         with (
-            closing(self._shared.run(prompts, params, is_stream=False)) as pieces,
+            closing(self._shared.run(prompts, params)) as pieces,
             tqdm(total=len(prompts), desc="generating", unit="prompt", disable=disable) as bar,
         ):
             for index, piece in pieces:
@@ -188,7 +184,7 @@ class LLM:
         return [done[index] for index in range(len(prompts))]
 
     def _stream(self, prompts: list[PromptInput], params: list[SamplingParams]) -> Generator[Piece]:
-        with closing(self._shared.run(prompts, params, is_stream=True)) as pieces:
+        with closing(self._shared.run(prompts, params)) as pieces:
             for _, piece in pieces:
                 yield piece
 

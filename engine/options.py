@@ -49,9 +49,9 @@ class EngineOptions:
     block_size: tokens per KV block: 16, 32 or 64. 32 reads a third faster than 16 on CPU; smaller blocks share more.
     load_format: "auto" reads the checkpoint, "dummy" makes random weights of its shapes, for which its config and
         tokenizer are enough.
-    compile: "startup" compiles before the first request; "background" (CUDA) answers at once and compiles when there is
-        nothing else to do; "off" compiles nothing. None takes "off" on CPU, where our kernels leave nothing to gain by
-        it, and "background" on CUDA, but "startup" for float32, several ranks or a draft model, which need it.
+    compile: "startup" compiles before the first request; "background" (CUDA) answers at once, slower, and compiles when
+        there is nothing else to do; "off" compiles nothing. None takes "startup" on CUDA, "off" on CPU, where our
+        kernels leave nothing to gain by it.
     enforce_eager: the same as compile="off".
     speculative_model: who guesses tokens ahead, for steps that verify several at once: "ngram" looks in the sequence's
         own text; else a smaller model with the same tokenizer, named as `model` is, whose matrices a CPU with
@@ -216,10 +216,6 @@ class EngineOptions:
                 f"compile is 'startup' and tensor_parallel_size is {self.tensor_parallel_size}: several ranks on CPU"
                 " compile nothing, use off"
             )
-        if device.type == "cuda" and self.compile == "background" and not self._can_run_uncompiled:
-            raise ValueError(
-                "compile is 'background', which on CUDA is for 16 bits, one rank and no draft model: use startup or off"
-            )
         return device
 
     def num_threads(self) -> int:
@@ -229,18 +225,10 @@ class EngineOptions:
         return self.threads or min(default_threads(), usable_cores())
 
     def when_to_compile(self, device: "torch.device") -> str:
-        """One of `COMPILE`."""
+        """Return one of `COMPILE`."""
         if self.enforce_eager:
             return "off"
-        if self.compile is None and device.type == "cpu":
-            return "off"
-        return self.compile or ("background" if self._can_run_uncompiled else "startup")
-
-    @property
-    def _can_run_uncompiled(self) -> bool:
-        """Whether decoding on CUDA is as fast before anything is compiled: a layer is one op then."""
-        guesses = self.speculative_model not in (None, "ngram")
-        return self.dtype != "float32" and self.tensor_parallel_size == 1 and not guesses
+        return self.compile or ("startup" if device.type == "cuda" else "off")
 
 
 def parse_bytes(value: int | str | None) -> int | None:

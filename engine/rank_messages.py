@@ -44,10 +44,10 @@ class Copy(msgspec.Struct, tag=True):
 
 
 class Compute(msgspec.Struct, tag=True):
-    """Run the model on the step inputs that come with this. warm_up: to have it compiled."""
+    """Run the model on the step inputs that come with this. is_compiled: with compiled functions."""
 
     shape: StepShape
-    warm_up: bool
+    is_compiled: bool
 
 
 class Head(msgspec.Struct, tag=True):

@@ -25,11 +25,8 @@ from engine.tokenizer import Tokenizer
 class _Call:
     """Requests that one caller waits for, and their pieces in the order of arrival, each with its request's index.
 
-    is_stream: whether the caller reads piece by piece. num_open: choices that have not ended. error: why there are no
-    more pieces.
+    num_open: choices that have not ended. error: why there are no more pieces.
     """
-
-    is_stream: bool
 
     requests: list[RunningRequest] = field(default_factory=list)
     pieces: deque[tuple[int, Piece]] = field(default_factory=deque)
@@ -49,21 +46,17 @@ class SharedEngine:
         self._tokenizer = tokenizer
         self._lock = FairLock()
         self._places: dict[int, tuple[_Call, int, int]] = {}  # call, request and choice, by the sequence's id
-        self._streams: set[_Call] = set()
         self._abandoned: deque[_Call] = deque()
         self._thread = threading.get_ident()
         self._is_closed = False
 
-    def run(
-        self, prompts: Series[PromptInput], params: Series[SamplingParams], *, is_stream: bool
-    ) -> Generator[tuple[int, Piece]]:
+    def run(self, prompts: Series[PromptInput], params: Series[SamplingParams]) -> Generator[tuple[int, Piece]]:
         """Start requests and yield each of their tokens as it comes, with its request's index. Closing the iterator
         aborts what has not ended.
 
-        is_stream: whether single tokens are awaited, so that the engine compiles nothing meanwhile. Raises ValueError,
-        before anything runs, if a prompt cannot be served.
+        Raises ValueError, before anything runs, if a prompt cannot be served.
         """
-        call = _Call(is_stream)
+        call = _Call()
         try:
             self._start(call, prompts, params)
             while call.pieces or call.num_open:
@@ -91,8 +84,6 @@ class SharedEngine:
         edited = [without_texts(param, self._tokenizer) for param in params]
         with deferred_interrupt(), self._lock:
             self._check_usable()
-            if call.is_stream:
-                self._streams.add(call)
             for index, (token_ids, prompt, param) in enumerate(zip(tokens, prompts, params, strict=True)):
                 try:
                     first = self._engine.add(token_ids, edited[index], cache_salt=prompt.cache_salt)
@@ -124,7 +115,7 @@ class SharedEngine:
                     "the request was ended by something other than this LLM, which still waits for its tokens"
                 )
             with self._as_made():
-                outputs = self._engine.step(may_pause=not self._streams)
+                outputs = self._engine.step()
             for output in outputs:
                 self._hand_over(output)
         self._abort_abandoned()
@@ -166,7 +157,6 @@ class SharedEngine:
     def _abort_calls(self) -> None:
         while self._abandoned:
             call = self._abandoned.popleft()
-            self._streams.discard(call)
             for request in call.requests:
                 for choice in request.choices:
                     if self._places.pop(choice.sequence.id, None) is not None:

@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 from engine.acceptance import Acceptance
 from engine.draft_controller import DraftController
-from engine.draft_loop import LAST_TOKENS, num_missing
+from engine.draft_loop import LAST_TOKENS, DeviceDrafts, num_missing
 from engine.draft_model import DraftModel
 from engine.ngram import NgramIndex
 from engine.planned_step import Behind
-from engine.recorded_draft_loop import Guesses
 from engine.sequence import Sequence
 from engine.step import Step, StepResult
 
@@ -53,7 +52,7 @@ class Speculator:
     draft_model: who guesses; the sequence's own text if None.
     is_adaptive: choose how many pay; else always as many as there can be.
     num_wanted: guesses that the last plan asked for.
-    guesses: those of the last proposal that are still on the device.
+    drafts: draft tokens of the last proposal that are still on the device.
     """
 
     def __init__(self, max_num_drafts: int, draft_model: DraftModel | None = None, *, is_adaptive: bool = True) -> None:
@@ -63,8 +62,19 @@ class Speculator:
         self.controller = DraftController()
         self._usual = Acceptance(forgetting=_LONG_MEMORY)
         self.num_wanted = 0
-        self.guesses: Guesses | None = None
+        self.drafts: DeviceDrafts | None = None
         self._guessing: _Guessing | None = None
+
+    def needs_result(self, running: Iterable[Sequence]) -> bool:
+        """Return whether the plan of the next step depends on what the step under way samples.
+
+        It does not while only prompts are computed, nor while a draft model rests: the controller then plans several
+        steps without draft tokens at once.
+        """
+        num_decoding = sum(sequence.num_uncomputed_tokens == 1 for sequence in running)
+        if not num_decoding:
+            return False
+        return not (self.is_adaptive and self.draft_model is not None and self.controller.is_resting(num_decoding))
 
     def plan(self, running: Iterable[Sequence]) -> None:
         """Set how many tokens of each running sequence are to be guessed in the next step."""
@@ -97,13 +107,13 @@ class Speculator:
 
     def propose(self, step: Step) -> float:
         """Make the guesses that the step is to verify, or have the device make them; the seconds that the host took."""
-        self.guesses = self._guessing = None
+        self.drafts = self._guessing = None
         if self.draft_model is None:
             return 0.0
         started = time.perf_counter()
         proposal = self.draft_model.propose(step)
         seconds = time.perf_counter() - started
-        self.guesses = proposal.guesses
+        self.drafts = proposal.drafts
         if proposal.caught_up:
             self.controller.observe_catch_up(proposal.caught_up, proposal.catch_up_seconds)
         if proposal.runs:
@@ -118,7 +128,7 @@ class Speculator:
         """
         if self._guessing is not None:
             # The host's time counts where it is not hidden behind the device's.
-            whole = self._guessing.seconds if self.guesses is None else draft_seconds
+            whole = self._guessing.seconds if self.drafts is None else draft_seconds
             self.controller.observe_draft(self._guessing.num_sequences, self._guessing.runs, whole)
             self._guessing = None
         stood = [0] * self.max_num_drafts

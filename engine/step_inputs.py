@@ -28,6 +28,11 @@ class StepShape(NamedTuple):
     rows: int
     query_len: int | None
 
+    @property
+    def size(self) -> int:
+        """Elements of int32 of all fields."""
+        return sum(self.field_sizes())
+
     def field_sizes(self) -> tuple[int, ...]:
         """Elements of int32 that each field takes, in the order of `carve`."""
         tokens, sequences, rows = self.tokens, self.sequences, self.rows
@@ -48,8 +53,7 @@ class StepShape(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """What a step reads. `token_source` is 0 for a token whose id the host knows; else the id is in row
-    `token_source - 1` of what the step before it chose, or a draft model guessed, which the host may not have seen."""
+    """What a step reads. token_source: as `source` of `layers.steps.PreviousTokens`."""
 
     batch: Batch
     sampling: Sampling
@@ -60,9 +64,11 @@ def carve(buffer: Tensor, shape: StepShape) -> StepInputs:
     """Views of an int32 buffer as the inputs of a step.
 
     Each is a tensor with a storage of its own over the buffer's memory: the compiler guards on storage offsets, and
-    those of views would differ from one shape to the next.
+    those of views would differ from one shape to the next. A uniform step that has a row for each token does not select
+    any.
     """
-    views = buffer[: sum(shape.field_sizes())].split(shape.field_sizes())
+    has_all_rows = shape.query_len is not None and shape.rows == shape.tokens
+    views = buffer[: shape.size].split(shape.field_sizes())
     seed, temperature, sample_position, token_ids, source, positions, slots, starts, contexts, tables, rows = (
         from_dlpack(to_dlpack(view)) for view in views
     )
@@ -73,7 +79,7 @@ def carve(buffer: Tensor, shape: StepShape) -> StepInputs:
         block_tables=tables[: shape.sequences * shape.blocks].view(shape.sequences, shape.blocks),
         query_start=starts[: shape.sequences + 1],
         context_lens=contexts[: shape.sequences],
-        logits_indices=rows[: shape.rows],
+        logits_indices=None if has_all_rows else rows[: shape.rows],
         query_len=shape.query_len,
     )
     sampling = Sampling(
@@ -89,15 +95,16 @@ def fill(
 ) -> list[Work | None]:
     """Write `work` to zeroed host inputs; rows beyond it stay as harmless padding: token 0 in block 0, greedy.
 
-    `pending_rows` tells which row of the step before chooses the next token of a sequence, by sequence id, or holds
-    the first of its guesses, where the host does not know them yet. Returns the work whose next token each row chooses,
-    in order; None for a row whose token nobody wants. A uniform step has a row for every sequence, a ragged one only
-    for those that sample; a work with drafts has one more for each.
+    pending_rows: by sequence id, the place of its next token among those that the host does not know yet, or of the
+    first of its draft tokens. Returns the work whose next token each row chooses, in order; None for a row whose token
+    is not wanted. A uniform step has a row for every sequence or every token, a ragged one only for those that sample;
+    a work with drafts has one more for each.
     """
     batch, sampling = inputs.batch, inputs.sampling
     token_ids, positions, slots = batch.token_ids.numpy(), batch.positions.numpy(), batch.slot_mapping.numpy()
     sources, starts, contexts = inputs.token_source.numpy(), batch.query_start.numpy(), batch.context_lens.numpy()
-    tables, rows = batch.block_tables.numpy(), batch.logits_indices.numpy()
+    tables = batch.block_tables.numpy()
+    rows = None if batch.logits_indices is None else batch.logits_indices.numpy()
     temperature, seed, sample_position = (
         field.numpy() for field in (sampling.temperature, sampling.seed, sampling.position)
     )
@@ -133,9 +140,13 @@ def fill(
         starts[index + 1] = token
         contexts[index] = first + num_tokens
         if item.samples or batch.query_len is not None:
-            row, count = len(sampled), max(1, item.num_rows)
+            count = max(1, item.num_rows)
+            if rows is None:
+                sampled += [None] * (num_tokens - count)
+            row = len(sampled)
             of_work = slice(row, row + count)
-            rows[of_work] = range(token - count, token)
+            if rows is not None:
+                rows[of_work] = range(token - count, token)
             temperature[of_work] = sequence.params.temperature
             seed[of_work] = sequence.seed
             sample_position[of_work] = range(first + num_tokens - count + 1, first + num_tokens + 1)
@@ -149,14 +160,3 @@ def fill(
         # for a whole step's padding.
         starts[len(work) + 1 :] = token
     return sampled
-
-
-def chosen_rows(max_num_seqs: int) -> int:
-    """Rows of the tokens that one step chooses and the next may read."""
-    return max(2, max_num_seqs)
-
-
-def batch_buckets(max_num_seqs: int) -> list[int]:
-    """Batch sizes that uniform steps are padded to: fine steps where a row costs much, coarse ones later."""
-    sizes = [2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 32, 32)]
-    return [size for size in sizes if size < max_num_seqs] + [max(2, max_num_seqs)]

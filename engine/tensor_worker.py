@@ -15,6 +15,7 @@ import torch
 from engine.cache import remove_substitutes
 from engine.checkpoint import find_checkpoint
 from engine.dtypes import DTYPES
+from engine.execution_plan import plan_for
 from engine.memory import allocate_kv_cache
 from engine.options import EngineOptions
 from engine.rank_messages import Compute, Copy, Head, Join, Prepare, receive
@@ -48,6 +49,7 @@ def _runner_maker(order: Join) -> Callable[[Prepare], Runner]:
     def make(message: Prepare) -> Runner:
         kv_cache = allocate_kv_cache(local, message.plan, dtype, device)
         return Runner(
+            plan_for(options, device, local),
             local,
             weights,
             kv_cache,
@@ -80,8 +82,8 @@ def main() -> None:
         match message:
             case Copy(blocks):
                 runner.copy(blocks)
-            case Compute(shape, warm_up):
-                runner.follow(shape, payload, warm_up)
+            case Compute(shape, is_compiled):
+                runner.follow(shape, payload, is_compiled)
             case Head():
                 runner.follow_head(payload)
     remove_substitutes()

@@ -3,19 +3,19 @@
     logits ─► edit ─► allow ─► restrict ─► draw ─► tokens        greedy steps take the model's own argmax
         └───────────────────────────────────────► logprobs
 
-Each function is compiled for several rows, and runs eagerly for a single one, where there is nothing to gain.
+Each function is compiled for several rows; a single one, as of a prompt's logprobs, runs eagerly.
 """
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.compiled_model import mark_dynamic
+from engine.compiled_steps import compiled, mark_dynamic
 from engine.sampling_params import MAX_LOGPROBS
 from engine.sequence import Needs, Sequence, TokenLogprobs
 from engine.step import Work
@@ -97,23 +97,16 @@ _EAGER = Functions(edit, allow, restrict, draw, greedy, logprobs)
 
 def compiled_functions(device: torch.device) -> Functions:
     """Each to be compiled when first called; `warm_up` must see every kind of launch before the first step."""
-    compiled: list[Any] = [torch.compile(function, fullgraph=True) for function in _EAGER]
-    functions = Functions(*compiled)
+    functions = Functions(*(compiled(function, replays=False) for function in _EAGER))
     # A call of something compiled costs the host five times what the single op does.
     return functions._replace(draw=draw, greedy=greedy) if has_draw_kernel(device) else functions
 
 
 def warm_up(functions: Functions, logits: Tensor, sampling: Sampling) -> Iterator[None]:
-    """Trace every function, one at each `next`, for launches of as many rows: one, or several."""
+    """Call every function, one at each `next`; compiled ones are traced for any number of rows from two on."""
     rows, vocab_size = logits.shape
     device = logits.device
     logits = logits.float()
-    if functions is not _EAGER:
-        mark_dynamic(logits, *sampling)
-    functions.draw(logits, sampling)
-    yield
-    if rows == 1:
-        return
     words = torch.zeros(rows, -(-vocab_size // 32), dtype=torch.int32, device=device)
     place = torch.zeros(16, dtype=torch.int64, device=device)
     edits = Edits(place, *(torch.zeros(16, device=device) for _ in range(2)))
@@ -121,7 +114,10 @@ def warm_up(functions: Functions, logits: Tensor, sampling: Sampling) -> Iterato
     filters = Filters(torch.full_like(sampling.position, vocab_size), ones, torch.zeros_like(ones))
     tokens = torch.zeros(rows, dtype=torch.int64, device=device)
     if functions is not _EAGER:
-        mark_dynamic(words, ones, tokens, *edits, *filters)
+        for tensor in (logits, *sampling, words, tokens, *edits, *filters):
+            mark_dynamic(tensor, 0)
+    functions.draw(logits, sampling)
+    yield
     functions.edit(logits, edits)
     yield
     functions.allow(logits, words)
@@ -154,10 +150,10 @@ def write_filters(
 class TokenChooser:
     """Chooses the tokens of a launch.
 
-    head: logits of rows of hidden states, and their argmax. functions: eager until somebody replaces them.
+    head: logits of rows of hidden states. functions: eager ones until others are put in their place.
     """
 
-    def __init__(self, device: torch.device, vocab_size: int, head: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, device: torch.device, vocab_size: int, head: Callable[[Tensor], Tensor]) -> None:
         self.device = device
         self.vocab_size = vocab_size
         self._head = head
@@ -168,7 +164,7 @@ class TokenChooser:
         """Run eagerly again."""
         self.functions = _EAGER
 
-    def warm_up(self, logits: Tensor, sampling: Sampling) -> None:
+    def run_all(self, logits: Tensor, sampling: Sampling) -> None:
         """Run every function once for as many rows."""
         for _ in warm_up(self.functions, logits, sampling):
             pass
@@ -178,17 +174,16 @@ class TokenChooser:
         work: tuple[Work, ...],
         sampled: list[Work | None],
         hidden: Tensor | None,
-        logits: Tensor | None,
-        chosen: Tensor | None,
+        logits: Tensor,
+        chosen: Tensor,
         sampling: Sampling,
     ) -> Choice:
         """The next token of each work in `sampled`, in the launch's first rows.
 
-        hidden: of every token of `work`, [T, E], where the launch was ragged. chosen: the argmax of `logits`, both of
-        which are None where nothing is sampled.
+        hidden: of every token of `work`, [T, E], where the launch was ragged. chosen: the argmax of `logits`.
         """
         choice = Choice(sampled)
-        if logits is not None and chosen is not None:
+        if sampled:
             needs = 0
             for item in sampled:
                 if item is not None:
@@ -218,7 +213,7 @@ class TokenChooser:
             return functions.greedy(logits)
         if needs & Needs.RESTRICT:
             logits = functions.restrict(logits, sampling.temperature, self._filters(sampled, rows))
-        return self.functions.draw(logits, sampling)
+        return functions.draw(logits, sampling)
 
     def _pick(self, rows: int) -> Functions:
         return _EAGER if rows == 1 else self.functions
@@ -293,7 +288,7 @@ class TokenChooser:
 
     def _logprobs_of(self, hidden: Tensor, targets: Tensor) -> Logprobs:
         rows = len(hidden)
-        logits, _ = self._head(hidden)
+        logits = self._head(hidden)
         # A copy, because targets is a view with an offset, on which the compiler would guard.
         return self._pick(rows).logprobs(logits.float(), targets[:rows].clone(), self._count)
 

@@ -64,14 +64,16 @@ def _advance(state: DraftState, token_ids: Int[Tensor, "B"], block_size: int) ->
     blocks = batch.block_tables.gather(1, (positions // block_size).long()[:, None])[:, 0]
     slots = torch.where(batch.context_lens <= last_positions, blocks * block_size + positions % block_size, 0)
     size = batch.context_lens.shape[0]
+    rows = torch.arange(size + 1, dtype=batch.query_start.dtype, device=positions.device)
     following = Batch(
         token_ids=token_ids.to(batch.token_ids.dtype),
         positions=positions,
         slot_mapping=slots.to(batch.slot_mapping.dtype),
         block_tables=batch.block_tables,
-        query_start=torch.arange(size + 1, dtype=batch.query_start.dtype, device=positions.device),
+        query_start=rows,
         context_lens=positions + 1,
-        logits_indices=None,
+        # Not None: the first step selects rows, and all steps are one graph.
+        logits_indices=rows[:-1].clone(),
     )
     sampling = None if state.sampling is None else state.sampling._replace(position=state.sampling.position + 1)
     return state._replace(batch=following, sampling=sampling)

@@ -8,27 +8,29 @@ from engine.step import StepResult
 from engine.token_chooser import Choice
 
 if TYPE_CHECKING:
-    from engine.recorded_draft_loop import Guesses
+    from engine.draft_loop import DeviceDrafts
 
 
-class Launched:
+class PendingStep:
     """A step that the device was told to run.
 
-    draft_seconds: what the device took, before the step, for guesses that the host was not waiting for.
+    draft_seconds: what the device took, before the step, for draft tokens that the host did not wait for.
     """
 
-    def __init__(self, choices: list[Choice], event: torch.cuda.Event | None, guesses: "Guesses | None" = None) -> None:
+    def __init__(
+        self, choices: list[Choice], event: torch.cuda.Event | None, drafts: "DeviceDrafts | None" = None
+    ) -> None:
         self._choices = choices
         self._event = event
-        self._guesses = guesses
+        self._drafts = drafts
         self.draft_seconds = 0.0
 
     def wait(self) -> StepResult:
-        """What the step chose, once it has run."""
+        """Return what the step sampled, once it has run."""
         if self._event is not None:
             self._event.synchronize()
-        if self._guesses is not None:
-            self.draft_seconds = self._guesses.wait()
+        if self._drafts is not None:
+            self.draft_seconds = self._drafts.wait()
         token_ids: dict[int, list[int]] = {}
         logprobs: dict[int, Any] = {}
         prompt_logprobs: dict[int, Any] = {}

@@ -9,6 +9,7 @@ With `--device cuda` both processes' pages are on the same GPU.
 """
 
 import importlib.util
+import math
 import multiprocessing
 import random
 import select
@@ -27,7 +28,7 @@ from bench.report import Output, Plot, Report
 from engine.transfer import Pulled, Ticket, TransferOptions, shared_memory
 from engine.transfer.interface import Transport
 from engine.transfer.transfers import Transfers
-from layers.types import KVCache, LayerKV
+from layers.types import KVCache
 
 TRANSPORTS: dict[str, tuple[Transport, ...]] = {"cpu": ("shm", "tcp", "nixl"), "cuda": ("cuda_ipc", "tcp")}
 SECONDS = 60  # after which a transfer counts as failed
@@ -40,18 +41,15 @@ class Pages:
         self, name: str, device: str, transport: Transport, model: str, num_blocks: int, block_size: int
     ) -> None:
         config = model_config(model)
-        keys = (num_blocks, config.num_kv_heads, config.head_dim, block_size)
-        values = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        plane = int(np.prod(keys)) * 2
-        size = 2 * config.num_layers * plane
+        keys = (config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, block_size)
+        values = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        size = 2 * torch.bfloat16.itemsize * math.prod(keys)
         self.shared = shared_memory.allocate(size) if device == "cpu" else None
         memory = self.shared.tensor if self.shared else torch.empty(size, dtype=torch.uint8, device=device)
         memory.fill_(len(name))
-        planes = [part.view(torch.bfloat16) for part in memory.split(plane)]
-        cache: KVCache = tuple(
-            LayerKV(k.view(keys), v.view(values)) for k, v in zip(planes[::2], planes[1::2], strict=True)
-        )
-        self.block_bytes = 2 * config.num_layers * plane // num_blocks
+        halves = memory.view(torch.bfloat16).chunk(2)
+        cache = KVCache(halves[0].view(keys), halves[1].view(values))
+        self.block_bytes = size // num_blocks
         self.transfers = Transfers(TransferOptions(name, transports=(transport,)))
         self.transfers.register(cache, model, self.shared)
 

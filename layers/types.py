@@ -54,7 +54,8 @@ class BlockWeights(NamedTuple):
 class Weights(NamedTuple):
     """All weights of a model. Each `Matrix` is in the layout that `ops.pack` chose.
 
-    Every field of `blocks` has the layers as an additional first dimension; `layers` gives one view per layer.
+    Every field of `blocks` has the layers as an additional first dimension, or is a tuple with a `Packed` for each
+    layer where their layout cannot be stacked; `layers` gives one view per layer.
     `rope_frequencies` is not read from a checkpoint but follows from the config (radians per position). A tied
     `embedding` is the very `lm_head` where its layout lets rows be read from it.
     """
@@ -96,13 +97,12 @@ def layers(blocks: BlockWeights) -> tuple[BlockWeights, ...]:
     """The weights of each layer, as views of stacked ones."""
     num_layers = len(blocks.attention_norm)
 
-    def unstacked(stacked: Matrix | None) -> tuple[Any, ...]:
+    def unstacked(stacked: Matrix | tuple[Packed, ...] | None) -> tuple[Any, ...]:
         if stacked is None:
             return (None,) * num_layers
-        if not isinstance(stacked, Packed):
-            return stacked.unbind(0)
-        blocked = stacked.blocked.unbind(0) if isinstance(stacked.blocked, Tensor) else stacked.blocked
-        return tuple(Packed(one, stacked.features) for one in blocked)
+        if isinstance(stacked, Packed):
+            return tuple(Packed(one, stacked.features) for one in stacked.blocked.unbind(0))
+        return stacked.unbind(0) if isinstance(stacked, Tensor) else stacked
 
     columns = zip(
         unstacked(blocks.attention_norm),

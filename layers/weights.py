@@ -6,7 +6,7 @@ checkpoint streams into its slices.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,7 +17,14 @@ from layers.rope import rope_frequencies
 from layers.sharding import Axis, Part, Sharding
 from layers.types import AttentionWeights, BlockWeights, MlpWeights, Weights
 
-Pack = Callable[[Tensor], ops.Matrix]
+Stack = ops.Matrix | tuple[ops.Packed, ...]
+
+
+@runtime_checkable
+class Pack(Protocol):
+    """What makes of a matrix what `ops.linear` takes: `ops.pack`, or a partial application of it."""
+
+    def __call__(self, weight: Tensor, *, out: Tensor | None = None) -> ops.Matrix: ...
 
 
 class WeightsError(ValueError):
@@ -139,9 +146,14 @@ class _Loading:
             self.waiting[source.name] = (source, row)
             row += source.local_shape(self.sharding)[0]
 
-    def fill(self, source: Source, row: int, tensor: Tensor) -> None:
-        """Copy a rank's part of a source, whose rows begin at `row`. Of a mapped file no other rows are read, and
-        other columns only where they share a page of memory with its own."""
+    def fill(self, name: str, tensor: Tensor) -> None:
+        """Copy a rank's part of a source. Of a mapped file no other rows are read, and other columns only where they
+        share a page of memory with its own. Raises WeightsError for a tensor of another shape."""
+        source, row = self.waiting.pop(name)
+        if tuple(tensor.shape) != source.shape:
+            raise WeightsError(
+                f"tensor {name!r} has shape {list(tensor.shape)}, the config calls for {list(source.shape)}"
+            )
         part = source.part(self.sharding)
         rows = self.tensor[row : row + source.local_shape(self.sharding)[0]]
         count = part.stop - part.start
@@ -165,7 +177,7 @@ def load_weights(
 
     `tensors` yields (Hugging Face name, tensor) in any order; `on_progress` hears of each one's elements. `borrowed`
     weights, by their names in `Weights`, are another model's and not among the tensors. `shard`: the rank whose part
-    of the model `config` is wanted. `pack`: what makes of a matrix what `ops.linear` takes.
+    of the model `config` is wanted. `pack` lays matrices out for `ops.linear`.
     Raises WeightsError, with the name, for a tensor that is missing, left over, doubled or misshapen.
     """
     borrowed = borrowed or {}
@@ -183,15 +195,9 @@ def load_weights(
             raise WeightsError(f"tensor {name!r} occurs twice in the checkpoint")
         if spec not in loading:
             loading[spec] = _Loading(spec, stacks.room(spec, spec.local_shape(sharding)), sharding)
-        weight = loading[spec]
-        source, row = weight.waiting.pop(name)
-        if tuple(tensor.shape) != source.shape:
-            raise WeightsError(
-                f"tensor {name!r} has shape {list(tensor.shape)}, the config calls for {list(source.shape)}"
-            )
-        weight.fill(source, row, tensor)
+        loading[spec].fill(name, tensor)
         on_progress(tensor.numel())
-        if not weight.waiting:
+        if not loading[spec].waiting:
             stacks.finish(spec, loading.pop(spec).tensor)
             done.add(spec)
     missing = [
@@ -212,48 +218,44 @@ class _Stacks:
         self._num_layers = num_layers
         self._pack = pack
         self._like = torch.empty(2, 2, dtype=dtype, device=device)
-        self._packs = pack(self._like) is not self._like
-        self._found: dict[str, ops.Matrix] = {}
-        # Layouts that torch cannot stack, by layer.
+        self._packs = isinstance(pack(self._like), ops.Packed)
+        self._single: dict[str, ops.Matrix] = {}
+        self._plain: dict[str, Tensor] = {}
+        self._tiled: dict[str, ops.Packed] = {}
         self._opaque: dict[str, dict[int, ops.Packed]] = {}
 
     def room(self, spec: WeightSpec, shape: tuple[int, ...]) -> Tensor:
-        """Where a weight of that shape is to be written: its final place, unless it is packed once it is whole."""
+        """Return where a weight of that shape is to be written: its final place, unless it is packed once whole."""
         if spec.layer is None or (self._packs and spec.kind == "matrix"):
             return self._like.new_empty(shape)
-        if spec.name not in self._found:
-            self._found[spec.name] = self._like.new_empty((self._num_layers, *shape))
-        stack = self._found[spec.name]
-        assert isinstance(stack, Tensor)
-        return stack[spec.layer]
+        if spec.name not in self._plain:
+            self._plain[spec.name] = self._like.new_empty((self._num_layers, *shape))
+        return self._plain[spec.name][spec.layer]
 
     def finish(self, spec: WeightSpec, tensor: Tensor) -> None:
         """Take a weight that is whole."""
-        weight = self._pack(tensor) if spec.kind == "matrix" else tensor
         if spec.layer is None:
-            self._found[spec.name] = weight
-        elif isinstance(weight, ops.Packed):
-            self._stack(spec.name, spec.layer, weight)
+            self._single[spec.name] = self._pack(tensor) if spec.kind == "matrix" else tensor
+        elif self._packs and spec.kind == "matrix":
+            self._pack_layer(spec.name, spec.layer, tensor)
 
-    def _stack(self, name: str, layer: int, packed: ops.Packed) -> None:
-        assert isinstance(packed.blocked, Tensor)
-        if packed.blocked.is_mkldnn:
-            self._opaque.setdefault(name, {})[layer] = packed
-            return
-        if name not in self._found:
+    def _pack_layer(self, name: str, layer: int, matrix: Tensor) -> None:
+        if name not in self._tiled:
+            packed = self._pack(matrix)
+            assert isinstance(packed, ops.Packed)
+            if packed.blocked.is_mkldnn:
+                self._opaque.setdefault(name, {})[layer] = packed
+                return
             stack = packed.blocked.new_empty((self._num_layers, *packed.blocked.shape))
-            self._found[name] = ops.Packed(stack, packed.features)
-        whole = self._found[name]
-        assert isinstance(whole, ops.Packed)
-        assert isinstance(whole.blocked, Tensor)
-        whole.blocked[layer].copy_(packed.blocked)
+            self._tiled[name] = ops.Packed(stack, packed.features)
+        self._pack(matrix, out=self._tiled[name].blocked[layer])
 
-    def weights(self) -> dict[str, ops.Matrix]:
-        """All weights, once they are whole."""
-        for name, by_layer in self._opaque.items():
-            ordered = [by_layer[layer] for layer in range(self._num_layers)]
-            self._found[name] = ops.Packed(tuple(one.blocked for one in ordered), ordered[0].features)  # type: ignore[arg-type]
-        return self._found
+    def weights(self) -> dict[str, Stack]:
+        """Return all weights, once they are whole."""
+        opaque = {
+            name: tuple(found[layer] for layer in range(self._num_layers)) for name, found in self._opaque.items()
+        }
+        return {**self._single, **self._plain, **self._tiled, **opaque}
 
 
 def dummy_weights(
@@ -271,28 +273,31 @@ def dummy_weights(
     sharding = Sharding(config, shard) if shard is not None else None
     generator = torch.Generator(device).manual_seed(seed)
     stacks = _Stacks(config.num_layers, dtype, device, pack)
-    for spec in declare(config):
+
+    def make(spec: WeightSpec) -> Tensor:
         room = stacks.room(spec, spec.local_shape(sharding))
-        whole = room if sharding is None else torch.empty(spec.shape, dtype=dtype, device=device)
-        if spec.kind == "vector":
-            whole.fill_(0.0 if spec.name.endswith("_bias") else 1.0)
-        else:
-            deviation = 1.0 if spec.kind == "table" else spec.shape[1] ** -0.5
-            whole.normal_(0.0, 0.5 * deviation, generator=generator)
-        if sharding is not None:
-            _take_part(spec, whole, room, sharding)
-        stacks.finish(spec, room)
+        if sharding is None:
+            return _fill_dummy(spec, room, generator)
+        weight = _Loading(spec, room, sharding)
+        whole = _fill_dummy(spec, torch.empty(spec.shape, dtype=dtype, device=device), generator)
+        rows = whole.split([source.shape[0] for source in spec.sources])
+        for source, tensor in zip(spec.sources, rows, strict=True):
+            weight.fill(source.name, tensor)
+        return room
+
+    for spec in declare(config):
+        stacks.finish(spec, make(spec))
     return assemble(config, stacks.weights(), device, pack)
 
 
-def _take_part(spec: WeightSpec, whole: Tensor, room: Tensor, sharding: Sharding) -> None:
-    weight = _Loading(spec, room, sharding)
-    rows = whole.split([source.shape[0] for source in spec.sources])
-    for (source, row), tensor in zip(weight.waiting.values(), rows, strict=True):
-        weight.fill(source, row, tensor)
+def _fill_dummy(spec: WeightSpec, weight: Tensor, generator: torch.Generator) -> Tensor:
+    if spec.kind == "vector":
+        return weight.fill_(0.0 if spec.name.endswith("_bias") else 1.0)
+    deviation = 1.0 if spec.kind == "table" else spec.shape[1] ** -0.5
+    return weight.normal_(0.0, 0.5 * deviation, generator=generator)
 
 
-def assemble(config: ModelConfig, weights: dict[str, Any], device: torch.device, pack: Pack = ops.pack) -> Weights:
+def assemble(config: ModelConfig, weights: Mapping[str, Any], device: torch.device, pack: Pack = ops.pack) -> Weights:
     """Build the `Weights` tree from weights by their declared names."""
     embedding = weights["embedding"]
     lm_head = weights.get("lm_head")

@@ -31,12 +31,12 @@ def write_kv(
 
 
 def copy_blocks(
-    keys: Float[Tensor, "NB KV D BS"],
-    values: Float[Tensor, "NB KV BS D"],
+    keys: Float[Tensor, "L NB KV D BS"],
+    values: Float[Tensor, "L NB KV BS D"],
     source: Int[Tensor, "N"],
     destination: Int[Tensor, "N"],
 ) -> None:
-    """Copy block `source[i]` to block `destination[i]`, in place. No destination may also be a source."""
+    """Copy block `source[i]` to block `destination[i]` in all layers, in place. No destination may also be a source."""
     torch.ops.dispec.copy_blocks(keys, values, source, destination)
 
 
@@ -57,8 +57,8 @@ def _write_kv_cuda(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slo
 
 
 def _copy_blocks(keys: Tensor, values: Tensor, source: Tensor, destination: Tensor) -> None:
-    keys[destination] = keys[source]
-    values[destination] = values[source]
+    keys[:, destination] = keys[:, source]
+    values[:, destination] = values[:, source]
 
 
 _library.impl("write_kv", _write_kv_cpu, "CPU")

@@ -34,8 +34,8 @@ class Packed(NamedTuple):
     """A weight [features, K] whose elements are unreadable but for `linear`: in our tiles of bf16 (four dimensions) or
     of 8 bits (three), or in oneDNN's blocked layout (two).
 
-    A type of its own, because under tracing the layout of the tensor inside is not to be seen. A weight that is stacked
-    by layer has one more dimension; oneDNN's layout cannot be stacked, and is a tensor for each layer.
+    A type of its own, because under tracing the layout of the tensor inside is not to be seen. Tiles of several layers
+    can be stacked in one more dimension; oneDNN's layout cannot.
     """
 
     blocked: Tensor
@@ -54,19 +54,19 @@ class Packed(NamedTuple):
 Matrix = Tensor | Packed
 
 
-def pack(weight: Float[Tensor, "N K"], *, may_round: bool = False) -> Matrix:
+def pack(weight: Float[Tensor, "N K"], *, may_round: bool = False, out: Tensor | None = None) -> Matrix:
     """The weight in the layout that `linear` reads fastest on its device; the weight itself where that is it, or where
     `DISPEC_PACKED_WEIGHTS=off` asks for it, as measurements of what packing is worth do.
 
     may_round: to 8 bits, if that is faster. Products are then those of weights that are off by up to 1/254 of the
-    largest in their row.
+    largest in their row. out: memory for the tiles of a weight that has been found to be packed into tiles.
     """
     if weight.device.type != "cpu" or weight.dtype is not torch.bfloat16:
         return weight
     if os.environ.get("DISPEC_PACKED_WEIGHTS", "on") == "off":
         return weight
     if has_linear():
-        return Packed((cpu_linear.pack_8_bits if may_round else cpu_linear.pack)(weight), weight.shape[0])
+        return Packed((cpu_linear.pack_8_bits if may_round else cpu_linear.pack)(weight, out), weight.shape[0])
     if not _packs_bfloat16():
         return weight
     return Packed(torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS), weight.shape[0])

@@ -23,14 +23,15 @@ def write_kv(
 
 
 def copy_blocks(
-    keys: Float[Tensor, "NB KV D BS"],
-    values: Float[Tensor, "NB KV BS D"],
+    keys: Float[Tensor, "L NB KV D BS"],
+    values: Float[Tensor, "L NB KV BS D"],
     source: Int[Tensor, "N"],
     destination: Int[Tensor, "N"],
 ) -> None:
     for old, new in zip(source.tolist(), destination.tolist(), strict=True):
-        keys[new] = keys[old]
-        values[new] = values[old]
+        for layer_keys, layer_values in zip(keys, values, strict=True):
+            layer_keys[new] = layer_keys[old]
+            layer_values[new] = layer_values[old]
 
 
 def paged_attention(

@@ -108,8 +108,7 @@ class FakeTransfers:
         for block in ready[: network.random.randint(1, 4)]:
             target = pull.blocks[pull.num_copied]
             for mine, theirs in zip(self._kv_cache, source._kv_cache, strict=True):
-                mine.keys[target].copy_(theirs.keys[block])
-                mine.values[target].copy_(theirs.values[block])
+                mine[:, target].copy_(theirs[:, block])
             pull.num_copied += 1
             network.num_blocks += 1
         if published.payload is not None and pull.num_copied >= len(pull.blocks):

@@ -105,7 +105,8 @@ def test_another_thread_runs_the_same_graphs(compiled):
 def test_a_compiled_step_allocates_nothing_as_large_as_a_weight_matrix_or_the_cache(compiled):
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     largest = largest_allocation(lambda: compiled.generate([[1, 2], [3, 4]], params))
-    assert largest < smallest_matrix_or_cache(compiled)
+    runner = compiled.engine.runner
+    assert largest < smallest_matrix_or_cache(runner.weights, runner.kv_cache)
 
 
 def every_feature() -> list[SamplingParams]:
@@ -218,7 +219,7 @@ def test_a_compiled_layer_copies_no_cache(uniform, kernels, monkeypatch):
     with torch.inference_mode():
         _, codes = run_and_get_code(torch.compile(eager_block, fullgraph=True), *captured["arguments"])
     source = "\n".join(codes)
-    keys = engine.runner.kv_cache[0].keys
+    keys = engine.runner.kv_cache.layers()[0].keys
     called = set(re.findall(r"dispec\.(\w+)", source))
     assert called & {"rotate_and_write", "decoder_layer"} if kernels else "write_kv" in called
     assert bool(called & {"paged_attention", "decoder_layer"}) == (not uniform or kernels)

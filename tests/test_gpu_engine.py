@@ -123,7 +123,7 @@ def test_a_decode_step_replays_one_graph_and_copies_only_its_inputs() -> None:
     buckets = len(batch_buckets(SMALL["max_num_seqs"]))
     assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] <= 24 * buckets
     assert counters["stats"]["unique_graphs"] == graphs
-    keys = engine.runner.kv_cache[0].keys
+    keys = engine.runner.kv_cache.layers()[0].keys
     largest_copy = max((event.device_memory_usage for event in averages if "copy" in event.key), default=0)
     assert largest_copy < keys.numel() * keys.element_size()
 

@@ -148,7 +148,7 @@ def test_write_kv(block_size):
 
 
 def test_copy_blocks():
-    keys, values = cache(6, 2, 64, 16)
+    keys, values = torch.randn(3, 6, 2, 64, 16), torch.randn(3, 6, 2, 16, 64)
     expected_keys, expected_values = keys.clone(), values.clone()
     source, destination = torch.tensor([1, 4]), torch.tensor([5, 2])
     ops.copy_blocks(keys, values, source, destination)
@@ -305,7 +305,7 @@ def test_opcheck():
     slots = torch.tensor([16, 40, 41, 79])
     torch.library.opcheck(torch.ops.dispec.write_kv.default, (keys, values, key, value, slots))
     pair = torch.tensor([1]), torch.tensor([3])
-    torch.library.opcheck(torch.ops.dispec.copy_blocks.default, (keys, values, *pair))
+    torch.library.opcheck(torch.ops.dispec.copy_blocks.default, (keys[None], values[None], *pair))
     if cpu_attention.has_kernels(keys.dtype, 64, 16):
         rotation = torch.rand(4, 32), torch.rand(4, 32)
         norm = torch.rand(64)

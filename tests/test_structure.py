@@ -137,10 +137,11 @@ def test_the_head_sees_the_rows_that_are_sampled_and_no_others(tokens):
 
 def test_a_step_allocates_nothing_as_large_as_a_weight_matrix_or_the_cache():
     llm = make(max_num_batched_tokens=32)
-    assert largest_allocation(lambda: llm.generate([[1, 2, 3]] * 3, greedy())) < smallest_matrix_or_cache(llm)
+    smallest = smallest_matrix_or_cache(llm.engine.runner.weights, llm.engine.runner.kv_cache)
+    assert largest_allocation(lambda: llm.generate([[1, 2, 3]] * 3, greedy())) < smallest
     # What it would see: a copy of a layer's keys.
-    keys = llm.engine.runner.kv_cache[0].keys
-    assert largest_allocation(keys.clone) >= smallest_matrix_or_cache(llm)
+    keys = llm.engine.runner.kv_cache.layers()[0].keys
+    assert largest_allocation(keys.clone) >= smallest
 
 
 def test_threads_of_the_processes(tmp_path, monkeypatch):

@@ -11,20 +11,17 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine import tensor_parallel
 from engine.checkpoint import find_checkpoint
-from engine.compiled_model import eager_functions
 from engine.llm import LLM
-from engine.memory import KVPlan, allocate_kv_cache
 from engine.options import EngineOptions
 from engine.sampling_params import SamplingParams
-from engine.step_inputs import StepShape, carve
 from engine.tensor_parallel import TensorParallelError
 from layers.config import ModelConfig, Shard
 from layers.sharding import Sharding
-from layers.weights import declare, dummy_weights, load_weights
+from layers.types import layers
+from layers.weights import declare, load_weights
 from tests.checkpoints import save_tiny
 
 FLOAT32 = {"dtype": "float32", "device": "cpu", "kv_cache_memory": "4MiB", "max_num_seqs": 8, "enforce_eager": True}
@@ -104,16 +101,16 @@ def test_ranks_load_their_parts_of_every_weight(directory):
         load_weights(checkpoint.config, checkpoint.tensors(), torch.float32, torch.device("cpu"), shard=shard)
         for shard in shards
     ]
-    for layer in range(checkpoint.config.num_layers):
+    for layer, ranks in enumerate(zip(*(layers(rank.blocks) for rank in loaded), strict=True)):
         prefix = f"model.layers.{layer}"
-        down = torch.cat([rank.blocks[layer].mlp.down for rank in loaded], dim=1)
+        down = torch.cat([rank.mlp.down for rank in ranks], dim=1)
         assert torch.equal(down, whole[f"{prefix}.mlp.down_proj.weight"])
-        output = torch.cat([rank.blocks[layer].attention.output for rank in loaded], dim=1)
+        output = torch.cat([rank.attention.output for rank in ranks], dim=1)
         assert torch.equal(output, whole[f"{prefix}.self_attn.o_proj.weight"])
-        gates = torch.cat([rank.blocks[layer].mlp.gate_up.chunk(2)[0] for rank in loaded])
+        gates = torch.cat([rank.mlp.gate_up.chunk(2)[0] for rank in ranks])
         assert torch.equal(gates, whole[f"{prefix}.mlp.gate_proj.weight"])
         if (bias := whole.get(f"{prefix}.self_attn.o_proj.bias")) is not None:
-            assert torch.equal(sum(rank.blocks[layer].attention.output_bias for rank in loaded), bias)
+            assert torch.equal(sum(rank.attention.output_bias for rank in ranks), bias)
     rows = torch.cat([rank.embedding for rank in loaded])
     assert torch.equal(rows[: checkpoint.config.vocab_size], whole["model.embed_tokens.weight"])
     assert not rows[checkpoint.config.vocab_size :].any()
@@ -251,36 +248,6 @@ def test_more_ranks_than_heads_are_refused_before_anything_starts(directory):
     with pytest.raises(ValueError, match=r"tensor_parallel_size is 20: the model has . key/value heads"):
         LLM(directory, **FLOAT32, tensor_parallel_size=20)
     assert not dist.is_initialized()
-
-
-def test_the_sums_are_part_of_one_graph():
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=3)
-    try:
-        shard = Shard(1, 3, dist.group.WORLD.group_name)
-        whole = config(9, 3, 192, 500)
-        local = Sharding(whole, shard).local_config()
-        weights = dummy_weights(whole, torch.float32, torch.device("cpu"), shard=shard)
-        plan = KVPlan(4, 16, 0, 64, "test")
-        cache = allocate_kv_cache(local, plan, torch.float32, torch.device("cpu"))
-        shape = StepShape(2, 2, 4, 2, 1)
-        batch = carve(torch.zeros(sum(shape.field_sizes()), dtype=torch.int32), shape).batch
-        graphs: list[torch.fx.GraphModule] = []
-
-        def keep(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
-            graphs.append(graph)
-            return graph
-
-        torch._dynamo.reset()
-        jaxtyping.config.update("jaxtyping_disable", True)  # the compiler cannot trace through the checks
-        torch.compile(eager_functions(local).whole, backend=keep, fullgraph=True)(weights, batch, cache, None)
-        (graph,) = graphs
-        called = [str(node.target) for node in graph.graph.nodes]
-        assert sum("all_reduce" in name for name in called) == 1 + 2 * whole.num_layers
-        assert sum("all_gather" in name for name in called) == 1
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-        torch._dynamo.reset()
-        dist.destroy_process_group()
 
 
 @pytest.mark.gpu

@@ -4,8 +4,11 @@ import random
 
 import pytest
 import torch
+import xxhash
 
 from engine.transfer import Pulled, PullFailed, Released, TransferOptions
+from engine.transfer.pages import HostPages
+from layers.types import KVCache
 from tests.transfer_peers import Peer, peers
 
 CARRIERS = ["shm", "tcp", "nixl"]
@@ -14,6 +17,23 @@ CARRIERS = ["shm", "tcp", "nixl"]
 def needs(transport: str) -> None:
     if transport == "nixl":
         pytest.importorskip("nixl_cu12")
+
+
+def test_the_bytes_of_blocks_are_their_keys_then_their_values_layer_by_layer() -> None:
+    with peers(Peer("source")) as (source,):
+        blocks = [7, 8, 3]
+        sent = b"".join(source.transfers._pages.outgoing(blocks))
+        keys, values = (half[:, blocks].view(torch.uint8).numpy().tobytes() for half in source.kv_cache)
+        assert sent == keys + values
+        expected = [xxhash.xxh3_64_digest(source.block(block).numpy().tobytes()) for block in blocks]
+        assert source.transfers._pages.checksums(blocks) == expected
+
+
+def test_pages_that_are_not_the_shared_memorys_are_refused() -> None:
+    with peers(Peer("source")) as (source,):
+        swapped = KVCache(source.kv_cache.values, source.kv_cache.keys)
+        with pytest.raises(ValueError, match="not the keys and then the values of the shared memory"):
+            HostPages.of(swapped, source.shared)
 
 
 @pytest.mark.parametrize("transport", CARRIERS)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from engine.transfer import Pulled, PullFailed, Released, Ticket
-from engine.transfer.handshake import Hello, greet
+from engine.transfer.handshake import Hello, Refused, greet
 from engine.transfer.wire import Connection
 from tests.transfer_peers import FINGERPRINT, PATIENCE, SECRET, Peer, peers
 
@@ -110,11 +110,24 @@ def ended(sock: socket.socket) -> bool:
     return True
 
 
+def hello(source: Peer) -> Hello:
+    """Of a peer whose pages are like the source's."""
+    pages = source.transfers._pages
+    return Hello("peer", FINGERPRINT, pages.num_layers, 40, pages.layer_bytes, "cpu", ["tcp"], "", 0)
+
+
 def authenticated(source: Peer) -> Connection:
     connection = Connection(socket.create_connection(source.transfers.address, PATIENCE), PATIENCE)
-    sizes = source.transfers._pages.plane_bytes
-    greet(connection, SECRET, Hello("peer", FINGERPRINT, sizes, 40, "cpu", ["tcp"], "", 0))
+    greet(connection, SECRET, hello(source))
     return connection
+
+
+def test_a_peer_of_another_version_is_refused_by_its_version() -> None:
+    with peers(Peer("source")) as (source,):
+        connection = Connection(socket.create_connection(source.transfers.address, PATIENCE), PATIENCE)
+        other = msgspec.structs.replace(hello(source), version=1, layer_bytes=0)  # fields that this version refuses
+        with contextlib.closing(connection), pytest.raises(Refused, match="protocol version is 1, must be 2"):
+            greet(connection, SECRET, other)
 
 
 @pytest.mark.parametrize("data", [struct.pack(">I", (256 << 10) + 1), struct.pack(">I", 3) + b"\x81\x01\x02"])
@@ -164,7 +177,7 @@ def test_bytes_that_change_after_they_were_published_are_caught(transport: str) 
     allowed = (transport,)
     with peers(Peer("source", transports=allowed), Peer("puller", transports=allowed, seed=1)) as (source, puller):
         settled(source, "a", [5, 6, 7], puller, 9)
-        source.kv_cache[2].values[6].view(torch.uint8).view(-1)[-1] ^= 1
+        source.kv_cache.values[2, 6].view(torch.uint8).view(-1)[-1] ^= 1
         puller.transfers.pull(source.transfers.ticket("a"), 0, [1, 2, 3])
         assert "the checksum of place 1 is wrong" in failure(puller)
         assert source.events(1).keys() == {"a"}  # which the puller does not want any more

@@ -34,8 +34,8 @@ source.transfers.close()
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("transport", ["cuda_ipc", "tcp"])
-def test_pulled_pages_on_a_gpu_are_the_sources(transport: str) -> None:
+@pytest.mark.parametrize(("transport", "device"), [("cuda_ipc", "cuda"), ("tcp", "cuda"), ("tcp", "cpu")])
+def test_pulled_pages_on_a_gpu_are_the_sources(transport: str, device: str) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, transport],
         stdout=subprocess.PIPE,
@@ -47,7 +47,7 @@ def test_pulled_pages_on_a_gpu_are_the_sources(transport: str) -> None:
         assert child.stdout is not None
         ticket = msgspec.json.decode(child.stdout.readline(), type=Ticket)
         same = Peer("reference", 40)  # the same noise as the source's
-        puller = Peer("puller", 40, device="cuda", transports=(transport,), seed=1)
+        puller = Peer("puller", 40, device=device, transports=(transport,), seed=1)
         with peers(puller, same):
             others = [number for number in range(40) if number not in (20, 3, 4)]
             before = [puller.block(number) for number in others]

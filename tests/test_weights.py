@@ -1,6 +1,9 @@
 """Weights are declared once: what does not match the declaration is refused with its name."""
 
+import functools
+import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import ops
 from engine.checkpoint import find_checkpoint
-from layers.config import ModelConfig
-from layers.types import Weights
+from layers.config import ModelConfig, Shard
+from layers.types import Weights, layers
 from layers.weights import WeightsError, declare, dummy_weights, load_weights
 from ops.cpu.library import has_linear
+from tests.allocations import peak_allocation
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_tiny
 from tests.paged_model import PagedModel
 
@@ -141,7 +145,75 @@ def test_fused_rows_stand_in_order(checkpoint):
     config, tensors = checkpoint
     weights = load(config, list(tensors.items()))
     parts = [tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"]
-    assert torch.equal(weights.blocks[1].attention.qkv, torch.cat(parts))
+    assert torch.equal(layers(weights.blocks)[1].attention.qkv, torch.cat(parts))
+
+
+LAYOUTS = {
+    "plain": (torch.float32, ops.pack),
+    "tiles": (torch.bfloat16, ops.pack),
+    "tiles of 8 bits": (torch.bfloat16, functools.partial(ops.pack, may_round=True)),
+    "oneDNN's": (torch.bfloat16, ops.pack),
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request, monkeypatch):
+    if request.param == "oneDNN's":
+        monkeypatch.setattr(importlib.import_module("ops.linear"), "has_linear", lambda: False)
+        if not isinstance(ops.pack(torch.zeros(16, 16, dtype=torch.bfloat16)), ops.Packed):
+            pytest.skip("oneDNN packs nothing on this CPU")
+    elif request.param != "plain" and not has_linear():
+        pytest.skip("this CPU has no kernel for tiles")
+    return LAYOUTS[request.param]
+
+
+def test_layers_are_what_each_would_be_alone(checkpoint, layout):
+    config, tensors = checkpoint
+    dtype, pack = layout
+    weights = load_weights(config, iter(tensors.items()), dtype, CPU, pack=pack)
+    x = torch.randn(3, config.hidden_size).to(dtype)
+    assert len(layers(weights.blocks)) == config.num_layers
+    for number, layer in enumerate(layers(weights.blocks)):
+        prefix = f"model.layers.{number}"
+        parts = [tensors[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "up")]
+        alone = pack(torch.cat(parts).to(dtype))
+        assert torch.equal(ops.linear(x, layer.mlp.gate_up), ops.linear(x, alone))
+        if isinstance(alone, ops.Packed) and not alone.blocked.is_mkldnn:
+            assert torch.equal(layer.mlp.gate_up.blocked, alone.blocked)
+        assert torch.equal(layer.attention_norm, tensors[f"{prefix}.input_layernorm.weight"].to(dtype))
+        assert (layer.attention.query_norm is None) == (f"{prefix}.self_attn.q_norm.weight" not in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("made", ["loaded", "random"])
+def test_no_more_than_one_matrix_is_held_beside_the_weights(checkpoint, dtype, made):
+    if dtype is torch.bfloat16 and not has_linear():
+        pytest.skip("this CPU has no kernel for tiles")
+    config = replace(checkpoint[0], intermediate_size=704, num_layers=5, vocab_size=64)
+    tensors = {source.name: torch.randn(source.shape) for spec in declare(config) for source in spec.sources}
+
+    def make() -> Weights:
+        return dummy_weights(config, dtype, CPU) if made == "random" else load(config, list(tensors.items()), dtype)
+
+    weights = sum(leaf.nbytes for leaf in leaves(make()))
+    largest = 2 * config.intermediate_size * config.hidden_size * dtype.itemsize
+    # 8 KiB for results of operations on vectors: a matrix that is held too long has 32 KiB or more.
+    assert peak_allocation(make) <= weights + (largest if dtype is torch.bfloat16 else 0) + 8192
+
+
+def test_dummy_weights_of_ranks_are_parts_of_the_same(checkpoint):
+    config, _ = checkpoint
+    whole = dummy_weights(config, torch.float32, CPU)
+    tensors = {}
+    for spec in declare(config):
+        weight = functools.reduce(getattr, spec.name.split("."), whole)
+        rows = (weight if spec.layer is None else weight[spec.layer]).split([one.shape[0] for one in spec.sources])
+        tensors |= {source.name: part for source, part in zip(spec.sources, rows, strict=True)}
+    for rank in range(3):
+        shard = Shard(rank, 3, "g")
+        part = load_weights(config, iter(tensors.items()), torch.float32, CPU, shard=shard)
+        made = dummy_weights(config, torch.float32, CPU, shard=shard)
+        assert all(map(torch.equal, leaves(made), leaves(part)))
 
 
 def test_missing(checkpoint):
@@ -196,7 +268,7 @@ def test_bfloat16_matrices_are_packed_and_the_tied_head_too(tmp_path):
     weights = load(found.config, list(found.tensors()), torch.bfloat16)
     packs = isinstance(ops.pack(torch.zeros(16, 16, dtype=torch.bfloat16)), ops.Packed)
     assert isinstance(weights.lm_head, ops.Packed) == packs
-    assert isinstance(weights.blocks[0].mlp.down, ops.Packed) == packs
+    assert isinstance(layers(weights.blocks)[0].mlp.down, ops.Packed) == packs
     if has_linear():
         assert weights.embedding is weights.lm_head
     table = dict(found.tensors())["model.embed_tokens.weight"].bfloat16()

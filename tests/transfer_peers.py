@@ -1,5 +1,6 @@
 """Engines that transfer, without the engines: pages full of noise, and what their transfers say."""
 
+import math
 import select
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ import torch
 
 from engine.transfer import Event, Pulled, PullFailed, Released, TransferOptions, shared_memory
 from engine.transfer.transfers import Transfers
-from layers.types import KVCache, LayerKV
+from layers.types import KVCache
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM, BLOCK_SIZE = 3, 2, 16, 8
 FINGERPRINT = "a model"
@@ -36,26 +37,22 @@ class Peer:
     ) -> None:
         chosen = {"secret": SECRET, **options}
         self.transfers = Transfers(TransferOptions(name, transports=transports, **chosen), clock)
-        keys = (num_blocks, NUM_HEADS, HEAD_DIM, BLOCK_SIZE)
-        plane = num_blocks * NUM_HEADS * HEAD_DIM * BLOCK_SIZE * 2
-        self.shared = shared_memory.allocate(2 * num_layers * plane) if is_shared and device == "cpu" else None
-        size = 2 * num_layers * plane
+        keys = (num_layers, num_blocks, NUM_HEADS, HEAD_DIM, BLOCK_SIZE)
+        values = (num_layers, num_blocks, NUM_HEADS, BLOCK_SIZE, HEAD_DIM)
+        size = 2 * torch.bfloat16.itemsize * math.prod(keys)
+        self.shared = shared_memory.allocate(size) if is_shared and device == "cpu" else None
         memory = self.shared.tensor if self.shared else torch.zeros(size, dtype=torch.uint8, device=device)
         noise = torch.Generator().manual_seed(seed)  # the same on every device
         memory.copy_(torch.randint(0, 256, memory.shape, dtype=torch.uint8, generator=noise))
         self.memory = memory
-        planes = [memory[at * plane : (at + 1) * plane].view(torch.bfloat16) for at in range(2 * num_layers)]
-        values = (num_blocks, NUM_HEADS, BLOCK_SIZE, HEAD_DIM)
-        self.kv_cache: KVCache = tuple(
-            LayerKV(k.view(keys), v.view(values)) for k, v in zip(planes[::2], planes[1::2], strict=True)
-        )
+        halves = memory.view(torch.bfloat16).chunk(2)
+        self.kv_cache = KVCache(halves[0].view(keys), halves[1].view(values))
         self.transfers.register(self.kv_cache, fingerprint, self.shared)
         self._heard: list[Event] = []
 
     def block(self, number: int) -> torch.Tensor:
         """All bytes of a block, gathered by torch's own indexing."""
-        pages = [page[number].contiguous().view(torch.uint8).flatten() for layer in self.kv_cache for page in layer]
-        return torch.cat(pages).cpu()
+        return torch.cat([half[:, number].flatten() for half in self.kv_cache]).view(torch.uint8).cpu()
 
     def next_event(self) -> Event:
         """The next event, waited for as an engine would: by the descriptor."""

@@ -4,6 +4,7 @@ Everything runs on a stream of its own, after what the engine had launched when 
 only when they are in place. The order of bytes is that of `HostPages`.
 """
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 
@@ -13,7 +14,7 @@ import xxhash
 from torch import Tensor
 
 from engine.transfer.handshake import Hello
-from engine.transfer.pages import plane_bytes
+from engine.transfer.pages import block_bytes
 from layers.types import KVCache
 
 
@@ -31,7 +32,7 @@ class _Storage(msgspec.Struct):
 
 
 class _Exported(msgspec.Struct):
-    """A storage and a place in it, in bytes, for every plane."""
+    """A storage and a place in it, in bytes, for the keys and for the values."""
 
     storages: list[_Storage]
     offsets: list[int]
@@ -41,19 +42,18 @@ _decode = msgspec.msgpack.Decoder(_Exported).decode
 
 
 class DevicePages:
-    """Planes on one CUDA device."""
+    """Keys and values on one CUDA device."""
 
     def __init__(self, kv_cache: KVCache) -> None:
-        self.planes = [plane_bytes(pages) for layer in kv_cache for pages in layer]
-        first = self.planes[0]
-        self._device = first.device
+        keys, values = (block_bytes(pages) for pages in kv_cache)
+        self.halves = (keys, values)
+        self._device = keys.device
         self.device = "cuda"
-        self.num_blocks = first.shape[0]
-        self.plane_bytes = [plane.shape[1] for plane in self.planes]
-        self.block_bytes = sum(self.plane_bytes)
+        self.num_layers, self.num_blocks, self.layer_bytes = keys.shape
+        self.block_bytes = 2 * self.num_layers * self.layer_bytes
         # Eight bytes at a time: gathering is by elements.
-        self._lane = torch.int64 if all(size % 8 == 0 for size in self.plane_bytes) else torch.uint8
-        self._wide = [plane.view(self._lane) for plane in self.planes]
+        self._lane = torch.int64 if self.layer_bytes % 8 == 0 else torch.uint8
+        self._wide = (keys.view(self._lane), values.view(self._lane))
         self._stream = torch.cuda.Stream(self._device)
         self._local = threading.local()
 
@@ -69,7 +69,7 @@ class DevicePages:
         """Blocks as published, in pinned memory, which stays theirs until this thread's next call."""
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             where = torch.tensor(blocks, device=self._device)
-            gathered = torch.cat([plane.index_select(0, where).flatten() for plane in self._wide])
+            gathered = torch.cat([half.index_select(1, where) for half in self._wide])
             return [self._to_host(gathered).numpy().data]
 
     def incoming(self, blocks: Sequence[int]) -> list[memoryview]:
@@ -82,19 +82,17 @@ class DevicePages:
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             where = torch.tensor(blocks, device=self._device)
             received = staged.to(self._device, non_blocking=True).view(self._lane)
-            at = 0
-            for plane in self._wide:
-                count = len(blocks) * plane.shape[1]
-                plane.index_copy_(0, where, received[at : at + count].view(len(blocks), -1))
-                at += count
+            parts = received.view(2, self.num_layers, len(blocks), self._wide[0].shape[2])
+            for half, part in zip(self._wide, parts, strict=True):
+                half.index_copy_(1, where, part)
         self._stream.synchronize()
 
     def checksums(self, blocks: Sequence[int]) -> list[bytes]:
-        """Of each block, whose bytes are gathered as they are on a CPU: its rows of all planes in order."""
+        """Of each block, whose bytes are gathered in the order of `HostPages`."""
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             where = torch.tensor(blocks, device=self._device)
-            gathered = torch.cat([plane.index_select(0, where) for plane in self._wide], dim=1)
-            staged = self._to_host(gathered)
+            gathered = torch.cat([half.index_select(1, where) for half in self._wide])
+            staged = self._to_host(gathered.transpose(0, 1).contiguous())
         return [xxhash.xxh3_64_digest(row.data) for row in staged.numpy().reshape(len(blocks), -1)]
 
     def verify(self, blocks: Sequence[int], checksums: Sequence[bytes], first: int) -> str | None:
@@ -105,35 +103,35 @@ class DevicePages:
         return None
 
     def export(self) -> bytes:
-        """Handles of the allocations that the planes lie in, for a process that uses the same device."""
+        """Handles of the allocations that the pages lie in, for a process that uses the same device."""
         exported = _Exported([], [])
-        for plane in self.planes:
-            storage = plane.untyped_storage()
-            exported.storages.append(_Storage(*storage._share_cuda_()))
-            exported.offsets.append(int(plane.storage_offset()))
+        for half in self.halves:
+            exported.storages.append(_Storage(*half.untyped_storage()._share_cuda_()))
+            exported.offsets.append(int(half.storage_offset()))
         return msgspec.msgpack.encode(exported)
 
     def open(self, metadata: bytes, peer: Hello) -> Callable[[Sequence[int], Sequence[int]], None]:
         """A copy from a peer's pages. Raises ValueError or RuntimeError if they cannot be opened."""
         exported = _decode(metadata)
+        shape = (peer.num_layers, peer.num_blocks, peer.layer_bytes)
         theirs = []
-        for storage, offset, size in zip(exported.storages, exported.offsets, self.plane_bytes, strict=True):
+        for storage, offset in zip(exported.storages, exported.offsets, strict=True):
             opened = torch.UntypedStorage._new_shared_cuda(*msgspec.structs.astuple(storage))
             whole = torch.empty(0, dtype=torch.uint8, device=opened.device).set_(opened)
-            theirs.append(whole[offset : offset + size * peer.num_blocks].view(peer.num_blocks, size).view(self._lane))
+            theirs.append(whole[offset : offset + math.prod(shape)].view(shape).view(self._lane))
 
         def copy(source_blocks: Sequence[int], own_blocks: Sequence[int]) -> None:
             with torch.inference_mode(), torch.cuda.stream(self._stream):
                 source = torch.tensor(source_blocks, device=self._device)
                 own = torch.tensor(own_blocks, device=self._device)
                 for mine, other in zip(self._wide, theirs, strict=True):
-                    mine.index_copy_(0, own, other.index_select(0, source.to(other.device)).to(self._device))
+                    mine.index_copy_(1, own, other.index_select(1, source.to(other.device)).to(self._device))
             self._stream.synchronize()
 
         return copy
 
     def _to_host(self, gathered: Tensor) -> Tensor:
-        """Its bytes in this thread's pinned memory, in one copy: a copy for each plane of each block would take a
+        """Its bytes in this thread's pinned memory, in one copy: a copy for each layer of each block would take a
         hundred times as long."""
         staged = self._staging(gathered.numel() * gathered.element_size())
         staged.copy_(gathered.view(torch.uint8).flatten(), non_blocking=True)

@@ -15,7 +15,7 @@ from engine.transfer.interface import Identifier
 from engine.transfer.messages import encode
 from engine.transfer.wire import Connection
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 NONCE_BYTES = 32
 MAX_GREETING_BYTES = 512  # that anybody may send
 MAX_HELLO_BYTES = 64 << 10  # that a peer may say of itself
@@ -27,15 +27,16 @@ Positive = Annotated[int, msgspec.Meta(ge=1, lt=1 << 48)]
 class Hello(msgspec.Struct, frozen=True):
     """What a process says of itself.
 
-    plane_bytes: of one block in every layer's keys and values, in order; num_blocks: in each of them.
+    layer_bytes: of one block in one layer's keys, and in its values; num_blocks: in each of them.
     host_id, user_id: the running kernel and the user, so that two on one machine find out.
     unix_name: of the abstract socket where the memory's descriptor can be had; empty where there is none.
     """
 
     engine_id: Identifier
     fingerprint: Annotated[str, msgspec.Meta(max_length=1024)]
-    plane_bytes: Annotated[list[Positive], msgspec.Meta(max_length=4096)]
+    num_layers: Positive
     num_blocks: Positive
+    layer_bytes: Positive
     device: Annotated[str, msgspec.Meta(max_length=16)]
     transports: Annotated[list[Annotated[str, msgspec.Meta(max_length=16)]], msgspec.Meta(max_length=8)]
     host_id: Annotated[str, msgspec.Meta(max_length=64)]
@@ -43,6 +44,17 @@ class Hello(msgspec.Struct, frozen=True):
     unix_name: Annotated[str, msgspec.Meta(max_length=64)] = ""
     lease_seconds: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     version: int = PROTOCOL_VERSION
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block in all layers."""
+        return 2 * self.num_layers * self.layer_bytes
+
+
+class _Version(msgspec.Struct):
+    """What every version of a hello has."""
+
+    version: int
 
 
 class _Greeting(msgspec.Struct, tag="dispec-transfer"):
@@ -69,6 +81,7 @@ class _Refusal(msgspec.Struct, tag=True):
 
 
 _decode_hello = msgspec.msgpack.Decoder(Hello).decode
+_decode_version = msgspec.msgpack.Decoder(_Version).decode
 
 
 class Refused(ConnectionError):
@@ -119,11 +132,9 @@ def welcome(connection: Connection, secret: bytes, hello: Hello) -> Hello:
 def incompatible(source: Hello, puller: Hello) -> str | None:
     """Why blocks of one are of no use to the other; None if they are."""
     for name, mine, theirs in (
-        ("protocol version", source.version, puller.version),
         ("fingerprint", source.fingerprint, puller.fingerprint),
-        ("number of layers", len(source.plane_bytes) // 2, len(puller.plane_bytes) // 2),
-        ("bytes of a block", sum(source.plane_bytes), sum(puller.plane_bytes)),
-        ("layout of a block", source.plane_bytes, puller.plane_bytes),
+        ("number of layers", source.num_layers, puller.num_layers),
+        ("bytes of a block", source.block_bytes, puller.block_bytes),
     ):
         if mine != theirs:
             return f"{name} differs: the source has {_short(mine)}, the puller {_short(theirs)}"
@@ -136,7 +147,10 @@ def _short(value: Any) -> str:
 
 
 def _read_hello(said: bytes) -> Hello:
+    """Return a peer's hello. Raises Refused if it cannot be read, or is of another version, which has other fields."""
     try:
+        if (version := _decode_version(said).version) != PROTOCOL_VERSION:
+            raise Refused(f"protocol version is {version}, must be {PROTOCOL_VERSION}")
         return _decode_hello(said)
     except ValueError as error:
         raise Refused(f"a hello that cannot be read: {error}") from None

@@ -118,8 +118,7 @@ class Link:
         self.transport = self._choose(connection, peer)
         self._num_source_blocks = peer.num_blocks
         self._outbox = Outbox(connection, "kv-ask")
-        block_bytes = sum(peer.plane_bytes)
-        read_places = max(1, min(MAX_PLACES, self._options.read_bytes // block_bytes))
+        read_places = max(1, min(MAX_PLACES, self._options.read_bytes // peer.block_bytes))
         ask_seconds = min(peer.lease_seconds, self._options.stall_seconds) / 4
         self._side.linked(self._key, ask_seconds, read_places)
         while True:

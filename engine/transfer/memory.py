@@ -10,8 +10,6 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from engine.transfer import host, shared_memory
 from engine.transfer.handshake import Hello, Refused, greet
 from engine.transfer.interface import TransferOptions, Transport
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
 
 CopyBlocks = Callable[[Sequence[int], Sequence[int]], None]  # the source's blocks into own ones
 Exchange = Callable[[OpenMemory], Memory]  # over the connection that is there already
-
-_decode_offsets = msgspec.msgpack.Decoder(list[int]).decode
 
 
 class Memories:
@@ -47,10 +43,6 @@ class Memories:
             "tcp": True,
         }
         self.transports: list[Transport] = [name for name in options.allowed if possible[name]]
-
-    def layout(self) -> bytes:
-        """Where in the shared memory each plane begins."""
-        return msgspec.msgpack.encode(self.pages.offsets if isinstance(self.pages, HostPages) else [])
 
     @property
     def fd(self) -> int:
@@ -98,8 +90,6 @@ class Memories:
         try:
             if greet(connection, self._options.secret or b"", own).engine_id != peer.engine_id:
                 raise Refused("another engine has this name")
-            answer = connection.receive(msgspec.msgpack.Decoder(Memory).decode)
-            offsets = _decode_offsets(answer.metadata)
             _, descriptors, _, _ = socket.recv_fds(connection.socket, 1, 1)
         finally:
             connection.close()
@@ -109,7 +99,7 @@ class Memories:
             region = shared_memory.map_read_only(descriptors[0])
         finally:
             os.close(descriptors[0])
-        theirs = HostPages.within(region, offsets, peer.plane_bytes, peer.num_blocks)
+        theirs = HostPages.within(region, peer.num_layers, peer.num_blocks, peer.layer_bytes)
         mine = self.pages
         assert isinstance(mine, HostPages)
 
@@ -122,7 +112,7 @@ class Memories:
 
 def pages_of(kv_cache: KVCache, shared: SharedMemory | None) -> "HostPages | DevicePages":
     """A cache's pages, wherever they are."""
-    if kv_cache[0].keys.device.type == "cpu":
+    if kv_cache.keys.device.type == "cpu":
         return HostPages.of(kv_cache, shared)
     from engine.transfer.device_pages import DevicePages
 

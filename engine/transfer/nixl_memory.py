@@ -1,6 +1,6 @@
 """Reads of remote pages by NIXL (https://github.com/ai-dynamo/nixl), over whatever UCX finds between two machines.
 
-Each plane is registered, or the one memory that holds them all; the puller's READ goes straight into its own pages.
+Keys and values are registered, or the one memory that holds both; the puller's READ goes straight into its own pages.
 """
 
 import logging
@@ -21,7 +21,7 @@ POLL_SECONDS = 50e-6
 
 
 class _Exported(msgspec.Struct):
-    """agent: NIXL's own description; addresses: of every plane, in the source."""
+    """agent: NIXL's own description; addresses: of the keys and of the values, in the source."""
 
     agent: bytes
     addresses: list[int]
@@ -45,9 +45,9 @@ class NixlMemory:
         if shared is not None:
             regions = [(shared.tensor.data_ptr(), shared.tensor.numel(), 0, "")]
         else:
-            regions = [(plane.ctypes.data, plane.nbytes, 0, "") for plane in pages.planes]
+            regions = [(half.ctypes.data, half.nbytes, 0, "") for half in pages.halves]
         self._registered = self._agent.register_memory(regions, "DRAM")
-        self._addresses = [plane.ctypes.data for plane in pages.planes]
+        self._addresses = [half.ctypes.data for half in pages.halves]
 
     def export(self) -> bytes:
         """What a puller needs."""
@@ -57,22 +57,23 @@ class NixlMemory:
     def open(self, metadata: bytes, peer: Hello) -> "_Remote":
         """Raises ValueError or what NIXL raises for metadata that is of no use."""
         exported = _decode(metadata)
-        if len(exported.addresses) != len(self._addresses):
-            raise ValueError(f"the source has {len(exported.addresses)} planes, we {len(self._addresses)}")
         with self._lock:
             name = self._agent.add_remote_agent(exported.agent)
-        return _Remote(self, name.decode() if isinstance(name, bytes) else name, exported.addresses)
+        layers = _layer_addresses(exported.addresses, (peer.num_layers, peer.num_blocks, peer.layer_bytes))
+        return _Remote(self, name.decode() if isinstance(name, bytes) else name, layers)
 
-    def read(self, remote: str, addresses: Sequence[int], theirs: Sequence[int], own: Sequence[int]) -> None:
-        """Blocks of a peer into own ones. Raises ConnectionError if that fails.
+    def read(self, remote: str, layers: np.ndarray, theirs: Sequence[int], own: Sequence[int]) -> None:
+        """Blocks of a peer, whose keys and values of each layer are at `layers`, into own ones. Raises ConnectionError
+        if that fails.
 
         After a timeout it waits for the end nevertheless where NIXL cannot cancel: nothing may write into pages that
         are somebody else's by then.
         """
-        sizes = self._pages.plane_bytes
+        size = self._pages.layer_bytes
+        own_layers = _layer_addresses(self._addresses, self._pages.halves[0].shape)
         with self._lock:
-            source = self._agent.get_xfer_descs(_rows(addresses, sizes, theirs), "DRAM")
-            target = self._agent.get_xfer_descs(_rows(self._addresses, sizes, own), "DRAM")
+            source = self._agent.get_xfer_descs(_rows(layers, size, theirs), "DRAM")
+            target = self._agent.get_xfer_descs(_rows(own_layers, size, own), "DRAM")
             handle = self._agent.initialize_xfer("READ", target, source, remote)
             state = self._agent.transfer(handle)
         deadline = time.monotonic() + self._timeout
@@ -97,18 +98,24 @@ class NixlMemory:
 class _Remote:
     """A source's pages."""
 
-    def __init__(self, memory: NixlMemory, name: str, addresses: list[int]) -> None:
-        self._memory, self._name, self._addresses = memory, name, addresses
+    def __init__(self, memory: NixlMemory, name: str, layers: np.ndarray) -> None:
+        self._memory, self._name, self._layers = memory, name, layers
 
     def __call__(self, source_blocks: Sequence[int], own_blocks: Sequence[int]) -> None:
-        self._memory.read(self._name, self._addresses, source_blocks, own_blocks)
+        self._memory.read(self._name, self._layers, source_blocks, own_blocks)
 
 
-def _rows(addresses: Sequence[int], sizes: Sequence[int], blocks: Sequence[int]) -> np.ndarray:
-    """(address, bytes, device) of each block in each plane."""
-    size = np.asarray(sizes, dtype=np.uint64)[:, None]
-    start = np.asarray(addresses, dtype=np.uint64)[:, None] + size * np.asarray(blocks, dtype=np.uint64)[None]
-    rows = np.zeros((start.size, 3), dtype=np.uint64)
-    rows[:, 0] = start.reshape(-1)
-    rows[:, 1] = np.broadcast_to(size, start.shape).reshape(-1)
+def _layer_addresses(starts: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
+    """Where each layer's keys, then each layer's values begin. shape: of either, layers, blocks and bytes."""
+    num_layers, num_blocks, size = shape
+    stride = np.arange(num_layers, dtype=np.uint64) * np.uint64(num_blocks * size)
+    return (np.asarray(starts, dtype=np.uint64)[:, None] + stride).reshape(-1)
+
+
+def _rows(layers: np.ndarray, size: int, blocks: Sequence[int]) -> np.ndarray:
+    """(address, bytes, device) of each block in each of `layers`, `size` bytes each."""
+    starts = layers[:, None] + np.uint64(size) * np.asarray(blocks, dtype=np.uint64)
+    rows = np.zeros((starts.size, 3), dtype=np.uint64)
+    rows[:, 0] = starts.reshape(-1)
+    rows[:, 1] = size
     return rows

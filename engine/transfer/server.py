@@ -200,7 +200,6 @@ class Server:
     def _serve_memory(self, connection: Connection) -> None:
         """Hand over the memory's descriptor, to a process of the same user that has the secret."""
         self._shake_hands(connection)
-        connection.send(Memory(self._memories.layout()))
         socket.send_fds(connection.socket, [b"\0"], [self._memories.fd])
 
 

@@ -63,8 +63,8 @@ class Transfers:
     def register(self, kv_cache: KVCache, fingerprint: str, shared: SharedMemory | None) -> None:
         """The pages that blocks are numbers in, once. Peers with another `fingerprint` or geometry are refused.
 
-        shared: the memory that all pages lie in, so that processes of this machine can map it. Raises ValueError if
-        they do not, or if none of the allowed transports can be used.
+        shared: the memory that the keys and after them the values lie in, so that processes of this machine can map
+        it. Raises ValueError if they do not, or if none of the allowed transports can be used.
         """
         if self._threads:
             raise ValueError("register was called already")
@@ -76,8 +76,9 @@ class Transfers:
         self._hello = Hello(
             self.engine_id,
             fingerprint,
-            self._pages.plane_bytes,
+            self._pages.num_layers,
             self._pages.num_blocks,
+            self._pages.layer_bytes,
             self._pages.device,
             list(self._memories.transports),
             host.host_id(),

@@ -12,24 +12,33 @@ TILE = 32
 _ROUNDED_AT_ONCE = 128 * TILE  # rows: what rounding takes beside the result is then small
 
 
-def pack(weight: BFloat16[Tensor, "N K"]) -> BFloat16[Tensor, "tiles pairs 32 2"]:
+def pack(
+    weight: BFloat16[Tensor, "N K"], out: BFloat16[Tensor, "tiles pairs 32 2"] | None = None
+) -> BFloat16[Tensor, "tiles pairs 32 2"]:
     """The weight in tiles: 32 rows side by side, two neighbouring elements of each together, padded with zeros."""
     kernels = library()
     assert kernels is not None
     rows, columns = weight.shape
-    packed = weight.new_empty(-(-rows // TILE), -(-columns // 2), TILE, 2)
+    packed = weight.new_empty(-(-rows // TILE), -(-columns // 2), TILE, 2) if out is None else out
     kernels.dispec_pack(weight.contiguous().data_ptr(), packed.data_ptr(), rows, columns)
     return packed
 
 
-def pack_8_bits(weight: BFloat16[Tensor, "N K"]) -> Int8[Tensor, "tiles elements 32"]:
+def pack_8_bits(
+    weight: BFloat16[Tensor, "N K"], out: Int8[Tensor, "tiles elements 32"] | None = None
+) -> Int8[Tensor, "tiles elements 32"]:
     """The weight in tiles as whole numbers from -127 to 127, with a factor for each row: half the bytes, and with them
     half the time of a product of few rows.
 
     The largest magnitude of a row is 127 times its factor. The factors lie behind the tile's elements, which an odd
     number of columns is padded for; absent rows are zeros.
     """
-    return torch.cat([_rounded_tiles(part) for part in weight.split(_ROUNDED_AT_ONCE)])
+    rows, columns = weight.shape
+    elements = columns + columns % 2 + torch.float32.itemsize
+    packed = torch.empty(-(-rows // TILE), elements, TILE, dtype=torch.int8) if out is None else out
+    for part, tiles in zip(weight.split(_ROUNDED_AT_ONCE), packed.split(_ROUNDED_AT_ONCE // TILE), strict=True):
+        tiles.copy_(_rounded_tiles(part))
+    return packed
 
 
 def _rounded_tiles(weight: BFloat16[Tensor, "N K"]) -> Int8[Tensor, "tiles elements 32"]:

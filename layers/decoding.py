@@ -1,50 +1,47 @@
-"""A model gathered for `ops.decode`, which decodes without its host."""
+"""A model gathered for `ops.decoder_layers` and `ops.decode`."""
 
-from jaxtyping import Int
-from torch import Tensor, arange
+from torch import arange
 
 import ops
 from layers.config import ModelConfig
 from layers.rope import rope_rotation
-from layers.types import KVCache, Weights, layers
+from layers.steps import Vocabulary
+from layers.types import KVCache, Weights
 
 
 def decoder(
-    weights: Weights,
-    config: ModelConfig,
-    kv_cache: KVCache,
-    max_positions: int,
-    num_columns: int,
-    head_tokens: Int[Tensor, "V"] | None,
+    weights: Weights, config: ModelConfig, vocabulary: Vocabulary, kv_cache: KVCache, max_positions: int = 0
 ) -> ops.Decoder | None:
-    """None where there is no kernel for it. num_columns, head_tokens: as `ops.decoder` takes them."""
+    """Gather a model and its cache; None where there is no kernel for them, as on CUDA.
+
+    vocabulary: the tokens that `ops.decode` chooses from. max_positions: positions that it may reach.
+    """
     if config.shard is not None:
         return None
-    gathered = tuple(
-        ops.DecoderLayer(
-            w.attention_norm,
-            w.attention.qkv,
-            w.attention.qkv_bias,
-            w.attention.query_norm,
-            w.attention.key_norm,
-            w.attention.output,
-            w.attention.output_bias,
-            w.mlp_norm,
-            w.mlp.gate_up,
-            w.mlp.down,
-            *kv,
-        )
-        for w, kv in zip(layers(weights.blocks), kv_cache.layers(), strict=True)
+    blocks, attention = weights.blocks, weights.blocks.attention
+    layers = ops.DecoderLayers(
+        blocks.attention_norm,
+        attention.qkv,
+        attention.qkv_bias,
+        attention.query_norm,
+        attention.key_norm,
+        attention.output,
+        attention.output_bias,
+        blocks.mlp_norm,
+        blocks.mlp.gate_up,
+        blocks.mlp.down,
+        *kv_cache,
     )
+    size, head_tokens = vocabulary
     factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
     positions = arange(max_positions, device=weights.rope_frequencies.device)
     return ops.decoder(
         weights.embedding,
-        gathered,
+        layers,
         ops.Norm(weights.final_norm, config.rms_norm_eps),
         weights.lm_head,
         head_tokens,
         rope_rotation(positions, weights.rope_frequencies, factor),
-        num_columns,
+        min(size, config.vocab_size) if head_tokens is None else len(head_tokens),
         config.attention_scale,
     )

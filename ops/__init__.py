@@ -1,16 +1,16 @@
 """Operations on tensors, registered with torch so that compiled graphs call them by name.
 
 Each op has a fake implementation for tracing, a Triton one for CUDA, a torch one for CPU, and an oracle in
-`ops.reference`. What is for a CPU alone has no Triton one, and `decode`, which nobody traces, is a plain function.
+`ops.reference`. What is for a CPU alone has no Triton one. `decoder_layers` and `decode`, which are never traced, are
+plain functions.
 """
 
 from ops.argmax import argmax
 from ops.collective import all_gather_columns, all_reduce, broadcast
-from ops.decode import Decoder, DecoderLayer, decode, decoder, decoder_layers
+from ops.decode import Decoder, DecoderLayers, decode, decoder, decoder_layers
 from ops.draw import draw, has_draw_kernel
 from ops.embedding import embedding
 from ops.kv_cache import copy_blocks, write_kv
-from ops.layer import decoder_layer, has_layer_kernel
 from ops.linear import Matrix, Packed, linear, pack
 from ops.norm import Norm, rms_norm
 from ops.paged_attention import paged_attention
@@ -19,7 +19,7 @@ from ops.token_threshold import token_threshold
 
 __all__ = [
     "Decoder",
-    "DecoderLayer",
+    "DecoderLayers",
     "Matrix",
     "Norm",
     "Packed",
@@ -30,12 +30,10 @@ __all__ = [
     "copy_blocks",
     "decode",
     "decoder",
-    "decoder_layer",
     "decoder_layers",
     "draw",
     "embedding",
     "has_draw_kernel",
-    "has_layer_kernel",
     "linear",
     "pack",
     "paged_attention",

@@ -1,6 +1,6 @@
-"""Tokens of a small model on a CPU, one after another, with nothing of the host's in between.
+"""A model on a CPU as one C structure: all layers of a step in one call, or a whole loop of steps.
 
-No registered op: it is for models that are not traced, and takes one as addresses that were gathered once.
+No registered ops: they are for steps that are not traced, and read a model whose addresses were gathered once.
 """
 
 from typing import NamedTuple
@@ -9,39 +9,40 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops.cpu import decode as cpu_decode
-from ops.layer import has_layer_kernel
+from ops.cpu import decoder as cpu_decoder
+from ops.cpu.linear import TILE
 from ops.linear import Matrix, Packed
 from ops.norm import Norm
+from ops.paged_attention import has_cpu_kernel
 
 
-class DecoderLayer(NamedTuple):
-    """A layer and its pages, as `decoder_layer` takes them, but for the norms, which all have one `eps`."""
+class DecoderLayers(NamedTuple):
+    """The weights and pages of all layers, stacked. All norms of the model have one `eps`."""
 
-    attention_norm: Float[Tensor, "E"]
+    attention_norm: Float[Tensor, "L E"]
     qkv: Matrix
-    qkv_bias: Float[Tensor, "QKV"] | None
-    query_norm: Float[Tensor, "D"] | None
-    key_norm: Float[Tensor, "D"] | None
+    qkv_bias: Float[Tensor, "L QKV"] | None
+    query_norm: Float[Tensor, "L D"] | None
+    key_norm: Float[Tensor, "L D"] | None
     output: Matrix
-    output_bias: Float[Tensor, "E"] | None
-    mlp_norm: Float[Tensor, "E"]
+    output_bias: Float[Tensor, "L E"] | None
+    mlp_norm: Float[Tensor, "L E"]
     gate_up: Matrix
     down: Matrix
-    keys: Float[Tensor, "NB KV D BS"]
-    values: Float[Tensor, "NB KV BS D"]
+    keys: Float[Tensor, "L NB KV D BS"]
+    values: Float[Tensor, "L NB KV BS D"]
 
 
 class Decoder(NamedTuple):
-    """A model as `decode` takes it. tensors: what it reads, and the pages that it writes, kept from being freed."""
+    """A model as C++ reads it. tensors: those whose addresses it holds, kept from being freed."""
 
-    model: cpu_decode.CDecoder
+    model: cpu_decoder.Model
     tensors: tuple[Tensor, ...]
 
 
 def decoder(
     embedding: Matrix,
-    layers: tuple[DecoderLayer, ...],
+    layers: DecoderLayers,
     final_norm: Norm,
     head: Matrix,
     head_tokens: Int[Tensor, "V"] | None,
@@ -49,81 +50,76 @@ def decoder(
     num_columns: int,
     scale: float,
 ) -> Decoder | None:
-    """Gather a model; None where `decode` has no kernel for it.
+    """Gather a model for `decoder_layers` and `decode`; None where they have no kernel for it.
 
-    head_tokens: what the rows of the head stand for, if not for all tokens in order. num_columns: how many of them may
-    be chosen. rotation: cosine and sine of all positions there can be.
+    head_tokens: the tokens that the rows of the head stand for, None for all tokens in order. num_columns: how many of
+    the rows may be chosen. rotation: cosine and sine of all positions that `decode` may reach.
     """
-    first = layers[0]
-    kinds = {layer.qkv.blocked.dtype for layer in layers if isinstance(layer.qkv, Packed)}
+    qkv, gate_up = layers.qkv, layers.gate_up
     if (
-        len(kinds) != 1
-        or first.keys.is_cuda
-        or not all(
-            has_layer_kernel((layer.qkv, layer.output, layer.down), layer.gate_up, layer.keys) for layer in layers
-        )
-        or not (isinstance(head, Packed) and head.is_tiled)
+        not (isinstance(qkv, Packed) and isinstance(gate_up, Packed) and isinstance(head, Packed))
+        or not _has_kernel(qkv, layers)
+        or not head.is_tiled
         or not (embedding.has_rows if isinstance(embedding, Packed) else embedding.is_contiguous())
     ):
         return None
-    assert isinstance(first.qkv, Packed)
-    assert isinstance(first.gate_up, Packed)
-    addresses = [[_address(field) for field in layer] for layer in layers]
-    table = torch.tensor(addresses, dtype=torch.int64)
     cosine, sine = (part.contiguous() for part in rotation)
-    _, kv_heads, head_dim, block_size = first.keys.shape
-    model = cpu_decode.CDecoder(
+    num_layers, _, kv_heads, head_dim, block_size = layers.keys.shape
+    by_layer = zip(*(_addresses(field, num_layers) for field in layers), strict=True)
+    model = cpu_decoder.Model(
         hidden=len(final_norm.weight),
-        intermediate=first.gate_up.features // 2,
-        heads=first.qkv.features // head_dim - 2 * kv_heads,
+        intermediate=gate_up.features // 2,
+        heads=qkv.features // head_dim - 2 * kv_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         block_size=block_size,
         vocab=embedding.features if isinstance(embedding, Packed) else len(embedding),
         embedding_is_tiled=isinstance(embedding, Packed),
-        embedding=_address(embedding),
-        num_layers=len(layers),
-        layers_are_int8=kinds == {torch.int8},
-        layers=table.data_ptr(),
+        embedding=_tensor(embedding).data_ptr(),
+        num_layers=num_layers,
+        layers_are_int8=qkv.blocked.dtype is torch.int8,
+        layers=(cpu_decoder.Layer * num_layers)(*(cpu_decoder.Layer(*addresses) for addresses in by_layer)),
         final_norm=final_norm.weight.data_ptr(),
         head_rows=head.features,
         head_is_int8=head.blocked.dtype is torch.int8,
         columns=num_columns,
-        head=_address(head),
-        head_tokens=_address(head_tokens),
+        head=head.blocked.data_ptr(),
+        head_tokens=None if head_tokens is None else head_tokens.data_ptr(),
         cosine=cosine.data_ptr(),
         sine=sine.data_ptr(),
         eps=final_norm.eps,
         scale=scale,
     )
-    read = [embedding, head, head_tokens, final_norm.weight, *(field for layer in layers for field in layer)]
-    kept = [field.blocked if isinstance(field, Packed) else field for field in read if field is not None]
-    return Decoder(model, (table, cosine, sine, *kept))
+    read = (embedding, head, head_tokens, final_norm.weight, cosine, sine, *layers)
+    return Decoder(model, tuple(_tensor(field) for field in read if field is not None))
 
 
-def _address(matrix: Matrix | None) -> int:
-    if matrix is None:
-        return 0
-    return (matrix.blocked if isinstance(matrix, Packed) else matrix).data_ptr()
+def _has_kernel(qkv: Packed, layers: DecoderLayers) -> bool:
+    """Return whether the layers are in bf16 or 8 bits, in our tiles, with pages of a size that has a kernel."""
+    matrices = (qkv, layers.output, layers.gate_up, layers.down)
+    return (
+        all(
+            isinstance(matrix, Packed)
+            and isinstance(matrix.blocked, Tensor)  # oneDNN's layout is a tensor for each layer
+            and matrix.blocked.dtype is qkv.blocked.dtype
+            for matrix in matrices
+        )
+        and isinstance(layers.gate_up, Packed)
+        and layers.gate_up.features % (2 * TILE) == 0
+        and layers.keys.dtype is torch.bfloat16
+        and has_cpu_kernel(layers.keys.dtype, layers.keys.shape[3], layers.keys.shape[4])
+    )
 
 
-def decode(
-    decoder: Decoder,
-    counts: Int[Tensor, "B"],
-    token_ids: Int[Tensor, "B Q"],
-    block_tables: Int[Tensor, "B P"],
-    context_lens: Int[Tensor, "B"],
-    temperature: Float[Tensor, "B"] | None,
-    seed: Int[Tensor, "B"] | None,
-) -> Int[Tensor, "B K"]:
-    """The next `counts` tokens of each sequence; writes the keys and values of all tokens but the last of them.
+def _addresses(stacked: Matrix | None, num_layers: int) -> list[int | None]:
+    """Return the address of each layer."""
+    if stacked is None:
+        return [None] * num_layers
+    return [layer.data_ptr() for layer in _tensor(stacked)]
 
-    The very tokens that the model's steps would give one by one. counts: not rising; K is the first. What is not wanted
-    is 0. token_ids: the last tokens of each sequence, of which keys and values are computed too. context_lens: tokens
-    of each with these. temperature, seed: as `ops.draw` takes them, the position being that of the token to come; None
-    where all tokens are the likeliest.
-    """
-    return cpu_decode.decode(decoder.model, counts, token_ids, block_tables, context_lens, temperature, seed)
+
+def _tensor(matrix: Matrix) -> Tensor:
+    return matrix.blocked if isinstance(matrix, Packed) else matrix
 
 
 def decoder_layers(
@@ -135,5 +131,27 @@ def decoder_layers(
     query_start: Int[Tensor, "B+1"],
     context_lens: Int[Tensor, "B"],
 ) -> Float[Tensor, "T E"]:
-    """All layers of a step with few query tokens per sequence: the very bits of `layers.block` for each in turn."""
-    raise NotImplementedError
+    """Compute all layers of a step with few query tokens per sequence; writes the tokens' keys and values.
+
+    The very bits of `layers.block` for each layer in turn.
+    """
+    return cpu_decoder.layers(decoder.model, x, *rotation, slot_mapping, block_tables, query_start, context_lens)
+
+
+def decode(
+    decoder: Decoder,
+    counts: Int[Tensor, "B"],
+    token_ids: Int[Tensor, "B Q"],
+    block_tables: Int[Tensor, "B P"],
+    context_lens: Int[Tensor, "B"],
+    temperature: Float[Tensor, "B"] | None,
+    seed: Int[Tensor, "B"] | None,
+) -> Int[Tensor, "B K"]:
+    """Return the next `counts` tokens of each sequence; writes the keys and values of all tokens but the last of them.
+
+    The very tokens that the model's steps would give one by one. counts: not rising; K is the first. Tokens beyond a
+    sequence's count are 0. token_ids: the last tokens of each sequence, whose keys and values are computed too.
+    context_lens: tokens of each with these. temperature, seed: as `ops.draw` takes them, the position being that of
+    the token to come; None where all tokens are the likeliest.
+    """
+    return cpu_decoder.decode(decoder.model, counts, token_ids, block_tables, context_lens, temperature, seed)

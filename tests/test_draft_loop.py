@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from engine import SamplingParams
+from engine.draft_checkpoint import save_shared_draft
 from engine.recorded_draft_loop import RecordedDraftLoop
 from engine.step import Step
+from engine.tokenizer import Tokenizer
 from layers.sampling import draw
 from layers.speculation import DraftState, advance
 from layers.types import Batch, Sampling
@@ -123,3 +125,36 @@ def test_a_head_of_some_tokens_draws_with_their_noise():
     hidden = torch.full_like(logits, -torch.inf)
     hidden[:, kept] = logits[:, kept]
     assert torch.equal(kept[draw(logits[:, kept], sampling, kept)], draw(hidden, sampling))
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_draft_tokens_of_one_call_are_those_of_the_loop(tmp_path, monkeypatch, is_shared):
+    """A draft of its own, and one that borrows its target's embedding and some rows of its head."""
+    target, draft = tmp_path / "target", tmp_path / "draft"
+    fitting = {"head_dim": 32, "intermediate_size": 96}
+    save_tiny(target, "llama", **fitting)
+    whole = save_tiny(draft, "llama", num_hidden_layers=1, seed=3, **fitting)
+    if is_shared:
+        tensors = {name: tensor for name, tensor in whole.state_dict().items() if "embed" not in name}
+        tensors.pop("lm_head.weight", None)
+        about = whole.config.to_dict()
+        draft = tmp_path / "shared"
+        save_shared_draft(draft, about, tensors, list(range(20, 200)), Tokenizer.from_directory(target))
+    kinds = ({"temperature": 0.0}, {"temperature": 1.2})
+    params = [SamplingParams(max_tokens=24, ignore_eos=True, seed=index, **kinds[index % 2]) for index in range(7)]
+    found = []
+    for decodes in (True, False):
+        llm = make(target, speculative_model=draft, dtype="bfloat16")
+        loop = llm.engine.speculator.draft_model._loop
+        if loop._decoder is None:
+            pytest.skip("this CPU has neither AVX512-BF16 nor AVX2")
+        weights = loop._guesser.runner.weights
+        for matrix in (weights.lm_head, weights.blocks.attention.qkv, weights.blocks.mlp.down):
+            assert matrix.blocked.dtype is torch.int8
+        assert llm.engine.runner.weights.blocks.mlp.down.blocked.dtype is torch.bfloat16
+        if not decodes:
+            loop._decoder = None
+        with monkeypatch.context() as patch:
+            found.append(guesses_of_each_step(llm, params, patch, "loop"))
+    assert found[0] == found[1]
+    assert sum(len(guesses) for step in found[0] for guesses in step) > 100

@@ -1,47 +1,172 @@
-"""A decode step's layer as one op gives the very bits of the ops that it stands for, for every family's flags."""
+"""All layers of a uniform step in one call give the very bits of `layers.block` for each layer in turn."""
 
 import functools
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 import ops
-from engine.checkpoint import find_checkpoint
 from layers import model
-from layers.weights import load_weights
-from tests.checkpoints import FAMILIES, save_tiny
-from tests.paged_model import PagedModel
+from layers.config import ModelConfig, Shard
+from layers.decoding import decoder
+from layers.steps import Vocabulary
+from layers.types import Batch, KVCache, Weights
+from layers.weights import dummy_weights
+from ops.cpu.library import has_linear
 
-PROMPTS = [list(range(3, 43)), list(range(60, 67)), list(range(20, 50))]
+BLOCK_SIZE = 16
+CONFIG = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=96,
+    hidden_size=144,
+    intermediate_size=96,
+    num_layers=3,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=16,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+)
+CONFIGS = {
+    "llama": CONFIG,
+    "query biases": replace(CONFIG, hidden_size=128, num_heads=14, num_kv_heads=2, head_dim=64, qkv_bias=True),
+    "head norms": replace(CONFIG, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=True),
+    "all biases": replace(CONFIG, num_heads=3, head_dim=48, qkv_bias=True, output_bias=True),
+}
+CONTEXTS = (700, 16, 17, 43, 1100, 513, 32)  # around the ends of pages, and of the spans that attention divides
+needs_kernels = pytest.mark.skipif(not has_linear(), reason="needs AVX512-BF16 or AVX2")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("query_len", [1, 3])
+@pytest.fixture(params=[1, 2])
+def threads(request) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def random_weights(config: ModelConfig, *, may_round: bool = False, dtype: torch.dtype = torch.bfloat16) -> Weights:
+    """Dummy weights with norms and biases that change the result."""
+    weights = dummy_weights(config, dtype, torch.device("cpu"), pack=functools.partial(ops.pack, may_round=may_round))
+    torch.manual_seed(1)
+    blocks, attention = weights.blocks, weights.blocks.attention
+    for norm in (blocks.attention_norm, blocks.mlp_norm, attention.query_norm, attention.key_norm):
+        if norm is not None:
+            norm.uniform_(0.5, 1.5)
+    for bias in (attention.qkv_bias, attention.output_bias):
+        if bias is not None:
+            bias.normal_()
+    return weights
+
+
+def empty_cache(config: ModelConfig, num_blocks: int = 2, dtype: torch.dtype = torch.bfloat16) -> KVCache:
+    shape = (config.num_layers, num_blocks, config.num_kv_heads)
+    return KVCache(
+        torch.zeros(*shape, config.head_dim, BLOCK_SIZE, dtype=dtype),
+        torch.zeros(*shape, BLOCK_SIZE, config.head_dim, dtype=dtype),
+    )
+
+
+def uniform_step(config: ModelConfig, size: int, query_len: int) -> tuple[Batch, KVCache]:
+    """The last `query_len` tokens of `size` sequences in shuffled pages, which are NaN where nothing is written yet."""
+    contexts = torch.tensor([CONTEXTS[row % len(CONTEXTS)] for row in range(size)])
+    pages = -(-contexts // BLOCK_SIZE)
+    numbers = 1 + torch.randperm(int(pages.sum()))
+    tables = torch.nn.utils.rnn.pad_sequence(numbers.split(pages.tolist()), batch_first=True)
+    every = torch.arange(tables.shape[1] * BLOCK_SIZE).expand(size, -1)
+    slots = tables.gather(1, every // BLOCK_SIZE) * BLOCK_SIZE + every % BLOCK_SIZE
+    own = (every >= contexts[:, None] - query_len) & (every < contexts[:, None])
+    cache = empty_cache(config, len(numbers) + 1)
+    written = slots[every < contexts[:, None] - query_len]
+    for pages_of, order in ((cache.keys, (1, 4, 0, 2, 3)), (cache.values, (1, 3, 0, 2, 4))):
+        there = pages_of.normal_().permute(order)
+        kept = there[written // BLOCK_SIZE, written % BLOCK_SIZE]
+        pages_of.fill_(torch.nan)
+        there[written // BLOCK_SIZE, written % BLOCK_SIZE] = kept
+    batch = Batch(
+        token_ids=torch.randint(config.vocab_size, (size * query_len,)),
+        positions=every[own],
+        slot_mapping=slots[own].int(),
+        block_tables=tables.int(),
+        query_start=torch.arange(size + 1, dtype=torch.int32) * query_len,
+        context_lens=contexts.int(),
+        logits_indices=None,
+        query_len=query_len,
+    )
+    return batch, cache
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("may_round", [False, True])
-def test_bits_are_those_of_the_parts(tmp_path, monkeypatch, family, query_len, may_round):
-    save_tiny(tmp_path, family, head_dim=32, intermediate_size=96)
-    checkpoint = find_checkpoint(tmp_path)
-    pack = functools.partial(ops.pack, may_round=may_round)
-    weights = load_weights(checkpoint.config, checkpoint.tensors(), torch.bfloat16, torch.device("cpu"), pack=pack)
-    runs = [PagedModel(weights, checkpoint.config, PROMPTS, block_size=16) for _ in range(2)]
-    keys = runs[0].kv_cache[0].keys
-    block = weights.blocks[0]
-    matrices = (block.attention.qkv, block.attention.output, block.mlp.down)
-    if not ops.has_layer_kernel(matrices, block.mlp.gate_up, keys):
-        pytest.skip("this CPU has neither AVX512-BF16 nor AVX2")
-    calls = []
-    monkeypatch.setattr(model.ops, "decoder_layer", lambda *given: calls.append(1) or ops.layer.decoder_layer(*given))
-    for run in runs:
-        run.compute({0: 28, 1: 1, 2: 18})
-    assert not calls  # a ragged step may hold long prompts
-    for _ in range(2):
-        counts = dict.fromkeys(range(3), query_len)
-        whole = runs[0].compute(counts, query_len)
-        with monkeypatch.context() as patch:
-            patch.setattr(model.ops, "has_layer_kernel", lambda *_: False)
-            parts = runs[1].compute(counts, query_len)
-        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
-    assert len(calls) == 2 * checkpoint.config.num_layers
-    for one, other in zip(runs[0].kv_cache, runs[1].kv_cache, strict=True):
-        assert torch.equal(one.keys[1:].nan_to_num(7), other.keys[1:].nan_to_num(7))
-        assert torch.equal(one.values[1:].nan_to_num(7), other.values[1:].nan_to_num(7))
+@pytest.mark.usefixtures("threads")
+def test_bits_are_those_of_each_layer_in_turn(kind: str, may_round: bool) -> None:
+    config = CONFIGS[kind]
+    weights = random_weights(config, may_round=may_round)
+    steps = [(size, query_len) for size in (1, 2, 3) for query_len in range(1, 17)]
+    steps += [(size, query_len) for size in (7, 33) for query_len in (1, 2, 5, 16)]
+    for size, query_len in steps:
+        batch, cache = uniform_step(config, size, query_len)
+        other = KVCache(cache.keys.clone(), cache.values.clone())
+        gathered = decoder(weights, config, Vocabulary(config.vocab_size), cache)
+        assert gathered is not None
+        with torch.inference_mode():
+            whole = model.hidden_states(weights, config, batch, cache, gathered)
+            parts = model.hidden_states(weights, config, batch, other)
+        assert whole.isfinite().all()
+        for one, two in ((whole, parts), (cache.keys, other.keys), (cache.values, other.values)):
+            assert torch.equal(one.view(torch.int16), two.view(torch.int16)), (size, query_len)
+
+
+@needs_kernels
+def test_uniform_steps_are_one_call_and_ragged_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, calls = random_weights(CONFIG), []
+    layers, block = ops.decoder_layers, model.block
+    monkeypatch.setattr(ops, "decoder_layers", lambda *given: calls.append("layers") or layers(*given))
+    monkeypatch.setattr(model, "block", lambda *given: calls.append("block") or block(*given))
+    batch, cache = uniform_step(CONFIG, 2, 3)
+    gathered = decoder(weights, CONFIG, Vocabulary(CONFIG.vocab_size), cache)
+    model.hidden_states(weights, CONFIG, batch, cache, gathered)
+    assert calls == ["layers"]
+    calls.clear()
+    model.hidden_states(weights, CONFIG, batch._replace(query_len=None), cache, gathered)
+    assert calls == ["block"] * CONFIG.num_layers
+
+
+@needs_kernels
+def test_inputs_may_be_wider_integers_and_parts_of_larger_tensors() -> None:
+    weights = random_weights(CONFIG)
+    batch, cache = uniform_step(CONFIG, 3, 2)
+    other = KVCache(cache.keys.clone(), cache.values.clone())
+    expected = model.hidden_states(weights, CONFIG, batch, other)
+    wide = batch._replace(
+        slot_mapping=batch.slot_mapping.long(),
+        block_tables=torch.nn.functional.pad(batch.block_tables, (0, 5))[:, :-5],
+        query_start=batch.query_start.long(),
+        context_lens=batch.context_lens.repeat_interleave(2)[::2],
+    )
+    gathered = decoder(weights, CONFIG, Vocabulary(CONFIG.vocab_size), cache)
+    assert torch.equal(model.hidden_states(weights, CONFIG, wide, cache, gathered), expected)
+
+
+@pytest.mark.parametrize("kind", ["float32", "plain weights", "oneDNN's layout", "head size", "MLP size", "a shard"])
+def test_models_without_a_kernel_have_no_decoder(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, dtype = CONFIG, torch.bfloat16
+    if kind == "float32":
+        dtype = torch.float32
+    elif kind == "plain weights":
+        monkeypatch.setenv("DISPEC_PACKED_WEIGHTS", "off")
+    elif kind == "oneDNN's layout":
+        monkeypatch.setattr(sys.modules["ops.linear"], "has_linear", lambda: False)
+    elif kind == "head size":
+        config = replace(CONFIG, head_dim=24)
+    elif kind == "MLP size":
+        config = replace(CONFIG, intermediate_size=80)
+    weights = random_weights(config, dtype=dtype)
+    if kind == "a shard":
+        config = replace(config, shard=Shard(0, 2, "ranks"))
+    assert decoder(weights, config, Vocabulary(config.vocab_size), empty_cache(config, dtype=dtype)) is None

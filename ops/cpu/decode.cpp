@@ -10,20 +10,9 @@
 
 namespace {
 
-// As `dispec_layer` takes them.
-struct Layer {
-    const uint16_t *attention_norm;
-    const void *qkv;
-    const uint16_t *qkv_bias, *query_norm, *key_norm;
-    const void *output;
-    const uint16_t *output_bias, *mlp_norm;
-    const void *gate_up, *down;
-    bfloat16 *keys, *values;
-};
-
-// What steps fill in anew.
+// Inputs and results of a step, which the next one overwrites.
 struct Scratch {
-    std::vector<uint16_t> x, next, logits;
+    std::vector<uint16_t> x, logits;
     std::vector<float> cosine, sine;
     std::vector<int32_t> token_ids, slot_mapping, query_start, context_lens;
     std::vector<int64_t> columns;
@@ -31,35 +20,18 @@ struct Scratch {
 
 }  // namespace
 
-// As `CDecoder` in decode.py. embedding [vocab, hidden] in bf16, plain or in tiles. head: a weight [head_rows, hidden],
-// of whose outputs the first `columns` may be chosen; head_tokens: what these stand for, null where it is their places.
-// cosine and sine [positions, head_dim / 2].
-struct Decoder {
-    int64_t hidden, intermediate, heads, kv_heads, head_dim, block_size, vocab, embedding_is_tiled;
-    const uint16_t *embedding;
-    int64_t num_layers, layers_are_int8;
-    const Layer *layers;
-    const uint16_t *final_norm;
-    int64_t head_rows, head_is_int8, columns;
-    const void *head;
-    const int64_t *head_tokens;
-    const float *cosine, *sine;
-    float eps, scale;
-};
-
 // counts [sequences], falling: how many tokens of each are wanted. token_ids [sequences, query_len]: the last of each
 // sequence, whose keys and values are to be computed. context_lens: tokens of each sequence with these. temperature and
 // seed [sequences], as `dispec_draw_bfloat16` takes them; temperature null where nothing is drawn. out [sequences,
 // counts[0]]; what is not wanted stays as it was.
-extern "C" void dispec_decode(const Decoder *model, int64_t sequences, int64_t query_len, const int32_t *counts,
+extern "C" void dispec_decode(const Model *model, int64_t sequences, int64_t query_len, const int32_t *counts,
                               const int32_t *token_ids, const int32_t *block_tables, int64_t table_stride,
                               const int32_t *context_lens, const float *temperature, const int64_t *seed,
                               int64_t *out) {
     static thread_local Scratch scratch;
-    const Decoder &m = *model;
+    const Model &m = *model;
     const int64_t most = sequences * query_len, half = m.head_dim / 2;
     scratch.x.resize(most * m.hidden);
-    scratch.next.resize(most * m.hidden);
     scratch.logits.resize(sequences * m.head_rows);
     scratch.cosine.resize(most * half);
     scratch.sine.resize(most * half);
@@ -87,21 +59,16 @@ extern "C" void dispec_decode(const Decoder *model, int64_t sequences, int64_t q
         }
         const int64_t tokens = active * q;
         starts[active] = int32_t(tokens);
-        uint16_t *x = scratch.x.data(), *next = scratch.next.data();
+        uint16_t *x = scratch.x.data();
         if (m.embedding_is_tiled) {
             dispec_unpack_rows(m.embedding, ids, tokens, m.hidden, x);
         } else {
             for (int64_t i = 0; i < tokens; ++i)
                 std::copy_n(m.embedding + ids[i] * m.hidden, m.hidden, x + i * m.hidden);
         }
-        for (const Layer *w = m.layers; w < m.layers + m.num_layers; ++w) {
-            dispec_layer(x, next, tokens, m.hidden, m.intermediate, m.eps, m.layers_are_int8, w->attention_norm, w->qkv,
-                         w->qkv_bias, w->query_norm, w->key_norm, w->output, w->output_bias, w->mlp_norm, w->gate_up,
-                         w->down, scratch.cosine.data(), scratch.sine.data(), w->keys, w->values,
-                         scratch.slot_mapping.data(), block_tables, table_stride, starts, ends, active, m.heads,
-                         m.kv_heads, m.head_dim, m.block_size, m.scale);
-            std::swap(x, next);
-        }
+        const Step step{tokens, active, scratch.cosine.data(), scratch.sine.data(), scratch.slot_mapping.data(),
+                        block_tables, table_stride, starts, ends};
+        dispec_layers(model, &step, x, x);
         // The last token of each sequence.
         uint16_t *logits = scratch.logits.data();
         dispec_linear(x + (q - 1) * m.hidden, q * m.hidden, m.final_norm, m.eps, m.head, m.head_is_int8, nullptr,

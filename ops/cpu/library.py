@@ -32,10 +32,20 @@ _SOURCES = (
     "rotary.cpp",
     "argmax.cpp",
     "draw.cpp",
-    "layer.cpp",
+    "layers.cpp",
     "decode.cpp",
 )
-_HEADERS = ("entries.h", "largest.h", "parts.h", "team.h", "tiles.h", "tiles_avx2.h", "tiles_avx512.h", "vectors.h")
+_HEADERS = (
+    "entries.h",
+    "largest.h",
+    "model.h",
+    "parts.h",
+    "team.h",
+    "tiles.h",
+    "tiles_avx2.h",
+    "tiles_avx512.h",
+    "vectors.h",
+)
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-w")
 _BUILD_BYTES = 16 * 2**20  # free on the disk before a compiler is started; objects and library take 2 MiB
 _FAILURE_SECONDS = 24 * 3600.0  # for which a compiler that failed is not tried again
@@ -47,17 +57,6 @@ _WRITE = [*[_POINTER] * 3, _NUMBER, _POINTER, _NUMBER, _POINTER, *[_NUMBER] * 4]
 _ROTATE = [_POINTER, _NUMBER, _POINTER, _POINTER, ctypes.c_float, *[_POINTER] * 3, *[_NUMBER] * 5, *[_POINTER] * 3]
 _ARGMAX = [_POINTER, *[_NUMBER] * 3, _POINTER]
 _DRAW = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 5]
-_LAYER = [
-    *[_POINTER] * 2,
-    *[_NUMBER] * 3,
-    ctypes.c_float,
-    _NUMBER,
-    *[_POINTER] * 16,
-    _NUMBER,
-    *[_POINTER] * 2,
-    *[_NUMBER] * 5,
-    ctypes.c_float,
-]
 _SIGNATURES = {
     "dispec_pack": [_POINTER, _POINTER, _NUMBER, _NUMBER],
     "dispec_unpack_rows": [_POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER],
@@ -66,7 +65,7 @@ _SIGNATURES = {
     "dispec_argmax_float32": _ARGMAX,
     "dispec_draw_bfloat16": _DRAW,
     "dispec_draw_float32": _DRAW,
-    "dispec_layer": _LAYER,
+    "dispec_layers": [_POINTER] * 4,
     "dispec_decode": [_POINTER, *[_NUMBER] * 2, *[_POINTER] * 3, _NUMBER, *[_POINTER] * 4],
     "dispec_rotate_and_write_bfloat16": _ROTATE,
     "dispec_rotate_and_write_float32": _ROTATE,

@@ -23,6 +23,7 @@ from engine.step import Work
 from engine.step_inputs import StepShape, carve, fill
 from engine.step_shapes import sequence_sizes
 from engine.token_chooser import write_filters
+from layers.decoding import decoder
 from layers.speculation import DraftState, draft_step
 from layers.types import Filters, KVCache, Weights
 
@@ -91,6 +92,10 @@ class DraftLoop:
         self._host_views = functools.lru_cache(256)(functools.partial(carve, self._host))
         self._device_state = functools.lru_cache(256)(self._state)
         self._eager_step = self._step = _bound_step(runner)
+        self._decoder: ops.Decoder | None = None
+        if runner.plan.fuses_layers:
+            model = runner.weights, runner.config, runner.vocabulary, runner.kv_cache
+            self._decoder = decoder(*model, max_positions=max_model_len)
 
     @torch.inference_mode()
     def run(self, depths: dict[Sequence, int]) -> DeviceDrafts | None:
@@ -105,8 +110,8 @@ class DraftLoop:
             started = torch.cuda.Event(enable_timing=True)
             started.record()
             return DeviceDrafts(depths, self._loop(depths, Needs.DRAW | Needs.RESTRICT), started)
-        if self._runner.decoder is not None and not needs & Needs.RESTRICT:
-            _give(depths, _decode(self._runner.decoder, depths, draws=bool(needs & Needs.DRAW)))
+        if self._decoder is not None and not needs & Needs.RESTRICT:
+            _give(depths, _decode(self._decoder, depths, draws=bool(needs & Needs.DRAW)))
         else:
             _give(depths, self._loop(depths, needs))
         return None

@@ -121,11 +121,11 @@ class Runner:
         self._ranks = ranks
         self._max_query_len = plan.max_query_len if max_query_len is None else max_query_len
         max_blocks = max(2, -(-max_model_len // self.block_size))
-        self.decoder: ops.Decoder | None = None
+        fused: ops.Decoder | None = None
         if plan.fuses_layers:
-            self.decoder = decoder(weights, config, kv_cache, max_model_len, self.num_columns, head_tokens)
-            self.plan = replace(plan, fuses_layers=self.decoder is not None)
-        self._functions = self._eager = eager_steps(config, self.vocabulary, self.decoder)
+            fused = decoder(weights, config, self.vocabulary, kv_cache)
+            self.plan = replace(plan, fuses_layers=fused is not None)
+        self._functions = self._eager = eager_steps(config, self.vocabulary, fused)
         self._compiled = self._eager
         self.shapes = StepShapes(
             plan,

@@ -66,6 +66,7 @@ def decoder(
     cosine, sine = (part.contiguous() for part in rotation)
     num_layers, _, kv_heads, head_dim, block_size = layers.keys.shape
     by_layer = zip(*(_addresses(field, num_layers) for field in layers), strict=True)
+    c_layers = [cpu_decoder.Layer(**dict(zip(layers._fields, addresses, strict=True))) for addresses in by_layer]
     model = cpu_decoder.Model(
         hidden=len(final_norm.weight),
         intermediate=gate_up.features // 2,
@@ -78,7 +79,7 @@ def decoder(
         embedding=_tensor(embedding).data_ptr(),
         num_layers=num_layers,
         layers_are_int8=qkv.blocked.dtype is torch.int8,
-        layers=(cpu_decoder.Layer * num_layers)(*(cpu_decoder.Layer(*addresses) for addresses in by_layer)),
+        layers=(cpu_decoder.Layer * num_layers)(*c_layers),
         final_norm=final_norm.weight.data_ptr(),
         head_rows=head.features,
         head_is_int8=head.blocked.dtype is torch.int8,

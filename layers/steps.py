@@ -96,7 +96,7 @@ def _known(batch: Batch, config: ModelConfig, vocabulary: Vocabulary, previous: 
         sampled = previous.token_ids
         if config.shard is not None:  # the first rank alone samples
             sampled = ops.broadcast(sampled, config.shard.group)
-        token_ids = torch.where(place < 0, token_ids, sampled[place.clamp(min=0)].to(token_ids.dtype))
+        token_ids = torch.where(place < 0, token_ids, sampled.index_select(0, place.clamp(min=0)).to(token_ids.dtype))
     if vocabulary.size > config.vocab_size:
         token_ids = in_vocabulary(token_ids, config)
     return batch._replace(token_ids=token_ids)

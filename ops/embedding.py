@@ -15,7 +15,7 @@ def embedding(weight: Matrix, token_ids: Int[Tensor, "T"], size: int) -> Float[T
     """Rows `token_ids` of a weight [V, size], plain or packed in our tiles; ids are not checked."""
     if isinstance(weight, Packed):
         return torch.ops.dispec.tiled_rows(weight.blocked, token_ids, size)
-    return weight[token_ids]
+    return weight.index_select(0, token_ids)
 
 
 _library.impl("tiled_rows", cpu_linear.rows, "CPU")

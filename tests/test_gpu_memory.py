@@ -30,6 +30,7 @@ def allocated() -> int:
         ("bfloat16", {"speculative_model": "ngram"}),
         ("bfloat16", {"speculative_model": replace(CONFIG, num_layers=1)}),
     ],
+    ids=["bfloat16", "float32", "n-grams", "draft model"],
 )
 def test_no_step_copies_a_layers_cache(dtype: str, speculation: dict[str, Any]) -> None:
     """A cache that a graph does not know as static is copied at each replay, into memory taken at the recording."""
@@ -46,7 +47,9 @@ def test_no_step_copies_a_layers_cache(dtype: str, speculation: dict[str, Any]) 
         del copied, layer
 
 
-@pytest.mark.parametrize("speculation", [{}, {"speculative_model": replace(CONFIG, num_layers=1)}])
+@pytest.mark.parametrize(
+    "speculation", [{}, {"speculative_model": replace(CONFIG, num_layers=1)}], ids=["plain", "draft model"]
+)
 def test_a_closed_engine_gives_its_memory_back(speculation: dict[str, Any]) -> None:
     """The second engine needs the memory of the first, whose graphs and compiled functions must not keep it."""
     before = allocated()

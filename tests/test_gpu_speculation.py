@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from engine import SamplingParams
+from layers.config import ModelConfig
 from tests.checkpoints import VOCAB_SIZE, save_tiny
 from tests.gpu_engine import (
     CONFIG,
@@ -28,14 +30,21 @@ pytestmark = NEEDS_CUDA
 DRAFT = replace(CONFIG, num_layers=1)
 # The first draft token of a step follows several tokens, the others one; greedy, sampled, or sampled with filters.
 MOST_DRAFT_GRAPHS = 6
+ALPHABET = (30, 31, 32, 33)
 
 
-def repetitive(count: int) -> list[list[int]]:
-    """Prompts whose n-grams recur, each at a distance of its own."""
-    return [(prompt * 4)[: 40 + index] for index, prompt in enumerate(prompts(count, longest=20))]
+def few_tokens(count: int) -> list[list[int]]:
+    """Prompts of so few different tokens that every n-gram recurs."""
+    return [[ALPHABET[token % len(ALPHABET)] for token in prompt] for prompt in prompts(count, longest=60)]
 
 
-@pytest.mark.parametrize("options", [{}, {"async_scheduling": False}, {"enforce_eager": True}], ids=str)
+def of_few_tokens(params: list[SamplingParams]) -> list[SamplingParams]:
+    return [replace(param, allowed_token_ids=ALPHABET) for param in params]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"async_scheduling": False}, {"enforce_eager": True}], ids=["overlapping", "waiting", "eager"]
+)
 @pytest.mark.parametrize("drafter", ["itself", "other"])
 def test_with_a_draft_model_tokens_are_those_without(drafter: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Draft tokens are read where the draft steps left them: the host could not mend a wrong row or a stale one."""
@@ -59,10 +68,10 @@ def test_with_a_draft_model_tokens_are_those_without(drafter: str, options: dict
     assert drafter == "other" or accepted > 0.9 * proposed
 
 
-@pytest.mark.parametrize("speculation", [{"speculative_model": "ngram"}, {"speculative_model": DRAFT}], ids=str)
-def test_decoding_and_verification_are_one_graph(speculation: dict[str, Any]) -> None:
+@pytest.mark.parametrize("drafter", ["ngram", DRAFT], ids=["n-grams", "draft model"])
+def test_decoding_and_verification_are_one_graph(drafter: str | ModelConfig) -> None:
     """Over many batch sizes, draft lengths and every sampling feature; the first requests find all graphs recorded."""
-    with make(dtype="bfloat16", **speculation) as llm:
+    with make(dtype="bfloat16", speculative_model=drafter) as llm:
         speculator = llm.engine.speculator
         assert speculator is not None
         before = num_graphs()
@@ -71,27 +80,26 @@ def test_decoding_and_verification_are_one_graph(speculation: dict[str, Any]) ->
             speculator.is_adaptive = is_adaptive
             for count in (1, 2, 3, 8, 16, 20):
                 params = [replace(param, max_tokens=1 + index) for index, param in enumerate(mixed_params(count))]
-                llm.generate(repetitive(count), params)
+                llm.generate(few_tokens(count), of_few_tokens(params))
                 proposed += sum(record.num_draft_tokens for record in llm.engine.records)
         assert proposed
         assert num_graphs() == before
         functions = compiled_functions()
         assert functions["decode_step"] == 1
-        has_draft_model = speculation["speculative_model"] != "ngram"
-        assert (functions["draft_step"] > 0) == has_draft_model
+        assert (functions["draft_step"] > 0) == (drafter is DRAFT)
         assert functions["draft_step"] <= MOST_DRAFT_GRAPHS
         expect_replayed()
 
 
 def test_n_grams_change_no_token() -> None:
-    given, params = repetitive(12), mixed_params(12, max_tokens=40)
+    given, params = few_tokens(12), of_few_tokens(mixed_params(12, max_tokens=40))
     with make(dtype="float32", enforce_eager=True) as plain:
         expected = token_ids(plain.generate(given, params))
     with make(dtype="float32", speculative_model="ngram") as llm:
         assert llm.engine.speculator is not None
         llm.engine.speculator.is_adaptive = False
         assert token_ids(llm.generate(given, params)) == expected
-        assert sum(record.num_draft_tokens for record in llm.engine.records)
+        assert sum(sum(record.num_stood) for record in llm.engine.records)
 
 
 def test_a_step_launches_a_graph_for_each_draft_token_and_one_that_verifies() -> None:

@@ -25,7 +25,7 @@ pytestmark = [*NEEDS_CUDA, pytest.mark.skipif(torch.cuda.device_count() < 2, rea
 TWO: dict[str, Any] = {"device": "cuda:0", "tensor_parallel_size": 2}
 
 
-@pytest.mark.parametrize("speculation", [{}, {"speculative_model": "ngram"}], ids=str)
+@pytest.mark.parametrize("speculation", [{}, {"speculative_model": "ngram"}], ids=["plain", "n-grams"])
 def test_two_gpus_answer_as_one_in_float32(speculation: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
     given, params = prompts(12), mixed_params(12)
     with make(dtype="float32", enforce_eager=True) as alone:

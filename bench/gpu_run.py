@@ -46,7 +46,7 @@ def _tests(name: str, processes: int = 1, *options: str) -> Part:
     return Part(f"test {name}", [*_PYTEST, *beside, f"tests/test_{name}.py", *options], 560)
 
 
-_CHECKED = "(test_decode or test_ragged) and 64 and bfloat16 or write_kv and 64-16"
+_CHECKED = "(test_decode or test_ragged) and 64 and bfloat16 or write_kv and 64-16 or of_a_layer and bfloat16 and 17"
 CHECKS = [
     _tests("gpu_graphs"),
     _tests("gpu_engine", 4),
@@ -74,7 +74,11 @@ TIMINGS = [
     Part("context 8192", [*_THROUGHPUT, "--concurrency", "1,8", "--prompt-tokens", "8192", "--decode-only"], 120),
     Part("products", ["-m", "bench.products", "--models", MODEL, "--rows", "2,32"], 60),
     Part("context 32000", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "32000", "--decode-only"], 120),
+    Part("layers timed", ["-m", "bench.layer"], 240),
+    Part("layers swept", ["-m", "bench.layer", "--rows", "", "--sweep"], 240),
 ]
+# Of a log that are shown, where it is more than usual.
+_LINES = {"layers timed": 120, "layers swept": 60}
 
 
 def start(part: Part, out: Path, caches: Path) -> tuple[subprocess.Popen[bytes], Path]:
@@ -140,7 +144,7 @@ def main(
             started = time.monotonic()
             part = limited(part)
             process, log = start(part, out, caches)
-            lines = 22 if "step" in part.name else 10
+            lines = _LINES.get(part.name, 22 if "step" in part.name else 10)
             print(f"{part.name}: {finish(part, process, started)}\n{tail(log, lines)}", flush=True)
 
 

@@ -63,13 +63,15 @@ def test_most_tokens_in_half_precision_equal_transformers(dtype: str, tmp_path: 
     assert agreed >= 60
 
 
-def test_compiled_equals_eager_and_batched_equals_alone_in_float32() -> None:
-    """With every sampling feature."""
+@pytest.mark.parametrize("async_scheduling", [True, False])
+def test_compiled_equals_eager_and_batched_equals_alone_in_float32(async_scheduling: bool) -> None:
+    """With every sampling feature; a step queued ahead, or not."""
     given, params = prompts(16), mixed_params(16)
     with make(dtype="float32", enforce_eager=True) as eager:
         expected = token_ids(eager.generate(given, params))
-    with make(dtype="float32") as compiled:
+    with make(dtype="float32", async_scheduling=async_scheduling) as compiled:
         assert compiled.engine.runner.is_compiled
+        assert compiled.engine.plan.overlaps == async_scheduling
         assert token_ids(compiled.generate(given, params)) == expected
         pairs = zip(given, params, strict=True)
         assert [compiled.generate([prompt], param)[0].token_ids for prompt, param in pairs] == expected

@@ -46,7 +46,7 @@ def test_a_step_of_two_gpus_is_one_graph_and_overlaps_the_next(dtype: str) -> No
     with make(dtype=dtype, **TWO) as together:
         engine = together.engine
         assert engine.runner.is_compiled
-        assert engine.overlaps
+        assert engine.plan.overlaps
         expect_close_logprobs(together.generate(prompts(6), params), expected)
         with decoding(engine, 5):
             assert count_launches(engine, 10) == 10

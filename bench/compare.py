@@ -6,12 +6,14 @@
 Each contestant of a suite is a process of its own; all of them start at once, sleep, and take turns. Figures are
 medians of the rounds; ratios are the first contestant's figure over the others'. A contestant that fails or does not
 answer in time is left out from there on. With `--starts` the processes start one after another instead, in an empty
-cache and then in a filled one, and what counts is the time until everything is compiled and recorded.
+cache and then in a filled one, and what counts is the time until everything is compiled and recorded. Measure them
+first, and give both runs the same `--cache`: then no contestant compiles and tunes kernels while others run.
 """
 
 import contextlib
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -116,6 +118,7 @@ def start_vllm(python: str, site: Path, model: str, options: Mapping[str, Any], 
         "PYTHONPATH": str(site),
         "HF_HUB_OFFLINE": "1",
         "VLLM_CACHE_ROOT": str(cache / "vllm"),
+        "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
@@ -179,6 +182,9 @@ def main(
     vllm_python: Annotated[str, typer.Option(help="Python that runs vLLM.")] = sys.executable,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each contestant; the median counts.")] = 3,
     minutes: Annotated[float, typer.Option(help="Begin no case after this long.")] = 9.0,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep compiled code here for a later run.", show_default="a temporary directory")
+    ] = None,
     output: Output = None,
 ) -> None:
     """Tokens per second of checkouts of DiSpec and of vLLM, in turn on one GPU."""
@@ -197,7 +203,8 @@ def main(
             found["vllm"] = lambda cache, patience: start_vllm(vllm_python, vllm_path, model, theirs, cache, patience)
         return found
 
-    with tempfile.TemporaryDirectory(prefix="dispec-bench-compare-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="dispec-bench-compare-", ignore_cleanup_errors=True) as temporary:
+        folder = (cache or Path(temporary)).absolute()
         machine = describe_machine(choose_device(None))
         if starts:
             columns = {"contestant": "", "cache": "", "ready s": ".1f", "first answer s": ".2f"}
@@ -206,7 +213,7 @@ def main(
             servers = all_starts(
                 chosen[0].model, sizes, sizes | {"max_model_len": 32768, "gpu_memory_utilization": 0.9}
             )
-            measure_starts(report, servers, Path(folder), starts, end, model_config(chosen[0].model).vocab_size)
+            measure_starts(report, servers, folder, starts, end, model_config(chosen[0].model).vocab_size)
         else:
             columns = {"model": "", "case": ""} | {f"{name} tok/s": ".1f" for name in names}
             columns |= {f"/ {name}": ".3fx" for name in names[1:]} | {"spread": ".1%"}
@@ -220,7 +227,7 @@ def main(
                     "kv_cache_memory_bytes": 2 * suite.kv_bytes,
                 }
                 contestants = all_starts(suite.model, ours, theirs)
-                measure_suite(report, suite, contestants, Path(folder), rounds, end)
+                measure_suite(report, suite, contestants, folder, rounds, end)
         report.finish()
 
 
@@ -272,6 +279,8 @@ def measure_starts(
             if left < 20:
                 print(f"{name}, {kind}: no time left", flush=True)
                 continue
+            if kind == "cold":
+                shutil.rmtree(cache / name, ignore_errors=True)
             try:
                 worker = start(cache / name, min(START_SECONDS, left))
             except ContestantFailed as error:

@@ -1,6 +1,7 @@
 """Small engines on a CUDA device, and counts of what they compile and launch."""
 
 import random
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,12 +54,17 @@ def unchecked() -> Iterator[None]:
 
 
 def make(model: Any = CONFIG, **options: Any) -> LLM:
-    """An engine of dummy weights, or of a checkpoint, in a process that has compiled nothing yet."""
+    """An engine of dummy weights, or of a checkpoint, in a process that has compiled nothing yet.
+
+    Raises the compiler's error, where the engine would warn and run eagerly.
+    """
     torch._dynamo.reset()
     counters.clear()
     clear_compilation_metrics()
     load_format = "dummy" if isinstance(model, ModelConfig) else "auto"
-    return LLM(model, load_format=load_format, **SMALL | options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "compilation failed", RuntimeWarning)
+        return LLM(model, load_format=load_format, **SMALL | options)
 
 
 def prompts(count: int, longest: int = 90, vocab_size: int = CONFIG.vocab_size) -> list[list[int]]:

@@ -18,6 +18,7 @@ COMMANDS = {
     "contention": "tokens per second beside busy processes, and in a server's first minute",
     "startup": "seconds to the first token of a fresh process, cold and warm cache",
     "memory": "resident memory of one long request, beside the peers'",
+    "compare": "tokens per second of checkouts and of vLLM, in turn on one GPU",
     "ablations": "tokens per second as techniques are added one by one",
     "spec": "what speculative decoding is worth, and why",
     "compile": "compile times by phase; graphs, kernels, recompilations",

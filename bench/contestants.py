@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,16 +46,29 @@ class Contestant(Protocol):
 
 
 class Worker:
-    """A process that loads once and is then asked for rounds, over the protocol of bench/worker.py."""
+    """A process that loads once and is then asked for rounds, over the protocol of bench/worker.py.
 
-    def __init__(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> None:
+    directory: of the checkout whose modules the process imports. patience: seconds to wait for each answer, being ready
+    included; then the process is killed. None waits for ever.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        environment: dict[str, str] | None = None,
+        *,
+        directory: Path = ROOT,
+        patience: float | None = None,
+    ) -> None:
         self.name = name
+        self.patience = patience
         self.peak_bytes = 0
         self._log = tempfile.NamedTemporaryFile(prefix=f"dispec-bench-{name.replace(' ', '-')}-", suffix=".log")  # noqa: SIM115
         start = time.perf_counter()
         self._process = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=directory,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -110,7 +124,13 @@ class Worker:
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        timer = None
+        if self.patience is not None:
+            timer = threading.Timer(self.patience, self._process.kill)
+            timer.start()
         line = self._process.stdout.readline()
+        if timer is not None:
+            timer.cancel()
         if not line:
             code = self._process.wait()
             words = Path(self._log.name).read_text(errors="replace").strip().splitlines()[-15:]

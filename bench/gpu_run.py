@@ -3,18 +3,24 @@
     python -m bench.gpu_run --out /tmp/gpu --only test,memcheck    # 8 minutes of 16 cores
     python -m bench.gpu_run --out /tmp/gpu --no-checks
 
+`bench.compare` times checkouts and vLLM beside each other instead.
+
 Each part is a process of its own with its own log in `--out` and its own limit of seconds, so that one that hangs costs
 only itself. Tests run beside each other, because their time is the compiler's; what is timed runs alone.
 """
 
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import psutil
 import typer
 
 MODEL = "qwen2.5-1.5b"
@@ -22,27 +28,33 @@ _PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
 
 
 class Part(NamedTuple):
-    """A process: its name, its arguments after the interpreter's, and how long it may take."""
+    """A process: its name, its arguments after the interpreter's, and how long it may take.
+
+    cache: where its compiled code is kept, by a name that parts can share; empty for the user's cache.
+    """
 
     name: str
     arguments: list[str]
     seconds: int
     under: tuple[str, ...] = ()
+    cache: str = ""
 
 
-def _beside(processes: int) -> list[str]:
-    """Tests side by side, where pytest can: their time is the compiler's."""
-    return ["-n", str(processes)] if find_spec("xdist") is not None else []
+def _tests(name: str, processes: int = 1, *options: str) -> Part:
+    """A file of tests, side by side where pytest can: their time is the compiler's."""
+    beside = ["-n", str(processes)] if processes > 1 and find_spec("xdist") is not None else []
+    return Part(f"test {name}", [*_PYTEST, *beside, f"tests/test_{name}.py", *options], 560)
 
 
-_CHECKED = (
-    "(test_decode or test_ragged) and 64 and bfloat16 or write_kv and 64-16"
-    " or test_layer and bfloat16 and (llama or small and (2 or 4))"
-)
+_CHECKED = "(test_decode or test_ragged) and 64 and bfloat16 or write_kv and 64-16 or of_a_layer and bfloat16 and 17"
 CHECKS = [
-    Part("test engine", [*_PYTEST, *_beside(6), "tests/test_gpu_engine.py"], 560),
-    Part("test layers", [*_PYTEST, *_beside(5), "tests/test_gpu_kernels.py", "-k", "layer"], 560),
-    Part("test other kernels", [*_PYTEST, *_beside(3), "tests/test_gpu_kernels.py", "-k", "not layer"], 560),
+    _tests("gpu_graphs"),
+    _tests("gpu_engine", 4),
+    _tests("gpu_memory", 2),
+    _tests("gpu_speculation", 3),
+    _tests("transfer_gpu"),
+    _tests("gpu_kernels", 5),
+    _tests("gpu_tensor_parallel"),  # skipped on a single GPU
     Part(
         "memcheck",
         [*_PYTEST, "tests/test_gpu_kernels.py", "-k", _CHECKED],
@@ -50,31 +62,35 @@ CHECKS = [
         ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
     ),
 ]
-_THROUGHPUT = ["-m", "bench.throughput", "--model", MODEL, "--rounds", "2"]
-_SERVER = ["-m", "bench.profile_step", "--model", MODEL, "--compile", "background"]
+_THROUGHPUT = ["-m", "bench.throughput", "--model", MODEL, "--rounds", "2", "--peer", "none"]
+_STEP = ["-m", "bench.profile_step", "--model", MODEL]
 TIMINGS = [
-    Part("layers timed", ["-m", "bench.layer"], 240),
-    Part("layers swept", ["-m", "bench.layer", "--rows", "", "--sweep"], 240),
-    Part("cold start and step, c=1", ["-m", "bench.profile_step", "--model", MODEL], 150),
-    Part("warm start and step, c=1", ["-m", "bench.profile_step", "--model", MODEL], 120),
-    Part("server start and step, c=32", [*_SERVER, "--concurrency", "32"], 120),
+    Part("cold start and step, c=1", _STEP, 150, cache="starts"),
+    Part("warm start and step, c=1", _STEP, 120, cache="starts"),
+    Part("warm start and step, c=32", [*_STEP, "--concurrency", "32"], 120, cache="starts"),
     Part("throughput", [*_THROUGHPUT, "--concurrency", "1,6,16,32,128"], 240),
     Part("prefill 2048", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "2048", "--output-tokens", "1"], 120),
     Part("prefill 8192", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "8192", "--output-tokens", "1"], 120),
-    Part("context 8192", [*_THROUGHPUT, "--concurrency", "1,8", "--prompt-tokens", "8192"], 120),
+    Part("context 8192", [*_THROUGHPUT, "--concurrency", "1,8", "--prompt-tokens", "8192", "--decode-only"], 120),
     Part("products", ["-m", "bench.products", "--models", MODEL, "--rows", "2,32"], 60),
-    Part("context 32000", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "32000"], 120),
+    Part("context 32000", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "32000", "--decode-only"], 120),
+    Part("layers timed", ["-m", "bench.layer"], 240),
+    Part("layers swept", ["-m", "bench.layer", "--rows", "", "--sweep"], 240),
 ]
 # Of a log that are shown, where it is more than usual.
 _LINES = {"layers timed": 120, "layers swept": 60}
 
 
-def start(part: Part, out: Path) -> tuple[subprocess.Popen[bytes], Path]:
+def start(part: Part, out: Path, caches: Path) -> tuple[subprocess.Popen[bytes], Path]:
     """Start a part with its output in a file."""
     log = out / f"{re.sub('[^a-z0-9]+', '_', part.name)}.log"
+    environment = dict(os.environ)
+    if part.cache:
+        environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        environment |= {name: str(caches / part.cache) for name in ("DISPEC_CACHE_DIR", "TRITON_CACHE_DIR")}
     with log.open("wb") as file:
         return subprocess.Popen(
-            [*part.under, sys.executable, *part.arguments], stdout=file, stderr=subprocess.STDOUT
+            [*part.under, sys.executable, *part.arguments], stdout=file, stderr=subprocess.STDOUT, env=environment
         ), log
 
 
@@ -83,7 +99,9 @@ def finish(part: Part, process: subprocess.Popen[bytes], started: float) -> str:
     try:
         code = process.wait(max(0.0, part.seconds - (time.monotonic() - started)))
     except subprocess.TimeoutExpired:
-        process.kill()
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
         process.wait()
         return f"stopped after {part.seconds} s"
     return f"{'ok' if code == 0 else f'failed ({code})'} in {time.monotonic() - started:.0f} s"
@@ -106,24 +124,28 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     wanted = [name.strip() for name in only.split(",") if name.strip()]
-    rows: list[str] = []
 
     def is_wanted(part: Part) -> bool:
         return not wanted or any(part.name.startswith(name) for name in wanted)
 
-    running = [(part, *start(part, out)) for part in CHECKS if checks and is_wanted(part)]
-    for part, process, log in running:
-        rows.append(f"{part.name}: {finish(part, process, began)}\n{tail(log, 3)}")
-    for part in filter(is_wanted, TIMINGS):
-        if time.monotonic() - began > minutes * 60 - 20:
-            rows.append(f"{part.name}: not started, no time left")
-            continue
-        started = time.monotonic()
-        limited = part._replace(seconds=int(min(part.seconds, minutes * 60 - (started - began))))
-        process, log = start(limited, out)
-        lines = _LINES.get(part.name, 22 if "step" in part.name else 10)
-        rows.append(f"{part.name}: {finish(limited, process, started)}\n{tail(log, lines)}")
-    print("\n".join(rows))
+    def limited(part: Part) -> Part:
+        return part._replace(seconds=int(min(part.seconds, minutes * 60 - (time.monotonic() - began))))
+
+    with tempfile.TemporaryDirectory(prefix="dispec-gpu-run-", ignore_cleanup_errors=True) as folder:
+        caches = Path(folder)
+        running = [(limited(part), *start(part, out, caches)) for part in CHECKS if checks and is_wanted(part)]
+        for part, process, log in running:
+            end = finish(part, process, began)
+            print(f"{part.name}: {end}\n{tail(log, 3 if end.startswith('ok') else 16)}", flush=True)
+        for part in filter(is_wanted, TIMINGS):
+            if time.monotonic() - began > minutes * 60 - 20:
+                print(f"{part.name}: not started, no time left", flush=True)
+                continue
+            started = time.monotonic()
+            part = limited(part)
+            process, log = start(part, out, caches)
+            lines = _LINES.get(part.name, 22 if "step" in part.name else 10)
+            print(f"{part.name}: {finish(part, process, started)}\n{tail(log, lines)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,9 @@ def main(
         seconds, calls = microseconds / steps / 1e6, count[name] / steps
         row = [f"  {name[:100]}", seconds * 1e3, calls]
         report.add({"part": part, "name": name}, {"seconds": seconds, "calls": calls}, row)
+    if on_cuda:
+        launches = sum(event.name == "cudaGraphLaunch" for event in profile.events()) / steps
+        report.add({"part": "graph launches"}, {"calls": launches}, ["graph launches", None, launches])
     report.finish()
     if trace is not None:
         profile.export_chrome_trace(str(trace))

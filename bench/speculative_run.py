@@ -32,8 +32,8 @@ class SimulatedDrafts(DraftModel):
 
     def propose(self, step: Step) -> Proposal:
         proposal = self._draft_model.propose(step) if self._draft_model is not None else Proposal(0)
-        if proposal.guesses is not None:
-            proposal.guesses.wait()
+        if proposal.drafts is not None:
+            proposal.drafts.wait()
         for work in step.work:
             if work.num_drafts:
                 at = len(work.sequence.token_ids)

@@ -1,0 +1,135 @@
+"""Small engines on a CUDA device, and counts of what they compile and launch."""
+
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
+
+from engine import LLM, SamplingParams
+from engine.completion import Completion
+from engine.engine import Engine
+from engine.sequence import Sequence
+from layers.config import ModelConfig
+
+NEEDS_CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SMALL: dict[str, Any] = {
+    "device": "cuda",
+    "kv_cache_memory": "256MiB",
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 256,
+}
+# Head dims that the kernels are tuned for: the tiny checkpoints' are smaller than any real model's.
+CONFIG = ModelConfig(
+    architecture="Qwen2ForCausalLM",
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=64,
+    max_position_embeddings=1024,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    qkv_bias=True,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unchecked() -> Iterator[None]:
+    """Switch shape checks off: the compiler cannot trace through them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def make(model: Any = CONFIG, **options: Any) -> LLM:
+    """An engine of dummy weights, or of a checkpoint, in a process that has compiled nothing yet.
+
+    Raises the compiler's error, where the engine would warn and run eagerly.
+    """
+    torch._dynamo.reset()
+    counters.clear()
+    clear_compilation_metrics()
+    load_format = "dummy" if isinstance(model, ModelConfig) else "auto"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "compilation failed", RuntimeWarning)
+        return LLM(model, load_format=load_format, **SMALL | options)
+
+
+def prompts(count: int, longest: int = 90, vocab_size: int = CONFIG.vocab_size) -> list[list[int]]:
+    rng = random.Random(count)
+    return [[rng.randrange(vocab_size) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def greedy(max_tokens: int = 16) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def token_ids(completions: list[Completion]) -> list[list[int]]:
+    return [choice.token_ids for completion in completions for choice in completion.choices]
+
+
+def finish(engine: Engine) -> None:
+    """Run the engine until it has nothing to do."""
+    while engine.has_work:
+        engine.step()
+
+
+@contextmanager
+def decoding(engine: Engine, count: int, params: SamplingParams | None = None) -> Iterator[list[Sequence]]:
+    """So many sequences that are past their prompts, for 60 steps and more; finishes them afterwards."""
+    sequences = [engine.add(prompt, params or greedy(80)) for prompt in prompts(count, longest=40)]
+    while any(sequence.num_output_tokens < 2 for sequence in sequences):
+        engine.step()
+    try:
+        yield sequences
+    finally:
+        finish(engine)
+
+
+def count_launches(engine: Engine, num_steps: int) -> int:
+    """CUDA graphs launched in the next steps."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(num_steps):
+            engine.step()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.key == "cudaGraphLaunch")
+
+
+def compiled_functions() -> Counter[str]:
+    """How often each function was compiled since `make`: decode, prefill, a draft model's step, the sampler's."""
+    return Counter(metrics.co_name for metrics in get_compilation_metrics() if metrics.co_name is not None)
+
+
+def num_graphs() -> int:
+    """Graphs compiled since `make`, by any function."""
+    return counters["stats"]["unique_graphs"]
+
+
+def expect_replayed() -> None:
+    """No compiled function ran without its CUDA graph, and none was broken into several graphs."""
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert not counters["graph_break"]
+
+
+def expect_close_logprobs(found: list[Completion], expected: list[Completion], tolerance: float = 0.06) -> None:
+    """Compare the logprobs of chosen tokens, of each completion up to the first token that differs."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.logprobs is not None
+        assert theirs.logprobs is not None
+        for index, (one, other) in enumerate(zip(ours.logprobs, theirs.logprobs, strict=True)):
+            if ours.token_ids[:index] != theirs.token_ids[:index]:
+                break  # a tie was decided otherwise, and the texts differ from here on
+            assert one.logprob == pytest.approx(other.logprob, abs=tolerance)

@@ -1,0 +1,53 @@
+"""Tensor parallelism on two GPUs: the tokens of one, with a graph for each step and a step queued ahead."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from engine import SamplingParams
+from tests.gpu_engine import (
+    NEEDS_CUDA,
+    count_launches,
+    decoding,
+    expect_close_logprobs,
+    expect_replayed,
+    make,
+    prompts,
+    token_ids,
+    unchecked,
+)
+from tests.small_engine import mixed_params
+
+__all__ = ["unchecked"]
+pytestmark = [*NEEDS_CUDA, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+
+TWO: dict[str, Any] = {"device": "cuda:0", "tensor_parallel_size": 2}
+
+
+@pytest.mark.parametrize("speculation", [{}, {"speculative_model": "ngram"}], ids=["plain", "n-grams"])
+def test_two_gpus_answer_as_one_in_float32(speculation: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    given, params = prompts(12), mixed_params(12)
+    with make(dtype="float32", enforce_eager=True) as alone:
+        expected = token_ids(alone.generate(given, params))
+    with make(dtype="float32", **TWO, **speculation) as together:
+        if together.engine.speculator is not None:
+            together.engine.speculator.is_adaptive = False
+        assert token_ids(together.generate(given, params)) == expected
+        assert token_ids(together.generate(given, params)) == expected, "with the prompts in the prefix cache"
+    assert "skipping cudagraphs" not in capfd.readouterr().err  # of either rank
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_step_of_two_gpus_is_one_graph_and_overlaps_the_next(dtype: str) -> None:
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=1)
+    with make(dtype=dtype, enforce_eager=True) as alone:
+        expected = alone.generate(prompts(6), params)
+    with make(dtype=dtype, **TWO) as together:
+        engine = together.engine
+        assert engine.runner.is_compiled
+        assert engine.plan.overlaps
+        expect_close_logprobs(together.generate(prompts(6), params), expected)
+        with decoding(engine, 5):
+            assert count_launches(engine, 10) == 10
+        expect_replayed()

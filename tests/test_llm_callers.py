@@ -335,27 +335,3 @@ def test_a_second_ctrl_c_does_not_wait():
         signal.raise_signal(signal.SIGINT)
         reached = False
     assert reached
-
-
-def test_the_engine_may_pause_only_while_no_stream_is_read(llm, monkeypatch):
-    """Taking over what was compiled takes up to a second, in which no token comes."""
-    pauses = []
-    step = llm.engine.step
-
-    def noted(*, may_pause: bool = False):
-        pauses.append(may_pause)
-        return step(may_pause=may_pause)
-
-    monkeypatch.setattr(llm.engine, "step", noted)
-    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    llm.generate([[1, 2, 3]], params)
-    assert set(pauses) == {True}
-    pauses.clear()
-    stream = llm.stream([1, 2, 3], params)
-    next(stream)
-    llm.generate([[4, 5]], params)
-    list(stream)
-    assert set(pauses) == {False}
-    pauses.clear()
-    llm.generate([[1, 2, 3]], params)
-    assert set(pauses) == {True}

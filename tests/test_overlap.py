@@ -89,7 +89,7 @@ def test_abort_while_a_step_is_under_way(llm):
 
 
 def test_the_device_feeds_a_token_that_the_host_has_not_seen(directory):
-    """The host's guess at a pending token is wrong on purpose: only the fed back one can give the right output."""
+    """The host's id of a pending token is wrong on purpose: only the one on the device can give the right output."""
     llm = make(directory, async_scheduling=True)
     prompt = random_tokens(9)
     expected = alone(make(directory), [prompt], greedy(8))[0]
@@ -98,7 +98,7 @@ def test_the_device_feeds_a_token_that_the_host_has_not_seen(directory):
 
     def poisoned(step, *others):
         for host in runner._hosts:
-            host.fill_(77)  # what is not written anew by the step must not be read
+            host.flat.fill_(77)  # what is not written anew by the step must not be read
         return launch(step, *others)
 
     runner.launch = poisoned
@@ -107,7 +107,7 @@ def test_the_device_feeds_a_token_that_the_host_has_not_seen(directory):
     sequence = llm.engine.add(prompt, greedy(8))
     for _ in range(3):
         llm.engine.step()
-    runner.chosen += torch.ones_like(runner.chosen)
+    runner.sampled += torch.ones_like(runner.sampled)
     while llm.engine.has_work:
         llm.engine.step()
     assert sequence.output_token_ids != expected, "the fed back token was not read"

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine import LLM, SamplingParams
 from engine.step import Step
 from layers.config import ModelConfig
+from layers.model import block, logits
 from ops.cpu.library import has_linear
 from tests import commands
 from tests.allocations import largest_allocation, smallest_matrix_or_cache
@@ -39,7 +40,6 @@ CONFIG = ModelConfig(
 # Calls of our ops in one layer, and other operations that compute something, in bf16 with the CPU's own kernels.
 # Views are free; every other call costs its dispatch, which at one sequence is a third of a step.
 OPS_PER_LAYER = {"tiled_linear": 4, "rotate_and_write": 1, "paged_attention": 1}
-OPS_PER_DECODING_LAYER = {"decoder_layer": 1}
 OTHERS_PER_LAYER = 0
 OTHERS_PER_STEP = 9  # zeroed inputs, embeddings, rotation, rows of the head, argmax
 
@@ -94,45 +94,41 @@ def unchecked() -> Iterator[None]:
 
 @pytest.mark.skipif(not has_linear(), reason="needs the CPU's own kernels")
 @pytest.mark.parametrize("kind", ["prefill", "decode", "mixed"])
-def test_ops_of_a_layer(kind):
+def test_ops_of_a_layer(kind, monkeypatch):
     llm = make(max_num_batched_tokens=64)
     lengths = {20: 3} if kind == "decode" else {20: 2, 100: 1}
     # The first step starts prompts; the second goes on with the long one while the others decode.
     found = next(step for index, step in enumerate(steps(llm, lengths)) if index == (kind != "prefill"))
-    runner, inner = llm.engine.runner, Calls()
-    functions = runner._functions
+    inner = Calls()
 
     def count(*args):
         with inner:
-            return functions.block(*args)
+            return block(*args)
 
-    runner._functions = functions._replace(block=count, whole=None)
+    monkeypatch.setattr("layers.model.block", count)
     with unchecked(), Calls() as whole:
-        runner.run(found)
-    assert {name: calls / LAYERS for name, calls in inner.ours.items()} == (
-        OPS_PER_DECODING_LAYER if kind == "decode" else OPS_PER_LAYER
-    )
+        llm.engine.runner.run(found)
+    expected = {} if kind == "decode" else OPS_PER_LAYER  # a decode's layers are one C++ call, of which torch sees none
+    assert {name: calls / LAYERS for name, calls in inner.ours.items()} == expected
     assert inner.others.total() <= OTHERS_PER_LAYER * LAYERS
     assert whole.others.total() <= OTHERS_PER_STEP
 
 
 @pytest.mark.parametrize("tokens", [64, 128])
-def test_the_head_sees_the_rows_that_are_sampled_and_no_others(tokens):
+def test_the_head_sees_the_rows_that_are_sampled_and_no_others(tokens, monkeypatch):
     llm = make(max_num_batched_tokens=tokens, enable_prefix_caching=False)
-    runner = llm.engine.runner
-    functions = runner._functions
     rows: list[int] = []
 
-    def head(x, weights):
+    def head(x, *others):
         rows.append(len(x))
-        return functions.head(x, weights)
+        return logits(x, *others)
 
-    runner._functions = functions._replace(head=head, whole=None)
+    monkeypatch.setattr("layers.steps.logits", head)
     llm.generate([list(range(100))] * 3, greedy(max_tokens=4))
     assert sum(rows) == 3 * 4
-    assert rows[0] == 1  # the first prompt that was read to its end
-    # Every step but those whose chunks end no prompt, for which the head is not called at all.
-    assert len(rows) == len(llm.engine.records) - (tokens == 64)
+    # A chunk that ends no prompt wants no logits; where it fits, a prompt is read to its end at once.
+    assert rows[:2] == ([0, 1] if tokens == 64 else [1, 2])
+    assert len(rows) == len(llm.engine.records)
 
 
 def test_a_step_allocates_nothing_as_large_as_a_weight_matrix_or_the_cache():

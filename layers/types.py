@@ -96,25 +96,25 @@ class KVCache(NamedTuple):
 def layers(blocks: BlockWeights) -> tuple[BlockWeights, ...]:
     """The weights of each layer, as views of stacked ones."""
     num_layers = len(blocks.attention_norm)
-
-    def unstacked(stacked: Matrix | tuple[Packed, ...] | None) -> tuple[Any, ...]:
-        if stacked is None:
-            return (None,) * num_layers
-        if isinstance(stacked, Packed):
-            return tuple(Packed(one, stacked.features) for one in stacked.blocked.unbind(0))
-        return stacked.unbind(0) if isinstance(stacked, Tensor) else stacked
-
     columns = zip(
-        unstacked(blocks.attention_norm),
-        zip(*(unstacked(field) for field in blocks.attention), strict=True),
-        unstacked(blocks.mlp_norm),
-        zip(*(unstacked(field) for field in blocks.mlp), strict=True),
+        _unstacked(blocks.attention_norm, num_layers),
+        zip(*(_unstacked(field, num_layers) for field in blocks.attention), strict=True),
+        _unstacked(blocks.mlp_norm, num_layers),
+        zip(*(_unstacked(field, num_layers) for field in blocks.mlp), strict=True),
         strict=True,
     )
     return tuple(
         BlockWeights(attention_norm, AttentionWeights(*attention), mlp_norm, MlpWeights(*mlp))
         for attention_norm, attention, mlp_norm, mlp in columns
     )
+
+
+def _unstacked(stacked: Matrix | tuple[Packed, ...] | None, num_layers: int) -> tuple[Any, ...]:
+    if stacked is None:
+        return (None,) * num_layers
+    if isinstance(stacked, Packed):
+        return tuple(Packed(one, stacked.features) for one in stacked.blocked.unbind(0))
+    return stacked.unbind(0) if isinstance(stacked, Tensor) else stacked
 
 
 class Batch(NamedTuple):

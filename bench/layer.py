@@ -4,8 +4,8 @@
     python -m bench.layer --sweep           # other configurations of each product; the best to copy into the table
     TRITON_INTERPRET=1 python -m bench.layer --device cpu --rows 2,8 --sweep    # that this script works; no figures
 
-All layers are in one CUDA graph and each has its own weights, so that none is still in the L2 cache. A layer of a
-uniform step in 16 bits is nothing but ops, of which the compiler fuses none: it is timed without it.
+All layers are compiled together, as in a step of the engine, and in one CUDA graph. Each has its own weights, so that
+none is still in the L2 cache.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from bench.machine import choose_device, read_bandwidth
 from layers.config import ModelConfig
 from layers.model import block
 from layers.rope import rope_frequencies, rope_rotation
-from layers.types import Batch, BlockWeights, KVCache, LayerKV, layers
+from layers.types import Batch, BlockWeights, KVCache, layers
 from layers.weights import dummy_weights
 
 if TYPE_CHECKING:
@@ -52,14 +52,15 @@ BLOCK_SIZE = 16
 
 
 class Stack(NamedTuple):
-    """Layers with weights and pages of their own."""
+    """Layers with weights and pages of their own, stacked."""
 
     config: ModelConfig
-    weights: tuple[BlockWeights, ...]
-    pages: tuple[LayerKV, ...]
+    blocks: BlockWeights
+    kv_cache: KVCache
 
     def matrices(self, layer: int) -> dict[str, Tensor]:
-        attention, mlp = self.weights[layer].attention, self.weights[layer].mlp
+        weights = layers(self.blocks)[layer]
+        attention, mlp = weights.attention, weights.mlp
         found = {"qkv": attention.qkv, "output": attention.output, "gate_up": mlp.gate_up, "down": mlp.down}
         return {name: matrix for name, matrix in found.items() if isinstance(matrix, Tensor)}
 
@@ -77,11 +78,11 @@ def make_stack(config: ModelConfig, num_blocks: int, device: torch.device, dtype
     shape = (config.num_layers, num_blocks, config.num_kv_heads)
     keys = torch.randn(*shape, config.head_dim, BLOCK_SIZE, device=device, dtype=dtype)
     values = torch.randn(*shape, BLOCK_SIZE, config.head_dim, device=device, dtype=dtype)
-    return Stack(config, layers(weights.blocks), KVCache(keys, values).layers())
+    return Stack(config, weights.blocks, KVCache(keys, values))
 
 
 def make_step(stack: Stack, rows: int, context: int, columns: int) -> Step:
-    keys, config = stack.pages[0].keys, stack.config
+    keys, config = stack.kv_cache.keys, stack.config
     device = keys.device
 
     def integers(values: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def make_step(stack: Stack, rows: int, context: int, columns: int) -> Step:
 
 def run_layers(stack: Stack, step: Step) -> Tensor:
     x = step.x
-    for w, kv in zip(stack.weights, stack.pages, strict=True):
+    for w, kv in zip(layers(stack.blocks), stack.kv_cache.layers(), strict=True):
         x = block(x, w, stack.config, step.batch, step.rotation, kv)
     return x
 
@@ -117,7 +118,7 @@ def seconds_of_graph(calls: Sequence[Callable[[], object]], is_cuda: bool) -> fl
     return (time.perf_counter() - begin) / len(calls)
 
 
-def profile(run: Callable[[], object], layers: int) -> list[tuple[str, float]]:
+def profile(run: Callable[[], object], num_layers: int) -> list[tuple[str, float]]:
     """(kernel, microseconds) of one layer in order, medians over the layers of a replay; sums by name where layers
     differ."""
     graph = torch.cuda.CUDAGraph()
@@ -130,11 +131,11 @@ def profile(run: Callable[[], object], layers: int) -> list[tuple[str, float]]:
         torch.cuda.synchronize()
     events = [event for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     events.sort(key=lambda event: event.time_range.start)
-    each, rest = divmod(len(events), layers)
+    each, rest = divmod(len(events), num_layers)
     if rest or not each:
         names = sorted({event.name for event in events})
         return [
-            (name, sum(event.self_device_time_total for event in events if event.name == name) / layers)
+            (name, sum(event.self_device_time_total for event in events if event.name == name) / num_layers)
             for name in names
         ]
     found = []
@@ -153,7 +154,7 @@ def products_of(stack: Stack, step: Step, name: str, config: "FewRowsConfig | No
 
     x, eps = step.x, stack.config.rms_norm_eps
     calls: list[Callable[[], Tensor]] = []
-    for layer, (w, kv) in enumerate(zip(stack.weights, stack.pages, strict=True)):
+    for layer, (w, kv) in enumerate(zip(layers(stack.blocks), stack.kv_cache.layers(), strict=True)):
         weight = stack.matrices(layer)[name]
         source = torch.randn(len(x), weight.shape[1], device=x.device, dtype=x.dtype)
         norm = ops.Norm(w.mlp_norm, eps) if len(x) <= FOLDS_NORM_UP_TO else None
@@ -221,6 +222,7 @@ def main(
     ops.prepare(where)
     stack = make_stack(config, 1 + max(*counts, *swept, 1) * -(-context // BLOCK_SIZE), where, dtype)
     read, copy = (read_bandwidth(where), kernels.copy_bandwidth()) if is_cuda else (1e9, 1e9)
+    function = torch.compile(run_layers, fullgraph=True, dynamic=True) if is_cuda else run_layers
     print(f"reads {read / 1e9:.0f} GB/s, copies {copy / 1e9:.0f} GB/s (read and written)")
     with torch.inference_mode():
         for count in counts:
@@ -230,7 +232,8 @@ def main(
             step = make_step(stack, count, context, columns)
             weights = sum(matrix.nbytes for matrix in stack.matrices(0).values())
             moved = weights + 4 * count * context * config.num_kv_heads * config.head_dim
-            run = partial(run_layers, stack, step)
+            run = partial(function, stack, step)
+            run()  # compile
             seconds = seconds_of_graph([run], is_cuda) / config.num_layers
             rate = moved / seconds
             print(

@@ -25,10 +25,8 @@ _library.define(
     " bool is_gated) -> Tensor"
 )
 _library.define("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.define(
-    "fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float eps, Tensor? residual, bool is_gated)"
-    " -> Tensor"
-)
+_library.define("fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float eps, bool is_gated) -> Tensor")
+_library.define("add_linear(Tensor(a!) total, Tensor x, Tensor weight, Tensor? bias) -> ()")
 
 # The row count that the packed layout is chosen for. The layout oneDNN picks for 32 rows is also the best or
 # near it for one row and for thousands.
@@ -97,8 +95,7 @@ def linear(
     chooses kernels by the number of rows; otherwise the compiler fuses what is around the product.
     """
     if few_rows and isinstance(weight, Tensor) and is_fused(x):
-        norm_weight, eps = norm or (None, 0.0)
-        return torch.ops.dispec.fused_linear(x, weight, bias, norm_weight, eps, residual, is_gated)
+        return _fused(x, weight, bias, norm, residual, is_gated)
     if isinstance(weight, Packed) and weight.is_tiled and not (is_gated and weight.features % (2 * cpu_linear.TILE)):
         norm_weight, eps = norm or (None, 0.0)
         added = None if is_gated else residual
@@ -108,6 +105,20 @@ def linear(
     if is_gated:
         gate, up = y.chunk(2, dim=-1)
         y = torch.nn.functional.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+def _fused(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, residual: Tensor | None, is_gated: bool
+) -> Tensor:
+    if residual is not None and norm is None and not is_gated:
+        # In place, torch's product adds in its own kernel. The compiler drops the copy of a residual that is not read
+        # again, which is every layer's.
+        total = residual.clone(memory_format=torch.contiguous_format)
+        torch.ops.dispec.add_linear(total, x, weight, bias)
+        return total
+    norm_weight, eps = norm or (None, 0.0)
+    y = torch.ops.dispec.fused_linear(x, weight, bias, norm_weight, eps, is_gated)
     return y if residual is None else residual + y
 
 
@@ -175,27 +186,28 @@ def _fused_linear(
     bias: Tensor | None,
     norm: Tensor | None,
     eps: float,
-    residual: Tensor | None,
     is_gated: bool,
 ) -> Tensor:
     from ops.triton.linear import fused_linear as kernels
 
-    return kernels(x, weight, bias, None if norm is None else Norm(norm, eps), residual, is_gated)
+    return kernels(x, weight, bias, None if norm is None else Norm(norm, eps), is_gated)
 
 
 def _fused_linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    is_gated: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, is_gated: bool
 ) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // 2 if is_gated else weight.shape[0])
 
 
+def _add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    from ops.triton.linear import add_linear as kernels
+
+    kernels(total, x, weight, bias)
+
+
 _library.impl("packed_linear", _packed_linear, "CPU")
+_library.impl("add_linear", _add_linear, "CUDA")
+torch.library.register_fake("dispec::add_linear", lambda *_: None, lib=_library)
 _library.impl("fused_linear", _fused_linear, "CUDA")
 torch.library.register_fake("dispec::fused_linear", _fused_linear_fake, lib=_library)
 _library.impl("few_rows_linear", _few_rows_linear, "CUDA")

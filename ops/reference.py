@@ -71,17 +71,16 @@ def linear(
     bias: Float[Tensor, "N"] | None,
     norm: Float[Tensor, "K"] | None,
     eps: float,
-    residual: Float[Tensor, "T M"] | None,
     is_gated: bool,
 ) -> Float[Tensor, "T M"]:
-    """`norm(x) @ weight.T + bias + residual` in float64, gated by its first half before the residual is added."""
+    """`norm(x) @ weight.T + bias` in float64, if `is_gated` its second half gated by the first."""
     y = _normed(x.double(), norm, eps) @ weight.double().T
     if bias is not None:
         y = y + bias.double()
     if is_gated:
         gate, up = y.chunk(2, dim=-1)
         y = torch.nn.functional.silu(gate) * up
-    return y if residual is None else y + residual.double()
+    return y
 
 
 def qkv_rope_write(
@@ -106,7 +105,7 @@ def qkv_rope_write(
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
     kv_heads, head_dim = keys.shape[1:3]
-    projected = linear(x, qkv, bias, norm, eps, None, False).to(x.dtype).double()
+    projected = linear(x, qkv, bias, norm, eps, False).to(x.dtype).double()
     query, key, value = projected.unflatten(1, (-1, head_dim)).tensor_split((-2 * kv_heads, -kv_heads), dim=1)
     write_kv(keys, values, rotate(_normed(key, key_norm, eps)).to(keys.dtype), value.to(keys.dtype), slot_mapping)
     return rotate(_normed(query, query_norm, eps))

@@ -1,4 +1,4 @@
-"""Random arguments for a layer's ops, `fused_linear` and `qkv_rope_write`, and comparison with their oracles."""
+"""Random arguments for the ops of a layer on CUDA in 16 bits, and comparison with their oracles."""
 
 import math
 from typing import NamedTuple
@@ -33,30 +33,29 @@ class Product(NamedTuple):
     features: int
     columns: int
     has_norm: bool = False
-    has_residual: bool = False
+    adds: bool = False
     is_gated: bool = False
     has_bias: bool = False
 
 
 def products(shape: Shape) -> dict[str, Product]:
-    """The products of a layer that are `fused_linear`, those of a tensor-parallel rank included."""
+    """The products of a layer that are `fused_linear`, or `add_linear` if they add, those of a rank included."""
     attended = shape.heads * shape.head_dim
     return {
         "qkv": Product(shape.qkv, shape.hidden, has_norm=True, has_bias=True),  # where heads are normed
-        "output": Product(shape.hidden, attended, has_residual=True),
+        "output": Product(shape.hidden, attended, adds=True),
         "output of a rank": Product(shape.hidden, attended, has_bias=True),
         "gate_up": Product(2 * shape.intermediate, shape.hidden, has_norm=True, is_gated=True),
-        "down": Product(shape.hidden, shape.intermediate, has_residual=True),
-        "down of a rank": Product(shape.hidden, shape.intermediate),
+        "down": Product(shape.hidden, shape.intermediate, adds=True),
     }
 
 
 def product_arguments(
     product: Product, rows: int, dtype: torch.dtype = torch.float16, device: str = "cpu", seed: int = 0
 ) -> tuple:
-    """Arguments of `torch.ops.dispec.fused_linear`."""
+    """Arguments of `torch.ops.dispec.fused_linear`; the first three are the last of `add_linear`."""
     torch.manual_seed(seed)
-    features, columns, has_norm, has_residual, is_gated, has_bias = product
+    features, columns, has_norm, _, is_gated, has_bias = product
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype)
@@ -67,13 +66,15 @@ def product_arguments(
         cast(torch.randn(features)) if has_bias else None,
         cast(near_one(columns)) if has_norm else None,
         1e-6,
-        cast(torch.randn(rows, features // 2 if is_gated else features)) if has_residual else None,
         is_gated,
     )
 
 
-def expect_product(arguments: tuple, actual: Tensor) -> None:
+def expect_product(arguments: tuple, actual: Tensor, total: Tensor | None = None) -> None:
+    """Compare a result with the oracle; total: what the product was added to."""
     expected = reference.linear(*(value.cpu() if isinstance(value, Tensor) else value for value in arguments))
+    if total is not None:
+        expected += total.cpu().double()
     assert actual.is_contiguous()
     assert actual.dtype == arguments[0].dtype
     tolerance = TOLERANCE[actual.dtype]

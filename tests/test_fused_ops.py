@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
+import ops
 from layers.config import ModelConfig
 from layers.model import hidden_states
 from layers.types import Batch, KVCache, Weights
@@ -50,12 +51,17 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(importlib.import_module("ops.paged_attention"), "has_cpu_kernel", lambda *_: True)
     library = torch.library.Library("dispec", "IMPL")
     library.impl("fused_linear", lambda *given: reference.linear(*given).to(given[0].dtype), "CPU")
+    library.impl("add_linear", add_linear, "CPU")
     library.impl("qkv_rope_write", lambda *given: reference.qkv_rope_write(*given).to(given[0].dtype), "CPU")
     torch._dynamo.reset()
     counters.clear()
     yield
     library._destroy()
     torch._dynamo.reset()
+
+
+def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    total.copy_(total.double() + reference.linear(x, weight, bias, None, 0.0, False))
 
 
 def make_cache() -> KVCache:
@@ -111,8 +117,21 @@ def test_decoding_and_verification_are_one_graph_that_copies_no_cache() -> None:
     assert {name: called.count(name) for name in called} == {
         "qkv_rope_write": CONFIG.num_layers,
         "paged_attention": CONFIG.num_layers,
-        "fused_linear": 3 * CONFIG.num_layers,
+        "fused_linear": CONFIG.num_layers,
+        "add_linear": 2 * CONFIG.num_layers,
     }
+    hidden = rf"empty_strided\w*\(\(\w+, {CONFIG.hidden_size}\)"
+    assert len(re.findall(hidden, source)) == 1, "the residual connections are added in place"
     assert not any(str(NUM_BLOCKS) in shape for shape in re.findall(r"empty_strided\w*\(\(([^)]*)\)", source))
     assert not re.search(r"\.clone\(|copy_\(", source)
     assert counters["inductor"].get("possibly_missed_reinplacing_opportunities", 0) == 0
+
+
+def test_a_residual_that_is_read_again_keeps_its_values() -> None:
+    def add(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.linear(x, weight, residual=residual, few_rows=True), residual + 1
+
+    x, weight, residual = torch.randn(3, 16), torch.randn(8, 16), torch.randn(3, 8)
+    expected = (x @ weight.T + residual, residual + 1)
+    for function in (add, torch.compile(add, fullgraph=True)):
+        torch.testing.assert_close(function(x, weight, residual), expected)

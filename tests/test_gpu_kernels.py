@@ -306,9 +306,16 @@ def test_products_of_a_layer(name: str, rows: int, dtype: torch.dtype) -> None:
     for product in products(shape).values():
         arguments = product_arguments(product, rows, dtype, "cuda", seed=rows)
         torch.full((rows, shape.intermediate), math.nan, dtype=dtype, device="cuda")
-        actual = torch.ops.dispec.fused_linear(*arguments)
-        expect_product(arguments, actual)
-        assert torch.equal(torch.ops.dispec.fused_linear(*arguments), actual), "the same product twice"
+        if product.adds:
+            total = torch.randn(rows, product.features, device="cuda").to(dtype)
+            actual, again = total.clone(), total.clone()
+            torch.ops.dispec.add_linear(actual, *arguments[:3])
+            torch.ops.dispec.add_linear(again, *arguments[:3])
+            expect_product(arguments, actual, total)
+        else:
+            actual, again = (torch.ops.dispec.fused_linear(*arguments) for _ in range(2))
+            expect_product(arguments, actual)
+        assert torch.equal(actual, again), "the same product twice"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -339,13 +346,14 @@ def test_captured_products_share_their_counters(rows: int) -> None:
         {name: product_arguments(found[name], rows, dtype, "cuda", seed) for name in ("gate_up", "down")}
         for seed in range(3)
     ]
+    norm = ops.Norm(layers[0]["gate_up"][3], 1e-6)
     ops.prepare(torch.device("cuda"))
 
     def chain(wait: bool) -> Tensor:
         x = layers[0]["gate_up"][0]
         for layer in layers:
-            gated = torch.ops.dispec.fused_linear(x, *layer["gate_up"][1:])
-            x = torch.ops.dispec.fused_linear(gated, *layer["down"][1:5], x, False)
+            gated = ops.linear(x, layer["gate_up"][1], norm=norm, is_gated=True, few_rows=True)
+            x = ops.linear(gated, layer["down"][1], residual=x, few_rows=True)
             if wait:
                 torch.cuda.synchronize()
         return x
@@ -379,6 +387,8 @@ def test_layer_registration() -> None:
     for product in products(shape).values():
         arguments = product_arguments(product, 2, torch.bfloat16, "cuda")
         torch.library.opcheck(torch.ops.dispec.fused_linear.default, arguments, test_utils=checks)
+        total = torch.zeros(2, product.features, dtype=torch.bfloat16, device="cuda")
+        torch.library.opcheck(torch.ops.dispec.add_linear.default, (total, *arguments[:3]), test_utils=checks)
     projection = make_projection(shape, 2, dtype=torch.bfloat16, device="cuda")
     arguments = tuple(
         value.nan_to_num() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -331,15 +331,12 @@ def layer_launches(
         bias = None if has_norms else floats(shape.qkv)
         rotary.qkv_rope_write(x, floats(shape.qkv, shape.hidden), bias, norm, slots, head_norm, head_norm)
         for name in ("output", "gate_up", "down"):
-            features, columns, has_norm, has_residual, is_gated, _ = products(shape)[name]
-            linear.fused_linear(
-                floats(rows, columns),
-                floats(features, columns),
-                None,
-                norm if has_norm else None,
-                x if has_residual else None,
-                is_gated,
-            )
+            features, columns, has_norm, adds, is_gated, _ = products(shape)[name]
+            wide, weight = floats(rows, columns), floats(features, columns)
+            if adds:
+                linear.add_linear(x, wide, weight, None)
+            else:
+                linear.fused_linear(wide, weight, None, norm if has_norm else None, is_gated)
 
     return record(monkeypatch, capability, launch)
 

@@ -123,8 +123,8 @@ else:
         return replace
 
     def call(arguments: tuple) -> Tensor:
-        x, weight, bias, norm, eps, residual, is_gated = arguments
-        return linear.fused_linear(x, weight, bias, None if norm is None else Norm(norm, eps), residual, is_gated)
+        x, weight, bias, norm, eps, is_gated = arguments
+        return linear.fused_linear(x, weight, bias, None if norm is None else Norm(norm, eps), is_gated)
 
     def project(arguments: tuple) -> Tensor:
         x, qkv, bias, norm, eps, cosine, sine, keys, values, slot_mapping, *head_norms = arguments
@@ -165,7 +165,13 @@ else:
             pytest.skip("the divisor of a norm needs all columns")
         choose(config)
         arguments = product_arguments(product, rows, dtype)
-        expect_product(arguments, call(arguments))
+        if product.adds:
+            total = torch.randn(rows, product.features).to(dtype)
+            added = total.clone()
+            linear.add_linear(added, *arguments[:3])
+            expect_product(arguments, added, total)
+        else:
+            expect_product(arguments, call(arguments))
 
     @both_types
     @pytest.mark.parametrize("has_head_norms", [True, False])
@@ -203,23 +209,17 @@ else:
     def test_what_no_layer_asks_for_is_computed_too(
         is_gated: bool, choose: Callable[[FewRowsConfig | None], None]
     ) -> None:
-        """A norm, a bias and a residual together, of a weight and rows that are strided."""
+        """A norm and a bias together, a bias that is added, and a weight and rows that are strided."""
         for config in (SUM, DOT, None):
             choose(config)
-            product = products(SMALL)["gate_up"]._replace(is_gated=is_gated, has_bias=True, has_residual=True)
-            x, weight, bias, norm, eps, residual, _ = product_arguments(product, 3)
-            strided = (x.T.contiguous().T, weight, bias, norm, eps, residual.T.contiguous().T, is_gated)
-            expect_product(strided, call(strided))
-            strided = (x, weight.T.contiguous().T, *strided[2:])
-            expect_product(strided, call(strided))
-
-    def test_the_residual_is_left_as_it_was(choose: Callable[[FewRowsConfig | None], None]) -> None:
-        for config in (SUM, DOT, SPLIT, None):
-            choose(config)
-            arguments = product_arguments(products(SMALL)["down"], 2)
-            before = arguments[5].clone()
-            call(arguments)
-            assert torch.equal(arguments[5], before)
+            product = products(SMALL)["gate_up"]._replace(is_gated=is_gated, has_bias=True)
+            arguments = product_arguments(product, 3)
+            x, weight, bias = arguments[:3]
+            for strided in ((x.T.contiguous().T, weight), (x, weight.T.contiguous().T)):
+                expect_product(arguments, call((*strided, *arguments[2:])))
+                total = torch.zeros(3, product.features, dtype=x.dtype)
+                linear.add_linear(total, *strided, bias)
+                expect_product((*arguments[:3], None, 0.0, False), total)
 
     @pytest.mark.parametrize("config", [SUM, DOT])
     def test_float16_keeps_rows_that_are_large_before_they_are_normed(
@@ -254,8 +254,8 @@ else:
 
     def test_split_products_leave_their_counters_as_they_found_them() -> None:
         arguments = product_arguments(products(SMALL)["down"], 2)
-        x, weight, residual = arguments[0], arguments[1], arguments[5]
-        results = [add_product.add_product(x, weight, None, residual, None, SPLIT) for _ in range(2)]
+        x, weight = arguments[:2]
+        results = [add_product.add_product(x, weight, None, None, None, SPLIT) for _ in range(2)]
         assert torch.equal(*results)
         expect_product(arguments, results[0])
         counters = add_product.arrivals(x.device)

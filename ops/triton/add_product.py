@@ -25,12 +25,10 @@ def add_kernel(
     x,
     weight,
     bias,
-    residual,
     norm,
     rows,
     N,
     x_stride,
-    residual_stride,
     eps,
     tiles_per_split,
     K: tl.constexpr,
@@ -41,10 +39,11 @@ def add_kernel(
     TENSOR_CORES: tl.constexpr,
     NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
-    """`norm(x) @ weight.T + bias + residual`. One program: BLOCK_N features of all rows over one split of the columns.
+    """`norm(x) @ weight.T + bias`, with ADDS added to what is in `output`.
 
+    One program: BLOCK_N features of all rows over one split of the columns.
     Grid (ceil(N / BLOCK_N), SPLITS). Where the columns are split, each program leaves its part in `partial`
     [SPLITS, T, N], float32, and the last of a block of features to arrive, by the counter in `arrivals` (zero before),
     adds the parts in their order: the same bits whoever is last.
@@ -78,10 +77,10 @@ def add_kernel(
         )  # fmt: skip
     if HAS_BIAS:
         result += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)[None, :]
-    if HAS_RESIDUAL:
-        before = tl.load(residual + row[:, None] * residual_stride + feature[None, :], mask=mask, other=0.0)
-        result += before.to(tl.float32)
-    tl.store(output + row[:, None] * N + feature[None, :], result.to(output.dtype.element_ty), mask=mask)
+    to = output + row[:, None] * N + feature[None, :]
+    if ADDS:
+        result += tl.load(to, mask=mask, other=0.0).to(tl.float32)
+    tl.store(to, result.to(output.dtype.element_ty), mask=mask)
 
 
 @functools.cache
@@ -110,13 +109,15 @@ def add_product(
     norm: Norm | None,
     config: FewRowsConfig,
 ) -> Tensor:
-    """`norm(x) @ weight.T + bias + residual`, rounded once.
+    """`norm(x) @ weight.T + bias`, added in place to `residual` if there is one; rounded once.
 
-    x: [T, K] and residual: [T, N], contiguous in their rows; weight: [N, K], contiguous; bias: [N]. A norm only without
+    x: [T, K], contiguous in its rows; weight: [N, K] and residual: [T, N], contiguous; bias: [N]. A norm only without
     splits. Products whose columns are split share their counters: none of them may run beside another.
     """
     (rows, columns), features = x.shape, weight.shape[0]
-    output = torch.empty((rows, features), dtype=x.dtype, device=x.device)
+    output = residual
+    if output is None:
+        output = torch.empty((rows, features), dtype=x.dtype, device=x.device)
     tiles_per_split, splits = split_evenly(columns, config)
     assert norm is None or splits == 1
     grid = triton.cdiv(features, config.block_n)
@@ -131,18 +132,16 @@ def add_product(
         x,
         weight,
         weight if bias is None else bias,
-        x if residual is None else residual,
         weight if norm is None else norm.weight,
         rows,
         features,
         x.stride(0),
-        0 if residual is None else residual.stride(0),
         0.0 if norm is None else norm.eps,
         tiles_per_split,
         K=columns,
         SPLITS=splits,
         HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
+        ADDS=residual is not None,
         **launch_options(x, config, norm is not None),
     )
     return output

@@ -10,14 +10,12 @@ from ops.triton.layer_parts import gate_halves, norm_rows
 from ops.triton.tuning import FOLDS_NORM_UP_TO, choose_product, describe
 
 
-def fused_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, residual: Tensor | None, is_gated: bool
-) -> Tensor:
+def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, is_gated: bool) -> Tensor:
     """`ops.linear` in one kernel for few rows; for more, torch's product between kernels for the rest.
 
-    x: [T, K]; weight: [N, K]; bias: [N]; residual: [T, M]. Returns [T, M], contiguous. One kernel rounds nothing
-    before its end: gate and up, and the sum to which the residual is added, stay in float32. Rows that it norms are not
-    rounded either, or on tensor cores in bfloat16 only after the norm's weight.
+    x: [T, K]; weight: [N, K]; bias: [N]. Returns [T, M], contiguous. One kernel rounds nothing before its end: gate and
+    up stay in float32. Rows that it norms are not rounded either, or on tensor cores in bfloat16 only after the norm's
+    weight.
     """
     rows, (features, columns) = x.shape[0], weight.shape
     if rows == 0:
@@ -30,11 +28,25 @@ def fused_linear(
     x = x.contiguous()
     if norm is not None and (config is None or rows > FOLDS_NORM_UP_TO):
         x, norm = norm_rows(x, norm), None
-    if config is not None and not is_gated:
-        return add_product(x, weight, bias, None if residual is None else residual.contiguous(), norm, config)
-    if config is not None:
-        y = gate_product(x, weight, norm, config)
-    else:
+    if config is None:
         y = linear(x, weight, bias)
-        y = gate_halves(y) if is_gated else y
-    return y if residual is None else y.add_(residual)
+        return gate_halves(y) if is_gated else y
+    if is_gated:
+        return gate_product(x, weight, norm, config)
+    return add_product(x, weight, bias, None, norm, config)
+
+
+def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Add `x @ weight.T + bias` to `total` [T, N], contiguous: in one kernel, or two if torch adds a bias."""
+    rows, (features, columns) = x.shape[0], weight.shape
+    if rows == 0:
+        return
+    config = None
+    if weight.is_contiguous():
+        config = choose_product(describe(x.device), rows, features, columns)
+    if config is not None:
+        add_product(x.contiguous(), weight, bias, total, None, config)
+        return
+    total.addmm_(x, weight.T)
+    if bias is not None:
+        total.add_(bias)

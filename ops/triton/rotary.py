@@ -92,7 +92,7 @@ def qkv_rope_write(
     """
     config = choose_product(describe(x.device), x.shape[0], *qkv.shape, has_norm=True)
     if config is None or query_norm is not None or not qkv.is_contiguous():
-        projected = fused_linear(x, qkv, bias, norm, None, is_gated=False)
+        projected = fused_linear(x, qkv, bias, norm, is_gated=False)
         return rotate_heads(projected, query_norm, key_norm, norm.eps, slots)
     return rotate_product(x.contiguous(), qkv, bias, norm, slots, config)
 

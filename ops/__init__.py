@@ -11,7 +11,7 @@ from ops.decode import Decoder, DecoderLayers, decode, decoder, decoder_layers
 from ops.draw import draw, has_draw_kernel
 from ops.embedding import embedding
 from ops.kv_cache import copy_blocks, write_kv
-from ops.linear import Matrix, Packed, linear, pack
+from ops.linear import Matrix, Packed, linear, pack, prepare
 from ops.norm import Norm, rms_norm
 from ops.paged_attention import paged_attention
 from ops.rotary import qkv_rope_write, rotate_and_write
@@ -37,6 +37,7 @@ __all__ = [
     "linear",
     "pack",
     "paged_attention",
+    "prepare",
     "qkv_rope_write",
     "rms_norm",
     "rotate_and_write",

@@ -3,7 +3,8 @@
 On a CPU with AVX512-BF16 or AVX2, bf16 weights are packed once into the tiles of `ops.cpu.linear`; on others into
 oneDNN's blocked layout. At one row a product then runs at the speed of memory, of which the plain layout reaches half.
 Everywhere else a weight stays the plain [N, K] matrix; on CUDA products of few rows in 16 bits, which are decode steps,
-have kernels of their own where those are faster (`ops.triton.few_rows`).
+have kernels of their own where those are faster: with what a layer does around them in `ops.triton.linear`, without it
+in `ops.triton.few_rows`.
 """
 
 import os
@@ -24,6 +25,8 @@ _library.define(
     " bool is_gated) -> Tensor"
 )
 _library.define("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float eps, bool is_gated) -> Tensor")
+_library.define("add_linear(Tensor(a!) total, Tensor x, Tensor weight, Tensor? bias) -> ()")
 
 # The row count that the packed layout is chosen for. The layout oneDNN picks for 32 rows is also the best or
 # near it for one row and for thousands.
@@ -88,8 +91,11 @@ def linear(
     (arXiv:2002.05202), and M is N / 2. Products are summed in float32 and rounded once to x's dtype; what is asked for
     around them is computed as if it were an operation of its own, and costs no pass of its own where a kernel has it.
 
-    few_rows: whether x is expected to have few rows, as in decoding; then CUDA has one kernel for all of it in 16 bits.
+    few_rows: whether x is expected to have few rows, as in decoding. In 16 bits on CUDA all of it is then one op, which
+    chooses kernels by the number of rows; otherwise the compiler fuses what is around the product.
     """
+    if few_rows and isinstance(weight, Tensor) and is_fused(x):
+        return _fused(x, weight, bias, norm, residual, is_gated)
     if isinstance(weight, Packed) and weight.is_tiled and not (is_gated and weight.features % (2 * cpu_linear.TILE)):
         norm_weight, eps = norm or (None, 0.0)
         added = None if is_gated else residual
@@ -102,12 +108,39 @@ def linear(
     return y if residual is None else residual + y
 
 
+def _fused(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, residual: Tensor | None, is_gated: bool
+) -> Tensor:
+    if residual is not None and norm is None and not is_gated:
+        # In place, torch's product adds in its own kernel. The compiler drops the copy of a residual that is not read
+        # again, which is every layer's.
+        total = residual.clone(memory_format=torch.contiguous_format)
+        torch.ops.dispec.add_linear(total, x, weight, bias)
+        return total
+    norm_weight, eps = norm or (None, 0.0)
+    y = torch.ops.dispec.fused_linear(x, weight, bias, norm_weight, eps, is_gated)
+    return y if residual is None else residual + y
+
+
+def is_fused(x: Tensor) -> bool:
+    """Whether products of few rows have kernels with what is around them."""
+    return x.is_cuda and x.dtype.itemsize == 2
+
+
+def prepare(device: torch.device) -> None:
+    """Allocate what ops keep on a device between calls. Must be called before a step is compiled or recorded there."""
+    if device.type == "cuda":
+        from ops.triton.add_product import arrivals
+
+        arrivals(torch.empty(0, device=device).device)  # with an index, as the tensors of a call have it
+
+
 def _product(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
     if isinstance(weight, Packed) and weight.is_tiled:
         return torch.ops.dispec.tiled_linear(x, weight.blocked, weight.features, bias, None, 0.0, None, False)
     if isinstance(weight, Packed):
         return torch.ops.dispec.packed_linear(x, weight.blocked, bias, weight.features)
-    if x.is_cuda and x.dtype.itemsize == 2:
+    if is_fused(x):
         return torch.ops.dispec.few_rows_linear(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
 
@@ -147,7 +180,36 @@ def _few_rows_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+def _fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    is_gated: bool,
+) -> Tensor:
+    from ops.triton.linear import fused_linear as kernels
+
+    return kernels(x, weight, bias, None if norm is None else Norm(norm, eps), is_gated)
+
+
+def _fused_linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, is_gated: bool
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0] // 2 if is_gated else weight.shape[0])
+
+
+def _add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    from ops.triton.linear import add_linear as kernels
+
+    kernels(total, x, weight, bias)
+
+
 _library.impl("packed_linear", _packed_linear, "CPU")
+_library.impl("add_linear", _add_linear, "CUDA")
+torch.library.register_fake("dispec::add_linear", lambda *_: None, lib=_library)
+_library.impl("fused_linear", _fused_linear, "CUDA")
+torch.library.register_fake("dispec::fused_linear", _fused_linear_fake, lib=_library)
 _library.impl("few_rows_linear", _few_rows_linear, "CUDA")
 torch.library.register_fake("dispec::few_rows_linear", _few_rows_linear_fake, lib=_library)
 _library.impl("packed_linear", _packed_linear, "MkldnnCPU")

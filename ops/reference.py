@@ -65,54 +65,54 @@ def paged_attention(
     return output
 
 
-def decoder_layer(
+def linear(
+    x: Float[Tensor, "T K"],
+    weight: Float[Tensor, "N K"],
+    bias: Float[Tensor, "N"] | None,
+    norm: Float[Tensor, "K"] | None,
+    eps: float,
+    is_gated: bool,
+) -> Float[Tensor, "T M"]:
+    """`norm(x) @ weight.T + bias` in float64, if `is_gated` its second half gated by the first."""
+    y = _normed(x.double(), norm, eps) @ weight.double().T
+    if bias is not None:
+        y = y + bias.double()
+    if is_gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = torch.nn.functional.silu(gate) * up
+    return y
+
+
+def qkv_rope_write(
     x: Float[Tensor, "T E"],
-    attention_norm: Float[Tensor, "E"],
     qkv: Float[Tensor, "QKV E"],
-    qkv_bias: Float[Tensor, "QKV"] | None,
-    query_norm: Float[Tensor, "D"] | None,
-    key_norm: Float[Tensor, "D"] | None,
-    output: Float[Tensor, "E HD"],
-    output_bias: Float[Tensor, "E"] | None,
-    mlp_norm: Float[Tensor, "E"],
-    gate_up: Float[Tensor, "F2 E"],
-    down: Float[Tensor, "E F"],
+    bias: Float[Tensor, "QKV"] | None,
+    norm: Float[Tensor, "E"],
     eps: float,
     cosine: Float[Tensor, "T D2"],
     sine: Float[Tensor, "T D2"],
     keys: Float[Tensor, "NB KV D BS"],
     values: Float[Tensor, "NB KV BS D"],
     slot_mapping: Int[Tensor, "T"],
-    block_tables: Int[Tensor, "B P"],
-    query_start: Int[Tensor, "B+1"],
-    context_lens: Int[Tensor, "B"],
-    heads: int,
-    intermediate: int,
-    scale: float,
-) -> Float[Tensor, "T E"]:
-    """A whole layer in float64. The projection, what goes to pages and the result are rounded to the type of x."""
+    query_norm: Float[Tensor, "D"] | None,
+    key_norm: Float[Tensor, "D"] | None,
+) -> Float[Tensor, "T H D"]:
+    """Queries in float64, of a projection that is rounded to the type of x. Pages have their own type."""
 
-    def norm(y: Tensor, weight: Tensor | None) -> Tensor:
-        return y if weight is None else y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
-
-    def product(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return y @ weight.double().T + (0.0 if bias is None else bias.double())
-
-    def turn(y: Tensor) -> Tensor:
+    def rotate(y: Tensor) -> Tensor:
         first, second = y.chunk(2, dim=-1)
         cos, sin = cosine.double()[:, None], sine.double()[:, None]
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
     kv_heads, head_dim = keys.shape[1:3]
-    wide = x.double()
-    projected = product(norm(wide, attention_norm), qkv, qkv_bias).to(x.dtype).double()
-    query, key, value = projected.view(len(x), -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
-    query, key = turn(norm(query, query_norm)), turn(norm(key, key_norm))
-    write_kv(keys, values, key.to(x.dtype), value.to(x.dtype), slot_mapping)
-    attended = paged_attention(query, keys, values, block_tables, query_start, context_lens, scale)
-    wide = wide + product(attended.flatten(1), output, output_bias)
-    gate, up = product(norm(wide, mlp_norm), gate_up, None).split(intermediate, dim=-1)
-    return (wide + product(torch.nn.functional.silu(gate) * up, down, None)).to(x.dtype)
+    projected = linear(x, qkv, bias, norm, eps, False).to(x.dtype).double()
+    query, key, value = projected.unflatten(1, (-1, head_dim)).tensor_split((-2 * kv_heads, -kv_heads), dim=1)
+    write_kv(keys, values, rotate(_normed(key, key_norm, eps)).to(keys.dtype), value.to(keys.dtype), slot_mapping)
+    return rotate(_normed(query, query_norm, eps))
+
+
+def _normed(y: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return y if weight is None else y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
 def draw(

@@ -1,4 +1,4 @@
-"""Random layers for `ops.decoder_layer`, their sequences in shuffled pages, NaN wherever no context reaches."""
+"""Random arguments for the ops of a layer on CUDA in 16 bits, and comparison with their oracles."""
 
 import math
 from typing import NamedTuple
@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from ops import reference
+
+# Rotated queries of a rounded projection, in steps of their type: several roundings one after the other.
+TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
 class Shape(NamedTuple):
@@ -19,121 +22,129 @@ class Shape(NamedTuple):
     intermediate: int
     block_size: int = 16
 
+    @property
+    def qkv(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
 
-class Layer(NamedTuple):
-    """Arguments of `torch.ops.dispec.decoder_layer` but for the pages, which a call changes; the rows that count."""
+
+class Product(NamedTuple):
+    """A product of a layer: N and K of its weight, and what is around it."""
+
+    features: int
+    columns: int
+    has_norm: bool = False
+    adds: bool = False
+    is_gated: bool = False
+    has_bias: bool = False
+
+
+def products(shape: Shape) -> dict[str, Product]:
+    """The products of a layer that are `fused_linear`, or `add_linear` if they add, those of a rank included."""
+    attended = shape.heads * shape.head_dim
+    return {
+        "qkv": Product(shape.qkv, shape.hidden, has_norm=True, has_bias=True),  # where heads are normed
+        "output": Product(shape.hidden, attended, adds=True),
+        "output of a rank": Product(shape.hidden, attended, has_bias=True),
+        "gate_up": Product(2 * shape.intermediate, shape.hidden, has_norm=True, is_gated=True),
+        "down": Product(shape.hidden, shape.intermediate, adds=True),
+    }
+
+
+def product_arguments(
+    product: Product, rows: int, dtype: torch.dtype = torch.float16, device: str = "cpu", seed: int = 0
+) -> tuple:
+    """Arguments of `torch.ops.dispec.fused_linear`; the first three are the last of `add_linear`."""
+    torch.manual_seed(seed)
+    features, columns, has_norm, _, is_gated, has_bias = product
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype)
+
+    return (
+        cast(torch.randn(rows, columns) * torch.linspace(0.3, 5 if has_norm else 1, rows)[:, None]),
+        cast(torch.randn(features, columns) * columns**-0.5),
+        cast(torch.randn(features)) if has_bias else None,
+        cast(near_one(columns)) if has_norm else None,
+        1e-6,
+        is_gated,
+    )
+
+
+def expect_product(arguments: tuple, actual: Tensor, total: Tensor | None = None) -> None:
+    """Compare a result with the oracle; total: what the product was added to."""
+    expected = reference.linear(*(value.cpu() if isinstance(value, Tensor) else value for value in arguments))
+    if total is not None:
+        expected += total.cpu().double()
+    assert actual.is_contiguous()
+    assert actual.dtype == arguments[0].dtype
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual.cpu().double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def near_one(size: int) -> Tensor:
+    return 1 + 0.2 * torch.randn(size)
+
+
+class Projection(NamedTuple):
+    """Arguments of `torch.ops.dispec.qkv_rope_write` but for the pages, which a call changes."""
 
     before: tuple
-    pages: tuple[Tensor, Tensor]
+    cache: tuple[Tensor, Tensor]
     after: tuple
-    rows: int
 
     def arguments(self) -> tuple:
-        """With pages of their own."""
-        return (*self.before, *(tensor.clone() for tensor in self.pages), *self.after)
+        """With the pages of the middle layer of a cache of their own."""
+        return (*self.before, *(stacked.clone()[1] for stacked in self.cache), *self.after)
 
 
-def make_layer(
+def make_projection(
     shape: Shape,
-    contexts: list[int],
-    query_len: int = 1,
+    rows: int,
     *,
-    padding: int = 0,
     dtype: torch.dtype = torch.float16,
     device: str = "cpu",
-    qkv_bias: bool = True,
-    output_bias: bool = False,
-    head_norms: bool = False,
-    columns: int = 0,
+    has_bias: bool = True,
+    has_head_norms: bool = False,
     seed: int = 0,
-) -> Layer:
-    """A layer and a step of sequences with `contexts` tokens, the step's own included, then `padding` sequences."""
+) -> Projection:
+    """A projection whose tokens go to random slots of the second of three layers; NaN is in every fourth page."""
     torch.manual_seed(seed)
-    hidden, heads, kv_heads, head_dim, intermediate, block_size = shape
-    qkv = (heads + 2 * kv_heads) * head_dim
-    batch = len(contexts) + padding
-    tokens = batch * query_len
+    hidden, _, kv_heads, head_dim, _, block_size = shape
 
-    def weight(features: int, size: int) -> Tensor:
-        return torch.randn(features, size) * size**-0.5
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype)
 
-    def near_one(size: int) -> Tensor:
-        return 1 + 0.2 * torch.randn(size)
-
-    needed = [math.ceil(context / block_size) for context in contexts]
-    num_blocks = sum(needed) + 3
-    keys = torch.full((num_blocks, kv_heads, head_dim, block_size), math.nan)
-    values = torch.full((num_blocks, kv_heads, block_size, head_dim), math.nan)
-    keys[0], values[0] = 0.0, 0.0
-    free = (torch.randperm(num_blocks - 1) + 1).tolist()
-    # Entries past a context point outside the cache: they must not be followed.
-    tables = torch.full((batch, max(*needed, 2, columns) + 1), 2**30, dtype=torch.int32)
-    tables[len(contexts) :, 0] = 0
-    slots, positions = [], []
-    for sequence, context in enumerate(contexts):
-        blocks = [free.pop() for _ in range(needed[sequence])]
-        tables[sequence, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-        for column, block in enumerate(blocks):
-            used = min(block_size, context - query_len - column * block_size)
-            if used > 0:
-                keys[block, :, :, :used] = torch.randn(kv_heads, head_dim, used)
-                values[block, :, :used] = torch.randn(kv_heads, used, head_dim)
-        for position in range(context - query_len, context):
-            positions.append(position)
-            slots.append(blocks[position // block_size] * block_size + position % block_size)
-    slots += [0] * (padding * query_len)
-    positions += [0] * (padding * query_len)
-    frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
-    angles = torch.tensor(positions)[:, None] * frequencies
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device, dtype)
-
+    num_blocks = math.ceil(rows / block_size) + 4
+    keys = torch.randn(3, num_blocks, kv_heads, head_dim, block_size)
+    values = torch.randn(3, num_blocks, kv_heads, block_size, head_dim)
+    keys[:, ::4], values[:, ::4] = math.nan, math.nan
+    angles = torch.randint(5000, (rows, 1)) * 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    slots = torch.randperm(num_blocks * block_size)[:rows].to(device, torch.int32)
+    norms = tuple(cast(near_one(head_dim)) if has_head_norms else None for _ in range(2))
     before = (
-        cast(torch.randn(tokens, hidden) * torch.linspace(0.3, 5, tokens)[:, None]),
-        cast(near_one(hidden)),
-        cast(weight(qkv, hidden)),
-        cast(torch.randn(qkv)) if qkv_bias else None,
-        cast(near_one(head_dim)) if head_norms else None,
-        cast(near_one(head_dim)) if head_norms else None,
-        cast(weight(hidden, heads * head_dim)),
-        cast(torch.randn(hidden)) if output_bias else None,
-        cast(near_one(hidden)),
-        cast(weight(2 * intermediate, hidden)),
-        cast(weight(hidden, intermediate)),
-        1e-6,
+        *product_arguments(Product(shape.qkv, hidden, has_norm=True, has_bias=has_bias), rows, dtype, device)[:5],
         angles.cos().to(device),
         angles.sin().to(device),
     )
-    integers = (
-        torch.tensor(slots, dtype=torch.int32),
-        tables,
-        torch.arange(batch + 1, dtype=torch.int32) * query_len,
-        torch.tensor(contexts + [query_len] * padding, dtype=torch.int32),
-    )
-    after = (*(tensor.to(device) for tensor in integers), heads, intermediate, head_dim**-0.5)
-    return Layer(before, (keys.to(device, dtype), values.to(device, dtype)), after, len(contexts) * query_len)
+    return Projection(before, (cast(keys), cast(values)), (slots, *norms))
 
 
-def expect_layer(layer: Layer, actual: Tensor, keys: Tensor, values: Tensor, tolerance: float) -> None:
-    """Compare what a layer returned, and the pages that it wrote, with the oracle; padding and its block excepted."""
-    on_host = [value.cpu() if isinstance(value, Tensor) else value for value in layer.arguments()]
-    expected_keys, expected_values = on_host[14:16]
-    expected = reference.decoder_layer(*on_host)
-    assert actual.is_contiguous()
-    assert actual.dtype == expected.dtype
-    rows = slice(layer.rows)
-    torch.testing.assert_close(actual[rows].cpu().double(), expected[rows].double(), atol=tolerance, rtol=tolerance)
-    slots = layer.after[0][rows].cpu().long()
-    block_size = layer.pages[0].shape[3]
+def expect_projection(projection: Projection, arguments: tuple, query: Tensor) -> None:
+    """Compare what a call with `arguments` returned, and the pages that it wrote, with the oracle."""
+    on_host = [value.cpu() if isinstance(value, Tensor) else value for value in projection.arguments()]
+    expected = reference.qkv_rope_write(*on_host)
+    assert query.is_contiguous()
+    tolerance = TOLERANCE[query.dtype]
+    torch.testing.assert_close(query.cpu().double(), expected, atol=tolerance, rtol=tolerance)
+    slots = projection.after[0].cpu().long()
+    block_size = projection.cache[0].shape[4]
     block, offset = slots // block_size, slots % block_size
-    for found, wanted, untouched, order in (
-        (keys.cpu(), expected_keys, layer.pages[0].cpu(), (0, 3, 1, 2)),
-        (values.cpu(), expected_values, layer.pages[1].cpu(), (0, 2, 1, 3)),
-    ):
-        written, right = found.permute(order)[block, offset], wanted.permute(order)[block, offset]
-        torch.testing.assert_close(written.double(), right.double(), atol=tolerance, rtol=tolerance)
-        # Everything but the new tokens' slots has its very bits.
-        restored = found.clone()
-        restored.permute(order)[block, offset] = untouched.permute(order)[block, offset]
-        assert torch.equal(restored[1:].view(torch.int16), untouched[1:].view(torch.int16))
+    for at, order in ((7, (0, 3, 1, 2)), (8, (0, 2, 1, 3))):
+        found, wanted, before = arguments[at].cpu(), on_host[at], projection.cache[at - 7].cpu()
+        written, right = (pages.permute(order)[block, offset].double() for pages in (found, wanted))
+        torch.testing.assert_close(written, right, atol=tolerance, rtol=tolerance)
+        # Everything but the new tokens' slots has its very bits, in the other layers as well.
+        restored = arguments[at]._base.cpu().clone()
+        assert restored.shape == before.shape
+        restored[1].permute(order)[block, offset] = before[1].permute(order)[block, offset]
+        assert torch.equal(restored.view(torch.int16), before.view(torch.int16))

@@ -9,17 +9,20 @@ from torch import Tensor
 
 import ops
 from ops import reference
-from tests.layer_cases import Shape, expect_layer, make_layer
+from tests.layer_cases import (
+    Shape,
+    expect_product,
+    expect_projection,
+    make_projection,
+    product_arguments,
+    products,
+)
 from tests.threshold_cases import cases, expect_thresholds, weights_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-if torch.cuda.is_available():
-    from ops.triton.decoder_layer import decoder_layer
-    from ops.triton.tuning import choose_layer, describe
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 GROUPS = [(14, 2), (12, 2), (9, 3), (4, 4), (8, 1), (32, 8), (16, 1)]
@@ -288,95 +291,107 @@ def test_few_rows_linear(rows: int, features: int, columns: int, dtype: torch.dt
     )
 
 
-LAYER_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 8e-2}  # several roundings one after the other
-QWEN, SMALL, LLAMA = Shape(1536, 12, 2, 128, 8960), Shape(896, 14, 2, 64, 4864), Shape(512, 8, 4, 128, 1024, 64)
-# Shape, contexts, queries of each sequence, sequences of padding; named by their rows.
-LAYERS = {
-    "qwen 2": (QWEN, [300], 1, 1),
-    "small 2": (SMALL, [5000, 3], 1, 0),
-    "small 4": (SMALL, [16, 17, 500], 1, 1),
-    "qwen 8": (QWEN, [*range(30, 36)], 1, 2),
-    "llama 8": (LLAMA, [90, 4], 4, 0),
-    "small 16": (SMALL, [33, 8, 9, 600], 4, 0),
-    "llama 17": (LLAMA, [*range(1, 18)], 1, 0),
-    "qwen 32": (QWEN, [*range(100, 131)], 1, 1),
-    "small 64": (SMALL, [*range(1, 65)], 1, 0),
-    "qwen 128": (QWEN, [*range(1, 129)], 1, 0),
-    "llama 256": (LLAMA, [*range(8, 40)], 8, 0),
+SHAPES = {
+    "qwen": Shape(1536, 12, 2, 128, 8960),
+    "small": Shape(896, 14, 2, 64, 4864),
+    "llama": Shape(512, 8, 4, 128, 1024, 64),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", LAYERS)
-def test_layer(name: str, dtype: torch.dtype) -> None:
-    """The whole op as the table launches it, and with kernels that start early where the device has that."""
-    shape, contexts, query_len, padding = LAYERS[name]
-    if dtype is torch.float16 and shape is QWEN and name != "qwen 2":
-        pytest.skip("what takes longest, in one type")
-    for head_norms in (False, True):
-        layer = make_layer(
-            shape,
-            contexts,
-            query_len,
-            padding=padding,
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 17, 32, 64, 256])
+@pytest.mark.parametrize("name", SHAPES)
+def test_products_of_a_layer(name: str, rows: int, dtype: torch.dtype) -> None:
+    shape = SHAPES[name]
+    for product in products(shape).values():
+        arguments = product_arguments(product, rows, dtype, "cuda", seed=rows)
+        torch.full((rows, shape.intermediate), math.nan, dtype=dtype, device="cuda")
+        if product.adds:
+            total = torch.randn(rows, product.features, device="cuda").to(dtype)
+            actual, again = total.clone(), total.clone()
+            torch.ops.dispec.add_linear(actual, *arguments[:3])
+            torch.ops.dispec.add_linear(again, *arguments[:3])
+            expect_product(arguments, actual, total)
+        else:
+            actual, again = (torch.ops.dispec.fused_linear(*arguments) for _ in range(2))
+            expect_product(arguments, actual)
+        assert torch.equal(actual, again), "the same product twice"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 17, 32, 64, 256])
+@pytest.mark.parametrize("name", SHAPES)
+def test_projection_of_a_layer(name: str, rows: int, dtype: torch.dtype) -> None:
+    for has_head_norms in (False, True):
+        projection = make_projection(
+            SHAPES[name],
+            rows,
             dtype=dtype,
             device="cuda",
-            qkv_bias=not head_norms,
-            output_bias=head_norms,
-            head_norms=head_norms,
-            columns=64,
-            seed=len(contexts),
+            has_bias=not has_head_norms,
+            has_head_norms=has_head_norms,
+            seed=rows,
         )
-        arguments = layer.arguments()
-        torch.full((64, shape.intermediate), math.nan, dtype=dtype, device="cuda")
-        actual = torch.ops.dispec.decoder_layer(*arguments)
-        expect_layer(layer, actual, *arguments[14:16], LAYER_TOLERANCE[dtype])
-        again = layer.arguments()
-        assert torch.equal(torch.ops.dispec.decoder_layer(*again)[: layer.rows], actual[: layer.rows])
-        if torch.cuda.get_device_capability() >= (9, 0) and head_norms == (dtype is torch.float16):
-            rows, qkv = arguments[0].shape[0], arguments[2].shape[0]
-            chosen = choose_layer(describe(arguments[0].device), rows, shape.hidden, qkv, shape.intermediate)
-            early = layer.arguments()
-            found = decoder_layer(*early, config=chosen._replace(early=True))
-            expect_layer(layer, found, *early[14:16], LAYER_TOLERANCE[dtype])
+        arguments = projection.arguments()
+        query = torch.ops.dispec.qkv_rope_write(*arguments)
+        expect_projection(projection, arguments, query)
+        assert torch.equal(torch.ops.dispec.qkv_rope_write(*projection.arguments()), query)
 
 
-@pytest.mark.parametrize("rows", [2, 8, 32])
-@pytest.mark.parametrize("early", [False, True])
-def test_a_captured_stack_of_layers_equals_the_layers_one_by_one(early: bool, rows: int) -> None:
-    if early and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs programmatic dependent launch")
-    shape, contexts = Shape(1536, 12, 2, 128, 8960), [40 + row for row in range(rows)]
-    layers = [make_layer(shape, contexts, dtype=torch.bfloat16, device="cuda", seed=seed) for seed in range(3)]
-    config = choose_layer(describe(torch.device("cuda", 0)), rows, 1536, 2048, 8960)._replace(early=early)
+@pytest.mark.parametrize("rows", [2, 8, 16, 32])
+def test_captured_products_share_their_counters(rows: int) -> None:
+    """A recorded chain of products, split ones among them, equals the products one by one, replay after replay."""
+    found, dtype = products(SHAPES["qwen"]), torch.bfloat16
+    layers = [
+        {name: product_arguments(found[name], rows, dtype, "cuda", seed) for name in ("gate_up", "down")}
+        for seed in range(3)
+    ]
+    norm = ops.Norm(layers[0]["gate_up"][3], 1e-6)
+    ops.prepare(torch.device("cuda"))
 
-    def stack(pages: list[tuple], wait: bool) -> Tensor:
-        hidden = layers[0].before[0]
-        for layer, own in zip(layers, pages, strict=True):
-            hidden = decoder_layer(hidden, *layer.before[1:], *own, *layer.after, config=config)
+    def chain(wait: bool) -> Tensor:
+        x = layers[0]["gate_up"][0]
+        for layer in layers:
+            gated = ops.linear(x, layer["gate_up"][1], norm=norm, is_gated=True, few_rows=True)
+            x = ops.linear(gated, layer["down"][1], residual=x, few_rows=True)
             if wait:
                 torch.cuda.synchronize()
-        return hidden
+        return x
 
-    def fresh() -> list[tuple]:
-        return [tuple(tensor.clone() for tensor in layer.pages) for layer in layers]
-
-    expected = stack(fresh(), wait=True)
-    pages = fresh()
-    stack(pages, wait=False)
-    torch.cuda.synchronize()
+    expected = chain(wait=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = stack(pages, wait=False)
+        output = chain(wait=False)
     for _ in range(20):
         output.fill_(math.nan)
         graph.replay()
         assert torch.equal(output, expected)
 
 
+def test_counters_are_not_allocated_in_a_recording() -> None:
+    from ops.triton.add_product import arrivals
+
+    arrivals.cache_clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.zeros(1, device="cuda")  # an empty recording is warned of
+        with pytest.raises(RuntimeError, match="prepare"):
+            arrivals(torch.device("cuda", torch.cuda.current_device()))
+    ops.prepare(torch.device("cuda"))
+    assert arrivals.cache_info().currsize == 1
+
+
 def test_layer_registration() -> None:
-    layer = make_layer(Shape(512, 8, 4, 128, 1024), [20, 33], dtype=torch.bfloat16, device="cuda", columns=4)
-    arguments = [tensor.nan_to_num() if index in (14, 15) else tensor for index, tensor in enumerate(layer.arguments())]
-    torch.library.opcheck(
-        torch.ops.dispec.decoder_layer.default, tuple(arguments), test_utils=("test_schema", "test_faketensor")
+    checks = ("test_schema", "test_faketensor")
+    shape = SHAPES["llama"]
+    for product in products(shape).values():
+        arguments = product_arguments(product, 2, torch.bfloat16, "cuda")
+        torch.library.opcheck(torch.ops.dispec.fused_linear.default, arguments, test_utils=checks)
+        total = torch.zeros(2, product.features, dtype=torch.bfloat16, device="cuda")
+        torch.library.opcheck(torch.ops.dispec.add_linear.default, (total, *arguments[:3]), test_utils=checks)
+    projection = make_projection(shape, 2, dtype=torch.bfloat16, device="cuda")
+    arguments = tuple(
+        value.nan_to_num() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for value in projection.arguments()
     )
+    torch.library.opcheck(torch.ops.dispec.qkv_rope_write.default, arguments, test_utils=checks)

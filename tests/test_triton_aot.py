@@ -22,19 +22,22 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from ops.norm import Norm  # noqa: E402
 from ops.triton import (  # noqa: E402
     add_product,
     decode_attention,
-    decoder_layer,
     few_rows,
     gate_product,
     kv_cache,
     layer_parts,
+    linear,
     prefill_attention,
+    rotary,
     rotate_product,
     token_threshold,
 )
-from ops.triton.tuning import PREFILL, Device, LayerConfig, choose_layer  # noqa: E402
+from ops.triton.tuning import PREFILL, Device  # noqa: E402
+from tests.layer_cases import Shape, products  # noqa: E402
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may use
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -42,12 +45,13 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 KERNELS = {
     add_product: ("add_kernel",),
     decode_attention: ("decode_kernel", "combine_kernel"),
-    decoder_layer: (),
     few_rows: ("sum_kernel", "dot_kernel", "reduce_kernel"),
     gate_product: ("gate_kernel",),
     kv_cache: ("write_kv_kernel",),
-    layer_parts: ("norm_kernel", "gate_halves_kernel", "rotate_heads_kernel"),
+    layer_parts: ("norm_kernel", "gate_halves_kernel"),
+    linear: (),
     prefill_attention: ("prefill_kernel",),
+    rotary: ("rotate_heads_kernel",),
     rotate_product: ("rotate_kernel",),
     token_threshold: ("token_threshold_kernel",),
 }
@@ -78,7 +82,7 @@ class Recorder:
         assert all(size < 65536 for size in grid[1:])
 
         def launch(*positional: Any, **named: Any) -> None:
-            options = {name: named.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in named}
+            options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
             arguments = dict(zip(self.kernel.arg_names, positional, strict=False)) | named
             assert arguments.keys() == set(self.kernel.arg_names)
             self.launches.append(Launch(self.kernel, arguments, options))
@@ -300,79 +304,55 @@ def test_what_torch_multiplies_faster_is_left_to_it(monkeypatch: pytest.MonkeyPa
     assert not record(monkeypatch, 90, lambda: few_rows.linear(x, x.new_empty(features, 1536), None))
 
 
-# E, H, KV, D, F, whether heads are normed.
-LAYERS = {
-    "qwen2.5-1.5b": (1536, 12, 2, 128, 8960, False),
-    "qwen2.5-0.5b": (896, 14, 2, 64, 4864, False),
-    "qwen3-0.6b": (1024, 16, 8, 128, 3072, True),
-    "llama-3.1-8b": (4096, 32, 8, 128, 14336, False),
+# A layer's shape, and whether its heads are normed.
+MODELS = {
+    "qwen2.5-1.5b": (Shape(1536, 12, 2, 128, 8960), False),
+    "qwen2.5-0.5b": (Shape(896, 14, 2, 64, 4864), False),
+    "qwen3-0.6b": (Shape(1024, 16, 8, 128, 3072), True),
+    "llama-3.1-8b": (Shape(4096, 32, 8, 128, 14336), False),
 }
-FUSED = ["rotate_kernel", "decode_kernel", "combine_kernel", "add_kernel", "gate_kernel", "add_kernel"]
 
 
 def layer_launches(
-    monkeypatch: pytest.MonkeyPatch,
-    capability: int,
-    rows: int,
-    model: str,
-    dtype: torch.dtype = HALF,
-    config: LayerConfig | None = None,
+    monkeypatch: pytest.MonkeyPatch, capability: int, rows: int, model: str, dtype: torch.dtype = HALF
 ) -> list[Launch]:
-    hidden, heads, kv_heads, head_dim, intermediate, has_norms = LAYERS[model]
+    """All of a layer but its attention."""
+    shape, has_norms = MODELS[model]
 
-    def floats(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def floats(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
 
-    qkv = (heads + 2 * kv_heads) * head_dim
-    norm = floats(head_dim) if has_norms else None
-    rotation = [torch.empty(rows, head_dim // 2, device="meta") for _ in range(2)]
-    arguments = (
-        *(floats(rows, hidden), floats(hidden), floats(qkv, hidden), None if has_norms else floats(qkv), norm, norm),
-        *(floats(hidden, heads * head_dim), None, floats(hidden)),
-        *(floats(2 * intermediate, hidden), floats(hidden, intermediate), 1e-6, *rotation),
-        *cache(head_dim, 16, kv_heads, dtype),
-        *(integers(rows), integers(rows, 256), integers(rows + 1), integers(rows), heads, intermediate, 0.1),
-    )
-    return record(monkeypatch, capability, lambda: decoder_layer.decoder_layer(*arguments, config=config))
+    def launch() -> None:
+        x, norm = floats(rows, shape.hidden), Norm(floats(shape.hidden), 1e-6)
+        rotation = [torch.empty(rows, shape.head_dim // 2, device="meta") for _ in range(2)]
+        pages = cache(shape.head_dim, 16, shape.kv_heads, dtype)
+        slots = rotate_product.Slots(*pages, integers(rows), *rotation)
+        head_norm = floats(shape.head_dim) if has_norms else None
+        bias = None if has_norms else floats(shape.qkv)
+        rotary.qkv_rope_write(x, floats(shape.qkv, shape.hidden), bias, norm, slots, head_norm, head_norm)
+        for name in ("output", "gate_up", "down"):
+            features, columns, has_norm, adds, is_gated, _ = products(shape)[name]
+            wide, weight = floats(rows, columns), floats(features, columns)
+            if adds:
+                linear.add_linear(x, wide, weight, None)
+            else:
+                linear.fused_linear(wide, weight, None, norm if has_norm else None, is_gated)
+
+    return record(monkeypatch, capability, launch)
 
 
 @pytest.mark.parametrize("capability", [90, 80])
-@pytest.mark.parametrize("model", LAYERS)
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("rows", [2, 4, 8, 16, 32])
 def test_layer(monkeypatch: pytest.MonkeyPatch, rows: int, model: str, capability: int) -> None:
     launches = layer_launches(monkeypatch, capability, rows, model)
-    names = [launch.kernel.__name__ for launch in launches]
-    names = [name for name in names if name not in ("combine_kernel", "norm_kernel")]
-    expected = [name for name in FUSED if name != "combine_kernel"]
-    if LAYERS[model][-1]:
-        expected = ["add_kernel", "rotate_heads_kernel", *expected[1:]]
+    projection = ["add_kernel", "rotate_heads_kernel"] if MODELS[model][1] else ["rotate_kernel"]
+    expected = [*projection, "add_kernel", "gate_kernel", "add_kernel"]
     if rows > 16:  # the other products are torch's
-        expected = ["rotate_heads_kernel", "decode_kernel", "gate_kernel"]
-    assert names == expected
+        expected = ["norm_kernel", "rotate_heads_kernel", "norm_kernel", "gate_kernel"]
+    assert [launch.kernel.__name__ for launch in launches] == expected
     for launch in launches:
-        if launch.kernel.__name__ not in ("decode_kernel", "combine_kernel"):  # compiled above
-            check(launch, capability, widest_load=launch.kernel.__name__ != "rotate_heads_kernel")
-
-
-def test_a_layer_of_few_rows_is_six_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = layer_launches(monkeypatch, 90, 2, "qwen2.5-1.5b")
-    assert [launch.kernel.__name__ for launch in launches] == FUSED
-
-
-@pytest.mark.parametrize("rows", [2, 8])
-def test_kernels_that_start_early(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """Every kernel waits for those before it, and says when those after it may start."""
-    config = choose_layer(Device("sm_90", 132), rows, 1536, 2048, 8960)._replace(early=True)
-    for model in ("qwen2.5-1.5b", "qwen3-0.6b"):
-        for launch in layer_launches(monkeypatch, 90, rows, model, config=config):
-            assert launch.options["launch_pdl"]
-            if rows == 2 or model == "qwen2.5-1.5b":
-                ptx = compile_launch(launch, 90).asm["ptx"]
-                assert ptx.count("griddepcontrol.wait") == 1
-                if launch.kernel.__name__ in ("rotate_kernel", "add_kernel", "gate_kernel"):
-                    before, _ = ptx.split("griddepcontrol.wait")
-                    assert "L1::evict_first" in before, "weights are asked for while others end"
-                assert ptx.count("griddepcontrol.launch_dependents") == 1
+        check(launch, capability, widest_load=launch.kernel.__name__ != "rotate_heads_kernel")
 
 
 def test_float16_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,8 +362,7 @@ def test_float16_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_many_rows_are_multiplied_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = layer_launches(monkeypatch, 90, 128, "qwen2.5-1.5b")
-    parts = ["norm_kernel", "rotate_heads_kernel", "norm_kernel", "gate_halves_kernel"]
-    assert [launch.kernel.__name__ for launch in launches if launch.kernel.__name__ not in FUSED] == parts
+    expected = ["norm_kernel", "rotate_heads_kernel", "norm_kernel", "gate_halves_kernel"]
+    assert [launch.kernel.__name__ for launch in launches] == expected
     for launch in launches:
-        if launch.kernel.__name__ in parts:
-            check(launch, 90, widest_load=launch.kernel.__name__ != "rotate_heads_kernel")
+        check(launch, 90, widest_load=launch.kernel.__name__ != "rotate_heads_kernel")

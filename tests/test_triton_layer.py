@@ -1,8 +1,9 @@
-"""The kernels of a whole layer against the oracle, run by Triton's interpreter on the CPU: see test_triton_kernels."""
+"""The kernels of a layer's ops against the oracles, run by Triton's interpreter: see test_triton_kernels."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -38,7 +39,7 @@ if not INTERPRETED:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (["--rows", "2,8", "--minutes", "9"], ["2 rows as one op", "8 rows as one op", "8 rows as parts"]),
+            (["--rows", "2,8", "--minutes", "9"], ["2 rows", "8 rows"]),
             (["--rows", "", "--sweep", "--sweep-rows", "8", "--minutes", "0"], ["FewRowsConfig", "torch alone"]),
         ],
     )
@@ -62,26 +63,28 @@ else:
 
     from ops import reference
     from ops.norm import Norm
-    from ops.triton import add_product, decoder_layer, rotate_product
-    from ops.triton.tuning import FewRowsConfig, LayerConfig
-    from tests.layer_cases import Layer, Shape, expect_layer, make_layer
+    from ops.triton import add_product, linear, rotary
+    from ops.triton.rotate_product import Slots
+    from ops.triton.tuning import FewRowsConfig
+    from tests.layer_cases import (
+        Shape,
+        expect_product,
+        expect_projection,
+        make_projection,
+        product_arguments,
+        products,
+    )
 
-    TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 8e-2}
     SMALL = Shape(hidden=96, heads=4, kv_heads=2, head_dim=64, intermediate=112)
     WIDE = Shape(hidden=128, heads=3, kv_heads=1, head_dim=128, intermediate=80, block_size=32)
     ODD = Shape(hidden=80, heads=2, kv_heads=2, head_dim=80, intermediate=48)
 
-    # Block sizes that leave a rest of features and of columns, and more tiles than one.
-    SUMS = LayerConfig(*[FewRowsConfig(block_n, 64, 0, 2) for block_n in (4, 2, 8, 2)])
-    DOTS = LayerConfig(
-        FewRowsConfig(16, 32, 1, 4, 3),
-        FewRowsConfig(32, 32, 2, 4, 3),
-        FewRowsConfig(64, 32, 1, 4, 3),
-        FewRowsConfig(16, 32, 3, 4, 3),
-    )
-    APART = DOTS._replace(folds_norm=False)
-    TORCH = LayerConfig(None, None, None, None)
-    MIXED = LayerConfig(None, SUMS.output, None, DOTS.down)
+    # Block sizes that leave a rest of features and of columns, and more tiles than one; None for torch's product.
+    SUM, WIDE_SUM = FewRowsConfig(2, 64, 0, 2), FewRowsConfig(8, 64, 0, 2)
+    DOT, WIDE_DOT = FewRowsConfig(16, 32, 1, 4, 3), FewRowsConfig(64, 32, 1, 4, 3)
+    SPLIT = FewRowsConfig(16, 32, 3, 4, 3)
+
+    both_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 
     @pytest.fixture(autouse=True)
     def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,103 +112,152 @@ else:
 
         monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
 
-    def expect_right(layer: Layer, config: LayerConfig) -> None:
-        arguments = layer.arguments()
-        actual = decoder_layer.decoder_layer(*arguments, config=config)
-        expect_layer(layer, actual, *arguments[14:16], TOLERANCE[actual.dtype])
+    @pytest.fixture
+    def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[FewRowsConfig | None], None]:
+        """Replace what the table would choose."""
 
-    @pytest.mark.parametrize(
-        ("dtype", "head_norms"), [(torch.float16, True), (torch.bfloat16, False)], ids=["float16", "bfloat16"]
-    )
-    @pytest.mark.parametrize(
-        ("shape", "contexts", "query_len", "padding", "config"),
-        [
-            (SMALL, [1], 1, 0, SUMS),
-            (SMALL, [37], 1, 1, SUMS),
-            (SMALL, [16, 17, 64], 1, 0, SUMS),
-            (SMALL, [33], 4, 0, SUMS),
-            (WIDE, [70, 33], 1, 2, SUMS),
-            (ODD, [5, 90], 1, 0, SUMS),
-            (SMALL, [7], 1, 0, DOTS),
-            (SMALL, [16, 17, 64, 5, 1], 1, 1, DOTS),
-            (WIDE, [31, 32, 33, 97, 64, 3, 128], 1, 1, DOTS),
-            (SMALL, [20, 4, 65, 19], 4, 1, DOTS),  # 20 rows
-            (ODD, [*range(1, 18)], 1, 0, APART),  # 17 rows
-            (SMALL, [9, 70], 1, 1, SUMS._replace(output=None)),
-            (SMALL, [16, 17, 64], 1, 1, TORCH),
-            (WIDE, [40, 4], 4, 0, TORCH),
-            (SMALL, [16, 17, 64], 1, 1, MIXED),
-        ],
-    )
-    def test_layer(
-        shape: Shape,
-        contexts: list[int],
-        query_len: int,
-        padding: int,
-        config: LayerConfig,
-        dtype: torch.dtype,
-        head_norms: bool,
-    ) -> None:
-        expect_right(
-            make_layer(
-                shape,
-                contexts,
-                query_len,
-                padding=padding,
-                dtype=dtype,
-                head_norms=head_norms,
-                qkv_bias=not head_norms,
-                output_bias=len(contexts) == 3,
-            ),
-            config,
+        def replace(config: FewRowsConfig | None) -> None:
+            for module in (linear, rotary):
+                monkeypatch.setattr(module, "choose_product", lambda *_, **__: config)
+
+        return replace
+
+    def call(arguments: tuple) -> Tensor:
+        x, weight, bias, norm, eps, is_gated = arguments
+        return linear.fused_linear(x, weight, bias, None if norm is None else Norm(norm, eps), is_gated)
+
+    def project(arguments: tuple) -> Tensor:
+        x, qkv, bias, norm, eps, cosine, sine, keys, values, slot_mapping, *head_norms = arguments
+        return rotary.qkv_rope_write(
+            x, qkv, bias, Norm(norm, eps), Slots(keys, values, slot_mapping, cosine, sine), *head_norms
         )
 
-    def test_a_layer_without_biases() -> None:
-        expect_right(make_layer(SMALL, [9, 30], qkv_bias=False), SUMS)
-        expect_right(make_layer(SMALL, [9, 30], qkv_bias=False), DOTS)
+    @both_types
+    @pytest.mark.parametrize("name", products(SMALL))
+    @pytest.mark.parametrize(
+        ("shape", "rows", "config"),
+        [
+            (SMALL, 1, SUM),
+            (SMALL, 2, WIDE_SUM),
+            (WIDE, 4, SUM),
+            (ODD, 3, WIDE_SUM),
+            (SMALL, 1, DOT),
+            (WIDE, 8, WIDE_DOT),
+            (ODD, 6, DOT),
+            (SMALL, 20, DOT),  # normed by a kernel before it
+            (SMALL, 5, SPLIT),
+            (WIDE, 16, SPLIT),
+            (ODD, 3, None),
+            (SMALL, 33, None),
+            (SMALL, 0, None),
+        ],
+    )
+    def test_product(
+        shape: Shape,
+        rows: int,
+        config: FewRowsConfig | None,
+        name: str,
+        dtype: torch.dtype,
+        choose: Callable[[FewRowsConfig | None], None],
+    ) -> None:
+        product = products(shape)[name]
+        if config is SPLIT and product.has_norm:
+            pytest.skip("the divisor of a norm needs all columns")
+        choose(config)
+        arguments = product_arguments(product, rows, dtype)
+        if product.adds:
+            total = torch.randn(rows, product.features).to(dtype)
+            added = total.clone()
+            linear.add_linear(added, *arguments[:3])
+            expect_product(arguments, added, total)
+        else:
+            expect_product(arguments, call(arguments))
 
-    def test_the_table_knows_a_configuration_for_every_step() -> None:
-        expect_right(make_layer(SMALL, [9, 30]), None)
+    @both_types
+    @pytest.mark.parametrize("has_head_norms", [True, False])
+    @pytest.mark.parametrize(
+        ("shape", "rows", "config"),
+        [
+            (SMALL, 1, SUM),
+            (WIDE, 4, WIDE_SUM),
+            (ODD, 2, SUM),
+            (SMALL, 7, DOT),
+            (WIDE, 16, WIDE_DOT),
+            (ODD, 3, DOT),
+            (SMALL, 17, None),
+            (WIDE, 1, None),
+            (ODD, 40, None),
+            (SMALL, 0, None),
+        ],
+    )
+    def test_projection(
+        shape: Shape,
+        rows: int,
+        config: FewRowsConfig | None,
+        has_head_norms: bool,
+        dtype: torch.dtype,
+        choose: Callable[[FewRowsConfig | None], None],
+    ) -> None:
+        choose(config)
+        projection = make_projection(
+            shape, rows, dtype=dtype, has_bias=not has_head_norms, has_head_norms=has_head_norms, seed=rows
+        )
+        arguments = projection.arguments()
+        expect_projection(projection, arguments, project(arguments))
 
-    def test_float16_keeps_rows_that_are_large_before_they_are_normed() -> None:
-        layer = make_layer(SMALL, [9, 30])
-        layer.before[0].mul_(1000)
-        layer.before[1].mul_(20)  # the product of the two is no float16
-        for config in (SUMS, DOTS):
-            query = rotate_product.rotate_product(
-                layer.before[0],
-                layer.before[2],
-                layer.before[3],
-                Norm(layer.before[1], 1e-6),
-                rotate_product.Slots(*(pages.clone() for pages in layer.pages), layer.after[0], *layer.before[12:14]),
-                SMALL.heads,
-                config.qkv,
-            )
-            assert query.isfinite().all()
+    @pytest.mark.parametrize("is_gated", [False, True])
+    def test_what_no_layer_asks_for_is_computed_too(
+        is_gated: bool, choose: Callable[[FewRowsConfig | None], None]
+    ) -> None:
+        """A norm and a bias together, a bias that is added, and a weight and rows that are strided."""
+        for config in (SUM, DOT, None):
+            choose(config)
+            product = products(SMALL)["gate_up"]._replace(is_gated=is_gated, has_bias=True)
+            arguments = product_arguments(product, 3)
+            x, weight, bias = arguments[:3]
+            for strided in ((x.T.contiguous().T, weight), (x, weight.T.contiguous().T)):
+                expect_product(arguments, call((*strided, *arguments[2:])))
+                total = torch.zeros(3, product.features, dtype=x.dtype)
+                linear.add_linear(total, *strided, bias)
+                expect_product((*arguments[:3], None, 0.0, False), total)
 
-    @pytest.mark.parametrize("config", [SUMS, DOTS])
-    def test_pages_hold_the_very_bits_where_sums_are_exact(config: LayerConfig) -> None:
+    @pytest.mark.parametrize("config", [SUM, DOT])
+    def test_float16_keeps_rows_that_are_large_before_they_are_normed(
+        config: FewRowsConfig, choose: Callable[[FewRowsConfig | None], None]
+    ) -> None:
+        choose(config)
+        arguments = make_projection(SMALL, 2).arguments()
+        arguments[0].mul_(1000)
+        arguments[3].mul_(20)  # the product of the two is no float16
+        assert project(arguments).isfinite().all()
+
+    @pytest.mark.parametrize("config", [SUM, DOT])
+    def test_pages_hold_the_very_bits_where_sums_are_exact(
+        config: FewRowsConfig, choose: Callable[[FewRowsConfig | None], None]
+    ) -> None:
         """Rows of ones and minus ones are their own norm, small integers sum without rounding, right angles turn so."""
-        layer = make_layer(SMALL, [9, 30], dtype=torch.bfloat16)
-        layer.before[0].copy_(torch.where(torch.rand_like(layer.before[0].float()) < 0.5, -1.0, 1.0))
-        layer.before[1].fill_(1.0)
-        layer.before[2].copy_(torch.randint(-1, 2, layer.before[2].shape))
-        layer.before[3].copy_(torch.randint(-5, 6, layer.before[3].shape))
-        layer = layer._replace(before=(*layer.before[:11], 0.0, *layer.before[12:]))  # no eps
-        layer.before[12].copy_(torch.tensor([[0.0], [-1.0]]))
-        layer.before[13].copy_(torch.tensor([[1.0], [0.0]]))
-        arguments = layer.arguments()
-        decoder_layer.decoder_layer(*arguments, config=config)
-        expected = layer.arguments()
-        reference.decoder_layer(*expected)
-        for index in (14, 15):
+        choose(config)
+        projection = make_projection(SMALL, 2, dtype=torch.bfloat16)
+        x, qkv, bias, norm, _, cosine, sine = projection.before
+        x.copy_(torch.where(torch.rand_like(x.float()) < 0.5, -1.0, 1.0))
+        qkv.copy_(torch.randint(-1, 2, qkv.shape))
+        bias.copy_(torch.randint(-5, 6, bias.shape))
+        norm.fill_(1.0)
+        cosine.copy_(torch.tensor([[0.0], [-1.0]]))
+        sine.copy_(torch.tensor([[1.0], [0.0]]))
+        projection = projection._replace(before=(*projection.before[:4], 0.0, cosine, sine))  # no eps
+        arguments, expected = projection.arguments(), projection.arguments()
+        project(arguments)
+        reference.qkv_rope_write(*expected)
+        for index in (7, 8):
             assert torch.equal(arguments[index].nan_to_num(777.0), expected[index].nan_to_num(777.0))
 
-    def test_splits_are_summed_in_one_order_whoever_is_last() -> None:
-        layer = make_layer(SMALL, [9, 30])
-        x, weight = layer.before[0], layer.before[9]
-        config = FewRowsConfig(16, 32, 3, 4, 3)
-        results = [add_product.add_product(x, weight, None, None, None, config) for _ in range(2)]
+    def test_split_products_leave_their_counters_as_they_found_them() -> None:
+        arguments = product_arguments(products(SMALL)["down"], 2)
+        x, weight = arguments[:2]
+        results = [add_product.add_product(x, weight, None, None, None, SPLIT) for _ in range(2)]
         assert torch.equal(*results)
-        expected = x.double() @ weight.double().T
-        torch.testing.assert_close(results[0].double(), expected, atol=2e-2, rtol=1e-2)
+        expect_product(arguments, results[0])
+        counters = add_product.arrivals(x.device)
+        assert len(counters) == add_product.MAX_ARRIVALS
+        assert not counters.any()

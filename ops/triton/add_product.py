@@ -1,5 +1,6 @@
 """A product of few rows that is added to the residual, or whose rows are normed first, in one kernel."""
 
+import functools
 from typing import no_type_check
 
 import torch
@@ -8,8 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.norm import Norm
-from ops.triton.products import block_options, dotted, launch_options, product, start_next
+from ops.triton.products import dotted, launch_options, product
 from ops.triton.tuning import FewRowsConfig
+
+# Counters of a device, one for each block of features: 64 features a block are enough for 262144.
+MAX_ARRIVALS = 4096
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -21,12 +25,10 @@ def add_kernel(
     x,
     weight,
     bias,
-    residual,
     norm,
     rows,
     N,
     x_stride,
-    residual_stride,
     eps,
     tiles_per_split,
     K: tl.constexpr,
@@ -37,16 +39,15 @@ def add_kernel(
     TENSOR_CORES: tl.constexpr,
     NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    EARLY: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
-    """`norm(x) @ weight.T + bias + residual`. One program: BLOCK_N features of all rows over one split of the columns.
+    """`norm(x) @ weight.T + bias`, with ADDS added to what is in `output`.
 
+    One program: BLOCK_N features of all rows over one split of the columns.
     Grid (ceil(N / BLOCK_N), SPLITS). Where the columns are split, each program leaves its part in `partial`
     [SPLITS, T, N], float32, and the last of a block of features to arrive, by the counter in `arrivals` (zero before),
     adds the parts in their order: the same bits whoever is last.
     """
-    start_next(EARLY)
     feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, BLOCK_M)
     is_feature = feature < N
@@ -57,7 +58,7 @@ def add_kernel(
         last = tl.minimum(first + tiles_per_split, (K + BLOCK_K - 1) // BLOCK_K)
         part = dotted(
             weight, feature, is_feature, x, x_stride, rows, norm, eps, first, last,
-            K, BLOCK_M, BLOCK_N, BLOCK_K, NORM, EARLY,
+            K, BLOCK_M, BLOCK_N, BLOCK_K, NORM,
         )  # fmt: skip
         at = row[:, None] * N + feature[None, :]
         tl.store(partial + split * rows * N + at, part, mask=mask)
@@ -72,14 +73,25 @@ def add_kernel(
     else:
         result = product(
             weight, feature, is_feature, x, x_stride, rows, norm, eps,
-            K, BLOCK_M, BLOCK_N, BLOCK_K, TENSOR_CORES, NORM, EARLY,
+            K, BLOCK_M, BLOCK_N, BLOCK_K, TENSOR_CORES, NORM,
         )  # fmt: skip
     if HAS_BIAS:
         result += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)[None, :]
-    if HAS_RESIDUAL:
-        before = tl.load(residual + row[:, None] * residual_stride + feature[None, :], mask=mask, other=0.0)
-        result += before.to(tl.float32)
-    tl.store(output + row[:, None] * N + feature[None, :], result.to(output.dtype.element_ty), mask=mask)
+    to = output + row[:, None] * N + feature[None, :]
+    if ADDS:
+        result += tl.load(to, mask=mask, other=0.0).to(tl.float32)
+    tl.store(to, result.to(output.dtype.element_ty), mask=mask)
+
+
+@functools.cache
+def arrivals(device: torch.device) -> Tensor:
+    """Return the device's counters of split products, [MAX_ARRIVALS] int32, which are zero between kernels.
+
+    They outlive every CUDA graph that uses them, so they must not be allocated while one is recorded.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("ops.prepare(device) must be called before a CUDA graph is recorded")
+    return torch.zeros(MAX_ARRIVALS, dtype=torch.int32, device=device)
 
 
 def split_evenly(columns: int, config: FewRowsConfig) -> tuple[int, int]:
@@ -96,44 +108,40 @@ def add_product(
     residual: Tensor | None,
     norm: Norm | None,
     config: FewRowsConfig,
-    early: bool = False,
-    arrivals: Tensor | None = None,
 ) -> Tensor:
-    """`norm(x) @ weight.T + bias + residual`, rounded once.
+    """`norm(x) @ weight.T + bias`, added in place to `residual` if there is one; rounded once.
 
-    x: [T, K] and residual: [T, N], contiguous in their rows; weight: [N, K], contiguous; bias: [N]. A norm only without
-    splits. arrivals: zeros, int32, at least one for each block of features, if the columns are split.
+    x: [T, K], contiguous in its rows; weight: [N, K] and residual: [T, N], contiguous; bias: [N]. A norm only without
+    splits. Products whose columns are split share their counters: none of them may run beside another.
     """
     (rows, columns), features = x.shape, weight.shape[0]
-    output = torch.empty((rows, features), dtype=x.dtype, device=x.device)
+    output = residual
+    if output is None:
+        output = torch.empty((rows, features), dtype=x.dtype, device=x.device)
     tiles_per_split, splits = split_evenly(columns, config)
     assert norm is None or splits == 1
     grid = triton.cdiv(features, config.block_n)
     partial = output
     if splits > 1:
         partial = torch.empty((splits, rows, features), dtype=torch.float32, device=x.device)
-        if arrivals is None:
-            arrivals = torch.zeros(grid, dtype=torch.int32, device=x.device)
+        assert grid <= MAX_ARRIVALS
     add_kernel[(grid, splits)](
         output,
         partial,
-        output if arrivals is None else arrivals,
+        arrivals(x.device) if splits > 1 else output,
         x,
         weight,
         weight if bias is None else bias,
-        x if residual is None else residual,
         weight if norm is None else norm.weight,
         rows,
         features,
         x.stride(0),
-        0 if residual is None else residual.stride(0),
         0.0 if norm is None else norm.eps,
         tiles_per_split,
         K=columns,
         SPLITS=splits,
         HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        **block_options(x, config, norm is not None, early),
-        **launch_options(config, early),
+        ADDS=residual is not None,
+        **launch_options(x, config, norm is not None),
     )
     return output

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.triton.online_softmax import attend
-from ops.triton.products import await_previous, start_next
 from ops.triton.tuning import DECODE, LONGEST_SPLIT, WIDEST_DECODE_TILE, DecodeConfig, describe
 
 
@@ -59,15 +58,12 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     ROW_TILES: tl.constexpr,
     SPLIT: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """One program: up to BLOCK_M (token, head) rows of one sequence and key head, over one split.
 
     Grid (B, KV * ROW_TILES, num_splits). Row r is query head r % GROUP of token r // GROUP. partial_output is
     [T, H, num_splits, D] and partial_sum [T, H, num_splits], both float32 and not read unless SPLIT.
     """
-    start_next(EARLY)
-    await_previous(EARLY)
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1) // ROW_TILES
     split = tl.program_id(2)
@@ -167,14 +163,11 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Weigh the splits of one row together, BLOCK_D of its D values at a time. Grid (T * H, ceil(D / BLOCK_D)).
 
     Rows of a sequence that needed only one split are complete already.
     """
-    start_next(EARLY)
-    await_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     context_len = tl.load(context_lens + tl.program_id(0) // (H * QUERY_LEN))
     tiles, tiles_per_split = _split_tiles(context_len, balanced_splits, longest_split, BLOCK_N)
@@ -234,14 +227,12 @@ def decode(
     scale: float,
     num_splits: int | None = None,
     config: DecodeConfig | None = None,
-    early: bool = False,
 ) -> Tensor:
     """`ops.paged_attention` where every sequence has `query_len` queries.
 
     query: [B * query_len, H, D]; keys: [NB, KV, D, BS]; values: [NB, KV, BS, D]; block_tables: [B, P] int32;
     context_lens: [B] int32. Returns [B * query_len, H, D], contiguous, in the dtype of the query.
     `num_splits` and `config` replace what the table would choose, for tests and tuning.
-    early: the kernels before and after are such as start early, and so do these.
     """
     num_tokens, num_heads, head_dim = query.shape
     batch, blocks = block_tables.shape
@@ -263,7 +254,6 @@ def decode(
         num_splits,
     )
     partial_output = partial_sum = output
-    start = {"launch_pdl": True} if early else {}
     if splits > 1:
         partial_sum = torch.empty((num_tokens, num_heads, splits), dtype=torch.float32, device=query.device)
         partial_output = torch.empty(
@@ -299,10 +289,8 @@ def decode(
         BLOCK_N=config.block_n,
         ROW_TILES=row_tiles,
         SPLIT=splits > 1,
-        EARLY=early,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **start,
     )
     if splits > 1:
         block_d = min(padded, 64)
@@ -320,9 +308,7 @@ def decode(
             BLOCK_D=block_d,
             BLOCK_N=config.block_n,
             BLOCK_SPLITS=32 if splits > 16 else 16,
-            EARLY=early,
             num_warps=4,
             num_stages=2,
-            **start,
         )
     return output

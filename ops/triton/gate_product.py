@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.norm import Norm
-from ops.triton.products import block_options, launch_options, product, start_next
+from ops.triton.products import launch_options, product
 from ops.triton.tuning import FewRowsConfig
 
 
@@ -29,19 +29,17 @@ def gate_kernel(
     BLOCK_K: tl.constexpr,
     TENSOR_CORES: tl.constexpr,
     NORM: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """`silu(gate) * up` of the two halves of `norm(x) @ weight.T`. One program: BLOCK_N / 2 features of all rows.
 
     Grid (ceil(F / (BLOCK_N / 2)),). Rows of the weight [2 F, K] are taken in turns from the gate and from up.
     """
-    start_next(EARLY)
     lane = tl.arange(0, BLOCK_N)
     pair = tl.program_id(0) * (BLOCK_N // 2) + lane // 2
     row = tl.arange(0, BLOCK_M)
     result = product(
         weight, lane % 2 * F + pair, pair < F, x, x_stride, rows, norm, eps,
-        K, BLOCK_M, BLOCK_N, BLOCK_K, TENSOR_CORES, NORM, EARLY,
+        K, BLOCK_M, BLOCK_N, BLOCK_K, TENSOR_CORES, NORM,
     )  # fmt: skip
     gate, up = tl.split(tl.reshape(result, [BLOCK_M, BLOCK_N // 2, 2]))
     result = gate / (1.0 + tl.exp(-gate)) * up
@@ -50,7 +48,7 @@ def gate_kernel(
     tl.store(output + row[:, None] * F + feature[None, :], result.to(output.dtype.element_ty), mask=mask)
 
 
-def gate_product(x: Tensor, weight: Tensor, norm: Norm | None, config: FewRowsConfig, early: bool = False) -> Tensor:
+def gate_product(x: Tensor, weight: Tensor, norm: Norm | None, config: FewRowsConfig) -> Tensor:
     """`silu(gate) * up` where gate and up, side by side, are `norm(x) @ weight.T`; rounded once. [T, F].
 
     x: [T, K], contiguous in its rows; weight: [2 F, K], contiguous.
@@ -67,7 +65,6 @@ def gate_product(x: Tensor, weight: Tensor, norm: Norm | None, config: FewRowsCo
         x.stride(0),
         0.0 if norm is None else norm.eps,
         K=columns,
-        **block_options(x, config, norm is not None, early),
-        **launch_options(config, early),
+        **launch_options(x, config, norm is not None),
     )
     return output

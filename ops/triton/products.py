@@ -5,9 +5,6 @@ Both stream a tile of weight rows past all rows of `x` and leave a float32 block
 costs no pass of its own: its weight multiplies x on the way in, its divisor, which the loop finds beside the products,
 multiplies the sums at the end. With NORM "before" x is divided first, in a pass of its own: float16 cannot hold x times
 a weight that is not divided yet.
-
-With EARLY a kernel may run before what it depends on has ended (programmatic dependent launch): it reads weights, which
-nobody writes, then waits, then reads the rest.
 """
 
 from typing import no_type_check
@@ -18,32 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.triton.tuning import FewRowsConfig
-
-
-@triton.jit
-@no_type_check
-def start_next(EARLY: tl.constexpr):
-    """Let the next kernel be launched into what room there is. It waits for our end by itself."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-@no_type_check
-def await_previous(EARLY: tl.constexpr):
-    """Wait until what earlier kernels wrote is there. Every kernel that may be early must call it on every path, or
-    its end would not mean theirs."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-@no_type_check
-def clear(arrivals, is_first, ARRIVALS: tl.constexpr):
-    """Set the counters of later kernels to zero, which saves a launch that would."""
-    if ARRIVALS > 0:  # noqa: SIM102 (a constant: the whole branch goes away)
-        if is_first:
-            tl.store(arrivals + tl.arange(0, ARRIVALS), tl.zeros([ARRIVALS], tl.int32))
 
 
 @triton.jit
@@ -89,7 +60,6 @@ def summed(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NORM: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Products of up to 4 rows with weight rows `feature`, without tensor cores.
 
@@ -101,7 +71,6 @@ def summed(
     column = tl.arange(0, BLOCK_K)
     pointers = weight + feature[:, None].to(tl.int64) * K + column[None, :]
     tile = _weights(pointers, is_feature, column, 0, K)
-    await_previous(EARLY)
     total0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     squares0 = tl.zeros([1, BLOCK_K], tl.float32)
     total1, total2, total3 = total0, total0, total0
@@ -178,7 +147,6 @@ def dotted(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NORM: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Products of the columns of tiles `first_tile : last_tile`, one at least, through the tensor cores. The weight is
     the left operand, because its rows fill a tile and those of x do not."""
@@ -190,17 +158,8 @@ def dotted(
     accumulator = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     inverse = tl.zeros([BLOCK_M], tl.float32)
-    if EARLY:
-        left = _weights(pointers, is_feature, column, first_tile * BLOCK_K, K)
-    await_previous(EARLY)
     if NORM == "before":
         inverse = _inverse_rms(inputs, is_row, column, eps, K, BLOCK_M, BLOCK_K)
-    if EARLY:
-        at = first_tile * BLOCK_K
-        accumulator, squares = _dot_tile(
-            accumulator, squares, left, inputs, norm, inverse, is_row, column, at, K, NORM
-        )  # fmt: skip
-        first_tile += 1
     for tile in range(first_tile, last_tile):
         at = tile * BLOCK_K
         left = _weights(pointers, is_feature, column, at, K)
@@ -229,29 +188,21 @@ def product(
     BLOCK_K: tl.constexpr,
     TENSOR_CORES: tl.constexpr,
     NORM: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """`norm(x) @ weight[feature].T` over all K columns, float32 [BLOCK_M, BLOCK_N]; zero where not `is_feature`."""
     if TENSOR_CORES:
         tiles: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
         result = dotted(
             weight, feature, is_feature, x, x_stride, rows, norm, eps, 0, tiles,
-            K, BLOCK_M, BLOCK_N, BLOCK_K, NORM, EARLY,
+            K, BLOCK_M, BLOCK_N, BLOCK_K, NORM,
         )  # fmt: skip
     else:
-        result = summed(
-            weight, feature, is_feature, x, x_stride, rows, norm, eps, K, BLOCK_M, BLOCK_N, BLOCK_K, NORM, EARLY
-        )
+        result = summed(weight, feature, is_feature, x, x_stride, rows, norm, eps, K, BLOCK_M, BLOCK_N, BLOCK_K, NORM)
     return result
 
 
-def launch_options(config: FewRowsConfig, early: bool) -> dict[str, int | bool]:
-    """What the launcher, not the kernel, is told."""
-    options: dict[str, int | bool] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return options | {"launch_pdl": True} if early else options
-
-
-def block_options(x: Tensor, config: FewRowsConfig, has_norm: bool, early: bool) -> dict[str, int | bool | str]:
+def launch_options(x: Tensor, config: FewRowsConfig, has_norm: bool) -> dict[str, int | bool | str]:
+    """Return the constants of `product` and the launcher's options for rows `x`."""
     on_tensor_cores = config.splits > 0
     norm = "none"
     if has_norm:
@@ -263,5 +214,6 @@ def block_options(x: Tensor, config: FewRowsConfig, has_norm: bool, early: bool)
         "BLOCK_K": config.block_k,
         "TENSOR_CORES": on_tensor_cores,
         "NORM": norm,
-        "EARLY": early,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
     }

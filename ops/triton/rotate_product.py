@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.norm import Norm
-from ops.triton.products import block_options, clear, launch_options, product, start_next
+from ops.triton.products import launch_options, product
 from ops.triton.tuning import FewRowsConfig
 
 
@@ -19,7 +19,6 @@ def rotate_kernel(
     keys,
     values,
     slot_mapping,
-    arrivals,
     cosine,
     sine,
     x,
@@ -38,14 +37,12 @@ def rotate_kernel(
     KV: tl.constexpr,
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    ARRIVALS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TENSOR_CORES: tl.constexpr,
     NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Queries [T, H, D], rotated, and keys, rotated, and values in their pages, from `norm(x) @ weight.T + bias`.
 
@@ -53,7 +50,6 @@ def rotate_kernel(
     (ceil((H + 2 KV) * D / BLOCK_N),). The projection is rounded before it is rotated, as if it were an operation of
     its own, so that pages hold what a prompt's step would have written.
     """
-    start_next(EARLY)
     D2: tl.constexpr = D // 2
     HEADS: tl.constexpr = H + 2 * KV
     lane = tl.arange(0, BLOCK_N)
@@ -63,9 +59,8 @@ def rotate_kernel(
     row = tl.arange(0, BLOCK_M)
     result = product(
         weight, feature, is_feature, x, x_stride, rows, norm, eps,
-        K, BLOCK_M, BLOCK_N, BLOCK_K, TENSOR_CORES, NORM, EARLY,
+        K, BLOCK_M, BLOCK_N, BLOCK_K, TENSOR_CORES, NORM,
     )  # fmt: skip
-    clear(arrivals, tl.program_id(0) == 0, ARRIVALS)
     if HAS_BIAS:
         result += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)[None, :]
     result = result.to(query.dtype.element_ty).to(tl.float32)
@@ -98,17 +93,13 @@ def rotate_kernel(
 
 
 class Slots(NamedTuple):
-    """Where a step's keys and values go, and how queries and keys are turned: arguments of `ops.rotate_and_write`.
-
-    `arrivals`: counters of later kernels, a power of two of int32, which who writes the pages sets to zero.
-    """
+    """Where a step's keys and values go, and how queries and keys are rotated: arguments of `ops.rotate_and_write`."""
 
     keys: Tensor
     values: Tensor
     slot_mapping: Tensor
     cosine: Tensor
     sine: Tensor
-    arrivals: Tensor | None = None
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -122,9 +113,7 @@ def rotate_product(
     bias: Tensor | None,
     norm: Norm | None,
     slots: Slots,
-    heads: int,
     config: FewRowsConfig,
-    early: bool = False,
 ) -> Tensor:
     """Queries [T, H, D] of `norm(x) @ weight.T + bias`, rotated; keys and values go to their slots.
 
@@ -132,13 +121,13 @@ def rotate_product(
     """
     rows, columns = x.shape
     _, kv_heads, head_dim, block_size = slots.keys.shape
+    heads = weight.shape[0] // head_dim - 2 * kv_heads
     query = torch.empty((rows, heads, head_dim), dtype=x.dtype, device=x.device)
     rotate_kernel[(triton.cdiv(weight.shape[0], config.block_n),)](
         query,
         slots.keys,
         slots.values,
         slots.slot_mapping,
-        slots.slot_mapping if slots.arrivals is None else slots.arrivals,
         slots.cosine,
         slots.sine,
         x,
@@ -154,9 +143,7 @@ def rotate_product(
         KV=kv_heads,
         D=head_dim,
         BLOCK_SIZE=block_size,
-        ARRIVALS=0 if slots.arrivals is None else len(slots.arrivals),
         HAS_BIAS=bias is not None,
-        **block_options(x, config, norm is not None, early),
-        **launch_options(config, early),
+        **launch_options(x, config, norm is not None),
     )
     return query

@@ -42,19 +42,6 @@ class FewRowsConfig(NamedTuple):
     num_stages: int = 1
 
 
-class LayerConfig(NamedTuple):
-    """How to launch the four products of a layer, None where torch's is to be had with kernels of ours around it.
-    `folds_norm`: rows are normed in the product that needs them, else in a kernel before it, which many rows pay for.
-    `early`: each kernel may start while the one before it ends."""
-
-    qkv: FewRowsConfig | None
-    output: FewRowsConfig | None
-    gate_up: FewRowsConfig | None
-    down: FewRowsConfig | None
-    folds_norm: bool = True
-    early: bool = False
-
-
 class Device(NamedTuple):
     """What a launch decision may depend on."""
 
@@ -137,6 +124,9 @@ WIDEST_DECODE_TILE = {2: 64, 4: 16}
 WRITE_TOKENS_LONG = 16
 WRITE_LONG_FROM = 512
 
+# Up to how many rows are normed in the product that needs them. More are by a kernel before it, once for all programs.
+FOLDS_NORM_UP_TO = 16
+
 # Elements of the output that one program adds the parts of, in a product whose columns are split.
 REDUCE_BLOCK = 256
 
@@ -182,29 +172,29 @@ def choose_few_rows(device: Device, rows: int, features: int, columns: int) -> F
     return None
 
 
-# Whether the kernels of a layer are launched early (programmatic dependent launch, from sm_90 on).
-EARLY = {"sm_90": False}
+def choose_product(
+    device: Device, rows: int, features: int, columns: int, *, has_norm: bool = False, is_gated: bool = False
+) -> FewRowsConfig | None:
+    """The kernel for a layer's product of `rows` rows with a weight [features, columns]; None where it is torch's.
 
+    has_norm: its rows are normed first; is_gated: half of its features gate the others.
 
-def choose_layer(device: Device, rows: int, hidden: int, qkv: int, intermediate: int) -> LayerConfig:
-    """The kernels for a layer of a step of `rows` rows; `qkv`: features of the first product.
-
-    From `python -m bench.layer --sweep` on an H100 with the shapes of Qwen2.5-1.5B. An A100's are thought to be alike;
-    past 32 rows torch's products were the faster ones.
+    From `python -m bench.layer --sweep` on an H100 with the shapes of Qwen2.5-1.5B, and used on an A100 as well.
+    From 17 rows torch's products are faster but for gated ones, from 33 rows those too.
     """
-    nothing = LayerConfig(None, None, None, None, False)
-    if device.architecture == "fallback" or rows > 32 or any(size % 16 for size in (hidden, qkv, intermediate)):
-        return nothing
-    early = EARLY.get(device.architecture, False)
+    if device.architecture == "fallback" or features % 16 or columns % 16:
+        return None
+    is_long = columns > 2 * features  # a layer's last product, whose features alone make too few programs
     if rows <= 2:
-        narrow, wide = FewRowsConfig(2, 512, 0, 2), FewRowsConfig(4, 512, 0, 2)
-        return LayerConfig(wide, narrow, wide, FewRowsConfig(2, 1024, 0, 4), True, early)
-    if rows <= 16:
-        splits = min(max(device.multiprocessors * 64 // hidden, 1), 12)
-        return LayerConfig(
-            FewRowsConfig(16, 128, 1, 2, 5),
-            FewRowsConfig(16, 512, 1, 4, 3),
-            FewRowsConfig(64, 128, 1, 4, 3),
-            FewRowsConfig(64, 128, splits, 4, 5),
-        )
-    return LayerConfig(None, None, FewRowsConfig(64, 128, 1, 4, 3), None, False)
+        if has_norm or is_gated:
+            return FewRowsConfig(4, 512, 0, 2)
+        return FewRowsConfig(2, 1024, 0, 4) if is_long else FewRowsConfig(2, 512, 0, 2)
+    if is_gated:
+        return FewRowsConfig(64, 128, 1, 4, 3) if rows <= 32 else None
+    if rows > 16:
+        return None
+    if has_norm:
+        return FewRowsConfig(16, 128, 1, 2, 5)
+    if is_long:
+        return FewRowsConfig(64, 128, min(max(device.multiprocessors * 64 // features, 1), 12), 4, 5)
+    return FewRowsConfig(16, 512, 1, 4, 3)

@@ -1,0 +1,137 @@
+"""Steps with the ops that CUDA has in 16 bits, compiled on a CPU, where the oracles stand for the kernels."""
+
+import importlib
+import re
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+
+import ops
+from layers.config import ModelConfig
+from layers.model import hidden_states
+from layers.types import Batch, KVCache, Weights
+from layers.weights import dummy_weights
+from ops import reference
+
+CONFIG = ModelConfig(
+    architecture="Qwen2ForCausalLM",
+    vocab_size=500,
+    hidden_size=96,
+    intermediate_size=160,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=64,
+    max_position_embeddings=640,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    qkv_bias=True,
+)
+NUM_BLOCKS, BLOCK_SIZE = 41, 16  # a number that is in no other shape
+
+
+@pytest.fixture(autouse=True)
+def unchecked() -> Iterator[None]:
+    """A function whose shapes are checked does not trace."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The ops as on CUDA, the oracles as their kernels."""
+    for name in ("linear", "rotary"):
+        monkeypatch.setattr(importlib.import_module(f"ops.{name}"), "is_fused", lambda _: True)
+    monkeypatch.setattr(importlib.import_module("ops.paged_attention"), "has_cpu_kernel", lambda *_: True)
+    library = torch.library.Library("dispec", "IMPL")
+    library.impl("fused_linear", lambda *given: reference.linear(*given).to(given[0].dtype), "CPU")
+    library.impl("add_linear", add_linear, "CPU")
+    library.impl("qkv_rope_write", lambda *given: reference.qkv_rope_write(*given).to(given[0].dtype), "CPU")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    library._destroy()
+    torch._dynamo.reset()
+
+
+def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    total.copy_(total.double() + reference.linear(x, weight, bias, None, 0.0, False))
+
+
+def make_cache() -> KVCache:
+    torch.manual_seed(0)
+    shape = (CONFIG.num_layers, NUM_BLOCKS, CONFIG.num_kv_heads)
+    return KVCache(
+        torch.randn(*shape, CONFIG.head_dim, BLOCK_SIZE).bfloat16(),
+        torch.randn(*shape, BLOCK_SIZE, CONFIG.head_dim).bfloat16(),
+    )
+
+
+def make_batch(contexts: list[int], query_len: int) -> Batch:
+    """A uniform step of sequences with `contexts` tokens, two blocks each."""
+    tables = 1 + torch.arange(2 * len(contexts), dtype=torch.int32).view(-1, 2)
+    positions = torch.tensor([range(context - query_len, context) for context in contexts])
+    slots = tables.gather(1, positions // BLOCK_SIZE) * BLOCK_SIZE + positions % BLOCK_SIZE
+    starts = torch.arange(len(contexts) + 1, dtype=torch.int32) * query_len
+    batch = Batch(
+        (7 * positions.flatten()) % 500,
+        positions.flatten(),
+        slots.flatten().int(),
+        tables,
+        starts,
+        torch.tensor(contexts, dtype=torch.int32),
+        None,
+    )
+    for tensor in batch[:6]:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    return batch
+
+
+def step(weights: Weights, batch: Batch, kv_cache: KVCache) -> Tensor:
+    query_len = batch.token_ids.shape[0] // batch.context_lens.shape[0]
+    return hidden_states(weights, CONFIG, batch._replace(query_len=query_len), kv_cache)
+
+
+def test_decoding_and_verification_are_one_graph_that_copies_no_cache() -> None:
+    weights = dummy_weights(CONFIG, torch.bfloat16, torch.device("cpu"), pack=lambda weight, **_: weight)
+    compiled = torch.compile(step, fullgraph=True)
+
+    def run(batch: Batch, cache: KVCache) -> Tensor:
+        return compiled(weights, batch, cache)
+
+    with torch.inference_mode():
+        _, (source,) = run_and_get_code(run, make_batch([20, 5], 1), make_cache())
+        for contexts, query_len in (([20, 5], 1), ([9, 17, 4], 4), ([31, 2], 2), ([7] * 15, 3)):
+            batch, expected_cache, cache = make_batch(contexts, query_len), make_cache(), make_cache()
+            expected = step(weights, batch, expected_cache)
+            for one, other in zip((run(batch, cache), *cache), (expected, *expected_cache), strict=True):
+                torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)
+    assert counters["stats"]["unique_graphs"] == 1
+    called = re.findall(r"^ *(?:\w+ = )?torch.ops.dispec.(\w+).default\(", source, re.M)
+    assert {name: called.count(name) for name in called} == {
+        "qkv_rope_write": CONFIG.num_layers,
+        "paged_attention": CONFIG.num_layers,
+        "fused_linear": CONFIG.num_layers,
+        "add_linear": 2 * CONFIG.num_layers,
+    }
+    hidden = rf"empty_strided\w*\(\(\w+, {CONFIG.hidden_size}\)"
+    assert len(re.findall(hidden, source)) == 1, "the residual connections are added in place"
+    assert not any(str(NUM_BLOCKS) in shape for shape in re.findall(r"empty_strided\w*\(\(([^)]*)\)", source))
+    assert not re.search(r"\.clone\(|copy_\(", source)
+    assert counters["inductor"].get("possibly_missed_reinplacing_opportunities", 0) == 0
+
+
+def test_a_residual_that_is_read_again_keeps_its_values() -> None:
+    def add(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.linear(x, weight, residual=residual, few_rows=True), residual + 1
+
+    x, weight, residual = torch.randn(3, 16), torch.randn(8, 16), torch.randn(3, 8)
+    expected = (x @ weight.T + residual, residual + 1)
+    for function in (add, torch.compile(add, fullgraph=True)):
+        torch.testing.assert_close(function(x, weight, residual), expected)

@@ -161,7 +161,7 @@ def products_of(stack: Stack, step: Step, name: str, config: "FewRowsConfig | No
         if config is None:
             calls.append(partial(torch.nn.functional.linear, source, weight))
         elif name == "qkv":
-            slots = Slots(*kv, step.batch.slot_mapping, *step.rotation)
+            slots = Slots(kv.keys[kv.layer], kv.values[kv.layer], step.batch.slot_mapping, *step.rotation)
             calls.append(partial(rotate_product, source, weight, w.attention.qkv_bias, norm, slots, config))
         elif name == "gate_up":
             calls.append(partial(gate_product, source, weight, norm, config))

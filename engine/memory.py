@@ -8,6 +8,7 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from engine.dtypes import DTYPES
 from engine.options import EngineOptions, parse_bytes
@@ -102,8 +103,9 @@ def allocate_kv_cache(
     if memory is None:
         # numpy's zeros are calloc's: pages of the process that cost nothing until they are touched.
         memory = torch.from_numpy(np.zeros(kv_cache_bytes(config, plan, dtype), dtype=np.uint8))
-    halves = memory[: kv_cache_bytes(config, plan, dtype)].view(dtype).chunk(2)
-    return KVCache(halves[0].view(keys), halves[1].view(values))
+    # Storages of their own over the same memory: two inputs that share one are copied by the compiler.
+    halves = (from_dlpack(to_dlpack(half)) for half in memory[: kv_cache_bytes(config, plan, dtype)].chunk(2))
+    return KVCache(*(half.view(dtype).view(shape) for half, shape in zip(halves, (keys, values), strict=True)))
 
 
 def free_memory(device: torch.device, utilization: float) -> int:

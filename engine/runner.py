@@ -146,8 +146,8 @@ class Runner:
         if plan.compile != "off":
             # The number of blocks follows the memory that was free at start: were it in the graphs, no second start
             # would find them in the disk cache.
-            pass  # mark_dynamic(kv_cache.keys, 1)
-            # mark_dynamic(kv_cache.values, 1)
+            mark_dynamic(kv_cache.keys, 1)
+            mark_dynamic(kv_cache.values, 1)
         self.chooser = TokenChooser(self.device, self.vocabulary.size, self._head)
 
     @property

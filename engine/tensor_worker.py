@@ -49,7 +49,7 @@ def _runner_maker(order: Join) -> Callable[[Prepare], Runner]:
     def make(message: Prepare) -> Runner:
         kv_cache = allocate_kv_cache(local, message.plan, dtype, device)
         return Runner(
-            plan_for(options, device, local),
+            plan_for(options, device, local.head_dim),
             local,
             weights,
             kv_cache,

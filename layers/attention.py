@@ -28,7 +28,18 @@ def attention(
     query_norm = None if w.query_norm is None else ops.Norm(w.query_norm, config.rms_norm_eps)
     key_norm = None if w.key_norm is None else ops.Norm(w.key_norm, config.rms_norm_eps)
     query = ops.qkv_rope_write(
-        x, w.qkv, w.qkv_bias, norm, rotation, *kv, batch.slot_mapping, query_norm, key_norm, few_rows=few_rows
+        x,
+        w.qkv,
+        w.qkv_bias,
+        norm,
+        rotation,
+        kv.keys,
+        kv.values,
+        batch.slot_mapping,
+        query_norm,
+        key_norm,
+        kv.layer,
+        few_rows=few_rows,
     )
     attended = ops.paged_attention(
         query,
@@ -39,6 +50,7 @@ def attention(
         batch.context_lens,
         batch.query_len,
         config.attention_scale,
+        kv.layer,
     )
     attended = rearrange(attended, "t h d -> t (h d)")
     if config.shard is None:

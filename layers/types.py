@@ -68,18 +68,19 @@ class Weights(NamedTuple):
 
 
 class LayerKV(NamedTuple):
-    """The pages of one layer's KV cache.
+    """The pages of one layer: those of all layers and its number, or with None its own alone."""
+
+    keys: Float[Tensor, "*L NB KV D BS"]
+    values: Float[Tensor, "*L NB KV BS D"]
+    layer: int | None = None
+
+
+class KVCache(NamedTuple):
+    """The pages of all layers.
 
     Keys hold positions innermost, so that scores vectorise over positions without horizontal sums; values
     hold the head dimension innermost, for the same reason in the weighted sum.
     """
-
-    keys: Float[Tensor, "NB KV D BS"]
-    values: Float[Tensor, "NB KV BS D"]
-
-
-class KVCache(NamedTuple):
-    """The pages of all layers."""
 
     keys: Float[Tensor, "L NB KV D BS"]
     values: Float[Tensor, "L NB KV BS D"]
@@ -89,8 +90,8 @@ class KVCache(NamedTuple):
         return self.keys.shape[4]
 
     def layers(self) -> tuple[LayerKV, ...]:
-        """The pages of each layer, as views."""
-        return tuple(map(LayerKV, self.keys.unbind(0), self.values.unbind(0)))
+        """The pages of each layer."""
+        return tuple(LayerKV(self.keys, self.values, layer) for layer in range(self.keys.shape[0]))
 
 
 def layers(blocks: BlockWeights) -> tuple[BlockWeights, ...]:

@@ -2,6 +2,9 @@
 
 Both mutate the cache and return nothing. They are opaque to the compiler on purpose: an in-graph scatter
 through a view makes torch 2.11 copy the whole cache on every step, a registered op never does.
+
+Ops take the cache of all layers and a layer's number, not a view of the layer: where the number of blocks is symbolic,
+the compiler of torch 2.13 has every layer write to the first one's pages.
 """
 
 import torch
@@ -11,23 +14,27 @@ from torch import Tensor
 from ops.cpu import attention as cpu_attention
 
 _library = torch.library.Library("dispec", "FRAGMENT")
-_library.define("write_kv(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slot_mapping) -> ()")
+_library.define(
+    "write_kv(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slot_mapping, int? layer=None) -> ()"
+)
 _library.define("copy_blocks(Tensor(a!) keys, Tensor(b!) values, Tensor source, Tensor destination) -> ()")
 
 
 def write_kv(
-    keys: Float[Tensor, "NB KV D BS"],
-    values: Float[Tensor, "NB KV BS D"],
+    keys: Float[Tensor, "*L NB KV D BS"],
+    values: Float[Tensor, "*L NB KV BS D"],
     key: Float[Tensor, "T KV D"],
     value: Float[Tensor, "T KV D"],
     slot_mapping: Int[Tensor, "T"],
+    layer: int | None = None,
 ) -> None:
     """Store token t's key and value at slot `slot_mapping[t]` (block * BS + offset), in place.
 
-    Slots must be in [0, NB * BS) and, outside block 0, distinct: block 0 takes the padding, and what it holds
-    is never read. `key` and `value` may be strided views in their first two dimensions.
+    layer: the one that is written, where keys and values are those of all layers. Slots must be in [0, NB * BS) and,
+    outside block 0, distinct: block 0 takes the padding, and what it holds is never read. `key` and `value` may be
+    strided views in their first two dimensions.
     """
-    torch.ops.dispec.write_kv(keys, values, key, value, slot_mapping)
+    torch.ops.dispec.write_kv(keys, values, key, value, slot_mapping, layer)
 
 
 def copy_blocks(
@@ -40,7 +47,15 @@ def copy_blocks(
     torch.ops.dispec.copy_blocks(keys, values, source, destination)
 
 
-def _write_kv_cpu(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+def pages_of_layer(keys: Tensor, values: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
+    """Return the keys [NB, KV, D, BS] and values [NB, KV, BS, D] of a layer, which None takes these for."""
+    return (keys, values) if layer is None else (keys[layer], values[layer])
+
+
+def _write_kv_cpu(
+    keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor, layer: int | None = None
+) -> None:
+    keys, values = pages_of_layer(keys, values, layer)
     block_size = keys.shape[3]
     if cpu_attention.has_kernels(keys.dtype, keys.shape[2], block_size):
         cpu_attention.write_kv(keys, values, key, value, slot_mapping)
@@ -50,10 +65,12 @@ def _write_kv_cpu(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot
     values.permute(0, 2, 1, 3)[block, offset] = value
 
 
-def _write_kv_cuda(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+def _write_kv_cuda(
+    keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor, layer: int | None = None
+) -> None:
     from ops.triton.kv_cache import write_kv as kernel
 
-    kernel(keys, values, key, value, slot_mapping)
+    kernel(*pages_of_layer(keys, values, layer), key, value, slot_mapping)
 
 
 def _copy_blocks(keys: Tensor, values: Tensor, source: Tensor, destination: Tensor) -> None:

@@ -2,8 +2,7 @@
 
 CUDA runs the Triton kernels of `ops.triton.paged_attention`. On CPU, the kernels of `ops.cpu.attention` read sequences
 straight from their pages, one those with few query tokens, one those with many; where the latter cannot be had, the
-pages are gathered for torch's own attention. Where neither can, a compiled uniform step inlines `_uniform_attention`,
-whose page gathers Inductor fuses into the reductions that read them, six to eight times faster than gathering first.
+pages are gathered for torch's own attention.
 """
 
 import torch
@@ -12,12 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ops.cpu import attention as cpu_attention
+from ops.kv_cache import pages_of_layer
 from ops.tracing import constant
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define(
     "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor block_tables, Tensor query_start,"
-    " Tensor context_lens, SymInt? query_len, float scale) -> Tensor"
+    " Tensor context_lens, SymInt? query_len, float scale, int? layer=None) -> Tensor"
 )
 
 # What the Triton kernels have launch configurations for; the CPU takes any.
@@ -29,13 +29,14 @@ _FEW_QUERIES, _FEW_QUERIES_GATHERED = 16, 256
 
 def paged_attention(
     query: Float[Tensor, "T H D"],
-    keys: Float[Tensor, "NB KV D BS"],
-    values: Float[Tensor, "NB KV BS D"],
+    keys: Float[Tensor, "*L NB KV D BS"],
+    values: Float[Tensor, "*L NB KV BS D"],
     block_tables: Int[Tensor, "B P"],
     query_start: Int[Tensor, "B+1"],
     context_lens: Int[Tensor, "B"],
     query_len: int | None,
     scale: float,
+    layer: int | None = None,
 ) -> Float[Tensor, "T H D"]:
     """Attend from each sequence's last tokens to all its tokens before and including them (causal).
 
@@ -46,17 +47,11 @@ def paged_attention(
     rows at or past `query_start[B]` are unspecified.
 
     `query_len` 1…16 promises that every sequence has exactly that many queries (T = B * query_len);
-    None promises nothing. The softmax and both sums are in float32. `scale` multiplies the scores.
+    None promises nothing. The softmax and both sums are in float32. `scale` multiplies the scores. layer: as in
+    `ops.write_kv`.
     """
-    if (
-        query_len is not None
-        and query.device.type == "cpu"
-        and torch.compiler.is_compiling()
-        and not has_cpu_kernel(keys.dtype, keys.shape[2], keys.shape[3])
-    ):
-        return _uniform_attention(query, keys, values, block_tables, context_lens, query_len, scale)
     return torch.ops.dispec.paged_attention(
-        query, keys, values, block_tables, query_start, context_lens, query_len, scale
+        query, keys, values, block_tables, query_start, context_lens, query_len, scale, layer
     )
 
 
@@ -64,38 +59,6 @@ def paged_attention(
 def has_cpu_kernel(dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
     """Whether caches of this kind are read in place on CPU, in steps of any shape."""
     return cpu_attention.has_kernels(dtype, head_dim, block_size)
-
-
-def _uniform_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    query_len: int,
-    scale: float,
-) -> Tensor:
-    """Scores and weighted sum as multiply-and-sum over gathered pages, for Inductor to fuse.
-
-    Never run eagerly: each product would be a tensor of B * H * Q * P * BS * D elements.
-    """
-    _, kv_heads, _, block_size = keys.shape
-    query = rearrange(query, "(b q) (kv g) d -> b kv g q 1 d 1", q=query_len, kv=kv_heads).float() * scale
-    blocks = block_tables.long()
-    pages = rearrange(keys[blocks], "b p kv d bs -> b kv 1 1 p d bs")
-    scores = (query * pages.float()).sum(dim=-2)
-    position = torch.arange(blocks.shape[1] * block_size, device=query.device).view(-1, block_size)
-    visible = context_lens.view(-1, 1) + torch.arange(1 - query_len, 1, device=query.device)
-    seen = position < rearrange(visible, "b q -> b 1 1 q 1 1")
-    scores = torch.where(seen, scores, -torch.inf)
-    largest = scores.amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float32).min)
-    exponentials = torch.exp(scores - largest)
-    total = exponentials.sum(dim=(-2, -1)).clamp_min(torch.finfo(torch.float32).tiny)
-    pages = rearrange(values[blocks], "b p kv bs d -> b kv 1 1 p bs d")
-    # The mask again: an unwritten slot may hold NaN, and zero times NaN is NaN.
-    weighted = torch.where(seen[..., None], exponentials[..., None] * pages.float(), 0.0).sum(dim=(-3, -2))
-    output = weighted / total[..., None]
-    return rearrange(output, "b kv g q d -> (b q) (kv g) d").to(values.dtype)
 
 
 def _paged_attention_cpu(
@@ -107,7 +70,9 @@ def _paged_attention_cpu(
     context_lens: Tensor,
     query_len: int | None,
     scale: float,
+    layer: int | None = None,
 ) -> Tensor:
+    keys, values = pages_of_layer(keys, values, layer)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     block_size = keys.shape[3]
     longest = 0
@@ -158,9 +123,11 @@ def _paged_attention_cuda(
     context_lens: Tensor,
     query_len: int | None,
     scale: float,
+    layer: int | None = None,
 ) -> Tensor:
     from ops.triton.paged_attention import paged_attention as kernel
 
+    keys, values = pages_of_layer(keys, values, layer)
     return kernel(query, keys, values, block_tables, query_start, context_lens, query_len, scale)
 
 

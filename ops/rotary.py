@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ops.cpu import attention as cpu_attention
-from ops.kv_cache import write_kv
+from ops.kv_cache import pages_of_layer, write_kv
 from ops.linear import Matrix, is_fused, linear
 from ops.norm import Norm, rms_norm
 from ops.paged_attention import has_cpu_kernel
@@ -19,11 +19,12 @@ from ops.paged_attention import has_cpu_kernel
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define(
     "rotate_and_write(Tensor projected, Tensor cosine, Tensor sine, Tensor(a!) keys, Tensor(b!) values,"
-    " Tensor slot_mapping, Tensor? query_norm, Tensor? key_norm, float eps) -> Tensor"
+    " Tensor slot_mapping, Tensor? query_norm, Tensor? key_norm, float eps, int? layer=None) -> Tensor"
 )
 _library.define(
     "qkv_rope_write(Tensor x, Tensor qkv, Tensor? bias, Tensor norm, float eps, Tensor cosine, Tensor sine,"
-    " Tensor(a!) keys, Tensor(b!) values, Tensor slot_mapping, Tensor? query_norm, Tensor? key_norm) -> Tensor"
+    " Tensor(a!) keys, Tensor(b!) values, Tensor slot_mapping, Tensor? query_norm, Tensor? key_norm,"
+    " int? layer=None) -> Tensor"
 )
 
 
@@ -33,53 +34,55 @@ def qkv_rope_write(
     bias: Float[Tensor, "QKV"] | None,
     norm: Norm,
     rotation: tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]],
-    keys: Float[Tensor, "NB KV D BS"],
-    values: Float[Tensor, "NB KV BS D"],
+    keys: Float[Tensor, "*L NB KV D BS"],
+    values: Float[Tensor, "*L NB KV BS D"],
     slot_mapping: Int[Tensor, "T"],
     query_norm: Norm | None = None,
     key_norm: Norm | None = None,
+    layer: int | None = None,
     *,
     few_rows: bool = False,
 ) -> Float[Tensor, "T H D"]:
     """`rotate_and_write` of `linear(x, qkv, bias, norm=norm)`: queries ready to attend, keys and values in their pages.
 
-    All norms have the same `eps`. few_rows: as in `linear`.
+    All norms have the same `eps`. layer: as in `write_kv`. few_rows: as in `linear`.
     """
     if few_rows and isinstance(qkv, Tensor) and is_fused(x):
         query_weight, key_weight = (None if one is None else one.weight for one in (query_norm, key_norm))
         return torch.ops.dispec.qkv_rope_write(
-            x, qkv, bias, *norm, *rotation, keys, values, slot_mapping, query_weight, key_weight
+            x, qkv, bias, *norm, *rotation, keys, values, slot_mapping, query_weight, key_weight, layer
         )
     projected = linear(x, qkv, bias, norm=norm, few_rows=few_rows)
-    return rotate_and_write(projected, rotation, keys, values, slot_mapping, query_norm, key_norm)
+    return rotate_and_write(projected, rotation, keys, values, slot_mapping, query_norm, key_norm, layer)
 
 
 def rotate_and_write(
     projected: Float[Tensor, "T QKV"],
     rotation: tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]],
-    keys: Float[Tensor, "NB KV D BS"],
-    values: Float[Tensor, "NB KV BS D"],
+    keys: Float[Tensor, "*L NB KV D BS"],
+    values: Float[Tensor, "*L NB KV BS D"],
     slot_mapping: Int[Tensor, "T"],
     query_norm: Norm | None = None,
     key_norm: Norm | None = None,
+    layer: int | None = None,
 ) -> Float[Tensor, "T H D"]:
-    """The tokens' queries, ready to attend; their keys and values go to slots `slot_mapping`, as in `write_kv`.
+    """The tokens' queries, ready to attend; their keys and values go to slots of a layer, as in `write_kv`.
 
     `projected` holds each token's query, key and value heads side by side. Queries and keys are normed per head where
     there is a norm (both have the same `eps`), and rotated by `rotation`, the cosine and sine of their positions.
     """
-    kv_heads, head_dim, block_size = keys.shape[1:]
+    kv_heads, head_dim, block_size = keys.shape[-3:]
     if projected.device.type == "cpu" and has_cpu_kernel(keys.dtype, head_dim, block_size):
         query_weight, eps = query_norm or (None, 0.0)
         key_weight, _ = key_norm or (None, 0.0)
         return torch.ops.dispec.rotate_and_write(
-            projected, *rotation, keys, values, slot_mapping, query_weight, key_weight, eps
+            projected, *rotation, keys, values, slot_mapping, query_weight, key_weight, eps, layer
         )
     heads = rearrange(projected, "t (n d) -> t n d", d=head_dim)
     query, key, value = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
     if query_norm is not None and key_norm is not None:
         query, key = rms_norm(query, query_norm), rms_norm(key, key_norm)
-    write_kv(keys, values, rope(key, *rotation), value, slot_mapping)
+    write_kv(keys, values, rope(key, *rotation), value, slot_mapping, layer)
     return rope(query, *rotation)
 
 
@@ -103,26 +106,43 @@ def _qkv_rope_write(
     slot_mapping: Tensor,
     query_norm: Tensor | None,
     key_norm: Tensor | None,
+    layer: int | None = None,
 ) -> Tensor:
     from ops.triton.rotary import Slots
     from ops.triton.rotary import qkv_rope_write as kernels
 
-    slots = Slots(keys, values, slot_mapping, cosine.contiguous(), sine.contiguous())
+    slots = Slots(*pages_of_layer(keys, values, layer), slot_mapping, cosine.contiguous(), sine.contiguous())
     return kernels(x, qkv, bias, Norm(norm, eps), slots, query_norm, key_norm)
 
 
 def _qkv_rope_write_fake(x: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
-    kv_heads, head_dim = rest[5].shape[1:3]  # of the keys
+    kv_heads, head_dim, _ = rest[5].shape[-3:]  # of the keys
     return x.new_empty(x.shape[0], qkv.shape[0] // head_dim - 2 * kv_heads, head_dim)
 
 
-def _fake(projected: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, *_: object) -> Tensor:
-    kv_heads, head_dim = keys.shape[1:3]
+def _rotate_and_write(
+    projected: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot_mapping: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+    layer: int | None = None,
+) -> Tensor:
+    pages = pages_of_layer(keys, values, layer)
+    return cpu_attention.rotate_and_write(projected, cosine, sine, *pages, slot_mapping, query_norm, key_norm, eps)
+
+
+def _rotate_and_write_fake(projected: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, *_: object) -> Tensor:
+    kv_heads, head_dim, _ = keys.shape[-3:]
     heads = projected.shape[1] // head_dim - 2 * kv_heads
     return projected.new_empty(projected.shape[0], heads, head_dim)
 
 
 _library.impl("qkv_rope_write", _qkv_rope_write, "CUDA")
 torch.library.register_fake("dispec::qkv_rope_write", _qkv_rope_write_fake, lib=_library)
-_library.impl("rotate_and_write", cpu_attention.rotate_and_write, "CPU")
-torch.library.register_fake("dispec::rotate_and_write", _fake, lib=_library)
+_library.impl("rotate_and_write", _rotate_and_write, "CPU")
+torch.library.register_fake("dispec::rotate_and_write", _rotate_and_write_fake, lib=_library)

@@ -31,5 +31,7 @@ def peak_allocation(call: Callable[[], object]) -> int:
 
 def smallest_matrix_or_cache(weights: Weights, kv_cache: KVCache) -> int:
     """Bytes of the smallest weight matrix or half of a layer's cache: what no step has a reason to copy."""
-    tensors = tree_leaves((weights.embedding, layers(weights.blocks), weights.lm_head, kv_cache.layers()))
+    tensors = tree_leaves(
+        (weights.embedding, layers(weights.blocks), weights.lm_head, kv_cache.keys[0], kv_cache.values[0])
+    )
     return min(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.dim() > 1)

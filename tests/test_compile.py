@@ -219,7 +219,7 @@ def test_a_compiled_layer_copies_no_cache(uniform, kernels, monkeypatch):
     with torch.inference_mode():
         _, codes = run_and_get_code(torch.compile(eager_block, fullgraph=True), *captured["arguments"])
     source = "\n".join(codes)
-    keys = engine.runner.kv_cache.layers()[0].keys
+    keys = engine.runner.kv_cache.keys[0]
     called = set(re.findall(r"dispec\.(\w+)", source))
     assert called & {"rotate_and_write", "decoder_layer"} if kernels else "write_kv" in called
     assert bool(called & {"paged_attention", "decoder_layer"}) == (not uniform or kernels)

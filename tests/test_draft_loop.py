@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from engine.recorded_draft_loop import RecordedDraftLoop
 
 from engine import SamplingParams
 from engine.draft_checkpoint import save_shared_draft
-from engine.recorded_draft_loop import RecordedDraftLoop
 from engine.step import Step
 from engine.tokenizer import Tokenizer
 from layers.sampling import draw

@@ -136,7 +136,7 @@ def test_a_step_allocates_nothing_as_large_as_a_weight_matrix_or_the_cache():
     smallest = smallest_matrix_or_cache(llm.engine.runner.weights, llm.engine.runner.kv_cache)
     assert largest_allocation(lambda: llm.generate([[1, 2, 3]] * 3, greedy())) < smallest
     # What it would see: a copy of a layer's keys.
-    keys = llm.engine.runner.kv_cache.layers()[0].keys
+    keys = llm.engine.runner.kv_cache.keys[0]
     assert largest_allocation(keys.clone) >= smallest
 
 

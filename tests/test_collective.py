@@ -1,0 +1,59 @@
+"""What ranks say to one another, between two processes, as it is and traced into one graph."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+RANK = """
+import sys
+import torch
+import torch.distributed as dist
+import ops
+
+rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+group = dist.group.WORLD.group_name
+own = torch.arange(5) + 10 * rank
+said = {
+    "broadcast": lambda x: ops.broadcast(x, group),
+    "all_reduce": lambda x: ops.all_reduce(x.float(), group).long(),
+    "all_gather_columns": lambda x: ops.all_gather_columns(x[None].float(), group, 2)[0].long(),
+}[sys.argv[3]]
+for function in (said, torch.compile(said, fullgraph=True, backend="aot_eager")):
+    print(function(own).tolist(), own.tolist())
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        ("broadcast", [0, 1, 2, 3, 4]),
+        ("all_reduce", [10, 12, 14, 16, 18]),
+        ("all_gather_columns", [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]),
+    ],
+)
+def test_all_ranks_hear_the_same_and_keep_their_own(tmp_path: Path, function: str, expected: list[int]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store"), function],
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank, process in enumerate(ranks):
+            own = [10 * rank + number for number in range(5)]
+            assert process.communicate(timeout=120)[0] == f"{expected} {own}\n" * 2
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()

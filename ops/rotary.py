@@ -116,7 +116,7 @@ def _qkv_rope_write(
 
 
 def _qkv_rope_write_fake(x: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
-    kv_heads, head_dim, _ = rest[5].shape[-3:]  # of the keys
+    kv_heads, head_dim = rest[5].shape[-3:-1]  # of the keys
     return x.new_empty(x.shape[0], qkv.shape[0] // head_dim - 2 * kv_heads, head_dim)
 
 
@@ -137,7 +137,7 @@ def _rotate_and_write(
 
 
 def _rotate_and_write_fake(projected: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, *_: object) -> Tensor:
-    kv_heads, head_dim, _ = keys.shape[-3:]
+    kv_heads, head_dim = keys.shape[-3:-1]
     heads = projected.shape[1] // head_dim - 2 * kv_heads
     return projected.new_empty(projected.shape[0], heads, head_dim)
 

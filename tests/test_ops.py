@@ -10,7 +10,6 @@ import ops
 from ops import reference
 from ops.cpu import attention as cpu_attention
 from ops.cpu.library import has_linear
-from ops.paged_attention import _uniform_attention
 
 
 @pytest.fixture(params=["C++", "torch"], autouse=True)
@@ -71,19 +70,6 @@ def test_paged_attention(query_len, seed):
     case = attention_case(random.Random(f"{query_len} {seed}"), query_len)
     result = ops.paged_attention(*case)
     torch.testing.assert_close(result, reference.paged_attention(*case[:6], case[7]), atol=2e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("query_len", [1, 2, 5, 16])
-@pytest.mark.parametrize("seed", range(6))
-def test_the_formulation_that_compiled_steps_inline(query_len, seed):
-    torch.manual_seed(seed)
-    query, keys, values, tables, starts, contexts, _, scale = attention_case(
-        random.Random(f"{query_len} {seed}"), query_len
-    )
-    contexts[0] = query_len - 1  # the first query of this one sees nothing at all
-    result = _uniform_attention(query, keys, values, tables, contexts, query_len, scale)
-    expected = reference.paged_attention(query, keys, values, tables, starts, contexts, scale)
-    torch.testing.assert_close(result, expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("query_len", [None, 1])

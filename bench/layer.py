@@ -222,7 +222,7 @@ def main(
     ops.prepare(where)
     stack = make_stack(config, 1 + max(*counts, *swept, 1) * -(-context // BLOCK_SIZE), where, dtype)
     read, copy = (read_bandwidth(where), kernels.copy_bandwidth()) if is_cuda else (1e9, 1e9)
-    function = torch.compile(run_layers, fullgraph=True, dynamic=True) if is_cuda else run_layers
+    function = torch.compile(run_layers, fullgraph=True) if is_cuda else run_layers
     print(f"reads {read / 1e9:.0f} GB/s, copies {copy / 1e9:.0f} GB/s (read and written)")
     with torch.inference_mode():
         for count in counts:
@@ -232,6 +232,8 @@ def main(
             step = make_step(stack, count, context, columns)
             weights = sum(matrix.nbytes for matrix in stack.matrices(0).values())
             moved = weights + 4 * count * context * config.num_kv_heads * config.head_dim
+            for tensor in (step.x, *step.batch[:6], *step.rotation):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
             run = partial(function, stack, step)
             run()  # compile
             seconds = seconds_of_graph([run], is_cuda) / config.num_layers

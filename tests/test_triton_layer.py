@@ -88,7 +88,7 @@ else:
 
     @pytest.fixture(autouse=True)
     def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-        """Whatever the launchers allocate is NaN, so that a row nobody writes is seen."""
+        """Fill what the launchers allocate with NaN, so that a row that is not written shows."""
         empty = torch.empty
 
         def poisoned(*size: object, **options: object) -> Tensor:

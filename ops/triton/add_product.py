@@ -46,7 +46,7 @@ def add_kernel(
     One program: BLOCK_N features of all rows over one split of the columns.
     Grid (ceil(N / BLOCK_N), SPLITS). Where the columns are split, each program leaves its part in `partial`
     [SPLITS, T, N], float32, and the last of a block of features to arrive, by the counter in `arrivals` (zero before),
-    adds the parts in their order: the same bits whoever is last.
+    adds the parts in their order: the same bits whichever is last.
     """
     feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, BLOCK_M)

@@ -3,6 +3,7 @@
 import importlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -17,6 +18,7 @@ from layers.model import hidden_states
 from layers.types import Batch, KVCache, Weights
 from layers.weights import dummy_weights
 from ops import reference
+from ops.kv_cache import pages_of_layer
 
 CONFIG = ModelConfig(
     architecture="Qwen2ForCausalLM",
@@ -52,7 +54,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     library = torch.library.Library("dispec", "IMPL")
     library.impl("fused_linear", lambda *given: reference.linear(*given).to(given[0].dtype), "CPU")
     library.impl("add_linear", add_linear, "CPU")
-    library.impl("qkv_rope_write", lambda *given: reference.qkv_rope_write(*given).to(given[0].dtype), "CPU")
+    library.impl("qkv_rope_write", qkv_rope_write, "CPU")
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -64,13 +66,23 @@ def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     total.copy_(total.double() + reference.linear(x, weight, bias, None, 0.0, False))
 
 
-def make_cache() -> KVCache:
+def qkv_rope_write(*given: Any) -> Tensor:
+    *before, keys, values, slots, query_norm, key_norm, layer = given
+    pages = pages_of_layer(keys, values, layer)
+    return reference.qkv_rope_write(*before, *pages, slots, query_norm, key_norm).to(given[0].dtype)
+
+
+def make_cache(num_blocks: int = NUM_BLOCKS) -> KVCache:
+    """A cache whose number of blocks is symbolic, as that of an engine is: it follows from free memory."""
     torch.manual_seed(0)
-    shape = (CONFIG.num_layers, NUM_BLOCKS, CONFIG.num_kv_heads)
-    return KVCache(
+    shape = (CONFIG.num_layers, num_blocks, CONFIG.num_kv_heads)
+    cache = KVCache(
         torch.randn(*shape, CONFIG.head_dim, BLOCK_SIZE).bfloat16(),
         torch.randn(*shape, BLOCK_SIZE, CONFIG.head_dim).bfloat16(),
     )
+    for pages in cache:
+        torch._dynamo.mark_dynamic(pages, 1)
+    return cache
 
 
 def make_batch(contexts: list[int], query_len: int) -> Batch:
@@ -108,7 +120,8 @@ def test_decoding_and_verification_are_one_graph_that_copies_no_cache() -> None:
     with torch.inference_mode():
         _, (source,) = run_and_get_code(run, make_batch([20, 5], 1), make_cache())
         for contexts, query_len in (([20, 5], 1), ([9, 17, 4], 4), ([31, 2], 2), ([7] * 15, 3)):
-            batch, expected_cache, cache = make_batch(contexts, query_len), make_cache(), make_cache()
+            batch = make_batch(contexts, query_len)
+            expected_cache, cache = (make_cache(NUM_BLOCKS + query_len) for _ in range(2))
             expected = step(weights, batch, expected_cache)
             for one, other in zip((run(batch, cache), *cache), (expected, *expected_cache), strict=True):
                 torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)

@@ -24,7 +24,7 @@ import psutil
 import typer
 
 MODEL = "qwen2.5-1.5b"
-_PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+_PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "addopts=-ra"]
 
 
 class Part(NamedTuple):

@@ -89,6 +89,7 @@ def decoding(engine: Engine, count: int, params: SamplingParams | None = None) -
     """So many sequences that are past their prompts, for 60 steps and more; finishes them afterwards."""
     sequences = [engine.add(prompt, params or greedy(80)) for prompt in prompts(count, longest=40)]
     while any(sequence.num_output_tokens < 2 for sequence in sequences):
+        assert engine.has_work, [sequence.error for sequence in sequences]
         engine.step()
     try:
         yield sequences

@@ -61,7 +61,8 @@ class StepShapes:
             tokens=max(self._tokens[-1], sequences * max(self._query_lens, default=1), TRACED_PREFILL.tokens),
             sequences=max(sequences, TRACED_PREFILL.sequences),
             blocks=max(self._max_blocks, TRACED_PREFILL.blocks),
-            rows=max(self._max_rows, sequences * max(self._query_lens, default=1), TRACED_DECODE.rows),
+            # A uniform step that is compiled has a row for each token.
+            rows=max(self._max_rows, self._tokens[-1] if self._plan.compile != "off" else 0, TRACED_DECODE.rows),
             query_len=None,
         )
 

@@ -24,7 +24,6 @@ def attention(
 
     Writes the tokens' keys and values to `kv` first, so that they attend to one another through the cache.
     """
-    few_rows = batch.query_len is not None
     query_norm = None if w.query_norm is None else ops.Norm(w.query_norm, config.rms_norm_eps)
     key_norm = None if w.key_norm is None else ops.Norm(w.key_norm, config.rms_norm_eps)
     query = ops.qkv_rope_write(
@@ -39,7 +38,6 @@ def attention(
         query_norm,
         key_norm,
         kv.layer,
-        few_rows=few_rows,
     )
     attended = ops.paged_attention(
         query,
@@ -54,8 +52,8 @@ def attention(
     )
     attended = rearrange(attended, "t h d -> t (h d)")
     if config.shard is None:
-        return ops.linear(attended, w.output, w.output_bias, residual=x, few_rows=few_rows)
+        return ops.linear(attended, w.output, w.output_bias, residual=x)
     # The first rank has the bias where the others have zeros. The residual is larger than what is added to it: inside
     # the sum it would cost a second rounding of its own size.
-    attended = ops.linear(attended, w.output, w.output_bias, few_rows=few_rows)
+    attended = ops.linear(attended, w.output, w.output_bias)
     return x + ops.all_reduce(attended, config.shard.group)

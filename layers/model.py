@@ -38,12 +38,11 @@ def block(
 ) -> Float[Tensor, "T E"]:
     """One transformer layer, residual connections included. Writes the layer's pages."""
     attention_norm, mlp_norm = (ops.Norm(weight, config.rms_norm_eps) for weight in (w.attention_norm, w.mlp_norm))
-    few_rows = batch.query_len is not None
     x = attention(x, attention_norm, w.attention, config, batch, rotation, kv)
-    gated = ops.linear(x, w.mlp.gate_up, norm=mlp_norm, is_gated=True, few_rows=few_rows)
+    gated = ops.linear(x, w.mlp.gate_up, norm=mlp_norm, is_gated=True)
     if config.shard is None:
-        return ops.linear(gated, w.mlp.down, residual=x, few_rows=few_rows)
-    return x + ops.all_reduce(ops.linear(gated, w.mlp.down, few_rows=few_rows), config.shard.group)
+        return ops.linear(gated, w.mlp.down, residual=x)
+    return x + ops.all_reduce(ops.linear(gated, w.mlp.down), config.shard.group)
 
 
 def hidden_states(

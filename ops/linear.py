@@ -2,9 +2,9 @@
 
 On a CPU with AVX512-BF16 or AVX2, bf16 weights are packed once into the tiles of `ops.cpu.linear`; on others into
 oneDNN's blocked layout. At one row a product then runs at the speed of memory, of which the plain layout reaches half.
-Everywhere else a weight stays the plain [N, K] matrix; on CUDA products of few rows in 16 bits, which are decode steps,
-have kernels of their own where those are faster: with what a layer does around them in `ops.triton.linear`, without it
-in `ops.triton.few_rows`.
+Everywhere else a weight stays the plain [N, K] matrix. On CUDA in 16 bits a product with what a layer does around it is
+one op: products of few rows have kernels of their own where those are faster (`ops.triton.linear`,
+`ops.triton.few_rows`), and the compiler has little to do, which it does once for each layer.
 """
 
 import os
@@ -83,18 +83,14 @@ def linear(
     norm: Norm | None = None,
     residual: Float[Tensor, "T M"] | None = None,
     is_gated: bool = False,
-    few_rows: bool = False,
 ) -> Float[Tensor, "T M"]:
     """`norm(x) @ weight.T + bias + residual` for a weight [N, K] that `pack` returned; M is N.
 
     If `is_gated`, the first half of the N features gates the second before `residual` is added, `silu(gate) * up`
     (arXiv:2002.05202), and M is N / 2. Products are summed in float32 and rounded once to x's dtype; what is asked for
     around them is computed as if it were an operation of its own, and costs no pass of its own where a kernel has it.
-
-    few_rows: whether x is expected to have few rows, as in decoding. In 16 bits on CUDA all of it is then one op, which
-    chooses kernels by the number of rows; otherwise the compiler fuses what is around the product.
     """
-    if few_rows and isinstance(weight, Tensor) and is_fused(x):
+    if isinstance(weight, Tensor) and is_fused(x):
         return _fused(x, weight, bias, norm, residual, is_gated)
     if isinstance(weight, Packed) and weight.is_tiled and not (is_gated and weight.features % (2 * cpu_linear.TILE)):
         norm_weight, eps = norm or (None, 0.0)
@@ -117,13 +113,15 @@ def _fused(
         total = residual.clone(memory_format=torch.contiguous_format)
         torch.ops.dispec.add_linear(total, x, weight, bias)
         return total
+    if norm is None and not is_gated:
+        return torch.ops.dispec.few_rows_linear(x, weight, bias)
     norm_weight, eps = norm or (None, 0.0)
     y = torch.ops.dispec.fused_linear(x, weight, bias, norm_weight, eps, is_gated)
     return y if residual is None else residual + y
 
 
 def is_fused(x: Tensor) -> bool:
-    """Whether products of few rows have kernels with what is around them."""
+    """Whether a product and what is around it are one op, which chooses kernels by the number of rows."""
     return x.is_cuda and x.dtype.itemsize == 2
 
 
@@ -140,8 +138,6 @@ def _product(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
         return torch.ops.dispec.tiled_linear(x, weight.blocked, weight.features, bias, None, 0.0, None, False)
     if isinstance(weight, Packed):
         return torch.ops.dispec.packed_linear(x, weight.blocked, bias, weight.features)
-    if is_fused(x):
-        return torch.ops.dispec.few_rows_linear(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
 
 

@@ -1,6 +1,6 @@
 """From hidden states to queries and pages: projection, norm of the heads, rotation, and the write.
 
-All of it is one op for few rows in 16 bits on CUDA; on a CPU, all but the projection.
+All of it is one op in 16 bits on CUDA; on a CPU, all but the projection.
 """
 
 from typing import Any
@@ -40,19 +40,17 @@ def qkv_rope_write(
     query_norm: Norm | None = None,
     key_norm: Norm | None = None,
     layer: int | None = None,
-    *,
-    few_rows: bool = False,
 ) -> Float[Tensor, "T H D"]:
     """`rotate_and_write` of `linear(x, qkv, bias, norm=norm)`: queries ready to attend, keys and values in their pages.
 
-    All norms have the same `eps`. layer: as in `write_kv`. few_rows: as in `linear`.
+    All norms have the same `eps`. layer: as in `write_kv`.
     """
-    if few_rows and isinstance(qkv, Tensor) and is_fused(x):
+    if isinstance(qkv, Tensor) and is_fused(x):
         query_weight, key_weight = (None if one is None else one.weight for one in (query_norm, key_norm))
         return torch.ops.dispec.qkv_rope_write(
             x, qkv, bias, *norm, *rotation, keys, values, slot_mapping, query_weight, key_weight, layer
         )
-    projected = linear(x, qkv, bias, norm=norm, few_rows=few_rows)
+    projected = linear(x, qkv, bias, norm=norm)
     return rotate_and_write(projected, rotation, keys, values, slot_mapping, query_norm, key_norm, layer)
 
 

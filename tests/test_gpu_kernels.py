@@ -352,8 +352,8 @@ def test_captured_products_share_their_counters(rows: int) -> None:
     def chain(wait: bool) -> Tensor:
         x = layers[0]["gate_up"][0]
         for layer in layers:
-            gated = ops.linear(x, layer["gate_up"][1], norm=norm, is_gated=True, few_rows=True)
-            x = ops.linear(gated, layer["down"][1], residual=x, few_rows=True)
+            gated = ops.linear(x, layer["gate_up"][1], norm=norm, is_gated=True)
+            x = ops.linear(gated, layer["down"][1], residual=x)
             if wait:
                 torch.cuda.synchronize()
         return x

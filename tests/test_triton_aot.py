@@ -360,8 +360,9 @@ def test_float16_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         check(launch, 90)
 
 
-def test_many_rows_are_multiplied_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = layer_launches(monkeypatch, 90, 128, "qwen2.5-1.5b")
+@pytest.mark.parametrize("rows", [128, 600])
+def test_many_rows_are_multiplied_by_torch(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = layer_launches(monkeypatch, 90, rows, "qwen2.5-1.5b")
     expected = ["norm_kernel", "rotate_heads_kernel", "norm_kernel", "gate_halves_kernel"]
     assert [launch.kernel.__name__ for launch in launches] == expected
     for launch in launches:

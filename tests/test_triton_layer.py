@@ -205,6 +205,24 @@ else:
         arguments = projection.arguments()
         expect_projection(projection, arguments, project(arguments))
 
+    @both_types
+    @pytest.mark.parametrize("has_head_norms", [True, False])
+    @pytest.mark.parametrize(("shape", "rows"), [(SMALL, 33), (WIDE, 16), (ODD, 40)])
+    def test_projection_of_a_prompt(
+        shape: Shape,
+        rows: int,
+        has_head_norms: bool,
+        dtype: torch.dtype,
+        choose: Callable[[FewRowsConfig | None], None],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Programs take several tokens each, the last one fewer."""
+        choose(None)
+        monkeypatch.setattr(rotary, "WRITE_LONG_FROM", 16)
+        projection = make_projection(shape, rows, dtype=dtype, has_head_norms=has_head_norms, seed=rows)
+        arguments = projection.arguments()
+        expect_projection(projection, arguments, project(arguments))
+
     @pytest.mark.parametrize("is_gated", [False, True])
     def test_what_no_layer_asks_for_is_computed_too(
         is_gated: bool, choose: Callable[[FewRowsConfig | None], None]

@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ops.norm import Norm
+from ops.triton import few_rows
 from ops.triton.add_product import add_product
 from ops.triton.gate_product import gate_product
 from ops.triton.layer_parts import gate_halves, norm_rows
@@ -29,8 +30,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | No
     if norm is not None and (config is None or rows > FOLDS_NORM_UP_TO):
         x, norm = norm_rows(x, norm), None
     if config is None:
-        y = linear(x, weight, bias)
-        return gate_halves(y) if is_gated else y
+        return gate_halves(linear(x, weight, bias)) if is_gated else few_rows.linear(x, weight, bias)
     if is_gated:
         return gate_product(x, weight, norm, config)
     return add_product(x, weight, bias, None, norm, config)

@@ -10,10 +10,10 @@ from torch import Tensor
 from ops.norm import Norm
 from ops.triton.linear import fused_linear
 from ops.triton.rotate_product import Slots, rotate_product
-from ops.triton.tuning import choose_product, describe
+from ops.triton.tuning import WRITE_LONG_FROM, WRITE_TOKENS_LONG, choose_product, describe
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 @no_type_check
 def rotate_heads_kernel(
     query,
@@ -25,6 +25,7 @@ def rotate_heads_kernel(
     projected,
     query_norm,
     key_norm,
+    rows,
     eps,
     keys_block_stride,
     keys_head_stride,
@@ -36,44 +37,55 @@ def rotate_heads_kernel(
     D2_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
-    """One program: one head of one token, as its two halves. Grid (T, H + 2 KV)."""
+    """One program: one head of TOKENS tokens, as its two halves. Grid (ceil(T / TOKENS), H + 2 KV).
+
+    Keys are turned in shared memory before they are stored: positions are innermost in their pages, and neighbouring
+    tokens share memory sectors there.
+    """
     D2: tl.constexpr = D // 2
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
     dim = tl.arange(0, D2_PADDED)
-    inside = dim < D2
-    at = projected + (row * (H + 2 * KV) + head) * D + dim
+    is_row = row < rows
+    inside = is_row[:, None] & (dim < D2)[None, :]
+    at = projected + ((row * (H + 2 * KV) + head) * D)[:, None] + dim[None, :]
     first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(at + D2, mask=inside, other=0.0).to(tl.float32)
     dtype: tl.constexpr = query.dtype.element_ty
     if head < H + KV:
         if HAS_NORM:
             norm = query_norm if head < H else key_norm
-            inverse = tl.math.rsqrt(tl.sum(first * first + second * second, 0) / D + eps)
+            inverse = tl.math.rsqrt(tl.sum(first * first + second * second, 1) / D + eps)[:, None]
             first = (first * inverse).to(dtype).to(tl.float32)
             second = (second * inverse).to(dtype).to(tl.float32)
-            first *= tl.load(norm + dim, mask=inside, other=0.0).to(tl.float32)
-            second *= tl.load(norm + D2 + dim, mask=inside, other=0.0).to(tl.float32)
+            first *= tl.load(norm + dim, mask=dim < D2, other=0.0).to(tl.float32)[None, :]
+            second *= tl.load(norm + D2 + dim, mask=dim < D2, other=0.0).to(tl.float32)[None, :]
             first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
-        cos = tl.load(cosine + row * D2 + dim, mask=inside, other=1.0)
-        sin = tl.load(sine + row * D2 + dim, mask=inside, other=0.0)
+        angle = (row * D2)[:, None] + dim[None, :]
+        cos = tl.load(cosine + angle, mask=inside, other=1.0)
+        sin = tl.load(sine + angle, mask=inside, other=0.0)
         first, second = first * cos - second * sin, second * cos + first * sin
+    first, second = first.to(dtype), second.to(dtype)
     if head < H:
-        to = query + (row * H + head) * D + dim
-        tl.store(to, first.to(dtype), mask=inside)
-        tl.store(to + D2, second.to(dtype), mask=inside)
+        to = query + ((row * H + head) * D)[:, None] + dim[None, :]
+        tl.store(to, first, mask=inside)
+        tl.store(to + D2, second, mask=inside)
     else:
-        slot = tl.load(slot_mapping + row)
+        slot = tl.load(slot_mapping + row, mask=is_row, other=0)
         block, offset = (slot // BLOCK_SIZE).to(tl.int64), (slot % BLOCK_SIZE).to(tl.int64)
         if head < H + KV:
-            to = keys + block * keys_block_stride + (head - H) * keys_head_stride + offset + dim * BLOCK_SIZE
-            tl.store(to, first.to(dtype), mask=inside)
-            tl.store(to + D2 * BLOCK_SIZE, second.to(dtype), mask=inside)
+            place = keys + block * keys_block_stride + (head - H) * keys_head_stride + offset
+            to = place[None, :] + (dim * BLOCK_SIZE)[:, None]
+            is_key = is_row[None, :] & (dim < D2)[:, None]
+            tl.store(to, tl.trans(first), mask=is_key)
+            tl.store(to + D2 * BLOCK_SIZE, tl.trans(second), mask=is_key)
         else:
-            to = values + block * values_block_stride + (head - H - KV) * values_head_stride + offset * D + dim
-            tl.store(to, first.to(dtype), mask=inside)
-            tl.store(to + D2, second.to(dtype), mask=inside)
+            place = values + block * values_block_stride + (head - H - KV) * values_head_stride + offset * D
+            to = place[:, None] + dim[None, :]
+            tl.store(to, first, mask=inside)
+            tl.store(to + D2, second, mask=inside)
 
 
 def qkv_rope_write(
@@ -112,7 +124,8 @@ def rotate_heads(
     if rows == 0:
         return query
     has_norm = query_norm is not None and key_norm is not None
-    rotate_heads_kernel[(rows, heads + 2 * kv_heads)](
+    tokens = WRITE_TOKENS_LONG if rows >= WRITE_LONG_FROM else 1
+    rotate_heads_kernel[(triton.cdiv(rows, tokens), heads + 2 * kv_heads)](
         query,
         slots.keys,
         slots.values,
@@ -122,6 +135,7 @@ def rotate_heads(
         projected,
         query_norm if has_norm else projected,
         key_norm if has_norm else projected,
+        rows,
         eps,
         *slots.strides,
         H=heads,
@@ -130,6 +144,7 @@ def rotate_heads(
         D2_PADDED=triton.next_power_of_2(head_dim // 2),
         BLOCK_SIZE=block_size,
         HAS_NORM=has_norm,
-        num_warps=1,
+        TOKENS=tokens,
+        num_warps=4 if tokens > 1 else 1,
     )
     return query

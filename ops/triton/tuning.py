@@ -184,6 +184,8 @@ def choose_product(
     """
     if device.architecture == "fallback" or features % 16 or columns % 16:
         return None
+    if not is_gated and features // 64 >= 3 * device.multiprocessors:
+        return None  # the head's product, which `choose_few_rows` knows
     is_long = columns > 2 * features  # a layer's last product, whose features alone make too few programs
     if rows <= 2:
         if has_norm or is_gated:

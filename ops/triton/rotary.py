@@ -76,14 +76,14 @@ def rotate_heads_kernel(
         slot = tl.load(slot_mapping + row, mask=is_row, other=0)
         block, offset = (slot // BLOCK_SIZE).to(tl.int64), (slot % BLOCK_SIZE).to(tl.int64)
         if head < H + KV:
-            place = keys + block * keys_block_stride + (head - H) * keys_head_stride + offset
-            to = place[None, :] + (dim * BLOCK_SIZE)[:, None]
+            key = keys + block * keys_block_stride + (head - H) * keys_head_stride + offset
+            turned = key[None, :] + (dim * BLOCK_SIZE)[:, None]
             is_key = is_row[None, :] & (dim < D2)[:, None]
-            tl.store(to, tl.trans(first), mask=is_key)
-            tl.store(to + D2 * BLOCK_SIZE, tl.trans(second), mask=is_key)
+            tl.store(turned, tl.trans(first), mask=is_key)
+            tl.store(turned + D2 * BLOCK_SIZE, tl.trans(second), mask=is_key)
         else:
-            place = values + block * values_block_stride + (head - H - KV) * values_head_stride + offset * D
-            to = place[:, None] + dim[None, :]
+            value = values + block * values_block_stride + (head - H - KV) * values_head_stride + offset * D
+            to = value[:, None] + dim[None, :]
             tl.store(to, first, mask=inside)
             tl.store(to + D2, second, mask=inside)
 

@@ -24,7 +24,7 @@ from bench.layer_candidates import candidates
 from bench.machine import choose_device, read_bandwidth
 from layers.config import ModelConfig
 from layers.model import block
-from layers.rope import rope_frequencies, rope_rotation
+from layers.rope import rope_frequencies
 from layers.types import Batch, BlockWeights, KVCache, layers
 from layers.weights import dummy_weights
 
@@ -98,7 +98,7 @@ def make_step(stack: Stack, rows: int, context: int, columns: int) -> Step:
     starts = integers(torch.arange(rows + 1))
     batch = Batch(zeros, positions, integers(slots), integers(tables), starts, lengths, None, 1)
     x = torch.randn(rows, config.hidden_size, device=device, dtype=keys.dtype)
-    return Step(x, batch, rope_rotation(positions, rope_frequencies(config).to(device), 1.0))
+    return Step(x, batch, ops.rotation(positions, rope_frequencies(config).to(device), 1.0))
 
 
 def run_layers(stack: Stack, step: Step) -> Tensor:

@@ -4,7 +4,6 @@ from torch import arange
 
 import ops
 from layers.config import ModelConfig
-from layers.rope import rope_rotation
 from layers.steps import Vocabulary
 from layers.types import KVCache, Weights
 
@@ -41,7 +40,7 @@ def decoder(
         ops.Norm(weights.final_norm, config.rms_norm_eps),
         weights.lm_head,
         head_tokens,
-        rope_rotation(positions, weights.rope_frequencies, factor),
+        ops.rotation(positions, weights.rope_frequencies, factor),
         min(size, config.vocab_size) if head_tokens is None else len(head_tokens),
         config.attention_scale,
     )

@@ -7,7 +7,6 @@ from torch import Tensor
 import ops
 from layers.attention import Rotation, attention
 from layers.config import ModelConfig
-from layers.rope import rope_rotation
 from layers.types import Batch, BlockWeights, KVCache, LayerKV, Weights, layers
 
 
@@ -15,7 +14,7 @@ def embed(weights: Weights, config: ModelConfig, batch: Batch) -> tuple[Float[Te
     """The tokens' embeddings and the rotation of their positions."""
     factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
     x = _embedding(weights, config, batch.token_ids)
-    return x, rope_rotation(batch.positions, weights.rope_frequencies, factor)
+    return x, ops.rotation(batch.positions, weights.rope_frequencies, factor)
 
 
 def _embedding(weights: Weights, config: ModelConfig, token_ids: Int[Tensor, "T"]) -> Float[Tensor, "T E"]:

@@ -1,9 +1,9 @@
-"""Rotary positions (arXiv:2104.09864): how fast each pair of dimensions turns, and where a step's tokens stand."""
+"""Rotary positions (arXiv:2104.09864): how fast each pair of dimensions turns."""
 
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from layers.config import ModelConfig, RopeScaling
@@ -44,13 +44,3 @@ def _yarn_frequencies(
         high += 0.001
     stretched = ((torch.arange(config.head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     return frequencies * (1 - stretched) + frequencies / scaling.factor * stretched
-
-
-def rope_rotation(
-    positions: Int[Tensor, "T"], frequencies: Float[Tensor, "D2"], attention_factor: float
-) -> tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]]:
-    """Cosine and sine of each position's angles, in float32: computed once a step, used by every layer."""
-    angles = torch.outer(positions.float(), frequencies)
-    if attention_factor == 1.0:
-        return angles.cos(), angles.sin()
-    return angles.cos() * attention_factor, angles.sin() * attention_factor

@@ -14,7 +14,7 @@ from ops.kv_cache import copy_blocks, write_kv
 from ops.linear import Matrix, Packed, linear, pack, prepare
 from ops.norm import Norm, rms_norm
 from ops.paged_attention import paged_attention
-from ops.rotary import qkv_rope_write, rotate_and_write
+from ops.rotary import qkv_rope_write, rotate_and_write, rotation
 from ops.token_threshold import token_threshold
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "qkv_rope_write",
     "rms_norm",
     "rotate_and_write",
+    "rotation",
     "token_threshold",
     "write_kv",
 ]

@@ -17,6 +17,7 @@ from ops.norm import Norm, rms_norm
 from ops.paged_attention import has_cpu_kernel
 
 _library = torch.library.Library("dispec", "FRAGMENT")
+_library.define("rotation(Tensor positions, Tensor frequencies, float factor) -> (Tensor, Tensor)")
 _library.define(
     "rotate_and_write(Tensor projected, Tensor cosine, Tensor sine, Tensor(a!) keys, Tensor(b!) values,"
     " Tensor slot_mapping, Tensor? query_norm, Tensor? key_norm, float eps, int? layer=None) -> Tensor"
@@ -26,6 +27,16 @@ _library.define(
     " Tensor(a!) keys, Tensor(b!) values, Tensor slot_mapping, Tensor? query_norm, Tensor? key_norm,"
     " int? layer=None) -> Tensor"
 )
+
+
+def rotation(
+    positions: Int[Tensor, "T"], frequencies: Float[Tensor, "D2"], factor: float = 1.0
+) -> tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]]:
+    """Cosine and sine, times `factor`, of the angles of positions, in float32; frequencies are radians per position.
+
+    One op, which the compiler leaves alone: it would compute the angles anew for each layer that reads them.
+    """
+    return torch.ops.dispec.rotation(positions, frequencies, factor)
 
 
 def qkv_rope_write(
@@ -91,6 +102,18 @@ def rope(x: Float[Tensor, "T N D"], cos: Float[Tensor, "T D2"], sin: Float[Tenso
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def _rotation(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    angles = torch.outer(positions.float(), frequencies)
+    if factor == 1.0:
+        return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def _rotation_fake(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    shape = positions.shape[0], frequencies.shape[0]
+    return frequencies.new_empty(shape), frequencies.new_empty(shape)
+
+
 def _qkv_rope_write(
     x: Tensor,
     qkv: Tensor,
@@ -140,6 +163,9 @@ def _rotate_and_write_fake(projected: Tensor, cosine: Tensor, sine: Tensor, keys
     return projected.new_empty(projected.shape[0], heads, head_dim)
 
 
+_library.impl("rotation", _rotation, "CPU")
+_library.impl("rotation", _rotation, "CUDA")
+torch.library.register_fake("dispec::rotation", _rotation_fake, lib=_library)
 _library.impl("qkv_rope_write", _qkv_rope_write, "CUDA")
 torch.library.register_fake("dispec::qkv_rope_write", _qkv_rope_write_fake, lib=_library)
 _library.impl("rotate_and_write", _rotate_and_write, "CPU")

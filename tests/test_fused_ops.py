@@ -128,6 +128,7 @@ def test_decoding_and_verification_are_one_graph_that_copies_no_cache() -> None:
     assert counters["stats"]["unique_graphs"] == 1
     called = re.findall(r"^ *(?:\w+ = )?torch.ops.dispec.(\w+).default\(", source, re.M)
     assert {name: called.count(name) for name in called} == {
+        "rotation": 1,
         "qkv_rope_write": CONFIG.num_layers,
         "paged_attention": CONFIG.num_layers,
         "fused_linear": CONFIG.num_layers,

@@ -37,14 +37,15 @@ class ExecutionPlan:
     reads_device_tokens: bool
 
     def describe(self) -> str:
-        """The plan as one line."""
+        """Return the plan as one line."""
         if self.compile == "off":
-            steps = "all layers in one C++ call, nothing compiled" if self.fuses_layers else "eager"
+            steps = "eager, a decode step's layers in one C++ call" if self.fuses_layers else "eager"
         else:
-            steps = f"compiled ({self.compile})" + (", replayed as CUDA graphs" if self.replays else "")
-        ahead = "one step ahead" if self.overlaps else "one step at a time"
-        together = "decodes and prompts together" if self.mixes else "decodes and prompts apart"
-        return f"{steps}; {together}; {ahead}"
+            when = {"startup": "at startup", "background": "in the background"}[self.compile]
+            steps = f"compiled {when}" + (", replayed as CUDA graphs" if self.replays else "")
+        batches = "prompts and decodes in one batch" if self.mixes else "prompts and decodes in separate batches"
+        queue = "one step queued ahead" if self.overlaps else "one step at a time"
+        return f"{steps}; {batches}; {queue}"
 
 
 def plan_for(options: EngineOptions, device: torch.device, head_dim: int) -> ExecutionPlan:

@@ -1,5 +1,6 @@
 """`dispec env-check`: what this machine has, what was tried on it, and what of DiSpec will therefore work."""
 
+import dataclasses
 import importlib.metadata
 import platform
 import shutil
@@ -35,7 +36,7 @@ class Feature(NamedTuple):
 
 
 def findings() -> Iterator[Finding]:
-    """Look and try, yielding each finding as it is known: compiling takes seconds."""
+    """Probe the machine and yield each finding as soon as it is known: compiling takes seconds."""
     python = platform.python_version()
     yield Finding("python", f"{python} ({sys.executable})", {"version": python, "executable": sys.executable})
     yield Finding("platform", platform.platform(), platform.platform())
@@ -67,9 +68,11 @@ def findings() -> Iterator[Finding]:
     yield _tried("cpu kernels", environment.try_cpu_kernels())
     warnings.filterwarnings("ignore", "the CPU kernels could not be built")  # that was said just now
     yield _tried("cpu engine", environment.try_engine("cpu"))
-    yield _tried("cpu compiler", environment.try_compiler("cpu"))
+    compiler = environment.try_compiler("cpu")
+    yield _tried("cpu compiler", compiler)
     yield _tried("cpu bf16", environment.try_bf16("cpu"))
     yield _tried("cpu packed bf16", environment.try_packed_bf16())
+    yield from _plans("cpu", environment.plans("cpu", compiles=compiler.works))
     devices = environment.cuda_devices()
     if not devices:
         yield Finding("cuda", "torch sees no device", {"devices": []})
@@ -82,8 +85,10 @@ def findings() -> Iterator[Finding]:
         )
         yield _tried(f"{device.name} bf16", environment.try_bf16(device.name))
         yield _tried(f"{device.name} engine", environment.try_engine(device.name))
-        yield _tried(f"{device.name} compiler", environment.try_compiler(device.name))
-        yield _tried(f"{device.name} graphs", environment.try_cuda_graph(device.name))
+        compiler = environment.try_compiler(device.name)
+        yield _tried(f"{device.name} compiler", compiler)
+        yield _tried(f"{device.name} graphs", environment.try_replay(device.name))
+        yield from _plans(device.name, environment.plans(device.name, compiles=compiler.works))
 
 
 def features(found: Iterable[Finding]) -> list[Feature]:
@@ -109,7 +114,7 @@ def can_run(report: Iterable[Feature]) -> bool:
 
 
 def row(finding: Finding) -> str:
-    return f"{finding.name:<17} {finding.text}"
+    return f"{finding.name:<20} {finding.text}"
 
 
 def feature_row(feature: Feature) -> str:
@@ -152,6 +157,11 @@ def _cache() -> Finding:
 def _tried(name: str, outcome: Any) -> Finding:
     text = f"works ({outcome.seconds:.1f} s)" if outcome.works else f"does not work: {outcome.reason}"
     return Finding(name, text, {"works": outcome.works, "reason": outcome.reason, "seconds": outcome.seconds})
+
+
+def _plans(device: str, plans: dict[str, Any]) -> Iterator[Finding]:
+    for dtype, plan in plans.items():
+        yield Finding(f"plan {device} {dtype}", plan.describe(), dataclasses.asdict(plan))
 
 
 def _feature(name: str, data: dict[str, Any], needs: Iterable[str]) -> Feature:

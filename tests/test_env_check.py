@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from engine.environment import try_cpu_kernels
+from engine.environment import plans, try_cpu_kernels, try_replay
+from engine.execution_plan import plan_for
+from engine.options import EngineOptions
 from serving import env_check
 from serving.env_check import Finding
 from tests.commands import running
@@ -22,6 +25,9 @@ def test_env_check_for_machines() -> None:
     assert report["findings"]["cpu engine"]["works"]
     assert report["features"]["eager CPU"] == {"works": True, "reason": ""}
     assert report["features"]["compiled CPU"]["works"] == report["findings"]["cpu compiler"]["works"]
+    plans = [name for name in report["findings"] if name.startswith("plan ")]
+    assert plans[:2] == ["plan cpu bfloat16", "plan cpu float32"]  # no float16: a CPU does not run it
+    assert report["findings"]["plan cpu bfloat16"]["compile"] == "off"
 
 
 def test_env_check_without_a_compiler() -> None:
@@ -33,11 +39,12 @@ def test_env_check_without_a_compiler() -> None:
             out, err = (stream.decode() for stream in process.communicate())
     assert process.returncode == 0, err
     assert err == ""
-    rows = {line[:17].strip(): line[18:] for line in out.splitlines()}
+    rows = {line[:20].strip(): line[21:] for line in out.splitlines()}
     assert rows["cpu engine"].startswith("works")
     assert rows["cpu compiler"].startswith("does not work: ")
     assert rows["cpu kernels"].startswith("does not work: ")
     assert rows["cache"].startswith("not writable: ")
+    assert rows["plan cpu float32"] == "eager; prompts and decodes in separate batches; one step at a time"
     assert "compiled CPU              no: cpu compiler: " in out
 
 
@@ -61,6 +68,50 @@ def test_env_check_tells_which_device_fails() -> None:
     }
     assert features["eager CPU"].works
     assert features["CUDA graphs"] == ("CUDA graphs", False, "cuda:1 engine: too old")
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "expected"),
+    [
+        ({}, "cuda", "compiled at startup, replayed as CUDA graphs; {} in one batch; one step queued ahead"),
+        (
+            {"compile": "background"},
+            "cuda",
+            "compiled in the background, replayed as CUDA graphs; {} in one batch; one step queued ahead",
+        ),
+        ({"enforce_eager": True}, "cuda", "eager; {} in one batch; one step queued ahead"),
+        (
+            {"compile": "startup", "block_size": 16},
+            "cpu",
+            "compiled at startup; {} in separate batches; one step at a time",
+        ),
+    ],
+)
+def test_plans_in_words(options, device, expected, monkeypatch) -> None:
+    monkeypatch.setattr("engine.execution_plan.has_cpu_kernel", lambda dtype, head_dim, block_size: block_size > 16)
+    plan = plan_for(EngineOptions(**options), torch.device(device), head_dim=64)
+    assert plan.describe() == expected.format("prompts and decodes")
+
+
+def test_a_plan_compiles_nothing_without_a_compiler(monkeypatch) -> None:
+    """An engine whose compiler fails runs eagerly, and its plan says so beforehand."""
+    monkeypatch.setattr(EngineOptions, "torch_device", lambda options: torch.device("cuda", 0))
+    assert {plan.compile for plan in plans("cuda:0", compiles=False).values()} == {"off"}
+    assert {plan.compile for plan in plans("cuda:0", compiles=True).values()} == {"startup"}
+
+
+def test_replaying_is_refused_where_nothing_is_recorded() -> None:
+    """A CPU compiles the function and gets the right numbers, without a CUDA graph."""
+    outcome = try_replay("cpu")
+    assert not outcome.works
+    assert "records no CUDA graph" in outcome.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_replaying_works_on_a_gpu() -> None:
+    outcome = try_replay("cuda:0")
+    assert outcome.works, outcome.reason
 
 
 def test_kernels_work_without_a_cache(tmp_path, monkeypatch) -> None:

@@ -75,8 +75,8 @@ class EngineInfo(msgspec.Struct, tag=True):
     directory: of the checkpoint's tokenizer, for `engine.tokenizer.Tokenizer.from_directory`; None for dummy weights.
     engine_id, transfer_host, transfer_port: where other engines can pull KV from; None if they cannot.
     transfer_block_bytes: of a block that is pulled, which is without a draft model's part.
-    compile: when it compiles: "off", "startup" or "background". compiled_seconds: after which the engine, answering
-        already, was compiled; None if it was not so.
+    compile: when steps are compiled: "off", "startup" or "background".
+    compiled_seconds: from the engine's start to its first compiled step, if it answered eagerly before; else None.
     """
 
     model: str
@@ -171,7 +171,7 @@ class Inspection(msgspec.Struct, tag=True):
 
 
 class IsCompiled(msgspec.Struct, tag=True):
-    """From here on steps are compiled, so many seconds after the engine began to answer."""
+    """Steps are compiled from now on, `seconds` after the engine's start."""
 
     seconds: float
 

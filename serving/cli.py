@@ -310,7 +310,7 @@ def _read_prompt(given: str) -> str:
 
 
 def _start(engine: dict[str, Any], quiet: bool) -> "LLM":
-    """Load the model, for one sequence at a time unless told otherwise: fewer graphs to compile and record."""
+    """Load the model, for one sequence at a time unless told otherwise, which records fewer CUDA graphs."""
     show_progress = not quiet and sys.stderr.isatty()
     _choose_progress_bars(show_progress)
     log.info("loading %s", engine["model"])

@@ -101,22 +101,23 @@ def engine_options(
     compile: Annotated[
         str | None,
         Option(
-            help="startup: before the first answer; background (CUDA): behind the answers; off: nothing.",
-            show_default="off on CPU; background on CUDA, or startup where that cannot be",
+            help="When steps are compiled. startup: before the first request; background (CUDA): while no request runs,"
+            " answering eagerly until then; off: never.",
+            show_default="startup on CUDA, off on CPU",
             rich_help_panel=_ENGINE,
         ),
     ] = None,
     speculative_model: Annotated[
         str | None,
         Option(
-            help="Who guesses tokens ahead: ngram, or a smaller model of the same tokenizer. Answers stay the same.",
-            show_default="nobody",
+            help="Propose draft tokens: ngram, or a smaller model of the same tokenizer. Answers stay the same.",
+            show_default="none",
             rich_help_panel=_ENGINE,
         ),
     ] = None,
     num_speculative_tokens: Annotated[
         int | None,
-        Option(help="Most tokens to guess for a sequence in a step.", show_default="5", rich_help_panel=_ENGINE),
+        Option(help="Most draft tokens of a sequence in a step.", show_default="5", rich_help_panel=_ENGINE),
     ] = None,
     tensor_parallel_size: Annotated[
         int | None,

@@ -125,7 +125,7 @@ def validate(
             contention = cluster_measure.slowdown(alone, cluster_measure.steps(threads, count))
             bandwidth, latency = link_rate(known)
             known = replace(known, bandwidth=bandwidth, latency=latency)
-        with running_server("--compile", "startup", *kind.options) as (process, url):
+        with running_server(*kind.options) as (process, url):
             model = served_model(url, None)
             token, request = front_cost(url, model, process, calibration)
             real = summary(uvloop.run(replay(url, model, trace)))

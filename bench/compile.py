@@ -1,10 +1,11 @@
-"""What compiling costs at start, in a new cache and in one that an earlier start filled, and what came of it.
+"""Compile times at start with an empty and with a filled cache, and what the compiler made.
 
     dispec bench compile
 
-Each start is a process of its own. Afterwards it answers requests of many kinds, in which nothing should be compiled:
-that is the column "later". On CUDA, graphs that could not be recorded ("skipped") and inputs that are copied at every
-replay because they may move ("moving") should be few or none.
+Each start is a process of its own, which then answers requests of many kinds. "graphs" counts the graphs that Dynamo
+traced at start, "later" those traced while it answered, which should be 0. On CUDA "skipped" counts functions that the
+compiler could not record as CUDA graphs, which should be 0, and "moving" the inputs that each replay copies because
+their addresses may change.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""An engine started in this process, and what its compiler did: one line of JSON. Run by `bench.compile`."""
+"""Start an engine in this process and print what its compiler did as one line of JSON. Run by `bench.compile`."""
 
 import json
 import sys
@@ -16,12 +16,12 @@ from engine import LLM, SamplingParams  # noqa: E402
 
 
 def graphs() -> int:
-    """Graphs that were traced so far."""
+    """Return the number of graphs that Dynamo has traced."""
     return int(counters["stats"]["unique_graphs"])
 
 
 def use(llm: LLM, sequences: int, tokens: int) -> None:
-    """Requests of many kinds: prompts of several lengths, batches of several sizes, greedy and drawn."""
+    """Answer requests of many kinds: several prompt lengths and batch sizes, greedy and sampled."""
     kinds = (
         SamplingParams(temperature=0, max_tokens=5),
         SamplingParams(temperature=0.8, top_k=20, max_tokens=5, seed=1),

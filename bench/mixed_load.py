@@ -102,7 +102,7 @@ def main(
     found: dict[str, tuple[list[Answer], list[Answer]]] = {kind: ([], []) for kind in kinds}
     for seed in range(rounds):
         for kind, options in kinds.items():
-            with running_server("--compile", "startup", *options) as (_, url):
+            with running_server(*options) as (_, url):
                 generated, asked = uvloop.run(load(url, streams, prompts, seed))
             found[kind][0].extend(generated)
             found[kind][1].extend(asked)

@@ -29,7 +29,9 @@ def main(
     dtype: Dtype = "bfloat16",
     device: Device = None,
     enforce_eager: EnforceEager = False,
-    compile: Annotated[str, typer.Option(help="startup, or background: ready before.")] = "startup",
+    compile: Annotated[
+        str | None, typer.Option(help="startup, background or off.", show_default="the engine's default")
+    ] = None,
     top: Annotated[int, typer.Option(help="Kernels to list.")] = 15,
     trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace here.")] = None,
     output: Output = None,
@@ -43,7 +45,7 @@ def main(
         max_num_seqs=concurrency,
         max_model_len=context + 3 * steps + 32,
         enforce_eager=enforce_eager,
-        compile="off" if enforce_eager else compile,
+        compile=compile,
     )
     engine = llm.engine
     columns = {"": "", "ms a step": ".3f", "calls a step": ".1f"}

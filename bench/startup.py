@@ -1,4 +1,4 @@
-"""Seconds from the start of a process to the first token of an answer, with compiled code in the cache and without.
+"""Seconds from the start of a process to the first token of an answer, with an empty and with a filled compile cache.
 
     dispec bench startup
 
@@ -90,7 +90,7 @@ def start_serve(options: list[str], environment: dict[str, str]) -> Start:
 
 
 def began_compiled(connection: http.client.HTTPConnection, began: float, patience: float = 300) -> float | None:
-    """Seconds until an idle server runs compiled steps; None if it does not come to that, or if it compiles nothing."""
+    """Return the seconds until an idle server runs compiled steps; None if it compiles nothing or fails to."""
     while time.perf_counter() - began < patience:
         connection.request("GET", "/server_info")
         info = json.loads(connection.getresponse().read())

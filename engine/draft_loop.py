@@ -1,9 +1,9 @@
-"""Draft tokens of a draft model, one after another, with the host's help for the first alone.
+"""Draft tokens of a draft model, one after another, without the host between two of them.
 
-The host writes where each sequence stands; from then on each draft token follows from the one before it on the device:
-`layers.speculation.draft_step`, compiled on CUDA, where its calls are a chain of CUDA graphs, and the target's step
-reads the draft tokens where the loop left them. On a CPU whose kernels run whole layers, all of them are one C++ call
-(`ops.decode`) unless something restricts what may be drawn.
+The host writes the inputs of the first draft token; each further one follows on the device from the one before it, by
+`layers.speculation.draft_step`. On CUDA this step is compiled, a draft is a chain of CUDA graphs, and the target's step
+reads the draft tokens where the loop left them. On a CPU whose kernels run whole layers, a draft is one C++ call
+(`ops.decode`), unless top-k, top-p or min-p is used.
 """
 
 import functools
@@ -36,9 +36,9 @@ _TRACED = StepShape(tokens=6, sequences=3, blocks=5, rows=3, query_len=LAST_TOKE
 
 
 class DeviceDrafts:
-    """Draft tokens that the device is making, of sequences whose `draft_token_ids` only say how many they are.
+    """Draft tokens that the device computes, of sequences whose `draft_token_ids` hold placeholders until then.
 
-    rows: the place of each sequence's first one among the tokens that the target's step reads, by sequence id.
+    rows: the index of each sequence's first one among the tokens that the target's step reads, by sequence id.
     """
 
     def __init__(self, depths: dict[Sequence, int], found: Tensor, started: torch.cuda.Event) -> None:
@@ -53,24 +53,24 @@ class DeviceDrafts:
             sequence.draft_token_ids = [0] * count
 
     def wait(self) -> float:
-        """Give the sequences their draft tokens; the seconds that these took the device."""
+        """Write the draft tokens to their sequences, and return the seconds that they took the device."""
         self._ended.synchronize()
         _give(self._depths, self._found)
         return 1e-3 * self._started.elapsed_time(self._ended)
 
 
 def num_missing(sequence: Sequence) -> int:
-    """Tokens that the draft model has not computed."""
+    """Return the number of the sequence's tokens that the draft model has not computed."""
     return len(sequence.token_ids) - sequence.num_drafter_tokens
 
 
 def can_loop(sequence: Sequence) -> bool:
-    """Whether nothing that a draft token of it depends on is known to the host alone."""
+    """Return whether the device can sample the sequence's draft tokens alone: penalties and masks need the host."""
     return len(sequence.token_ids) >= LAST_TOKENS and not sequence.needs & (Needs.EDIT | Needs.MASK)
 
 
 class DraftLoop:
-    """Draft tokens for sequences of which the draft model has computed all but the last two tokens.
+    """Drafts for sequences of which the draft model has computed all but the last two tokens.
 
     runner: of the draft model. sampled: the tokens that the target's steps read, on the device.
     """
@@ -99,9 +99,11 @@ class DraftLoop:
 
     @torch.inference_mode()
     def run(self, depths: dict[Sequence, int]) -> DeviceDrafts | None:
-        """Draft so many tokens of each sequence. On CUDA they are under way when this returns, else in the sequences'
-        `draft_token_ids`."""
-        # Those with most draft tokens first, so that the others can be left out when they have theirs.
+        """Draft the given number of tokens of each sequence.
+
+        On CUDA, return drafts that the device is computing; else write them to the sequences' `draft_token_ids`.
+        """
+        # Sequences with most draft tokens first: those that have all of theirs are then the last rows, left out.
         depths = dict(sorted(depths.items(), key=lambda item: -item[1]))
         needs = 0
         for sequence in depths:
@@ -118,8 +120,10 @@ class DraftLoop:
 
     @torch.inference_mode()
     def compile(self) -> Iterator[None]:
-        """Compile the step and record the chains of it, one for a number of sequences at each `next`; falls back to
-        eager with a warning."""
+        """Compile the step and record its chains, for one number of sequences at each `next`.
+
+        If the compiler fails, warn and run eagerly.
+        """
         try:
             self._step = compiled(self._eager_step, replays=self._runner.plan.replays)
             for shape in (_TRACED, *map(self._shape, reversed(self._sizes))):
@@ -144,7 +148,7 @@ class DraftLoop:
         return StepShape(LAST_TOKENS * size, size, self._max_blocks, size, LAST_TOKENS)
 
     def _loop(self, depths: dict[Sequence, int], needs: int) -> Tensor:
-        """All draft tokens, a row for each sequence, with as many columns as the one with most has."""
+        """Return all draft tokens, a row for each sequence, as many columns as the deepest draft has."""
         count, depth = len(depths), max(depths.values())
         if self._runner.is_cuda:
             shape = self._shape(next(size for size in self._sizes if size >= count))
@@ -173,8 +177,11 @@ class DraftLoop:
             self._extra.copy_(self._host_extra, non_blocking=True)
 
     def _state(self, shape: StepShape, needs: int) -> DraftState:
-        """The inputs of a shape as the device reads them. One graph serves all sequences on CUDA: there they are drawn
-        and restricted whether they ask for it or not."""
+        """Return the inputs of a shape as the device reads them.
+
+        On CUDA one graph serves all sequences, so that all of them are sampled and filtered; neutral parameters change
+        nothing.
+        """
         inputs = carve(self._inputs, shape)
         last, top_k = self._extra[:2, : shape.sequences]
         top_p, min_p = self._extra[2:, : shape.sequences].view(torch.float32)
@@ -195,7 +202,7 @@ class DraftLoop:
         )
 
     def _draft(self, state: DraftState, depth: int) -> Tensor:
-        """A chain of steps: each reads what the one before it returned, which stays until the next chain begins."""
+        """Run a chain of steps; each reads what the one before it returned, which lives until the next chain begins."""
         if self._runner.plan.replays and self._step is not self._eager_step:
             begin_replay()
         found = []
@@ -220,7 +227,7 @@ def _give(depths: dict[Sequence, int], found: Tensor) -> None:
 
 
 def _decode(decoder: ops.Decoder, depths: dict[Sequence, int], *, draws: bool) -> Tensor:
-    """All draft tokens in one call; `depths` fall."""
+    """Return all draft tokens, computed in one call. depths: in descending order."""
     # One more token than was missing is computed again: a uniform step is that much faster.
     query_len = LAST_TOKENS if any(num_missing(sequence) > 1 for sequence in depths) else 1
     return ops.decode(

@@ -1,8 +1,8 @@
-"""Guesses from a smaller model, whose KV cache is addressed by the sequences' own block tables.
+"""Draft tokens from a smaller model, whose KV cache is addressed by the sequences' own block tables.
 
-It chooses tokens as its target does: with the sequence's own random numbers, which depend on seed and position alone,
-and after the same edits and filters. So where the two models agree it guesses the very token that the target draws, at
-any temperature: Gumbel coupling (arXiv:2408.07978), with which what a target draws does not depend on who guesses.
+It samples as its target does: with the sequence's own random numbers, which depend on seed and position alone, and
+after the same penalties and filters. Where the two models agree, the draft token is the token that the target samples,
+at any temperature: Gumbel coupling (arXiv:2408.07978). What the target samples does not depend on the draft model.
 """
 
 import time
@@ -25,19 +25,19 @@ from layers.config import ModelConfig
 
 
 class Draft(NamedTuple):
-    """Which model guesses; of dummy weights without a checkpoint."""
+    """The draft model; without a checkpoint it has dummy weights."""
 
     config: ModelConfig
     checkpoint: Checkpoint | SharedDraft | None
 
     @property
     def head_tokens(self) -> tuple[int, ...] | None:
-        """What the rows of its head stand for, if not for all tokens in order."""
+        """The token of each row of its head, if these are not all tokens in order."""
         return self.checkpoint.head_tokens if isinstance(self.checkpoint, SharedDraft) else None
 
 
 def find_draft(options: EngineOptions, target: Checkpoint | None, config: ModelConfig) -> Draft | None:
-    """The draft model of the options, if they name one. config: the target's.
+    """Return the draft model of the options, if they name one. config: the target's.
 
     Raises ValueError if its tokenizer is not the target's.
     """
@@ -57,16 +57,16 @@ def find_draft(options: EngineOptions, target: Checkpoint | None, config: ModelC
     checkpoint = find_checkpoint(name)
     if tokenizer is not None and Tokenizer.from_directory(checkpoint.directory).vocabulary != tokenizer.vocabulary:
         raise ValueError(
-            f"speculative_model {str(name)!r} has another tokenizer than {str(options.model)!r}: its guesses would mean"
-            " something else"
+            f"speculative_model {str(name)!r} has another tokenizer than {str(options.model)!r}: its draft tokens"
+            " would mean something else"
         )
     return Draft(checkpoint.config, checkpoint)
 
 
 class Proposal(NamedTuple):
-    """How often the draft model ran, and those of its draft tokens that are still on the device.
+    """The number of passes of the draft model, and those of its draft tokens that are still on the device.
 
-    caught_up: tokens that it had to compute before. catch_up_seconds: what they took.
+    caught_up: tokens that it had to compute before. catch_up_seconds: the time that these took.
     """
 
     runs: int
@@ -76,10 +76,10 @@ class Proposal(NamedTuple):
 
 
 class DraftModel:
-    """Guesses for sequences whose blocks are allocated up to their last guess.
+    """Proposes draft tokens for sequences whose blocks are allocated up to their last draft token.
 
-    A sequence's `num_drafter_tokens` says how much of it this model has computed; the rest is made up for when it first
-    guesses. What it finds in blocks that it has not computed itself can only make its guesses worse.
+    A sequence's `num_drafter_tokens` counts the tokens that this model has computed; it computes the others before the
+    sequence's next draft. Blocks that it has not computed itself only lower the chance that draft tokens are accepted.
     """
 
     def __init__(self, runner: Runner, loop: DraftLoop, max_num_batched_tokens: int) -> None:
@@ -89,7 +89,7 @@ class DraftModel:
 
     @property
     def chooser(self) -> TokenChooser:
-        """Chooses the guesses of sequences whose choices depend on what the host alone knows."""
+        """Samples draft tokens of sequences whose penalties or masks are known to the host alone."""
         return self._runner.chooser
 
     def compile(self, show_progress: bool = False) -> None:
@@ -118,7 +118,7 @@ class DraftModel:
         stepping = {sequence: count for sequence, count in guessing.items() if sequence not in looping}
         for depth in range(max(stepping.values(), default=0)):
             deep = [sequence for sequence, count in stepping.items() if count > depth]
-            # The first takes the token that the target chose last, and the one before it if that was a guess.
+            # The first pass computes the token that the target sampled last, and the draft token before it, if any.
             self._run([_work(sequence, samples=True) for sequence in deep])
             runs += 1
         drafts = None
@@ -130,7 +130,7 @@ class DraftModel:
         return Proposal(runs, drafts, caught_up, catch_up_seconds)
 
     def _catch_up(self, sequences: list[Sequence]) -> int:
-        """Compute all but the last two tokens of each; how many those were."""
+        """Compute all but the last two tokens of each sequence, and return how many tokens that took."""
         caught_up, budget, works = 0, self._max_num_batched_tokens, []
         waiting = [sequence for sequence in sequences if num_missing(sequence) > LAST_TOKENS]
         while waiting:
@@ -155,6 +155,6 @@ class DraftModel:
 
 
 def _work(sequence: Sequence, *, samples: bool) -> Work:
-    """All that the model has not computed yet, guesses included: they are its own, and none is to be verified."""
+    """Return all tokens that the model has not computed yet, its own draft tokens included; none is verified."""
     known = len(sequence.token_ids) + len(sequence.draft_token_ids)
     return Work(sequence, sequence.num_drafter_tokens, known - sequence.num_drafter_tokens, samples)

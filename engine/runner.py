@@ -1,7 +1,7 @@
-"""Owns what lives on the device: weights, KV cache, step inputs.
+"""Runs steps on the device, and owns its weights, KV cache and step inputs.
 
-Each step is one call of a pure function of `layers.steps`, eager or compiled as the `ExecutionPlan` says; what is
-compiled is traced, and on CUDA recorded, before it is used. Sampling beyond the likeliest token is apart
+Each step is one call of a pure function of `layers.steps`, eager or compiled as the `ExecutionPlan` says. Compiled
+functions are traced, and on CUDA recorded, before they are used. Sampling beyond the likeliest token is separate
 (`TokenChooser`), so that a step runs only what it uses.
 """
 
@@ -46,14 +46,14 @@ if TYPE_CHECKING:
 
 
 class _Launch(NamedTuple):
-    """One pass over the model: a step, or a part of it. `shape` is exact."""
+    """One pass of the model: a step, or a part of it. shape: without padding."""
 
     work: tuple[Work, ...]
     shape: StepShape
 
 
 class _Outputs(NamedTuple):
-    """hidden: of all tokens of a ragged step. logits, and their argmax, of the rows that are wanted."""
+    """hidden: of all tokens of a ragged step. logits and token_ids, their argmax: of the wanted rows."""
 
     hidden: Tensor | None
     logits: Tensor
@@ -65,7 +65,7 @@ class _HostBuffer:
 
     def __init__(self, size: int, *, is_pinned: bool) -> None:
         self.flat = torch.zeros(size, dtype=torch.int32, pin_memory=is_pinned)
-        # Making eleven views costs as much as the rest of a step's preparation, and shapes recur.
+        # Shapes recur, and making eleven views costs as much as the rest of a step's preparation.
         self.views = functools.lru_cache(256)(functools.partial(carve, self.flat))
         self._copied = torch.cuda.Event() if is_pinned else None
 
@@ -89,8 +89,8 @@ class Runner:
     max_num_drafts: most draft tokens of one sequence that a step verifies.
     max_query_len: most tokens of a sequence in a uniform step, if not the plan's.
     vocab_size: columns of the logits, if not the model's own: a draft model's are those of its target.
-    head_tokens: which tokens the rows of the head stand for, if not for all in order.
-    ranks: the others that hold a part of the model, if this is the first of several.
+    head_tokens: the token of each row of the head, if these are not all tokens in order.
+    ranks: the other ranks of a tensor-parallel model, if this is the first one.
     sampled: the token ids that the last steps, or a draft model, left on the device.
     """
 
@@ -144,28 +144,28 @@ class Runner:
         if plan.replays:
             mark_static(weights, kv_cache, self.sampled, head_tokens)
         if plan.compile != "off":
-            # The number of blocks follows the memory that was free at start: were it in the graphs, no second start
-            # would find them in the disk cache.
+            # The number of blocks depends on the memory that is free at start: graphs with this number in them would
+            # be found in the disk cache by no second start.
             mark_dynamic(kv_cache.keys, 1)
             mark_dynamic(kv_cache.values, 1)
         self.chooser = TokenChooser(self.device, self.vocabulary.size, self._head)
 
     @property
     def is_compiled(self) -> bool:
-        """Whether steps run what was compiled."""
+        """Whether steps run the compiled functions."""
         return self._functions is not self._eager
 
     @property
     def num_columns(self) -> int:
-        """Tokens that its own head tells apart."""
+        """Number of tokens that the model's own head has logits for."""
         size, head_tokens = self.vocabulary
         return min(size, self.config.vocab_size) if head_tokens is None else len(head_tokens)
 
     @torch.inference_mode()
     def launch(self, step: Step, drafts: "DeviceDrafts | None" = None) -> PendingStep:
-        """Start a step. At most one may be under way that was not waited for, and none unless the plan overlaps.
+        """Launch a step. Before it, at most one step may be pending, and none unless the plan overlaps.
 
-        drafts: tokens that the step is to verify and the host does not know yet.
+        drafts: draft tokens that the step verifies and the host does not know yet.
         """
         if step.copies:
             if self._ranks is not None:
@@ -195,13 +195,13 @@ class Runner:
 
     @torch.inference_mode()
     def copy(self, blocks: tuple[tuple[int, int], ...]) -> None:
-        """Copy blocks, each from the first of a pair to the second."""
+        """Copy the first block of each pair to the second."""
         source, destination = torch.tensor(blocks, device=self.device).unbind(1)
         ops.copy_blocks(*self.kv_cache, source, destination)
 
     @torch.inference_mode()
     def follow(self, shape: StepShape, inputs: bytes, is_compiled: bool) -> None:
-        """Compute what the first rank does, given the step inputs that it wrote."""
+        """Compute a step of the first rank from the step inputs that it wrote."""
         if is_compiled and self._compiled is self._eager:
             self._start_compiling()
         self._zeroed_inputs(shape)
@@ -210,7 +210,7 @@ class Runner:
 
     @torch.inference_mode()
     def follow_head(self, hidden: bytes) -> None:
-        """The same for the head alone, given hidden states."""
+        """Compute the head of the first rank's hidden states."""
         states = torch.frombuffer(bytearray(hidden), dtype=self.weights.final_norm.dtype)
         self._head(states.view(-1, len(self.weights.final_norm)).to(self.device))
 
@@ -219,10 +219,10 @@ class Runner:
         return self.launch(step).wait()
 
     def compile(self, show_progress: bool = False) -> None:
-        """Compile everything that a run can need; falls back to eager with one warning.
+        """Compile everything that a run can need. If the compiler fails, warn and run eagerly.
 
-        What is compiled is kept on disk, so a second process spends seconds here instead of tens. Raises
-        TensorParallelError if it fails amid what all ranks compute: they would not meet again.
+        The disk keeps compiled code, so that a second process spends seconds here instead of tens of seconds. Raises
+        TensorParallelError if it fails inside a computation of all ranks, which cannot be resumed.
         """
         with tqdm(desc="compiling", unit="graph", disable=not show_progress, leave=False) as bar:
             for _ in self.compile_pieces():
@@ -230,8 +230,10 @@ class Runner:
 
     @torch.inference_mode()
     def compile_pieces(self) -> Iterator[None]:
-        """The same, one call of what is compiled at each `next`; eager steps may run in between. The last one has
-        later steps run what was compiled."""
+        """Compile as `compile` does, one call of a compiled function at each `next`.
+
+        Eager steps may run in between. After the last `next` steps run the compiled functions.
+        """
         try:
             yield from self._compile_pieces()
         except Exception as error:  # a compiler can fail in any way; the engine works without one
@@ -252,7 +254,7 @@ class Runner:
             yield
         if self.plan.replays:
             for shape in self.shapes.recorded():
-                # A graph takes a call to warm its memory pool up, and one to be recorded.
+                # The first call warms up the memory pool, the second records the graph.
                 for _ in range(2):
                     self._warm_up(shape)
                 yield
@@ -271,7 +273,7 @@ class Runner:
 
     @torch.inference_mode()
     def run_padding(self, num_tokens: int, rows: int) -> None:
-        """Run a ragged step of padding only, eagerly, to see what memory it takes."""
+        """Run a ragged step of padding only, eagerly, to measure the memory that it takes."""
         shape = self.shapes.of(StepShape(num_tokens, 2, 2, rows, None), is_compiled=False)
         fill(self._zeroed_inputs(shape), (), self.block_size, {})
         inputs = self._upload(shape)
@@ -279,8 +281,10 @@ class Runner:
         self.chooser.run_all(outputs.logits, inputs.sampling)
 
     def _split(self, step: Step) -> Iterator[_Launch]:
-        """A step is one launch. Only without a kernel for attention over pages its decodes are one and its prompts
-        another: attention of the prompts alone is so much faster that reading the weights twice costs less."""
+        """Split a step into launches: one, or one of decodes and one of prompts without a kernel for paged attention.
+
+        Attention over prompts alone is then faster by more than reading the weights twice costs.
+        """
         if (query_len := self._uniform_query_len(step.work)) is not None:
             yield _exact(step.work, query_len)
             return
@@ -295,26 +299,28 @@ class Runner:
             yield _exact(others, None)
 
     def _uniform_query_len(self, work: tuple[Work, ...]) -> int | None:
-        """The tokens of each work, if all have as many and sample: decoding, and the verification of as many draft
-        tokens of each sequence."""
+        """Return the number of tokens of each work, if all works have as many and sample; else None.
+
+        Uniform steps decode, or verify as many draft tokens of each sequence.
+        """
         query_len = work[0].num_tokens
         if query_len > self._max_query_len or not all(_is_uniform(item, query_len) for item in work):
             return None
         return query_len if query_len == 1 or all(item.samples for item in work) else None
 
     def _zeroed_inputs(self, shape: StepShape) -> StepInputs:
-        """Empty inputs on the host, for the next step."""
+        """Return zeroed inputs on the host for the next step."""
         self._hosts.reverse()
         return self._hosts[0].zeroed(shape)
 
     def _upload(self, shape: StepShape) -> StepInputs:
-        """The inputs that were written on the host, where the device reads them."""
+        """Return the inputs that were written on the host as the device reads them."""
         if self._inputs is not None:
             self._hosts[0].copy_to(self._inputs, shape.size)
         return self._device_inputs(shape)
 
     def _carve(self, shape: StepShape) -> StepInputs:
-        """A shape's inputs as the device reads them, marked as the compiler must know them."""
+        """Return a shape's inputs as the device reads them, with the marks that the compiler needs."""
         inputs = self._hosts[0].views(shape) if self._inputs is None else carve(self._inputs, shape)
         if self.plan.compile != "off":
             mark_dynamic(inputs.batch.block_tables, 0, 1)
@@ -346,7 +352,7 @@ class Runner:
         return _Outputs(*functions.prefill(*arguments))
 
     def _head(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states, in all ranks."""
+        """Return the logits of hidden states, computed by all ranks."""
         with self._together(hidden):
             return head(hidden, self.weights, self.config, self.vocabulary)[0]
 
@@ -357,7 +363,7 @@ class Runner:
 
 
 def _is_uniform(work: Work, num_tokens: int) -> bool:
-    """Whether a work has so many tokens and no logits of its prompt are wanted: those come from ragged steps alone."""
+    """Return whether a work has that many tokens and needs no prompt logprobs, which ragged steps alone give."""
     in_prompt = work.start < work.sequence.num_prompt_tokens - 1
     return work.num_tokens == num_tokens and not (in_prompt and work.sequence.needs & Needs.PROMPT_LOGPROBS)
 

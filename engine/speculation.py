@@ -1,10 +1,11 @@
-"""Speculative decoding: guess tokens ahead, verify all guesses in one step (arXiv:2211.17192).
+"""Speculative decoding: propose draft tokens and verify all of them in one step (arXiv:2211.17192).
 
-Every guess is verified by choosing its place's token as if nobody had guessed, with the sequence's own random numbers
-for that position: guesses that are that token stand, and the first that is not is replaced by it. So the answer is the
-one without speculation, token by token, at any temperature and with every parameter; only its speed can differ. The
-chance that a guess stands is at least (1 - d) / (1 + d), for two models whose distributions differ by d in total
-variation (arXiv:2408.07978); rejection sampling would reach 1 - d, with answers that depend on the draft model.
+Each position is sampled exactly as without speculation, with the sequence's own random numbers for it. Draft tokens
+that match the sample are accepted; the first that does not is rejected and replaced by the sample. The output is
+therefore the one without speculation, token by token, at any temperature and with every parameter; only its speed
+differs. A draft token is accepted with a probability of at least (1 - d) / (1 + d), for two models whose distributions
+differ by d in total variation (arXiv:2408.07978). Rejection sampling would reach 1 - d, with output that depends on the
+draft model.
 """
 
 import time
@@ -26,14 +27,14 @@ _LONG_MEMORY = 0.998  # as `Acceptance.forgetting`, of all sequences together: w
 
 @dataclass(slots=True)
 class Drafting:
-    """What is kept for one sequence."""
+    """The acceptance and the n-grams of one sequence."""
 
     acceptance: Acceptance
     ngrams: NgramIndex = field(default_factory=NgramIndex)
 
 
 class _Guessing(NamedTuple):
-    """What making the last guesses took the host."""
+    """What the last proposal took the host. runs: passes of the draft model."""
 
     num_sequences: int
     runs: int
@@ -46,12 +47,12 @@ def _behind(sequence: Sequence) -> Behind:
 
 
 class Speculator:
-    """Decides about guesses before a step is scheduled, makes them before it runs, learns from it afterwards.
+    """Plans draft tokens before a step is scheduled, proposes them before it runs, and learns from its result.
 
-    max_num_drafts: most guesses of one sequence in a step.
-    draft_model: who guesses; the sequence's own text if None.
-    is_adaptive: choose how many pay; else always as many as there can be.
-    num_wanted: guesses that the last plan asked for.
+    max_num_drafts: most draft tokens of one sequence in a step.
+    draft_model: proposes draft tokens; if None, the sequence's own n-grams do.
+    is_adaptive: let the controller choose the number of draft tokens; else propose as many as possible.
+    num_wanted: draft tokens that the last plan asked for.
     drafts: draft tokens of the last proposal that are still on the device.
     """
 
@@ -77,7 +78,7 @@ class Speculator:
         return not (self.is_adaptive and self.draft_model is not None and self.controller.is_resting(num_decoding))
 
     def plan(self, running: Iterable[Sequence]) -> None:
-        """Set how many tokens of each running sequence are to be guessed in the next step."""
+        """Set the number of draft tokens of each running sequence in the next step."""
         decoding = []
         for sequence in running:
             sequence.num_draft_tokens = 0
@@ -106,7 +107,7 @@ class Speculator:
         self.num_wanted = sum(chosen.values())
 
     def propose(self, step: Step) -> float:
-        """Make the guesses that the step is to verify, or have the device make them; the seconds that the host took."""
+        """Propose the draft tokens that the step verifies, or launch that on the device. Return the host's seconds."""
         self.drafts = self._guessing = None
         if self.draft_model is None:
             return 0.0
@@ -122,12 +123,13 @@ class Speculator:
         return seconds
 
     def observe(self, step: Step, result: StepResult, seconds: float, draft_seconds: float = 0.0) -> tuple[int, ...]:
-        """Learn from a step that was committed. How many guesses stood, by their place.
+        """Learn from a committed step, and return the number of accepted draft tokens by their position in a draft.
 
-        seconds: what it took but for guessing. draft_seconds: what the device took for guesses that nobody waited for.
+        seconds: of the step without its proposal.
+        draft_seconds: of the device, for draft tokens that the host did not wait for.
         """
         if self._guessing is not None:
-            # The host's time counts where it is not hidden behind the device's.
+            # The host's time counts only where the device's does not hide it.
             whole = self._guessing.seconds if self.drafts is None else draft_seconds
             self.controller.observe_draft(self._guessing.num_sequences, self._guessing.runs, whole)
             self._guessing = None

@@ -1,4 +1,4 @@
-"""What the scheduler and the runner say to each other: work to do, and what came of it."""
+"""The work that the scheduler gives the runner, and the results that come back."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Series
@@ -12,9 +12,9 @@ from engine.sequence import FinishReason, Sequence, TokenLogprobs
 class Work(NamedTuple):
     """Tokens `start` … `start + num_tokens - 1` of a sequence, to be computed.
 
-    samples: whether the last of them is the sequence's last, so that the next token can be chosen.
-    num_drafts: how many of them, the last ones, are guesses: the first of the sequence's `draft_token_ids`. Then a
-        token is chosen after each guess and before the first.
+    samples: whether the last of them is the sequence's last, so that the next token can be sampled.
+    num_drafts: how many of them, the last ones, are draft tokens: the first of the sequence's `draft_token_ids`. Then a
+        token is sampled before the first draft token and after each.
     """
 
     sequence: Sequence
@@ -25,12 +25,12 @@ class Work(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Tokens that are chosen, right or wrong."""
+        """Number of positions that are sampled, after accepted and rejected draft tokens alike."""
         return self.num_drafts + 1 if self.samples else 0
 
     @property
     def guesses(self) -> list[int]:
-        """Guessed tokens among those that it computes or follows, in order."""
+        """Draft tokens among those that it computes or follows, in order."""
         return self.sequence.draft_token_ids[: max(0, self.start + self.num_tokens - len(self.sequence.token_ids))]
 
 
@@ -54,10 +54,10 @@ class Step:
 
 
 class StepResult(NamedTuple):
-    """What a step chose, by sequence id: of each sequence that samples, and what it asked for besides.
+    """What a step sampled, by the id of each sequence that samples, with the logprobs that it asked for.
 
-    token_ids: those of its drafts that are the tokens that would have been chosen anyhow, and the one after them.
-    prompt_logprobs: of the tokens after each of those that the step computed, as far as they are in the prompt.
+    token_ids: the accepted draft tokens and the token after them.
+    prompt_logprobs: of each prompt token that follows one that the step computed.
     """
 
     token_ids: Mapping[int, Series[int]]
@@ -67,10 +67,10 @@ class StepResult(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """What a step did to one sequence: a new token, and maybe its end; an end alone if the engine failed.
+    """A new token of one sequence, with the sequence's end where it has ended; an end alone if the engine failed.
 
-    number: the token's in the sequence's output, from 1. num_right and num_wrong: guesses of the sequence in this step
-    that stood and that did not, told with its first token of the step.
+    number: the token's in the sequence's output, from 1.
+    num_right, num_wrong: the sequence's accepted and rejected draft tokens in this step, told with its first token.
     """
 
     sequence: Sequence

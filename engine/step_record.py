@@ -1,4 +1,4 @@
-"""What happened in a step: the numbers that metrics, tests and the profiler read."""
+"""Counts and times of a step, for metrics, tests and the profiler."""
 
 from typing import Literal, NamedTuple
 
@@ -12,14 +12,15 @@ class StepRecord(NamedTuple):
     num_prompt_tokens: of its tokens, those of prompts (or of what is computed again after a preemption).
     num_cached_tokens: found in the cache by the sequences that it admitted, and so not computed.
     num_used_blocks: of the KV cache, held by sequences when the step was scheduled.
-    num_drafts: sequences that had tokens guessed ahead; num_draft_tokens: guesses; num_wanted_drafts: guesses that were
-        thought to pay, before memory and the step's budget had a say; num_stood: how many were right, by their place.
-    draft: seconds of guessing.
+    num_drafts: sequences with draft tokens; num_draft_tokens: draft tokens that were verified; num_wanted_drafts: draft
+        tokens that the controller planned, before memory and the step's token budget cut them; num_stood: accepted
+        draft tokens by their position in a draft.
+    draft: seconds of proposing draft tokens.
     num_arrived: prompts whose keys and values came from another engine since the step before it; num_failed_arrivals:
         those that should have. num_arrived_blocks: what came for them.
     num_offered: prompts whose last blocks were published for other engines in this step; num_offered_blocks: blocks
         that were published, of these and of prompts that are not yet done.
-    schedule, launch, wait, commit: choosing the work, handing it to the device, waiting for its result, recording it.
+    schedule, launch, wait, commit: seconds of choosing the work, launching it, awaiting its result and committing it.
     """
 
     kind: Kind
@@ -51,10 +52,10 @@ class StepRecord(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """What the engine did for it."""
+        """Seconds that the engine spent on the step."""
         return self.schedule + self.draft + self.launch + self.wait + self.commit
 
     @property
     def num_decoded_tokens(self) -> int:
-        """Tokens of answers that it added, but for first tokens: guesses that were wrong are none."""
+        """Output tokens that it added, except first tokens; rejected draft tokens do not count."""
         return self.num_tokens - self.num_prompt_tokens - self.num_draft_tokens + sum(self.num_stood)

@@ -1,9 +1,9 @@
-"""From a step's logits to its tokens: only what somebody in the step asked for is computed.
+"""From a step's logits to its tokens: only what a sequence of the step asks for is computed.
 
     logits ─► edit ─► allow ─► restrict ─► draw ─► tokens        greedy steps take the model's own argmax
         └───────────────────────────────────────► logprobs
 
-Each function is compiled for several rows; a single one, as of a prompt's logprobs, runs eagerly.
+Each function is compiled for several rows; a single row, as of a prompt's logprobs, runs eagerly.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,10 +31,10 @@ _PROMPT_ROWS = 128
 
 @dataclass
 class Choice:
-    """What one launch chose, on the device or on its way to the host.
+    """The tokens that one launch sampled, on the device or on their way to the host.
 
-    sampled: the work whose next token each row of `tokens` and `logprobs` is. A work with drafts has a row for the
-        token before each of them and one for the token after the last.
+    sampled: the work whose next token each row of `tokens` and `logprobs` is. A work with draft tokens has a row for
+        each of their positions and one for the position after the last.
     prompt_logprobs: of the tokens after those that a work computed.
     """
 
@@ -82,7 +82,7 @@ class Choice:
 
 
 class Functions(NamedTuple):
-    """What may be asked of a choice, compiled or not."""
+    """The functions of sampling, compiled or not."""
 
     edit: Callable[..., Tensor]
     allow: Callable[..., Tensor]
@@ -96,9 +96,9 @@ _EAGER = Functions(edit, allow, restrict, draw, greedy, logprobs)
 
 
 def compiled_functions(device: torch.device) -> Functions:
-    """Each to be compiled when first called; `warm_up` must see every kind of launch before the first step."""
+    """Return functions that are compiled when first called. Before the first step, `warm_up` must call each of them."""
     functions = Functions(*(compiled(function, replays=False) for function in _EAGER))
-    # A call of something compiled costs the host five times what the single op does.
+    # A call of a compiled function costs the host five times what the single op does.
     return functions._replace(draw=draw, greedy=greedy) if has_draw_kernel(device) else functions
 
 
@@ -137,7 +137,7 @@ def _num_logprobs(vocab_size: int) -> int:
 def write_filters(
     sequences: Series[Sequence | None], num_columns: int, top_k: np.ndarray, top_p: np.ndarray, min_p: np.ndarray
 ) -> None:
-    """Write what each row's sequence restricts to the fields of `Filters`; rows without one restrict nothing."""
+    """Write each row's top-k, top-p and min-p to the fields of `Filters`; rows without a sequence keep all tokens."""
     top_k[:], top_p[:], min_p[:] = num_columns, 1.0, 0.0
     for row, sequence in enumerate(sequences):
         if sequence is not None and sequence.needs & Needs.RESTRICT:
@@ -148,9 +148,9 @@ def write_filters(
 
 
 class TokenChooser:
-    """Chooses the tokens of a launch.
+    """Samples the tokens of a launch.
 
-    head: logits of rows of hidden states. functions: eager ones until others are put in their place.
+    head: logits of rows of hidden states. functions: eager, until compiled ones replace them.
     """
 
     def __init__(self, device: torch.device, vocab_size: int, head: Callable[[Tensor], Tensor]) -> None:
@@ -165,7 +165,7 @@ class TokenChooser:
         self.functions = _EAGER
 
     def run_all(self, logits: Tensor, sampling: Sampling) -> None:
-        """Run every function once for as many rows."""
+        """Run every function once on all rows of the logits."""
         for _ in warm_up(self.functions, logits, sampling):
             pass
 
@@ -178,9 +178,9 @@ class TokenChooser:
         chosen: Tensor,
         sampling: Sampling,
     ) -> Choice:
-        """The next token of each work in `sampled`, in the launch's first rows.
+        """Return the next token of each work in `sampled`, in the launch's first rows.
 
-        hidden: of every token of `work`, [T, E], where the launch was ragged. chosen: the argmax of `logits`.
+        hidden: of every token of `work`, [T, E], where the launch is ragged. chosen: the argmax of `logits`.
         """
         choice = Choice(sampled)
         if sampled:
@@ -202,7 +202,7 @@ class TokenChooser:
         functions = self._pick(rows)
         if not needs & (Needs.DRAW | Needs.EDIT | Needs.MASK):
             return chosen
-        # What is compiled is so for float32.
+        # The compiled functions take float32 alone.
         if needs & (Needs.EDIT | Needs.MASK | Needs.RESTRICT) or self.functions.draw is not draw:
             logits = logits.float()
         if needs & Needs.EDIT and (edits := self._edits(sampled)) is not None:
@@ -219,7 +219,7 @@ class TokenChooser:
         return _EAGER if rows == 1 else self.functions
 
     def _edits(self, sampled: list[Work | None]) -> Edits | None:
-        """The changes of single logits that the rows' penalties and biases ask for; None if there are none."""
+        """Return the changes of single logits by the rows' penalties and biases; None if there are none."""
         places, scales, addends = [], [], []
         for first, item in _first_rows(sampled):
             sequence = item.sequence
@@ -245,13 +245,13 @@ class TokenChooser:
         return Edits(*(self._upload(array) for array in neutral))
 
     def _allowed(self, sampled: list[Work | None], rows: int) -> Tensor | None:
-        """Bit masks of the tokens that each row may choose; None if that is all of them."""
+        """Return bit masks of the tokens that each row may sample; None if these are all tokens."""
         masks = {}
         for first, item in _first_rows(sampled):
             sequence = item.sequence
             if sequence.needs & Needs.MASK:
                 assert sequence.logit_edits is not None
-                # Tokens that the step itself is computing count as generated, whether they are known yet or not.
+                # Tokens that the step itself computes count as generated, even before the host knows them.
                 generated = item.start + item.num_tokens - item.num_drafts - sequence.num_prompt_tokens
                 for ahead in range(item.num_drafts + 1):
                     guesses = item.guesses[: len(item.guesses) - item.num_drafts + ahead]
@@ -275,7 +275,7 @@ class TokenChooser:
         first = 0
         for item in work:
             sequence = item.sequence
-            # The last token of the prompt says nothing about the prompt.
+            # What follows the prompt's last token is no part of the prompt.
             count = min(item.num_tokens, sequence.num_prompt_tokens - 1 - item.start)
             if sequence.needs & Needs.PROMPT_LOGPROBS and count > 0:
                 targets = self._upload(np.array(sequence.token_ids[item.start + 1 : item.start + 1 + count], np.int64))
@@ -298,7 +298,7 @@ class TokenChooser:
 
 
 def _first_rows(sampled: list[Work | None]) -> Iterator[tuple[int, Work]]:
-    """Each work of a launch that samples, with the first of its rows."""
+    """Yield each work that samples, with the first of its rows."""
     row = 0
     while row < len(sampled):
         work = sampled[row]
@@ -308,7 +308,7 @@ def _first_rows(sampled: list[Work | None]) -> Iterator[tuple[int, Work]]:
 
 
 def _num_right(drafts: list[int], chosen: list[int]) -> int:
-    """How many drafts were what was chosen in their places, up to the first that was not."""
+    """Return the number of accepted draft tokens: those before the first that differs from its position's sample."""
     return next((index for index, draft in enumerate(drafts) if draft != chosen[index]), len(drafts))
 
 
@@ -319,7 +319,7 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 
 def _token_logprobs(values: Logprobs, token_ids: list[int], wanted: list[tuple[int, int]]) -> Iterator[TokenLogprobs]:
-    """The (row, count) that are wanted, each with its `count` likeliest tokens."""
+    """Yield the logprobs of each wanted (row, count), with the row's `count` likeliest tokens."""
     chosen, rank, top, top_ids = (value.tolist() for value in values)
     for row, count in wanted:
         likeliest = tuple(zip(top_ids[row][:count], top[row][:count], strict=True))

@@ -242,7 +242,7 @@ def _info(engine: "Engine") -> EngineInfo:
         block_size=plan.block_size,
         weight_bytes=weight_bytes(engine.runner.weights),
         kv_cache_bytes=plan.num_blocks * plan.block_bytes,
-        compile=engine.options.when_to_compile(engine.device),
+        compile=engine.plan.compile,
         is_compiled=engine.runner.is_compiled,
         phase_seconds=engine.phase_seconds,
         pid=os.getpid(),

@@ -4,6 +4,7 @@ import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -39,13 +40,22 @@ def compiled_steps(config: ModelConfig, vocabulary: Vocabulary, *, replays: bool
     return StepFunctions(*(compiled(function, replays=replays) for function in eager))
 
 
-def compiled(function: Callable[..., Any], *, replays: bool) -> Callable[..., Any]:
+def compiled(function: FunctionType, *, replays: bool) -> Callable[..., Any]:
     """Return a function to be compiled when it is first called.
 
     replays: as CUDA graphs, one for each shape.
     """
     _configure()
-    return torch.compile(function, mode="reduce-overhead" if replays else None, fullgraph=True)
+    # The compiler keeps what it compiled with the function's code. A copy of its own goes with the engine.
+    own = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(own, mode="reduce-overhead" if replays else None, fullgraph=True)
 
 
 def _configure() -> None:

@@ -88,6 +88,7 @@ class Engine:
         self.options = options
         self.device = options.torch_device()
         set_threads(options.num_threads())
+        self._started = time.perf_counter()
         self.phase_seconds: dict[str, float] = {}
         self._show_progress = show_progress
         self._ids = itertools.count()
@@ -143,7 +144,10 @@ class Engine:
         self.plan = plan_for(options, self.device, self.config.head_dim)
         default_budget = max(8192 if self.device.type == "cuda" else 512, options.max_num_seqs)
         self.max_num_batched_tokens = options.max_num_batched_tokens or default_budget
-        activations = self._activation_bytes(weights) if self.device.type == "cuda" else 0
+        activations = 0
+        if self.device.type == "cuda":
+            with self._phase("measure"):
+                activations = self._activation_bytes(weights)
         free = free_memory(self.device, options.gpu_memory_utilization) - activations
         self.kv_plan = plan_kv_cache(self._own_config, options, self.device, free, draft.config if draft else None)
         self.max_model_len = self.kv_plan.max_model_len
@@ -318,12 +322,11 @@ class Engine:
 
     def _compile_pieces(self) -> Iterator[None]:
         """Compile and record all that a run can need, a piece at each `next`; the last one has steps run it."""
-        started = time.perf_counter()
         if self.speculator is not None and self.speculator.draft_model is not None:
             yield from self.speculator.draft_model.compile_pieces()
         yield from self.runner.compile_pieces()
         if self.plan.compile == "background" and self.runner.is_compiled:
-            self.compiled_seconds = time.perf_counter() - started
+            self.compiled_seconds = time.perf_counter() - self._started
             log.info("compiled steps from here on, %.1f s after the start", self.compiled_seconds)
 
     def _step(self) -> list[TokenOutput]:

@@ -45,7 +45,8 @@ class EngineOptions:
     max_prefill_chunk: most prompt tokens of one sequence in a step; None takes 2048 on CUDA, the whole step on CPU.
     enable_prefix_caching: compute a prefix once and share its blocks between sequences, later ones included.
     priority_aging: seconds of waiting that make up for one step of priority.
-    async_scheduling: prepare a step while the device runs the one before it; None does so on CUDA.
+    async_scheduling: prepare a step while the device runs the one before it; None does so on CUDA. A step whose number
+        of draft tokens depends on what the one before it samples waits for that.
     block_size: tokens per KV block: 16, 32 or 64. 32 reads a third faster than 16 on CPU; smaller blocks share more.
     load_format: "auto" reads the checkpoint, "dummy" makes random weights of its shapes, for which its config and
         tokenizer are enough.
@@ -153,11 +154,6 @@ class EngineOptions:
             raise ValueError(
                 "speculative_model is a ModelConfig, which has no weights to load: set load_format='dummy'"
             )
-        if self.speculative_model is not None and self.async_scheduling:
-            raise ValueError(
-                "async_scheduling starts a step before the last one's tokens are known: not with a"
-                " speculative_model, whose guesses follow them"
-            )
         if self.tensor_parallel_size > 1:
             self._check_ranks()
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
@@ -187,9 +183,7 @@ class EngineOptions:
         if self.kv_transfer is not None:
             raise ValueError(f"{size} and kv_transfer is {self.kv_transfer!r}: an engine of several ranks moves no KV")
         if self.speculative_model not in (None, "ngram"):
-            raise ValueError(f"{size} and there is a speculative_model: several ranks guess with 'ngram' alone")
-        if self.async_scheduling:
-            raise ValueError(f"{size} and async_scheduling is on: several ranks start a step when the last one is done")
+            raise ValueError(f"{size} and there is a speculative_model: several ranks speculate with 'ngram' alone")
 
     def torch_device(self) -> "torch.device":
         """The device to run on. Raises ValueError if it is not there or cannot run the dtype."""

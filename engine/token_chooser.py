@@ -96,10 +96,13 @@ _EAGER = Functions(edit, allow, restrict, draw, greedy, logprobs)
 
 
 def compiled_functions(device: torch.device) -> Functions:
-    """Return functions that are compiled when first called. Before the first step, `warm_up` must call each of them."""
-    functions = Functions(*(compiled(function, replays=False) for function in _EAGER))
+    """Return functions of which those that pass over the vocabulary many times are compiled when first called.
+
+    Before the first step, `warm_up` must call each of them.
+    """
+    functions = _EAGER._replace(restrict=compiled(restrict, replays=False), logprobs=compiled(logprobs, replays=False))
     # A call of a compiled function costs the host five times what the single op does.
-    return functions._replace(draw=draw, greedy=greedy) if has_draw_kernel(device) else functions
+    return functions if has_draw_kernel(device) else functions._replace(draw=compiled(draw, replays=False))
 
 
 def warm_up(functions: Functions, logits: Tensor, sampling: Sampling) -> Iterator[None]:

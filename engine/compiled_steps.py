@@ -40,12 +40,13 @@ def compiled_steps(config: ModelConfig, vocabulary: Vocabulary, *, replays: bool
     return StepFunctions(*(compiled(function, replays=replays) for function in eager))
 
 
-def compiled(function: FunctionType, *, replays: bool) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], *, replays: bool) -> Callable[..., Any]:
     """Return a function to be compiled when it is first called.
 
     replays: as CUDA graphs, one for each shape.
     """
     _configure()
+    assert isinstance(function, FunctionType)
     # The compiler keeps what it compiled with the function's code. A copy of its own goes with the engine.
     own = FunctionType(
         function.__code__.replace(),

@@ -29,7 +29,7 @@ pytestmark = NEEDS_CUDA
 
 DRAFT = replace(CONFIG, num_layers=1)
 # Prefill; the first draft token of a chain, which follows two tokens; the others, which follow one.
-DRAFT_GRAPHS = 3
+DRAFT_GRAPHS = 2
 ALPHABET = (30, 31, 32, 33)
 
 

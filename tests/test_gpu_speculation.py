@@ -28,7 +28,7 @@ __all__ = ["unchecked"]
 pytestmark = NEEDS_CUDA
 
 DRAFT = replace(CONFIG, num_layers=1)
-# Prefill; the first draft token of a chain, which follows two tokens; the others, which follow one.
+# Prefill, and the draft step: of two tokens of each sequence at first, then of one.
 DRAFT_GRAPHS = 2
 ALPHABET = (30, 31, 32, 33)
 

@@ -133,7 +133,7 @@ class Runner:
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_drafts=max_num_drafts,
             max_blocks=max_blocks,
-            max_query_len=self._max_query_len if self.is_cuda else 0,
+            max_query_len=self._max_query_len,
         )
         largest = self.shapes.largest
         self._hosts = [_HostBuffer(largest.size, is_pinned=self.is_cuda) for _ in range(2 if self.is_cuda else 1)]

@@ -12,8 +12,8 @@ def prompt_of(length: int, block_table: list[int]) -> Work:
     sequence = Sequence(
         id=block_table[0],
         token_ids=list(range(100, 100 + length)),
-        params=SamplingParams(),
-        seed=0,
+        params=SamplingParams(temperature=0.7),
+        seed=block_table[0],
         stop_token_ids=frozenset(),
         max_len=64,
         arrival_time=0.0,
@@ -32,6 +32,35 @@ def test_the_padding_of_a_ragged_step_is_nobodys_even_where_every_sequence_is_ta
     assert batch.context_lens.tolist() == [3, 4]
     assert batch.slot_mapping.tolist() == [80, 81, 82, 112, 113, 114, 115] + [0] * 57
     assert batch.logits_indices.tolist() == [2, 6]
+
+
+def test_a_uniform_step_with_a_row_for_each_token_selects_none() -> None:
+    """Rows of a token whose logits are not wanted belong to no work; so do those of padding."""
+    shape = StepShape(tokens=9, sequences=3, blocks=2, rows=9, query_len=3)
+    inputs = carve(torch.zeros(shape.size, dtype=torch.int32), shape)
+    prompt, verified = prompt_of(3, [5]), prompt_of(18, [7, 9])
+    verified.sequence.draft_token_ids = [61, 62]
+    verified = verified._replace(start=17, num_tokens=3, num_drafts=2)
+    sampled = fill(inputs, (prompt, verified), 16, {})
+    assert sampled == [None, None, prompt, verified, verified, verified]
+    batch, sampling = inputs.batch, inputs.sampling
+    assert batch.logits_indices is None
+    assert batch.token_ids.tolist() == [100, 101, 102, 117, 61, 62, 0, 0, 0]
+    assert batch.query_start.tolist() == [0, 3, 6, 9]
+    assert batch.context_lens.tolist() == [3, 20, 3]
+    assert sampling.position.tolist() == [0, 0, 3, 18, 19, 20, 0, 0, 0]
+    assert [round(value, 3) for value in sampling.temperature.tolist()] == [0, 0, 0.7, 0.7, 0.7, 0.7, 0, 0, 0]
+    assert sampling.seed.tolist() == [0, 0, 5, 7, 7, 7, 0, 0, 0]
+
+
+def test_draft_tokens_on_the_device_are_read_where_they_lie() -> None:
+    shape = StepShape(tokens=3, sequences=1, blocks=2, rows=3, query_len=3)
+    inputs = carve(torch.zeros(shape.size, dtype=torch.int32), shape)
+    work = prompt_of(18, [7, 9])
+    work.sequence.draft_token_ids = [0, 0]  # so many, not yet known
+    fill(inputs, (work._replace(start=17, num_tokens=3, num_drafts=2),), 16, {7: 10})
+    assert inputs.batch.token_ids.tolist() == [117, 0, 0]
+    assert inputs.token_source.tolist() == [0, 11, 12]
 
 
 def test_a_spare_sequence_of_a_ragged_step_is_empty() -> None:

@@ -137,10 +137,28 @@ def test_answers_are_those_of_one_rank(directory, size):
             assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
 
 
-def test_guessing_and_small_steps_change_nothing(directory):
+@pytest.mark.parametrize("options", [{}, {"speculative_model": "ngram"}, {"async_scheduling": True}])
+def test_draft_tokens_small_steps_and_overlap_change_nothing(directory, options):
     alone = answers(directory)
-    together = answers(directory, tensor_parallel_size=2, speculative_model="ngram", max_num_batched_tokens=8)
+    together = answers(directory, tensor_parallel_size=2, max_num_batched_tokens=8, **options)
     assert [c.token_ids for one in together for c in one.choices] == [c.token_ids for one in alone for c in one.choices]
+
+
+def test_other_ranks_read_a_token_that_only_the_first_has_sampled(directory):
+    """The host does not know it when the step is launched: what the first rank sampled is broadcast on the device."""
+    expected = answers(directory)[0].token_ids
+    llm = LLM(directory, **FLOAT32, tensor_parallel_size=2, async_scheduling=True)
+    try:
+        engine = llm.engine
+        sequence = engine.add(llm.tokenizer.encode(PROMPTS[0]), PARAMS[0])
+        overlapping = 0
+        while engine.has_work:
+            engine.step()
+            overlapping += len(engine._in_flight)
+        assert overlapping == PARAMS[0].max_tokens
+        assert sequence.output_token_ids == expected
+    finally:
+        llm.engine.close()
 
 
 def test_dummy_weights_are_parts_of_the_same():
@@ -179,12 +197,12 @@ def test_a_compiler_that_fails_amid_a_step_of_all_ranks_ends_them(directory, mon
     llm = LLM(directory, **FLOAT32, tensor_parallel_size=2)
     runner = llm.engine.runner
 
-    def fail(_):
+    def fail():
         with runner._together(torch.zeros(1, llm.engine.config.hidden_size)):
             raise RuntimeError("no compiler here")
 
     try:
-        monkeypatch.setattr(runner, "_compile_in_pieces", fail)
+        monkeypatch.setattr(runner, "_compile_pieces", fail)
         with pytest.raises(TensorParallelError, match="no compiler here"):
             runner.compile()
     finally:
@@ -234,7 +252,6 @@ def test_one_engine_with_ranks_at_a_time(directory):
     [
         ({"kv_transfer": "tcp"}, "kv_transfer is 'tcp'"),
         ({"speculative_model": "smollm2-draft"}, "with 'ngram' alone"),
-        ({"async_scheduling": True}, "async_scheduling is on"),
         ({"tensor_parallel_size": 65}, "between 1 and 64"),
     ],
 )

@@ -137,7 +137,7 @@ class DraftLoop:
 
     def _run_padding(self, shape: StepShape) -> None:
         self._host[: shape.size] = 0
-        fill(self._host_views(shape), (), self._runner.block_size, {})
+        fill(self._host_views(shape), (), self._runner.block_size)
         self._upload(shape)
         self._draft(self._device_state(shape, Needs.DRAW | Needs.RESTRICT), self._max_num_drafts)
         if self._runner.is_cuda:
@@ -157,7 +157,7 @@ class DraftLoop:
             shape = self._shape(count)._replace(blocks=max(2, widest))
         works = [Work(each, len(each.token_ids) - LAST_TOKENS, LAST_TOKENS, samples=True) for each in depths]
         self._host[: shape.size] = 0
-        fill(self._host_views(shape), tuple(works), self._runner.block_size, {})
+        fill(self._host_views(shape), tuple(works), self._runner.block_size)
         last, top_k = self._host_extra[:2].numpy()
         top_p, min_p = self._host_extra[2:].view(torch.float32).numpy()
         last[: shape.sequences] = 0

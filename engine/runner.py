@@ -174,10 +174,10 @@ class Runner:
         choices: list[Choice] = []
         rows: dict[int, int] = {}
         num_rows = 0
-        pending_rows = self._pending_rows if drafts is None else drafts.rows
+        draft_rows = {} if drafts is None else drafts.rows
         for work, exact in self._split(step) if step.work else ():
             shape = self.shapes.of(exact, is_compiled=self.is_compiled)
-            sampled = fill(self._zeroed_inputs(shape), work, self.block_size, pending_rows)
+            sampled = fill(self._zeroed_inputs(shape), work, self.block_size, self._pending_rows, draft_rows)
             inputs = self._upload(shape)
             outputs = self._compute(shape, inputs)
             choice = self.chooser.choose(work, sampled, *outputs, inputs.sampling)
@@ -267,7 +267,7 @@ class Runner:
         self._compiled = compiled_steps(self.config, self.vocabulary, replays=self.plan.replays)
 
     def _warm_up(self, shape: StepShape) -> tuple[_Outputs, StepInputs]:
-        fill(self._zeroed_inputs(shape), (), self.block_size, {})
+        fill(self._zeroed_inputs(shape), (), self.block_size)
         inputs = self._upload(shape)
         return self._compute(shape, inputs, is_compiled=True), inputs
 
@@ -275,7 +275,7 @@ class Runner:
     def run_padding(self, num_tokens: int, rows: int) -> None:
         """Run a ragged step of padding only, eagerly, to measure the memory that it takes."""
         shape = self.shapes.of(StepShape(num_tokens, 2, 2, rows, None), is_compiled=False)
-        fill(self._zeroed_inputs(shape), (), self.block_size, {})
+        fill(self._zeroed_inputs(shape), (), self.block_size)
         inputs = self._upload(shape)
         outputs = self._compute(shape, inputs, is_compiled=False)
         self.chooser.run_all(outputs.logits, inputs.sampling)

@@ -81,7 +81,8 @@ class Speculator:
         """Set the number of draft tokens of each running sequence in the next step."""
         decoding = []
         for sequence in running:
-            sequence.num_draft_tokens = 0
+            # A step that reads a sampled token from the device must not find the draft tokens of an earlier one.
+            sequence.num_draft_tokens, sequence.draft_token_ids = 0, []
             if sequence.num_uncomputed_tokens == 1:
                 decoding.append(sequence)
         available: dict[int, int] = {}

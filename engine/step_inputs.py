@@ -6,6 +6,7 @@ Each field starts at a multiple of 16 bytes, because Inductor copies an input wh
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -91,14 +92,18 @@ def carve(buffer: Tensor, shape: StepShape) -> StepInputs:
 
 
 def fill(
-    inputs: StepInputs, work: tuple[Work, ...], block_size: int, pending_rows: Mapping[int, int]
+    inputs: StepInputs,
+    work: tuple[Work, ...],
+    block_size: int,
+    pending_rows: Mapping[int, int] = MappingProxyType({}),
+    draft_rows: Mapping[int, int] = MappingProxyType({}),
 ) -> list[Work | None]:
     """Write `work` to zeroed host inputs; rows beyond it stay as harmless padding: token 0 in block 0, greedy.
 
-    pending_rows: by sequence id, the place of its next token among those that the host does not know yet, or of the
-    first of its draft tokens. Returns the work whose next token each row chooses, in order; None for a row whose token
-    is not wanted. A uniform step has a row for every sequence or every token, a ragged one only for those that sample;
-    a work with drafts has one more for each.
+    pending_rows, draft_rows: by sequence id, the place of its next token, and of the first of its draft tokens, among
+    the tokens on the device; of those that the host knows the first is of no account. Returns the work whose next token
+    each row chooses, in order; None for a row whose token is not wanted. A uniform step has a row for every sequence or
+    every token, a ragged one only for those that sample; a work with drafts has one more for each.
     """
     batch, sampling = inputs.batch, inputs.sampling
     token_ids, positions, slots = batch.token_ids.numpy(), batch.positions.numpy(), batch.slot_mapping.numpy()
@@ -126,8 +131,8 @@ def fill(
             last = token + num_tokens
             guesses = item.guesses
             token_ids[token : last - len(guesses)] = sequence.token_ids[first : first + num_tokens]
-            if guesses and sequence.id in pending_rows:
-                row = pending_rows[sequence.id] + 1
+            if guesses and sequence.id in draft_rows:
+                row = draft_rows[sequence.id] + 1
                 sources[last - len(guesses) : last] = range(row, row + len(guesses))
             else:
                 token_ids[last - len(guesses) : last] = guesses

@@ -11,12 +11,12 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
-
-from engine import LLM, SamplingParams, token_chooser
 from engine.background_compilation import BackgroundCompilation
-from engine.compile_cache import CompileKey, stamp, write_stamp
 from engine.compile_pieces import Compiled
 from engine.compiled_model import eager_functions
+
+from engine import LLM, SamplingParams, token_chooser
+from engine.compile_cache import CompileKey, stamp, write_stamp
 from engine.options import EngineOptions
 from layers.config import ModelConfig
 

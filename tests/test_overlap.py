@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine import LLM
+from engine.draft_controller import DraftController
 from tests.checkpoints import save_tiny
 from tests.small_engine import BLOCK_SIZE, alone, greedy, make, mixed_params, random_prompts, random_tokens
 
@@ -111,3 +112,76 @@ def test_the_device_feeds_a_token_that_the_host_has_not_seen(directory):
     while llm.engine.has_work:
         llm.engine.step()
     assert sequence.output_token_ids != expected, "the fed back token was not read"
+
+
+class Resting(DraftController):
+    """Rests in two steps of three, and else asks for two draft tokens of each sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_planned = 0
+
+    def is_resting(self, num_sequences: int) -> bool:
+        return self.num_planned % 3 > 0
+
+    def rests(self, num_sequences: int) -> bool:
+        found = self.is_resting(num_sequences)
+        self.num_planned += 1
+        return found
+
+    def choose(self, available, *others) -> dict[int, int]:
+        return {key: min(2, most) for key, most in available.items()}
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("draft")
+    save_tiny(directory, "llama", num_hidden_layers=1)
+    return directory
+
+
+def test_steps_overlap_while_a_draft_model_rests(directory, draft, reference):
+    llm = make(directory, speculative_model=draft, async_scheduling=True)
+    engine = llm.engine
+    engine.speculator.controller = Resting()
+    runner, launched = engine.runner, []
+    launch = runner.launch
+
+    def watched(step, *drafts):
+        num_drafts = sum(work.num_drafts for work in step.work)
+        launched.append((num_drafts, [flight.record.num_draft_tokens for flight in engine._in_flight]))
+        return launch(step, *drafts)
+
+    runner.launch = watched
+    prompts, params = random_prompts(12), mixed_params(12, max_tokens=40)
+    sequences = [engine.add(prompt, param) for prompt, param in zip(prompts, params, strict=True)]
+    while engine.has_work:
+        engine.step()
+    assert [sequence.output_token_ids for sequence in sequences] == alone(reference, prompts, params)
+    verifying = [in_flight for num_drafts, in_flight in launched if num_drafts]
+    assert len(verifying) > 5
+    assert not any(verifying), "the plan of draft tokens follows from what the step before sampled"
+    behind = [in_flight for _, in_flight in launched if in_flight]
+    assert len(behind) > 5
+    assert all(in_flight == [0] for in_flight in behind), "how many draft tokens stand decides about the next step"
+    assert sum(sum(record.num_stood) for record in engine.records) > 10
+    engine.scheduler.check()
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "draft model"])
+def test_speculation_changes_no_token_under_overlap(drafter, directory, draft, reference):
+    """With the controller that decides by itself, preemption and chunks."""
+    block_bytes = 2 * 3 * 3 * 16 * BLOCK_SIZE * 4
+    llm = make(
+        directory,
+        speculative_model=draft if drafter == "draft model" else drafter,
+        kv_cache_memory=36 * block_bytes,
+        max_num_seqs=12,
+        max_num_batched_tokens=24,
+        async_scheduling=True,
+    )
+    prompts, params = random_prompts(12, longest=40), mixed_params(12, max_tokens=60)
+    assert [c.token_ids for c in llm.generate(prompts, params)] == alone(reference, prompts, params)
+    assert sum(record.num_preempted for record in llm.engine.records)
+    assert sum(record.num_draft_tokens for record in llm.engine.records)
+    llm.engine.scheduler.check()

@@ -26,7 +26,7 @@ def test_the_padding_of_a_ragged_step_is_nobodys_even_where_every_sequence_is_ta
     shape = StepShape(tokens=64, sequences=2, blocks=1, rows=2, query_len=None)
     inputs = carve(torch.zeros(sum(shape.field_sizes()), dtype=torch.int32), shape)
     work = (prompt_of(3, [5]), prompt_of(4, [7]))
-    assert fill(inputs, work, 16, {}) == list(work)
+    assert fill(inputs, work, 16) == list(work)
     batch = inputs.batch
     assert batch.query_start.tolist() == [0, 3, 7]
     assert batch.context_lens.tolist() == [3, 4]
@@ -41,7 +41,7 @@ def test_a_uniform_step_with_a_row_for_each_token_selects_none() -> None:
     prompt, verified = prompt_of(3, [5]), prompt_of(18, [7, 9])
     verified.sequence.draft_token_ids = [61, 62]
     verified = verified._replace(start=17, num_tokens=3, num_drafts=2)
-    sampled = fill(inputs, (prompt, verified), 16, {})
+    sampled = fill(inputs, (prompt, verified), 16)
     assert sampled == [None, None, prompt, verified, verified, verified]
     batch, sampling = inputs.batch, inputs.sampling
     assert batch.logits_indices is None
@@ -58,7 +58,7 @@ def test_draft_tokens_on_the_device_are_read_where_they_lie() -> None:
     inputs = carve(torch.zeros(shape.size, dtype=torch.int32), shape)
     work = prompt_of(18, [7, 9])
     work.sequence.draft_token_ids = [0, 0]  # so many, not yet known
-    fill(inputs, (work._replace(start=17, num_tokens=3, num_drafts=2),), 16, {7: 10})
+    fill(inputs, (work._replace(start=17, num_tokens=3, num_drafts=2),), 16, draft_rows={7: 10})
     assert inputs.batch.token_ids.tolist() == [117, 0, 0]
     assert inputs.token_source.tolist() == [0, 11, 12]
 
@@ -66,6 +66,6 @@ def test_draft_tokens_on_the_device_are_read_where_they_lie() -> None:
 def test_a_spare_sequence_of_a_ragged_step_is_empty() -> None:
     shape = StepShape(tokens=8, sequences=4, blocks=1, rows=1, query_len=None)
     inputs = carve(torch.zeros(sum(shape.field_sizes()), dtype=torch.int32), shape)
-    fill(inputs, (prompt_of(3, [5]),), 16, {})
+    fill(inputs, (prompt_of(3, [5]),), 16)
     assert inputs.batch.query_start.tolist() == [0, 3, 3, 3, 3]
     assert inputs.batch.context_lens.tolist() == [3, 0, 0, 0]

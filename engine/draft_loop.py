@@ -118,7 +118,6 @@ class DraftLoop:
             _give(depths, self._loop(depths, needs))
         return None
 
-    @torch.inference_mode()
     def compile(self) -> Iterator[None]:
         """Compile the step and record its chains, for one number of sequences at each `next`.
 
@@ -135,6 +134,7 @@ class DraftLoop:
             self._step = self._eager_step
             warn_eager(first_cause(error))
 
+    @torch.inference_mode()
     def _run_padding(self, shape: StepShape) -> None:
         self._host[: shape.size] = 0
         fill(self._host_views(shape), (), self._runner.block_size)

@@ -228,7 +228,6 @@ class Runner:
             for _ in self.compile_pieces():
                 bar.update()
 
-    @torch.inference_mode()
     def compile_pieces(self) -> Iterator[None]:
         """Compile as `compile` does, one call of a compiled function at each `next`.
 
@@ -250,7 +249,11 @@ class Runner:
         for shape in traced:
             outputs, inputs = self._warm_up(shape)
             yield
-        for _ in token_chooser.warm_up(chooser, outputs.logits.clone(), inputs.sampling):
+        with torch.inference_mode():
+            calls = token_chooser.calls_of_each(chooser, outputs.logits.clone(), inputs.sampling)
+        for call in calls:
+            with torch.inference_mode():
+                call()
             yield
         if self.plan.replays:
             for shape in self.shapes.recorded():
@@ -266,6 +269,7 @@ class Runner:
         ops.prepare(self.device)
         self._compiled = compiled_steps(self.config, self.vocabulary, replays=self.plan.replays)
 
+    @torch.inference_mode()
     def _warm_up(self, shape: StepShape) -> tuple[_Outputs, StepInputs]:
         fill(self._zeroed_inputs(shape), (), self.block_size)
         inputs = self._upload(shape)

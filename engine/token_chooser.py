@@ -9,6 +9,7 @@ Each function is compiled for several rows; a single row, as of a prompt's logpr
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -98,15 +99,15 @@ _EAGER = Functions(edit, allow, restrict, draw, greedy, logprobs)
 def compiled_functions(device: torch.device) -> Functions:
     """Return functions of which those that pass over the vocabulary many times are compiled when first called.
 
-    Before the first step, `warm_up` must call each of them.
+    Before the first step, each of `calls_of_each` must have run.
     """
     functions = _EAGER._replace(restrict=compiled(restrict, replays=False), logprobs=compiled(logprobs, replays=False))
     # A call of a compiled function costs the host five times what the single op does.
     return functions if has_draw_kernel(device) else functions._replace(draw=compiled(draw, replays=False))
 
 
-def warm_up(functions: Functions, logits: Tensor, sampling: Sampling) -> Iterator[None]:
-    """Call every function, one at each `next`; compiled ones are traced for any number of rows from two on."""
+def calls_of_each(functions: Functions, logits: Tensor, sampling: Sampling) -> list[Callable[[], object]]:
+    """A call of every function; compiled ones are traced for any number of rows from two on."""
     rows, vocab_size = logits.shape
     device = logits.device
     logits = logits.float()
@@ -119,18 +120,14 @@ def warm_up(functions: Functions, logits: Tensor, sampling: Sampling) -> Iterato
     if functions is not _EAGER:
         for tensor in (logits, *sampling, words, tokens, *edits, *filters):
             mark_dynamic(tensor, 0)
-    functions.draw(logits, sampling)
-    yield
-    functions.edit(logits, edits)
-    yield
-    functions.allow(logits, words)
-    yield
-    functions.restrict(logits, sampling.temperature, filters)
-    yield
-    functions.greedy(logits)
-    yield
-    functions.logprobs(logits, tokens, _num_logprobs(vocab_size))
-    yield
+    return [
+        partial(functions.draw, logits, sampling),
+        partial(functions.edit, logits, edits),
+        partial(functions.allow, logits, words),
+        partial(functions.restrict, logits, sampling.temperature, filters),
+        partial(functions.greedy, logits),
+        partial(functions.logprobs, logits, tokens, _num_logprobs(vocab_size)),
+    ]
 
 
 def _num_logprobs(vocab_size: int) -> int:
@@ -169,8 +166,8 @@ class TokenChooser:
 
     def run_all(self, logits: Tensor, sampling: Sampling) -> None:
         """Run every function once on all rows of the logits."""
-        for _ in warm_up(self.functions, logits, sampling):
-            pass
+        for call in calls_of_each(self.functions, logits, sampling):
+            call()
 
     def choose(
         self,

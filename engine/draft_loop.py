@@ -33,6 +33,8 @@ LAST_TOKENS = 2
 _EXTRA_FIELDS = 4  # last_positions, top_k, top_p, min_p
 # No two sizes are equal, as in `engine.step_shapes`.
 _TRACED = StepShape(tokens=6, sequences=3, blocks=5, rows=3, query_len=LAST_TOKENS)
+# One graph serves all sequences: all of them are sampled and filtered; neutral parameters change nothing.
+_TRACED_NEEDS = Needs.DRAW | Needs.RESTRICT
 
 
 class DeviceDrafts:
@@ -108,10 +110,12 @@ class DraftLoop:
         needs = 0
         for sequence in depths:
             needs |= sequence.needs
+        if self._runner.plan.compile != "off" or self._runner.is_cuda:
+            needs = _TRACED_NEEDS
         if self._runner.is_cuda:
             started = torch.cuda.Event(enable_timing=True)
             started.record()
-            return DeviceDrafts(depths, self._loop(depths, Needs.DRAW | Needs.RESTRICT), started)
+            return DeviceDrafts(depths, self._loop(depths, needs), started)
         if self._decoder is not None and not needs & Needs.RESTRICT:
             _give(depths, _decode(self._decoder, depths, draws=bool(needs & Needs.DRAW)))
         else:
@@ -139,7 +143,7 @@ class DraftLoop:
         self._host[: shape.size] = 0
         fill(self._host_views(shape), (), self._runner.block_size)
         self._upload(shape)
-        self._draft(self._device_state(shape, Needs.DRAW | Needs.RESTRICT), self._max_num_drafts)
+        self._draft(self._device_state(shape, _TRACED_NEEDS), self._max_num_drafts)
         if self._runner.is_cuda:
             torch.cuda.synchronize(self._runner.device)  # before the next shape is written
 
@@ -154,7 +158,9 @@ class DraftLoop:
             shape = self._shape(next(size for size in self._sizes if size >= count))
         else:
             widest = max(len(sequence.block_table) for sequence in depths)
-            shape = self._shape(count)._replace(blocks=max(2, widest))
+            # A size of 1 would be another graph to the compiler.
+            size = count if self._runner.plan.compile == "off" else max(2, count)
+            shape = self._shape(size)._replace(blocks=max(2, widest))
         works = [Work(each, len(each.token_ids) - LAST_TOKENS, LAST_TOKENS, samples=True) for each in depths]
         self._host[: shape.size] = 0
         fill(self._host_views(shape), tuple(works), self._runner.block_size)
@@ -177,11 +183,7 @@ class DraftLoop:
             self._extra.copy_(self._host_extra, non_blocking=True)
 
     def _state(self, shape: StepShape, needs: int) -> DraftState:
-        """Return the inputs of a shape as the device reads them.
-
-        On CUDA one graph serves all sequences, so that all of them are sampled and filtered; neutral parameters change
-        nothing.
-        """
+        """Return the inputs of a shape as the device reads them."""
         inputs = carve(self._inputs, shape)
         last, top_k = self._extra[:2, : shape.sequences]
         top_p, min_p = self._extra[2:, : shape.sequences].view(torch.float32)

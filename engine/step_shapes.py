@@ -57,12 +57,13 @@ class StepShapes:
     def largest(self) -> StepShape:
         """A shape that has room for every step, traced ones included."""
         sequences = self._sequences[-1]
+        tokens = max(self._tokens[-1], sequences * max(self._query_lens, default=1), TRACED_PREFILL.tokens)
         return StepShape(
-            tokens=max(self._tokens[-1], sequences * max(self._query_lens, default=1), TRACED_PREFILL.tokens),
+            tokens=tokens,
             sequences=max(sequences, TRACED_PREFILL.sequences),
             blocks=max(self._max_blocks, TRACED_PREFILL.blocks),
             # A uniform step that is compiled has a row for each token.
-            rows=max(self._max_rows, self._tokens[-1] if self._plan.compile != "off" else 0, TRACED_DECODE.rows),
+            rows=max(self._max_rows, tokens if self._plan.compile != "off" else 0, TRACED_DECODE.rows),
             query_len=None,
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ops.cpu import decoder as cpu_decoder
 from ops.cpu.linear import TILE
-from ops.linear import Matrix, Packed
+from ops.linear import Matrix, Packed, is_tiled
 from ops.norm import Norm
 from ops.paged_attention import has_cpu_kernel
 
@@ -57,9 +57,8 @@ def decoder(
     """
     qkv, gate_up = layers.qkv, layers.gate_up
     if (
-        not (isinstance(qkv, Packed) and isinstance(gate_up, Packed) and isinstance(head, Packed))
+        not (isinstance(qkv, Packed) and isinstance(gate_up, Packed) and is_tiled(head))
         or not _has_kernel(qkv, layers)
-        or not head.is_tiled
         or not (embedding.has_rows if isinstance(embedding, Packed) else embedding.is_contiguous())
     ):
         return None

@@ -8,7 +8,7 @@ one op: products of few rows have kernels of their own where those are faster (`
 """
 
 import os
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -45,16 +45,17 @@ class Packed(NamedTuple):
     features: int
 
     @property
-    def is_tiled(self) -> bool:
-        return self.blocked.dim() > 2
-
-    @property
     def has_rows(self) -> bool:
         """Whether `embedding` can read its rows."""
         return self.blocked.dim() == 4
 
 
 Matrix = Tensor | Packed
+
+
+def is_tiled(weight: Matrix) -> TypeGuard[Packed]:
+    """Whether a weight is in our tiles. A function: the compiler traces no checked property of a layer's weight."""
+    return isinstance(weight, Packed) and weight.blocked.dim() > 2
 
 
 def pack(weight: Float[Tensor, "N K"], *, may_round: bool = False, out: Tensor | None = None) -> Matrix:
@@ -92,7 +93,7 @@ def linear(
     """
     if isinstance(weight, Tensor) and is_fused(x):
         return _fused(x, weight, bias, norm, residual, is_gated)
-    if isinstance(weight, Packed) and weight.is_tiled and not (is_gated and weight.features % (2 * cpu_linear.TILE)):
+    if is_tiled(weight) and not (is_gated and weight.features % (2 * cpu_linear.TILE)):
         norm_weight, eps = norm or (None, 0.0)
         added = None if is_gated else residual
         y = torch.ops.dispec.tiled_linear(x, weight.blocked, weight.features, bias, norm_weight, eps, added, is_gated)
@@ -134,7 +135,7 @@ def prepare(device: torch.device) -> None:
 
 
 def _product(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
-    if isinstance(weight, Packed) and weight.is_tiled:
+    if is_tiled(weight):
         return torch.ops.dispec.tiled_linear(x, weight.blocked, weight.features, bias, None, 0.0, None, False)
     if isinstance(weight, Packed):
         return torch.ops.dispec.packed_linear(x, weight.blocked, bias, weight.features)

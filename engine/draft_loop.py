@@ -30,6 +30,8 @@ from layers.types import Filters, KVCache, Weights
 # Tokens of a sequence that the draft model may not have computed: an accepted draft token, and what followed it.
 LAST_TOKENS = 2
 
+_DraftStep = Callable[[Weights, DraftState, KVCache], tuple[Tensor, DraftState]]
+
 _EXTRA_FIELDS = 4  # last_positions, top_k, top_p, min_p
 # No two sizes are equal, as in `engine.step_shapes`.
 _TRACED = StepShape(tokens=6, sequences=3, blocks=5, rows=3, query_len=LAST_TOKENS)
@@ -125,25 +127,25 @@ class DraftLoop:
     def compile(self) -> Iterator[None]:
         """Compile the step and record its chains, for one number of sequences at each `next`.
 
-        If the compiler fails, warn and run eagerly.
+        The last `next` switches to what was compiled. If the compiler fails, warn and run eagerly.
         """
         try:
-            self._step = compiled(self._eager_step, replays=self._runner.plan.replays)
+            step = compiled(self._eager_step, replays=self._runner.plan.replays)
             for shape in (_TRACED, *map(self._shape, reversed(self._sizes))):
                 # A chain takes a call to warm its memory pool up, and one to be recorded.
                 for _ in range(2 if self._runner.plan.replays else 1):
-                    self._run_padding(shape)
+                    self._run_padding(step, shape)
                 yield
+            self._step = step
         except Exception as error:  # a compiler can fail in any way; the engine works without one
-            self._step = self._eager_step
             warn_eager(first_cause(error))
 
     @torch.inference_mode()
-    def _run_padding(self, shape: StepShape) -> None:
+    def _run_padding(self, step: _DraftStep, shape: StepShape) -> None:
         self._host[: shape.size] = 0
         fill(self._host_views(shape), (), self._runner.block_size)
         self._upload(shape)
-        self._draft(self._device_state(shape, _TRACED_NEEDS), self._max_num_drafts)
+        self._draft(step, self._device_state(shape, _TRACED_NEEDS), self._max_num_drafts)
         if self._runner.is_cuda:
             torch.cuda.synchronize(self._runner.device)  # before the next shape is written
 
@@ -172,7 +174,7 @@ class DraftLoop:
             size = shape.sequences
             write_filters(list(depths), self._runner.num_columns, top_k[:size], top_p[:size], min_p[:size])
         self._upload(shape)
-        found = self._draft(self._device_state(shape, needs & (Needs.DRAW | Needs.RESTRICT)), depth)
+        found = self._draft(self._step, self._device_state(shape, needs & (Needs.DRAW | Needs.RESTRICT)), depth)
         kept = self._sampled[: shape.sequences * depth]
         kept.copy_(found.flatten())
         return kept.view(shape.sequences, depth)[:count]
@@ -203,18 +205,18 @@ class DraftLoop:
             filters if needs & Needs.RESTRICT else None,
         )
 
-    def _draft(self, state: DraftState, depth: int) -> Tensor:
+    def _draft(self, step: _DraftStep, state: DraftState, depth: int) -> Tensor:
         """Run a chain of steps; each reads what the one before it returned, which lives until the next chain begins."""
-        if self._runner.plan.replays and self._step is not self._eager_step:
+        if self._runner.plan.replays and step is not self._eager_step:
             begin_replay()
         found = []
         for _ in range(depth):
-            token_ids, state = self._step(self._runner.weights, state, self._runner.kv_cache)
+            token_ids, state = step(self._runner.weights, state, self._runner.kv_cache)
             found.append(token_ids)
         return torch.stack(found, 1)
 
 
-def _bound_step(runner: Runner) -> Callable[[Weights, DraftState, KVCache], tuple[Tensor, DraftState]]:
+def _bound_step(runner: Runner) -> _DraftStep:
     config, vocabulary = runner.config, runner.vocabulary
 
     def step(weights: Any, state: Any, kv_cache: Any) -> tuple[Tensor, DraftState]:

@@ -30,10 +30,9 @@ CONFIG = ModelConfig(
     rms_norm_eps=1e-5,
     rope_theta=10000.0,
 )
-# Decode and prefill; edit, allow, restrict and logprobs; draw and greedy where they are not one op.
-GRAPHS = 2 + 4 + (0 if has_draw_kernel(torch.device("cpu")) else 2)
-# Decode and prefill of the draft model, and its draft step. What samples after its own steps is the target's.
-DRAFT_GRAPHS = 3
+SAMPLER_GRAPHS = 2 + (0 if has_draw_kernel(torch.device("cpu")) else 1)  # restrict, logprobs, maybe draw
+GRAPHS = 2 + SAMPLER_GRAPHS  # decode and prefill
+DRAFT_GRAPHS = GRAPHS + 1  # the same of the draft model, and its draft step
 
 
 @pytest.fixture(autouse=True, scope="module")

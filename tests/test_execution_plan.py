@@ -86,14 +86,3 @@ def test_a_cpu_without_a_kernel_for_attention_runs_decodes_apart(monkeypatch: py
     monkeypatch.setattr(execution_plan, "has_cpu_kernel", lambda *_: False)
     changes = {"fuses_layers": False, "mixes": False, "max_query_len": 1}
     assert plan("cpu") == ExecutionPlan(**vars(CPU) | changes)
-
-
-@pytest.mark.parametrize(
-    ("own", "text"),
-    [
-        (CUDA, "compiled (startup), replayed as CUDA graphs; decodes and prompts together; one step ahead"),
-        (CPU, "all layers in one C++ call, nothing compiled; decodes and prompts together; one step at a time"),
-    ],
-)
-def test_a_plan_says_what_it_is(own: ExecutionPlan, text: str) -> None:
-    assert own.describe() == text

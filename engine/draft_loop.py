@@ -32,6 +32,8 @@ LAST_TOKENS = 2
 
 _DraftStep = Callable[[Weights, DraftState, KVCache], tuple[Tensor, DraftState]]
 
+# What a step changes of its batch.
+_CHANGED = ("token_ids", "positions", "slot_mapping", "query_start", "context_lens", "logits_indices")
 _EXTRA_FIELDS = 4  # last_positions, top_k, top_p, min_p
 # No two sizes are equal, as in `engine.step_shapes`.
 _TRACED = StepShape(tokens=6, sequences=3, blocks=5, rows=3, query_len=LAST_TOKENS)
@@ -130,7 +132,7 @@ class DraftLoop:
         The last `next` switches to what was compiled. If the compiler fails, warn and run eagerly.
         """
         try:
-            step = compiled(self._eager_step, replays=self._runner.plan.replays)
+            step = _compiled_step(self._runner)
             for shape in (_TRACED, *map(self._shape, reversed(self._sizes))):
                 # A chain takes a call to warm its memory pool up, and one to be recorded.
                 for _ in range(2 if self._runner.plan.replays else 1):
@@ -221,6 +223,29 @@ def _bound_step(runner: Runner) -> _DraftStep:
 
     def step(weights: Any, state: Any, kv_cache: Any) -> tuple[Tensor, DraftState]:
         return draft_step(weights, config, vocabulary, state, kv_cache)
+
+    return step
+
+
+def _compiled_step(runner: Runner) -> _DraftStep:
+    """Return the step, to be compiled when it is first called, of states that sample and filter."""
+    config, vocabulary = runner.config, runner.vocabulary
+
+    def changed(weights: Any, state: Any, kv_cache: Any) -> tuple[Any, ...]:
+        token_ids, following = draft_step(weights, config, vocabulary, state, kv_cache)
+        assert following.sampling is not None
+        return token_ids, following.sampling.position, *(getattr(following.batch, name) for name in _CHANGED)
+
+    run = compiled(changed, replays=runner.plan.replays)
+
+    def step(weights: Weights, state: DraftState, kv_cache: KVCache) -> tuple[Tensor, DraftState]:
+        # Plain tensors, because the compiler of torch 2.11 returns a named tuple within another one broken.
+        token_ids, position, *fields = run(weights, state, kv_cache)
+        assert state.sampling is not None
+        return token_ids, state._replace(
+            batch=state.batch._replace(**dict(zip(_CHANGED, fields, strict=True))),
+            sampling=state.sampling._replace(position=position),
+        )
 
     return step
 

@@ -8,6 +8,8 @@ from engine.draft_controller import DraftController
 from tests.checkpoints import save_tiny
 from tests.small_engine import BLOCK_SIZE, alone, greedy, make, mixed_params, random_prompts, random_tokens
 
+PROMPTS, PARAMS = random_prompts(12, longest=40), mixed_params(12, max_tokens=60)
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
@@ -44,7 +46,12 @@ def test_tokens_lag_one_step_behind_and_none_is_computed_in_vain(llm):
     assert [record.num_tokens for record in list(engine.records)[-4:]] == [5, 1, 1, 1]
 
 
-def test_preemption_and_chunks_under_overlap(directory, reference):
+@pytest.fixture(scope="module")
+def expected(reference) -> list[list[int]]:
+    return alone(reference, PROMPTS, PARAMS)
+
+
+def test_preemption_and_chunks_under_overlap(directory, expected):
     block_bytes = 2 * 3 * 3 * 16 * BLOCK_SIZE * 4
     small = make(
         directory,
@@ -53,8 +60,7 @@ def test_preemption_and_chunks_under_overlap(directory, reference):
         max_num_batched_tokens=24,
         async_scheduling=True,
     )
-    prompts, params = random_prompts(12, longest=40), mixed_params(12, max_tokens=60)
-    assert [c.token_ids for c in small.generate(prompts, params)] == alone(reference, prompts, params)
+    assert [c.token_ids for c in small.generate(PROMPTS, PARAMS)] == expected
     assert sum(record.num_preempted for record in small.engine.records) > 3
     small.engine.scheduler.check()
 
@@ -140,7 +146,7 @@ def draft(tmp_path_factory):
     return directory
 
 
-def test_steps_overlap_while_a_draft_model_rests(directory, draft, reference):
+def test_steps_overlap_while_a_draft_model_rests(directory, draft, expected):
     llm = make(directory, speculative_model=draft, async_scheduling=True)
     engine = llm.engine
     engine.speculator.controller = Resting()
@@ -153,11 +159,10 @@ def test_steps_overlap_while_a_draft_model_rests(directory, draft, reference):
         return launch(step, *drafts)
 
     runner.launch = watched
-    prompts, params = random_prompts(12), mixed_params(12, max_tokens=40)
-    sequences = [engine.add(prompt, param) for prompt, param in zip(prompts, params, strict=True)]
+    sequences = [engine.add(prompt, param) for prompt, param in zip(PROMPTS, PARAMS, strict=True)]
     while engine.has_work:
         engine.step()
-    assert [sequence.output_token_ids for sequence in sequences] == alone(reference, prompts, params)
+    assert [sequence.output_token_ids for sequence in sequences] == expected
     verifying = [in_flight for num_drafts, in_flight in launched if num_drafts]
     assert len(verifying) > 5
     assert not any(verifying), "the plan of draft tokens follows from what the step before sampled"
@@ -169,7 +174,7 @@ def test_steps_overlap_while_a_draft_model_rests(directory, draft, reference):
 
 
 @pytest.mark.parametrize("drafter", ["ngram", "draft model"])
-def test_speculation_changes_no_token_under_overlap(drafter, directory, draft, reference):
+def test_speculation_changes_no_token_under_overlap(drafter, directory, draft, expected):
     """With the controller that decides by itself, preemption and chunks."""
     block_bytes = 2 * 3 * 3 * 16 * BLOCK_SIZE * 4
     llm = make(
@@ -180,8 +185,7 @@ def test_speculation_changes_no_token_under_overlap(drafter, directory, draft, r
         max_num_batched_tokens=24,
         async_scheduling=True,
     )
-    prompts, params = random_prompts(12, longest=40), mixed_params(12, max_tokens=60)
-    assert [c.token_ids for c in llm.generate(prompts, params)] == alone(reference, prompts, params)
+    assert [c.token_ids for c in llm.generate(PROMPTS, PARAMS)] == expected
     assert sum(record.num_preempted for record in llm.engine.records)
     assert sum(record.num_draft_tokens for record in llm.engine.records)
     llm.engine.scheduler.check()

@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.draft_checkpoint import SharedDraft, find_shared_draft
 from engine.draft_loop import LAST_TOKENS, DeviceDrafts, DraftLoop, can_loop, num_missing
@@ -19,7 +17,7 @@ from engine.options import EngineOptions
 from engine.runner import Runner
 from engine.sequence import Sequence
 from engine.step import Step, Work
-from engine.token_chooser import TokenChooser
+from engine.token_chooser import Functions
 from engine.tokenizer import Tokenizer
 from layers.config import ModelConfig
 
@@ -87,21 +85,13 @@ class DraftModel:
         self._loop = loop
         self._max_num_batched_tokens = max_num_batched_tokens
 
-    @property
-    def chooser(self) -> TokenChooser:
-        """Samples draft tokens of sequences whose penalties or masks are known to the host alone."""
-        return self._runner.chooser
+    def compile_pieces(self, sampler: Functions) -> Iterator[None]:
+        """Compile the draft loop and the model's steps, one call of what is compiled at each `next`.
 
-    def compile(self, show_progress: bool = False) -> None:
-        """Compile the model's steps and its draft loop."""
-        with tqdm(desc="compiling the draft model", unit="graph", disable=not show_progress, leave=False) as bar:
-            for _ in self.compile_pieces():
-                bar.update()
-
-    def compile_pieces(self) -> Iterator[None]:
-        """The same, one call of what is compiled at each `next`."""
+        sampler: the target's compiled functions.
+        """
         yield from self._loop.compile()
-        yield from self._runner.compile_pieces()
+        yield from self._runner.compile_pieces(sampler)
 
     def propose(self, step: Step) -> Proposal:
         """Fill `draft_token_ids` of the step's sequences that are to have some."""

@@ -322,9 +322,9 @@ class Engine:
 
     def _compile_pieces(self) -> Iterator[None]:
         """Compile and record all that a run can need, a piece at each `next`; the last one has steps run it."""
-        if self.speculator is not None and self.speculator.draft_model is not None:
-            yield from self.speculator.draft_model.compile_pieces()
         yield from self.runner.compile_pieces()
+        if self.speculator is not None and self.speculator.draft_model is not None and self.runner.is_compiled:
+            yield from self.speculator.draft_model.compile_pieces(self.runner.chooser.functions)
         if self.plan.compile == "background" and self.runner.is_compiled:
             self.compiled_seconds = time.perf_counter() - self._started
             log.info("compiled steps from here on, %.1f s after the start", self.compiled_seconds)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import ops
 from engine import token_chooser
@@ -141,6 +140,7 @@ class Runner:
         self._device_inputs = functools.lru_cache(256)(self._carve)
         self.sampled = torch.zeros(largest.rows, dtype=torch.int64, device=self.device)
         self._pending_rows: dict[int, int] = {}
+        ops.prepare(self.device)
         if plan.replays:
             mark_static(weights, kv_cache, self.sampled, head_tokens)
         if plan.compile != "off":
@@ -218,23 +218,16 @@ class Runner:
         """Run a step to its end."""
         return self.launch(step).wait()
 
-    def compile(self, show_progress: bool = False) -> None:
-        """Compile everything that a run can need. If the compiler fails, warn and run eagerly.
+    def compile_pieces(self, sampler: token_chooser.Functions | None = None) -> Iterator[None]:
+        """Compile everything that a run can need, one call of a compiled function at each `next`.
 
-        The disk keeps compiled code, so that a second process spends seconds here instead of tens of seconds. Raises
+        sampler: compiled functions of another model of the same vocabulary. Eager steps may run in between; after the
+        last `next` steps run the compiled functions. If the compiler fails, warn and run eagerly. The disk keeps
+        compiled code, so that a second process spends seconds here instead of tens of seconds. Raises
         TensorParallelError if it fails inside a computation of all ranks, which cannot be resumed.
         """
-        with tqdm(desc="compiling", unit="graph", disable=not show_progress, leave=False) as bar:
-            for _ in self.compile_pieces():
-                bar.update()
-
-    def compile_pieces(self) -> Iterator[None]:
-        """Compile as `compile` does, one call of a compiled function at each `next`.
-
-        Eager steps may run in between. After the last `next` steps run the compiled functions.
-        """
         try:
-            yield from self._compile_pieces()
+            yield from self._compile_pieces(sampler)
         except Exception as error:  # a compiler can fail in any way; the engine works without one
             if self._ranks is not None and self._ranks.is_broken:
                 raise
@@ -242,19 +235,20 @@ class Runner:
             self.chooser.forget_compiled()
             warn_eager(first_cause(error))
 
-    def _compile_pieces(self) -> Iterator[None]:
+    def _compile_pieces(self, sampler: token_chooser.Functions | None) -> Iterator[None]:
         self._start_compiling()
-        chooser = token_chooser.compiled_functions(self.device)
         traced = [TRACED_DECODE, TRACED_PREFILL] if self._max_query_len else [TRACED_PREFILL]
         for shape in traced:
             outputs, inputs = self._warm_up(shape)
             yield
-        with torch.inference_mode():
-            calls = token_chooser.calls_of_each(chooser, outputs.logits.clone(), inputs.sampling)
-        for call in calls:
+        if sampler is None:
+            sampler = token_chooser.compiled_functions(self.device)
             with torch.inference_mode():
-                call()
-            yield
+                calls = token_chooser.calls_of_each(sampler, outputs.logits.clone(), inputs.sampling)
+            for call in calls:
+                with torch.inference_mode():
+                    call()
+                yield
         if self.plan.replays:
             for shape in self.shapes.recorded():
                 # The first call warms up the memory pool, the second records the graph.
@@ -262,11 +256,10 @@ class Runner:
                     self._warm_up(shape)
                 yield
         self._functions = self._compiled
-        self.chooser.functions = chooser
+        self.chooser.functions = sampler
 
     def _start_compiling(self) -> None:
         choose_compile_cache()
-        ops.prepare(self.device)
         self._compiled = compiled_steps(self.config, self.vocabulary, replays=self.plan.replays)
 
     @torch.inference_mode()

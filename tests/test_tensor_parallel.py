@@ -204,7 +204,7 @@ def test_a_compiler_that_fails_amid_a_step_of_all_ranks_ends_them(directory, mon
     try:
         monkeypatch.setattr(runner, "_compile_pieces", fail)
         with pytest.raises(TensorParallelError, match="no compiler here"):
-            runner.compile()
+            list(runner.compile_pieces())
     finally:
         llm.engine.close()
 

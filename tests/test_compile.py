@@ -32,7 +32,7 @@ CONFIG = ModelConfig(
 )
 SAMPLER_GRAPHS = 2 + (0 if has_draw_kernel(torch.device("cpu")) else 1)  # restrict, logprobs, maybe draw
 GRAPHS = 2 + SAMPLER_GRAPHS  # decode and prefill
-DRAFT_GRAPHS = GRAPHS + 1  # the same of the draft model, and its draft step
+DRAFT_GRAPHS = 3  # decode and prefill of the draft model, and its draft step
 
 
 @pytest.fixture(autouse=True, scope="module")

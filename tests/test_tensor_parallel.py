@@ -197,11 +197,7 @@ def test_a_compiler_that_fails_amid_a_step_of_all_ranks_ends_them(directory, mon
     llm = LLM(directory, **FLOAT32, tensor_parallel_size=2)
     runner = llm.engine.runner
 
-<<<<<<< HEAD
-    def fail(_):
-=======
     def fail(*_):
->>>>>>> engine-tests
         with runner._together(torch.zeros(1, llm.engine.config.hidden_size)):
             raise RuntimeError("no compiler here")
 

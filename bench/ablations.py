@@ -54,7 +54,7 @@ def rows(is_cuda: bool, requests: int) -> list[Row]:
         *of_device,
         ("+ continuous batching", {"max_num_seqs": requests}, {}),
         ("+ prefix sharing", {"enable_prefix_caching": True}, {}),
-        ("+ n-gram speculation", {"speculative_model": "ngram", "async_scheduling": None}, {}),
+        ("+ n-gram speculation", {"speculative_model": "ngram"}, {}),
     ):
         options, environment = options | change, environment | variables
         found.append(Row(name, options, environment))

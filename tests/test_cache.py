@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 _ANSWER = """
 import logging
 from engine import SamplingParams
-from tests.test_background_compilation import make
+from tests.test_compile_options import make
 import ops.cpu.library
 llm = make("bfloat16")
 print(llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0].token_ids)

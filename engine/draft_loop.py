@@ -177,9 +177,10 @@ class DraftLoop:
             write_filters(list(depths), self._runner.num_columns, top_k[:size], top_p[:size], min_p[:size])
         self._upload(shape)
         found = self._draft(self._step, self._device_state(shape, needs & (Needs.DRAW | Needs.RESTRICT)), depth)
-        kept = self._sampled[: shape.sequences * depth]
-        kept.copy_(found.flatten())
-        return kept.view(shape.sequences, depth)[:count]
+        # Without padding: the target's steps may have less room than a padded chain returns.
+        kept = self._sampled[: count * depth]
+        kept.copy_(found[:count].flatten())
+        return kept.view(count, depth)
 
     def _upload(self, shape: StepShape) -> None:
         if self._runner.is_cuda:

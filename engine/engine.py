@@ -93,6 +93,7 @@ class Engine:
         self._show_progress = show_progress
         self._ids = itertools.count()
         self._in_flight: deque[_InFlight] = deque()
+        self._outputs: list[TokenOutput] = []  # of the call of `step` under way
         self.records: deque[StepRecord] = deque(maxlen=1000)
         self.checkpoint: Checkpoint | None = None
         self.config: ModelConfig
@@ -284,6 +285,7 @@ class Engine:
         Where steps overlap, a step is launched before the one before it is waited for, whose tokens are returned; the
         last one's come from a call that finds nothing more to launch. Without work it returns at once.
         """
+        self._outputs = []
         try:
             return self._step()
         except Exception as error:  # whatever it is, it shall cost only those who cause it
@@ -332,7 +334,7 @@ class Engine:
     def _step(self) -> list[TokenOutput]:
         started = time.perf_counter()
         self.handover.advance()
-        outputs: list[TokenOutput] = []
+        outputs = self._outputs
         if self.speculator is not None:
             if self._in_flight and self.speculator.needs_result(self.scheduler.running):
                 outputs += self._commit(self._in_flight.popleft())
@@ -370,6 +372,7 @@ class Engine:
         """
         self._in_flight.clear()
         suspects = self.scheduler.reset()
+        known = self._outputs  # what was committed before the failure stands
         outputs: list[TokenOutput] = []
         guilty = []
         for sequence in suspects:
@@ -390,7 +393,7 @@ class Engine:
         for sequence in guilty:
             self.finish(sequence, "error")
             outputs.append(TokenOutput(sequence, None, "error"))
-        return outputs
+        return known + outputs
 
     def _commit(self, flight: _InFlight) -> list[TokenOutput]:
         waiting = time.perf_counter()

@@ -103,6 +103,19 @@ def test_draft_tokens_lie_where_the_steps_of_the_target_read_them(target, draft)
     assert seen > 20
 
 
+def test_a_padded_draft_fits_into_the_room_of_an_engine_for_one_sequence(target, draft, caplog):
+    plain = make(target, max_num_seqs=1)
+    llm = make(target, speculative_model=draft, max_num_seqs=1, num_speculative_tokens=15)
+    llm.engine.speculator.is_adaptive = False
+    runner = llm.engine.speculator.draft_model._runner
+    runner.plan = replace(runner.plan, compile="startup")  # so that drafts are padded, as on CUDA
+    prompts, params = random_prompts(2), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    expected = [completion.token_ids for completion in plain.generate(prompts, params)]
+    assert [completion.token_ids for completion in llm.generate(prompts, params)] == expected
+    assert sum(record.num_draft_tokens for record in llm.engine.records) > 20
+    assert "a step failed" not in caplog.text
+
+
 def test_a_head_of_some_tokens_draws_with_their_noise():
     torch.manual_seed(0)
     logits = torch.randn(64, 500)

@@ -16,9 +16,16 @@ def directory(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(params=[False, True], ids=["one by one", "overlapping"])
+_KINDS = {
+    "one by one": {"async_scheduling": False},
+    "overlapping": {"async_scheduling": True},
+    "overlapping with draft tokens": {"async_scheduling": True, "speculative_model": "ngram"},
+}
+
+
+@pytest.fixture(params=_KINDS)
 def llm(request, directory) -> LLM:
-    return make(directory, async_scheduling=request.param)
+    return make(directory, **_KINDS[request.param])
 
 
 def fail_on(llm: LLM, is_poisoned) -> None:

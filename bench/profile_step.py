@@ -29,9 +29,7 @@ def main(
     dtype: Dtype = "bfloat16",
     device: Device = None,
     enforce_eager: EnforceEager = False,
-    compile: Annotated[
-        str | None, typer.Option(help="startup, background or off.", show_default="the engine's default")
-    ] = None,
+    compile: Annotated[str | None, typer.Option(help="startup or off.", show_default="the engine's default")] = None,
     top: Annotated[int, typer.Option(help="Kernels to list.")] = 15,
     trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace here.")] = None,
     output: Output = None,
@@ -56,10 +54,6 @@ def main(
     )
     llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
     print(f"first token after {_age():.1f} s")
-    while engine.has_idle_work:
-        engine.work_while_idle()
-    if engine.compiled_seconds is not None:
-        print(f"compiled after {_age():.1f} s")
     on_cuda = engine.device.type == "cuda"
     params = SamplingParams(temperature=0, max_tokens=3 * steps + 16, ignore_eos=True)
     for prompt in Workload(concurrency, context).prompts(engine.config.vocab_size):

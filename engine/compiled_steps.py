@@ -4,6 +4,7 @@ import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ def _configure() -> None:
 
     # A graph for each shape is what is wanted.
     config.triton.cudagraph_dynamic_shape_warn_limit = None
-    # An engine may go from eager to compiled in the middle of an answer: both shall round alike.
+    # An engine may go from eager to compiled in the middle of an answer: both must round alike.
     config.emulate_precision_casts = True
 
 
@@ -74,6 +75,7 @@ class _Graphs:
     """The CUDA graphs of this process, which every thread may replay: torch keeps them for each thread apart."""
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self._adopted = threading.local()
         self._trees: tuple[Any, Any] | None = None
 
@@ -97,6 +99,14 @@ class _Graphs:
 
 
 _graphs = _Graphs()
+
+
+def replaying() -> AbstractContextManager[object]:
+    """Return a lock to hold from the beginning of a replay until what it returned has been used.
+
+    Engines in several threads share the graphs' memory.
+    """
+    return _graphs.lock
 
 
 def begin_replay() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import ops
-from engine.compiled_steps import begin_replay, compiled, first_cause, mark_dynamic, mark_static, warn_eager
+from engine.compiled_steps import begin_replay, compiled, first_cause, mark_dynamic, mark_static, replaying, warn_eager
 from engine.runner import Runner
 from engine.sequence import Needs, Sequence
 from engine.step import Work
@@ -119,7 +119,8 @@ class DraftLoop:
         if self._runner.is_cuda:
             started = torch.cuda.Event(enable_timing=True)
             started.record()
-            return DeviceDrafts(depths, self._loop(depths, needs), started)
+            with replaying():
+                return DeviceDrafts(depths, self._loop(depths, needs), started)
         if self._decoder is not None and not needs & Needs.RESTRICT:
             _give(depths, _decode(self._decoder, depths, draws=bool(needs & Needs.DRAW)))
         else:

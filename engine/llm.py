@@ -49,6 +49,8 @@ class LLM:
         known = (*field_names(EngineOptions), "show_progress")
         refuse_unknown("LLM", options, known, _IN_PARAMS)
         chosen = EngineOptions(model=model, **options)
+        if chosen.compile == "background":
+            raise ValueError("compile is 'background', which is for a server: an LLM is never idle, use startup or off")
         self.engine = Engine(chosen, show_progress)
         checkpoint = self.engine.checkpoint
         self._tokenizer = None

@@ -50,9 +50,9 @@ class EngineOptions:
     block_size: tokens per KV block: 16, 32 or 64. 32 reads a third faster than 16 on CPU; smaller blocks share more.
     load_format: "auto" reads the checkpoint, "dummy" makes random weights of its shapes, for which its config and
         tokenizer are enough.
-    compile: "startup" compiles before the first request; "background" (CUDA) answers at once, slower, and compiles when
-        there is nothing else to do; "off" compiles nothing. None takes "startup" on CUDA, "off" on CPU, where our
-        kernels leave nothing to gain by it.
+    compile: "startup" compiles before the first request; "background" (CUDA, in a server) answers at once, slower, and
+        compiles when there is nothing else to do; "off" compiles nothing. None takes "startup" on CUDA, "off" on CPU,
+        where our kernels leave nothing to gain by it.
     enforce_eager: the same as compile="off".
     speculative_model: who guesses tokens ahead, for steps that verify several at once: "ngram" looks in the sequence's
         own text; else a smaller model with the same tokenizer, named as `model` is, whose matrices a CPU with

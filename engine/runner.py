@@ -24,6 +24,7 @@ from engine.compiled_steps import (
     first_cause,
     mark_dynamic,
     mark_static,
+    replaying,
     warn_eager,
 )
 from engine.execution_plan import ExecutionPlan
@@ -171,11 +172,20 @@ class Runner:
             if self._ranks is not None:
                 self._ranks.send(Copy(step.copies))
             self.copy(step.copies)
+        with replaying() if self.plan.replays else nullcontext():
+            choices = self._launch(step.work, drafts)
+        event = None
+        if self.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        return PendingStep(choices, event, drafts)
+
+    def _launch(self, works: tuple[Work, ...], drafts: "DeviceDrafts | None") -> list[Choice]:
         choices: list[Choice] = []
         rows: dict[int, int] = {}
         num_rows = 0
         draft_rows = {} if drafts is None else drafts.rows
-        for work, exact in self._split(step) if step.work else ():
+        for work, exact in self._split(works) if works else ():
             shape = self.shapes.of(exact, is_compiled=self.is_compiled)
             sampled = fill(self._zeroed_inputs(shape), work, self.block_size, self._pending_rows, draft_rows)
             inputs = self._upload(shape)
@@ -187,11 +197,7 @@ class Runner:
                 num_rows += len(choice.tokens)
             choices.append(choice.to_host())
         self._pending_rows = rows
-        event = None
-        if self.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-        return PendingStep(choices, event, drafts)
+        return choices
 
     @torch.inference_mode()
     def copy(self, blocks: tuple[tuple[int, int], ...]) -> None:
@@ -277,19 +283,19 @@ class Runner:
         outputs = self._compute(shape, inputs, is_compiled=False)
         self.chooser.run_all(outputs.logits, inputs.sampling)
 
-    def _split(self, step: Step) -> Iterator[_Launch]:
+    def _split(self, works: tuple[Work, ...]) -> Iterator[_Launch]:
         """Split a step into launches: one, or one of decodes and one of prompts without a kernel for paged attention.
 
         Attention over prompts alone is then faster by more than reading the weights twice costs.
         """
-        if (query_len := self._uniform_query_len(step.work)) is not None:
-            yield _exact(step.work, query_len)
+        if (query_len := self._uniform_query_len(works)) is not None:
+            yield _exact(works, query_len)
             return
         if self.plan.mixes:
-            yield _exact(step.work, None)
+            yield _exact(works, None)
             return
-        ones = tuple(work for work in step.work if _is_uniform(work, 1))
-        others = tuple(work for work in step.work if not _is_uniform(work, 1))
+        ones = tuple(work for work in works if _is_uniform(work, 1))
+        others = tuple(work for work in works if not _is_uniform(work, 1))
         if ones:
             yield _exact(ones, 1)
         if others:

@@ -312,3 +312,8 @@ def test_half_a_surrogate_pair_is_refused(llm):
         llm.chat([{"role": "user", "content": "a\ud800"}])
     with pytest.raises(ValueError, match=message):
         llm.generate("a", SamplingParams(bad_words=["\ud800"]))
+
+
+def test_compiling_in_the_background_is_for_a_server():
+    with pytest.raises(ValueError, match="compile is 'background', which is for a server: an LLM is never idle"):
+        LLM("smollm2", compile="background")

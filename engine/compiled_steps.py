@@ -14,6 +14,7 @@ from torch import Tensor
 import ops
 from layers.config import ModelConfig
 from layers.steps import Vocabulary, decode_step, prefill_step
+from layers.types import Batch
 
 
 class StepFunctions(NamedTuple):
@@ -128,6 +129,17 @@ def mark_dynamic(tensor: Tensor, *dims: int) -> None:
     """Tell the compiler that dimensions vary. None may be 1 in the call that is traced."""
     for dim in dims:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def mark_inputs(batch: Batch, *others: Tensor, replays: bool) -> None:
+    """Mark the inputs of a step: their numbers of tokens, sequences, blocks and rows vary; a replay reads them where
+    they are."""
+    mark_dynamic(batch.block_tables, 1)
+    for tensor in (*batch, *others):
+        if isinstance(tensor, Tensor):
+            mark_dynamic(tensor, 0)
+    if replays:
+        mark_static(batch, others)
 
 
 def first_cause(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import ops
-from engine.compiled_steps import begin_replay, compiled, first_cause, mark_dynamic, mark_static, replaying, warn_eager
+from engine.compiled_steps import begin_replay, compiled, first_cause, mark_inputs, replaying, warn_eager
 from engine.runner import Runner
 from engine.sequence import Needs, Sequence
 from engine.step import Work
@@ -25,6 +25,7 @@ from engine.step_shapes import sequence_sizes
 from engine.token_chooser import write_filters
 from layers.decoding import decoder
 from layers.speculation import DraftState, draft_step
+from layers.steps import num_columns
 from layers.types import Filters, KVCache, Weights
 
 # Tokens of a sequence that the draft model may not have computed: an accepted draft token, and what followed it.
@@ -175,7 +176,13 @@ class DraftLoop:
         last[:count] = [len(sequence.token_ids) + own - 2 for sequence, own in depths.items()]
         if needs & Needs.RESTRICT:
             size = shape.sequences
-            write_filters(list(depths), self._runner.num_columns, top_k[:size], top_p[:size], min_p[:size])
+            write_filters(
+                list(depths),
+                num_columns(self._runner.vocabulary, self._runner.config),
+                top_k[:size],
+                top_p[:size],
+                min_p[:size],
+            )
         self._upload(shape)
         found = self._draft(self._step, self._device_state(shape, needs & (Needs.DRAW | Needs.RESTRICT)), depth)
         # Without padding: the target's steps may have less room than a padded chain returns.
@@ -196,12 +203,7 @@ class DraftLoop:
         filters = Filters(top_k, top_p, min_p)
         plan = self._runner.plan
         if plan.compile != "off":
-            mark_dynamic(inputs.batch.block_tables, 1)
-            for tensor in (*inputs.batch, *inputs.sampling, last, *filters):
-                if isinstance(tensor, Tensor):
-                    mark_dynamic(tensor, 0)
-        if plan.replays:
-            mark_static(inputs.batch, inputs.sampling, last, filters)
+            mark_inputs(inputs.batch, *inputs.sampling, last, *filters, replays=plan.replays)
         return DraftState(
             inputs.batch._replace(query_len=None),
             last,

@@ -23,6 +23,7 @@ from engine.compiled_steps import (
     eager_steps,
     first_cause,
     mark_dynamic,
+    mark_inputs,
     mark_static,
     replaying,
     warn_eager,
@@ -155,12 +156,6 @@ class Runner:
     def is_compiled(self) -> bool:
         """Whether steps run the compiled functions."""
         return self._functions is not self._eager
-
-    @property
-    def num_columns(self) -> int:
-        """Number of tokens that the model's own head has logits for."""
-        size, head_tokens = self.vocabulary
-        return min(size, self.config.vocab_size) if head_tokens is None else len(head_tokens)
 
     @torch.inference_mode()
     def launch(self, step: Step, drafts: "DeviceDrafts | None" = None) -> PendingStep:
@@ -326,12 +321,7 @@ class Runner:
         """Return a shape's inputs as the device reads them, with the marks that the compiler needs."""
         inputs = self._hosts[0].views(shape) if self._inputs is None else carve(self._inputs, shape)
         if self.plan.compile != "off":
-            mark_dynamic(inputs.batch.block_tables, 0, 1)
-            for tensor in (*inputs.batch, *inputs.sampling, inputs.token_source):
-                if isinstance(tensor, Tensor):
-                    mark_dynamic(tensor, 0)
-        if self.plan.replays:
-            mark_static(inputs)
+            mark_inputs(inputs.batch, *inputs.sampling, inputs.token_source, replays=self.plan.replays)
         return inputs
 
     def _compute(self, shape: StepShape, inputs: StepInputs, is_compiled: bool | None = None) -> _Outputs:

@@ -8,8 +8,7 @@ from engine.step_inputs import StepShape
 _TOKENS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 _PER_DOUBLING = 8
 
-# What a step is traced with: no two sizes are equal, and none is 1, lest the compiler take two that happen to be for
-# one, or specialise.
+# What a step is traced with. The compiler would unify two sizes that are equal, and specialise on a size of 1.
 TRACED_DECODE = StepShape(tokens=6, sequences=3, blocks=5, rows=6, query_len=2)
 TRACED_PREFILL = StepShape(tokens=19, sequences=3, blocks=5, rows=2, query_len=None)
 

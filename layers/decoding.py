@@ -4,7 +4,7 @@ from torch import arange
 
 import ops
 from layers.config import ModelConfig
-from layers.steps import Vocabulary
+from layers.steps import Vocabulary, num_columns
 from layers.types import KVCache, Weights
 
 
@@ -31,7 +31,6 @@ def decoder(
         blocks.mlp.down,
         *kv_cache,
     )
-    size, head_tokens = vocabulary
     factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
     positions = arange(max_positions, device=weights.rope_frequencies.device)
     return ops.decoder(
@@ -39,8 +38,8 @@ def decoder(
         layers,
         ops.Norm(weights.final_norm, config.rms_norm_eps),
         weights.lm_head,
-        head_tokens,
+        vocabulary.head_tokens,
         ops.rotation(positions, weights.rope_frequencies, factor),
-        min(size, config.vocab_size) if head_tokens is None else len(head_tokens),
+        num_columns(vocabulary, config),
         config.attention_scale,
     )

@@ -102,6 +102,12 @@ def _known(batch: Batch, config: ModelConfig, vocabulary: Vocabulary, previous: 
     return batch._replace(token_ids=token_ids)
 
 
+def num_columns(vocabulary: Vocabulary, config: ModelConfig) -> int:
+    """Return the number of tokens that the model's own head has logits for."""
+    size, head_tokens = vocabulary
+    return min(size, config.vocab_size) if head_tokens is None else len(head_tokens)
+
+
 def in_vocabulary(token_ids: Int[Tensor, "*S"], config: ModelConfig) -> Int[Tensor, "*S"]:
     """Token ids that the model has an embedding for: a larger vocabulary is padded with ids that no tokenizer has."""
     return token_ids.clamp(max=config.vocab_size - 1)

@@ -1,4 +1,4 @@
-"""The steps as the compiler sees them for CUDA, traced with fake tensors: one whole graph of each, whatever the sizes.
+"""The steps as the compiler sees them for CUDA, traced with fake tensors: one graph of each for all sizes.
 
 A size of 1 is not symbolic to the compiler, and equal sizes are one to it: those of a first trace are at least 2, and
 differ.

@@ -10,14 +10,14 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from bench.contestants import Contestant, our_engine, transformers
-from bench.geometries import NAMES
-from bench.loading import Device, Dtype, Model, config_of, useful_kv_memory
-from bench.machine import choose_device, describe_machine
-from bench.report import Output, Plot, Report
-from bench.rounds import take_turns
-from bench.workload import Workload
-from engine.dtypes import DTYPES
+from dispec.bench.contestants import Contestant, our_engine, transformers
+from dispec.bench.geometries import NAMES
+from dispec.bench.loading import Device, Dtype, Model, config_of, useful_kv_memory
+from dispec.bench.machine import choose_device, describe_machine
+from dispec.bench.report import Output, Plot, Report
+from dispec.bench.rounds import take_turns
+from dispec.bench.workload import Workload
+from dispec.engine.dtypes import DTYPES
 
 # What the engine on a CPU computes with in the rows that go without.
 _PLAIN = {"DISPEC_PACKED_WEIGHTS": "off", "DISPEC_CPU_KERNELS": "off"}

@@ -12,12 +12,13 @@ from typing import Annotated
 import torch
 import typer
 
-from bench.loading import Device, Dtype
-from bench.machine import choose_device, describe_machine
-from bench.report import Output, Report
-from bench.transformers_peer import transformers_model
-from engine import LLM, SamplingParams
-from engine.dtypes import DTYPES
+from dispec.bench.loading import Device, Dtype
+from dispec.bench.machine import choose_device, describe_machine
+from dispec.bench.report import Output, Report
+from dispec.bench.transformers_peer import transformers_model
+from dispec.engine.api.llm import LLM
+from dispec.engine.dtypes import DTYPES
+from dispec.engine.sampling_params import SamplingParams
 
 _STARTS = (
     "The history of", "In a distant galaxy", "def main():", "The recipe calls for", "Scientists have found that",

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from serving.console import reporting
+from dispec.serving.cli.console import reporting
 
 COMMANDS = {
     "throughput": "tokens per second beside transformers, vLLM and llama.cpp",
@@ -48,7 +48,7 @@ def main(args: list[str]) -> Any:
     name, *rest = args
     if name not in COMMANDS:
         raise typer.BadParameter(f"there is no benchmark {name!r}, must be one of {', '.join(COMMANDS)}")
-    module = importlib.import_module(f"bench.{name.replace('-', '_')}")
+    module = importlib.import_module(f"dispec.bench.{name.replace('-', '_')}")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(_reported(module.main))
     return app(args=rest, prog_name=f"dispec bench {name}", standalone_mode=False)

@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from bench.cluster_trace import Request
-from engine.block_pool import BlockPool
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.sequence import Sequence as Running
-from engine.step import Step, StepResult
+from dispec.bench.cluster_trace import Request
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.block_pool import BlockPool
+from dispec.engine.scheduling.scheduler import Scheduler
+from dispec.engine.scheduling.scheduler_output import Step, StepResult
+from dispec.engine.scheduling.sequence import Sequence as Running
 
 
 class StepCost(NamedTuple):

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.cluster import StepCost
-from bench.contestants import ROOT
+from dispec.bench.cluster import StepCost
+from dispec.bench.contestants import ROOT
 
 # Prompts and their length.
 _SHAPES = ((1, 64), (1, 200), (1, 400), (4, 300), (8, 128), (16, 64), (32, 32), (1, 1500), (6, 1000))
@@ -73,7 +73,7 @@ def slowdown(alone: Steps, together: list[Steps]) -> float:
 
 def _started(num_threads: int) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "bench.cluster_measure", str(num_threads)],
+        [sys.executable, "-m", "dispec.bench.cluster_measure", str(num_threads)],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -91,7 +91,8 @@ def _said(worker: "subprocess.Popen[str]") -> str:
 
 
 def _main() -> None:
-    from engine import LLM, SamplingParams  # torch: only in the worker
+    from dispec.engine.api.llm import LLM
+    from dispec.engine.sampling_params import SamplingParams  # torch: only in the worker
 
     llm = LLM("smollm2", max_num_seqs=32, max_model_len=4096)
     rng = np.random.default_rng(0)

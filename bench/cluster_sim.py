@@ -17,13 +17,13 @@ from typing import Annotated, Any
 
 import typer
 
-from bench import cluster_measure
-from bench.cluster import Cluster, Machine, Outcome, StepCost
-from bench.cluster_trace import make_trace, read_trace
-from bench.cluster_validate import validate
-from bench.machine import describe_machine
-from bench.report import Output, Plot, Report
-from bench.serve import percentiles
+from dispec.bench import cluster_measure
+from dispec.bench.cluster import Cluster, Machine, Outcome, StepCost
+from dispec.bench.cluster_trace import make_trace, read_trace
+from dispec.bench.cluster_validate import validate
+from dispec.bench.machine import describe_machine
+from dispec.bench.report import Output, Plot, Report
+from dispec.bench.serve import percentiles
 
 CALIBRATION = 12  # requests by which --validate finds what front and client compute
 # Straight lines through the figures of BENCHMARKS.md.

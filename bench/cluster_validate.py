@@ -17,16 +17,16 @@ from typing import Any
 import psutil
 import uvloop
 
-from bench import cluster_measure
-from bench.cluster import Cluster, Host, Machine, Outcome
-from bench.cluster_trace import Request
-from bench.disagg import measure as measure_link
-from bench.geometries import model_config
-from bench.machine import describe_machine
-from bench.mixed_load import running_server
-from bench.openai_load import Client, read
-from bench.report import Report
-from bench.serve import PERCENTILES, percentiles, served_model
+from dispec.bench import cluster_measure
+from dispec.bench.cluster import Cluster, Host, Machine, Outcome
+from dispec.bench.cluster_trace import Request
+from dispec.bench.disagg import measure as measure_link
+from dispec.bench.geometries import model_config
+from dispec.bench.machine import describe_machine
+from dispec.bench.mixed_load import running_server
+from dispec.bench.openai_load import Client, read
+from dispec.bench.report import Report
+from dispec.bench.serve import PERCENTILES, percentiles, served_model
 
 COLUMNS = {"": "", " ": "", "ttft p50 ms": ".0f", "p90": ".0f", "p99": ".0f", "itl p50 ms": ".1f", "itl p90": ".1f"}
 COLUMNS |= {"itl p99": ".1f", "slow gaps": ".2%"}

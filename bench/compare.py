@@ -25,12 +25,12 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from bench.contestants import ROOT, ContestantFailed, Worker
-from bench.geometries import geometry, model_config
-from bench.loading import useful_kv_memory
-from bench.machine import choose_device, describe_machine
-from bench.report import Output, Report
-from bench.workload import Workload
+from dispec.bench.contestants import ROOT, ContestantFailed, Worker
+from dispec.bench.geometries import geometry, model_config
+from dispec.bench.loading import useful_kv_memory
+from dispec.bench.machine import choose_device, describe_machine
+from dispec.bench.report import Output, Report
+from dispec.bench.workload import Workload
 
 DTYPE = "bfloat16"
 START_SECONDS = 270.0  # vLLM needs 80 alone, and more beside others that compile
@@ -101,7 +101,7 @@ class Tree(NamedTuple):
         others = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and Path(part) != ROOT]
         return Worker(
             self.name,
-            [sys.executable, "-m", "bench.worker", json.dumps(settings)],
+            [sys.executable, "-m", "dispec.bench.worker", json.dumps(settings)],
             _environment(cache) | {"PYTHONPATH": os.pathsep.join([str(self.directory), *others])},
             directory=self.directory,
             patience=patience,

@@ -15,16 +15,16 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.compile_cache import fresh_cache
-from bench.contestants import ROOT
-from bench.loading import Device, Dtype, Model
-from bench.machine import choose_device, describe_machine
-from bench.report import Output, Plot, Report
+from dispec.bench.compile_cache import fresh_cache
+from dispec.bench.contestants import ROOT
+from dispec.bench.loading import Device, Dtype, Model
+from dispec.bench.machine import choose_device, describe_machine
+from dispec.bench.report import Output, Plot, Report
 
 
 def start_once(options: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
     """Start an engine in a new process; what `bench.compile_probe` found. Raises RuntimeError with its last words."""
-    command = [sys.executable, "-m", "bench.compile_probe", json.dumps(options)]
+    command = [sys.executable, "-m", "dispec.bench.compile_probe", json.dumps(options)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError("the engine did not start: " + "\n".join(done.stderr.strip().splitlines()[-15:]))

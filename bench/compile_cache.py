@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from engine.cache import cache_directory
+from dispec.engine.machine.cache_directory import cache_directory
 
 _KEPT = ("models", "tokenizers")  # of the user's cache: a download is no compilation
 _COMPILERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")

@@ -10,9 +10,10 @@ import torch  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 from torch._inductor import metrics  # noqa: E402
 
-from bench.loading import load  # noqa: E402
-from bench.workload import Workload  # noqa: E402
-from engine import LLM, SamplingParams  # noqa: E402
+from dispec.bench.loading import load  # noqa: E402
+from dispec.bench.workload import Workload  # noqa: E402
+from dispec.engine.api.llm import LLM  # noqa: E402
+from dispec.engine.sampling_params import SamplingParams  # noqa: E402
 
 
 def graphs() -> int:

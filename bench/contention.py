@@ -21,14 +21,15 @@ from urllib.parse import urlsplit
 
 import typer
 
-from bench.compile_cache import fresh_cache
-from bench.loading import Dtype, Model, load
-from bench.machine import describe_machine
-from bench.mixed_load import running_server
-from bench.report import Output, Plot, Report
-from bench.serve import served_model
-from engine import LLM, SamplingParams
-from engine.cpu_cores import usable_cores
+from dispec.bench.compile_cache import fresh_cache
+from dispec.bench.loading import Dtype, Model, load
+from dispec.bench.machine import describe_machine
+from dispec.bench.mixed_load import running_server
+from dispec.bench.report import Output, Plot, Report
+from dispec.bench.serve import served_model
+from dispec.engine.api.llm import LLM
+from dispec.engine.machine.cpu_cores import usable_cores
+from dispec.engine.sampling_params import SamplingParams
 
 SPAN_SECONDS = 5.0
 _STREAM_TOKENS = 512

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from bench.llama_cpp import parse_batched_bench
-from bench.resident_memory import cpu_seconds, peak_bytes
-from bench.workload import Workload
-from engine import SPIN_COUNT
+from dispec.bench.llama_cpp import parse_batched_bench
+from dispec.bench.resident_memory import cpu_seconds, peak_bytes
+from dispec.bench.workload import Workload
+from dispec.engine import SPIN_COUNT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -207,7 +207,7 @@ def transformers(name: str, settings: dict[str, Any]) -> Worker:
 
 
 def _own_worker(name: str, settings: dict[str, Any], environment: dict[str, str] | None = None) -> Worker:
-    command = [sys.executable, "-m", "bench.worker", json.dumps(settings)]
+    command = [sys.executable, "-m", "dispec.bench.worker", json.dumps(settings)]
     return Worker(name, command, environment)
 
 

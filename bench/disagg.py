@@ -22,13 +22,13 @@ import numpy as np
 import torch
 import typer
 
-from bench.geometries import model_config
-from bench.machine import describe_machine
-from bench.report import Output, Plot, Report
-from engine.transfer import Pulled, Ticket, TransferOptions, shared_memory
-from engine.transfer.interface import Transport
-from engine.transfer.transfers import Transfers
-from layers.types import KVCache
+from dispec.bench.geometries import model_config
+from dispec.bench.machine import describe_machine
+from dispec.bench.report import Output, Plot, Report
+from dispec.engine.transfer import Pulled, Ticket, TransferOptions, shared_memory
+from dispec.engine.transfer.interface import Transport
+from dispec.engine.transfer.transfers import Transfers
+from dispec.layers.types import KVCache
 
 TRANSPORTS: dict[str, tuple[Transport, ...]] = {"cpu": ("shm", "tcp", "nixl"), "cuda": ("cuda_ipc", "tcp")}
 SECONDS = 60  # after which a transfer counts as failed

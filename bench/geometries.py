@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from layers.config import ModelConfig, config_from_hugging_face
+from dispec.layers.config import ModelConfig, config_from_hugging_face
 
 _QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],

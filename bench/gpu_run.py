@@ -1,7 +1,7 @@
 """One command for a GPU that is lent for minutes: check, then time, then a short table.
 
-    python -m bench.gpu_run --out /tmp/gpu --only test,memcheck    # 8 minutes of 16 cores
-    python -m bench.gpu_run --out /tmp/gpu --no-checks
+    python -m dispec.bench.gpu_run --out /tmp/gpu --only test,memcheck    # 8 minutes of 16 cores
+    python -m dispec.bench.gpu_run --out /tmp/gpu --no-checks
 
 `bench.compare` times checkouts and vLLM beside each other instead.
 
@@ -62,8 +62,8 @@ CHECKS = [
         ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
     ),
 ]
-_THROUGHPUT = ["-m", "bench.throughput", "--model", MODEL, "--rounds", "2", "--peer", "none"]
-_STEP = ["-m", "bench.profile_step", "--model", MODEL]
+_THROUGHPUT = ["-m", "dispec.bench.throughput", "--model", MODEL, "--rounds", "2", "--peer", "none"]
+_STEP = ["-m", "dispec.bench.profile_step", "--model", MODEL]
 TIMINGS = [
     Part("cold start and step, c=1", _STEP, 150, cache="starts"),
     Part("warm start and step, c=1", _STEP, 120, cache="starts"),
@@ -72,10 +72,10 @@ TIMINGS = [
     Part("prefill 2048", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "2048", "--output-tokens", "1"], 120),
     Part("prefill 8192", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "8192", "--output-tokens", "1"], 120),
     Part("context 8192", [*_THROUGHPUT, "--concurrency", "1,8", "--prompt-tokens", "8192", "--decode-only"], 120),
-    Part("products", ["-m", "bench.products", "--models", MODEL, "--rows", "2,32"], 60),
+    Part("products", ["-m", "dispec.bench.products", "--models", MODEL, "--rows", "2,32"], 60),
     Part("context 32000", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "32000", "--decode-only"], 120),
-    Part("layers timed", ["-m", "bench.layer"], 240),
-    Part("layers swept", ["-m", "bench.layer", "--rows", "", "--sweep"], 240),
+    Part("layers timed", ["-m", "dispec.bench.layer"], 240),
+    Part("layers swept", ["-m", "dispec.bench.layer", "--rows", "", "--sweep"], 240),
 ]
 # Of a log that are shown, where it is more than usual.
 _LINES = {"layers timed": 120, "layers swept": 60}

@@ -1,7 +1,7 @@
 """Time the Triton kernels on a CUDA device, and sweep their launch configurations.
 
-    python -m bench.kernels            # time what the tables of ops.triton.tuning choose
-    python -m bench.kernels --sweep    # try candidate configurations; prints lines to copy into the tables
+    python -m dispec.bench.kernels            # time what the tables of ops.triton.tuning choose
+    python -m dispec.bench.kernels --sweep    # try candidate configurations; prints lines to copy into the tables
 
 Decode and cache writes are timed inside a CUDA graph, as the engine runs them, and over enough copies of the
 cache that none is still in the L2 cache from the time before. GB/s counts the keys and values of the contexts
@@ -128,8 +128,8 @@ def copy_bandwidth() -> float:
 
 
 def time_decode(step: Step, query_len: int, config: object = None) -> float:
-    from ops.triton.decode_attention import decode
-    from ops.triton.tuning import DecodeConfig
+    from dispec.ops.triton.decode_attention import decode
+    from dispec.ops.triton.tuning import DecodeConfig
 
     assert config is None or isinstance(config, DecodeConfig)
     scale = step.query.shape[2] ** -0.5
@@ -141,8 +141,8 @@ def time_decode(step: Step, query_len: int, config: object = None) -> float:
 
 
 def time_prefill(step: Step, config: object = None) -> float:
-    from ops.triton.prefill_attention import prefill
-    from ops.triton.tuning import PrefillConfig
+    from dispec.ops.triton.prefill_attention import prefill
+    from dispec.ops.triton.tuning import PrefillConfig
 
     assert config is None or isinstance(config, PrefillConfig)
     (keys, values), scale = step.caches[0], step.query.shape[2] ** -0.5
@@ -165,8 +165,8 @@ def report(name: str, seconds: float, moved: float, operations: float, copy: flo
 
 
 def time_tables(block_sizes: list[int], dtype: torch.dtype) -> None:
-    from ops.triton.kv_cache import write_kv
-    from ops.triton.paged_attention import paged_attention
+    from dispec.ops.triton.kv_cache import write_kv
+    from dispec.ops.triton.paged_attention import paged_attention
 
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {copy / 1e9:.0f} GB/s (read and written)")
@@ -236,7 +236,7 @@ def run_candidate(path: str, step: Step, candidate: tuple[int, ...]) -> float | 
     """Seconds of one call, or None where the candidate does not fit the device."""
     from triton.runtime.errors import OutOfResources
 
-    from ops.triton.tuning import DecodeConfig, PrefillConfig
+    from dispec.ops.triton.tuning import DecodeConfig, PrefillConfig
 
     try:
         if path == "decode":

@@ -13,12 +13,12 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from bench.loading import Device, Dtype, EnforceEager, Model, load
-from bench.machine import choose_device, describe_machine
-from bench.report import Output, Plot, Report
-from bench.workload import Workload, sizes
-from engine.engine import Engine
-from engine.sampling_params import SamplingParams
+from dispec.bench.loading import Device, Dtype, EnforceEager, Model, load
+from dispec.bench.machine import choose_device, describe_machine
+from dispec.bench.report import Output, Plot, Report
+from dispec.bench.workload import Workload, sizes
+from dispec.engine.engine import Engine
+from dispec.engine.sampling_params import SamplingParams
 
 
 def token_times(engine: Engine, prompts: list[list[int]], output_tokens: int) -> list[list[float]]:

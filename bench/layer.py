@@ -1,8 +1,8 @@
 """Time a decode step's layers on a CUDA device, and sweep the configurations of their products.
 
-    python -m bench.layer                   # `layers.block`, and where its time goes
-    python -m bench.layer --sweep           # other configurations of each product; the best to copy into the table
-    TRITON_INTERPRET=1 python -m bench.layer --device cpu --rows 2,8 --sweep    # that this script works; no figures
+    python -m dispec.bench.layer                   # `layers.block`, and where its time goes
+    python -m dispec.bench.layer --sweep           # other configurations of each product
+    TRITON_INTERPRET=1 python -m dispec.bench.layer --device cpu --rows 2,8 --sweep    # checks the script
 
 All layers are compiled together, as in a step of the engine, and in one CUDA graph. Each has its own weights, so that
 none is still in the L2 cache.
@@ -18,18 +18,18 @@ import torch
 import typer
 from torch import Tensor
 
-import ops
-from bench import kernels
-from bench.layer_candidates import candidates
-from bench.machine import choose_device, read_bandwidth
-from layers.config import ModelConfig
-from layers.model import block
-from layers.rope import rope_frequencies
-from layers.types import Batch, BlockWeights, KVCache, layers
-from layers.weights import dummy_weights
+from dispec import ops
+from dispec.bench import kernels
+from dispec.bench.layer_candidates import candidates
+from dispec.bench.machine import choose_device, read_bandwidth
+from dispec.layers.config import ModelConfig
+from dispec.layers.model import block
+from dispec.layers.rope import rope_frequencies
+from dispec.layers.types import Batch, BlockWeights, KVCache, layers
+from dispec.layers.weights import dummy_weights
 
 if TYPE_CHECKING:
-    from ops.triton.tuning import FewRowsConfig
+    from dispec.ops.triton.tuning import FewRowsConfig
 
 QWEN = ModelConfig(
     architecture="Qwen2ForCausalLM",
@@ -147,10 +147,10 @@ def profile(run: Callable[[], object], num_layers: int) -> list[tuple[str, float
 
 def products_of(stack: Stack, step: Step, name: str, config: "FewRowsConfig | None") -> list[Callable[[], Tensor]]:
     """One of the four products of each layer, as calls; torch's without a config, and then nothing around it."""
-    from ops.triton.add_product import add_product
-    from ops.triton.gate_product import gate_product
-    from ops.triton.rotate_product import Slots, rotate_product
-    from ops.triton.tuning import FOLDS_NORM_UP_TO
+    from dispec.ops.triton.add_product import add_product
+    from dispec.ops.triton.gate_product import gate_product
+    from dispec.ops.triton.rotate_product import Slots, rotate_product
+    from dispec.ops.triton.tuning import FOLDS_NORM_UP_TO
 
     x, eps = step.x, stack.config.rms_norm_eps
     calls: list[Callable[[], Tensor]] = []
@@ -172,7 +172,7 @@ def products_of(stack: Stack, step: Step, name: str, config: "FewRowsConfig | No
 
 def sweep(stack: Stack, step: Step, deadline: float) -> None:
     """Try the candidates of each product; print the best."""
-    from ops.triton.tuning import Device, FewRowsConfig, choose_product, describe
+    from dispec.ops.triton.tuning import Device, FewRowsConfig, choose_product, describe
 
     rows, is_cuda = len(step.x), step.x.is_cuda
     device = describe(step.x.device) if is_cuda else Device("sm_90", 132)

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from bench.machine import Rates, seconds_of
-from bench.workload import Workload
-from layers.config import ModelConfig
-from layers.weights import declare
+from dispec.bench.machine import Rates, seconds_of
+from dispec.bench.workload import Workload
+from dispec.layers.config import ModelConfig
+from dispec.layers.weights import declare
 
 ELEMENT = 2  # bytes of a bf16 number
 

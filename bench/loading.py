@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.geometries import NAMES, model_config
-from engine import LLM
-from engine.checkpoint import find_checkpoint
-from layers.config import ModelConfig
+from dispec.bench.geometries import NAMES, model_config
+from dispec.engine.api.llm import LLM
+from dispec.engine.loading.checkpoint import find_checkpoint
+from dispec.layers.config import ModelConfig
 
 Model = Annotated[
     str, typer.Option(help=f"Directory, hub id, .gguf file, built-in name, or shapes: {', '.join(NAMES)}.")

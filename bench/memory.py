@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 
-from bench.limits import kv_bytes, weight_bytes
-from bench.loading import Device, Dtype, EnforceEager, Model, config_of
-from bench.machine import choose_device, describe_machine
-from bench.peers import PeerBin, PeerGguf, PeerHf, PeerPreload, PeerPython, Peers, choose_peers, contestants
-from bench.report import Output, Plot, Report
-from bench.rounds import take_turns
-from bench.workload import Workload
+from dispec.bench.limits import kv_bytes, weight_bytes
+from dispec.bench.loading import Device, Dtype, EnforceEager, Model, config_of
+from dispec.bench.machine import choose_device, describe_machine
+from dispec.bench.peers import PeerBin, PeerGguf, PeerHf, PeerPreload, PeerPython, Peers, choose_peers, contestants
+from dispec.bench.report import Output, Plot, Report
+from dispec.bench.rounds import take_turns
+from dispec.bench.workload import Workload
 
 
 def allowance(weights: int, kv: int) -> float:

@@ -1,6 +1,6 @@
 """Where the resident memory of an engine's process comes from: after each phase of its start, and by what is mapped.
 
-python -m bench.memory_phases --context 2048
+python -m dispec.bench.memory_phases --context 2048
 """
 
 import ctypes
@@ -48,7 +48,8 @@ def main(
     import torch
 
     say("import torch")
-    from engine import LLM, SamplingParams
+    from dispec.engine.api.llm import LLM
+    from dispec.engine.sampling_params import SamplingParams
 
     say("import engine")
     llm = LLM(model, max_model_len=context + 16, max_num_seqs=1, enforce_eager=enforce_eager)

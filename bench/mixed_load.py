@@ -18,12 +18,12 @@ from typing import Annotated
 import typer
 import uvloop
 
-from bench.contestants import ROOT
-from bench.loading import Model
-from bench.machine import describe_machine
-from bench.openai_load import Answer, Client, Load, run_load
-from bench.report import Output, Plot, Report
-from bench.serve import percentiles, served_model
+from dispec.bench.contestants import ROOT
+from dispec.bench.loading import Model
+from dispec.bench.machine import describe_machine
+from dispec.bench.openai_load import Answer, Client, Load, run_load
+from dispec.bench.report import Output, Plot, Report
+from dispec.bench.serve import percentiles, served_model
 
 _VOCABULARY = 32000  # prompts are of token ids below this
 
@@ -42,7 +42,7 @@ def running_server(
     *options: str, environment: dict[str, str] | None = None
 ) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     """A server that is ready: the process of its front, and its URL."""
-    command = [sys.executable, "-m", "serving.cli", "serve", "--port", "0", *options]
+    command = [sys.executable, "-m", "dispec", "serve", "--port", "0", *options]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

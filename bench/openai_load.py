@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from bench.workload import random_tokens
+from dispec.bench.workload import random_tokens
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.contestants import ROOT, Contestant, LlamaCpp, Worker, our_engine, peer_environment, transformers
-from bench.geometries import NAMES, geometry
-from bench.loading import config_of, useful_kv_memory
-from engine.dtypes import DTYPES
+from dispec.bench.contestants import ROOT, Contestant, LlamaCpp, Worker, our_engine, peer_environment, transformers
+from dispec.bench.geometries import NAMES, geometry
+from dispec.bench.loading import config_of, useful_kv_memory
+from dispec.engine.dtypes import DTYPES
 
 PEERS = ("transformers", "vllm", "llama.cpp")
 

@@ -11,12 +11,13 @@ from typing import Annotated
 
 import typer
 
-from bench.loading import Device, Dtype, EnforceEager, Model, load
-from bench.machine import choose_device, describe_machine
-from bench.report import Output, Plot, Report
-from bench.workload import Workload
-from engine import LLM, SamplingParams
-from engine.step_record import StepRecord
+from dispec.bench.loading import Device, Dtype, EnforceEager, Model, load
+from dispec.bench.machine import choose_device, describe_machine
+from dispec.bench.report import Output, Plot, Report
+from dispec.bench.workload import Workload
+from dispec.engine.api.llm import LLM
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.step_record import StepRecord
 
 CASES = ("all at once", "prefix in the cache")
 

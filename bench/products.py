@@ -1,7 +1,7 @@
 """Time products of few rows on a CUDA device: our kernels beside torch's, and configurations beside one another.
 
-    python -m bench.products                # what the engine chooses
-    python -m bench.products --sweep        # other configurations as well
+    python -m dispec.bench.products                # what the engine chooses
+    python -m dispec.bench.products --sweep        # other configurations as well
 
 Timed inside a CUDA graph over enough weights that none is still in the L2 cache from the time before.
 """
@@ -13,7 +13,7 @@ import torch
 import typer
 from torch import Tensor
 
-from bench.kernels import COLD_BYTES, seconds_per_call
+from dispec.bench.kernels import COLD_BYTES, seconds_per_call
 
 # Hidden size, intermediate size, rows of the query, key and value projections, vocabulary.
 MODELS = {
@@ -37,8 +37,8 @@ def weight_shapes(model: str) -> dict[str, tuple[int, int]]:
 
 def time_product(x: Tensor, weights: list[Tensor], config: object, by_torch: bool = False) -> float:
     """Seconds of one product, over all the weights in turn."""
-    from ops.triton.few_rows import linear
-    from ops.triton.tuning import FewRowsConfig
+    from dispec.ops.triton.few_rows import linear
+    from dispec.ops.triton.tuning import FewRowsConfig
 
     assert config is None or isinstance(config, FewRowsConfig)
     calls = [
@@ -67,7 +67,7 @@ def main(
     sweep: Annotated[bool, typer.Option(help="Try other configurations.")] = False,
 ) -> None:
     """Print a table."""
-    from ops.triton.tuning import FewRowsConfig, choose_few_rows, describe
+    from dispec.ops.triton.tuning import FewRowsConfig, choose_few_rows, describe
 
     device = describe(torch.device("cuda", torch.cuda.current_device()))
     for model in models.split(","):

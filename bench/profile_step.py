@@ -14,11 +14,11 @@ import psutil
 import torch
 import typer
 
-from bench.loading import Device, Dtype, EnforceEager, Model, load
-from bench.machine import describe_machine
-from bench.report import Output, Report
-from bench.workload import Workload
-from engine import SamplingParams
+from dispec.bench.loading import Device, Dtype, EnforceEager, Model, load
+from dispec.bench.machine import describe_machine
+from dispec.bench.report import Output, Report
+from dispec.bench.workload import Workload
+from dispec.engine.sampling_params import SamplingParams
 
 
 def main(

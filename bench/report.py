@@ -22,8 +22,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.chart import Kind, draw, require_matplotlib
-from bench.machine import Machine, commit, versions
+from dispec.bench.chart import Kind, draw, require_matplotlib
+from dispec.bench.machine import Machine, commit, versions
 
 Output = Annotated[Path | None, typer.Option(help="Append results to this file, as JSON lines.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the results into this file, .png, .svg or .pdf.")]

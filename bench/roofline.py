@@ -13,13 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.limits import ELEMENT, Products, decode_step_seconds, kv_bytes, prefill_seconds, weight_read_bytes
-from bench.loading import Device, EnforceEager, Model, config_of, load
-from bench.machine import choose_device, describe_machine, measure_rates, seconds_of
-from bench.report import Output, Plot, Report
-from bench.workload import Workload, sizes
-from engine.engine import Engine
-from engine.sampling_params import SamplingParams
+from dispec.bench.limits import ELEMENT, Products, decode_step_seconds, kv_bytes, prefill_seconds, weight_read_bytes
+from dispec.bench.loading import Device, EnforceEager, Model, config_of, load
+from dispec.bench.machine import choose_device, describe_machine, measure_rates, seconds_of
+from dispec.bench.report import Output, Plot, Report
+from dispec.bench.workload import Workload, sizes
+from dispec.engine.engine import Engine
+from dispec.engine.sampling_params import SamplingParams
 
 _WARM_UP = 5
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from bench.contestants import Contestant
-from bench.resident_memory import machine_cpu_seconds
-from bench.workload import Workload
+from dispec.bench.contestants import Contestant
+from dispec.bench.resident_memory import machine_cpu_seconds
+from dispec.bench.workload import Workload
 
 NOISY = 0.1  # of a core, from which on others are said to have disturbed
 

@@ -12,14 +12,14 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from bench.machine import describe_machine
-from bench.report import Output, Plot, Report
-from bench.workload import sizes
-from engine.block_pool import BlockPool
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.sequence import Sequence
-from engine.step import StepResult
+from dispec.bench.machine import describe_machine
+from dispec.bench.report import Output, Plot, Report
+from dispec.bench.workload import sizes
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.block_pool import BlockPool
+from dispec.engine.scheduling.scheduler import Scheduler
+from dispec.engine.scheduling.scheduler_output import StepResult
+from dispec.engine.scheduling.sequence import Sequence
 
 WARM_UP = 20
 

@@ -22,9 +22,9 @@ import typer
 import uvloop
 from tqdm import tqdm
 
-from bench.machine import describe_machine
-from bench.openai_load import Answer, Client, Load, run_load
-from bench.report import Output, Plot, Report
+from dispec.bench.machine import describe_machine
+from dispec.bench.openai_load import Answer, Client, Load, run_load
+from dispec.bench.report import Output, Plot, Report
 
 PERCENTILES = (50, 90, 99)
 KINDS = ("ttft", "itl", "e2e")
@@ -99,7 +99,8 @@ async def serve_once(url: str, api_key: str | None, model: str, load: Load, seed
 
 def offline_rate(model: str, options: dict[str, Any], load: Load) -> Callable[[int], float]:
     """`LLM.generate` on a seed's prompts, `load.concurrency` at a time; gives output tokens per second."""
-    from engine import LLM, SamplingParams  # torch: only where it is asked for
+    from dispec.engine.api.llm import LLM
+    from dispec.engine.sampling_params import SamplingParams  # torch: only where it is asked for
 
     context = load.prompt_tokens + load.output_tokens + 16
     llm = LLM(model, max_num_seqs=load.concurrency, max_model_len=context, show_progress=True, **options)

@@ -17,15 +17,16 @@ from typing import Annotated, NamedTuple
 import typer
 from tqdm import tqdm
 
-from bench.loading import Device, Dtype, EnforceEager, Model, load
-from bench.machine import choose_device, describe_machine
-from bench.report import Output, Plot, Report
-from bench.speculative_run import Costs, Run, SimulatedDrafts, fixed, measure_costs, take_turns
-from bench.workload import sizes
-from engine import LLM, SamplingParams
-from engine.draft_controller import predicted_speedup
-from engine.draft_model import DraftModel
-from engine.speculation import Speculator
+from dispec.bench.loading import Device, Dtype, EnforceEager, Model, load
+from dispec.bench.machine import choose_device, describe_machine
+from dispec.bench.report import Output, Plot, Report
+from dispec.bench.speculative_run import Costs, Run, SimulatedDrafts, fixed, measure_costs, take_turns
+from dispec.bench.workload import sizes
+from dispec.engine.api.llm import LLM
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.speculation.controller import predicted_speedup
+from dispec.engine.speculation.draft_model import DraftModel
+from dispec.engine.speculation.speculator import Speculator
 
 _PASSAGES = (
     "The lighthouse at Carrow Point was built in 1868 after three ships were lost in a single winter. Its lamp "

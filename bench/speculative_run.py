@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from engine import LLM, SamplingParams
-from engine.draft_model import DraftModel, Proposal
-from engine.speculation import Speculator
-from engine.step import Step
-from engine.step_record import StepRecord
+from dispec.engine.api.llm import LLM
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.scheduler_output import Step
+from dispec.engine.scheduling.step_record import StepRecord
+from dispec.engine.speculation.draft_model import DraftModel, Proposal
+from dispec.engine.speculation.speculator import Speculator
 
 _TURN = 2  # tokens of each sequence
 

@@ -17,15 +17,15 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from bench.compile_cache import fresh_cache
-from bench.contestants import ROOT
-from bench.loading import EnforceEager
-from bench.machine import describe_machine
-from bench.report import Output, Plot, Report
-from bench.resident_memory import peak_bytes
+from dispec.bench.compile_cache import fresh_cache
+from dispec.bench.contestants import ROOT
+from dispec.bench.loading import EnforceEager
+from dispec.bench.machine import describe_machine
+from dispec.bench.report import Output, Plot, Report
+from dispec.bench.resident_memory import peak_bytes
 
 PROMPT = "What is the capital of France?"
-_COMMAND = [sys.executable, "-m", "serving.cli"]
+_COMMAND = [sys.executable, "-m", "dispec"]
 
 
 class Start(NamedTuple):

@@ -13,14 +13,14 @@ from typing import Annotated
 
 import typer
 
-from bench.limits import seconds_at_best
-from bench.loading import Device, Dtype, EnforceEager, Model, config_of
-from bench.machine import choose_device, describe_machine, measure_rates
-from bench.peers import PeerBin, PeerGguf, PeerHf, PeerPreload, PeerPython, Peers, choose_peers, contestants
-from bench.report import Output, Plot, Report
-from bench.rounds import NOISY, take_turns
-from bench.workload import Workload, sizes
-from engine.memory import format_bytes
+from dispec.bench.limits import seconds_at_best
+from dispec.bench.loading import Device, Dtype, EnforceEager, Model, config_of
+from dispec.bench.machine import choose_device, describe_machine, measure_rates
+from dispec.bench.peers import PeerBin, PeerGguf, PeerHf, PeerPreload, PeerPython, Peers, choose_peers, contestants
+from dispec.bench.report import Output, Plot, Report
+from dispec.bench.rounds import NOISY, take_turns
+from dispec.bench.workload import Workload, sizes
+from dispec.engine.execution.kv_cache_memory import format_bytes
 
 
 def main(

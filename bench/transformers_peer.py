@@ -3,9 +3,9 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench.geometries import geometry
-from engine.checkpoint import Checkpoint
-from engine.distill_models import transformers_model as transformers_model_of
+from dispec.bench.distillation.models import transformers_model as transformers_model_of
+from dispec.bench.geometries import geometry
+from dispec.engine.loading.checkpoint import Checkpoint
 
 
 def transformers_model(

@@ -21,8 +21,8 @@ Run = Callable[[list[list[int]], int, bool], Answer]
 
 def dispec(settings: dict[str, Any]) -> Run:
     """`LLM.generate`. settings: model, options."""
-    from bench.loading import load
-    from engine import SamplingParams
+    from dispec.bench.loading import load
+    from dispec.engine.sampling_params import SamplingParams
 
     llm = load(settings["model"], **settings["options"])
 
@@ -48,10 +48,10 @@ def transformers(settings: dict[str, Any]) -> Run:
     """`generate`: one static batch and its own KV cache, or one prompt after another with `one_at_a_time`."""
     import torch
 
-    from bench.machine import choose_device
-    from bench.transformers_peer import transformers_model
-    from engine.checkpoint import find_checkpoint
-    from engine.dtypes import DTYPES
+    from dispec.bench.machine import choose_device
+    from dispec.bench.transformers_peer import transformers_model
+    from dispec.engine.dtypes import DTYPES
+    from dispec.engine.loading.checkpoint import find_checkpoint
 
     device = choose_device(settings["device"])
     checkpoint = None if settings["is_geometry"] else find_checkpoint(settings["model"])

@@ -2,6 +2,6 @@
 
 import torch
 
-from engine.options import DTYPE_NAMES
+from dispec.engine.options import DTYPE_NAMES
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}

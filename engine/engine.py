@@ -17,19 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from tqdm import tqdm
 
-from engine.block_pool import BlockPool
-from engine.cache import writable_cache
-from engine.checkpoint import Checkpoint, find_checkpoint
-from engine.compile_cache import choose_compile_cache
-from engine.draft_checkpoint import SharedDraft
-from engine.draft_loop import DraftLoop
-from engine.draft_model import Draft, DraftModel, find_draft
-from engine.dtypes import DTYPES
-from engine.errors import ContextOverflow, InvalidField
-from engine.execution_plan import plan_for
-from engine.handover import Handover
-from engine.logit_edits import LogitEdits, check_something_remains
-from engine.memory import (
+from dispec.engine.distributed.rank_messages import Prepare
+from dispec.engine.dtypes import DTYPES
+from dispec.engine.errors import ContextOverflow, InvalidField
+from dispec.engine.execution.execution_plan import plan_for
+from dispec.engine.execution.kv_cache_memory import (
     KVPlan,
     allocate_kv_cache,
     format_bytes,
@@ -39,30 +31,38 @@ from engine.memory import (
     return_freed_memory,
     weight_bytes,
 )
-from engine.options import EngineOptions
-from engine.pending_step import PendingStep
-from engine.rank_messages import Prepare
-from engine.runner import Runner
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.sequence import FinishReason, Sequence
-from engine.speculation import Speculator
-from engine.step import Step, TokenOutput
-from engine.step_record import Kind, StepRecord
-from engine.torch_threads import set_threads
-from engine.transfer.interface import Ticket, TransferOptions, Transport
-from layers.config import ModelConfig, Shard, UnsupportedModelError
-from layers.sharding import Sharding, check_can_shard
-from layers.types import Weights
-from layers.weights import Pack, dummy_weights, load_weights
-from ops import Matrix, pack
-from ops.cpu.library import has_kernels, is_kept
-from ops.paged_attention import TRITON_HEAD_DIMS
+from dispec.engine.execution.logits_processors import LogitEdits, check_something_remains
+from dispec.engine.execution.model_runner import Runner
+from dispec.engine.execution.pending_step import PendingStep
+from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
+from dispec.engine.loading.draft_checkpoint import SharedDraft
+from dispec.engine.machine.cache_directory import writable_cache
+from dispec.engine.machine.compile_cache import choose_compile_cache
+from dispec.engine.machine.torch_threads import set_threads
+from dispec.engine.options import EngineOptions
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.block_pool import BlockPool
+from dispec.engine.scheduling.scheduler import Scheduler
+from dispec.engine.scheduling.scheduler_output import Step, TokenOutput
+from dispec.engine.scheduling.sequence import FinishReason, Sequence
+from dispec.engine.scheduling.step_record import Kind, StepRecord
+from dispec.engine.speculation.draft_loop import DraftLoop
+from dispec.engine.speculation.draft_model import Draft, DraftModel, find_draft
+from dispec.engine.speculation.speculator import Speculator
+from dispec.engine.transfer.interface import Ticket, TransferOptions, Transport
+from dispec.engine.transfer.kv_connector import Handover
+from dispec.layers.config import ModelConfig, Shard, UnsupportedModelError
+from dispec.layers.sharding import Sharding, check_can_shard
+from dispec.layers.types import Weights
+from dispec.layers.weights import Pack, dummy_weights, load_weights
+from dispec.ops import Matrix, pack
+from dispec.ops.cpu.library import has_kernels, is_kept
+from dispec.ops.paged_attention import TRITON_HEAD_DIMS
 
 if TYPE_CHECKING:
-    from engine.tensor_parallel import TensorParallel
-    from engine.transfer.shared_memory import SharedMemory
-    from engine.transfer.transfers import Transfers
+    from dispec.engine.distributed.tensor_parallel import TensorParallel
+    from dispec.engine.transfer.shared_memory import SharedMemory
+    from dispec.engine.transfer.transfers import Transfers
 
 log = logging.getLogger("dispec")
 
@@ -526,7 +526,7 @@ class Engine:
         options = self.options
         if options.kv_transfer is None:
             return None
-        from engine.transfer.transfers import Transfers  # its libraries are of no use otherwise
+        from dispec.engine.transfer.transfers import Transfers  # its libraries are of no use otherwise
 
         transfers = Transfers(
             TransferOptions(
@@ -546,7 +546,9 @@ class Engine:
     def _start_ranks(self) -> "TensorParallel | None":
         if self.options.tensor_parallel_size == 1:
             return None
-        from engine.tensor_parallel import TensorParallel  # brings torch.distributed, of no use otherwise
+        from dispec.engine.distributed.tensor_parallel import (
+            TensorParallel,  # brings torch.distributed, of no use otherwise
+        )
 
         return TensorParallel(self.options, self.device)
 
@@ -554,7 +556,7 @@ class Engine:
         """Memory for the KV cache that engines on the same machine can read."""
         if self.options.kv_transfer not in ("auto", "shm") or self.device.type != "cpu":
             return None
-        from engine.transfer.shared_memory import allocate
+        from dispec.engine.transfer.shared_memory import allocate
 
         return allocate(kv_cache_bytes(self.config, self.kv_plan, DTYPES[self.options.dtype]))
 

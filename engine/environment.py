@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from torch._dynamo.utils import counters
 
-from engine.compiled_steps import begin_replay, compiled
-from engine.engine import Engine
-from engine.execution_plan import ExecutionPlan, plan_for
-from engine.options import DTYPE_NAMES, EngineOptions
-from engine.sampling_params import SamplingParams
-from layers.config import ModelConfig
-from ops.cpu.library import build
-from ops.linear import Packed, linear, pack
+from dispec.engine.engine import Engine
+from dispec.engine.execution.compiled_steps import begin_replay, compiled
+from dispec.engine.execution.execution_plan import ExecutionPlan, plan_for
+from dispec.engine.options import DTYPE_NAMES, EngineOptions
+from dispec.engine.sampling_params import SamplingParams
+from dispec.layers.config import ModelConfig
+from dispec.ops.cpu.library import build
+from dispec.ops.linear import Packed, linear, pack
 
 # bf16 keeps 8 bits: a product of rounded inputs, summed in float32, ends within one rounding of the exact one.
 _BF16_TOLERANCE = 2**-7

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError
+from dispec.engine.errors import CheckpointError
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.cpu_cores import usable_cores
-from engine.field_names import with_checked_names
-from engine.transfer.interface import TRANSPORTS, is_loopback
-from layers.config import ModelConfig
+from dispec.engine.machine.cpu_cores import usable_cores
+from dispec.engine.transfer.interface import TRANSPORTS, is_loopback
+from dispec.engine.unknown_names import with_checked_names
+from dispec.layers.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -214,7 +214,7 @@ class EngineOptions:
 
     def num_threads(self) -> int:
         """CPU threads of a step."""
-        from engine.torch_threads import default_threads
+        from dispec.engine.machine.torch_threads import default_threads
 
         return self.threads or min(default_threads(), usable_cores())
 

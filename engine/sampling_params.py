@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from types import MappingProxyType
 
-from engine.errors import InvalidField
-from engine.field_names import with_checked_names
+from dispec.engine.errors import InvalidField
+from dispec.engine.unknown_names import with_checked_names
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128

@@ -4,9 +4,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-import ops
-from layers.config import ModelConfig
-from layers.types import AttentionWeights, Batch, LayerKV
+from dispec import ops
+from dispec.layers.config import ModelConfig
+from dispec.layers.types import AttentionWeights, Batch, LayerKV
 
 Rotation = tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]]
 

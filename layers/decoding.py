@@ -2,10 +2,10 @@
 
 from torch import arange
 
-import ops
-from layers.config import ModelConfig
-from layers.steps import Vocabulary, num_columns
-from layers.types import KVCache, Weights
+from dispec import ops
+from dispec.layers.config import ModelConfig
+from dispec.layers.steps import Vocabulary, num_columns
+from dispec.layers.types import KVCache, Weights
 
 
 def decoder(

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from layers.sampling import scaled
-from layers.types import Edits, Filters
-from ops import token_threshold
+from dispec.layers.sampling import scaled
+from dispec.layers.types import Edits, Filters
+from dispec.ops import token_threshold
 
 
 def edit(logits: Float[Tensor, "R V"], edits: Edits) -> Float[Tensor, "R V"]:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from layers.types import Logprobs
+from dispec.layers.types import Logprobs
 
 
 def logprobs(logits: Float[Tensor, "R V"], token_ids: Int[Tensor, "R"], count: int) -> Logprobs:

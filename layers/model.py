@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-import ops
-from layers.attention import Rotation, attention
-from layers.config import ModelConfig
-from layers.types import Batch, BlockWeights, KVCache, LayerKV, Weights, layers
+from dispec import ops
+from dispec.layers.attention import Rotation, attention
+from dispec.layers.config import ModelConfig
+from dispec.layers.types import Batch, BlockWeights, KVCache, LayerKV, Weights, layers
 
 
 def embed(weights: Weights, config: ModelConfig, batch: Batch) -> tuple[Float[Tensor, "T E"], Rotation]:

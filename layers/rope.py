@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.config import ModelConfig, RopeScaling
+from dispec.layers.config import ModelConfig, RopeScaling
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Tensor, "D2"]:

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-import ops
-from layers.types import Sampling
+from dispec import ops
+from dispec.layers.types import Sampling
 
 _MASK = 0xFFFFFFFF
 _BELOW_ONE = 1 - 2.0**-24  # the float32 before 1

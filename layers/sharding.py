@@ -8,7 +8,7 @@ declaration, which names what each dimension counts.
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from layers.config import ModelConfig, Shard
+from dispec.layers.config import ModelConfig, Shard
 
 Axis = Literal["query_heads", "kv_heads", "intermediate", "vocabulary", "once"]
 

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from layers.config import ModelConfig
-from layers.logit_processing import restrict
-from layers.model import hidden_states, logits, wanted_rows
-from layers.sampling import draw, greedy
-from layers.steps import Vocabulary, in_vocabulary
-from layers.types import Batch, Filters, KVCache, Sampling, Weights
+from dispec.layers.config import ModelConfig
+from dispec.layers.logit_processing import restrict
+from dispec.layers.model import hidden_states, logits, wanted_rows
+from dispec.layers.sampling import draw, greedy
+from dispec.layers.steps import Vocabulary, in_vocabulary
+from dispec.layers.types import Batch, Filters, KVCache, Sampling, Weights
 
 
 class DraftState(NamedTuple):

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-import ops
-from layers.config import ModelConfig
-from layers.model import hidden_states, logits, wanted_rows
-from layers.sampling import greedy
-from layers.types import Batch, KVCache, Weights
+from dispec import ops
+from dispec.layers.config import ModelConfig
+from dispec.layers.model import hidden_states, logits, wanted_rows
+from dispec.layers.sampling import greedy
+from dispec.layers.types import Batch, KVCache, Weights
 
 
 class Vocabulary(NamedTuple):

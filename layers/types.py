@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops import Matrix, Packed
+from dispec.ops import Matrix, Packed
 
 
 class AttentionWeights(NamedTuple):

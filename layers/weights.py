@@ -11,11 +11,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-import ops
-from layers.config import ModelConfig, Shard
-from layers.rope import rope_frequencies
-from layers.sharding import Axis, Part, Sharding
-from layers.types import AttentionWeights, BlockWeights, MlpWeights, Weights
+from dispec import ops
+from dispec.layers.config import ModelConfig, Shard
+from dispec.layers.rope import rope_frequencies
+from dispec.layers.sharding import Axis, Part, Sharding
+from dispec.layers.types import AttentionWeights, BlockWeights, MlpWeights, Weights
 
 Stack = ops.Matrix | tuple[ops.Packed, ...]
 

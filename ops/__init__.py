@@ -5,17 +5,17 @@ Each op has a fake implementation for tracing, a Triton one for CUDA, a torch on
 plain functions.
 """
 
-from ops.argmax import argmax
-from ops.collective import all_gather_columns, all_reduce, broadcast
-from ops.decode import Decoder, DecoderLayers, decode, decoder, decoder_layers
-from ops.draw import draw, has_draw_kernel
-from ops.embedding import embedding
-from ops.kv_cache import copy_blocks, write_kv
-from ops.linear import Matrix, Packed, linear, pack, prepare
-from ops.norm import Norm, rms_norm
-from ops.paged_attention import paged_attention
-from ops.rotary import qkv_rope_write, rotate_and_write, rotation
-from ops.token_threshold import token_threshold
+from dispec.ops.argmax import argmax
+from dispec.ops.collective import all_gather_columns, all_reduce, broadcast
+from dispec.ops.decode import Decoder, DecoderLayers, decode, decoder, decoder_layers
+from dispec.ops.draw import draw, has_draw_kernel
+from dispec.ops.embedding import embedding
+from dispec.ops.kv_cache import copy_blocks, write_kv
+from dispec.ops.linear import Matrix, Packed, linear, pack, prepare
+from dispec.ops.norm import Norm, rms_norm
+from dispec.ops.paged_attention import paged_attention
+from dispec.ops.rotary import qkv_rope_write, rotate_and_write, rotation
+from dispec.ops.token_threshold import token_threshold
 
 __all__ = [
     "Decoder",

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops.cpu import argmax as cpu_argmax
-from ops.cpu.library import has_kernels
+from dispec.ops.cpu import argmax as cpu_argmax
+from dispec.ops.cpu.library import has_kernels
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define("argmax(Tensor logits) -> Tensor")

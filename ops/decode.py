@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops.cpu import decoder as cpu_decoder
-from ops.cpu.linear import TILE
-from ops.linear import Matrix, Packed, is_tiled
-from ops.norm import Norm
-from ops.paged_attention import has_cpu_kernel
+from dispec.ops.cpu import decoder as cpu_decoder
+from dispec.ops.cpu.linear import TILE
+from dispec.ops.linear import Matrix, Packed, is_tiled
+from dispec.ops.norm import Norm
+from dispec.ops.paged_attention import has_cpu_kernel
 
 
 class DecoderLayers(NamedTuple):

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops.cpu import draw as cpu_draw
-from ops.cpu.library import has_kernels
+from dispec.ops.cpu import draw as cpu_draw
+from dispec.ops.cpu.library import has_kernels
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define("draw(Tensor logits, Tensor temperature, Tensor seed, Tensor position, Tensor? token_ids) -> Tensor")

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops.cpu import linear as cpu_linear
-from ops.linear import Matrix, Packed
+from dispec.ops.cpu import linear as cpu_linear
+from dispec.ops.linear import Matrix, Packed
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define("tiled_rows(Tensor weight, Tensor indices, int size) -> Tensor")

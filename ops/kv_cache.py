@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops.cpu import attention as cpu_attention
+from dispec.ops.cpu import attention as cpu_attention
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define(
@@ -68,7 +68,7 @@ def _write_kv_cpu(
 def _write_kv_cuda(
     keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor, layer: int | None = None
 ) -> None:
-    from ops.triton.kv_cache import write_kv as kernel
+    from dispec.ops.triton.kv_cache import write_kv as kernel
 
     kernel(*pages_of_layer(keys, values, layer), key, value, slot_mapping)
 

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.cpu import linear as cpu_linear
-from ops.cpu.library import has_linear
-from ops.norm import Norm, rms_norm
+from dispec.ops.cpu import linear as cpu_linear
+from dispec.ops.cpu.library import has_linear
+from dispec.ops.norm import Norm, rms_norm
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, int features) -> Tensor")
@@ -129,7 +129,7 @@ def is_fused(x: Tensor) -> bool:
 def prepare(device: torch.device) -> None:
     """Allocate what ops keep on a device between calls. Must be called before a step is compiled or recorded there."""
     if device.type == "cuda":
-        from ops.triton.add_product import arrivals
+        from dispec.ops.triton.add_product import arrivals
 
         arrivals(torch.empty(0, device=device).device)  # with an index, as the tensors of a call have it
 
@@ -168,7 +168,7 @@ def _tiled_linear_fake(
 
 
 def _few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from ops.triton.few_rows import linear as kernel
+    from dispec.ops.triton.few_rows import linear as kernel
 
     return kernel(x, weight, bias)
 
@@ -185,7 +185,7 @@ def _fused_linear(
     eps: float,
     is_gated: bool,
 ) -> Tensor:
-    from ops.triton.linear import fused_linear as kernels
+    from dispec.ops.triton.linear import fused_linear as kernels
 
     return kernels(x, weight, bias, None if norm is None else Norm(norm, eps), is_gated)
 
@@ -197,7 +197,7 @@ def _fused_linear_fake(
 
 
 def _add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    from ops.triton.linear import add_linear as kernels
+    from dispec.ops.triton.linear import add_linear as kernels
 
     kernels(total, x, weight, bias)
 

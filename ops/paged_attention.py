@@ -10,9 +10,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops.cpu import attention as cpu_attention
-from ops.kv_cache import pages_of_layer
-from ops.tracing import constant
+from dispec.ops.cpu import attention as cpu_attention
+from dispec.ops.kv_cache import pages_of_layer
+from dispec.ops.tracing import constant
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define(
@@ -125,7 +125,7 @@ def _paged_attention_cuda(
     scale: float,
     layer: int | None = None,
 ) -> Tensor:
-    from ops.triton.paged_attention import paged_attention as kernel
+    from dispec.ops.triton.paged_attention import paged_attention as kernel
 
     keys, values = pages_of_layer(keys, values, layer)
     return kernel(query, keys, values, block_tables, query_start, context_lens, query_len, scale)

@@ -10,11 +10,11 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops.cpu import attention as cpu_attention
-from ops.kv_cache import pages_of_layer, write_kv
-from ops.linear import Matrix, is_fused, linear
-from ops.norm import Norm, rms_norm
-from ops.paged_attention import has_cpu_kernel
+from dispec.ops.cpu import attention as cpu_attention
+from dispec.ops.kv_cache import pages_of_layer, write_kv
+from dispec.ops.linear import Matrix, is_fused, linear
+from dispec.ops.norm import Norm, rms_norm
+from dispec.ops.paged_attention import has_cpu_kernel
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define("rotation(Tensor positions, Tensor frequencies, float factor) -> (Tensor, Tensor)")
@@ -129,8 +129,8 @@ def _qkv_rope_write(
     key_norm: Tensor | None,
     layer: int | None = None,
 ) -> Tensor:
-    from ops.triton.rotary import Slots
-    from ops.triton.rotary import qkv_rope_write as kernels
+    from dispec.ops.triton.rotary import Slots
+    from dispec.ops.triton.rotary import qkv_rope_write as kernels
 
     slots = Slots(*pages_of_layer(keys, values, layer), slot_mapping, cosine.contiguous(), sine.contiguous())
     return kernels(x, qkv, bias, Norm(norm, eps), slots, query_norm, key_norm)

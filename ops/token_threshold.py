@@ -85,7 +85,7 @@ def _row_sums(weights: Tensor) -> Tensor:
 
 
 def _token_threshold_cuda(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    from ops.triton.token_threshold import token_threshold as kernel
+    from dispec.ops.triton.token_threshold import token_threshold as kernel
 
     return kernel(weights, top_k, top_p)
 

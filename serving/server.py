@@ -17,23 +17,23 @@ import uvicorn
 import uvloop
 from litestar.types import ASGIApp
 
-from engine.cpu_cores import usable_cores
-from engine.messages import EngineInfo
-from serving.acceptor import Acceptor, raise_file_limit
-from serving.app import create_app
-from serving.autoscaler import Autoscaler
-from serving.engine_client import EngineClient, State
-from serving.http_protocol import BoundedHttp
-from serving.listener import Listener
-from serving.live import Live
-from serving.metrics import Metrics
-from serving.restart_policy import RestartPolicy
-from serving.routes_dashboard import dashboard_router
-from serving.service import Service, version
-from serving.settings import ServerSettings
-from serving.start_check import check_start
-from serving.structured_log import logging_to
-from serving.worker_pool import WorkerPool
+from dispec.engine.machine.cpu_cores import usable_cores
+from dispec.engine.process.messages import EngineInfo
+from dispec.serving.api.app import create_app
+from dispec.serving.api.service import Service, version
+from dispec.serving.client.engine_client import EngineClient, State
+from dispec.serving.client.listener import Listener
+from dispec.serving.client.restart_policy import RestartPolicy
+from dispec.serving.cluster.autoscaler import Autoscaler
+from dispec.serving.cluster.worker_pool import WorkerPool
+from dispec.serving.dashboard.dashboard_state import Live
+from dispec.serving.dashboard.routes_dashboard import dashboard_router
+from dispec.serving.http.acceptor import Acceptor, raise_file_limit
+from dispec.serving.http.http_protocol import BoundedHttp
+from dispec.serving.observability.metrics import Metrics
+from dispec.serving.observability.structured_log import logging_to
+from dispec.serving.settings import ServerSettings
+from dispec.serving.start_check import check_start
 
 log = logging.getLogger("dispec.server")
 

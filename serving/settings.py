@@ -5,9 +5,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.autoscaling import ScalingLimits
-from engine.slo import DEFAULT_CLASS, Slo
-from serving.cors import ANY, Cors, origin_as_sent
+from dispec.serving.client.slo import DEFAULT_CLASS, Slo
+from dispec.serving.cluster.autoscaling import ScalingLimits
+from dispec.serving.http.cors import ANY, Cors, origin_as_sent
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024

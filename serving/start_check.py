@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from engine.model_source import check_draft, check_model
-from engine.options import EngineOptions
-from layers.config import ModelConfig
-from serving.settings import ServerSettings
-from serving.worker_pool import worker_options
+from dispec.engine.loading.model_source import check_draft, check_model
+from dispec.engine.options import EngineOptions
+from dispec.layers.config import ModelConfig
+from dispec.serving.cluster.worker_pool import worker_options
+from dispec.serving.settings import ServerSettings
 
 
 def check_start(settings: ServerSettings, engine_options: Mapping[str, Any]) -> None:

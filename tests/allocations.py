@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-from layers.types import KVCache, Weights, layers
+from dispec.layers.types import KVCache, Weights, layers
 
 
 def largest_allocation(call: Callable[[], object]) -> int:

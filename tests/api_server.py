@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from engine import LLM
+from dispec import LLM
 from tests.checkpoints import save_tiny
 from tests.servers import Server, server, wait_for
 from tests.small_engine import make

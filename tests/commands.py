@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from serving import cli
+from dispec.serving.cli import commands as cli
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = [sys.executable, "-m", "serving.cli"]
+COMMAND = [sys.executable, "-m", "dispec"]
 # Threads that wait for one another collapse where other processes share their cores, as on a busy build machine.
 THREADS = "1"
 

@@ -11,14 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from engine import LLM
-from engine.completion import Completion
-from engine.messages import Inspection
-from engine.sampling_params import SamplingParams
-from engine.sequence import TokenLogprobs
-from engine.step_record import StepRecord
-from serving.engine_client import EngineClient, GenerationRequest, Listener, RequestStream, RequestSummary, State
-from serving.request_stream import FirstToken
+from dispec import LLM
+from dispec.engine.api.outputs import Completion
+from dispec.engine.process.messages import Inspection
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.sequence import TokenLogprobs
+from dispec.engine.scheduling.step_record import StepRecord
+from dispec.serving.client.engine_client import (
+    EngineClient,
+    GenerationRequest,
+    Listener,
+    RequestStream,
+    RequestSummary,
+    State,
+)
+from dispec.serving.client.request_stream import FirstToken
 from tests.checkpoints import save_tiny
 from tests.small_engine import OPTIONS, make, mixed_params, random_prompts
 

@@ -14,11 +14,11 @@ from collections.abc import Sequence as Series
 from dataclasses import replace
 from typing import NamedTuple
 
-from engine.block_pool import BlockPool
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.sequence import Sequence, TokenLogprobs
-from engine.step import Step, StepResult, TokenOutput
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.block_pool import BlockPool
+from dispec.engine.scheduling.scheduler import Scheduler
+from dispec.engine.scheduling.scheduler_output import Step, StepResult, TokenOutput
+from dispec.engine.scheduling.sequence import Sequence, TokenLogprobs
 
 VOCAB_SIZE = 8
 SIZE = 4  # tokens in a block, unless a test says otherwise

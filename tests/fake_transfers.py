@@ -8,8 +8,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.transfer.interface import Event, Pulled, PullFailed, Released, Ticket
-from layers.types import KVCache
+from dispec.engine.transfer.interface import Event, Pulled, PullFailed, Released, Ticket
+from dispec.layers.types import KVCache
 
 
 @dataclass

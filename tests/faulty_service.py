@@ -1,10 +1,11 @@
-"""`engine.service` with faults that only a broken kernel or driver could cause, chosen by a request's seed."""
+"""`engine_loop` with faults that only a broken kernel or driver could cause, chosen by a request's seed."""
 
 import ctypes
 from typing import Any
 
-from engine import runner, service
-from engine.scheduler import Step
+from dispec.engine.execution import model_runner as runner
+from dispec.engine.process import engine_loop as service
+from dispec.engine.scheduling.scheduler import Step
 
 FAILS_ALONE, FAILS_FOR_ALL, CRASHES = 666, 667, 668
 

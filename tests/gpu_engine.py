@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from engine import LLM, SamplingParams
-from engine.completion import Completion
-from engine.engine import Engine
-from engine.sequence import Sequence
-from engine.token_chooser import TokenChooser
-from layers.config import ModelConfig
-from layers.steps import decode_step
+from dispec import LLM, SamplingParams
+from dispec.engine.api.outputs import Completion
+from dispec.engine.engine import Engine
+from dispec.engine.execution.sampler import TokenChooser
+from dispec.engine.scheduling.sequence import Sequence
+from dispec.layers.config import ModelConfig
+from dispec.layers.steps import decode_step
 
 NEEDS_CUDA = [
     pytest.mark.gpu,

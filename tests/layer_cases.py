@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ops import reference
+from dispec.ops import reference
 
 # Rotated queries of a rounded projection, in steps of their type: several roundings one after the other.
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 8e-2}

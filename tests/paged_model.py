@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from layers import model
-from layers.config import ModelConfig
-from layers.types import Batch, KVCache, Weights
+from dispec.layers import model
+from dispec.layers.config import ModelConfig
+from dispec.layers.types import Batch, KVCache, Weights
 
 Forward = Callable[[Weights, ModelConfig, Batch, KVCache], Tensor]
 

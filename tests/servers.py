@@ -51,7 +51,7 @@ class Server:
 
     def engine_processes(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if "engine.service" in child.cmdline()]
+        return [child for child in children if "dispec.engine.process.engine_loop" in child.cmdline()]
 
     def engine_process(self) -> psutil.Process:
         return self.engine_processes()[0]

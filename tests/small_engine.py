@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from engine import LLM, SamplingParams
+from dispec import LLM, SamplingParams
 from tests.checkpoints import VOCAB_SIZE
 
 BLOCK_SIZE = 16

@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from engine import LLM, Completion, SamplingParams
+from dispec import LLM, Completion, SamplingParams
 from tests.api_server import CONTEXT, MESSAGES, PARAMETERS, chat, complete
 from tests.checkpoints import EOS_TOKEN_ID
 from tests.servers import Server, server, wait_for

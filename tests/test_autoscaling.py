@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.autoscaling import Observation, Scaling, ScalingLimits, scale
+from dispec.serving.cluster.autoscaling import Observation, Scaling, ScalingLimits, scale
 
 LIMITS = ScalingLimits(least=1, most=6)
 observations = st.builds(

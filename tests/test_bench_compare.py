@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.compare import Case, Suite, Tree, started, take_turns
-from bench.contestants import ContestantFailed, Worker
-from bench.workload import Workload
+from dispec.bench.compare import Case, Suite, Tree, started, take_turns
+from dispec.bench.contestants import ContestantFailed, Worker
+from dispec.bench.workload import Workload
 
 # Speaks the protocol of bench/worker.py. FAILS is the round in which it ends instead of answering.
 PEER = """

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.contention import busy_processes, spans
+from dispec.bench.contention import busy_processes, spans
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +28,7 @@ def test_busy_processes_run_until_the_end():
 
 @pytest.mark.slow
 def test_a_short_run_leaves_its_figures(tmp_path):
-    command = [sys.executable, "-m", "bench.contention", "--tokens", "8", "--rounds", "1", "--seconds", "1"]
+    command = [sys.executable, "-m", "dispec.bench.contention", "--tokens", "8", "--rounds", "1", "--seconds", "1"]
     done = subprocess.run(
         [*command, "--output", str(tmp_path / "found")], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import ops
-from bench import ablations
-from bench.contestants import ContestantFailed, LlamaCpp, Worker, our_engine, transformers
-from bench.llama_cpp import BatchTiming, parse_batched_bench
-from bench.peers import choose_peers
-from bench.rounds import take_turns
-from bench.workload import Workload
-from engine.options import EngineOptions
+from dispec import ops
+from dispec.bench import ablations
+from dispec.bench.contestants import ContestantFailed, LlamaCpp, Worker, our_engine, transformers
+from dispec.bench.llama_cpp import BatchTiming, parse_batched_bench
+from dispec.bench.peers import choose_peers
+from dispec.bench.rounds import take_turns
+from dispec.bench.workload import Workload
+from dispec.engine.options import EngineOptions
 from tests.checkpoints import VOCAB_SIZE, save_tiny
 
 # Printed by llama-batched-bench b11434 for -npp 128 -ntg 16 -npl 4 -t 2 -c 1024, as a table and as JSON lines.

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cli, limits
-from bench.chart import bar_rows
-from bench.geometries import model_config
-from bench.latency import spread
-from bench.machine import Machine, Rates
-from bench.report import Report
-from bench.workload import Workload, sizes
-from engine.memory import weight_bytes
-from layers.config import ModelConfig
-from layers.weights import dummy_weights
+from dispec.bench import cli, limits
+from dispec.bench.chart import bar_rows
+from dispec.bench.geometries import model_config
+from dispec.bench.latency import spread
+from dispec.bench.machine import Machine, Rates
+from dispec.bench.report import Report
+from dispec.bench.workload import Workload, sizes
+from dispec.engine.execution.kv_cache_memory import weight_bytes
+from dispec.layers.config import ModelConfig
+from dispec.layers.weights import dummy_weights
 
 MACHINE = Machine("a test", 2, 2**30, None)
 FIELDS = {"bench", "time", "commit", "machine", "versions", "settings", "case", "figures"}

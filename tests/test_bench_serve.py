@@ -4,9 +4,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from bench import cli, serve
-from bench.openai_load import Answer, Client, Load, run_load
-from bench.serve import Objective, summarize
+from dispec.bench import cli, serve
+from dispec.bench.openai_load import Answer, Client, Load, run_load
+from dispec.bench.serve import Objective, summarize
 from tests.checkpoints import VOCAB_SIZE, save_tiny
 from tests.running_server import serving
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from bench.spec import Work, compare
-from bench.speculative_run import SimulatedDrafts, fixed, measure_costs, take_turns
-from engine import LLM, SamplingParams
-from engine.speculation import Speculator
+from dispec import LLM, SamplingParams
+from dispec.bench.spec import Work, compare
+from dispec.bench.speculative_run import SimulatedDrafts, fixed, measure_costs, take_turns
+from dispec.engine.speculation.speculator import Speculator
 from tests.checkpoints import save_tiny
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], list(range(20, 60))]  # the last one takes two steps
@@ -61,7 +61,7 @@ def test_a_speculator_that_changes_answers_is_found_out(llm, monkeypatch) -> Non
     plain, spec = compare(llm, Speculator(2), work, 12, 2)
     assert len(plain) == len(spec) == 2
     monkeypatch.setattr(
-        "bench.spec.take_turns",
+        "dispec.bench.spec.take_turns",
         lambda llm, prompts, given, speculators: [
             run._replace(tokens=[[int(one is None)]])
             for run, one in zip(take_turns(llm, prompts, given, speculators), speculators, strict=True)

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine import cache
-from ops.cpu import library
+from dispec.engine.machine import cache_directory as cache
+from dispec.ops.cpu import library
 from tests.checkpoints import save_tiny_gguf, tiny_model
 from tests.servers import server, wait_for
 
@@ -18,12 +18,12 @@ ROOT = Path(__file__).parent.parent
 
 _ANSWER = """
 import logging
-from engine import SamplingParams
+from dispec import SamplingParams
 from tests.test_compile_options import make
-import ops.cpu.library
+import dispec.ops.cpu.library
 llm = make("bfloat16")
 print(llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0].token_ids)
-print(ops.cpu.library.library() is not None)
+print(dispec.ops.cpu.library.library() is not None)
 """
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.chat import Turn, fit
+from dispec.serving.cli.chat import Turn, fit
 from tests.checkpoints import save_tiny
 from tests.commands import dispec, eager, one_sentence, read_until, running
 

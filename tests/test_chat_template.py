@@ -11,15 +11,15 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from engine import LLM
-from engine.chat_template import _check_all_shown
-from engine.errors import InvalidField
-from engine.sampling_params import SamplingParams
-from engine.tokenizer import Tokenizer
-from serving.prompts import Prompts
-from serving.protocol import ChatRequest
-from serving.serve_options import server_options
-from serving.settings import ServerSettings
+from dispec import LLM
+from dispec.engine.errors import InvalidField
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.text.chat_template import _check_all_shown
+from dispec.engine.text.tokenizer import Tokenizer
+from dispec.serving.api.prompts import Prompts
+from dispec.serving.api.protocol import ChatRequest
+from dispec.serving.cli.serve_options import server_options
+from dispec.serving.settings import ServerSettings
 from tests.api_server import MESSAGES
 from tests.checkpoints import _CORPUS, CHATML, EOS_TOKEN_ID, save_tokenizer
 from tests.servers import Server

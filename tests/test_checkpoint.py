@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import LLM, SamplingParams
-from engine.checkpoint import Checkpoint, CheckpointError, find_checkpoint
-from engine.model_source import check_model
-from layers.config import UnsupportedModelError
+from dispec import LLM, SamplingParams
+from dispec.engine.loading.checkpoint import Checkpoint, CheckpointError, find_checkpoint
+from dispec.engine.loading.model_source import check_model
+from dispec.layers.config import UnsupportedModelError
 from tests.checkpoints import EOS_TOKEN_ID, FAMILIES, save_tiny
 
 

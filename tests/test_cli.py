@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import typer
 
-from engine.options import EngineOptions
-from serving.cli_options import engine_options
-from serving.console import explain, reporting
-from serving.engine_errors import EngineDied
+from dispec.engine.options import EngineOptions
+from dispec.serving.cli.console import explain, reporting
+from dispec.serving.cli.shared_options import engine_options
+from dispec.serving.client.engine_errors import EngineDied
 from tests.checkpoints import save_tiny, save_tiny_gguf, tiny_model
 from tests.commands import dispec, eager, one_sentence, running
 

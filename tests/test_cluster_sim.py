@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from bench.cluster import Cluster, Host, Machine, StepCost
-from bench.cluster_measure import Steps, slowdown
-from bench.cluster_sim import MACHINES, splits, summary
-from bench.cluster_trace import Request, make_trace, read_trace
+from dispec.bench.cluster import Cluster, Host, Machine, StepCost
+from dispec.bench.cluster_measure import Steps, slowdown
+from dispec.bench.cluster_sim import MACHINES, splits, summary
+from dispec.bench.cluster_trace import Request, make_trace, read_trace
 
 SMALL = Machine(StepCost(0.01, 0.001, 0.001, 0.0), kv_bytes=1000, num_blocks=129, max_num_seqs=8, bandwidth=1e6)
 

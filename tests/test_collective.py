@@ -13,7 +13,7 @@ RANK = """
 import sys
 import torch
 import torch.distributed as dist
-import ops
+from dispec import ops
 
 rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
@@ -39,7 +39,12 @@ dist.destroy_process_group()
     ],
 )
 def test_all_ranks_hear_the_same_and_keep_their_own(tmp_path: Path, function: str, expected: list[int]) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store"), function],

@@ -11,10 +11,10 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from engine import LLM, SamplingParams
-from engine.compile_cache import choose_compile_cache
-from layers.config import ModelConfig
-from ops import has_draw_kernel
+from dispec import LLM, SamplingParams
+from dispec.engine.machine.compile_cache import choose_compile_cache
+from dispec.layers.config import ModelConfig
+from dispec.ops import has_draw_kernel
 from tests.allocations import largest_allocation, smallest_matrix_or_cache
 
 CONFIG = ModelConfig(

@@ -11,10 +11,10 @@ import jaxtyping
 import pytest
 import torch
 
-from engine import LLM, SamplingParams
-from engine.engine import Engine
-from engine.options import EngineOptions
-from layers.config import ModelConfig
+from dispec import LLM, SamplingParams
+from dispec.engine.engine import Engine
+from dispec.engine.options import EngineOptions
+from dispec.layers.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ModelConfig(
@@ -98,7 +98,7 @@ def test_on_a_cpu_no_compiler_is_imported_and_no_process_started(dtype):
     program = f"""
 import json, sys
 import psutil
-from engine import SamplingParams
+from dispec import SamplingParams
 from tests.test_compile_options import DRAFT, make
 for options in ({{}}, {{"max_num_seqs": 1, "speculative_model": "ngram"}}, {{"speculative_model": DRAFT}}):
     llm = make({dtype!r}, **options)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from layers.logit_processing import allow, edit, restrict
-from layers.logprobs import logprobs
-from layers.sampling import draw, greedy
-from layers.types import Edits, Filters, Logprobs, Sampling
+from dispec.layers.logit_processing import allow, edit, restrict
+from dispec.layers.logprobs import logprobs
+from dispec.layers.sampling import draw, greedy
+from dispec.layers.types import Edits, Filters, Logprobs, Sampling
 
 VOCAB = 501
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))

@@ -7,14 +7,14 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from layers.config import (
+from dispec.layers.config import (
     ModelConfig,
     RopeScaling,
     UnsupportedModelError,
     config_from_hugging_face,
     config_warnings,
 )
-from layers.rope import rope_frequencies
+from dispec.layers.rope import rope_frequencies
 from tests.checkpoints import FAMILIES, tiny_config
 
 LLAMA_OLD = {  # as transformers 4 wrote them: rope_theta and rope_scaling beside the sizes

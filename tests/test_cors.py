@@ -11,12 +11,12 @@ import httpx
 import pytest
 from litestar.testing import TestClient
 
-from serving.app import create_app
-from serving.cors import Cors, origin_as_sent
-from serving.engine_client import EngineClient
-from serving.metrics import Metrics
-from serving.serve_options import server_options
-from serving.settings import ServerSettings
+from dispec.serving.api.app import create_app
+from dispec.serving.cli.serve_options import server_options
+from dispec.serving.client.engine_client import EngineClient
+from dispec.serving.http.cors import Cors, origin_as_sent
+from dispec.serving.observability.metrics import Metrics
+from dispec.serving.settings import ServerSettings
 from tests.checkpoints import save_tiny
 from tests.servers import KEY, Server, server
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import cpu_cores
-from engine.cpu_cores import usable_cores
-from engine.options import EngineOptions
+from dispec.engine.machine import cpu_cores
+from dispec.engine.machine.cpu_cores import usable_cores
+from dispec.engine.options import EngineOptions
 from tests.checkpoints import save_tiny
 from tests.small_engine import make
 
@@ -77,10 +77,10 @@ def test_a_number_out_of_range_is_refused(threads):
 
 _SERVE = """
 import json, sys
-import serving.server
-from engine.options import EngineOptions
-serving.server.run = lambda settings, engine, **_: print(json.dumps(EngineOptions(**engine).num_threads())) or 0
-from serving.cli import main
+import dispec.serving.server
+from dispec.engine.options import EngineOptions
+dispec.serving.server.run = lambda settings, engine, **_: print(json.dumps(EngineOptions(**engine).num_threads())) or 0
+from dispec.serving.cli.commands import main
 main(["serve", "-q", *sys.argv[1:]])
 """
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import ops
-from ops.cpu.library import has_linear
+from dispec import ops
+from dispec.ops.cpu.library import has_linear
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not has_linear(), reason="this CPU has neither A
 # Prints a digest of a product of many tiles, computed by as many threads as it is told, or by a forked process.
 _PRODUCT = """
 import hashlib, os, sys, torch
-import ops
+from dispec import ops
 torch.manual_seed(0)
 x, weight = torch.randn(5, 200).bfloat16(), ops.pack(torch.randn(3000, 200).bfloat16())
 def digest():
@@ -40,7 +40,7 @@ print(first)
 def _digest(argument: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _PRODUCT, argument],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         timeout=120,

@@ -6,12 +6,12 @@ import json
 import httpx
 import pytest
 
-from engine.sampling_params import SamplingParams
-from engine.step_record import StepRecord
-from serving.dashboard_events import PoolWatch, dashboard_events
-from serving.live import REQUESTS, SPAN, STEPS, Live
-from serving.request_stream import FirstToken, RequestSummary
-from serving.routes_dashboard import plotly_script
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.step_record import StepRecord
+from dispec.serving.client.request_stream import FirstToken, RequestSummary
+from dispec.serving.dashboard.dashboard_events import PoolWatch, dashboard_events
+from dispec.serving.dashboard.dashboard_state import REQUESTS, SPAN, STEPS, Live
+from dispec.serving.dashboard.routes_dashboard import plotly_script
 from tests.checkpoints import save_tiny
 from tests.engine_clients import ask, generate, one_thread_each, running_client, until  # noqa: F401
 from tests.running_server import PATIENCE, serving
@@ -143,7 +143,7 @@ def test_speculation_is_absent_until_there_is_some(live) -> None:
 
 def test_events_of_a_real_engine(tmp_path, monkeypatch) -> None:
     save_tiny(tmp_path, "llama")
-    monkeypatch.setattr("serving.dashboard_events.INTERVAL", 0.01)
+    monkeypatch.setattr("dispec.serving.dashboard.dashboard_events.INTERVAL", 0.01)
 
     async def run() -> None:
         async with running_client(tmp_path) as client:

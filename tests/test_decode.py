@@ -5,13 +5,13 @@ import functools
 import pytest
 import torch
 
-import ops
-from engine.checkpoint import find_checkpoint
-from layers.decoding import decoder
-from layers.sampling import draw, greedy
-from layers.steps import Vocabulary
-from layers.types import Sampling
-from layers.weights import load_weights
+from dispec import ops
+from dispec.engine.loading.checkpoint import find_checkpoint
+from dispec.layers.decoding import decoder
+from dispec.layers.sampling import draw, greedy
+from dispec.layers.steps import Vocabulary
+from dispec.layers.types import Sampling
+from dispec.layers.weights import load_weights
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_tiny
 from tests.paged_model import PagedModel
 

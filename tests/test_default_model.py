@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from engine import LLM, SamplingParams
+from dispec import LLM, SamplingParams
 
 OUTPUT_TOKENS = 16
 

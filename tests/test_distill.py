@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 
-from engine.distill import Recipe, distill, frequent_tokens
-from engine.distill_text import Text, read_prompts, read_text
-from engine.draft_checkpoint import save_shared_draft
-from engine.options import EngineOptions
-from engine.tokenizer import Tokenizer
+from dispec.bench.distillation.distill import Recipe, distill, frequent_tokens
+from dispec.bench.distillation.text import Text, read_prompts, read_text
+from dispec.engine.loading.draft_checkpoint import save_shared_draft
+from dispec.engine.options import EngineOptions
+from dispec.engine.text.tokenizer import Tokenizer
 from tests.checkpoints import save_tiny
 from tests.small_engine import greedy, make, random_prompts
 
@@ -48,7 +48,7 @@ def test_a_draft_that_borrows_its_head_guesses_and_changes_nothing(target, draft
 
 
 def test_an_interrupted_training_goes_on_and_ends_where_it_would_have(target, draft, tmp_path, monkeypatch) -> None:
-    from engine.distill import Training
+    from dispec.bench.distillation.distill import Training
 
     step, count = Training._step, 0
 

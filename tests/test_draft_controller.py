@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.acceptance import Acceptance
-from engine.draft_controller import DraftController, predicted_speedup
-from engine.planned_step import Behind, PlannedStep
-from engine.step_costs import Cost, StepCosts
+from dispec.engine.speculation.acceptance import Acceptance
+from dispec.engine.speculation.controller import DraftController, predicted_speedup
+from dispec.engine.speculation.planned_step import Behind, PlannedStep
+from dispec.engine.speculation.step_costs import Cost, StepCosts
 
 
 def taught(decode: float, per_token: float, draft: float, sequences: int = 1) -> DraftController:

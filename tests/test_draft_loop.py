@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import LLM, SamplingParams
-from engine.draft_checkpoint import save_shared_draft
-from engine.step import Step
-from engine.tokenizer import Tokenizer
-from layers.sampling import draw
-from layers.types import Sampling
+from dispec import LLM, SamplingParams
+from dispec.engine.loading.draft_checkpoint import save_shared_draft
+from dispec.engine.scheduling.scheduler_output import Step
+from dispec.engine.text.tokenizer import Tokenizer
+from dispec.layers.sampling import draw
+from dispec.layers.types import Sampling
 from tests.checkpoints import save_tiny
 from tests.small_engine import make, random_prompts
 
@@ -72,7 +72,7 @@ def test_draft_tokens_are_those_of_single_steps(target, draft, monkeypatch):
     found, values = [], []
     for loops in (True, False):
         if not loops:
-            monkeypatch.setattr("engine.draft_model.can_loop", lambda _: False)
+            monkeypatch.setattr("dispec.engine.speculation.draft_model.can_loop", lambda _: False)
         llm = make(target, speculative_model=draft)
         found.append(draft_tokens_of_each_step(llm, params))
         values.append(llm.engine.speculator.draft_model._runner.kv_cache.values[:, 1:])  # not those of padding

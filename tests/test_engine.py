@@ -6,10 +6,10 @@ import jaxtyping
 import pytest
 import torch
 
-from engine import LLM, EngineOptions, SamplingParams
-from engine.llm import as_prompts
-from engine.memory import plan_kv_cache
-from engine.options import parse_bytes
+from dispec import LLM, EngineOptions, SamplingParams
+from dispec.engine.api.llm import as_prompts
+from dispec.engine.execution.kv_cache_memory import plan_kv_cache
+from dispec.engine.options import parse_bytes
 from tests.checkpoints import EOS_TOKEN_ID, FAMILIES, VOCAB_SIZE, save_tiny
 
 OPTIONS = {"dtype": "float32", "device": "cpu", "enforce_eager": True, "kv_cache_memory": "16MiB"}

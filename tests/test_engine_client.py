@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import ContextOverflow
-from serving.engine_client import (
+from dispec.engine.errors import ContextOverflow
+from dispec.serving.client.engine_client import (
     EngineClient,
     Listener,
     NotReady,

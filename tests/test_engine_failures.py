@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine import LLM
+from dispec import LLM
 from tests.checkpoints import save_tiny
 from tests.small_engine import alone, greedy, make, mixed_params, random_prompts, random_tokens
 

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from engine.environment import plans, try_cpu_kernels, try_replay
-from engine.execution_plan import plan_for
-from engine.options import EngineOptions
-from serving import env_check
-from serving.env_check import Finding
+from dispec.engine.environment import plans, try_cpu_kernels, try_replay
+from dispec.engine.execution.execution_plan import plan_for
+from dispec.engine.options import EngineOptions
+from dispec.serving.cli import env_check
+from dispec.serving.cli.env_check import Finding
 from tests.commands import running
 
 
@@ -88,7 +88,9 @@ def test_env_check_tells_which_device_fails() -> None:
     ],
 )
 def test_plans_in_words(options, device, expected, monkeypatch) -> None:
-    monkeypatch.setattr("engine.execution_plan.has_cpu_kernel", lambda dtype, head_dim, block_size: block_size > 16)
+    monkeypatch.setattr(
+        "dispec.engine.execution.execution_plan.has_cpu_kernel", lambda dtype, head_dim, block_size: block_size > 16
+    )
     plan = plan_for(EngineOptions(**options), torch.device(device), head_dim=64)
     assert plan.describe() == expected.format("prompts and decodes")
 

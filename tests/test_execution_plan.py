@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from engine import execution_plan
-from engine.execution_plan import ExecutionPlan, plan_for
-from engine.options import EngineOptions
+from dispec.engine.execution import execution_plan
+from dispec.engine.execution.execution_plan import ExecutionPlan, plan_for
+from dispec.engine.options import EngineOptions
 
 CUDA = ExecutionPlan(
     device="cuda",

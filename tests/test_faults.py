@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.sampling_params import SamplingParams
-from serving import engine_process
-from serving.engine_client import EngineDied, EngineFailed, NotReady
-from serving.restart_policy import RestartPolicy
+from dispec.engine.sampling_params import SamplingParams
+from dispec.serving.client import engine_process
+from dispec.serving.client.engine_client import EngineDied, EngineFailed, NotReady
+from dispec.serving.client.restart_policy import RestartPolicy
 from tests import faulty_service
 from tests.checkpoints import save_tiny
 from tests.commands import ROOT

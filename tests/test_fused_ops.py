@@ -12,13 +12,13 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-import ops
-from layers.config import ModelConfig
-from layers.model import hidden_states
-from layers.types import Batch, KVCache, Weights
-from layers.weights import dummy_weights
-from ops import reference
-from ops.kv_cache import pages_of_layer
+from dispec import ops
+from dispec.layers.config import ModelConfig
+from dispec.layers.model import hidden_states
+from dispec.layers.types import Batch, KVCache, Weights
+from dispec.layers.weights import dummy_weights
+from dispec.ops import reference
+from dispec.ops.kv_cache import pages_of_layer
 
 CONFIG = ModelConfig(
     architecture="Qwen2ForCausalLM",
@@ -49,8 +49,8 @@ def unchecked() -> Iterator[None]:
 def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The ops as on CUDA, the oracles as their kernels."""
     for name in ("linear", "rotary"):
-        monkeypatch.setattr(importlib.import_module(f"ops.{name}"), "is_fused", lambda _: True)
-    monkeypatch.setattr(importlib.import_module("ops.paged_attention"), "has_cpu_kernel", lambda *_: True)
+        monkeypatch.setattr(importlib.import_module(f"dispec.ops.{name}"), "is_fused", lambda _: True)
+    monkeypatch.setattr(importlib.import_module("dispec.ops.paged_attention"), "has_cpu_kernel", lambda *_: True)
     library = torch.library.Library("dispec", "IMPL")
     library.impl("fused_linear", lambda *given: reference.linear(*given).to(given[0].dtype), "CPU")
     library.impl("add_linear", add_linear, "CPU")

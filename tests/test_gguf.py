@@ -15,12 +15,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from engine import default_model
-from engine.checkpoint import CheckpointError, find_checkpoint
-from engine.gguf_file import GgufFile
-from engine.gguf_tokenizer import GgufTokenizer
-from engine.tokenizer import Tokenizer
-from layers.config import RopeScaling, UnsupportedModelError
+from dispec.engine.loading import default_model
+from dispec.engine.loading.checkpoint import CheckpointError, find_checkpoint
+from dispec.engine.loading.gguf_file import GgufFile
+from dispec.engine.loading.gguf_tokenizer import GgufTokenizer
+from dispec.engine.text.tokenizer import Tokenizer
+from dispec.layers.config import RopeScaling, UnsupportedModelError
 from tests.checkpoints import CHATML, EOS_TOKEN_ID, FAMILIES, save_tiny_gguf, tiny_model, tiny_tokenizer
 
 Quantization = gguf.GGMLQuantizationType
@@ -313,7 +313,10 @@ def test_default_models_tokenizer(smollm2):
 
 def test_later_starts_do_without_transformers(smollm2):
     find_checkpoint("smollm2")
-    check = "import sys, engine.checkpoint as c; c.find_checkpoint('smollm2'); assert 'transformers' not in sys.modules"
+    check = (
+        "import sys, dispec.engine.loading.checkpoint as c; c.find_checkpoint('smollm2'); "
+        "assert 'transformers' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", check], cwd=Path(default_model.__file__).parents[1], check=True)
 
 
@@ -418,6 +421,6 @@ def test_the_real_hashes_are_those_of_the_file(smollm2):
 
 def test_looking_for_pip_leaves_the_compiler_usable():
     """setuptools patches distutils unless somebody looked for pip first; torch's C++ back end imports setuptools."""
-    script = "from engine.default_model import _require_pip; _require_pip(); import distutils.core, setuptools"
+    script = "from dispec.engine.loading.default_model import _require_pip as f; f(); import distutils.core, setuptools"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from engine.checkpoint import CheckpointError, find_checkpoint
-from engine.gguf_pre_tokenizers import word_patterns
-from engine.gguf_tokenizer import GgufTokenizer
-from engine.tokenizer import Tokenizer
+from dispec.engine.loading.checkpoint import CheckpointError, find_checkpoint
+from dispec.engine.loading.gguf_pre_tokenizers import word_patterns
+from dispec.engine.loading.gguf_tokenizer import GgufTokenizer
+from dispec.engine.text.tokenizer import Tokenizer
 from tests.checkpoints import save_tiny_gguf, tiny_model, tiny_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

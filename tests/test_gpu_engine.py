@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import SamplingParams
-from engine.engine import Engine
-from engine.sequence import Status
-from layers.config import UnsupportedModelError
+from dispec import SamplingParams
+from dispec.engine.engine import Engine
+from dispec.engine.scheduling.sequence import Status
+from dispec.layers.config import UnsupportedModelError
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_tiny
 from tests.gpu_engine import (
     CONFIG,

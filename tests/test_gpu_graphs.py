@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from engine import LLM, SamplingParams
+from dispec import LLM, SamplingParams
 from tests.gpu_engine import (
     NEEDS_CUDA,
     count_launches,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import ops
-from ops import reference
+from dispec import ops
+from dispec.ops import reference
 from tests.layer_cases import (
     Shape,
     expect_product,
@@ -369,7 +369,7 @@ def test_captured_products_share_their_counters(rows: int) -> None:
 
 
 def test_counters_are_not_allocated_in_a_recording() -> None:
-    from ops.triton.add_product import arrivals
+    from dispec.ops.triton.add_product import arrivals
 
     arrivals.cache_clear()
     graph = torch.cuda.CUDAGraph()

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from engine import SamplingParams
-from layers.config import ModelConfig
+from dispec import SamplingParams
+from dispec.layers.config import ModelConfig
 from tests.checkpoints import VOCAB_SIZE, save_tiny
 from tests.gpu_engine import (
     CONFIG,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine import SamplingParams
+from dispec import SamplingParams
 from tests.gpu_engine import (
     NEEDS_CUDA,
     count_launches,

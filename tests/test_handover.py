@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from engine import LLM, SamplingParams
-from engine.engine import Engine
-from engine.sequence import Sequence, Status
-from engine.transfer.interface import Ticket
+from dispec import LLM, SamplingParams
+from dispec.engine.engine import Engine
+from dispec.engine.scheduling.sequence import Sequence, Status
+from dispec.engine.transfer.interface import Ticket
 from tests.checkpoints import save_tiny
 from tests.fake_transfers import FakeTransfers, Network
 from tests.small_engine import greedy, make, mixed_params, random_prompts, random_tokens

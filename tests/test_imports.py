@@ -13,8 +13,14 @@ LAYERS = ("ops", "layers", "engine", "serving")  # each may import itself and wh
 FILES = sorted(path for package in LAYERS for path in (ROOT / package).rglob("*.py"))
 OURS = {*LAYERS, "bench", "tests"}
 
-WITHOUT_TORCH = ["engine", "engine.scheduler", "engine.sequence", "engine.block_pool", "engine.options"]
-WITHOUT_TORCH += ["engine.model_source"]
+WITHOUT_TORCH = [
+    "engine",
+    "dispec.engine.scheduling.scheduler",
+    "dispec.engine.scheduling.sequence",
+    "dispec.engine.scheduling.block_pool",
+    "dispec.engine.options",
+]
+WITHOUT_TORCH += ["dispec.engine.loading.model_source"]
 HEAVY = ("torch", "transformers", "triton")
 
 

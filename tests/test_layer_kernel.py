@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-import ops
-from layers import model
-from layers.config import ModelConfig, Shard
-from layers.decoding import decoder
-from layers.steps import Vocabulary
-from layers.types import Batch, KVCache, Weights
-from layers.weights import dummy_weights
-from ops.cpu.library import has_linear
+from dispec import ops
+from dispec.layers import model
+from dispec.layers.config import ModelConfig, Shard
+from dispec.layers.decoding import decoder
+from dispec.layers.steps import Vocabulary
+from dispec.layers.types import Batch, KVCache, Weights
+from dispec.layers.weights import dummy_weights
+from dispec.ops.cpu.library import has_linear
 
 BLOCK_SIZE = 16
 CONFIG = ModelConfig(
@@ -161,7 +161,7 @@ def test_models_without_a_kernel_have_no_decoder(kind: str, monkeypatch: pytest.
     elif kind == "plain weights":
         monkeypatch.setenv("DISPEC_PACKED_WEIGHTS", "off")
     elif kind == "oneDNN's layout":
-        monkeypatch.setattr(sys.modules["ops.linear"], "has_linear", lambda: False)
+        monkeypatch.setattr(sys.modules["dispec.ops.linear"], "has_linear", lambda: False)
     elif kind == "head size":
         config = replace(CONFIG, head_dim=24)
     elif kind == "MLP size":

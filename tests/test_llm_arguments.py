@@ -5,9 +5,9 @@ import re
 import jaxtyping
 import pytest
 
-from engine import LLM, EngineOptions, SamplingParams, generate
-from engine.chat_template import ChatTemplate
-from engine.engine import Engine
+from dispec import LLM, EngineOptions, SamplingParams, generate
+from dispec.engine.engine import Engine
+from dispec.engine.text.chat_template import ChatTemplate
 from tests.checkpoints import CHATML, save_tiny, save_tokenizer
 from tests.small_engine import OPTIONS, greedy, make
 

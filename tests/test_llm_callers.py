@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import LLM, SamplingParams
-from engine.fair_lock import FairLock
-from engine.interrupts import deferred_interrupt
+from dispec import LLM, SamplingParams
+from dispec.engine.api.fair_lock import FairLock
+from dispec.engine.api.interrupts import deferred_interrupt
 from tests.checkpoints import save_tiny
 from tests.small_engine import alone, greedy, make, mixed_params, random_prompts, random_tokens
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from engine import LLM, SamplingParams
+from dispec import LLM, SamplingParams
 from tests.checkpoints import EOS_TOKEN_ID, VOCAB_SIZE, save_tiny
 from tests.small_engine import BLOCK_SIZE, greedy, make, mixed_params, random_prompts, random_tokens
 

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation import logits_process as peer
 
-from engine.logit_edits import LogitEdits, check_something_remains
-from engine.sampling_params import SamplingParams
-from layers.logit_processing import allow, edit, restrict
-from layers.logprobs import logprobs
-from layers.types import Edits, Filters
+from dispec.engine.execution.logits_processors import LogitEdits, check_something_remains
+from dispec.engine.sampling_params import SamplingParams
+from dispec.layers.logit_processing import allow, edit, restrict
+from dispec.layers.logprobs import logprobs
+from dispec.layers.types import Edits, Filters
 
 VOCAB = 77  # neither a multiple of 32 nor of anything else
 PROMPT = [3, 9, 9, 40, 76, 3]

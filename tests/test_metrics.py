@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.sampling_params import SamplingParams
-from engine.step_record import StepRecord
-from serving.distribution import Distribution, geometric, percentiles
-from serving.metrics import Metrics
-from serving.request_stream import FirstToken, RequestSummary
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.step_record import StepRecord
+from dispec.serving.client.request_stream import FirstToken, RequestSummary
+from dispec.serving.observability.distribution import Distribution, geometric, percentiles
+from dispec.serving.observability.metrics import Metrics
 from tests.checkpoints import save_tiny
 from tests.engine_clients import ask, generate, one_thread_each, running_client, until  # noqa: F401
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.checkpoint import find_checkpoint
-from layers.config import ModelConfig
-from layers.types import Weights
-from layers.weights import load_weights
+from dispec.engine.loading.checkpoint import find_checkpoint
+from dispec.layers.config import ModelConfig
+from dispec.layers.types import Weights
+from dispec.layers.weights import load_weights
 from tests.checkpoints import FAMILIES, save_tiny
 from tests.paged_model import PagedModel
 
@@ -140,7 +140,7 @@ def test_attention_bias_of_llama(tmp_path):
 
 def test_head_is_computed_for_selected_rows_only(case):
     """The function that the engine compiles selects rows before the head, never after."""
-    from layers import model
+    from dispec.layers import model
 
     rows = torch.randn(3, case.config.hidden_size)
     assert model.logits(rows, case.weights, case.config).shape == (3, case.config.vocab_size)

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bench.mixed_load import ready_url
+from dispec.bench.mixed_load import ready_url
 from tests.checkpoints import save_tiny
 from tests.commands import ROOT, THREADS, eager
 from tests.running_server import PATIENCE
@@ -63,7 +63,16 @@ def set_link(state: str) -> None:
 def worker(role: str, model: Path) -> Iterator[str]:
     """Its URL."""
     number = HOSTS[role]
-    command = ["ip", "netns", "exec", f"dispec-{role}-{os.getpid()}", sys.executable, "-m", "serving.cli", "serve"]
+    command = [
+        "ip",
+        "netns",
+        "exec",
+        f"dispec-{role}-{os.getpid()}",
+        sys.executable,
+        "-m",
+        "dispec.serving.cli.commands",
+        "serve",
+    ]
     command += [*eager(str(model)), "--dtype", "float32", "--block-size", "16", "--host", f"10.78.{number}.2"]
     command += ["--port", "0", "--role", role, "--kv-transfer", "tcp", "--kv-transfer-host", f"10.77.0.{number}"]
     command += ["--kv-transfer-lease", "3"]

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-import serving.server
-from serving import acceptor
-from serving.acceptor import Acceptor, num_reserved, raise_file_limit
+import dispec.serving.server
+from dispec.serving.http import acceptor
+from dispec.serving.http.acceptor import Acceptor, num_reserved, raise_file_limit
 from tests.checkpoints import save_tiny
 from tests.commands import dispec, one_sentence
 from tests.servers import PATIENCE, server, wait_for

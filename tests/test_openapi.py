@@ -6,8 +6,8 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
-from engine.chat_template import ChatTemplate
-from serving.protocol_sampling import RESERVED_TEMPLATE_NAMES
+from dispec.engine.text.chat_template import ChatTemplate
+from dispec.serving.api.protocol_sampling import RESERVED_TEMPLATE_NAMES
 from tests.servers import Server
 
 pytest_plugins = ["tests.api_server"]

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-import ops
-from ops import reference
-from ops.cpu import attention as cpu_attention
-from ops.cpu.library import has_linear
+from dispec import ops
+from dispec.ops import reference
+from dispec.ops.cpu import attention as cpu_attention
+from dispec.ops.cpu.library import has_linear
 
 
 @pytest.fixture(params=["C++", "torch"], autouse=True)
@@ -17,7 +17,9 @@ def _implementation(request, monkeypatch):
     """Each test runs with our own kernels and with what replaces them where they cannot be built."""
     if request.param == "torch":
         monkeypatch.setattr(cpu_attention, "library", lambda: None)
-        monkeypatch.setattr(sys.modules["ops.linear"], "has_linear", lambda: False)  # `ops.linear` is the function
+        monkeypatch.setattr(
+            sys.modules["dispec.ops.linear"], "has_linear", lambda: False
+        )  # `ops.linear` is the function
         monkeypatch.setitem(globals(), "has_linear", lambda: False)
 
 

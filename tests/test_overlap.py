@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from engine import LLM
-from engine.draft_controller import DraftController
+from dispec import LLM
+from dispec.engine.speculation.controller import DraftController
 from tests.checkpoints import save_tiny
 from tests.small_engine import BLOCK_SIZE, alone, greedy, make, mixed_params, random_prompts, random_tokens
 

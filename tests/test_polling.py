@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from litestar.testing import TestClient
 
-from serving.app import create_app
-from serving.auth import Keys
-from serving.engine_client import EngineClient
-from serving.gate import Gate
-from serving.metrics import Metrics
-from serving.settings import ServerSettings
+from dispec.serving.api.app import create_app
+from dispec.serving.client.engine_client import EngineClient
+from dispec.serving.http.auth import Keys
+from dispec.serving.http.middleware import Gate
+from dispec.serving.observability.metrics import Metrics
+from dispec.serving.settings import ServerSettings
 
 
 class Site:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine import LLM, SamplingParams
+from dispec import LLM, SamplingParams
 from tests.checkpoints import save_tiny
 from tests.small_engine import BLOCK_SIZE, alone, greedy, make, mixed_params, random_prompts, random_tokens
 

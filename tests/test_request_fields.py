@@ -8,12 +8,18 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from engine.errors import InvalidField
-from engine.sampling_params import SamplingParams
-from serving.decoding import decode_body
-from serving.errors import ApiError
-from serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
-from serving.request_fields import ROUTES
+from dispec.engine.errors import InvalidField
+from dispec.engine.sampling_params import SamplingParams
+from dispec.serving.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    TokenizeRequest,
+)
+from dispec.serving.api.request_decoding import decode_body
+from dispec.serving.api.request_fields import ROUTES
+from dispec.serving.http.errors import ApiError
 from tests import vllm_fields
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}

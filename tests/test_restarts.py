@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.messages import EngineInfo, Start
-from serving import engine_supervisor
-from serving.engine_errors import EngineDied
-from serving.engine_supervisor import EngineSupervisor, State
-from serving.restart_policy import RestartPolicy
+from dispec.engine.process.messages import EngineInfo, Start
+from dispec.serving.client import engine_supervisor
+from dispec.serving.client.engine_errors import EngineDied
+from dispec.serving.client.engine_supervisor import EngineSupervisor, State
+from dispec.serving.client.restart_policy import RestartPolicy
 from tests.checkpoints import save_tiny
 from tests.servers import PATIENCE, Server, server, wait_for
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-import ops
-from layers import sampling as module
-from layers.logit_processing import restrict
-from layers.sampling import draw, greedy, uniform_noise
-from layers.types import Filters, Sampling
-from ops import reference
+from dispec import ops
+from dispec.layers import sampling as module
+from dispec.layers.logit_processing import restrict
+from dispec.layers.sampling import draw, greedy, uniform_noise
+from dispec.layers.types import Filters, Sampling
+from dispec.ops import reference
 
 
 @pytest.fixture(autouse=True, params=["kernel", "torch"])

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 import pytest
 
-from engine.block_pool import BlockPool
-from engine.sequence import Sequence
-from engine.step import Step
+from dispec.engine.scheduling.block_pool import BlockPool
+from dispec.engine.scheduling.scheduler_output import Step
+from dispec.engine.scheduling.sequence import Sequence
 from tests.fake_engine import SIZE, FakeEngine, alone, computed, tokens
 
 

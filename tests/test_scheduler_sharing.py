@@ -2,8 +2,8 @@
 
 import pytest
 
-from engine.block_pool import BlockPool
-from engine.sequence import Status
+from dispec.engine.scheduling.block_pool import BlockPool
+from dispec.engine.scheduling.sequence import Status
 from tests.fake_engine import SIZE, FakeEngine, alone, computed, tokens
 
 

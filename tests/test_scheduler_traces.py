@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from engine.sequence import Sequence
+from dispec.engine.scheduling.sequence import Sequence
 from tests.fake_engine import VOCAB_SIZE, FakeEngine, alone, entries_of, logprob_after
 
 # Long enough for the largest pool; two are the same up to the tenth token.

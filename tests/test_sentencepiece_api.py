@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from engine.sampling_params import SamplingParams
+from dispec.engine.sampling_params import SamplingParams
 from tests.checkpoints import save_tiny, sentencepiece_tokenizer
 from tests.servers import Server, server
 from tests.small_engine import make

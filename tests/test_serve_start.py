@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from serving import engine_supervisor
+from dispec.serving.client import engine_supervisor
 from tests.checkpoints import save_tiny, save_tiny_gguf, tiny_model
 from tests.commands import Result, dispec, eager, one_sentence
 from tests.engine_clients import one_thread_each as one_thread_each

@@ -19,11 +19,11 @@ import pytest
 from litestar.testing import TestClient
 from openai import OpenAI
 
-import serving.server
-from serving.app import create_app
-from serving.engine_client import EngineClient
-from serving.metrics import Metrics
-from serving.settings import ServerSettings
+import dispec.serving.server
+from dispec.serving.api.app import create_app
+from dispec.serving.client.engine_client import EngineClient
+from dispec.serving.observability.metrics import Metrics
+from dispec.serving.settings import ServerSettings
 from tests.checkpoints import save_tiny
 from tests.commands import dispec, one_sentence, running
 from tests.servers import KEY, PATIENCE, Server, options, server, wait_for
@@ -177,7 +177,7 @@ def test_it_listens_on_loopback_alone(guarded: Server) -> None:
 
 
 def test_the_socket_says_its_protocol() -> None:
-    with serving.server.listen("localhost", 0) as listener:  # or asyncio lets each answer wait for 40 ms
+    with dispec.serving.server.listen("localhost", 0) as listener:  # or asyncio lets each answer wait for 40 ms
         assert listener.proto == socket.IPPROTO_TCP
         assert listener.family == socket.AF_INET
 

@@ -6,16 +6,16 @@ import random
 
 import pytest
 
-from engine.block_pool import BlockPool
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.sequence import Sequence
-from engine.slo import Slo, is_hopeless, parse_slo, slack
-from engine.step import StepResult
-from serving.admission import Admission
-from serving.engine_errors import Overloaded
-from serving.metrics import Metrics
-from serving.settings import ServerSettings
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.block_pool import BlockPool
+from dispec.engine.scheduling.scheduler import Scheduler
+from dispec.engine.scheduling.scheduler_output import StepResult
+from dispec.engine.scheduling.sequence import Sequence
+from dispec.serving.client.admission import Admission
+from dispec.serving.client.engine_errors import Overloaded
+from dispec.serving.client.slo import Slo, is_hopeless, parse_slo, slack
+from dispec.serving.observability.metrics import Metrics
+from dispec.serving.settings import ServerSettings
 from tests.engine_clients import Recorder, ask, generate, read, running_client, until
 from tests.engine_clients import directory as directory
 from tests.engine_clients import one_thread_each as one_thread_each

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from engine import LLM, SamplingParams
-from engine.logit_edits import LogitEdits
-from engine.ngram import NgramIndex
+from dispec import LLM, SamplingParams
+from dispec.engine.execution.logits_processors import LogitEdits
+from dispec.engine.speculation.ngram import NgramIndex
 from tests.checkpoints import save_tiny
 from tests.small_engine import greedy, make, mixed_params, random_prompts, random_tokens
 
@@ -89,7 +89,7 @@ def test_a_rule_that_lets_wrong_guesses_stand_is_noticed(directory, other, plain
     prompts, params = random_prompts(8), mixed_params(8, max_tokens=30)
     expected = [[choice.token_ids for choice in one.choices] for one in plain.generate(prompts, params)]
     llm = speculating(directory, other)
-    monkeypatch.setattr("engine.token_chooser._num_right", wrong)
+    monkeypatch.setattr("dispec.engine.execution.sampler._num_right", wrong)
     found = [[choice.token_ids for choice in one.choices] for one in llm.generate(prompts, params)]
     assert found != expected
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from layers.logit_processing import allow, edit, restrict
-from layers.sampling import draw
-from layers.types import Edits, Filters, Sampling
+from dispec.layers.logit_processing import allow, edit, restrict
+from dispec.layers.sampling import draw
+from dispec.layers.types import Edits, Filters, Sampling
 
 SIZE, COUNT = 24, 65536
 SETTINGS = {

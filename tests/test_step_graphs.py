@@ -18,12 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from layers.config import ModelConfig, Shard
-from layers.sharding import Sharding
-from layers.speculation import DraftState, draft_step
-from layers.steps import PreviousTokens, Vocabulary, decode_step, prefill_step
-from layers.types import Batch, Filters, KVCache, Sampling, Weights
-from layers.weights import dummy_weights
+from dispec.layers.config import ModelConfig, Shard
+from dispec.layers.sharding import Sharding
+from dispec.layers.speculation import DraftState, draft_step
+from dispec.layers.steps import PreviousTokens, Vocabulary, decode_step, prefill_step
+from dispec.layers.types import Batch, Filters, KVCache, Sampling, Weights
+from dispec.layers.weights import dummy_weights
 
 CONFIG = ModelConfig(
     architecture="Qwen3ForCausalLM",

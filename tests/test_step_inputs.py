@@ -2,10 +2,10 @@
 
 import torch
 
-from engine.sampling_params import SamplingParams
-from engine.sequence import Sequence
-from engine.step import Work
-from engine.step_inputs import StepShape, carve, fill
+from dispec.engine.execution.input_buffers import StepShape, carve, fill
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.scheduler_output import Work
+from dispec.engine.scheduling.sequence import Sequence
 
 
 def prompt_of(length: int, block_table: list[int]) -> Work:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.execution_plan import ExecutionPlan
-from engine.step_inputs import StepShape
-from engine.step_shapes import TRACED_DECODE, TRACED_PREFILL, StepShapes, sequence_sizes, token_sizes
+from dispec.engine.execution.execution_plan import ExecutionPlan
+from dispec.engine.execution.input_buffers import StepShape
+from dispec.engine.execution.step_shapes import TRACED_DECODE, TRACED_PREFILL, StepShapes, sequence_sizes, token_sizes
 
 CUDA = ExecutionPlan(
     device="cuda",

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engine.checkpoint import find_checkpoint
-from layers.config import ModelConfig
-from layers.logit_processing import restrict
-from layers.sampling import draw
-from layers.speculation import DraftState, draft_step
-from layers.steps import PreviousTokens, Vocabulary, decode_step, prefill_step
-from layers.types import Batch, Filters, KVCache, Sampling, Weights
-from layers.weights import load_weights
+from dispec.engine.loading.checkpoint import find_checkpoint
+from dispec.layers.config import ModelConfig
+from dispec.layers.logit_processing import restrict
+from dispec.layers.sampling import draw
+from dispec.layers.speculation import DraftState, draft_step
+from dispec.layers.steps import PreviousTokens, Vocabulary, decode_step, prefill_step
+from dispec.layers.types import Batch, Filters, KVCache, Sampling, Weights
+from dispec.layers.weights import load_weights
 from tests.checkpoints import VOCAB_SIZE, save_tiny
 from tests.paged_model import PagedModel
 

@@ -13,11 +13,11 @@ import psutil
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import LLM, SamplingParams
-from engine.step import Step
-from layers.config import ModelConfig
-from layers.model import block, logits
-from ops.cpu.library import has_linear
+from dispec import LLM, SamplingParams
+from dispec.engine.scheduling.scheduler_output import Step
+from dispec.layers.config import ModelConfig
+from dispec.layers.model import block, logits
+from dispec.ops.cpu.library import has_linear
 from tests import commands
 from tests.allocations import largest_allocation, smallest_matrix_or_cache
 from tests.checkpoints import save_tiny
@@ -105,7 +105,7 @@ def test_ops_of_a_layer(kind, monkeypatch):
         with inner:
             return block(*args)
 
-    monkeypatch.setattr("layers.model.block", count)
+    monkeypatch.setattr("dispec.layers.model.block", count)
     with unchecked(), Calls() as whole:
         llm.engine.runner.run(found)
     expected = {} if kind == "decode" else OPS_PER_LAYER  # a decode's layers are one C++ call, of which torch sees none
@@ -123,7 +123,7 @@ def test_the_head_sees_the_rows_that_are_sampled_and_no_others(tokens, monkeypat
         rows.append(len(x))
         return logits(x, *others)
 
-    monkeypatch.setattr("layers.steps.logits", head)
+    monkeypatch.setattr("dispec.layers.steps.logits", head)
     llm.generate([list(range(100))] * 3, greedy(max_tokens=4))
     assert sum(rows) == 3 * 4
     # A chunk that ends no prompt wants no logits; where it fits, a prompt is read to its end at once.

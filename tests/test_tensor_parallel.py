@@ -11,16 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine import tensor_parallel
-from engine.checkpoint import find_checkpoint
-from engine.llm import LLM
-from engine.options import EngineOptions
-from engine.sampling_params import SamplingParams
-from engine.tensor_parallel import TensorParallelError
-from layers.config import ModelConfig, Shard
-from layers.sharding import Sharding
-from layers.types import layers
-from layers.weights import declare, load_weights
+from dispec.engine.api.llm import LLM
+from dispec.engine.distributed import tensor_parallel
+from dispec.engine.distributed.tensor_parallel import TensorParallelError
+from dispec.engine.loading.checkpoint import find_checkpoint
+from dispec.engine.options import EngineOptions
+from dispec.engine.sampling_params import SamplingParams
+from dispec.layers.config import ModelConfig, Shard
+from dispec.layers.sharding import Sharding
+from dispec.layers.types import layers
+from dispec.layers.weights import declare, load_weights
 from tests.checkpoints import save_tiny
 
 FLOAT32 = {"dtype": "float32", "device": "cpu", "kv_cache_memory": "4MiB", "max_num_seqs": 8, "enforce_eager": True}

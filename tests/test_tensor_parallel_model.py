@@ -4,8 +4,8 @@ import statistics
 
 import pytest
 
-from engine import LLM, SamplingParams
-from engine.sequence import TokenLogprobs
+from dispec import LLM, SamplingParams
+from dispec.engine.scheduling.sequence import TokenLogprobs
 from tests.test_default_model import QUESTIONS, TEXTS
 
 OPTIONS = {"device": "cpu", "enforce_eager": True, "kv_cache_memory": "64MiB"}

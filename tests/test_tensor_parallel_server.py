@@ -44,7 +44,7 @@ def answer(server: Server) -> str:
 def follower_of(server: Server) -> psutil.Process:
     """The process of rank 1."""
     family = psutil.Process(server.process.pid).children(recursive=True)
-    (found,) = (one for one in family if "engine.tensor_worker" in one.cmdline())
+    (found,) = (one for one in family if "dispec.engine.distributed.rank_worker" in one.cmdline())
     return found
 
 

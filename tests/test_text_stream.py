@@ -8,11 +8,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import engine.text_stream
-from engine.detokenize import IncrementalDetokenizer
-from engine.sampling_params import SamplingParams
-from engine.text_stream import StopStrings, TextStream
-from engine.tokenizer import Tokenizer
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.text.detokenize import IncrementalDetokenizer
+from dispec.engine.text.text_stream import StopStrings, TextStream
+from dispec.engine.text.tokenizer import Tokenizer
 from tests.checkpoints import tiny_tokenizer
 from tests.test_tokenizer import with_byte_fallback
 
@@ -304,6 +303,9 @@ def test_without_a_tokenizer_there_is_no_text():
 
 
 def test_torch_is_not_imported():
-    check = "import sys, engine.text_stream; assert not {'torch', 'transformers'} & set(sys.modules), 'heavy import'"
-    root = Path(engine.text_stream.__file__).parents[1]
+    check = (
+        "import sys, dispec.engine.text.text_stream; "
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'heavy import'"
+    )
+    root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-c", check], cwd=root, check=True)

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ops
-from ops import reference
+from dispec import ops
+from dispec.ops import reference
 from tests.threshold_cases import cases, weights_of
 
-module = importlib.import_module("ops.token_threshold")  # the package's attribute of that name is the function
+module = importlib.import_module("dispec.ops.token_threshold")  # the package's attribute of that name is the function
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 255, 256, 257, 1000, 5003])

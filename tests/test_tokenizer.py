@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import engine.tokenizer
-from engine.checkpoint import find_checkpoint
-from engine.detokenize import IncrementalDetokenizer
-from engine.errors import CheckpointError
-from engine.tokenizer import Tokenizer
+import dispec.engine.text.tokenizer
+from dispec.engine.errors import CheckpointError
+from dispec.engine.loading.checkpoint import find_checkpoint
+from dispec.engine.text.detokenize import IncrementalDetokenizer
+from dispec.engine.text.tokenizer import Tokenizer
 from tests.checkpoints import CHATML, save_tiny, save_tokenizer, sentencepiece_tokenizer, tiny_tokenizer
 
 # The shape of Qwen 2.5's template: a default system message, tools as JSON, tool calls and their results.
@@ -260,7 +260,7 @@ def test_text_parts_become_text(tokenizer):
     ],
 )
 def test_bad_messages_are_refused_with_the_field(messages, told):
-    from engine.chat_messages import plain_messages
+    from dispec.engine.text.chat_messages import plain_messages
 
     with pytest.raises(ValueError, match=told):
         plain_messages(messages)
@@ -356,10 +356,10 @@ def test_vocabulary_and_merges_are_converted_once(tmp_path, monkeypatch):
 
 def test_neither_torch_nor_transformers_is_imported():
     check = (
-        "import sys, engine.tokenizer, engine.detokenize; "
+        "import sys, dispec.engine.text.tokenizer, dispec.engine.text.detokenize; "
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy import'"
     )
-    root = Path(engine.tokenizer.__file__).parents[1]
+    root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-c", check], cwd=root, check=True)
 
 
@@ -559,5 +559,5 @@ def test_cost_is_linear(vocabulary):
 
 
 def test_alphabet_is_that_of_the_tokenizers_package():
-    assert set(engine.tokenizer._BYTE_OF) == set(pre_tokenizers.ByteLevel.alphabet())
-    assert sorted(engine.tokenizer._BYTE_OF.values()) == list(range(256))
+    assert set(dispec.engine.text.tokenizer._BYTE_OF) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(dispec.engine.text.tokenizer._BYTE_OF.values()) == list(range(256))

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from engine.checkpoint import find_checkpoint
-from engine.errors import CheckpointError
-from engine.tokenizer import Tokenizer
-from engine.tokenizer_files import directory_tokenizer
+from dispec.engine.errors import CheckpointError
+from dispec.engine.loading.checkpoint import find_checkpoint
+from dispec.engine.loading.tokenizer_files import directory_tokenizer
+from dispec.engine.text.tokenizer import Tokenizer
 from tests.checkpoints import qwen_tokenizer, save_tiny, save_tokenizer, sentencepiece_tokenizer, tiny_tokenizer
 
 TEXTS = (

@@ -10,9 +10,9 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
-from engine.messages import EngineInfo
-from engine.tokenizer import Tokenizer
-from serving.tokenizer_configuration import tokenizer_configuration
+from dispec.engine.process.messages import EngineInfo
+from dispec.engine.text.tokenizer import Tokenizer
+from dispec.serving.api.tokenizer_configuration import tokenizer_configuration
 from tests.api_server import CONTEXT, MESSAGES
 from tests.servers import Server
 

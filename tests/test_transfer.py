@@ -6,9 +6,9 @@ import pytest
 import torch
 import xxhash
 
-from engine.transfer import Pulled, PullFailed, Released, TransferOptions
-from engine.transfer.pages import HostPages
-from layers.types import KVCache
+from dispec.engine.transfer import Pulled, PullFailed, Released, TransferOptions
+from dispec.engine.transfer.pages import HostPages
+from dispec.layers.types import KVCache
 from tests.transfer_peers import Peer, peers
 
 CARRIERS = ["shm", "tcp", "nixl"]

@@ -16,9 +16,9 @@ import msgspec
 import pytest
 import torch
 
-from engine.transfer import Pulled, PullFailed, Released, Ticket
-from engine.transfer.handshake import Hello, Refused, greet
-from engine.transfer.wire import Connection
+from dispec.engine.transfer import Pulled, PullFailed, Released, Ticket
+from dispec.engine.transfer.handshake import Hello, Refused, greet
+from dispec.engine.transfer.wire import Connection
 from tests.transfer_peers import FINGERPRINT, PATIENCE, SECRET, Peer, peers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHILD = """
 import json, signal, sys
 import msgspec
-from engine.transfer import Ticket
+from dispec.engine.transfer import Ticket
 from tests.transfer_peers import Peer
 peer = Peer("child", 400)
 held, unfinished = (msgspec.json.decode(argument, type=Ticket) for argument in sys.argv[1:])
@@ -257,7 +257,11 @@ def test_a_process_that_is_killed_leaves_nothing_behind() -> None:
             [sys.executable, "-c", CHILD, *tickets],
             stdout=subprocess.PIPE,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                "OMP_NUM_THREADS": "1",
+            },
         )
         try:
             assert child.stdout is not None

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from engine.transfer import Pulled, Ticket
+from dispec.engine.transfer import Pulled, Ticket
 from tests.transfer_peers import Peer, peers
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.transfer import Pulled, PullFailed, Released, Ticket, offers, pulls
-from engine.transfer.messages import Ask, Done, Gone, Read, Ready
+from dispec.engine.transfer import Pulled, PullFailed, Released, Ticket
+from dispec.engine.transfer import receiver as pulls
+from dispec.engine.transfer import sender as offers
+from dispec.engine.transfer.messages import Ask, Done, Gone, Read, Ready
 
 LEASE, STALL, PATIENCE = 60.0, 20.0, 120.0
 PEER = 1  # the puller's name at the source

@@ -22,8 +22,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from ops.norm import Norm  # noqa: E402
-from ops.triton import (  # noqa: E402
+from dispec.ops.norm import Norm  # noqa: E402
+from dispec.ops.triton import (  # noqa: E402
     add_product,
     decode_attention,
     few_rows,
@@ -36,7 +36,7 @@ from ops.triton import (  # noqa: E402
     rotate_product,
     token_threshold,
 )
-from ops.triton.tuning import PREFILL, Device  # noqa: E402
+from dispec.ops.triton.tuning import PREFILL, Device  # noqa: E402
 from tests.layer_cases import Shape, products  # noqa: E402
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may use

@@ -30,10 +30,10 @@ if not INTERPRETED:
         assert finished.returncode == 0, finished.stdout[-20000:] + finished.stderr[-5000:]
 
 else:
-    from ops import reference
-    from ops.triton import decode_attention, few_rows, kv_cache, prefill_attention, token_threshold
-    from ops.triton.paged_attention import paged_attention
-    from ops.triton.tuning import DecodeConfig, FewRowsConfig, PrefillConfig
+    from dispec.ops import reference
+    from dispec.ops.triton import decode_attention, few_rows, kv_cache, prefill_attention, token_threshold
+    from dispec.ops.triton.paged_attention import paged_attention
+    from dispec.ops.triton.tuning import DecodeConfig, FewRowsConfig, PrefillConfig
     from tests.threshold_cases import cases, expect_thresholds
 
     # No bfloat16: the interpreter's dot takes its bits for integers. tests/test_gpu_kernels.py covers it.

@@ -46,7 +46,7 @@ if not INTERPRETED:
     def test_the_benchmark_of_layers_runs_without_a_gpu(options: list[str], said: list[str]) -> None:
         environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         finished = subprocess.run(
-            [sys.executable, "-m", "bench.layer", "--device", "cpu", *options],
+            [sys.executable, "-m", "dispec.bench.layer", "--device", "cpu", *options],
             env=environment,
             capture_output=True,
             text=True,
@@ -61,11 +61,11 @@ else:
     from triton.language import float32
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from ops import reference
-    from ops.norm import Norm
-    from ops.triton import add_product, linear, rotary
-    from ops.triton.rotate_product import Slots
-    from ops.triton.tuning import FewRowsConfig
+    from dispec.ops import reference
+    from dispec.ops.norm import Norm
+    from dispec.ops.triton import add_product, linear, rotary
+    from dispec.ops.triton.rotate_product import Slots
+    from dispec.ops.triton.tuning import FewRowsConfig
     from tests.layer_cases import (
         Shape,
         expect_product,

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from ops.triton.tuning import Device, FewRowsConfig, choose_product
+from dispec.ops.triton.tuning import Device, FewRowsConfig, choose_product
 
 H100, A100 = Device("sm_90", 132), Device("sm_80", 108)
 # Hidden size, features of the query, key and value projection, columns of the output projection, intermediate size.

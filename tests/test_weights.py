@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import ops
-from engine.checkpoint import find_checkpoint
-from layers.config import ModelConfig, Shard
-from layers.types import Weights, layers
-from layers.weights import WeightsError, declare, dummy_weights, load_weights
-from ops.cpu.library import has_linear
+from dispec import ops
+from dispec.engine.loading.checkpoint import find_checkpoint
+from dispec.layers.config import ModelConfig, Shard
+from dispec.layers.types import Weights, layers
+from dispec.layers.weights import WeightsError, declare, dummy_weights, load_weights
+from dispec.ops.cpu.library import has_linear
 from tests.allocations import peak_allocation
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_tiny
 from tests.paged_model import PagedModel
@@ -159,7 +159,7 @@ LAYOUTS = {
 @pytest.fixture(params=LAYOUTS)
 def layout(request, monkeypatch):
     if request.param == "oneDNN's":
-        monkeypatch.setattr(importlib.import_module("ops.linear"), "has_linear", lambda: False)
+        monkeypatch.setattr(importlib.import_module("dispec.ops.linear"), "has_linear", lambda: False)
         if not isinstance(ops.pack(torch.zeros(16, 16, dtype=torch.bfloat16)), ops.Packed):
             pytest.skip("oneDNN packs nothing on this CPU")
     elif request.param != "plain" and not has_linear():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.metrics import Metrics
+from dispec.serving.observability.metrics import Metrics
 from tests.checkpoints import save_tiny
 from tests.engine_clients import directory as directory
 from tests.engine_clients import generate, until

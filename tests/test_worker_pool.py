@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from engine.autoscaling import Observation, ScalingLimits
-from engine.errors import ContextOverflow
-from engine.sampling_params import SamplingParams
-from serving import worker_pool
-from serving.autoscaler import Autoscaler
-from serving.engine_errors import EngineDied, NotReady, RequestRefused
-from serving.restart_policy import RestartPolicy
-from serving.worker import ROLES
-from serving.worker_pool import WorkerPool
+from dispec.engine.errors import ContextOverflow
+from dispec.engine.sampling_params import SamplingParams
+from dispec.serving.client.engine_errors import EngineDied, NotReady, RequestRefused
+from dispec.serving.client.restart_policy import RestartPolicy
+from dispec.serving.cluster import worker_pool
+from dispec.serving.cluster.autoscaler import Autoscaler
+from dispec.serving.cluster.autoscaling import Observation, ScalingLimits
+from dispec.serving.cluster.worker import ROLES
+from dispec.serving.cluster.worker_pool import WorkerPool
 from tests.engine_clients import (
     Recorder,
     ask,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ops import reference
+from dispec.ops import reference
 
 
 def weights_of(logits: Tensor) -> Tensor:

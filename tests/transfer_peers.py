@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
-from engine.transfer import Event, Pulled, PullFailed, Released, TransferOptions, shared_memory
-from engine.transfer.transfers import Transfers
-from layers.types import KVCache
+from dispec.engine.transfer import Event, Pulled, PullFailed, Released, TransferOptions, shared_memory
+from dispec.engine.transfer.transfers import Transfers
+from dispec.layers.types import KVCache
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM, BLOCK_SIZE = 3, 2, 16, 8
 FINGERPRINT = "a model"

@@ -13,9 +13,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from engine.transfer.handshake import Hello
-from engine.transfer.pages import block_bytes
-from layers.types import KVCache
+from dispec.engine.transfer.handshake import Hello
+from dispec.engine.transfer.pages import block_bytes
+from dispec.layers.types import KVCache
 
 
 class _Storage(msgspec.Struct):

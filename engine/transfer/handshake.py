@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import msgspec
 
-from engine.transfer.interface import Identifier
-from engine.transfer.messages import encode
-from engine.transfer.wire import Connection
+from dispec.engine.transfer.interface import Identifier
+from dispec.engine.transfer.messages import encode
+from dispec.engine.transfer.wire import Connection
 
 PROTOCOL_VERSION = 2
 NONCE_BYTES = 32

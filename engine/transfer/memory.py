@@ -10,18 +10,18 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine.transfer import host, shared_memory
-from engine.transfer.handshake import Hello, Refused, greet
-from engine.transfer.interface import TransferOptions, Transport
-from engine.transfer.messages import Memory, OpenMemory
-from engine.transfer.pages import HostPages
-from engine.transfer.shared_memory import SharedMemory
-from engine.transfer.wire import Connection
-from layers.types import KVCache
+from dispec.engine.transfer import host, shared_memory
+from dispec.engine.transfer.handshake import Hello, Refused, greet
+from dispec.engine.transfer.interface import TransferOptions, Transport
+from dispec.engine.transfer.messages import Memory, OpenMemory
+from dispec.engine.transfer.pages import HostPages
+from dispec.engine.transfer.shared_memory import SharedMemory
+from dispec.engine.transfer.wire import Connection
+from dispec.layers.types import KVCache
 
 if TYPE_CHECKING:
-    from engine.transfer.device_pages import DevicePages
-    from engine.transfer.nixl_memory import NixlMemory
+    from dispec.engine.transfer.device_pages import DevicePages
+    from dispec.engine.transfer.nixl_memory import NixlMemory
 
 CopyBlocks = Callable[[Sequence[int], Sequence[int]], None]  # the source's blocks into own ones
 Exchange = Callable[[OpenMemory], Memory]  # over the connection that is there already
@@ -78,7 +78,7 @@ class Memories:
     def _agent(self) -> "NixlMemory":
         """Made when first asked for: it starts threads of its own."""
         if self._nixl is None:
-            from engine.transfer.nixl_memory import NixlMemory
+            from dispec.engine.transfer.nixl_memory import NixlMemory
 
             assert isinstance(self.pages, HostPages)
             self._nixl = NixlMemory(self._options, self.pages, self._shared)
@@ -114,7 +114,7 @@ def pages_of(kv_cache: KVCache, shared: SharedMemory | None) -> "HostPages | Dev
     """A cache's pages, wherever they are."""
     if kv_cache.keys.device.type == "cpu":
         return HostPages.of(kv_cache, shared)
-    from engine.transfer.device_pages import DevicePages
+    from dispec.engine.transfer.device_pages import DevicePages
 
     return DevicePages(kv_cache)
 

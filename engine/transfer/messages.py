@@ -9,7 +9,7 @@ from typing import Annotated
 
 import msgspec
 
-from engine.transfer.interface import MAX_PAYLOAD_BYTES, Identifier
+from dispec.engine.transfer.interface import MAX_PAYLOAD_BYTES, Identifier
 
 CHECKSUM_BYTES = 8
 MAX_PLACES = 4096  # in one answer

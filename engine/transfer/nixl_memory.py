@@ -12,10 +12,10 @@ import msgspec
 import nixl_cu12
 import numpy as np
 
-from engine.transfer.handshake import Hello
-from engine.transfer.interface import TransferOptions
-from engine.transfer.pages import HostPages
-from engine.transfer.shared_memory import SharedMemory
+from dispec.engine.transfer.handshake import Hello
+from dispec.engine.transfer.interface import TransferOptions
+from dispec.engine.transfer.pages import HostPages
+from dispec.engine.transfer.shared_memory import SharedMemory
 
 POLL_SECONDS = 50e-6
 

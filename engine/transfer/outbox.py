@@ -5,7 +5,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from engine.transfer.wire import Connection
+from dispec.engine.transfer.wire import Connection
 
 log = logging.getLogger(__name__)
 

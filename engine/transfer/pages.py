@@ -13,8 +13,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from engine.transfer.shared_memory import SharedMemory
-from layers.types import KVCache
+from dispec.engine.transfer.shared_memory import SharedMemory
+from dispec.layers.types import KVCache
 
 
 class HostPages:

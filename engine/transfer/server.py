@@ -10,23 +10,13 @@ import threading
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-from engine.transfer import host
-from engine.transfer.handshake import Hello, welcome
-from engine.transfer.interface import TransferOptions
-from engine.transfer.memory import Memories
-from engine.transfer.messages import (
-    Ask,
-    Data,
-    Done,
-    Gone,
-    Memory,
-    OpenMemory,
-    Read,
-    Ready,
-    decode_from_puller,
-)
-from engine.transfer.outbox import Outbox
-from engine.transfer.wire import Connection
+from dispec.engine.transfer import host
+from dispec.engine.transfer.handshake import Hello, welcome
+from dispec.engine.transfer.interface import TransferOptions
+from dispec.engine.transfer.memory import Memories
+from dispec.engine.transfer.messages import Ask, Data, Done, Gone, Memory, OpenMemory, Read, Ready, decode_from_puller
+from dispec.engine.transfer.outbox import Outbox
+from dispec.engine.transfer.wire import Connection
 
 log = logging.getLogger(__name__)
 

@@ -13,16 +13,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from engine.transfer import host, offers, pulls
-from engine.transfer.handshake import Hello
-from engine.transfer.interface import MAX_ID_CHARACTERS, Event, Ticket, TransferOptions
-from engine.transfer.link import Link
-from engine.transfer.memory import Memories, pages_of
-from engine.transfer.messages import MAX_PLACES, Ask, Done, Gone, Read, Ready
-from engine.transfer.pulls import Fetch, PeerKey
-from engine.transfer.server import Server
-from engine.transfer.shared_memory import SharedMemory
-from layers.types import KVCache
+from dispec.engine.transfer import host
+from dispec.engine.transfer import receiver as pulls
+from dispec.engine.transfer import sender as offers
+from dispec.engine.transfer.handshake import Hello
+from dispec.engine.transfer.interface import MAX_ID_CHARACTERS, Event, Ticket, TransferOptions
+from dispec.engine.transfer.memory import Memories, pages_of
+from dispec.engine.transfer.messages import MAX_PLACES, Ask, Done, Gone, Read, Ready
+from dispec.engine.transfer.receiver import Fetch, PeerKey
+from dispec.engine.transfer.server import Server
+from dispec.engine.transfer.shared_memory import SharedMemory
+from dispec.engine.transfer.source_connection import Link
+from dispec.layers.types import KVCache
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from engine.transfer.messages import MAX_HEADER_BYTES, encode
+from dispec.engine.transfer.messages import MAX_HEADER_BYTES, encode
 
 BUFFERS_AT_ONCE = 1024  # IOV_MAX of Linux
 

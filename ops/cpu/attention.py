@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ops.cpu.library import library
+from dispec.ops.cpu.library import library
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 

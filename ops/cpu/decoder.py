@@ -5,8 +5,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ops.cpu.attention import int32
-from ops.cpu.library import library
+from dispec.ops.cpu.attention import int32
+from dispec.ops.cpu.library import library
 
 _NUMBER, _POINTER, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ops.cpu.attention import int32
-from ops.cpu.library import library
+from dispec.ops.cpu.attention import int32
+from dispec.ops.cpu.library import library
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 

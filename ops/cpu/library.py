@@ -21,7 +21,7 @@ from typing import Any
 
 import platformdirs
 
-from ops.tracing import constant
+from dispec.ops.tracing import constant
 
 _SOURCES = (
     "team.cpp",

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import BFloat16, Int8
 from torch import Tensor
 
-from ops.cpu.attention import int32
-from ops.cpu.library import library
+from dispec.ops.cpu.attention import int32
+from dispec.ops.cpu.library import library
 
 TILE = 32
 

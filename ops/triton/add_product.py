@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.norm import Norm
-from ops.triton.products import dotted, launch_options, product
-from ops.triton.tuning import FewRowsConfig
+from dispec.ops.norm import Norm
+from dispec.ops.triton.products import dotted, launch_options, product
+from dispec.ops.triton.tuning import FewRowsConfig
 
 # Counters of a device, one for each block of features: 64 features a block are enough for 262144.
 MAX_ARRIVALS = 4096

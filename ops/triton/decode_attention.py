@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.triton.online_softmax import attend
-from ops.triton.tuning import DECODE, LONGEST_SPLIT, WIDEST_DECODE_TILE, DecodeConfig, describe
+from dispec.ops.triton.online_softmax import attend
+from dispec.ops.triton.tuning import DECODE, LONGEST_SPLIT, WIDEST_DECODE_TILE, DecodeConfig, describe
 
 
 @triton.jit

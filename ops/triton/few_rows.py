@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.triton.tuning import REDUCE_BLOCK, FewRowsConfig, choose_few_rows, describe
+from dispec.ops.triton.tuning import REDUCE_BLOCK, FewRowsConfig, choose_few_rows, describe
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.triton.tuning import WRITE_LONG_FROM, WRITE_TOKENS_LONG
+from dispec.ops.triton.tuning import WRITE_LONG_FROM, WRITE_TOKENS_LONG
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.norm import Norm
+from dispec.ops.norm import Norm
 
 
 @triton.jit

@@ -3,12 +3,12 @@
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ops.norm import Norm
-from ops.triton import few_rows
-from ops.triton.add_product import add_product
-from ops.triton.gate_product import gate_product
-from ops.triton.layer_parts import gate_halves, norm_rows
-from ops.triton.tuning import FOLDS_NORM_UP_TO, choose_product, describe
+from dispec.ops.norm import Norm
+from dispec.ops.triton import few_rows
+from dispec.ops.triton.add_product import add_product
+from dispec.ops.triton.gate_product import gate_product
+from dispec.ops.triton.layer_parts import gate_halves, norm_rows
+from dispec.ops.triton.tuning import FOLDS_NORM_UP_TO, choose_product, describe
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, is_gated: bool) -> Tensor:

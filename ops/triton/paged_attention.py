@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from ops.triton.decode_attention import decode
-from ops.triton.prefill_attention import prefill
+from dispec.ops.triton.decode_attention import decode
+from dispec.ops.triton.prefill_attention import prefill
 
 
 def paged_attention(

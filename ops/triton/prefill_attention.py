@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.triton.online_softmax import attend
-from ops.triton.tuning import PREFILL, PrefillConfig, describe
+from dispec.ops.triton.online_softmax import attend
+from dispec.ops.triton.tuning import PREFILL, PrefillConfig, describe
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_sequences"])

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.triton.tuning import FewRowsConfig
+from dispec.ops.triton.tuning import FewRowsConfig
 
 
 @triton.jit

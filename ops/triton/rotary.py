@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.norm import Norm
-from ops.triton.linear import fused_linear
-from ops.triton.rotate_product import Slots, rotate_product
-from ops.triton.tuning import WRITE_LONG_FROM, WRITE_TOKENS_LONG, choose_product, describe
+from dispec.ops.norm import Norm
+from dispec.ops.triton.linear import fused_linear
+from dispec.ops.triton.rotate_product import Slots, rotate_product
+from dispec.ops.triton.tuning import WRITE_LONG_FROM, WRITE_TOKENS_LONG, choose_product, describe
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.norm import Norm
-from ops.triton.products import launch_options, product
-from ops.triton.tuning import FewRowsConfig
+from dispec.ops.norm import Norm
+from dispec.ops.triton.products import launch_options, product
+from dispec.ops.triton.tuning import FewRowsConfig
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.triton.tuning import THRESHOLD_BLOCK, THRESHOLD_WARPS
+from dispec.ops.triton.tuning import THRESHOLD_BLOCK, THRESHOLD_WARPS
 
 
 @triton.jit

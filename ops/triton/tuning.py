@@ -1,7 +1,7 @@
 """Launch configurations, pinned by device architecture, padded head dimension and element size.
 
 Autotuning inside an opaque op would time kernels while a CUDA graph is being captured, so configurations are
-looked up instead. To retune, run `python -m bench.kernels --sweep` on the device and copy the lines it prints
+looked up instead. To retune, run `python -m dispec.bench.kernels --sweep` on the device and copy the lines it prints
 into the table of that architecture; `tests/test_triton_aot.py` then shows whether the new entries spill.
 """
 
@@ -152,7 +152,7 @@ def describe(device: torch.device) -> Device:
 def choose_few_rows(device: Device, rows: int, features: int, columns: int) -> FewRowsConfig | None:
     """The kernel for a product of `rows` rows with a weight [features, columns]; None where torch's was no slower.
 
-    From `python -m bench.products --sweep` on an H100, over the weights of three models; elsewhere torch decides.
+    Measured with `python -m dispec.bench.products --sweep` on an H100, over the weights of three models.
     """
     if device.architecture != "sm_90" or columns % 16:
         return None
@@ -179,7 +179,7 @@ def choose_product(
 
     has_norm: its rows are normed first; is_gated: half of its features gate the others.
 
-    From `python -m bench.layer --sweep` on an H100 with the shapes of Qwen2.5-1.5B, and used on an A100 as well.
+    From `python -m dispec.bench.layer --sweep` on an H100 with the shapes of Qwen2.5-1.5B, and used on an A100 as well.
     From 17 rows torch's products are faster but for gated ones, from 33 rows those too.
     """
     if device.architecture == "fallback" or features % 16 or columns % 16:

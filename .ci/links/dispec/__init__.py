@@ -1,0 +1,1 @@
+../../../serving/dispec/__init__.py

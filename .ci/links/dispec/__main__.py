@@ -1,0 +1,1 @@
+../../../serving/dispec/__main__.py

@@ -1,0 +1,1 @@
+"""Make a draft model from a target: `dispec distill`."""

@@ -1,0 +1,225 @@
+"""The Python face of the engine: `LLM.generate`, `.chat`, `.stream`."""
+
+from collections.abc import Generator, Mapping
+from collections.abc import Sequence as Series
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+from typing import Any, overload
+
+from tqdm import tqdm
+
+from dispec.engine.api.outputs import Choice, Completion, Piece, Timing
+from dispec.engine.api.prompts import Prompt, PromptInput, as_prompts
+from dispec.engine.api.shared_engine import SharedEngine
+from dispec.engine.engine import Engine
+from dispec.engine.options import EngineOptions
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.sequence import TokenLogprobs
+from dispec.engine.text.tokenizer import Tokenizer
+from dispec.engine.unknown_names import field_names, refuse_unknown
+from dispec.layers.config import ModelConfig
+
+Messages = Series[Mapping[str, Any]]
+Params = SamplingParams | Series[SamplingParams] | None
+
+# Where a name belongs that was given to something else.
+_IN_PARAMS = {"params=SamplingParams({}=…)": field_names(SamplingParams)}
+_IN_LLM = {"LLM({}=…)": field_names(EngineOptions)}
+# What templates of other models declare.
+_OF_TEMPLATES: tuple[str, ...] = ("enable_thinking", "thinking", "reasoning_effort", "documents")
+_IN_TEMPLATES = {"chat_template_kwargs={{{!r}: …}}": _OF_TEMPLATES}
+_TEMPLATE_ARGUMENTS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+
+
+class LLM:
+    """A model, ready to answer.
+
+        with LLM("smollm2") as llm:
+            llm.generate(["Once upon a time"], SamplingParams(max_tokens=64))[0].text
+            llm.chat([{"role": "user", "content": "What is the capital of France?"}]).text
+
+    Options are those of `EngineOptions`. Several threads may use it, and several iterators of `stream` may be read in
+    turns: what they ask for runs in one batch.
+    """
+
+    def __init__(
+        self, model: str | Path | ModelConfig = "smollm2", *, show_progress: bool = False, **options: Any
+    ) -> None:
+        known = (*field_names(EngineOptions), "show_progress")
+        refuse_unknown("LLM", options, known, _IN_PARAMS)
+        chosen = EngineOptions(model=model, **options)
+        if chosen.compile == "background":
+            raise ValueError("compile is 'background', which is for a server: an LLM is never idle, use startup or off")
+        self.engine = Engine(chosen, show_progress)
+        checkpoint = self.engine.checkpoint
+        self._tokenizer = None
+        if checkpoint is not None:
+            self._tokenizer = Tokenizer.from_directory(checkpoint.directory)
+        self._shared = SharedEngine(self.engine, self._tokenizer)
+
+    def close(self) -> None:
+        """End what the engine has started: other processes, connections. Nothing can be asked afterwards."""
+        self._shared.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises ValueError for a model of dummy weights, which has none."""
+        if self._tokenizer is None:
+            raise ValueError("this model was made from a ModelConfig and has no tokenizer: pass token ids")
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Series[Prompt],
+        params: Params = None,
+        *,
+        use_tqdm: bool | None = None,
+        **unknown: Any,
+    ) -> list[Completion]:
+        """Continue one prompt or many; the completions in the prompts' order.
+
+        A prompt is a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids`, and `cache_salt`
+        where its cached prefixes are for prompts of the same salt alone. `params` is one for all or one each. A
+        progress bar shows for eight prompts and more on a terminal, or as `use_tqdm` says. Raises ValueError, before
+        anything runs, if any prompt cannot be served.
+        """
+        refuse_unknown("generate", unknown, ("prompts", "params", "use_tqdm"), _IN_PARAMS | _IN_LLM)
+        several = as_prompts(prompts)
+        return self._generate(several, _one_each(params, len(several)), use_tqdm)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **unknown: Any) -> Generator[Piece]:
+        """Continue one prompt, yielding text as it becomes certain. Closing the iterator aborts the request.
+
+        The prompt begins to run when the iterator is first read.
+        """
+        refuse_unknown("stream", unknown, ("prompt", "params"), _IN_PARAMS | _IN_LLM)
+        prompts = as_prompts(prompt)
+        if len(prompts) > 1:
+            raise ValueError(f"prompt holds {len(prompts)} prompts, stream takes one")
+        return self._stream(prompts, _one_each(params, 1))
+
+    @overload
+    def chat(
+        self, messages: Messages, params: Params = None, *, use_tqdm: bool | None = None, **template: Any
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self, messages: Series[Messages], params: Params = None, *, use_tqdm: bool | None = None, **template: Any
+    ) -> list[Completion]: ...
+
+    def chat(
+        self,
+        messages: Messages | Series[Messages],
+        params: Params = None,
+        *,
+        use_tqdm: bool | None = None,
+        **template: Any,
+    ) -> Completion | list[Completion]:
+        """Answer a conversation, or each of several, in the model's own chat template.
+
+        `template` is as in `chat_prompt`, `params` and `use_tqdm` as in `generate`.
+        """
+        own = ("messages", "params", "use_tqdm", "allow_special_tokens_in_content")
+        self._check_template_names("chat", template, own)
+        several = isinstance(messages, list | tuple) and bool(messages) and isinstance(messages[0], list | tuple)
+        conversations: Any = messages if several else [messages]
+        each = _one_each(params, len(conversations))
+        prompts = []
+        for index, conversation in enumerate(conversations):
+            try:
+                prompts.append(PromptInput(self.chat_prompt(conversation, **template)))
+            except ValueError as error:
+                if not several:
+                    raise
+                raise ValueError(f"conversation {index}: {error}") from error
+        completions = self._generate(prompts, each, use_tqdm)
+        return completions if several else completions[0]
+
+    def chat_prompt(
+        self, messages: Messages, *, allow_special_tokens_in_content: bool = False, **template: Any
+    ) -> list[int]:
+        """The token ids of a conversation in the model's chat template, ready for the assistant's turn.
+
+        Special tokens that messages spell out are text, unless `allow_special_tokens_in_content`.
+
+        template: `tools`, `add_generation_prompt`, `continue_final_message`, and variables that the template declares,
+        such as `enable_thinking`; another name raises ValueError. `chat_template_kwargs` is a mapping of variables
+        that need not be declared, for calls that are to work with any template.
+        """
+        self._check_template_names("chat_prompt", template, ("messages", "allow_special_tokens_in_content"))
+        more = template.pop("chat_template_kwargs", None) or {}
+        if not isinstance(more, Mapping):
+            raise ValueError(f"chat_template_kwargs is {type(more).__name__}, must be a mapping of template variables")
+        for name in more:
+            if not isinstance(name, str) or name == "messages" or name in template:
+                raise ValueError(f"chat_template_kwargs holds {name!r}, which is given already or is no variable")
+        text = self.tokenizer.render_chat(messages, **template, **more)
+        if allow_special_tokens_in_content:
+            return self.tokenizer.encode(text.plain, add_special_tokens=False)
+        return self.tokenizer.encode_chat(text)
+
+    def _check_template_names(self, owner: str, given: Mapping[str, Any], own: tuple[str, ...]) -> None:
+        known = (*own, *_TEMPLATE_ARGUMENTS, *sorted(self.tokenizer.template_variables))
+        refuse_unknown(owner, given, known, _IN_PARAMS | _IN_LLM | _IN_TEMPLATES)
+
+    def _generate(
+        self, prompts: list[PromptInput], params: list[SamplingParams], use_tqdm: bool | None
+    ) -> list[Completion]:
+        disable = None if use_tqdm is None and len(prompts) >= 8 else not use_tqdm
+        done: dict[int, Completion] = {}
+        with (
+            closing(self._shared.run(prompts, params)) as pieces,
+            tqdm(total=len(prompts), desc="generating", unit="prompt", disable=disable) as bar,
+        ):
+            for index, piece in pieces:
+                if piece.completion is not None:
+                    done[index] = piece.completion
+                    bar.update()
+        return [done[index] for index in range(len(prompts))]
+
+    def _stream(self, prompts: list[PromptInput], params: list[SamplingParams]) -> Generator[Piece]:
+        with closing(self._shared.run(prompts, params)) as pieces:
+            for _, piece in pieces:
+                yield piece
+
+
+def _one_each(params: Params, count: int) -> list[SamplingParams]:
+    """The parameters of each prompt. Raises ValueError for anything else than SamplingParams."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if isinstance(params, Mapping):
+        refuse_unknown("SamplingParams", map(str, params), field_names(SamplingParams))
+        given = ", ".join(f"{name}={value!r:.50}" for name, value in params.items())
+        raise ValueError(f"params is {type(params).__name__}, must be SamplingParams: write SamplingParams({given})")
+    if not isinstance(params, Series) or isinstance(params, str | bytes):
+        raise ValueError(f"params is {type(params).__name__}, must be SamplingParams or a list of them")
+    for index, one in enumerate(params):
+        if not isinstance(one, SamplingParams):
+            raise ValueError(f"params[{index}] is {type(one).__name__}, must be SamplingParams")
+    if len(params) != count:
+        raise ValueError(f"params holds {len(params)} SamplingParams for {count} prompts")
+    return list(params)
+
+
+def generate(
+    model: str | Path | ModelConfig,
+    prompts: Prompt | Series[Prompt],
+    params: Params = None,
+    **options: Any,
+) -> list[Completion]:
+    """Load a model, continue the prompts, close the model. Options are those of `LLM`."""
+    several = as_prompts(prompts)
+    each = _one_each(params, len(several))
+    with LLM(model, **options) as llm:
+        return llm._generate(several, each, None)
+
+
+__all__ = ["LLM", "Choice", "Completion", "Piece", "SamplingParams", "Timing", "TokenLogprobs", "generate"]

@@ -1,0 +1,1 @@
+"""Tensor parallelism: several processes, each with a part of every layer."""

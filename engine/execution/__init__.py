@@ -1,0 +1,3 @@
+"""How a scheduled step runs on the device.
+
+Reading order: `execution_plan`, `input_buffers`, `model_runner`, `compiled_steps`, `sampler`."""

@@ -1,0 +1,137 @@
+"""How much memory the KV cache gets, and a ledger of where memory went."""
+
+import ctypes
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
+
+from dispec.engine.dtypes import DTYPES
+from dispec.engine.options import EngineOptions, parse_bytes
+from dispec.layers.config import ModelConfig
+from dispec.layers.types import KVCache, Weights
+
+CPU_SHARE_OF_FREE = 0.25
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """How the KV cache is cut: `num_blocks` includes the one that takes padding."""
+
+    num_blocks: int
+    block_size: int
+    block_bytes: int
+    max_model_len: int
+    reason: str
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.num_blocks - 1) * self.block_size
+
+
+def plan_kv_cache(
+    config: ModelConfig,
+    options: EngineOptions,
+    device: torch.device,
+    free_bytes: int,
+    draft: ModelConfig | None = None,
+) -> KVPlan:
+    """Choose the number of blocks and the longest sequence. A draft model has its own part of each block.
+
+    Raises ValueError if `max_model_len` exceeds the model's own limit, if a sequence of that length does not fit in
+    the cache, or if the cache asked for does not fit in memory.
+    """
+    block_size = options.block_size
+    element = DTYPES[options.dtype].itemsize
+    numbers = sum(model.num_layers * model.num_kv_heads * model.head_dim for model in (config, draft) if model)
+    block_bytes = 2 * numbers * block_size * element
+    limit = min(model.max_position_embeddings for model in (config, draft) if model)
+    if options.max_model_len is not None and options.max_model_len > limit:
+        raise ValueError(f"max_model_len is {options.max_model_len}, the model's limit is {limit}")
+    wanted_len = options.max_model_len or limit
+    useful_blocks = options.max_num_seqs * -(-wanted_len // block_size) + 1
+    given = parse_bytes(options.kv_cache_memory)
+    if given is not None:
+        if given > free_bytes:
+            raise ValueError(f"kv_cache_memory is {format_bytes(given)}, only {format_bytes(free_bytes)} are free")
+        num_blocks, reason = given // block_bytes, "kv_cache_memory"
+    elif device.type == "cuda":
+        num_blocks, reason = free_bytes // block_bytes, f"free under {options.gpu_memory_utilization:.0%} of the device"
+    else:
+        num_blocks = int(free_bytes * CPU_SHARE_OF_FREE) // block_bytes
+        reason = (
+            f"{CPU_SHARE_OF_FREE:.0%} of the free memory, at most max_num_seqs ({options.max_num_seqs}) full contexts"
+        )
+        num_blocks = min(num_blocks, useful_blocks)
+    fits = (num_blocks - 1) * block_size
+    if fits < 2 or (options.max_model_len is not None and fits < options.max_model_len):
+        needed = format_bytes((-(-wanted_len // block_size) + 1) * block_bytes)
+        raise ValueError(
+            f"max_model_len of {wanted_len} tokens needs a KV cache of {needed}, there is"
+            f" {format_bytes(max(0, num_blocks) * block_bytes)} ({reason}):"
+            " raise kv_cache_memory or lower max_model_len"
+        )
+    return KVPlan(num_blocks, block_size, block_bytes, min(wanted_len, fits), reason)
+
+
+def kv_cache_bytes(config: ModelConfig, plan: KVPlan, dtype: torch.dtype) -> int:
+    """Of the pages of all layers."""
+    block = 2 * config.num_kv_heads * config.head_dim * plan.block_size * dtype.itemsize
+    return config.num_layers * plan.num_blocks * block
+
+
+def allocate_kv_cache(
+    config: ModelConfig,
+    plan: KVPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: Tensor | None = None,
+) -> KVCache:
+    """Zeroed pages of all layers. On CPU the kernel hands out the memory only as blocks are first written.
+
+    memory: zeroed bytes to make them of, `kv_cache_bytes` of them, for others to read; None takes new ones.
+    """
+    num_blocks, block_size, heads, head_dim = plan.num_blocks, plan.block_size, config.num_kv_heads, config.head_dim
+    keys = (config.num_layers, num_blocks, heads, head_dim, block_size)
+    values = (config.num_layers, num_blocks, heads, block_size, head_dim)
+    if device.type != "cpu":
+        return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for shape in (keys, values)))
+    if memory is None:
+        # numpy's zeros are calloc's: pages of the process that cost nothing until they are touched.
+        memory = torch.from_numpy(np.zeros(kv_cache_bytes(config, plan, dtype), dtype=np.uint8))
+    # Storages of their own over the same memory: two inputs that share one are copied by the compiler.
+    halves = (from_dlpack(to_dlpack(half)) for half in memory[: kv_cache_bytes(config, plan, dtype)].chunk(2))
+    return KVCache(*(half.view(dtype).view(shape) for half, shape in zip(halves, (keys, values), strict=True)))
+
+
+def free_memory(device: torch.device, utilization: float) -> int:
+    """Bytes that may still be taken: on CUDA up to `utilization` of the device, on CPU what the system has."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, free - int(total * (1 - utilization)))
+    return psutil.virtual_memory().available
+
+
+def weight_bytes(weights: Weights) -> int:
+    """Bytes of all weights; one that is used in two places, in the same layout, counts once."""
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(weights) if isinstance(leaf, Tensor)]
+    return sum(leaf.numel() * leaf.element_size() for leaf in {id(leaf): leaf for leaf in leaves}.values())
+
+
+def return_freed_memory() -> None:
+    """Give what was freed back to the system: glibc keeps it, and loading frees much in small pieces."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
+def format_bytes(size: float) -> str:
+    """Bytes as people read them: "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

@@ -1,0 +1,189 @@
+"""Find a model (directory, hub id, GGUF file, built-in default) and stream its weights."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dispec.engine.errors import CheckpointError
+from dispec.engine.json_file import read_json
+from dispec.engine.loading.default_model import DEFAULT_MODEL, default_model_file
+from dispec.engine.loading.gguf_file import GgufFile
+from dispec.engine.loading.model_source import (
+    INDEX,
+    download_small_files,
+    download_weights,
+    find_source,
+    read_config,
+    weight_files,
+)
+from dispec.engine.loading.tokenizer_check import added_token_id
+from dispec.engine.loading.tokenizer_files import directory_tokenizer, gguf_tokenizer
+from dispec.engine.text.tokenizer import Tokenizer, token_text
+from dispec.layers.config import ModelConfig, config_warnings
+
+__all__ = ["DEFAULT_MODEL", "Checkpoint", "CheckpointError", "find_checkpoint"]
+
+log = logging.getLogger("dispec")
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPARED_ROWS = 4096  # of two matrices at a time: what differs mostly differs at once
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that is on this machine and has been looked over: its config is supported, its files are whole.
+
+    `directory` is where `Tokenizer.from_directory` finds the tokenizer and chat template. `files` hold the weights.
+    `has_only_head`: the files have the matrix of tied embeddings under the name of the head.
+    """
+
+    name: str
+    config: ModelConfig
+    directory: Path
+    eos_token_ids: tuple[int, ...]
+    files: tuple[Path, ...]
+    has_only_head: bool = False
+
+    def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its Hugging Face name, one at a time, in the dtype of the file.
+
+        The tensors are views of the mapped files (copy before writing), but for quantised GGUF ones, which are
+        dequantised to `dtype`. What follows from the config (rotation tables, a tied `lm_head`) is left out.
+        """
+        for file in self.files:
+            tensors = GgufFile(file).tensors(dtype) if file.suffix == ".gguf" else read_safetensors(file)
+            for name, tensor in tensors:
+                if name == _HEAD and self.has_only_head:
+                    yield _EMBEDDING, tensor
+                elif not self._is_redundant(name):
+                    yield name, tensor
+
+    def _is_redundant(self, name: str) -> bool:
+        return name.endswith("rotary_emb.inv_freq") or (self.config.tie_embeddings and name == _HEAD)
+
+
+def find_checkpoint(model: str | Path, *, without_weights: bool = False) -> Checkpoint:
+    """Find a model and look it over, without reading its weights.
+
+    `model` is `smollm2` (built in, downloaded once), a directory in Hugging Face layout, a `.gguf` file, or a hub id
+    such as `Qwen/Qwen2.5-0.5B-Instruct` (downloaded into the hub's cache; `HF_HUB_OFFLINE=1` uses the cache alone).
+    without_weights: config and tokenizer are enough; weights of a directory or hub id are neither wanted nor fetched.
+
+    Raises CheckpointError if it cannot be found or is not whole, UnsupportedModelError if this engine cannot run it.
+    Both are one sentence.
+    """
+    source = find_source(model)
+    match source.kind:
+        case "built-in":
+            return _open_gguf(default_model_file(), source.name)
+        case "hub":
+            # The small files first: a model that we cannot run is refused before gigabytes are downloaded.
+            directory = download_small_files(source.name)
+            read_config(directory)
+            if not without_weights:
+                directory = download_weights(source.name)
+            return _open_directory(directory, source.name, without_weights=without_weights)
+    assert source.path is not None
+    if source.kind == "gguf":
+        return _open_gguf(source.path, source.name)
+    return _open_directory(source.path, source.name, without_weights=without_weights)
+
+
+def _open_gguf(path: Path, name: str) -> Checkpoint:
+    file = GgufFile(path)
+    directory = gguf_tokenizer(file)
+    return Checkpoint(name, file.config, directory, _generation_ends(directory), (path,))
+
+
+def _open_directory(directory: Path, name: str, *, without_weights: bool) -> Checkpoint:
+    raw, config = read_config(directory)
+    files = () if without_weights else weight_files(directory)
+    places = _check_names(files, directory)
+    for warning in config_warnings(raw):
+        log.warning("%s: %s", directory / "config.json", warning)
+    if config.tie_embeddings and _HEAD in places and _EMBEDDING in places and not _is_tied(places):
+        log.warning("%s: tie_word_embeddings is true, but %s differs: it is not tied", directory, _HEAD)
+        config = replace(config, tie_embeddings=False)
+    has_only_head = config.tie_embeddings and _HEAD in places and _EMBEDDING not in places
+    prepared = directory_tokenizer(directory)
+    # A text ends at the tokenizer's token and at those of the generation config, as in vLLM: a chat model often names
+    # the end of a turn in one and the end of a text in the other.
+    ends = _generation_ends(directory) or _eos_token_ids(raw, directory / "config.json")
+    eos_token_ids = tuple(dict.fromkeys((*_tokenizer_eos(prepared), *ends)))
+    return Checkpoint(name, config, prepared, eos_token_ids, files, has_only_head)
+
+
+def _check_names(files: tuple[Path, ...], directory: Path) -> dict[str, Path]:
+    """The file of each tensor. Read only the headers: they tell whether a file is whole and which tensors it holds."""
+    found: dict[str, Path] = {}
+    for file in files:
+        with _open_safetensors(file) as tensors:
+            names = tensors.keys()
+        for name in names:
+            if name in found:
+                raise CheckpointError(
+                    f"{directory} has the tensor {name} in both {found[name].name} and {file.name}: download it again"
+                )
+            found[name] = file
+    if len(files) > 1:
+        for name, shard in read_json(directory / INDEX)["weight_map"].items():
+            if name not in found or found[name].name != shard:
+                raise CheckpointError(f"{directory / shard} lacks {name}, which {INDEX} promises: download it again")
+    return found
+
+
+def _is_tied(places: Mapping[str, Path]) -> bool:
+    """Whether embedding and head are the same numbers, as in files that hold a tied matrix twice."""
+    with _open_safetensors(places[_EMBEDDING]) as one, _open_safetensors(places[_HEAD]) as other:
+        embedding, head = one.get_slice(_EMBEDDING), other.get_slice(_HEAD)
+        if embedding.get_shape() != head.get_shape():
+            return False
+        rows = range(0, embedding.get_shape()[0], _COMPARED_ROWS)
+        return all(
+            bool((embedding[row : row + _COMPARED_ROWS] == head[row : row + _COMPARED_ROWS]).all()) for row in rows
+        )
+
+
+def _open_safetensors(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        with contextlib.suppress(OSError), file.open("rb") as start:
+            if start.read(24).startswith(b"version https://git-lfs"):
+                raise CheckpointError(f"{file} is only a Git LFS pointer: run `git lfs pull`") from None
+        raise CheckpointError(f"{file} is not a whole safetensors file ({error}): download it again") from error
+
+
+def read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a file, by name. Raises CheckpointError if the file is not whole."""
+    with _open_safetensors(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
+            yield name, tensors.get_tensor(name)
+
+
+def _eos_token_ids(raw: Mapping[str, Any], source: Path) -> tuple[int, ...]:
+    value = raw.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{source} has eos_token_id {value!r}, which is neither a number nor a list of them")
+    return tuple(dict.fromkeys(ids))
+
+
+def _generation_ends(directory: Path) -> tuple[int, ...]:
+    path = directory / "generation_config.json"
+    return _eos_token_ids(read_json(path), path)
+
+
+def _tokenizer_eos(directory: Path) -> tuple[int, ...]:
+    text = token_text(read_json(directory / "tokenizer_config.json").get("eos_token"))
+    token = None if text is None else added_token_id(directory, text)
+    if token is None:
+        token = Tokenizer.from_directory(directory).eos_token_id
+    return () if token is None else (token,)

@@ -1,0 +1,104 @@
+"""Draft models that borrow their target's embedding and head: only their layers are on disk.
+
+Such a draft is a directory with the `config.json` and `model.safetensors` of a model in Hugging Face's layout without
+embedding and head, and a `draft.json`:
+
+    vocabulary   hash of the target's tokens and their ids
+    head_tokens  ids of the tokens that the draft can guess, in order; null if all of them
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dispec import ops
+from dispec.engine.errors import CheckpointError
+from dispec.engine.loading.checkpoint import read_safetensors
+from dispec.engine.loading.default_model import DEFAULT_DRAFT
+from dispec.engine.loading.model_source import DRAFT_FILE
+from dispec.engine.text.tokenizer import Tokenizer
+from dispec.layers.config import ModelConfig, config_from_hugging_face
+from dispec.layers.types import Weights
+from dispec.layers.weights import Pack
+
+_WEIGHTS = "model.safetensors"
+_BUILT_IN = Path(__file__).with_name("data") / DEFAULT_DRAFT
+
+
+@dataclass(frozen=True)
+class SharedDraft:
+    """A draft's own part, looked over but not read."""
+
+    directory: Path
+    config: ModelConfig
+    head_tokens: tuple[int, ...] | None
+
+    def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        """As `Checkpoint.tensors`."""
+        return read_safetensors(self.directory / _WEIGHTS)
+
+    def borrowed(self, target: Weights, pack: Pack) -> dict[str, ops.Matrix]:
+        """Embedding and head by their names in `Weights`; rows of a head are packed anew."""
+        if self.head_tokens is None:
+            return {"embedding": target.embedding, "lm_head": target.lm_head}
+        rows = torch.tensor(self.head_tokens, device=target.rope_frequencies.device)
+        readable = target.lm_head
+        if isinstance(readable, ops.Packed) and not readable.has_rows:  # then it is a tied one's second copy
+            readable = target.embedding
+        head = ops.embedding(readable, rows, self.config.hidden_size)
+        return {"embedding": target.embedding, "lm_head": pack(head)}
+
+
+def find_shared_draft(name: str | Path, tokenizer: Tokenizer | None, target: ModelConfig) -> SharedDraft | None:
+    """The draft of that name or in that directory; None if what is there is no such draft.
+
+    tokenizer: the target's; None if it has none. Raises CheckpointError for one that is not whole, ValueError for one
+    that was made for another target.
+    """
+    directory = _BUILT_IN if name == DEFAULT_DRAFT else Path(name).expanduser()
+    if not (directory / DRAFT_FILE).is_file():
+        if name == DEFAULT_DRAFT:
+            raise CheckpointError(f"{DEFAULT_DRAFT} is not part of this installation: make one with `dispec distill`")
+        return None
+    try:
+        about = json.loads((directory / DRAFT_FILE).read_text(encoding="utf-8"))
+        config = config_from_hugging_face(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+        head_tokens = about["head_tokens"] and tuple(map(int, about["head_tokens"]))
+        fits = tokenizer is None or about["vocabulary"] == vocabulary_hash(tokenizer)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory} holds no draft that can be read ({error}): make it again") from error
+    if not fits or (config.hidden_size, config.vocab_size) != (target.hidden_size, target.vocab_size):
+        raise ValueError(
+            f"speculative_model {str(name)!r} borrows embedding and head of the model that it was made for, which is"
+            " another one than this"
+        )
+    if head_tokens is not None and not all(0 <= token < config.vocab_size for token in head_tokens):
+        raise CheckpointError(f"{directory / DRAFT_FILE} names tokens that the model does not have: make it again")
+    return SharedDraft(directory, config, head_tokens)
+
+
+def save_shared_draft(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    head_tokens: list[int] | None,
+    tokenizer: Tokenizer,
+) -> None:
+    """Write a draft. config: as in a `config.json`; tensors: by their Hugging Face names, without those borrowed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / _WEIGHTS)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    about = {"vocabulary": vocabulary_hash(tokenizer), "head_tokens": head_tokens}
+    (directory / DRAFT_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
+
+
+def vocabulary_hash(tokenizer: Tokenizer) -> str:
+    """Of all tokens and their ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.vocabulary.items())).encode()).hexdigest()

@@ -1,0 +1,276 @@
+"""Read a GGUF file as if it were a Hugging Face checkpoint: the same config, tensor names and row order."""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from dispec.engine.errors import CheckpointError
+from dispec.layers.config import ModelConfig, RopeScaling, UnsupportedModelError, yarn_attention_factor
+
+_ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", gguf.MODEL_ARCH.LLAMA),
+    "qwen2": ("Qwen2ForCausalLM", gguf.MODEL_ARCH.QWEN2),
+    "qwen3": ("Qwen3ForCausalLM", gguf.MODEL_ARCH.QWEN3),
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+_Type = gguf.GGMLQuantizationType
+# Elements. An embedding in float32 would be the largest thing that a start ever holds.
+_DEQUANTIZED_AT_ONCE = 2**21
+_UNQUANTIZED = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
+
+_LONGEST_ARRAY_READ = 1024  # more layers than any model has; what is longer is the vocabulary
+
+
+class _Reader(gguf.GGUFReader):
+    """The reader of the gguf package, without two seconds of Python over a vocabulary that we seldom want.
+
+    Should a later version of the package call this method something else, reading is slow again but right.
+    """
+
+    # Where each array begins that was passed over, its items' type and their number; in the order of the fields.
+    passed_over: list[tuple[int, int, int]]
+
+    def __init__(self, *args: Any) -> None:
+        self.passed_over = []
+        super().__init__(*args)
+
+    def contents(self) -> dict[str, Any]:
+        """Every entry, the arrays that were passed over included."""
+        arrays = iter(self.passed_over)
+        return {
+            name: self._array(*next(arrays)) if field.types == [gguf.GGUFValueType.ARRAY] else field.contents()
+            for name, field in self.fields.items()
+        }
+
+    def _array(self, start: int, item_type: int, count: int) -> list[Any]:
+        position = start + 12
+        if item_type != gguf.GGUFValueType.STRING:
+            scalar = self.gguf_scalar_to_np[gguf.GGUFValueType(item_type)]
+            return np.frombuffer(self.data, scalar, count, position).tolist()
+        length_at, data, texts = struct.Struct("<Q").unpack_from, memoryview(self.data), []
+        for _ in range(count):
+            length = length_at(data, position)[0]
+            texts.append(str(data[position + 8 : position + 8 + length], "utf-8"))
+            position += 8 + length
+        return texts
+
+    def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            item_type, count = struct.unpack_from("<IQ", self.data, orig_offs)
+            if count > _LONGEST_ARRAY_READ and item_type != gguf.GGUFValueType.ARRAY:
+                self.passed_over.append((int(orig_offs), item_type, count))
+                return self._size_of_array(orig_offs, item_type, count), [], [], [gguf.GGUFValueType.ARRAY]
+        return super()._get_field_parts(orig_offs, raw_type)
+
+    def _size_of_array(self, start: int, item_type: int, count: int) -> int:
+        position = start + 12
+        if item_type != gguf.GGUFValueType.STRING:
+            scalar = self.gguf_scalar_to_np[gguf.GGUFValueType(item_type)]
+            return 12 + count * np.dtype(scalar).itemsize
+        length_at, data = struct.Struct("<Q").unpack_from, self.data
+        for _ in range(count):
+            position += 8 + length_at(data, position)[0]
+        return position - start
+
+
+class GgufFile:
+    """An open GGUF file: its config, tokenizer entries and tensors.
+
+    Raises CheckpointError if the file cannot be read, UnsupportedModelError if it holds what we do not run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._reader = _open(path)
+        self._metadata = {name: field.contents() for name, field in self._reader.fields.items()}
+        self._shapes = {tensor.name: tuple(reversed(tensor.shape.tolist())) for tensor in self._reader.tensors}
+        try:
+            self._refuse_unsupported()
+            self.config = self._read_config()
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{path}: {error}") from None
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is not a complete model: {error}") from error
+
+    def tokenizer_metadata(self) -> dict[str, Any]:
+        """The `tokenizer.*` entries, vocabulary included."""
+        return {name: value for name, value in self._reader.contents().items() if name.startswith("tokenizer.")}
+
+    def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its Hugging Face name; a name we cannot map is left as it is in the file.
+
+        F32, F16 and BF16 tensors are views of the mapped file; quantised ones are dequantised to `dtype` one by one.
+        """
+        names = self._hugging_face_names()
+        for tensor in self._reader.tensors:
+            if tensor.name == _ROPE_FACTORS or tensor.name.endswith(".attn_rot_embd.weight"):
+                continue  # part of the config, or a table that follows from it
+            weight = _to_torch(tensor, dtype)
+            if self._metadata["general.architecture"] == "llama":
+                if ".attn_q." in tensor.name:
+                    weight = _unpermute(weight, self.config.num_heads)
+                elif ".attn_k." in tensor.name:
+                    weight = _unpermute(weight, self.config.num_kv_heads)
+            yield names.get(tensor.name, tensor.name), weight
+
+    def _hugging_face_names(self) -> dict[str, str]:
+        stems = ["model.embed_tokens", "model.norm", "lm_head"]
+        parts = ["input_layernorm", "post_attention_layernorm"]
+        parts += [f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")]
+        parts += [f"mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")]
+        stems += [f"model.layers.{layer}.{part}" for layer in range(self.config.num_layers) for part in parts]
+        _, architecture = _ARCHITECTURES[self._metadata["general.architecture"]]
+        known = gguf.get_tensor_name_map(architecture, self.config.num_layers)
+        names: dict[str, str] = {}
+        for stem in stems:
+            if (name := known.get_name(stem)) is not None:
+                names |= {f"{name}.weight": f"{stem}.weight", f"{name}.bias": f"{stem}.bias"}
+        return names
+
+    def _refuse_unsupported(self) -> None:
+        architecture = self._metadata.get("general.architecture")
+        if architecture not in _ARCHITECTURES:
+            raise UnsupportedModelError(f"architecture {architecture!r}: supported are {', '.join(_ARCHITECTURES)}")
+        if experts := self._get("expert_count", 0):
+            raise UnsupportedModelError(f"mixture of {experts} experts")
+        if window := self._get("attention.sliding_window", 0):
+            raise UnsupportedModelError(f"sliding-window attention ({window} tokens)")
+        if self._metadata.get("split.count", 0) > 1:
+            raise UnsupportedModelError("a model in several GGUF files: join them with `llama-gguf-split --merge`")
+        kinds = {tensor.tensor_type: tensor for tensor in self._reader.tensors}
+        for kind, tensor in kinds.items():
+            try:
+                gguf.dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], kind)
+            except NotImplementedError:
+                raise UnsupportedModelError(f"quantisation {kind.name} (tensor {tensor.name})") from None
+
+    def _read_config(self) -> ModelConfig:
+        vocab_size, hidden_size = self._shape("token_embd.weight")
+        heads = self._count("attention.head_count")
+        head_dim = self._get("attention.key_length", None) or hidden_size // max(heads, 1)
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if (size := self._get(key, head_dim)) != head_dim:
+                raise UnsupportedModelError(f"{key} {size} with a head dimension of {head_dim}")
+        name = self._metadata["general.architecture"]
+        max_positions = self._count("context_length")
+        return ModelConfig(
+            architecture=_ARCHITECTURES[name][0],
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=self._count("feed_forward_length"),
+            num_layers=self._count("block_count"),
+            num_heads=heads,
+            num_kv_heads=self._count("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            max_position_embeddings=max_positions,
+            rms_norm_eps=_decimal(self._get("attention.layer_norm_rms_epsilon")),
+            rope_theta=float(self._get("rope.freq_base", 10000.0)),
+            rope_scaling=self._rope_scaling(max_positions, head_dim),
+            tie_embeddings="output.weight" not in self._shapes,
+            qkv_bias=name == "qwen2" or "blk.0.attn_q.bias" in self._shapes,
+            output_bias="blk.0.attn_output.bias" in self._shapes,
+            qk_norm=name == "qwen3",
+        )
+
+    def _rope_scaling(self, max_positions: int, head_dim: int) -> RopeScaling | None:
+        factor = float(self._get("rope.scaling.factor", None) or self._get("rope.scale_linear", None) or 1.0)
+        kind = self._get("rope.scaling.type", "none" if factor == 1.0 else "linear")
+        if kind == "none":
+            factor = 1.0
+        if kind not in ("none", "linear", "yarn"):
+            raise UnsupportedModelError(f"rope scaling {kind!r}: supported are linear, yarn")
+        if _ROPE_FACTORS in self._shapes:
+            if kind == "yarn":
+                raise UnsupportedModelError("rope scaling yarn together with frequency factors")
+            (tensor,) = (tensor for tensor in self._reader.tensors if tensor.name == _ROPE_FACTORS)
+            factors = tuple(float(value) * factor for value in _to_torch(tensor).float().reshape(-1))
+            if len(factors) != head_dim // 2:
+                raise ValueError(f"{_ROPE_FACTORS} has {len(factors)} factors for a head dimension of {head_dim}")
+            return RopeScaling("frequency_factors", frequency_factors=factors)
+        if kind == "none":
+            return None
+        if kind == "linear":
+            return RopeScaling("linear", factor=factor)
+        # llama.cpp multiplies YaRN's own temperature by what the file says, where Hugging Face replaces it.
+        attention = yarn_attention_factor(factor) * float(self._get("rope.scaling.yarn_attn_factor", 1.0))
+        return RopeScaling(
+            "yarn",
+            factor=factor,
+            original_max_position_embeddings=int(
+                self._get("rope.scaling.original_context_length", None) or max_positions
+            ),
+            beta_fast=float(self._get("rope.scaling.yarn_beta_fast", 32.0)),
+            beta_slow=float(self._get("rope.scaling.yarn_beta_slow", 1.0)),
+            attention_factor=attention,
+        )
+
+    def _get(self, key: str, *default: Any) -> Any:
+        key = f"{self._metadata['general.architecture']}.{key}"
+        if key not in self._metadata and not default:
+            raise ValueError(f"{key} is missing")
+        return self._metadata.get(key, *default)
+
+    def _count(self, key: str, *default: int) -> int:
+        value = self._get(key, *default)
+        if isinstance(value, list):  # one number a layer
+            if len(set(value)) != 1:
+                raise UnsupportedModelError(f"{key} that differs between layers")
+            value = value[0]
+        return int(value)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if len(self._shapes.get(name, ())) != 2:
+            raise ValueError(f"tensor {name} is missing or not a matrix")
+        return self._shapes[name]
+
+
+def _open(path: Path) -> _Reader:
+    try:
+        # Copy on write: torch wants writable memory; nobody's writes reach the file.
+        reader = _Reader(path, "c")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path} ({error.strerror}): check the path and its permissions") from error
+    except (ValueError, KeyError, IndexError, OverflowError, MemoryError, struct.error) as error:
+        raise CheckpointError(
+            f"{path} is not a whole GGUF file ({str(error) or type(error).__name__}): download it again"
+        ) from error
+    if reader.byte_order != "I":
+        raise CheckpointError(f"{path} is a GGUF file of the other byte order: convert it with gguf-py")
+    return reader
+
+
+def _to_torch(tensor: Any, dequantized: torch.dtype = torch.float32) -> Tensor:
+    data = np.asarray(tensor.data)  # sheds np.memmap, whose every slice costs microseconds
+    dtype = _UNQUANTIZED.get(tensor.tensor_type)
+    if dtype is not None:
+        return torch.from_numpy(data).view(dtype)
+    shape = tuple(reversed(tensor.shape.tolist()))
+    # The package works through 16 rows at a time, which is little when they are short. Rows are whole blocks, so
+    # four of them pass as one long row.
+    if data.shape[-1] <= 2048 and data.shape[0] % 4 == 0:
+        data = data.reshape(-1, data.shape[-1] * 4)
+    weight = torch.empty(shape, dtype=dequantized)
+    rows = weight.view(len(data), -1)
+    step = max(1, _DEQUANTIZED_AT_ONCE // rows.shape[1])
+    for first in range(0, len(data), step):
+        part = torch.from_numpy(gguf.dequantize(data[first : first + step], tensor.tensor_type))
+        rows[first : first + step] = part.view(-1, rows.shape[1])
+    return weight
+
+
+def _unpermute(weight: Tensor, heads: int) -> Tensor:
+    """From llama.cpp's interleaved rotation pairs (0, 1), (2, 3), … to halves (0, D/2), (1, D/2 + 1), …"""
+    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that rounds to the float32 in the file: 9.999999747e-06 was written as 1e-05."""
+    return float(str(np.float32(value)))

@@ -1,0 +1,85 @@
+"""The engine process's line to the front: messages both ways, and its log."""
+
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import zmq
+
+from dispec.engine.process.messages import FromEngine, FromFront, Log, encode
+
+log = logging.getLogger("dispec")
+
+
+class Link:
+    """The two sockets to the front. It belongs to the thread that made it."""
+
+    def __init__(self, directory: str) -> None:
+        self._context = zmq.Context()
+        self._inbox = self._context.socket(zmq.PULL)
+        self._outbox = self._context.socket(zmq.PUSH)
+        for socket in (self._inbox, self._outbox):
+            socket.setsockopt(zmq.RCVHWM, 0)  # what may be under way at once is bounded by the front's queue
+            socket.setsockopt(zmq.SNDHWM, 0)
+        self._inbox.connect(f"ipc://{directory}/to-engine")
+        self._outbox.connect(f"ipc://{directory}/to-front")
+        self._decoder = msgspec.msgpack.Decoder(FromFront)
+
+    def send(self, message: FromEngine) -> None:
+        self._outbox.send(encode(message))
+
+    def receive(self, *, wait: bool, wake_ups: Iterable[int] = ()) -> FromFront | None:
+        """The next message; None if there is none and it shall not `wait`, or when one of `wake_ups` becomes
+        readable."""
+        if wait and wake_ups:
+            poller = zmq.Poller()
+            poller.register(self._inbox, zmq.POLLIN)
+            for wake_up in wake_ups:
+                poller.register(wake_up, zmq.POLLIN)
+            poller.poll()
+            wait = False
+        try:
+            data = self._inbox.recv(0 if wait else zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        message: FromFront = self._decoder.decode(data)
+        return message
+
+    def close(self) -> None:
+        """Leave when everything has been handed over, or after five seconds."""
+        self._context.destroy(linger=5000)
+
+
+class _LogToFront(logging.Handler):
+    """Hands log lines to the front, which knows where they go."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__()
+        self._link = link
+        self._thread = threading.get_ident()
+        self.setFormatter(logging.Formatter("%(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if threading.get_ident() == self._thread:
+            self._link.send(Log(record.levelno, text))
+        else:
+            print(text, file=sys.stderr)
+
+
+def log_to_front(link: Link) -> None:
+    """Send log lines and warnings over the link instead of writing them."""
+    handler = _LogToFront(link)
+    for name in ("dispec", "engine"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+    def show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+        log.warning("%s", " ".join(str(message).split()))
+
+    warnings.showwarning = show_warning

@@ -1,0 +1,302 @@
+"""The engine as a process: `python -m dispec.engine.process.engine_loop DIRECTORY`, a child of the server.
+
+The directory holds two sockets, one for each way. Standard input brings the options in its first line, and ends when
+the front does. Between two steps the engine reads whatever has arrived; without work it sleeps until something does.
+"""
+
+import contextlib
+import faulthandler
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from dispec.engine.errors import InvalidField
+from dispec.engine.machine.cache_directory import remove_substitutes
+from dispec.engine.process.channel import Link, log_to_front
+from dispec.engine.process.last_words import last_words
+from dispec.engine.process.messages import (
+    EXIT_AFTER_LAST_WORDS,
+    Abort,
+    Accepted,
+    EngineInfo,
+    Failed,
+    FromFront,
+    Inspect,
+    Inspection,
+    IsCompiled,
+    Refused,
+    Resume,
+    Shutdown,
+    Start,
+    StepOutput,
+    Submit,
+    Token,
+)
+from dispec.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from dispec.engine.engine import Engine
+    from dispec.engine.scheduling.scheduler_output import TokenOutput
+    from dispec.engine.scheduling.sequence import Sequence
+    from dispec.engine.scheduling.step_record import StepRecord
+
+log = logging.getLogger("dispec")
+
+
+@dataclass(eq=False)
+class _Request:
+    id: str
+    choices: tuple["Sequence", ...]
+    num_open: int
+    is_started: bool = False
+
+
+class Service:
+    """Serves what the link brings with an engine, one step after another."""
+
+    def __init__(self, engine: "Engine", link: Link) -> None:
+        self._engine = engine
+        self._link = link
+        self._requests: dict[str, _Request] = {}
+        self._places: dict[int, tuple[_Request, int]] = {}  # request and choice, by the sequence's id
+        self._unstarted: set[_Request] = set()
+        self._last_record: StepRecord | None = None
+        self._is_running = True
+        self._is_compiled = engine.runner.is_compiled
+
+    def run(self) -> None:
+        """Until the front says that it is enough."""
+        while self._is_running:
+            engine = self._engine
+            message = self._link.receive(wait=not (engine.has_work or engine.has_idle_work), wake_ups=engine.wake_ups)
+            if message is not None:
+                self._handle(message)
+            elif engine.has_work:
+                self._step()
+            elif engine.wake_ups or engine.has_idle_work:
+                engine.work_while_idle()
+            if engine.runner.is_compiled != self._is_compiled:
+                self._is_compiled = engine.runner.is_compiled
+                self._link.send(IsCompiled(engine.compiled_seconds or 0.0))
+
+    def _handle(self, message: FromFront) -> None:
+        match message:
+            case Submit():
+                self._submit(message)
+            case Resume():
+                if message.request_id in self._requests:
+                    self._engine.resume(self._requests[message.request_id].choices[0], message.outputs)
+            case Abort():
+                self._abort(message)
+            case Inspect():
+                self._link.send(self._inspection())
+            case Shutdown():
+                self._is_running = False
+
+    def _submit(self, message: Submit) -> None:
+        try:
+            if message.request_id in self._requests:
+                raise InvalidField("request_id", f"request_id {message.request_id!r} is under way already")
+            first = self._engine.add(
+                message.prompt,
+                SamplingParams(**message.params),
+                priority=message.priority,
+                cache_salt=message.cache_salt,
+                slack=message.slack,
+                publish_as=message.publish_as,
+                pull=message.pull,
+                is_resumed=message.is_resumed,
+            )
+        except ValueError as error:
+            self._link.send(Refused(message.request_id, str(error), getattr(error, "field", None)))
+            return
+        except Exception as error:  # nothing was queued, so it is this request's trouble alone
+            log.exception("a request could not be queued")
+            self._link.send(Failed(message.request_id, f"{type(error).__name__}: {error}"))
+            return
+        request = _Request(message.request_id, first.choices, len(first.choices))
+        self._requests[request.id] = request
+        self._unstarted.add(request)
+        for index, sequence in enumerate(request.choices):
+            self._places[sequence.id] = request, index
+        self._link.send(Accepted(request.id))
+
+    def _abort(self, message: Abort) -> None:
+        request = self._requests.get(message.request_id)
+        if request is None:
+            return  # it ended while the message was on its way
+        choices = request.choices if message.choice is None else (request.choices[message.choice],)
+        for sequence in choices:
+            self._engine.finish(sequence, message.reason)
+            self._close(sequence)
+
+    def _close(self, sequence: "Sequence") -> None:
+        """Forget a choice, and with its last one the request."""
+        place = self._places.pop(sequence.id, None)
+        if place is None:
+            return
+        request, _ = place
+        request.num_open -= 1
+        if request.num_open == 0:
+            del self._requests[request.id]
+            self._unstarted.discard(request)
+
+    def _step(self) -> None:
+        outputs = self._engine.step()
+        finished = time.perf_counter()
+        started = self._started(outputs)
+        tokens: list[Token] = []
+        for output in outputs:
+            place = self._places.get(output.sequence.id)
+            if place is None:
+                continue
+            request, index = place
+            if output.token_id is None:
+                self._fail(request, output.sequence.error or "the engine could not continue it")
+                continue
+            tokens.append(_token(request.id, index, output, output.token_id))
+            if output.finish_reason is not None:
+                self._close(output.sequence)
+        records = self._engine.records
+        record = records[-1] if records and records[-1] is not self._last_record else None
+        self._last_record = record or self._last_record
+        if tokens or started or record is not None:
+            self._link.send(StepOutput(tokens, record, started, finished))
+
+    def _started(self, outputs: "list[TokenOutput]") -> dict[str, float]:
+        """When the requests that were scheduled for the first time in this step were."""
+        started: dict[str, float] = {}
+        if not self._unstarted:
+            return started
+        for sequence in (*self._engine.scheduler.running, *(output.sequence for output in outputs)):
+            place = self._places.get(sequence.id)
+            if place is not None and not place[0].is_started and sequence.scheduled_time is not None:
+                request = place[0]
+                request.is_started = True
+                started[request.id] = sequence.scheduled_time
+                self._unstarted.discard(request)
+        return started
+
+    def _fail(self, request: _Request, message: str) -> None:
+        for sequence in request.choices:
+            self._engine.finish(sequence, "error")
+            self._close(sequence)
+        self._link.send(Failed(request.id, message))
+
+    def _inspection(self) -> Inspection:
+        scheduler = self._engine.scheduler
+        problem = None
+        try:
+            scheduler.check()
+        except AssertionError as error:
+            problem = str(error)
+        return Inspection(
+            num_requests=len(self._requests),
+            num_running=len(scheduler.running),
+            num_waiting=scheduler.num_waiting,
+            num_used_blocks=scheduler.pool.num_usable - scheduler.pool.num_free,
+            num_cached_blocks=scheduler.pool.num_named,
+            num_blocks=scheduler.pool.num_usable,
+            problem=problem,
+        )
+
+
+def _token(request_id: str, choice: int, output: "TokenOutput", token_id: int) -> Token:
+    sequence, params = output.sequence, output.sequence.params
+    token = Token(
+        request_id, choice, token_id, output.finish_reason, num_right=output.num_right, num_wrong=output.num_wrong
+    )
+    if params.logprobs is not None:
+        token.logprobs = sequence.logprobs[output.number - 1 - sequence.num_resumed_tokens]
+    if output.number == 1:
+        token.num_cached_tokens = sequence.num_cached_tokens or 0
+        if params.prompt_logprobs is not None:
+            token.prompt_logprobs = sequence.prompt_logprobs
+    return token
+
+
+def _info(engine: "Engine") -> EngineInfo:
+    from dispec.engine.execution.kv_cache_memory import weight_bytes
+
+    checkpoint, plan, options = engine.checkpoint, engine.kv_plan, engine.options
+    return EngineInfo(
+        model=str(options.model),
+        architecture=engine.config.architecture,
+        directory=str(checkpoint.directory) if checkpoint is not None else None,
+        dtype=options.dtype,
+        device=str(engine.device),
+        vocab_size=engine.config.vocab_size,
+        eos_token_ids=list(engine.eos_token_ids),
+        max_model_len=engine.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        num_blocks=engine.scheduler.pool.num_usable,
+        block_size=plan.block_size,
+        weight_bytes=weight_bytes(engine.runner.weights),
+        kv_cache_bytes=plan.num_blocks * plan.block_bytes,
+        compile=engine.plan.compile,
+        is_compiled=engine.runner.is_compiled,
+        phase_seconds=engine.phase_seconds,
+        pid=os.getpid(),
+        **engine.transfer_address(),
+    )
+
+
+def _serve(start: Start, link: Link) -> None:
+    began = time.perf_counter()
+    from tqdm import tqdm
+
+    from dispec.engine.engine import Engine  # takes seconds, and may fail, which the front shall hear
+    from dispec.engine.options import EngineOptions
+
+    tqdm.monitor_interval = 0  # a thread that would wake the process for ever after
+    imported = time.perf_counter() - began
+    engine = Engine(EngineOptions(**start.options), start.show_progress)
+    engine.phase_seconds = {"import": imported, **engine.phase_seconds}
+    link.send(_info(engine))
+    Service(engine, link).run()
+    engine.close()  # the processes of other ranks do not outlive this one
+
+
+def _end_with_the_front(directory: str) -> None:
+    """Wait for the end of standard input, whatever the main thread does: compile, load, or a long step."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    shutil.rmtree(directory, ignore_errors=True)  # the sockets, which nobody else is left to remove
+    remove_substitutes()
+    os._exit(1)
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the front decides what becomes of us
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.enable()
+    directory = sys.argv[1]
+    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
+    threading.Thread(target=_end_with_the_front, args=(directory,), daemon=True).start()
+    link = Link(directory)
+    log_to_front(link)
+    code = 0
+    try:
+        _serve(start, link)
+    except Exception as error:
+        link.send(last_words(error))
+        code = EXIT_AFTER_LAST_WORDS
+    link.close()
+    remove_substitutes()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking torch apart would only make a restart wait
+
+
+if __name__ == "__main__":
+    main()

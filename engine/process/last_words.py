@@ -1,0 +1,52 @@
+"""What an engine that cannot start or go on says about it: the error, and what to do."""
+
+import traceback
+
+from dispec.engine.errors import CheckpointError
+from dispec.engine.process.messages import Died
+
+_LESS_MEMORY = "lower kv_cache_memory, max_model_len or max_num_seqs"
+_LESS_DEVICE_MEMORY = (
+    "lower gpu_memory_utilization, max_num_seqs or max_num_batched_tokens, or see with nvidia-smi who else uses the GPU"
+)
+
+
+def last_words(error: BaseException) -> Died:
+    """The engine's own error and a hint. Errors that nobody foresaw bring their traceback."""
+    message = " ".join(str(error).split()) or "no further message"
+    return Died(
+        error=type(error).__name__,
+        message=message if len(message) <= 1000 else f"{message[:1000]}…",
+        hint=_hint(error, message),
+        is_bad_input=isinstance(error, ValueError),
+        traceback="" if isinstance(error, ValueError | MemoryError) else "".join(traceback.format_exception(error)),
+    )
+
+
+def _hint(error: BaseException, message: str) -> str:
+    # torch's own classes are known by their names: they cannot be imported where torch cannot.
+    name = type(error).__name__
+    if name == "OutOfMemoryError" or "CUDA out of memory" in message:
+        return _LESS_DEVICE_MEMORY
+    if isinstance(error, MemoryError) or "allocate memory" in message:
+        return _LESS_MEMORY
+    if isinstance(error, CheckpointError):
+        return "give a model directory, a .gguf file or a hub id, or no model at all for the built-in one"
+    if name == "UnsupportedModelError":
+        return "`dispec serve` without a model serves the built-in one"
+    if name == "TensorParallelError":
+        return (
+            "the log above may say why; if nobody killed the process of that rank, the system ran out of memory: "
+            f"{_LESS_MEMORY}"
+        )
+    if isinstance(error, ValueError):
+        return "change the option that it names; `dispec serve --help` lists them"
+    if isinstance(error, ImportError):
+        return "install DiSpec again, or run `dispec env-check`"
+    if "CUDA" in message or name == "AcceleratorError":
+        return "the GPU or its driver failed: `dispec env-check` and nvidia-smi say what works"
+    if name in ("BackendCompilerFailed", "InductorError", "InvalidCxxCompiler", "CppCompileError"):
+        return "--compile off serves without compiling; `dispec env-check` looks for the compiler"
+    if isinstance(error, OSError):
+        return "see that the files are there and readable, and that the disk is not full"
+    return "this is a bug: please report it with the traceback in the log"

@@ -1,0 +1,300 @@
+"""Draft tokens of a draft model, one after another, without the host between two of them.
+
+The host writes the inputs of the first draft token; each further one follows on the device from the one before it, by
+`layers.speculation.draft_step`. On CUDA this step is compiled, a draft is a chain of CUDA graphs, and the target's step
+reads the draft tokens where the loop left them. On a CPU whose kernels run whole layers, a draft is one C++ call
+(`ops.decode`), unless top-k, top-p or min-p is used.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dispec import ops
+from dispec.engine.execution.compiled_steps import (
+    begin_replay,
+    compiled,
+    first_cause,
+    mark_inputs,
+    replaying,
+    warn_eager,
+)
+from dispec.engine.execution.input_buffers import StepShape, carve, fill
+from dispec.engine.execution.model_runner import Runner
+from dispec.engine.execution.sampler import write_filters
+from dispec.engine.execution.step_shapes import sequence_sizes
+from dispec.engine.scheduling.scheduler_output import Work
+from dispec.engine.scheduling.sequence import Needs, Sequence
+from dispec.layers.decoding import decoder
+from dispec.layers.speculation import DraftState, draft_step
+from dispec.layers.steps import num_columns
+from dispec.layers.types import Filters, KVCache, Weights
+
+# Tokens of a sequence that the draft model may not have computed: an accepted draft token, and what followed it.
+LAST_TOKENS = 2
+
+_DraftStep = Callable[[Weights, DraftState, KVCache], tuple[Tensor, DraftState]]
+
+# What a step changes of its batch.
+_CHANGED = ("token_ids", "positions", "slot_mapping", "query_start", "context_lens", "logits_indices")
+_EXTRA_FIELDS = 4  # last_positions, top_k, top_p, min_p
+# No two sizes are equal, as in `engine.execution.step_shapes`.
+_TRACED = StepShape(tokens=6, sequences=3, blocks=5, rows=3, query_len=LAST_TOKENS)
+# One graph serves all sequences: all of them are sampled and filtered; neutral parameters change nothing.
+_TRACED_NEEDS = Needs.DRAW | Needs.RESTRICT
+
+
+class DeviceDrafts:
+    """Draft tokens that the device computes, of sequences whose `draft_token_ids` hold placeholders until then.
+
+    rows: the index of each sequence's first one among the tokens that the target's step reads, by sequence id.
+    """
+
+    def __init__(self, depths: dict[Sequence, int], found: Tensor, started: torch.cuda.Event) -> None:
+        size, depth = found.shape
+        self.rows = {sequence.id: row * depth for row, sequence in enumerate(depths)}
+        self._depths = depths
+        self._found = torch.empty((size, depth), dtype=found.dtype, pin_memory=True)
+        self._found.copy_(found, non_blocking=True)
+        self._started, self._ended = started, torch.cuda.Event(enable_timing=True)
+        self._ended.record()
+        for sequence, count in depths.items():
+            sequence.draft_token_ids = [0] * count
+
+    def wait(self) -> float:
+        """Write the draft tokens to their sequences, and return the seconds that they took the device."""
+        self._ended.synchronize()
+        _give(self._depths, self._found)
+        return 1e-3 * self._started.elapsed_time(self._ended)
+
+
+def num_missing(sequence: Sequence) -> int:
+    """Return the number of the sequence's tokens that the draft model has not computed."""
+    return len(sequence.token_ids) - sequence.num_drafter_tokens
+
+
+def can_loop(sequence: Sequence) -> bool:
+    """Return whether the device can sample the sequence's draft tokens alone: penalties and masks need the host."""
+    return len(sequence.token_ids) >= LAST_TOKENS and not sequence.needs & (Needs.EDIT | Needs.MASK)
+
+
+class DraftLoop:
+    """Drafts for sequences of which the draft model has computed all but the last two tokens.
+
+    runner: of the draft model. sampled: the tokens that the target's steps read, on the device.
+    """
+
+    def __init__(self, runner: Runner, sampled: Tensor, max_num_seqs: int, max_num_drafts: int, max_model_len: int):
+        self._runner = runner
+        self._sampled = sampled
+        self._max_num_drafts = max_num_drafts
+        self._max_blocks = max(2, -(-max_model_len // runner.block_size))
+        self._sizes = sequence_sizes(max_num_seqs)
+        size = max(self._shape(self._sizes[-1]).size, _TRACED.size)
+        extra = (_EXTRA_FIELDS, max(4, -(-self._sizes[-1] // 4) * 4))  # rows of whole 16 bytes
+        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=runner.is_cuda)
+        self._host_extra = torch.zeros(extra, dtype=torch.int32, pin_memory=runner.is_cuda)
+        self._inputs, self._extra = (
+            (torch.zeros_like(host, device=runner.device) if runner.is_cuda else host)
+            for host in (self._host, self._host_extra)
+        )
+        self._host_views = functools.lru_cache(256)(functools.partial(carve, self._host))
+        self._device_state = functools.lru_cache(256)(self._state)
+        self._eager_step = self._step = _bound_step(runner)
+        self._decoder: ops.Decoder | None = None
+        if runner.plan.fuses_layers:
+            model = runner.weights, runner.config, runner.vocabulary, runner.kv_cache
+            self._decoder = decoder(*model, max_positions=max_model_len)
+
+    @torch.inference_mode()
+    def run(self, depths: dict[Sequence, int]) -> DeviceDrafts | None:
+        """Draft the given number of tokens of each sequence.
+
+        On CUDA, return drafts that the device is computing; else write them to the sequences' `draft_token_ids`.
+        """
+        # Sequences with most draft tokens first: those that have all of theirs are then the last rows, left out.
+        depths = dict(sorted(depths.items(), key=lambda item: -item[1]))
+        needs = 0
+        for sequence in depths:
+            needs |= sequence.needs
+        if self._runner.plan.compile != "off" or self._runner.is_cuda:
+            needs = _TRACED_NEEDS
+        if self._runner.is_cuda:
+            started = torch.cuda.Event(enable_timing=True)
+            started.record()
+            with replaying():
+                return DeviceDrafts(depths, self._loop(depths, needs), started)
+        if self._decoder is not None and not needs & Needs.RESTRICT:
+            _give(depths, _decode(self._decoder, depths, draws=bool(needs & Needs.DRAW)))
+        else:
+            _give(depths, self._loop(depths, needs))
+        return None
+
+    def compile(self) -> Iterator[None]:
+        """Compile the step and record its chains, for one number of sequences at each `next`.
+
+        The last `next` switches to what was compiled. If the compiler fails, warn and run eagerly.
+        """
+        try:
+            step = _compiled_step(self._runner)
+            for shape in (_TRACED, *map(self._shape, reversed(self._sizes))):
+                # A chain takes a call to warm its memory pool up, and one to be recorded.
+                for _ in range(2 if self._runner.plan.replays else 1):
+                    self._run_padding(step, shape)
+                yield
+            self._step = step
+        except Exception as error:  # a compiler can fail in any way; the engine works without one
+            warn_eager(first_cause(error))
+
+    @torch.inference_mode()
+    def _run_padding(self, step: _DraftStep, shape: StepShape) -> None:
+        self._host[: shape.size] = 0
+        fill(self._host_views(shape), (), self._runner.block_size)
+        self._upload(shape)
+        self._draft(step, self._device_state(shape, _TRACED_NEEDS), self._max_num_drafts)
+        if self._runner.is_cuda:
+            torch.cuda.synchronize(self._runner.device)  # before the next shape is written
+
+    def _shape(self, size: int) -> StepShape:
+        # One more token than may be missing is computed again: a uniform step is that much faster.
+        return StepShape(LAST_TOKENS * size, size, self._max_blocks, size, LAST_TOKENS)
+
+    def _loop(self, depths: dict[Sequence, int], needs: int) -> Tensor:
+        """Return all draft tokens, a row for each sequence, as many columns as the deepest draft has."""
+        count, depth = len(depths), max(depths.values())
+        if self._runner.is_cuda:
+            shape = self._shape(next(size for size in self._sizes if size >= count))
+        else:
+            widest = max(len(sequence.block_table) for sequence in depths)
+            # A size of 1 would be another graph to the compiler.
+            size = count if self._runner.plan.compile == "off" else max(2, count)
+            shape = self._shape(size)._replace(blocks=max(2, widest))
+        works = [Work(each, len(each.token_ids) - LAST_TOKENS, LAST_TOKENS, samples=True) for each in depths]
+        self._host[: shape.size] = 0
+        fill(self._host_views(shape), tuple(works), self._runner.block_size)
+        last, top_k = self._host_extra[:2].numpy()
+        top_p, min_p = self._host_extra[2:].view(torch.float32).numpy()
+        last[: shape.sequences] = 0
+        last[:count] = [len(sequence.token_ids) + own - 2 for sequence, own in depths.items()]
+        if needs & Needs.RESTRICT:
+            size = shape.sequences
+            write_filters(
+                list(depths),
+                num_columns(self._runner.vocabulary, self._runner.config),
+                top_k[:size],
+                top_p[:size],
+                min_p[:size],
+            )
+        self._upload(shape)
+        found = self._draft(self._step, self._device_state(shape, needs & (Needs.DRAW | Needs.RESTRICT)), depth)
+        # Without padding: the target's steps may have less room than a padded chain returns.
+        kept = self._sampled[: count * depth]
+        kept.copy_(found[:count].flatten())
+        return kept.view(count, depth)
+
+    def _upload(self, shape: StepShape) -> None:
+        if self._runner.is_cuda:
+            self._inputs[: shape.size].copy_(self._host[: shape.size], non_blocking=True)
+            self._extra.copy_(self._host_extra, non_blocking=True)
+
+    def _state(self, shape: StepShape, needs: int) -> DraftState:
+        """Return the inputs of a shape as the device reads them."""
+        inputs = carve(self._inputs, shape)
+        last, top_k = self._extra[:2, : shape.sequences]
+        top_p, min_p = self._extra[2:, : shape.sequences].view(torch.float32)
+        filters = Filters(top_k, top_p, min_p)
+        plan = self._runner.plan
+        if plan.compile != "off":
+            mark_inputs(inputs.batch, *inputs.sampling, last, *filters, replays=plan.replays)
+        return DraftState(
+            inputs.batch._replace(query_len=None),
+            last,
+            inputs.sampling if needs & Needs.DRAW else None,
+            filters if needs & Needs.RESTRICT else None,
+        )
+
+    def _draft(self, step: _DraftStep, state: DraftState, depth: int) -> Tensor:
+        """Run a chain of steps; each reads what the one before it returned, which lives until the next chain begins."""
+        if self._runner.plan.replays and step is not self._eager_step:
+            begin_replay()
+        found = []
+        for _ in range(depth):
+            token_ids, state = step(self._runner.weights, state, self._runner.kv_cache)
+            found.append(token_ids)
+        return torch.stack(found, 1)
+
+
+def _bound_step(runner: Runner) -> _DraftStep:
+    config, vocabulary = runner.config, runner.vocabulary
+
+    def step(weights: Any, state: Any, kv_cache: Any) -> tuple[Tensor, DraftState]:
+        return draft_step(weights, config, vocabulary, state, kv_cache)
+
+    return step
+
+
+def _compiled_step(runner: Runner) -> _DraftStep:
+    """Return the step, to be compiled when it is first called, of states that sample and filter."""
+    config, vocabulary = runner.config, runner.vocabulary
+
+    def changed(weights: Any, state: Any, kv_cache: Any) -> tuple[Any, ...]:
+        token_ids, following = draft_step(weights, config, vocabulary, state, kv_cache)
+        assert following.sampling is not None
+        return token_ids, following.sampling.position, *(getattr(following.batch, name) for name in _CHANGED)
+
+    run = compiled(changed, replays=runner.plan.replays)
+
+    def step(weights: Weights, state: DraftState, kv_cache: KVCache) -> tuple[Tensor, DraftState]:
+        # Plain tensors, because the compiler of torch 2.11 returns a named tuple within another one broken.
+        token_ids, position, *fields = run(weights, state, kv_cache)
+        assert state.sampling is not None
+        return token_ids, state._replace(
+            batch=state.batch._replace(**dict(zip(_CHANGED, fields, strict=True))),
+            sampling=state.sampling._replace(position=position),
+        )
+
+    return step
+
+
+def _give(depths: dict[Sequence, int], found: Tensor) -> None:
+    for (sequence, count), tokens in zip(depths.items(), found.tolist(), strict=True):
+        sequence.draft_token_ids = tokens[:count]
+
+
+def _decode(decoder: ops.Decoder, depths: dict[Sequence, int], *, draws: bool) -> Tensor:
+    """Return all draft tokens, computed in one call. depths: in descending order."""
+    # One more token than was missing is computed again: a uniform step is that much faster.
+    query_len = LAST_TOKENS if any(num_missing(sequence) > 1 for sequence in depths) else 1
+    return ops.decode(
+        decoder,
+        _int32(depths.values()),
+        _int32(chain.from_iterable(sequence.token_ids[-query_len:] for sequence in depths)).view(-1, query_len),
+        _block_tables(list(depths)),
+        _int32(len(sequence.token_ids) for sequence in depths),
+        _temperatures(depths) if draws else None,
+        _seeds(depths) if draws else None,
+    )
+
+
+def _block_tables(sequences: list[Sequence]) -> Tensor:
+    tables = np.zeros((len(sequences), max(2, *(len(sequence.block_table) for sequence in sequences))), np.int32)
+    for row, sequence in zip(tables, sequences, strict=True):
+        row[: len(sequence.block_table)] = sequence.block_table
+    return torch.from_numpy(tables)
+
+
+def _temperatures(sequences: Iterable[Sequence]) -> Tensor:
+    return torch.from_numpy(np.fromiter((sequence.params.temperature for sequence in sequences), np.float32))
+
+
+def _seeds(sequences: Iterable[Sequence]) -> Tensor:
+    return torch.from_numpy(np.fromiter((sequence.seed for sequence in sequences), np.int64))
+
+
+def _int32(values: Iterable[int]) -> Tensor:
+    return torch.from_numpy(np.fromiter(values, dtype=np.int32))

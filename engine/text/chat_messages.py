@@ -1,0 +1,107 @@
+"""The messages of a conversation in the one form that chat templates of text models expect."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dispec.engine.errors import InvalidField
+
+
+def plain_messages(messages: Any) -> list[dict[str, Any]]:
+    """Check the messages and bring them into the form that templates for text models expect.
+
+    Content given as text parts becomes one string, tool-call arguments given as JSON text become an object (templates
+    write them out as JSON themselves), and fields that are None are dropped (templates test whether they exist), except
+    for the content beside tool calls, which stays None. Raises InvalidField with the place.
+    """
+    if not isinstance(messages, list | tuple):
+        raise _wrong("messages", f"must be a list, not {type(messages).__name__}")
+    if not messages:
+        raise _wrong("messages", "must not be empty")
+    return [_plain_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def plain_data(value: Any, field: str, path: str = "") -> Any:
+    """A copy in exact JSON types: objects with methods are a way out of a sandbox. Raises InvalidField."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain_data(item, field, f"{path}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_data(item, field, f"{path}[{index}]") for index, item in enumerate(value)]
+    for exact in (str, int, float):
+        if isinstance(value, exact):
+            return exact(value)
+    raise InvalidField(field, f"{field}{path}: {type(value).__name__} is not JSON data")
+
+
+def _plain_message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise _wrong(where, f"must be an object, not {type(message).__name__}")
+    given = plain_data(message, "messages", where.removeprefix("messages"))
+    plain = {key: value for key, value in given.items() if value is not None}
+    if not isinstance(plain.get("role"), str):
+        raise _wrong(f"{where}.role", "must be a string" if "role" in plain else "is missing")
+    if "function_call" in plain:
+        raise _wrong(f"{where}.function_call", "is not supported, must be given as tool_calls")
+    _check_tool_calls(plain, where)
+    plain["content"] = _content(given, "tool_calls" in plain, f"{where}.content")
+    if "reasoning" in plain:  # what OpenAI-style servers call it today, and what templates know
+        plain.setdefault("reasoning_content", plain["reasoning"])
+    return plain
+
+
+def _check_tool_calls(plain: dict[str, Any], where: str) -> None:
+    calls = plain.get("tool_calls", [])
+    if not isinstance(calls, list):
+        raise _wrong(f"{where}.tool_calls", "must be a list")
+    if not calls:  # templates ask whether there is the field, and count
+        plain.pop("tool_calls", None)
+    for index, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise _wrong(f"{where}.tool_calls[{index}]", "must be an object with a function")
+        if isinstance(function.get("arguments"), str):
+            try:
+                function["arguments"] = json.loads(function["arguments"] or "{}")
+            except ValueError:
+                raise _wrong(f"{where}.tool_calls[{index}].function.arguments", "is not JSON") from None
+
+
+def _content(message: Mapping[str, Any], has_tool_calls: bool, where: str) -> str | None:
+    """The text of a message. OpenAI's clients leave it out beside tool calls, and send back null with a refusal."""
+    content = message.get("content")
+    if content is not None:
+        return _text(content, where)
+    if message["role"] == "assistant":
+        if isinstance(message.get("refusal"), str):
+            return message["refusal"]
+        if has_tool_calls:
+            return None
+        if "content" in message:
+            return ""
+    raise _wrong(where, "is missing")
+
+
+def _text(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise _wrong(where, f"must be a string or a list of parts, not {type(content).__name__}")
+    texts = []
+    for index, part in enumerate(content):
+        text = part.get("text", part.get("refusal")) if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise _wrong(f"{where}[{index}]", f"parts of type {kind!r} are not supported by this text model")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _wrong(where: str, what: str) -> InvalidField:
+    return InvalidField("messages", f"{where}: {what}")
+
+
+def with_texts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same messages, with an empty text where the content is None."""
+    return [{**message, "content": message["content"] or ""} for message in messages]

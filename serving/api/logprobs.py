@@ -1,0 +1,149 @@
+"""Log-probabilities in the shapes of the three places that show them. There is never a NaN or an infinity."""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+from dispec.engine.scheduling.sequence import TokenLogprobs
+from dispec.engine.text.tokenizer import Tokenizer
+from dispec.serving.api.protocol_answers import (
+    ChatLogprob,
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprobs,
+    TopLogprob,
+)
+
+_LOWEST = -9999.0  # what OpenAI shows for what cannot be
+
+
+def finite(value: float) -> float:
+    return value if value >= _LOWEST else _LOWEST  # a NaN compares with nothing
+
+
+class TokenTexts:
+    """How single tokens are shown. A part of a character is `bytes:` and its bytes, as OpenAI shows it."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._special_ids = frozenset() if tokenizer is None else tokenizer.special_ids
+        self._known: dict[int, tuple[str, bytes]] = {}
+
+    @cached_property
+    def by_id(self) -> "TokenTexts":
+        """The same, where a token is shown as `token_id:` and its id; its bytes are what they were."""
+        return _TokenIds(self._tokenizer)
+
+    def of(self, token_id: int) -> tuple[str, bytes]:
+        known = self._known.get(token_id)
+        if known is None:
+            known = self._known[token_id] = self._find(token_id)
+        return known
+
+    def _find(self, token_id: int) -> tuple[str, bytes]:
+        if self._tokenizer is None:  # dummy weights
+            return f"token_id:{token_id}", b""
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode(), data
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data
+
+    def length_in_text(self, token_id: int, skip_special_tokens: bool) -> int:
+        """How many characters of the text begin with this token."""
+        if skip_special_tokens and token_id in self._special_ids:
+            return 0
+        return sum(byte & 0xC0 != 0x80 for byte in self.of(token_id)[1])
+
+    def length_at(self, token_id: int, text: str, offset: int) -> int:
+        """The same in a text that is known, which may lack what encoding it has added: BOS, a first space."""
+        spelled = self.of(token_id)[1].decode(errors="replace")
+        if text.startswith(spelled, offset):
+            return len(spelled)
+        if spelled.startswith(" ") and text.startswith(spelled[1:], offset):
+            return len(spelled) - 1
+        return self.length_in_text(token_id, skip_special_tokens=True)
+
+
+class _TokenIds(TokenTexts):
+    def of(self, token_id: int) -> tuple[str, bytes]:
+        return f"token_id:{token_id}", super().of(token_id)[1]
+
+
+def chat_logprobs(texts: TokenTexts, entries: Iterable[TokenLogprobs], count: int) -> ChatLogprobs:
+    content = []
+    for entry in entries:
+        text, data = texts.of(entry.token_id)
+        tops = []
+        for token_id, value in entry.top[:count]:
+            shown, spelled = texts.of(token_id)
+            tops.append(TopLogprob(shown, finite(value), list(spelled)))
+        content.append(ChatLogprob(text, finite(entry.logprob), list(data), tops))
+    return ChatLogprobs(content)
+
+
+class CompletionLogprobsMaker:
+    """The four lists of the older API, for one choice, piece by piece: `text_offset` goes on from the piece before."""
+
+    def __init__(self, texts: TokenTexts, count: int, skip_special_tokens: bool) -> None:
+        self._texts = texts
+        self._count = count
+        self._skip_special_tokens = skip_special_tokens
+        self._offset = 0
+        self._has_begun = False  # the output, whose first token may lack its space
+
+    def of_prompt(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs], text: str) -> CompletionLogprobs:
+        """Of a prompt that is echoed as `text`. Nothing came before its first token, so that it has no probability."""
+        found = CompletionLogprobs([], [], [], [])
+        for token_id, entry in zip(token_ids, (None, *entries), strict=False):
+            self._add(found, token_id, entry)
+            self._offset += self._texts.length_at(token_id, text, self._offset)
+        self._offset = len(text)
+        return found
+
+    def of_output(self, entries: Iterable[TokenLogprobs], text: str) -> CompletionLogprobs:
+        """Of tokens that make `text` certain, which may be less than they spell, or none."""
+        found = CompletionLogprobs([], [], [], [])
+        for entry in entries:
+            self._add(found, entry.token_id, entry)
+            length = self._texts.length_in_text(entry.token_id, self._skip_special_tokens)
+            if length and not self._has_begun:
+                self._has_begun = True
+                spelled = self._texts.of(entry.token_id)[1]
+                length -= spelled.startswith(b" ") and text != "" and not text.startswith(" ")
+            self._offset += length
+        return found
+
+    def _add(self, found: CompletionLogprobs, token_id: int, entry: TokenLogprobs | None) -> None:
+        found.text_offset.append(self._offset)
+        found.tokens.append(self._texts.of(token_id)[0])
+        found.token_logprobs.append(None if entry is None else finite(entry.logprob))
+        found.top_logprobs.append(None if entry is None else self._top(entry))
+
+    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
+        top: dict[str, float] = {}
+        # The token itself is among them always. Of two that look the same, the likelier stays.
+        for token_id, value in (*entry.top[: self._count], (entry.token_id, entry.logprob)):
+            top.setdefault(self._texts.of(token_id)[0], finite(value))
+        return top
+
+
+def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        first.text_offset + second.text_offset,
+        first.token_logprobs + second.token_logprobs,
+        first.tokens + second.tokens,
+        first.top_logprobs + second.top_logprobs,
+    )
+
+
+def prompt_logprobs(texts: TokenTexts, entries: Sequence[TokenLogprobs], count: int) -> PromptLogprobs:
+    """vLLM's shape: for each token of the prompt, what it and the likeliest ones were, by id."""
+    found: PromptLogprobs = [None]
+    for entry in entries:
+        shown = {
+            str(token_id): {"logprob": finite(value), "rank": rank, "decoded_token": texts.of(token_id)[0]}
+            for rank, (token_id, value) in enumerate(entry.top[:count], start=1)
+        }
+        own = {"logprob": finite(entry.logprob), "rank": entry.rank, "decoded_token": texts.of(entry.token_id)[0]}
+        found.append({str(entry.token_id): own, **shown})
+    return found

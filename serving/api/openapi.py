@@ -1,0 +1,140 @@
+"""The OpenAPI document of the routes, whose bodies are read and written by msgspec and not by Litestar.
+
+Litestar makes the document and its page; the schemas of bodies are msgspec's, and are put into its components. The
+page's script and style come from an installed package, so that it works without a network.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from litestar import Litestar, Response, get
+from litestar.exceptions import NotFoundException
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin, OpenAPIRenderPlugin, SwaggerRenderPlugin
+from litestar.openapi.spec import Components, Operation, SecurityScheme, Tag
+from litestar.params import FromPath
+from litestar.response import Redirect
+
+from dispec.serving.api.openapi_bodies import EXAMPLES, complete
+from dispec.serving.http.errors import ErrorBody
+
+_REFERENCE = "#/components/schemas/{name}"
+_ASSETS = {
+    "swagger-ui-bundle.js": "text/javascript",
+    "swagger-ui-standalone-preset.js": "text/javascript",
+    "swagger-ui.css": "text/css",
+}
+_TAGS = {
+    "Generation": "Answers and continuations.",
+    "Models": "What is served, and with which options.",
+    "Tokenizer": "Texts to token ids, and back.",
+    "Monitoring": "How the server is doing.",
+}
+_known: dict[str, type] = {"ErrorBody": ErrorBody}
+
+
+def describe(
+    request: type | None,
+    answer: type | None,
+    *,
+    tag: str,
+    streams: bool = False,
+    media_type: str = "application/json",
+    needs_key: bool = True,
+) -> dict[str, Any]:
+    """Return arguments of a Litestar route: what the document says about it and its bodies."""
+    for form in (request, answer):
+        if form is not None:
+            _known[form.__name__] = form
+    assert tag in _TAGS
+
+    class Described(Operation):
+        def to_schema(self) -> dict[str, Any]:
+            found = super().to_schema()
+            if request is not None:
+                examples = EXAMPLES[request.__name__]
+                content = _json(request)
+                content["application/json"]["examples"] = {name: {"value": body} for name, body in examples.items()}
+                found["requestBody"] = {"required": True, "content": content}
+            kind = "object" if media_type == "application/json" else "string"
+            answers = {media_type: {"schema": {"type": kind}}} if answer is None else _json(answer)
+            if streams:
+                answers["text/event-stream"] = {"schema": {"type": "string"}}
+            found["responses"] = {
+                "200": {"description": "The answer.", "content": answers},
+                "default": {"description": "What went wrong.", "content": _json(ErrorBody)},
+            }
+            if not needs_key:
+                found["security"] = []
+            return found
+
+    return {"operation_class": Described, "tags": [tag]}
+
+
+def openapi_config(version: str, needs_key: bool) -> OpenAPIConfig:
+    plugins: list[OpenAPIRenderPlugin] = [JsonRenderPlugin(path="/openapi.json")]
+    if assets_directory() is not None:
+        page = SwaggerRenderPlugin(
+            path="/",
+            js_url="/schema/assets/swagger-ui-bundle.js",
+            css_url="/schema/assets/swagger-ui.css",
+            standalone_preset_js_url="/schema/assets/swagger-ui-standalone-preset.js",
+            favicon="",
+        )
+        plugins.insert(0, page)
+    bearer = SecurityScheme(type="http", scheme="bearer", description="One of the keys of --api-key.")
+    return OpenAPIConfig(
+        title="DiSpec",
+        version=version,
+        description="An OpenAI-compatible server. Fields of OpenAI's API that are not listed are refused by name. Null"
+        " is as good as leaving a field out. HEAD works wherever GET does.",
+        tags=[Tag(name, description) for name, description in _TAGS.items()],
+        path="/schema",
+        use_handler_docstrings=True,
+        render_plugins=plugins,
+        components=Components(security_schemes={"key": bearer}),
+        security=[{"key": []}] if needs_key else None,
+    )
+
+
+def add_schemas(app: Litestar, model_names: Sequence[str], slo_names: Sequence[str] = ()) -> None:
+    """Put the bodies' schemas into the document. Called once, when all routes are there."""
+    _, found = msgspec.json.schema_components(_known.values(), ref_template=_REFERENCE)
+    complete(found, list(model_names), list(slo_names))
+    app.openapi_schema.components.schemas.update(found)
+
+
+def assets_directory() -> Path | None:
+    """Where the page's script and style are, if swagger-ui-py is installed."""
+    spec = importlib.util.find_spec("swagger_ui")
+    places = spec.submodule_search_locations if spec is not None else None
+    directory = Path(next(iter(places))) / "static" if places else None
+    return directory if directory is not None and all((directory / name).is_file() for name in _ASSETS) else None
+
+
+@get("/schema/assets/{name:str}", include_in_schema=False, sync_to_thread=True)
+def schema_asset(name: FromPath[str]) -> Response[bytes]:
+    """A file of the document's page."""
+    directory = assets_directory()
+    if directory is None or name not in _ASSETS:
+        raise NotFoundException
+    return Response((directory / name).read_bytes(), media_type=_ASSETS[name])
+
+
+@get("/docs", include_in_schema=False, sync_to_thread=False)
+def docs() -> Redirect:
+    """Where people look for the document's page."""
+    return Redirect("/schema")
+
+
+@get("/openapi.json", include_in_schema=False, sync_to_thread=False)
+def openapi_json() -> Redirect:
+    """Where tools look for the document."""
+    return Redirect("/schema/openapi.json")
+
+
+def _json(form: type) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": _REFERENCE.format(name=form.__name__)}}}

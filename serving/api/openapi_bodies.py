@@ -1,0 +1,157 @@
+"""What the OpenAPI document says of requests beyond the types of fields: messages, rules between fields, examples.
+
+`tests/test_openapi.py` sends bodies that the schemas allow, and bodies that they do not, and compares the answers.
+"""
+
+from typing import Any
+
+from dispec.serving.api.protocol_sampling import RESERVED_TEMPLATE_NAMES
+from dispec.serving.settings import MAX_PROMPTS
+
+Schema = dict[str, Any]
+
+MESSAGE = "RequestMessage"
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_PART: Schema = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "object",
+            "required": ["text"],
+            "properties": {"type": {"type": "string", "examples": ["text"]}, "text": {"type": "string"}},
+        },
+    ]
+}
+_CONTENT: Schema = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
+_TOOL_CALL: Schema = {
+    "type": "object",
+    "required": ["function"],
+    "properties": {
+        "id": {"type": "string"},
+        "type": {"type": "string", "examples": ["function"]},
+        "function": {
+            "type": "object",
+            "required": ["name"],
+            "properties": {
+                "name": {"type": "string"},
+                "arguments": {
+                    "anyOf": [{"type": "string", "contentMediaType": "application/json"}, {"type": "object"}],
+                },
+            },
+        },
+    },
+}
+_MESSAGE: Schema = {
+    "title": MESSAGE,
+    "description": "A turn of a conversation. Further fields go to the model's chat template as they are.",
+    "type": "object",
+    "required": ["role"],
+    "properties": {
+        "role": {
+            "anyOf": [
+                {"enum": list(_ROLES)},
+                {"type": "string", "description": "Another role, if the model's chat template knows it."},
+            ]
+        },
+        "content": {
+            "description": "A text, or text parts, which are joined by line breaks.",
+            "anyOf": [*_CONTENT["anyOf"], {"type": "null"}],
+        },
+        "tool_calls": {"anyOf": [{"type": "array", "items": _TOOL_CALL}, {"type": "null"}]},
+    },
+    "anyOf": [
+        {"required": ["content"], "properties": {"content": _CONTENT}},
+        {"required": ["content"], "properties": {"role": {"const": "assistant"}}},
+        {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
+    ],
+}
+
+
+def _with(**fields: Any) -> Schema:
+    """Return the schema of a body that has each of the fields, with that value."""
+    return {"required": [*fields], "properties": {name: {"const": value} for name, value in fields.items()}}
+
+
+def _without(field: str) -> Schema:
+    """Return the schema of a body that does not have the field, or has null there."""
+    return {"properties": {field: {"type": "null"}}}
+
+
+def _several(prompt: Schema) -> Schema:
+    return {"type": "array", "items": prompt, "minItems": 1, "maxItems": MAX_PROMPTS}
+
+
+_TEXT: Schema = {"type": "string", "minLength": 1}
+_TOKENS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_OPENS_OR_CONTINUES = {"not": _with(add_generation_prompt=True, continue_final_message=True)}
+_OF_STREAMS = [
+    {"anyOf": [_without("stream_options"), _with(stream=True)]},
+    {"anyOf": [_without("prompt_logprobs"), {"not": _with(stream=True)}]},
+]
+_RULES: dict[str, list[Schema]] = {
+    "ChatRequest": [
+        *_OF_STREAMS,
+        _OPENS_OR_CONTINUES,
+        {"anyOf": [{"properties": {"top_logprobs": {"enum": [0, None]}}}, _with(logprobs=True)]},
+    ],
+    "CompletionRequest": [
+        *_OF_STREAMS,
+        {"properties": {"prompt": {"anyOf": [_TEXT, _TOKENS, _several(_TEXT), _several(_TOKENS)]}}},
+        {"anyOf": [{"properties": {"max_tokens": {"not": {"const": 0}}}}, _with(echo=True)]},
+    ],
+    "TokenizeRequest": [
+        _OPENS_OR_CONTINUES,
+        {
+            "oneOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}},
+                {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
+            ]
+        },
+    ],
+}
+
+_QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+EXAMPLES: dict[str, dict[str, Schema]] = {
+    "ChatRequest": {
+        "A question": {"messages": _QUESTION, "max_tokens": 64},
+        "A stream with its usage": {
+            "messages": [{"role": "system", "content": "Be brief."}, *_QUESTION],
+            "max_tokens": 64,
+            "temperature": 0.7,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        },
+        "The beginning of an answer, to go on with": {
+            "messages": [*_QUESTION, {"role": "assistant", "content": "The capital of"}],
+            "continue_final_message": True,
+            "max_tokens": 16,
+        },
+    },
+    "CompletionRequest": {
+        "A text to go on with": {"prompt": "Once upon a time", "max_tokens": 32, "seed": 7},
+        "The log-probabilities of a text": {"prompt": "The sea is blue.", "max_tokens": 0, "echo": True, "logprobs": 1},
+        "Several prompts": {"prompt": ["One, two,", "Red, green,"], "max_tokens": 8, "temperature": 0, "stop": ["\n"]},
+        "Token ids": {"prompt": [40, 41, 42], "max_tokens": 8, "top_k": 20},
+    },
+    "GenerateRequest": {"A text to go on with": {"prompt": "The quick brown fox", "max_new_tokens": 16}},
+    "TokenizeRequest": {
+        "A text": {"prompt": "The quick brown fox", "return_token_strs": True},
+        "Messages in the chat template": {"messages": _QUESTION},
+    },
+    "DetokenizeRequest": {"Token ids": {"tokens": [40, 41, 42]}},
+}
+
+
+def complete(schemas: dict[str, Schema], model_names: list[str], slo_names: list[str]) -> None:
+    """Add to msgspec's schemas what the types do not say, and what depends on the server's options."""
+    schemas[MESSAGE] = _MESSAGE
+    for name, rules in _RULES.items():
+        schemas[name].setdefault("allOf", []).extend(rules)
+    for name in EXAMPLES:
+        fields = schemas[name]["properties"]
+        if model_names and "model" in fields:
+            fields["model"] = {"enum": [*model_names, None], "default": None}
+        if "slo" in fields:
+            fields["slo"] |= {"enum": [*slo_names, None]}
+        if "chat_template_kwargs" in fields:
+            fields["chat_template_kwargs"]["propertyNames"]["not"] = {"enum": sorted(RESERVED_TEMPLATE_NAMES)}

@@ -1,0 +1,157 @@
+"""What each route does with the fields that clients know: one list a route.
+
+A field is honoured if the route's struct in `serving.api.protocol` has it, refused if it asks for something that
+does not exist here, or ignored if leaving it out cannot change the answer. `tests/test_request_fields.py` compares the
+lists with the documented fields of OpenAI's client and of vLLM. A field in none of them is unknown, and means nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+from dispec.serving.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    Sampling,
+    TokenizeRequest,
+)
+from dispec.serving.http.errors import ApiError
+
+_NOTHING: tuple[Any, ...] = ("", [], {})  # ask for nothing, and neither does null
+
+
+class RouteFields(NamedTuple):
+    """refused: fields with the values that ask for nothing and so do no harm. ignored: fields without effect."""
+
+    refused: dict[str, tuple[Any, ...]]
+    ignored: frozenset[str] = frozenset()
+
+
+# Of chat and plain completions alike.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json_object": (False,),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "regex": (),
+    "ebnf": (),
+    "grammar": (),
+    "json_schema": (),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "watermarking": (False,),
+    "logits_processors": (),
+    "logprob_token_ids": (),
+    "repetition_detection": (),
+    "thinking_token_budget": (-1,),  # no limit
+    "stream_interval": (1,),
+    "return_token_offsets": (False,),
+    "return_prompt_text": (False,),
+    "routed_experts_prompt_start": (0,),
+    "ec_transfer_params": (),
+    "vllm_xargs": (),
+    "lora_path": (),
+    "suffix": (),
+    "tools": (),
+    "tool_choice": ("none", "auto"),
+    "functions": (),
+    "function_call": ("none", "auto"),
+}
+_IGNORED = frozenset({
+    "user", "session_id",  # of the caller
+    "return_mm_kwargs",  # of routes that render prompts
+    "spaces_between_special_tokens",  # tokens follow one another without spaces of their own
+})  # fmt: skip
+
+_CHAT = RouteFields(
+    _REFUSED
+    | {
+        "echo": (False,),
+        "audio": (),
+        "modalities": (["text"],),
+        "prediction": (),
+        "reasoning_effort": (),
+        "include_reasoning": (True,),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+        "moderation": (),
+        "documents": (),
+        "chat_template": (),
+        "media_io_kwargs": (),
+        "mm_processor_kwargs": (),
+    },
+    _IGNORED
+    | {
+        "metadata", "store", "service_tier", "safety_identifier",  # of the platform's books
+        "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",  # prompts are cached by themselves
+        "parallel_tool_calls",  # of tools, which are refused
+    },
+)  # fmt: skip
+_COMPLETION = RouteFields(_REFUSED | {"prompt_embeds": ()}, _IGNORED)
+_TOKENIZE = RouteFields({"tools": (), "chat_template": (), "media_io_kwargs": (), "mm_processor_kwargs": ()})
+
+# Fields of the longer forms which the short form does not take, with what they are where they are left out.
+_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "model": (), "n": (1,), "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "frequency_penalty": (0,),
+    "presence_penalty": (0,), "repetition_penalty": (1,), "include_stop_str_in_output": (False,), "min_tokens": (0,),
+    "ignore_eos": (False,), "skip_special_tokens": (True,), "add_special_tokens": (True,), "stream": (False,),
+    "return_token_ids": (False,), "return_tokens_as_token_ids": (False,), "echo": (False,),
+}  # fmt: skip
+_SHORT = RouteFields(
+    _COMPLETION.refused
+    | {
+        name: _DEFAULTS.get(name, ())
+        for name in ("messages", *CompletionRequest.__struct_fields__)
+        if name not in GenerateRequest.__struct_fields__
+    },
+    _IGNORED,
+)
+
+ROUTES: Mapping[type, RouteFields] = {
+    ChatRequest: _CHAT,
+    CompletionRequest: _COMPLETION,
+    GenerateRequest: _SHORT,
+    TokenizeRequest: _TOKENIZE,
+    DetokenizeRequest: RouteFields({}),
+}
+# For each route a struct of the refused fields alone, by which they are found in a body without decoding the rest.
+_REFUSED_STRUCTS: Mapping[type, type[Struct]] = {
+    form: msgspec.defstruct(f"Refused{form.__name__}", [(name, Any, None) for name in fields.refused])
+    for form, fields in ROUTES.items()
+}
+
+
+def refuse_unsupported(body: bytes, request: object) -> None:
+    """Raise ApiError for the first field of a body that asks for something that the route does not do.
+
+    `request` is the same body as the route's struct.
+    """
+    form = type(request)
+    if form not in ROUTES:
+        return
+    found = msgspec.json.decode(body, type=_REFUSED_STRUCTS[form])
+    for name, harmless in ROUTES[form].refused.items():
+        value = getattr(found, name)
+        if value is None or any(_is_same(value, known) for known in (*_NOTHING, *harmless)):
+            continue
+        if name == "best_of" and isinstance(request, Sampling) and value == (request.n or 1):
+            continue
+        raise ApiError(400, f"{name} is not supported here: leave it out", param=name, code="not_supported")
+    if isinstance(request, Sampling) and request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options is only for requests with stream true", param="stream_options")
+
+
+def _is_same(value: Any, known: Any) -> bool:
+    """Compare as JSON does: 1 is 1.0, and true is neither."""
+    return isinstance(value, bool) == isinstance(known, bool) and value == known

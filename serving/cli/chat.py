@@ -1,0 +1,118 @@
+"""A conversation in a terminal, or one question a line through a pipe."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+from dispec.engine.sampling_params import SamplingParams
+from dispec.serving.cli.console import explain, say
+
+if TYPE_CHECKING:
+    from dispec.engine.api.llm import LLM
+    from dispec.engine.api.outputs import Completion
+
+_COMMAND = re.compile(r"/[a-z]+")  # a whole line: a question may well begin with a path
+
+
+class Turn(NamedTuple):
+    """A question and the answer to it, whole or as far as it came."""
+
+    question: str
+    answer: str
+
+
+def converse(llm: "LLM", params: SamplingParams, system: str | None = None) -> Iterator["Completion"]:
+    """Read questions and write answers until the input ends; yields each answer that was not stopped.
+
+    Raises ValueError if the model cannot hold a conversation.
+    """
+    if not llm.tokenizer.has_chat_template:
+        raise ValueError("the model has no chat template: use `dispec generate --raw`")
+    turns: list[Turn] = []
+    while (line := _read_line()) is not None:
+        question = line.strip()
+        if _COMMAND.fullmatch(question):
+            if question == "/exit":
+                return
+            if question == "/clear":
+                turns = []
+                say("forgotten")
+            else:
+                say(f"unknown command {question}: /clear forgets the conversation, /exit leaves")
+        elif question:
+            try:
+                prompt, turns = fit(
+                    turns, question, system, llm.chat_prompt, llm.engine.max_model_len, params.max_tokens
+                )
+                answer, completion = _answer(llm, prompt, params)
+            except ValueError as error:  # a question that is too long ends this turn, not the conversation
+                say(f"error: {explain(error)[0]}")
+                continue
+            if answer:
+                turns.append(Turn(question, answer))
+            if completion is not None:
+                yield completion
+
+
+def fit(
+    turns: list[Turn],
+    question: str,
+    system: str | None,
+    tokenize: Callable[[list[dict[str, str]]], list[int]],
+    max_model_len: int,
+    max_tokens: int,
+) -> tuple[list[int], list[Turn]]:
+    """The prompt of a conversation and the turns that are in it: the oldest are left out until it fits.
+
+    Room is kept for an answer of `max_tokens` or a quarter of the context, whichever is less. The question itself
+    always stays, so that a prompt without turns may still be too long.
+    """
+    room = min(max_tokens, max_model_len // 4)
+    kept = turns
+    while True:
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        for turn in kept:
+            messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
+        prompt = tokenize([*messages, {"role": "user", "content": question}])
+        if not kept or len(prompt) + room <= max_model_len:
+            break
+        kept = kept[1:]
+    if dropped := len(turns) - len(kept):
+        what = "oldest turn is" if dropped == 1 else f"{dropped} oldest turns are"
+        say(f"the conversation no longer fits {max_model_len} tokens: its {what} forgotten")
+    return prompt, kept
+
+
+def _answer(llm: "LLM", prompt: list[int], params: SamplingParams) -> tuple[str, "Completion | None"]:
+    """Write an answer as it comes. Ctrl-C ends it: the text so far, and no completion."""
+    texts: list[str] = []
+    completion = None
+    try:
+        with closing(llm.stream(prompt, params)) as pieces:  # where Ctrl-C comes between two steps
+            for piece in pieces:
+                texts.append(piece.text)
+                print(piece.text, end="", flush=True)
+                completion = piece.completion
+    except KeyboardInterrupt:
+        pass
+    answer = "".join(texts)
+    if not answer.endswith("\n"):
+        print(flush=True)
+    if completion is None:
+        say("stopped")
+    return answer, completion
+
+
+def _read_line() -> str | None:
+    """The next line, or None when the user has left. A prompt shows, and lines can be edited, on a terminal."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return sys.stdin.readline() or None
+    with suppress(ImportError):
+        import readline  # noqa: F401 (importing it is what gives `input` its editing and history)
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None

@@ -1,0 +1,111 @@
+"""What a person sees beside the answer: log lines, warnings and errors, each one line on standard error."""
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from dispec.serving.client.engine_errors import EngineDied
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # what shells report for a process that SIGINT ended
+BROKEN_PIPE = 141  # the same for SIGPIPE
+
+# Loggers whose lines are for the user; those of libraries only speak up through warnings.
+_LOGGERS = ("dispec", "engine")
+
+
+def say(line: str) -> None:
+    """Write a line to standard error, above any progress bar that is being drawn there."""
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is not None:
+        tqdm.tqdm.write(line, file=sys.stderr)
+    else:
+        print(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
+@contextmanager
+def reporting(*, quiet: bool, debug: bool) -> Iterator[None]:
+    """Run a command: its log lines, warnings and errors become tidy lines, its errors an exit code.
+
+    `quiet` keeps informative log lines back; `debug` shows where an error came from. Raises typer.Exit.
+    """
+    with warnings.catch_warnings(), _log_lines(logging.WARNING if quiet else logging.INFO):
+        warnings.showwarning = _show_warning
+        try:
+            yield
+            sys.stdout.flush()
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt as error:
+            say("interrupted")
+            raise typer.Exit(INTERRUPTED) from error
+        except BrokenPipeError as error:
+            # Whoever read our output has seen enough. The interpreter flushes once more as it ends: into nothing.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(BROKEN_PIPE) from error
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            sentence, code = explain(error)
+            say(f"error: {sentence}")
+            raise typer.Exit(code) from error
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """An error as one sentence and the exit code that goes with it: 2 if the user gave something wrong, else 1."""
+    text = " ".join(str(error).split())
+    if isinstance(error, EngineDied):
+        if error.is_bad_input:
+            return " ".join(error.message.split()), BAD_INPUT
+        return f"the engine could not go on: {text}", 1
+    if isinstance(error, ValueError):
+        return text or "the input is not valid", BAD_INPUT
+    # torch has its own class for CUDA and a plain RuntimeError for the CPU; neither is worth an import here.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text:
+        detail = f" ({text})" if text else ""
+        return f"not enough memory{detail}: lower kv_cache_memory, max_model_len or max_num_seqs", 1
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
+    if isinstance(error, ImportError):
+        return f"a package is missing or broken ({text}): install DiSpec again, or run `dispec env-check`", 1
+    first = text if len(text) <= 300 else f"{text[:300]}…"
+    return f"unexpected {type(error).__name__}: {first} (--debug shows where it came from)", 1
+
+
+@contextmanager
+def _log_lines(level: int) -> Iterator[None]:
+    handler = _Lines()
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, (old_level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(old_level)
+            logger.propagate = propagate
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+            say(prefix + record.getMessage())
+        except Exception:  # a log line must never end the program
+            self.handleError(record)
+
+
+def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    say(f"warning: {' '.join(str(message).split())}")

@@ -1,0 +1,199 @@
+"""Keeps an engine process alive: starts it, starts it again if it dies, ends it when it is no longer wanted."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Literal
+
+from dispec.engine.process.messages import EngineInfo, FromEngine, FromFront, Shutdown, Start
+from dispec.engine.text.tokenizer import Tokenizer
+from dispec.serving.client.engine_errors import EngineDied, NotReady
+from dispec.serving.client.engine_process import EngineProcess
+from dispec.serving.client.restart_policy import RestartPolicy
+
+log = logging.getLogger("dispec")
+
+State = Literal["loading", "ready", "draining", "restarting", "dead"]
+
+_REASONS: dict[State, tuple[str, int]] = {  # and seconds after which it may be different
+    "loading": ("the model is being loaded", 5),
+    "restarting": ("the engine died and is being started again", 5),
+    "draining": ("the server is finishing its last requests", 10),
+    "dead": ("the engine is dead and will not be started again", 60),
+}
+
+
+class EngineSupervisor:
+    """Belongs to the event loop that calls `start`.
+
+    receive: gets what the engine says but for `EngineInfo`, in a thread of its own.
+    on_state: the state has changed. on_death: the process has ended, and all it knew is lost.
+    restarts: when a dead engine is started again; an engine that used them up is dead for good.
+    clock, sleep: how time passes.
+
+    info, tokenizer: of the engine that runs or ran last; None until the first one is ready.
+    """
+
+    def __init__(
+        self,
+        start: Start,
+        receive: Callable[[FromEngine], None],
+        on_state: Callable[[State], None],
+        on_death: Callable[[EngineDied], None],
+        restarts: RestartPolicy,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.state: State = "loading"
+        self.info: EngineInfo | None = None
+        self.tokenizer: Tokenizer | None = None
+        self._start = start
+        self._receive = receive
+        self._on_state = on_state
+        self._on_death = on_death
+        self._restarts = restarts
+        self._clock = clock
+        self._sleep = sleep
+        self._num_restarts = 0  # since the engine last served for long
+        self._ready_since = self._next_launch = clock()
+        self._restart: asyncio.Task[None] | None = None
+        self._process: EngineProcess | None = None
+        self._is_draining = False
+
+    async def start(self) -> EngineInfo:
+        """Start the engine and wait until it can serve. Raises EngineDied."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            info = await self._launch()
+        except EngineDied:
+            self._set_state("dead")
+            raise
+        self._serve()
+        return info
+
+    def drain(self) -> None:
+        """Be no longer ready, and do not start an engine that dies again."""
+        self._is_draining = True
+        if self.state == "ready":
+            self._set_state("draining")
+
+    async def stop(self) -> None:
+        """End the engine. Doing it twice does nothing."""
+        self.drain()
+        if self._restart is not None:
+            self._restart.cancel()
+        if self._process is not None:
+            await self._end(self._process, gently=self.state == "draining")
+        self._set_state("dead")
+
+    def send(self, message: FromFront) -> None:
+        if self._process is not None:
+            self._process.send(message)
+
+    def post(self, function: Callable[..., object], *args: object) -> None:
+        """Have something done in the event loop, from any thread."""
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the loop has been closed, and with it everybody's interest
+            log.debug("the engine speaks to a closed event loop")
+
+    def not_ready(self) -> NotReady:
+        """Why the engine takes no requests now."""
+        why, retry_after = _REASONS.get(self.state, ("the engine has just ended", 5))
+        if self.state == "restarting" and self.info is not None:
+            waiting = max(self._next_launch - self._clock(), 0.0)
+            retry_after = max(round(waiting + sum(self.info.phase_seconds.values())), 1)
+        return NotReady(why, retry_after)
+
+    async def _launch(self) -> EngineInfo:
+        """A new process, until it is ready. Raises EngineDied."""
+        self._birth: asyncio.Future[EngineInfo] = self._loop.create_future()
+        self._exit: asyncio.Future[EngineDied] = self._loop.create_future()
+        self._process = process = EngineProcess(self._start, self._hear, self._hear_exit)
+        await asyncio.wait((self._birth, self._exit), return_when=asyncio.FIRST_COMPLETED)
+        if self._birth.done():
+            info = self._birth.result()
+            try:
+                if info.directory is not None:
+                    self.tokenizer = await asyncio.to_thread(Tokenizer.from_directory, info.directory)
+            except Exception as error:
+                await self._end(process, gently=False)
+                hint = "the engine needs no tokenizer, but whoever talks to it does"
+                raise EngineDied(str(error), hint, type(error).__name__) from error
+            self.info = info
+        if self._exit.done():
+            raise self._exit.result()
+        return info
+
+    def _serve(self) -> None:
+        self._ready_since = self._clock()
+        self._set_state("draining" if self._is_draining else "ready")
+
+    async def _launch_again(self, ending: EngineDied) -> None:
+        """Start the engine again, as often as the policy allows, until it serves."""
+        while self._num_restarts < self._restarts.max_restarts and not self._is_draining:
+            seconds = self._restarts.seconds_before(self._num_restarts)
+            self._num_restarts += 1
+            self._next_launch = self._clock() + seconds
+            of_all = f"{self._num_restarts} of {self._restarts.max_restarts}"
+            log.warning("the engine died: %s; it is started again in %g s (restart %s)", ending, seconds, of_all)
+            await self._sleep(seconds)
+            try:
+                await self._launch()
+            except EngineDied as error:
+                ending = error
+            else:
+                log.warning("the engine has been started again and serves")
+                self._serve()
+                return
+        if self._is_draining:
+            self._set_state("dead")
+        else:
+            self._give_up(ending)
+
+    def _give_up(self, ending: EngineDied) -> None:
+        log.error("the engine died: %s; after %d restarts in a row it stays dead", ending, self._num_restarts)
+        self._set_state("dead")
+
+    async def _end(self, process: EngineProcess, *, gently: bool) -> None:
+        """Politely if asked to, and if that does not help by force."""
+        if gently:
+            process.send(Shutdown())
+            await asyncio.wait((self._exit,), timeout=3)
+        if not self._exit.done():
+            process.kill()
+        await asyncio.wait((self._exit,))
+
+    def _hear(self, message: FromEngine) -> None:
+        if isinstance(message, EngineInfo):
+            self.post(self._birth.set_result, message)
+        else:
+            self._receive(message)
+
+    def _hear_exit(self, ending: EngineDied) -> None:
+        self.post(self._exited, ending)
+
+    def _exited(self, ending: EngineDied) -> None:
+        assert self._process is not None
+        self._process.close()
+        self._process = None
+        if ending.traceback:
+            log.error("%s", ending.traceback.rstrip())
+        if self.state == "ready":
+            if self._clock() - self._ready_since >= self._restarts.healthy_seconds:
+                self._num_restarts = 0
+            if self._num_restarts < self._restarts.max_restarts:
+                self._set_state("restarting")
+                self._restart = self._loop.create_task(self._launch_again(ending))
+            else:
+                self._give_up(ending)
+        elif self.state == "draining":
+            self._set_state("dead")
+        self._exit.set_result(ending)
+        self._on_death(ending)
+
+    def _set_state(self, state: State) -> None:
+        if state != self.state:
+            self.state = state
+            self._on_state(state)

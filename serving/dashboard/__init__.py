@@ -1,0 +1,1 @@
+"""The live dashboard: its state, its events and its page."""

@@ -1,0 +1,89 @@
+"""The dashboard's page, its files, and the events that keep it up to date."""
+
+import asyncio
+import gzip
+import importlib.util
+from collections.abc import AsyncIterator
+from functools import cache
+from pathlib import Path
+
+import msgspec
+from litestar import Request, Response, Router, get
+from litestar.exceptions import NotFoundException
+from litestar.response import Stream
+
+from dispec.serving.client.engine_client import EngineClient
+from dispec.serving.cluster.worker_pool import WorkerPool
+from dispec.serving.dashboard.dashboard_events import PoolWatch, dashboard_events
+from dispec.serving.dashboard.dashboard_state import Live
+
+_DIRECTORY = Path(__file__).parent / "page"
+_TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
+_FILES = ("dashboard.css", "dashboard.js", "charts.js", "chat.js", "stream.js")
+_HEADERS = {
+    # Whatever a model makes the page say, it loads nothing from elsewhere and sends nothing there. Plotly sets styles.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline';"
+    " img-src 'self' data:; connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def plotly_script() -> Path | None:
+    """Plotly's JavaScript as the Python package brings it, without importing the package."""
+    spec = importlib.util.find_spec("plotly")
+    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
+        path = Path(place, "package_data", "plotly.min.js")
+        if path.is_file():
+            return path
+    return None
+
+
+@cache
+def _packed(path: Path) -> bytes:
+    return gzip.compress(path.read_bytes(), compresslevel=6)
+
+
+def dashboard_router(client: EngineClient | WorkerPool, live: Live) -> Router:
+    """/dashboard and what it loads."""
+    live.attach(client)
+    pool = PoolWatch(client)
+
+    @get("/", sync_to_thread=False)
+    def page() -> Response[bytes]:
+        return _file(_DIRECTORY / "index.html")
+
+    @get("/{name:str}", sync_to_thread=False)
+    def asset(name: str) -> Response[bytes]:
+        if name not in _FILES:
+            raise NotFoundException(f"there is no {name}")
+        return _file(_DIRECTORY / name)
+
+    @get("/plotly.js")
+    async def plotly(request: Request) -> Response[bytes]:
+        path = plotly_script()
+        if path is None:
+            raise NotFoundException("the Python package plotly is not installed")
+        headers = _HEADERS | {"Cache-Control": "private, max-age=86400", "Vary": "Accept-Encoding"}
+        if "gzip" not in request.headers.get("accept-encoding", ""):
+            content = await asyncio.to_thread(path.read_bytes)
+        else:
+            content = await asyncio.to_thread(_packed, path)
+            headers["Content-Encoding"] = "gzip"
+        return Response(content, media_type=_TYPES["js"], headers=headers)
+
+    @get("/events")
+    async def events() -> Stream:
+        async def written() -> AsyncIterator[bytes]:
+            async for event in dashboard_events(client, live, pool):
+                yield b"data: " + msgspec.json.encode(event) + b"\n\n"
+
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return Stream(written(), media_type="text/event-stream", headers=headers)
+
+    return Router("/dashboard", route_handlers=[page, asset, plotly, events], include_in_schema=False)
+
+
+def _file(path: Path) -> Response[bytes]:
+    return Response(path.read_bytes(), media_type=_TYPES[path.suffix[1:]], headers=_HEADERS)

@@ -1,0 +1,136 @@
+"""Every error in the one shape that OpenAI's clients read: {"error": {"message", "type", "param", "code"}}."""
+
+import logging
+from collections.abc import Mapping
+
+import msgspec
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+
+from dispec.engine.errors import ContextOverflow, InvalidField
+from dispec.serving.client.engine_client import (
+    EngineDied,
+    EngineFailed,
+    NotReady,
+    Overloaded,
+    RequestRefused,
+    RequestTimedOut,
+)
+
+log = logging.getLogger("dispec.server")
+
+CLIENT_LEFT = 499  # nobody reads it: it is for the log
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
+_CODES = {
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    503: "service_unavailable",
+    504: "timeout",
+}
+
+
+class ErrorDetail(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(msgspec.Struct):
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer other than the one asked for. `param` names the field of the request that is to blame."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
+        kind = _TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
+        self.detail = ErrorDetail(message, kind, param, code or _CODES.get(status))
+        self.headers = dict(headers or {})
+        if retry_after is not None:
+            self.headers["Retry-After"] = str(max(1, round(retry_after)))
+
+    def body(self) -> bytes:
+        return msgspec.json.encode(ErrorBody(self.detail))
+
+
+class ClientLeft(ApiError):
+    """The connection is gone, and with it everybody who could read an answer."""
+
+    def __init__(self) -> None:
+        super().__init__(CLIENT_LEFT, "the client closed the connection")
+
+
+def invalid(field: str | None, message: str) -> ApiError:
+    """A request that breaks a rule. `field` is the one of its fields that does; None if it is the whole body."""
+    return ApiError(400, message, param=field)
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a client is told about an error. Nothing of an unexpected one: that is for the log."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, Overloaded):
+        return ApiError(503, str(error), code="overloaded", retry_after=error.retry_after)
+    if isinstance(error, NotReady):
+        return ApiError(503, str(error), code="not_ready", retry_after=error.retry_after)
+    if isinstance(error, RequestTimedOut):
+        return ApiError(504, str(error) or "the request took longer than the server allows")
+    if isinstance(error, EngineDied):
+        return ApiError(503, str(error) or "the engine died", code="engine_died", retry_after=5)
+    if isinstance(error, EngineFailed):
+        return ApiError(500, str(error) or "the engine failed at this request", code="engine_error")
+    if isinstance(error, HTTPException):  # some of which are ValueErrors
+        return _of_litestar(error)
+    if isinstance(error, ContextOverflow):
+        return ApiError(400, str(error), param=error.field, code="context_length_exceeded")
+    if isinstance(error, InvalidField | RequestRefused):
+        return invalid(error.field, str(error))
+    if isinstance(error, ValueError):
+        return invalid(None, str(error))
+    return ApiError(500, f"internal error ({type(error).__name__}): the server's log says more", code="internal_error")
+
+
+def _of_litestar(error: HTTPException) -> ApiError:
+    status = error.status_code
+    if status == 404:
+        return ApiError(404, "there is no such route: see /schema/openapi.json for those that there are")
+    if status == 405:
+        return ApiError(405, "this route does not take that method", headers=error.headers)
+    if status < 500:
+        return ApiError(status, error.detail)
+    return ApiError(status, "internal error: the server's log says more", code="internal_error")
+
+
+def answer_error(request: Request, error: Exception) -> Response:
+    """Litestar's exception handler, for its own errors and for ours."""
+    told = as_api_error(error)
+    request.scope["state"].setdefault("log", {})["error"] = told.detail.message[:200]
+    if told.status == 500:
+        log.error("%s", told.detail.message, exc_info=error, extra={"request_id": request_id(request.scope)})
+    return Response(told.body(), status_code=told.status, headers=told.headers, media_type="application/json")
+
+
+def request_id(scope: Mapping) -> str | None:
+    return scope.get("state", {}).get("request_id")

@@ -1,0 +1,236 @@
+"""What Prometheus scrapes: vLLM's names, which dashboards, routers and autoscalers know, and a few of our own.
+
+Only the front process exports. Everything the engine process knows arrives here as messages, so that no two processes
+ever write the same counter.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from dispec.engine.process.messages import EngineInfo
+from dispec.engine.scheduling.step_record import StepRecord
+from dispec.serving.client.engine_client import EngineClient, Listener
+from dispec.serving.client.request_stream import FirstToken, RequestSummary, RequestTiming
+from dispec.serving.client.slo import Slo
+from dispec.serving.cluster.worker import ROLES
+from dispec.serving.cluster.worker_pool import WorkerPool
+from dispec.serving.observability.distribution import Distribution
+from dispec.serving.observability.metric_buckets import BETWEEN_TOKENS, FIRST_TOKEN, REQUEST, STEP, TOKENS
+from dispec.serving.observability.worker_metrics import WorkerMetrics
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_LABELS = ("model_name", "engine")
+_FINISH_REASONS = ("stop", "length", "abort", "error")
+
+disable_created_metrics()  # a gauge beside every counter and histogram, with the time it was made
+
+
+class Metrics(Listener):
+    """The numbers of one server. What there is to say about a request is counted when it ends, all at once."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._make_vllm_counters()
+        self._make_vllm_histograms()
+        self._make_our_own()
+        self._num_used_blocks = 0
+
+    def render(self) -> bytes:
+        """All of it in Prometheus's text format."""
+        return generate_latest(self.registry)
+
+    def attach(self, client: EngineClient | WorkerPool) -> None:
+        """Count what happens to this client, and read its gauges whenever somebody scrapes."""
+        if self not in client.listeners:
+            client.listeners.append(self)
+        for gauge in (self._vllm_running, self._running):
+            gauge.set_function(lambda: client.num_running)
+        for gauge in (self._vllm_waiting, self._waiting):
+            gauge.set_function(lambda: client.num_waiting)
+        # The last step knows what it held; that what it ended gave its blocks back no later step need tell.
+        self._vllm_kv_usage.set_function(lambda: self._used_share(client.info) if client.load else 0.0)
+        if isinstance(client, WorkerPool):
+            self.watch_workers(client)
+
+    def on_step(self, record: StepRecord, finished: float) -> None:
+        self._num_used_blocks = record.num_used_blocks
+        self._preemptions.inc(record.num_preempted)
+        self._iteration_tokens.observe(record.num_tokens)
+        self._batch_tokens.observe(record.num_tokens)
+        self._step_seconds.observe(record.seconds)
+        self._arrived.inc(record.num_arrived)
+        self._failed_arrivals.inc(record.num_failed_arrivals)
+        if record.num_drafts:
+            self.on_drafts(record.num_drafts, record.num_draft_tokens, record.num_stood)
+        if record.kind == "decode":
+            self._draft_replicas_desired.set(record.num_wanted_drafts)
+            self._draft_replicas_actual.set(record.num_draft_tokens)
+
+    def on_first_token(self, first: FirstToken) -> None:
+        for counter, tokens in (
+            (self._prompt_tokens, first.prompt_tokens),
+            (self._prefix_queries, first.prompt_tokens),
+            (self._prompt_tokens_cached, first.cached_tokens),
+            (self._prefix_hits, first.cached_tokens),
+        ):
+            counter.inc(tokens)
+        for histogram in (self._first_token, self._ttft):
+            histogram.observe(first.seconds)
+
+    def on_request_finished(self, summary: RequestSummary) -> None:
+        self._requests.inc()
+        for reason in summary.finish_reasons:
+            self._success.labels(**self._labels, finished_reason=reason).inc()
+        if summary.started is None:
+            return  # refused, or given up while it waited: it says nothing about how fast requests are served
+        self._generation_tokens.inc(summary.output_tokens)
+        self._tokens_generated.inc(summary.output_tokens)
+        self._request_generation_tokens.observe(summary.output_tokens)
+        self._request_prompt_tokens.observe(summary.prompt_tokens)
+        if summary.slo is not None and summary.met_slo is not None:
+            self._count_slo(summary.slo, "met" if summary.met_slo else "missed")
+        timing = RequestTiming(summary.arrival, summary.started, summary.first_token, summary.finished)
+        for phase, histogram in self._phases.items():
+            histogram.observe(getattr(timing, phase))
+        self._e2e.observe(timing.total)
+        self._request_seconds.observe(timing.total)
+        self._gaps.distribution.add(summary.gaps)
+        if summary.gaps:
+            self._tpot.observe(sum(summary.gaps) / len(summary.gaps))
+
+    def on_shed(self, slo: Slo) -> None:
+        self._count_slo(slo, "shed")
+
+    def _count_slo(self, slo: Slo, outcome: str) -> None:
+        self._slo_requests.labels(**self._labels, slo=slo.name, outcome=outcome).inc()
+
+    def on_drafts(self, num_drafts: int, num_draft_tokens: int, accepted_per_position: Sequence[int]) -> None:
+        """A step checked `num_drafts` drafts; how many of their first, second, … tokens were accepted."""
+        self._drafts.inc(num_drafts)
+        self._draft_tokens.inc(num_draft_tokens)
+        self._accepted_tokens.inc(sum(accepted_per_position))
+        for position, accepted in enumerate(accepted_per_position):
+            self._accepted_per_position.labels(**self._labels, position=str(position)).inc(accepted)
+
+    def watch_workers(self, pool: WorkerPool) -> None:
+        """Tell how many engines of each kind there are and should be, and what each does, whenever somebody scrapes."""
+        for name, text, count in (
+            ("dispec_workers_desired", "Engines of this role that there should be.", pool.num_desired),
+            ("dispec_workers_actual", "Engines of this role that take requests.", pool.num_ready),
+        ):
+            gauge = Gauge(name, text, (*_LABELS, "role"), registry=self.registry)
+            for role in ROLES:
+                gauge.labels(**self._labels, role=role).set_function(functools.partial(count, role))
+        self.registry.register(WorkerMetrics(pool, self._labels["model_name"]))
+
+    def _used_share(self, info: EngineInfo | None) -> float:
+        return self._num_used_blocks / info.num_blocks if info is not None else 0.0
+
+    def _make_vllm_counters(self) -> None:
+        counter, gauge = self._counter, self._gauge
+        self._vllm_running = gauge("vllm:num_requests_running", "Requests in the engine's batches.")
+        self._vllm_waiting = gauge("vllm:num_requests_waiting", "Requests that wait to be scheduled.")
+        self._vllm_kv_usage = gauge("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 1 being all of it.")
+        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens, cached ones included.")
+        self._prompt_tokens_cached = counter("vllm:prompt_tokens_cached", "Prompt tokens that were in the cache.")
+        self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        self._preemptions = counter("vllm:num_preemptions", "Sequences that gave their memory up for others.")
+        self._prefix_queries = counter("vllm:prefix_cache_queries", "Tokens looked for in the prefix cache.")
+        self._prefix_hits = counter("vllm:prefix_cache_hits", "Tokens found in the prefix cache.")
+        self._success = Counter(
+            "vllm:request_success", "Choices by how they ended.", (*_LABELS, "finished_reason"), registry=self.registry
+        )
+        for reason in _FINISH_REASONS:
+            self._success.labels(**self._labels, finished_reason=reason)
+        self._drafts = counter("vllm:spec_decode_num_drafts", "Drafts that were checked.")
+        self._draft_tokens = counter("vllm:spec_decode_num_draft_tokens", "Tokens of those drafts.")
+        self._accepted_tokens = counter("vllm:spec_decode_num_accepted_tokens", "Draft tokens that were accepted.")
+        self._accepted_per_position = Counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens accepted, by their position in the draft.",
+            (*_LABELS, "position"),
+            registry=self.registry,
+        )
+
+    def _make_vllm_histograms(self) -> None:
+        histogram = self._histogram
+        self._first_token = histogram(
+            "vllm:time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN
+        )
+        self._gaps = _BatchedHistogram(
+            "vllm:inter_token_latency_seconds", "Between one token and the next.", self._labels, BETWEEN_TOKENS
+        )
+        self.registry.register(self._gaps)
+        self._e2e = histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", REQUEST)
+        self._phases = {
+            phase: histogram(f"vllm:request_{phase}_time_seconds", text, REQUEST)
+            for phase, text in (
+                ("queue", "From a request's arrival until it was first scheduled."),
+                ("prefill", "From first being scheduled to the first token."),
+                ("decode", "From the first token to the end."),
+            )
+        }
+        self._request_prompt_tokens = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKENS)
+        self._request_generation_tokens = histogram("vllm:request_generation_tokens", "Tokens of an answer.", TOKENS)
+        self._iteration_tokens = histogram("vllm:iteration_tokens_total", "Tokens computed in a step.", TOKENS)
+
+    def _make_our_own(self) -> None:
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        self._requests = counter("dispec_requests", "Requests that ended, however they did.")
+        self._tokens_generated = counter("dispec_tokens_generated", "Tokens generated.")
+        self._ttft = histogram("dispec_ttft_seconds", "From a request's arrival to its first token.", FIRST_TOKEN)
+        self._tpot = histogram("dispec_tpot_seconds", "Time per token after the first, by request.", BETWEEN_TOKENS)
+        self._request_seconds = histogram("dispec_request_seconds", "From a request's arrival to its end.", REQUEST)
+        self._step_seconds = histogram("dispec_step_seconds", "Time of a step.", STEP)
+        self._batch_tokens = histogram("dispec_batch_tokens", "Tokens computed in a step.", TOKENS)
+        self._running = gauge("dispec_running_requests", "Requests in the engine's batches.")
+        self._waiting = gauge("dispec_waiting_requests", "Requests that wait to be scheduled.")
+        self._slo_requests = Counter(
+            "dispec_slo_requests",
+            "Requests of each class that kept their objectives (the goodput), that did not, and that were turned away.",
+            (*_LABELS, "slo", "outcome"),
+            registry=self.registry,
+        )
+        transfers = Counter(
+            "dispec_kv_transfers",
+            "Prompts whose keys and values came from another engine, or should have and were computed instead.",
+            (*_LABELS, "outcome"),
+            registry=self.registry,
+        )
+        self._arrived = transfers.labels(**self._labels, outcome="arrived")
+        self._failed_arrivals = transfers.labels(**self._labels, outcome="failed")
+        self._draft_replicas_desired = gauge(
+            "dispec_draft_replicas_desired", "Tokens that would pay to be guessed ahead in a step, as last decided."
+        )
+        self._draft_replicas_actual = gauge(
+            "dispec_draft_replicas_actual", "Tokens that were guessed ahead in the last step that decoded."
+        )
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, _LABELS, registry=self.registry).labels(**self._labels)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, _LABELS, registry=self.registry).labels(**self._labels)
+
+    def _histogram(self, name: str, text: str, edges: Sequence[float]) -> Histogram:
+        return Histogram(name, text, _LABELS, buckets=edges, registry=self.registry).labels(**self._labels)
+
+
+class _BatchedHistogram(Collector):
+    """A histogram that takes lists of values."""
+
+    def __init__(self, name: str, text: str, labels: Mapping[str, str], edges: Sequence[float]) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self.distribution = Distribution(edges)
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), self.distribution.buckets(), self.distribution.sum)
+        yield family

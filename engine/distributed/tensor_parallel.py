@@ -1,8 +1,8 @@
 """Several processes that run one model, each a part of every layer: the first rank's side of it.
 
-The first rank is the engine; it alone schedules, chooses tokens and answers requests. The others
-(`engine.distributed.rank_worker`) receive on standard input what the first rank's model computes, and compute the same. Sums over the ranks go
-through a process group, NCCL on CUDA and Gloo on CPU, on this machine alone.
+The first rank is the engine: it alone schedules, samples and answers requests. The others (`rank_worker`) receive on
+standard input what the first rank's model computes, and compute the same. Sums over the ranks go through a process
+group, NCCL on CUDA and Gloo on CPU, on this machine alone.
 """
 
 import os

@@ -19,7 +19,7 @@ from dispec.bench.cluster_trace import Request
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.block_pool import BlockPool
 from dispec.engine.scheduling.scheduler import Scheduler
-from dispec.engine.scheduling.scheduler_output import Step, StepResult
+from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence as Running
 
 
@@ -32,13 +32,15 @@ class StepCost(NamedTuple):
     sequence: float
     context_token: float
 
-    def of(self, step: Step) -> float:
+    def of(self, step: SchedulerOutput) -> float:
         prompts = [
-            work for work in step.work if work.num_tokens > 1 or work.start < work.sequence.num_prompt_tokens - 1
+            scheduled
+            for scheduled in step.scheduled_sequences
+            if scheduled.num_tokens > 1 or scheduled.start < scheduled.sequence.num_prompt_tokens - 1
         ]
-        decodes = len(step.work) - len(prompts)
-        context = sum(work.start for work in step.work)
-        prompt_tokens = sum(work.num_tokens for work in prompts)
+        decodes = len(step.scheduled_sequences) - len(prompts)
+        context = sum(scheduled.start for scheduled in step.scheduled_sequences)
+        prompt_tokens = sum(scheduled.num_tokens for scheduled in prompts)
         return self.base + self.prompt_token * prompt_tokens + self.sequence * decodes + self.context_token * context
 
 
@@ -96,7 +98,7 @@ class _Worker:
         pool = BlockPool(machine.num_blocks, machine.block_size, key=b"one for all, so that names can be compared")
         self.machine = machine
         self.scheduler = Scheduler(pool, machine.max_num_seqs, machine.max_num_batched_tokens)
-        self.step: Step | None = None  # that it is in
+        self.step: SchedulerOutput | None = None  # that it is in
         self.left = 0.0  # seconds of it, if nobody were in the way
         self.num_changes = 0  # of when it will end: an end that was foreseen before the last one does not come
         self.load = 0  # sequences that it has not ended
@@ -170,7 +172,7 @@ class Cluster:
     def _choose(self, workers: list[_Worker], prompt: list[int]) -> _Worker:
         """The one that has most of the prompt, unless it is much busier than the least busy one."""
         pool, size = workers[0].scheduler.pool, self._machine.block_size
-        names, parent = [], pool.root_name(None)
+        names, parent = [], pool.hash_seed(None)
         for start in range(0, len(prompt) - size + 1, size):
             parent = pool.name(parent, prompt[start : start + size])
             names.append(parent)
@@ -184,7 +186,7 @@ class Cluster:
         while worker.arriving and self._reserve(now, worker, *worker.arriving[0]):
             worker.arriving.popleft()
         step = worker.scheduler.schedule()
-        if not step.work:
+        if not step.scheduled_sequences:
             return
         self._pass_time(now)
         worker.step = step
@@ -222,12 +224,12 @@ class Cluster:
         if self._host is not None:
             self._foresee(now)
         chosen = {}
-        for work in step.work:
-            outcome = self._outcomes[work.sequence]
-            self._first_chunk.setdefault(work.sequence, now)
-            if work.samples:
-                chosen[work.sequence.id] = [outcome.request.answer[len(outcome.times)]]
-        outputs = worker.scheduler.commit(step, StepResult(chosen))
+        for scheduled in step.scheduled_sequences:
+            outcome = self._outcomes[scheduled.sequence]
+            self._first_chunk.setdefault(scheduled.sequence, now)
+            if scheduled.samples:
+                chosen[scheduled.sequence.id] = [outcome.request.answer[len(outcome.times)]]
+        outputs = worker.scheduler.commit(step, ModelRunnerOutput(chosen))
         seconds = self._host.front_token * len(outputs) if self._host else 0.0
         told = max(now, self._front_is_free) + seconds
         for output in outputs:
@@ -237,19 +239,19 @@ class Cluster:
                 outcome.num_cached_tokens = output.sequence.num_cached_tokens or 0
             if output.finish_reason is not None:
                 worker.load -= 1
-                if self._prefill and output.sequence.kept_blocks is not None:
+                if self._prefill and output.sequence.pinned_blocks is not None:
                     self._hand_over(now, worker, output.sequence)
         self._wake(now, worker)  # which does not wait until anybody has been told
         self._front(now, seconds)
 
     def _hand_over(self, now: float, source: _Worker, first: Running) -> None:
         outcome = self._outcomes[first]
-        request, kept = outcome.request, first.kept_blocks
+        request, kept = outcome.request, first.pinned_blocks
         assert kept is not None
         began = self._first_chunk[first]
 
         def give_back(end: float) -> None:
-            first.kept_blocks = None
+            first.pinned_blocks = None
             source.scheduler.give_back(kept)
             self._wake(end, source)
 

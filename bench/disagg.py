@@ -25,7 +25,7 @@ import typer
 from dispec.bench.geometries import model_config
 from dispec.bench.machine import describe_machine
 from dispec.bench.report import Output, Plot, Report
-from dispec.engine.transfer import Pulled, Ticket, TransferOptions, shared_memory
+from dispec.engine.transfer import Pulled, RemoteBlocks, TransferOptions, shared_memory
 from dispec.engine.transfer.interface import Transport
 from dispec.engine.transfer.transfers import Transfers
 from dispec.layers.types import KVCache
@@ -99,11 +99,11 @@ def measure(
                 if kind == "pull":  # a transfer published later is there, so this one's checksums are as well
                     pipe.send((name, theirs))
                     pipe.send((f"after {name}", []))
-                    puller.transfers.pull(Ticket("source", f"after {name}", host, port), 0, [])
+                    puller.transfers.pull(RemoteBlocks("source", f"after {name}", host, port), 0, [])
                     puller.wait(f"after {name}")
                     puller.transfers.release(f"after {name}")
                 start = time.perf_counter()
-                puller.transfers.pull(Ticket("source", name, host, port), 0, own)
+                puller.transfers.pull(RemoteBlocks("source", name, host, port), 0, own)
                 if kind == "whole":
                     pipe.send((name, theirs))
                 puller.wait(name)

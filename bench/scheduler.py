@@ -18,7 +18,7 @@ from dispec.bench.workload import sizes
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.block_pool import BlockPool
 from dispec.engine.scheduling.scheduler import Scheduler
-from dispec.engine.scheduling.scheduler_output import StepResult
+from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput
 from dispec.engine.scheduling.sequence import Sequence
 
 WARM_UP = 20
@@ -51,7 +51,9 @@ def decode(scheduler: Scheduler) -> Cost:
     start = time.perf_counter()
     step = scheduler.schedule()
     scheduled = time.perf_counter()
-    result = StepResult({work.sequence.id: [7] for work in step.work if work.samples})
+    result = ModelRunnerOutput(
+        {scheduled.sequence.id: [7] for scheduled in step.scheduled_sequences if scheduled.samples}
+    )
     ran = time.perf_counter()
     scheduler.commit(step, result)
     return Cost((scheduled - start) * 1e3, (time.perf_counter() - ran) * 1e3)

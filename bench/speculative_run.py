@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dispec.engine.api.llm import LLM
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.scheduling.scheduler_output import Step
+from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.engine.speculation.draft_model import DraftModel, Proposal
 from dispec.engine.speculation.speculator import Speculator
@@ -31,20 +31,20 @@ class SimulatedDrafts(DraftModel):
         self._random = random.Random(seed)
         self.answers: dict[int, list[int]] = {}
 
-    def propose(self, step: Step) -> Proposal:
+    def propose(self, step: SchedulerOutput) -> Proposal:
         proposal = self._draft_model.propose(step) if self._draft_model is not None else Proposal(0)
         if proposal.drafts is not None:
             proposal.drafts.wait()
-        for work in step.work:
-            if work.num_drafts:
-                at = len(work.sequence.token_ids)
-                truth = self.answers[work.sequence.id][at : at + work.num_drafts]
-                truth += [0] * (work.num_drafts - len(truth))
+        for scheduled in step.scheduled_sequences:
+            if scheduled.num_drafts:
+                at = len(scheduled.sequence.token_ids)
+                truth = self.answers[scheduled.sequence.id][at : at + scheduled.num_drafts]
+                truth += [0] * (scheduled.num_drafts - len(truth))
                 wrong = list(truth)
                 for place, token in enumerate(truth):
                     if self._random.random() >= self._acceptance:
                         wrong[place] = (token + 1) % self._vocab_size
-                work.sequence.draft_token_ids = wrong
+                scheduled.sequence.draft_token_ids = wrong
         return Proposal(proposal.runs)
 
 

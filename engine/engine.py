@@ -31,7 +31,6 @@ from dispec.engine.execution.kv_cache_memory import (
     return_freed_memory,
     weight_bytes,
 )
-from dispec.engine.execution.logits_processors import LogitEdits, check_something_remains
 from dispec.engine.execution.model_runner import Runner
 from dispec.engine.execution.pending_step import PendingStep
 from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
@@ -42,15 +41,16 @@ from dispec.engine.machine.torch_threads import set_threads
 from dispec.engine.options import EngineOptions
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.block_pool import BlockPool
+from dispec.engine.scheduling.logits_processors import LogitsProcessors, check_something_remains
 from dispec.engine.scheduling.scheduler import Scheduler
-from dispec.engine.scheduling.scheduler_output import Step, TokenOutput
+from dispec.engine.scheduling.scheduler_output import SchedulerOutput, TokenOutput
 from dispec.engine.scheduling.sequence import FinishReason, Sequence
 from dispec.engine.scheduling.step_record import Kind, StepRecord
 from dispec.engine.speculation.draft_loop import DraftLoop
 from dispec.engine.speculation.draft_model import Draft, DraftModel, find_draft
 from dispec.engine.speculation.speculator import Speculator
-from dispec.engine.transfer.interface import Ticket, TransferOptions, Transport
-from dispec.engine.transfer.kv_connector import Handover
+from dispec.engine.transfer.interface import RemoteBlocks, TransferOptions, Transport
+from dispec.engine.transfer.kv_connector import KVConnector
 from dispec.layers.config import ModelConfig, Shard, UnsupportedModelError
 from dispec.layers.sharding import Sharding, check_can_shard
 from dispec.layers.types import Weights
@@ -72,7 +72,7 @@ _HELD_SECONDS = 0.05  # to wait, when every block is in another engine's hands, 
 class _InFlight(NamedTuple):
     """A step that was launched and not yet committed, and what its record will say."""
 
-    step: Step
+    step: SchedulerOutput
     pending: PendingStep
     record: StepRecord
 
@@ -185,7 +185,7 @@ class Engine:
         )
         self._counted: dict[str, int] = {}  # of the handover's totals, in the records so far
         self._transfers = self._make_transfers()
-        self.handover = Handover(self.scheduler, self._transfers)
+        self.kv_connector = KVConnector(self.scheduler, self._transfers)
         self._log_ledger(weights, activations)
 
     @property
@@ -194,7 +194,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._in_flight) or self.handover.has_outputs
+        return self.scheduler.has_work or bool(self._in_flight) or self.kv_connector.has_outputs
 
     def add(
         self,
@@ -205,7 +205,7 @@ class Engine:
         cache_salt: str | None = None,
         slack: float = 0.0,
         publish_as: str | None = None,
-        pull: Ticket | None = None,
+        pull: RemoteBlocks | None = None,
         is_resumed: bool = False,
     ) -> Sequence:
         """Queue a prompt of token ids. Raises ValueError, and changes nothing, if it cannot be served.
@@ -219,7 +219,7 @@ class Engine:
         Returns the first of the request's `choices`; where it asked for several, each is a sequence of its own.
         """
         self._check(prompt, params, priority)
-        if (publish_as is not None or pull is not None) and self.handover.transfers is None:
+        if (publish_as is not None or pull is not None) and self.kv_connector.transfers is None:
             raise InvalidField(
                 "kv_transfer_params",
                 "kv_transfer is off: this engine neither gives its KV cache to others nor takes theirs",
@@ -236,7 +236,7 @@ class Engine:
         choices = []
         for index in range(params.n):
             own = replace(params, prompt_logprobs=None) if index else params
-            edits = LogitEdits(own, prompt, self.config.vocab_size, stop_token_ids)
+            edits = LogitsProcessors(own, prompt, self.config.vocab_size, stop_token_ids)
             choices.append(
                 Sequence(
                     id=next(self._ids),
@@ -249,25 +249,25 @@ class Engine:
                     priority=priority,
                     cache_salt=cache_salt,
                     slack=slack,
-                    logit_edits=edits if edits.edits or edits.masks else None,
+                    logits_processors=edits if edits.edits or edits.masks else None,
                 )
             )
         for choice in choices:
             choice.choices = tuple(choices)
         if pull is not None or is_resumed:
-            self.handover.expect(tuple(choices), pull, awaits_outputs=is_resumed)
-            self.handover.advance()
+            self.kv_connector.expect(tuple(choices), pull, awaits_outputs=is_resumed)
+            self.kv_connector.advance()
             return choices[0]
         first, *first.forks = choices
         self.scheduler.add(first)
         if publish_as is not None:
-            self.handover.send(tuple(choices), publish_as)
+            self.kv_connector.send(tuple(choices), publish_as)
         return first
 
     def resume(self, first: Sequence, outputs: list[list[int] | None]) -> None:
         """Tell what each choice of a request that `is_resumed` has generated so far; None ends a choice."""
-        self.handover.resume(first, outputs)
-        self.handover.advance()
+        self.kv_connector.resume(first, outputs)
+        self.kv_connector.advance()
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence now, wherever it is, and free what it holds. The request's other choices go on."""
@@ -276,8 +276,8 @@ class Engine:
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence now, for a reason that only the caller knows, such as a stop string in its text."""
         self.scheduler.finish(sequence, reason)
-        self.handover.forget_unwanted()
-        self.handover.publish()
+        self.kv_connector.forget_unwanted()
+        self.kv_connector.publish()
 
     def step(self) -> list[TokenOutput]:
         """Run the model once over whatever is due; the new tokens, at most one a sequence.
@@ -300,7 +300,7 @@ class Engine:
     @property
     def wake_ups(self) -> list[int]:
         """File descriptors that become readable when `work_while_idle` gets something to do."""
-        fd = self.handover.fileno()
+        fd = self.kv_connector.fileno()
         return ([fd] if fd is not None else []) + (self._ranks.wake_ups if self._ranks is not None else [])
 
     def work_while_idle(self) -> None:
@@ -310,7 +310,7 @@ class Engine:
         """
         if self._ranks is not None:
             self._ranks.check()
-        self.handover.advance()
+        self.kv_connector.advance()
         if self._compiling is not None and next(self._compiling, self) is self:
             self._compiling = None
 
@@ -318,7 +318,7 @@ class Engine:
         """Let go of other engines, which will not get what they were reading from this one, and end all processes that
         this one started."""
         self._compiling = None
-        self.handover.close()
+        self.kv_connector.close()
         if self._ranks is not None:
             self._ranks.close()
 
@@ -326,44 +326,44 @@ class Engine:
         """Compile and record all that a run can need, a piece at each `next`; the last one has steps run it."""
         yield from self.runner.compile_pieces()
         if self.speculator is not None and self.speculator.draft_model is not None and self.runner.is_compiled:
-            yield from self.speculator.draft_model.compile_pieces(self.runner.chooser.functions)
+            yield from self.speculator.draft_model.compile_pieces(self.runner.sampler.functions)
         if self.plan.compile == "background" and self.runner.is_compiled:
             self.compiled_seconds = time.perf_counter() - self._started
             log.info("compiled steps from here on, %.1f s after the start", self.compiled_seconds)
 
     def _step(self) -> list[TokenOutput]:
         started = time.perf_counter()
-        self.handover.advance()
+        self.kv_connector.advance()
         outputs = self._outputs
         if self.speculator is not None:
             if self._in_flight and self.speculator.needs_result(self.scheduler.running):
                 outputs += self._commit(self._in_flight.popleft())
             self.speculator.plan(self.scheduler.running)
         step = self.scheduler.schedule()
-        scheduled = time.perf_counter()
+        schedule_end = time.perf_counter()
         draft = self.speculator.propose(step) if self.speculator is not None else 0.0
-        if step.work:
-            for work in step.work:
-                if work.sequence.scheduled_time is None:
-                    work.sequence.scheduled_time = started
+        if step.scheduled_sequences:
+            for scheduled in step.scheduled_sequences:
+                if scheduled.sequence.scheduled_time is None:
+                    scheduled.sequence.scheduled_time = started
             pending = self.runner.launch(step, self.speculator.drafts if self.speculator is not None else None)
-            launch = time.perf_counter() - scheduled - draft
-            record = self._record(step, started, scheduled - started, draft, launch)
+            launch = time.perf_counter() - schedule_end - draft
+            record = self._record(step, started, schedule_end - started, draft, launch)
             self._in_flight.append(_InFlight(step, pending, record))
-        outputs += self.handover.take_outputs()
-        while len(self._in_flight) > (self._overlaps(step) if step.work else 0):
+        outputs += self.kv_connector.take_outputs()
+        while len(self._in_flight) > (self._overlaps(step) if step.scheduled_sequences else 0):
             outputs += self._commit(self._in_flight.popleft())
-        if not step.work and not outputs and self.scheduler.has_work:
+        if not step.scheduled_sequences and not outputs and self.scheduler.has_work:
             if self.scheduler.holds_for_others:
-                self.handover.wait(_HELD_SECONDS)
+                self.kv_connector.wait(_HELD_SECONDS)
                 return outputs
             raise RuntimeError("the scheduler has work and schedules none of it: a bug, please report it")
         return outputs
 
-    def _overlaps(self, step: Step) -> bool:
+    def _overlaps(self, step: SchedulerOutput) -> bool:
         """Whether the step may stay under way while the next one is prepared. How many tokens one with draft tokens
         gives decides where the next one begins."""
-        return self.plan.overlaps and not any(work.num_drafts for work in step.work)
+        return self.plan.overlaps and not any(scheduled.num_drafts for scheduled in step.scheduled_sequences)
 
     def _isolate(self, error: Exception) -> list[TokenOutput]:
         """After a failed step: run each of its sequences alone for one token, and end those that fail again.
@@ -381,7 +381,7 @@ class Engine:
                 while self.scheduler.has_work and not any(output.sequence is sequence for output in outputs):
                     step = self.scheduler.schedule()
                     outputs += self.scheduler.commit(step, self.runner.launch(step).wait())
-                    self.handover.publish()
+                    self.kv_connector.publish()
             except Exception as own:
                 sequence.error = f"{type(own).__name__}: {own}"
                 guilty.append(sequence)
@@ -400,8 +400,8 @@ class Engine:
         result = flight.pending.wait()
         waited = time.perf_counter()
         outputs = self.scheduler.commit(flight.step, result)
-        self.handover.publish()
-        before, self._counted = self._counted, vars(self.handover.totals).copy()
+        self.kv_connector.publish()
+        before, self._counted = self._counted, vars(self.kv_connector.totals).copy()
         handed_over: dict[str, Any] = {name: total - before.get(name, 0) for name, total in self._counted.items()}
         finished = sum(output.finish_reason is not None for output in outputs)
         record = flight.record._replace(
@@ -420,16 +420,18 @@ class Engine:
         self.records.append(record._replace(commit=time.perf_counter() - waited))
         return outputs
 
-    def _record(self, step: Step, started: float, schedule: float, draft: float, launch: float) -> StepRecord:
+    def _record(
+        self, step: SchedulerOutput, started: float, schedule: float, draft: float, launch: float
+    ) -> StepRecord:
         prompt_tokens = sum(
-            work.num_tokens
-            for work in step.work
-            if work.num_tokens > 1 + work.num_drafts or work.start < work.sequence.num_prompt_tokens
+            scheduled.num_tokens
+            for scheduled in step.scheduled_sequences
+            if scheduled.num_tokens > 1 + scheduled.num_drafts or scheduled.start < scheduled.sequence.num_prompt_tokens
         )
         kind: Kind = "decode" if not prompt_tokens else "prefill" if prompt_tokens == step.num_tokens else "mixed"
         return StepRecord(
             kind=kind,
-            num_sequences=len(step.work),
+            num_sequences=len(step.scheduled_sequences),
             num_tokens=step.num_tokens,
             num_prompt_tokens=prompt_tokens,
             num_cached_tokens=step.num_cached_tokens,
@@ -445,8 +447,8 @@ class Engine:
             wait=0.0,
             commit=0.0,
             draft=draft,
-            num_drafts=sum(work.num_drafts > 0 for work in step.work),
-            num_draft_tokens=sum(work.num_drafts for work in step.work),
+            num_drafts=sum(scheduled.num_drafts > 0 for scheduled in step.scheduled_sequences),
+            num_draft_tokens=sum(scheduled.num_drafts for scheduled in step.scheduled_sequences),
             num_wanted_drafts=self.speculator.num_wanted if self.speculator is not None else 0,
         )
 
@@ -564,11 +566,11 @@ class Engine:
         """Where other engines can pull from this one, as `EngineInfo` has it."""
         if self._transfers is None:
             return {}
-        ticket = self._transfers.ticket("any")
+        remote_blocks = self._transfers.remote_blocks("any")
         return {
-            "engine_id": ticket.engine_id,
-            "transfer_host": ticket.host,
-            "transfer_port": ticket.port,
+            "engine_id": remote_blocks.engine_id,
+            "transfer_host": remote_blocks.host,
+            "transfer_port": remote_blocks.port,
             "transfer_block_bytes": self._transfers.block_bytes,
         }
 

@@ -13,7 +13,7 @@ from dispec.layers.types import Edits, Filters
 from dispec.ops import token_threshold
 
 
-def edit(logits: Float[Tensor, "R V"], edits: Edits) -> Float[Tensor, "R V"]:
+def apply_penalties(logits: Float[Tensor, "R V"], edits: Edits) -> Float[Tensor, "R V"]:
     """Change single logits as `Edits` says, in float32.
 
     The division is the repetition penalty of CTRL (Keskar et al. 2019, section 4.1), with multiplication for negative
@@ -29,7 +29,7 @@ def edit(logits: Float[Tensor, "R V"], edits: Edits) -> Float[Tensor, "R V"]:
     return flat.scatter_add(0, index, difference).view(logits.shape)
 
 
-def allow(logits: Float[Tensor, "R V"], allowed: Int[Tensor, "R W"]) -> Float[Tensor, "R V"]:
+def apply_token_mask(logits: Float[Tensor, "R V"], allowed: Int[Tensor, "R W"]) -> Float[Tensor, "R V"]:
     """-inf for tokens that are not allowed.
 
     `allowed` is int32, W = ceil(V / 32): token v has bit v % 32, counted from the least, of word v // 32. That is the
@@ -39,7 +39,9 @@ def allow(logits: Float[Tensor, "R V"], allowed: Int[Tensor, "R W"]) -> Float[Te
     return torch.where(bits.flatten(1)[:, : logits.shape[1]] == 1, logits, -torch.inf)
 
 
-def restrict(logits: Float[Tensor, "R V"], temperature: Float[Tensor, "R"], filters: Filters) -> Float[Tensor, "R V"]:
+def apply_top_k_top_p(
+    logits: Float[Tensor, "R V"], temperature: Float[Tensor, "R"], filters: Filters
+) -> Float[Tensor, "R V"]:
     """-inf for tokens that a draw may not choose; float32, not divided by the temperature.
 
     Of softmax(logits / temperature), what is kept is the `top_k` most probable tokens, of these the fewest most

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dispec.layers.config import ModelConfig
-from dispec.layers.logit_processing import restrict
+from dispec.layers.logit_processing import apply_top_k_top_p
 from dispec.layers.model import hidden_states, logits, wanted_rows
 from dispec.layers.sampling import draw, greedy
 from dispec.layers.steps import Vocabulary, in_vocabulary
@@ -51,7 +51,7 @@ def draft_step(
         token_ids = greedy(found)
     else:
         if state.filters is not None:
-            found = restrict(found, state.sampling.temperature, state.filters)
+            found = apply_top_k_top_p(found, state.sampling.temperature, state.filters)
         token_ids = draw(found, state.sampling, vocabulary.head_tokens)
     if vocabulary.head_tokens is not None:
         token_ids = vocabulary.head_tokens.index_select(0, token_ids)

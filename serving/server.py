@@ -20,13 +20,13 @@ from litestar.types import ASGIApp
 from dispec.engine.machine.cpu_cores import usable_cores
 from dispec.engine.process.messages import EngineInfo
 from dispec.serving.api.app import create_app
-from dispec.serving.api.service import Service, version
+from dispec.serving.api.service import ApiContext, version
 from dispec.serving.client.engine_client import EngineClient, State
 from dispec.serving.client.listener import Listener
 from dispec.serving.client.restart_policy import RestartPolicy
 from dispec.serving.cluster.autoscaler import Autoscaler
 from dispec.serving.cluster.worker_pool import WorkerPool
-from dispec.serving.dashboard.dashboard_state import Live
+from dispec.serving.dashboard.dashboard_state import DashboardState
 from dispec.serving.dashboard.routes_dashboard import dashboard_router
 from dispec.serving.http.acceptor import Acceptor, raise_file_limit
 from dispec.serving.http.http_protocol import BoundedHttp
@@ -75,7 +75,7 @@ async def serve(
     with listener:
         client = make_client(settings, engine_options, show_progress)
         names = settings.served_model_names or (model_name(str(engine_options["model"])),)
-        metrics, live = Metrics(names[0]), Live()
+        metrics, live = Metrics(names[0]), DashboardState()
         metrics.attach(client)
         app = create_app(client, settings, metrics, dashboard_router(client, live), names=names)
         server = DrainingServer(app, settings, client, file_limit)
@@ -126,7 +126,7 @@ def make_client(
     return EngineClient(engine_options, **limits)
 
 
-async def _start(client: EngineClient | WorkerPool, service: Service) -> EngineInfo:
+async def _start(client: EngineClient | WorkerPool, service: ApiContext) -> EngineInfo:
     info = await client.start()
     await asyncio.to_thread(service.model)  # reads the vocabulary, which the first request need not wait for
     return info

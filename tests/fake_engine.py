@@ -17,7 +17,7 @@ from typing import NamedTuple
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.block_pool import BlockPool
 from dispec.engine.scheduling.scheduler import Scheduler
-from dispec.engine.scheduling.scheduler_output import Step, StepResult, TokenOutput
+from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput, SchedulerOutput, TokenOutput
 from dispec.engine.scheduling.sequence import Sequence, TokenLogprobs
 
 VOCAB_SIZE = 8
@@ -29,9 +29,9 @@ def tokens(count: int, first: int = 0) -> list[int]:
     return [first, *(position * position % 7 for position in range(1, count))][:count]
 
 
-def computed(step: Step) -> dict[int, int]:
+def computed(step: SchedulerOutput) -> dict[int, int]:
     """How many tokens the step computes, by sequence id."""
-    return {work.sequence.id: work.num_tokens for work in step.work}
+    return {scheduled.sequence.id: scheduled.num_tokens for scheduled in step.scheduled_sequences}
 
 
 class Entry(NamedTuple):
@@ -81,40 +81,44 @@ class FakeModel:
         self._cache: dict[tuple[int, int], Entry] = {}
         self._chosen: Mapping[int, list[int]] = {}  # by the step before
 
-    def run(self, step: Step) -> StepResult:
+    def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
         holders = Counter(block for sequence in self._scheduler.running for block in sequence.block_table)
         self._copy(step, holders)
         token_ids: dict[int, list[int]] = {}
         logprobs: dict[int, list[TokenLogprobs]] = {}
         prompt_logprobs = {}
-        for work in step.work:
-            self._write(work.sequence, work.start, work.num_tokens, work.num_drafts, holders)
-        for work in step.work:
-            sequence, end = work.sequence, work.start + work.num_tokens
-            end -= work.num_drafts
-            assert work.samples == (end == len(sequence.token_ids) + sequence.num_pending_tokens - work.samples)
-            end += work.num_drafts
+        for scheduled in step.scheduled_sequences:
+            self._write(scheduled.sequence, scheduled.start, scheduled.num_tokens, scheduled.num_drafts, holders)
+        for scheduled in step.scheduled_sequences:
+            sequence, end = scheduled.sequence, scheduled.start + scheduled.num_tokens
+            end -= scheduled.num_drafts
+            assert scheduled.samples == (
+                end == len(sequence.token_ids) + sequence.num_pending_tokens - scheduled.samples
+            )
+            end += scheduled.num_drafts
             context = [self._entry(sequence, position) for position in range(end)]
             assert [entry.position for entry in context] == list(range(end)), "read an entry of another position"
             assert end < sequence.max_len, "computes a token that nobody will follow"
-            if work.samples and sequence.params.needs_last_token:
-                assert end - work.num_drafts == len(sequence.token_ids), "chooses a token before the last one is known"
-            if work.samples:
+            if scheduled.samples and sequence.params.needs_last_token:
+                assert end - scheduled.num_drafts == len(sequence.token_ids), (
+                    "chooses a token before the last one is known"
+                )
+            if scheduled.samples:
                 chosen: list[int] = []
-                for known in range(end - work.num_drafts, end + 1):
+                for known in range(end - scheduled.num_drafts, end + 1):
                     chosen.append(next_token(context[:known], sequence.seed))
-                    if known < end and chosen[-1] != work.guesses[len(chosen) - 1]:
+                    if known < end and chosen[-1] != scheduled.guesses[len(chosen) - 1]:
                         break
                 token_ids[sequence.id] = chosen
                 logprobs[sequence.id] = [logprob_after(Entry(0, 0, 0), 0) for _ in chosen]
-            targets = sequence.token_ids[work.start + 1 : min(end + 1, sequence.num_prompt_tokens)]
+            targets = sequence.token_ids[scheduled.start + 1 : min(end + 1, sequence.num_prompt_tokens)]
             if sequence.params.prompt_logprobs is not None and targets:
-                pairs = zip(context[work.start :], targets, strict=False)
+                pairs = zip(context[scheduled.start :], targets, strict=False)
                 prompt_logprobs[sequence.id] = [logprob_after(entry, token_id) for entry, token_id in pairs]
         self._chosen = token_ids
-        return StepResult(token_ids, logprobs, prompt_logprobs)
+        return ModelRunnerOutput(token_ids, logprobs, prompt_logprobs)
 
-    def _copy(self, step: Step, holders: Counter[int]) -> None:
+    def _copy(self, step: SchedulerOutput, holders: Counter[int]) -> None:
         offsets = range(self._size)
         read = [[self._cache.get((source, offset)) for offset in offsets] for source, _ in step.copies]
         for (_, destination), entries in zip(step.copies, read, strict=True):
@@ -124,7 +128,9 @@ class FakeModel:
                 if entry is not None:
                     self._cache[destination, offset] = entry
         assert len({destination for _, destination in step.copies}) == len(step.copies), "copied twice to one block"
-        written = {work.sequence.block_table[work.start // self._size] for work in step.work}
+        written = {
+            scheduled.sequence.block_table[scheduled.start // self._size] for scheduled in step.scheduled_sequences
+        }
         assert written >= {destination for _, destination in step.copies}, "copied a block that nobody writes to"
 
     def _write(self, sequence: Sequence, start: int, num_tokens: int, num_drafts: int, holders: Counter[int]) -> None:
@@ -177,7 +183,7 @@ class FakeEngine:
         )
         self.max_model_len = num_blocks * block_size
         self.model = FakeModel(self.scheduler)
-        self.in_flight: deque[tuple[Step, StepResult]] = deque()
+        self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.ids = itertools.count()
         self.clock = itertools.count()
 
@@ -220,23 +226,23 @@ class FakeEngine:
         self.scheduler.add(first)
         return first
 
-    def step(self, overlaps: bool = False) -> Step:
+    def step(self, overlaps: bool = False) -> SchedulerOutput:
         """As `Engine.step`, with every invariant checked; the step that was scheduled."""
         self._guess()
         step = self.scheduler.schedule()
         self._check(step)
-        if step.work:
+        if step.scheduled_sequences:
             self.in_flight.append((step, self.model.run(step)))
         outputs: list[TokenOutput] = []
-        while len(self.in_flight) > (overlaps if step.work else 0):
+        while len(self.in_flight) > (overlaps if step.scheduled_sequences else 0):
             outputs += self.scheduler.commit(*self.in_flight.popleft())
             self.scheduler.check()
-        assert step.work or outputs or not self.scheduler.has_work, "has work and schedules none of it"
+        assert step.scheduled_sequences or outputs or not self.scheduler.has_work, "has work and schedules none of it"
         return step
 
-    def run(self, overlaps: bool = False, limit: int = 10_000) -> list[Step]:
+    def run(self, overlaps: bool = False, limit: int = 10_000) -> list[SchedulerOutput]:
         """Step until nothing is left to do."""
-        steps: list[Step] = []
+        steps: list[SchedulerOutput] = []
         while self.scheduler.has_work or self.in_flight:
             assert len(steps) < limit, f"not done after {limit} steps"
             steps.append(self.step(overlaps))
@@ -257,13 +263,19 @@ class FakeEngine:
                 wrong = (right + 1) % VOCAB_SIZE
                 sequence.draft_token_ids.append(right if self.guesses.random() < 0.7 else wrong)
 
-    def _check(self, step: Step) -> None:
+    def _check(self, step: SchedulerOutput) -> None:
         scheduler = self.scheduler
         scheduler.check()
         assert step.num_tokens <= scheduler.max_num_batched_tokens
         assert len(scheduler.running) <= scheduler.max_num_seqs
         assert not (step.num_preempted and step.num_admitted)
-        assert len({work.sequence for work in step.work}) == len(step.work)
-        assert {work.sequence for work in step.work} <= set(scheduler.running)
-        assert all(1 <= work.num_tokens - work.num_drafts <= scheduler.max_prefill_chunk for work in step.work)
-        assert all(work.sequence.num_computed_tokens == work.start + work.num_tokens for work in step.work)
+        assert len({scheduled.sequence for scheduled in step.scheduled_sequences}) == len(step.scheduled_sequences)
+        assert {scheduled.sequence for scheduled in step.scheduled_sequences} <= set(scheduler.running)
+        assert all(
+            1 <= scheduled.num_tokens - scheduled.num_drafts <= scheduler.max_prefill_chunk
+            for scheduled in step.scheduled_sequences
+        )
+        assert all(
+            scheduled.sequence.num_computed_tokens == scheduled.start + scheduled.num_tokens
+            for scheduled in step.scheduled_sequences
+        )

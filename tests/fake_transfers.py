@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dispec.engine.transfer.interface import Event, Pulled, PullFailed, Released, Ticket
+from dispec.engine.transfer.interface import Event, Pulled, PullFailed, Released, RemoteBlocks
 from dispec.layers.types import KVCache
 
 
@@ -22,7 +22,7 @@ class _Published:
 
 @dataclass
 class _Pull:
-    ticket: Ticket
+    remote_blocks: RemoteBlocks
     skip: int
     blocks: list[int]
     is_cancelled: bool = False
@@ -64,8 +64,8 @@ class FakeTransfers:
         published.problem, published.is_released = reason, True
         self._withdrawn[transfer_id] = published
 
-    def pull(self, ticket: Ticket, skip: int, blocks: Sequence[int]) -> None:
-        self._pulls[ticket.transfer_id] = _Pull(ticket, skip, list(blocks))
+    def pull(self, remote_blocks: RemoteBlocks, skip: int, blocks: Sequence[int]) -> None:
+        self._pulls[remote_blocks.transfer_id] = _Pull(remote_blocks, skip, list(blocks))
 
     def release(self, transfer_id: str) -> None:
         if transfer_id in self._pulls:
@@ -91,10 +91,10 @@ class FakeTransfers:
         os.close(self._bell)
 
     def _go_on(self, pull: _Pull) -> None:
-        network, transfer_id = self._network, pull.ticket.transfer_id
+        network, transfer_id = self._network, pull.remote_blocks.transfer_id
         if network.random.random() < network.delay:
             return
-        source = network.engines[pull.ticket.engine_id]
+        source = network.engines[pull.remote_blocks.engine_id]
         published = source._withdrawn.get(transfer_id) or source._published.get(transfer_id)
         problem = "cancelled" if pull.is_cancelled else published.problem if published is not None else None
         if problem is None and network.random.random() < network.failure:

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from dispec import LLM, SamplingParams
 from dispec.engine.api.outputs import Completion
 from dispec.engine.engine import Engine
-from dispec.engine.execution.sampler import TokenChooser
+from dispec.engine.execution.sampler import Sampler
 from dispec.engine.scheduling.sequence import Sequence
 from dispec.layers.config import ModelConfig
 from dispec.layers.steps import decode_step
@@ -109,9 +109,9 @@ def count_launches(engine: Engine, num_steps: int) -> int:
 
 def num_sampler_graphs(engine: Engine) -> int:
     """Functions of the sampler that are compiled, each for any number of rows."""
-    chooser = engine.runner.chooser
-    eager = TokenChooser(engine.device, engine.config.vocab_size, chooser._head).functions
-    return sum(one is not other for one, other in zip(chooser.functions, eager, strict=True))
+    sampler = engine.runner.sampler
+    eager = Sampler(engine.device, engine.config.vocab_size, sampler._head).functions
+    return sum(one is not other for one, other in zip(sampler.functions, eager, strict=True))
 
 
 def num_graphs() -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from dispec.layers.logit_processing import allow, edit, restrict
+from dispec.layers.logit_processing import apply_penalties, apply_token_mask, apply_top_k_top_p
 from dispec.layers.logprobs import logprobs
 from dispec.layers.sampling import draw, greedy
 from dispec.layers.types import Edits, Filters, Logprobs, Sampling
@@ -28,7 +28,9 @@ def unchecked() -> Iterator[None]:
 def choose(
     logits: Tensor, edits: Edits, allowed: Tensor, filters: Filters, sampling: Sampling
 ) -> tuple[Tensor, Tensor, Logprobs]:
-    restricted = restrict(allow(edit(logits, edits), allowed), sampling.temperature, filters)
+    restricted = apply_top_k_top_p(
+        apply_token_mask(apply_penalties(logits, edits), allowed), sampling.temperature, filters
+    )
     chosen = draw(restricted, sampling)
     return restricted, chosen, logprobs(logits, greedy(logits), 20)
 

@@ -10,7 +10,7 @@ from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.serving.client.request_stream import FirstToken, RequestSummary
 from dispec.serving.dashboard.dashboard_events import PoolWatch, dashboard_events
-from dispec.serving.dashboard.dashboard_state import REQUESTS, SPAN, STEPS, Live
+from dispec.serving.dashboard.dashboard_state import REQUESTS, SPAN, STEPS, DashboardState
 from dispec.serving.dashboard.routes_dashboard import plotly_script
 from tests.checkpoints import save_tiny
 from tests.engine_clients import ask, generate, one_thread_each, running_client, until  # noqa: F401
@@ -31,16 +31,16 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def live(clock) -> Live:
-    return Live(clock)
+def live(clock) -> DashboardState:
+    return DashboardState(clock)
 
 
-def step(live: Live, clock: Clock, **fields) -> None:
+def step(live: DashboardState, clock: Clock, **fields) -> None:
     usual = dict.fromkeys(StepRecord._fields, 0) | {"kind": "mixed", "num_stood": ()}
     live.on_step(StepRecord(**usual | fields), clock.now)
 
 
-def finish(live: Live, number: int = 0, **fields) -> None:
+def finish(live: DashboardState, number: int = 0, **fields) -> None:
     usual = {
         "request_id": f"r{number}",
         "prompt_tokens": 10,
@@ -147,7 +147,7 @@ def test_events_of_a_real_engine(tmp_path, monkeypatch) -> None:
 
     async def run() -> None:
         async with running_client(tmp_path) as client:
-            live = Live()
+            live = DashboardState()
             live.attach(client)
             events = dashboard_events(client, live, PoolWatch(client))
             while (event := await anext(events))["pool"] is None:

@@ -8,7 +8,7 @@ import torch
 
 from dispec import LLM, SamplingParams
 from dispec.engine.loading.draft_checkpoint import save_shared_draft
-from dispec.engine.scheduling.scheduler_output import Step
+from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.layers.sampling import draw
 from dispec.layers.types import Sampling
@@ -30,17 +30,19 @@ def draft_tokens_of_each_step(llm: LLM, params: list[SamplingParams]) -> list[li
     draft_model = engine.speculator.draft_model
     propose, seen = draft_model.propose, []
 
-    def watch(step: Step):
+    def watch(step: SchedulerOutput):
         # Some have fewer draft tokens than others, so that the loop must leave them out.
         works = tuple(
-            work._replace(num_drafts=min(work.num_drafts, 1 + work.sequence.id % 4)) if work.num_drafts else work
-            for work in step.work
+            scheduled._replace(num_drafts=min(scheduled.num_drafts, 1 + scheduled.sequence.id % 4))
+            if scheduled.num_drafts
+            else scheduled
+            for scheduled in step.scheduled_sequences
         )
-        found = propose(replace(step, work=works))
-        seen.append([list(work.sequence.draft_token_ids) for work in works])
-        for work in step.work:  # what is verified does not matter here
-            missing = work.num_drafts - len(work.sequence.draft_token_ids)
-            work.sequence.draft_token_ids += [0] * missing
+        found = propose(replace(step, scheduled_sequences=works))
+        seen.append([list(scheduled.sequence.draft_token_ids) for scheduled in works])
+        for scheduled in step.scheduled_sequences:  # what is verified does not matter here
+            missing = scheduled.num_drafts - len(scheduled.sequence.draft_token_ids)
+            scheduled.sequence.draft_token_ids += [0] * missing
         return found
 
     draft_model.propose = watch

@@ -132,12 +132,12 @@ def test_answers_that_one_engine_begins_another_ends() -> None:
     with make(enforce_eager=True, **options) as first, make(**options) as second:
         expected = token_ids(first.generate(given, params))
         engines = (first.engine, second.engine)
-        transfers = first.engine.handover.transfers
+        transfers = first.engine.kv_connector.transfers
         assert transfers is not None
         begun, ended = [], []
         for index, (prompt, param) in enumerate(zip(given, params, strict=True)):
             begun.append(first.engine.add(prompt, param, publish_as=str(index)))
-            ended.append(second.engine.add(prompt, param, pull=transfers.ticket(str(index))))
+            ended.append(second.engine.add(prompt, param, pull=transfers.remote_blocks(str(index))))
         run_until(engines, lambda: all(sequence.status is Status.FINISHED for sequence in ended))
         assert [sequence.output_token_ids for sequence in ended] == expected
         assert sum(record.num_arrived for record in second.engine.records) == len(given)

@@ -8,7 +8,7 @@ import pytest
 from dispec import LLM, SamplingParams
 from dispec.engine.engine import Engine
 from dispec.engine.scheduling.sequence import Sequence, Status
-from dispec.engine.transfer.interface import Ticket
+from dispec.engine.transfer.interface import RemoteBlocks
 from tests.checkpoints import save_tiny
 from tests.fake_transfers import FakeTransfers, Network
 from tests.small_engine import greedy, make, mixed_params, random_prompts, random_tokens
@@ -34,14 +34,14 @@ class Pair:
         self.network, self.front = network, front
         self.prefill, self.decode = (make(directory, **options).engine for _ in range(2))
         for name, engine in (("p", self.prefill), ("d", self.decode)):
-            engine.handover.transfers = FakeTransfers(network, name, engine.runner.kv_cache)
+            engine.kv_connector.transfers = FakeTransfers(network, name, engine.runner.kv_cache)
         self.begun: dict[str, tuple[Sequence, Sequence]] = {}
         self.is_told: set[str] = set()
 
     def add(self, name: str, prompt: list[int], params: SamplingParams, **others) -> Sequence:
         begun = self.prefill.add(prompt, params, publish_as=name, **others)
-        ticket = Ticket("p", name, "127.0.0.1", 1)
-        going_on = self.decode.add(prompt, params, pull=ticket, is_resumed=self.front, **others)
+        remote_blocks = RemoteBlocks("p", name, "127.0.0.1", 1)
+        going_on = self.decode.add(prompt, params, pull=remote_blocks, is_resumed=self.front, **others)
         self.begun[name] = begun, going_on
         return going_on
 
@@ -64,7 +64,10 @@ class Pair:
         for _ in range(3000):
             self.step()
             choices = [choice for _, going_on in self.begun.values() for choice in going_on.choices]
-            if all(choice.status is Status.FINISHED for choice in choices) and not self.prefill.handover.num_departing:
+            if (
+                all(choice.status is Status.FINISHED for choice in choices)
+                and not self.prefill.kv_connector.num_departing
+            ):
                 return
         raise AssertionError("some requests never ended")
 
@@ -127,7 +130,7 @@ def test_answers_are_those_of_one_engine(directory, plain, front, failure, optio
     if not failure:
         # One that ended with its first token is not asked for where that is known in time.
         assert network.num_pulled >= sum(params.max_tokens > 1 or not front for _, params in work)
-        assert pair.decode.handover.totals.num_failed_arrivals == 0
+        assert pair.decode.kv_connector.totals.num_failed_arrivals == 0
         computed = sum(record.num_prompt_tokens for record in pair.decode.records)
         assert computed == 0, "the decode engine computed what it was sent"
 
@@ -188,11 +191,11 @@ def test_a_prompt_of_other_tokens_is_not_taken(directory, plain):
     params = greedy(5)
     mine, other = random_tokens(40, 1), random_tokens(40, 2)
     pair.prefill.add(other, params, publish_as="one")
-    sequence = pair.decode.add(mine, params, pull=Ticket("p", "one", "127.0.0.1", 1))
+    sequence = pair.decode.add(mine, params, pull=RemoteBlocks("p", "one", "127.0.0.1", 1))
     while sequence.status is not Status.FINISHED:
         pair.step()
     assert sequence.output_token_ids == plain.generate([mine], [params])[0].token_ids
-    assert pair.decode.handover.totals.num_failed_arrivals == 1
+    assert pair.decode.kv_connector.totals.num_failed_arrivals == 1
 
 
 def test_tokens_that_are_known_need_no_transfer(directory, plain):

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation import logits_process as peer
 
-from dispec.engine.execution.logits_processors import LogitEdits, check_something_remains
 from dispec.engine.sampling_params import SamplingParams
-from dispec.layers.logit_processing import allow, edit, restrict
+from dispec.engine.scheduling.logits_processors import LogitsProcessors, check_something_remains
+from dispec.layers.logit_processing import apply_penalties, apply_token_mask, apply_top_k_top_p
 from dispec.layers.logprobs import logprobs
 from dispec.layers.types import Edits, Filters
 
@@ -24,13 +24,13 @@ def logits_of(rows: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def host(params: SamplingParams, prompt: list[int] = PROMPT, output: list[int] = OUTPUT) -> LogitEdits:
-    state = LogitEdits(params, prompt, VOCAB, STOPS)
+def host(params: SamplingParams, prompt: list[int] = PROMPT, output: list[int] = OUTPUT) -> LogitsProcessors:
+    state = LogitsProcessors(params, prompt, VOCAB, STOPS)
     state.advance(prompt + output)
     return state
 
 
-def process(logits: Tensor, states: list[LogitEdits], outputs: list[list[int]], padding: int = 3) -> Tensor:
+def process(logits: Tensor, states: list[LogitsProcessors], outputs: list[list[int]], padding: int = 3) -> Tensor:
     """Edits and masks of several sequences on the rows of one batch, as the engine puts them together."""
     entries = [state.entries() for state in states]
     index = [row * VOCAB + tokens for row, (tokens, _, _) in enumerate(entries)]
@@ -44,7 +44,7 @@ def process(logits: Tensor, states: list[LogitEdits], outputs: list[list[int]], 
         mask = state.allowed_mask(len(output), output)
         if mask is not None:
             allowed[row] = torch.from_numpy(mask)
-    return allow(edit(logits, Edits(*map(torch.from_numpy, filled))), allowed)
+    return apply_token_mask(apply_penalties(logits, Edits(*map(torch.from_numpy, filled))), allowed)
 
 
 def filters(rows: int, top_k: int = VOCAB, top_p: float = 1.0, min_p: float = 0.0) -> Filters:
@@ -77,7 +77,7 @@ def test_restrict_is_what_transformers_does(top_k, top_p, min_p, temperature):
     scores = peer.TopKLogitsWarper(top_k)(None, scores)
     scores = peer.TopPLogitsWarper(top_p)(None, scores)
     scores = peer.MinPLogitsWarper(min_p)(None, scores)
-    actual = restrict(logits, torch.full((20,), temperature), filters(20, top_k, top_p, min_p))
+    actual = apply_top_k_top_p(logits, torch.full((20,), temperature), filters(20, top_k, top_p, min_p))
     expect_same_tokens(actual, scores)
     assert torch.equal(actual[actual.isfinite()], logits[actual.isfinite()])
 
@@ -85,9 +85,16 @@ def test_restrict_is_what_transformers_does(top_k, top_p, min_p, temperature):
 def test_equally_probable_tokens_stay_together():
     logits = torch.tensor([[2.0, 1.0, 2.0, 0.0, 1.0, 2.0]])
     one = torch.ones(1)
-    assert restrict(logits, one, filters(1, top_k=1))[0].isfinite().tolist() == [True, False, True, False, False, True]
-    assert restrict(logits, one, filters(1, top_p=0.1))[0].isfinite().sum() == 3
-    assert restrict(logits, one, filters(1, top_k=4))[0].isfinite().sum() == 5
+    assert apply_top_k_top_p(logits, one, filters(1, top_k=1))[0].isfinite().tolist() == [
+        True,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert apply_top_k_top_p(logits, one, filters(1, top_p=0.1))[0].isfinite().sum() == 3
+    assert apply_top_k_top_p(logits, one, filters(1, top_k=4))[0].isfinite().sum() == 5
 
 
 def test_greedy_rows_and_masked_tokens_under_filters():
@@ -95,10 +102,10 @@ def test_greedy_rows_and_masked_tokens_under_filters():
     logits[:, 10:] = -torch.inf
     temperature = torch.tensor([0.0, 1.0, 0.0, 0.7])
     for chosen in (filters(4, 1), filters(4, 30, 0.5), filters(4, VOCAB, 1e-9), filters(4, min_p=1.0), filters(4)):
-        restricted = restrict(logits, temperature, chosen)
+        restricted = apply_top_k_top_p(logits, temperature, chosen)
         assert torch.equal(restricted.argmax(-1), logits.argmax(-1))
         assert not restricted[:, 10:].isfinite().any()
-    assert torch.equal(restrict(logits, temperature, filters(4)), logits)
+    assert torch.equal(apply_top_k_top_p(logits, temperature, filters(4)), logits)
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 100.0])
@@ -128,7 +135,7 @@ def test_bad_words_are_transformers(output):
     actual = process(logits, [host(params, output=output)], [output])
     assert torch.equal(actual, expected)
     mask = host(params, output=output).allowed_mask(len(output), PROMPT + output)
-    assert torch.equal(allow(logits, torch.from_numpy(mask)[None]), expected), "given the whole sequence"
+    assert torch.equal(apply_token_mask(logits, torch.from_numpy(mask)[None]), expected), "given the whole sequence"
 
 
 def test_allowed_tokens_are_transformers():
@@ -169,11 +176,11 @@ def test_edit_takes_half_precision_infinities_and_no_entries():
     )
     expected = logits.float()
     expected[0, 4] = (expected[0, 4] / 2 if expected[0, 4] > 0 else expected[0, 4] * 2) + 0.5
-    actual = edit(logits, edits)
+    actual = apply_penalties(logits, edits)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
     nothing = Edits(torch.zeros(0, dtype=torch.int32), torch.zeros(0), torch.zeros(0))
-    assert torch.equal(edit(logits, nothing), logits.float())
+    assert torch.equal(apply_penalties(logits, nothing), logits.float())
 
 
 def test_padding_does_not_disturb_the_entry_it_repeats():
@@ -201,7 +208,7 @@ mixes = st.builds(
 def test_rows_of_a_batch_are_what_each_is_alone_and_what_the_definitions_say(rows, data):
     rows = [(SamplingParams(**fields), prompt, output) for fields, prompt, output in rows]
     logits = logits_of(len(rows))
-    states = [LogitEdits(params, prompt, VOCAB, STOPS) for params, prompt, _ in rows]
+    states = [LogitsProcessors(params, prompt, VOCAB, STOPS) for params, prompt, _ in rows]
     for state, (_, prompt, output) in zip(states, rows, strict=True):
         for end in [*sorted(data.draw(st.sets(st.integers(0, len(output)), max_size=4))), len(output)]:
             state.advance(prompt + output[:end])
@@ -238,7 +245,7 @@ def by_definition(logits: Tensor, params: SamplingParams, prompt: list[int], out
 
 def test_state_costs_no_copies_and_masks_are_kept():
     params = SamplingParams(presence_penalty=0.5, bad_words_token_ids=((5, 6), (7,)), min_tokens=3)
-    state = LogitEdits(params, PROMPT, VOCAB, STOPS)
+    state = LogitsProcessors(params, PROMPT, VOCAB, STOPS)
     output = list(range(60))
     for end in range(len(output) + 1):
         state.advance(PROMPT + output[:end])
@@ -250,7 +257,10 @@ def test_state_costs_no_copies_and_masks_are_kept():
     first, again = (state.allowed_mask(9, [5]) for _ in range(2))
     assert first is again is not state.allowed_mask(9, [4])
     assert not np.array_equal(first, state.allowed_mask(2, [5])), "stop tokens are withheld there as well"
-    assert LogitEdits(SamplingParams(bad_words_token_ids=((5, 6),)), [], VOCAB, STOPS).allowed_mask(2, [4, 4]) is None
+    assert (
+        LogitsProcessors(SamplingParams(bad_words_token_ids=((5, 6),)), [], VOCAB, STOPS).allowed_mask(2, [4, 4])
+        is None
+    )
 
 
 @pytest.mark.parametrize(

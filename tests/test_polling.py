@@ -11,7 +11,7 @@ from litestar.testing import TestClient
 from dispec.serving.api.app import create_app
 from dispec.serving.client.engine_client import EngineClient
 from dispec.serving.http.auth import Keys
-from dispec.serving.http.middleware import Gate
+from dispec.serving.http.middleware import Middleware
 from dispec.serving.observability.metrics import Metrics
 from dispec.serving.settings import ServerSettings
 
@@ -23,7 +23,7 @@ class Site:
         caplog.set_level(logging.INFO, "dispec.access")
         self.now, self.status = 0.0, 200
         self._caplog = caplog
-        self._gate = Gate(self._answer, Keys(keys), 10_000, clock=lambda: self.now)
+        self._gate = Middleware(self._answer, Keys(keys), 10_000, clock=lambda: self.now)
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": self.status, "headers": []})

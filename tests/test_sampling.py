@@ -5,7 +5,7 @@ import torch
 
 from dispec import ops
 from dispec.layers import sampling as module
-from dispec.layers.logit_processing import restrict
+from dispec.layers.logit_processing import apply_top_k_top_p
 from dispec.layers.sampling import draw, greedy, uniform_noise
 from dispec.layers.types import Filters, Sampling
 from dispec.ops import reference
@@ -62,7 +62,7 @@ def test_restricted_draws_follow_what_is_left_of_the_softmax(top_k, top_p, min_p
     expected = torch.zeros(20)
     expected[order[: len(kept)]] = kept / kept.sum()
     filters = Filters(torch.tensor([top_k]), torch.tensor([top_p]), torch.tensor([min_p]))
-    restricted = restrict(logits[None], torch.tensor([temperature]), filters)[0]
+    restricted = apply_top_k_top_p(logits[None], torch.tensor([temperature]), filters)[0]
     expect_draws(logits, restricted, temperature, expected)
 
 
@@ -136,7 +136,7 @@ def test_tiny_temperatures_are_greedy_and_not_infinite():
     for temperature in (1e-6, 1e-30, 1e-44):
         assert torch.equal(draw(logits, sampling(temperature, [1, 2, 3], [4, 5, 6])), greedy(logits))
         filters = Filters(torch.tensor([5] * 3), torch.tensor([0.9] * 3), torch.tensor([0.1] * 3))
-        restricted = restrict(logits, torch.full((3,), temperature), filters)
+        restricted = apply_top_k_top_p(logits, torch.full((3,), temperature), filters)
         assert torch.equal(restricted.isfinite().sum(-1), torch.ones(3, dtype=torch.int64))
 
 

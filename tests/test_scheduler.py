@@ -5,13 +5,13 @@ from collections.abc import Iterable
 import pytest
 
 from dispec.engine.scheduling.block_pool import BlockPool
-from dispec.engine.scheduling.scheduler_output import Step
+from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence
 from tests.fake_engine import SIZE, FakeEngine, alone, computed, tokens
 
 
-def order_of_first_work(steps: Iterable[Step]) -> list[Sequence]:
-    return list(dict.fromkeys(work.sequence for step in steps for work in step.work))
+def order_of_first_work(steps: Iterable[SchedulerOutput]) -> list[Sequence]:
+    return list(dict.fromkeys(scheduled.sequence for step in steps for scheduled in step.scheduled_sequences))
 
 
 class TestOrder:
@@ -50,7 +50,7 @@ class TestOrder:
         for step in steps:
             assert {sequence.id for sequence in short} < set(computed(step))
         assert [computed(step)[long.id] for step in steps] == [256] * 23 + [6000 - 23 * 256]
-        assert steps[-1].work[-1].samples
+        assert steps[-1].scheduled_sequences[-1].samples
 
     def test_a_chunk_takes_what_the_decodes_leave_of_the_budget(self) -> None:
         engine = FakeEngine(max_num_seqs=3, max_num_batched_tokens=10)

@@ -69,7 +69,7 @@ class TestSharing:
 
     def test_keys_separate_pools(self) -> None:
         pools = [BlockPool(4, SIZE, key) for key in (b"one", b"one", b"two", None, None)]
-        names = [pool.name(pool.root_name(None), tokens(SIZE)) for pool in pools]
+        names = [pool.name(pool.hash_seed(None), tokens(SIZE)) for pool in pools]
         assert names[0] == names[1]
         assert len(set(names)) == 4
 

@@ -9,7 +9,7 @@ import pytest
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.block_pool import BlockPool
 from dispec.engine.scheduling.scheduler import Scheduler
-from dispec.engine.scheduling.scheduler_output import StepResult
+from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput
 from dispec.engine.scheduling.sequence import Sequence
 from dispec.serving.client.admission import Admission
 from dispec.serving.client.engine_errors import Overloaded
@@ -63,12 +63,17 @@ def test_least_slack_goes_first_and_nobody_waits_for_ever():
         if number % 3 == 0:
             ready = [*scheduler.waiting]
             step = scheduler.schedule()
-            chosen = [work.sequence for work in step.work if work.start == 0]
+            chosen = [scheduled.sequence for scheduled in step.scheduled_sequences if scheduled.start == 0]
             assert chosen == ready[: len(chosen)]
             latest = [one.arrival_time + one.slack for one in ready]
             assert latest == sorted(latest)
             begun += chosen
-            scheduler.commit(step, StepResult({work.sequence.id: [2] for work in step.work if work.samples}))
+            scheduler.commit(
+                step,
+                ModelRunnerOutput(
+                    {scheduled.sequence.id: [2] for scheduled in step.scheduled_sequences if scheduled.samples}
+                ),
+            )
     for late in begun:
         before = begun[: begun.index(late)]
         overtakers = [other for other in before if other.arrival_time > late.arrival_time]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dispec import LLM, SamplingParams
-from dispec.engine.execution.logits_processors import LogitEdits
+from dispec.engine.scheduling.logits_processors import LogitsProcessors
 from dispec.engine.speculation.ngram import NgramIndex
 from tests.checkpoints import save_tiny
 from tests.small_engine import greedy, make, mixed_params, random_prompts, random_tokens
@@ -167,16 +167,16 @@ def test_edits_ahead_leave_nothing_behind():
     for _ in range(50):
         output = [rng.randrange(8) for _ in range(rng.randrange(6))]
         drafts = [rng.randrange(8) for _ in range(rng.randrange(5))]
-        edits = LogitEdits(params, prompt, 10, frozenset())
+        edits = LogitsProcessors(params, prompt, 10, frozenset())
         edits.advance(prompt + output[: len(output) // 2])
         ahead = list(edits.entries_ahead(prompt + output, drafts))
         for count, found in enumerate(ahead):
-            fresh = LogitEdits(params, prompt, 10, frozenset())
+            fresh = LogitsProcessors(params, prompt, 10, frozenset())
             fresh.advance(prompt + output + drafts[:count])
             assert entries(found) == entries(fresh.entries())
         again = prompt + output + [rng.randrange(8)]
         edits.advance(again)
-        fresh = LogitEdits(params, prompt, 10, frozenset())
+        fresh = LogitsProcessors(params, prompt, 10, frozenset())
         fresh.advance(again)
         assert entries(edits.entries()) == entries(fresh.entries())
 

@@ -2,13 +2,13 @@
 
 import torch
 
-from dispec.engine.execution.input_buffers import StepShape, carve, fill
+from dispec.engine.execution.input_buffers import StepShape, input_views, write_inputs
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.scheduling.scheduler_output import Work
+from dispec.engine.scheduling.scheduler_output import ScheduledSequence
 from dispec.engine.scheduling.sequence import Sequence
 
 
-def prompt_of(length: int, block_table: list[int]) -> Work:
+def prompt_of(length: int, block_table: list[int]) -> ScheduledSequence:
     sequence = Sequence(
         id=block_table[0],
         token_ids=list(range(100, 100 + length)),
@@ -19,14 +19,14 @@ def prompt_of(length: int, block_table: list[int]) -> Work:
         arrival_time=0.0,
     )
     sequence.block_table.extend(block_table)
-    return Work(sequence, 0, length, True)
+    return ScheduledSequence(sequence, 0, length, True)
 
 
 def test_the_padding_of_a_ragged_step_is_nobodys_even_where_every_sequence_is_taken() -> None:
     shape = StepShape(tokens=64, sequences=2, blocks=1, rows=2, query_len=None)
-    inputs = carve(torch.zeros(sum(shape.field_sizes()), dtype=torch.int32), shape)
-    work = (prompt_of(3, [5]), prompt_of(4, [7]))
-    assert fill(inputs, work, 16) == list(work)
+    inputs = input_views(torch.zeros(sum(shape.field_sizes()), dtype=torch.int32), shape)
+    scheduled = (prompt_of(3, [5]), prompt_of(4, [7]))
+    assert write_inputs(inputs, scheduled, 16) == list(scheduled)
     batch = inputs.batch
     assert batch.query_start.tolist() == [0, 3, 7]
     assert batch.context_lens.tolist() == [3, 4]
@@ -37,11 +37,11 @@ def test_the_padding_of_a_ragged_step_is_nobodys_even_where_every_sequence_is_ta
 def test_a_uniform_step_with_a_row_for_each_token_selects_none() -> None:
     """Rows of a token whose logits are not wanted belong to no work; so do those of padding."""
     shape = StepShape(tokens=9, sequences=3, blocks=2, rows=9, query_len=3)
-    inputs = carve(torch.zeros(shape.size, dtype=torch.int32), shape)
+    inputs = input_views(torch.zeros(shape.size, dtype=torch.int32), shape)
     prompt, verified = prompt_of(3, [5]), prompt_of(18, [7, 9])
     verified.sequence.draft_token_ids = [61, 62]
     verified = verified._replace(start=17, num_tokens=3, num_drafts=2)
-    sampled = fill(inputs, (prompt, verified), 16)
+    sampled = write_inputs(inputs, (prompt, verified), 16)
     assert sampled == [None, None, prompt, verified, verified, verified]
     batch, sampling = inputs.batch, inputs.sampling
     assert batch.logits_indices is None
@@ -55,17 +55,17 @@ def test_a_uniform_step_with_a_row_for_each_token_selects_none() -> None:
 
 def test_draft_tokens_on_the_device_are_read_where_they_lie() -> None:
     shape = StepShape(tokens=3, sequences=1, blocks=2, rows=3, query_len=3)
-    inputs = carve(torch.zeros(shape.size, dtype=torch.int32), shape)
-    work = prompt_of(18, [7, 9])
-    work.sequence.draft_token_ids = [0, 0]  # so many, not yet known
-    fill(inputs, (work._replace(start=17, num_tokens=3, num_drafts=2),), 16, draft_rows={7: 10})
+    inputs = input_views(torch.zeros(shape.size, dtype=torch.int32), shape)
+    scheduled = prompt_of(18, [7, 9])
+    scheduled.sequence.draft_token_ids = [0, 0]  # so many, not yet known
+    write_inputs(inputs, (scheduled._replace(start=17, num_tokens=3, num_drafts=2),), 16, draft_rows={7: 10})
     assert inputs.batch.token_ids.tolist() == [117, 0, 0]
     assert inputs.token_source.tolist() == [0, 11, 12]
 
 
 def test_a_spare_sequence_of_a_ragged_step_is_empty() -> None:
     shape = StepShape(tokens=8, sequences=4, blocks=1, rows=1, query_len=None)
-    inputs = carve(torch.zeros(sum(shape.field_sizes()), dtype=torch.int32), shape)
-    fill(inputs, (prompt_of(3, [5]),), 16)
+    inputs = input_views(torch.zeros(sum(shape.field_sizes()), dtype=torch.int32), shape)
+    write_inputs(inputs, (prompt_of(3, [5]),), 16)
     assert inputs.batch.query_start.tolist() == [0, 3, 3, 3, 3]
     assert inputs.batch.context_lens.tolist() == [3, 0, 0, 0]

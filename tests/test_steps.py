@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from dispec.engine.loading.checkpoint import find_checkpoint
 from dispec.layers.config import ModelConfig
-from dispec.layers.logit_processing import restrict
+from dispec.layers.logit_processing import apply_top_k_top_p
 from dispec.layers.sampling import draw
 from dispec.layers.speculation import DraftState, draft_step
 from dispec.layers.steps import PreviousTokens, Vocabulary, decode_step, prefill_step
@@ -160,7 +160,7 @@ def test_draft_steps_choose_what_plain_steps_do(tiny: Model, draws: str, knows_s
             token_ids = found.argmax(-1)
         else:
             if filters is not None:
-                found = restrict(found, sampling.temperature, filters)
+                found = apply_top_k_top_p(found, sampling.temperature, filters)
             token_ids = draw(found, sampling._replace(position=sampling.position + step))
         for number, token in enumerate(token_ids.tolist()):
             plain.prompts[number][len(PROMPTS[number]) + step] = token
@@ -172,21 +172,21 @@ def test_draft_steps_choose_what_plain_steps_do(tiny: Model, draws: str, knows_s
         batches.append(batch)
         return torch.zeros(len(batch.token_ids), 1)
 
-    drafting = PagedModel(own, config, room)
-    drafting.compute(ready)
-    drafting.forward = record
-    drafting.compute(dict.fromkeys(range(3), 2))
+    speculation = PagedModel(own, config, room)
+    speculation.compute(ready)
+    speculation.forward = record
+    speculation.compute(dict.fromkeys(range(3), 2))
     first = batches[0]._replace(logits_indices=torch.tensor([1, 3, 5]))
     last_positions = torch.tensor([len(prompt) + count - 2 for prompt, count in zip(PROMPTS, counts, strict=True)])
     state = DraftState(first, last_positions, sampling, filters)
     drafted = []
     with torch.inference_mode():
         for _ in range(NUM_DRAFTS):
-            token_ids, state = draft_step(own, config, vocabulary, state, drafting.kv_cache)
+            token_ids, state = draft_step(own, config, vocabulary, state, speculation.kv_cache)
             drafted.append(token_ids)
     for number, tokens in enumerate(torch.stack(drafted, dim=1).tolist()):
         assert tokens[: counts[number]] == expected[number][: counts[number]]
-        is_written = written(drafting, number)
+        is_written = written(speculation, number)
         assert is_written[: last_positions[number] + 1].all()
         assert not is_written[last_positions[number] + 1 :].any()
 

@@ -14,7 +14,7 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dispec import LLM, SamplingParams
-from dispec.engine.scheduling.scheduler_output import Step
+from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 from dispec.layers.config import ModelConfig
 from dispec.layers.model import block, logits
 from dispec.ops.cpu.library import has_linear
@@ -53,7 +53,7 @@ def greedy(max_tokens: int = 8) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
-def steps(llm: LLM, prompts: dict[int, int]) -> Iterator[Step]:
+def steps(llm: LLM, prompts: dict[int, int]) -> Iterator[SchedulerOutput]:
     """Steps that are scheduled but not run, which is for who reads them; `prompts` are lengths and their numbers."""
     engine = llm.engine
     for length, count in prompts.items():

@@ -47,7 +47,7 @@ def test_pulled_pages_are_the_sources(transport: str) -> None:
         others = [number for number in range(50) if number not in own]
         before = [puller.block(number) for number in others]
         source.transfers.publish("a", theirs, payload=b"the first token")
-        puller.transfers.pull(source.transfers.ticket("a"), skip, own)
+        puller.transfers.pull(source.transfers.remote_blocks("a"), skip, own)
         assert puller.next_event() == Pulled("a", b"the first token")
         assert puller.transport_used() == transport
         for place, number in enumerate(own):
@@ -63,7 +63,9 @@ def test_blocks_are_pulled_while_the_source_goes_on(transport: str) -> None:
     with peers(
         Peer("source", transports=(transport,)), Peer("puller", transports=(transport,), seed=1, read_bytes=20_000)
     ) as (source, puller):
-        puller.transfers.pull(source.transfers.ticket("a"), 1, [9, 3, 4, 5])  # the source knows nothing of it yet
+        puller.transfers.pull(
+            source.transfers.remote_blocks("a"), 1, [9, 3, 4, 5]
+        )  # the source knows nothing of it yet
         source.transfers.publish("a", [20, 21, 30])
         source.transfers.publish("a", [7])
         source.transfers.publish("a", [31], payload=b"")
@@ -80,7 +82,7 @@ def test_auto_takes_the_memory_of_one_machine_where_both_have_it(is_shared: tupl
     first = Peer("source", is_shared=is_shared[0], transports=allowed)
     with peers(first, Peer("puller", is_shared=is_shared[1], transports=allowed, seed=1)) as (source, puller):
         source.transfers.publish("a", [3, 5], payload=b"")
-        puller.transfers.pull(source.transfers.ticket("a"), 0, [4, 6])
+        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [4, 6])
         assert puller.next_event() == Pulled("a", b"")
         assert puller.transport_used() == transport
         assert torch.equal(puller.block(6), source.block(5))
@@ -98,7 +100,7 @@ def test_many_transfers_both_ways_at_once() -> None:
                 name = f"{number}-{at}"
                 expected[name] = (puller, own[at : at + 3], [source.block(block) for block in order[at : at + 3]])
                 source.transfers.publish(name, order[at : at + 2])
-                puller.transfers.pull(source.transfers.ticket(name), 0, own[at : at + 3])
+                puller.transfers.pull(source.transfers.remote_blocks(name), 0, own[at : at + 3])
                 source.transfers.publish(name, order[at + 2 : at + 3], payload=name.encode())
         for peer in made:
             for name, event in peer.events(30).items():
@@ -113,14 +115,14 @@ def test_many_transfers_both_ways_at_once() -> None:
 def test_nothing_to_copy_still_brings_the_payload() -> None:
     with peers(Peer("source"), Peer("puller")) as (source, puller):
         source.transfers.publish("a", [1, 2])
-        puller.transfers.pull(source.transfers.ticket("a"), 2, [])
+        puller.transfers.pull(source.transfers.remote_blocks("a"), 2, [])
         source.transfers.publish("a", [], payload=bytes(1 << 20))
         assert puller.next_event() == Pulled("a", bytes(1 << 20))
 
 
 def test_a_withdrawn_transfer_fails_with_its_reason() -> None:
     with peers(Peer("source"), Peer("puller")) as (source, puller):
-        puller.transfers.pull(source.transfers.ticket("a"), 0, [1, 2])
+        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [1, 2])
         source.transfers.publish("a", [5])
         source.transfers.withdraw("a", "the client left")
         event = puller.next_event()
@@ -131,7 +133,7 @@ def test_a_withdrawn_transfer_fails_with_its_reason() -> None:
 
 def test_a_prefill_that_fails_before_its_first_block_is_not_waited_for() -> None:
     with peers(Peer("source"), Peer("puller")) as (source, puller):
-        puller.transfers.pull(source.transfers.ticket("a"), 0, [1, 2])
+        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [1, 2])
         source.transfers.withdraw("a", "the prompt is too long")
         event = puller.next_event()
         assert isinstance(event, PullFailed)
@@ -142,8 +144,8 @@ def test_a_prefill_that_fails_before_its_first_block_is_not_waited_for() -> None
 def test_a_cancelled_pull_ends_on_both_sides() -> None:
     with peers(Peer("source"), Peer("puller")) as (source, puller):
         source.transfers.publish("a", [5])
-        puller.transfers.pull(source.transfers.ticket("a"), 0, [1, 2])
-        puller.transfers.pull(source.transfers.ticket("b"), 0, [3])
+        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [1, 2])
+        puller.transfers.pull(source.transfers.remote_blocks("b"), 0, [3])
         source.transfers.publish("b", [6], payload=b"")
         assert puller.next_event() == Pulled("b", b"")  # so the source knows of the puller
         puller.transfers.release("a")
@@ -154,7 +156,7 @@ def test_a_cancelled_pull_ends_on_both_sides() -> None:
 def test_more_blocks_than_the_source_has_are_not_waited_for() -> None:
     with peers(Peer("source"), Peer("puller")) as (source, puller):
         source.transfers.publish("a", [5, 6], payload=b"")
-        puller.transfers.pull(source.transfers.ticket("a"), 1, [1, 2])
+        puller.transfers.pull(source.transfers.remote_blocks("a"), 1, [1, 2])
         event = puller.next_event()
         assert isinstance(event, PullFailed)
         assert "has 2 blocks, 3 were expected" in event.reason
@@ -170,14 +172,14 @@ def test_what_cannot_be_meant_is_refused_at_once() -> None:
             with pytest.raises(ValueError, match="must be 0 to 9"):
                 peer.transfers.publish("a", blocks)
             with pytest.raises(ValueError, match="must be 0 to 9"):
-                peer.transfers.pull(peer.transfers.ticket("a"), 0, blocks)
+                peer.transfers.pull(peer.transfers.remote_blocks("a"), 0, blocks)
         with pytest.raises(ValueError, match="blocks has a block twice"):
-            peer.transfers.pull(peer.transfers.ticket("a"), 0, [1, 1])
+            peer.transfers.pull(peer.transfers.remote_blocks("a"), 0, [1, 1])
         with pytest.raises(ValueError, match=r"payload has .* bytes, must have at most"):
             peer.transfers.publish("a", [1], payload=bytes((16 << 20) + 1))
         peer.transfers.publish("a", [1], payload=b"")
         with pytest.raises(ValueError, match="complete"):
             peer.transfers.publish("a", [1])
-        peer.transfers.pull(peer.transfers.ticket("b"), 0, [1])
+        peer.transfers.pull(peer.transfers.remote_blocks("b"), 0, [1])
         with pytest.raises(ValueError, match="being pulled already"):
-            peer.transfers.pull(peer.transfers.ticket("b"), 0, [2])
+            peer.transfers.pull(peer.transfers.remote_blocks("b"), 0, [2])

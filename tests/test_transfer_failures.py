@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import torch
 
-from dispec.engine.transfer import Pulled, PullFailed, Released, Ticket
+from dispec.engine.transfer import Pulled, PullFailed, Released, RemoteBlocks
 from dispec.engine.transfer.handshake import Hello, Refused, greet
 from dispec.engine.transfer.wire import Connection
 from tests.transfer_peers import FINGERPRINT, PATIENCE, SECRET, Peer, peers
@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CHILD = """
 import json, signal, sys
 import msgspec
-from dispec.engine.transfer import Ticket
+from dispec.engine.transfer import RemoteBlocks
 from tests.transfer_peers import Peer
 peer = Peer("child", 400)
-held, unfinished = (msgspec.json.decode(argument, type=Ticket) for argument in sys.argv[1:])
+held, unfinished = (msgspec.json.decode(argument, type=RemoteBlocks) for argument in sys.argv[1:])
 peer.transfers.pull(held, 0, [1, 2])
 peer.next_event()
 peer.transfers.pull(unfinished, 0, [3, 4])
@@ -49,7 +49,7 @@ def settled(source: Peer, name: str, blocks: list[int], puller: Peer, own: int) 
     """Publish, and wait until all checksums are computed: a later transfer's are, and they come in order."""
     source.transfers.publish(name, blocks, payload=b"")
     source.transfers.publish(f"after {name}", [0], payload=b"")
-    puller.transfers.pull(source.transfers.ticket(f"after {name}"), 0, [own])
+    puller.transfers.pull(source.transfers.remote_blocks(f"after {name}"), 0, [own])
     assert isinstance(puller.next_event(), Pulled)
 
 
@@ -64,13 +64,13 @@ def settled(source: Peer, name: str, blocks: list[int], puller: Peer, own: int) 
 )
 def test_peers_that_do_not_fit_are_refused(what: dict[str, object], said: str) -> None:
     with peers(Peer("source"), Peer("puller", **what)) as (source, puller):
-        puller.transfers.pull(source.transfers.ticket("a"), 0, [1])
+        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [1])
         assert said in failure(puller)
 
 
 def test_another_engine_at_the_address_is_not_pulled_from() -> None:
     with peers(Peer("restarted"), Peer("puller")) as (source, puller):
-        puller.transfers.pull(Ticket("first", "a", *source.transfers.address), 0, [1])
+        puller.transfers.pull(RemoteBlocks("first", "a", *source.transfers.address), 0, [1])
         assert "was it restarted?" in failure(puller)
 
 
@@ -78,7 +78,7 @@ def test_nobody_at_the_address() -> None:
     with peers(Peer("puller")) as (puller,), socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
         unused.close()
-        puller.transfers.pull(Ticket("source", "a", "127.0.0.1", port), 0, [1])
+        puller.transfers.pull(RemoteBlocks("source", "a", "127.0.0.1", port), 0, [1])
         assert "refused" in failure(puller)
 
 
@@ -98,7 +98,7 @@ def test_what_strangers_send_ends_their_connection_and_nothing_else(data: bytes)
             stranger.sendall(data)
             assert ended(stranger)
         source.transfers.publish("a", [1], payload=b"")
-        puller.transfers.pull(source.transfers.ticket("a"), 0, [2])
+        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [2])
         assert puller.next_event() == Pulled("a", b"")
 
 
@@ -166,7 +166,7 @@ def test_those_who_never_answer_hold_their_places_for_a_bounded_time() -> None:
             idle.sendall(struct.pack(">I", 400))  # and not a byte of what is announced
             assert ended(idle)
         source.transfers.publish("a", [1], payload=b"")
-        puller.transfers.pull(source.transfers.ticket("a"), 0, [2])
+        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [2])
         assert puller.next_event() == Pulled("a", b"")
 
 
@@ -178,7 +178,7 @@ def test_bytes_that_change_after_they_were_published_are_caught(transport: str) 
     with peers(Peer("source", transports=allowed), Peer("puller", transports=allowed, seed=1)) as (source, puller):
         settled(source, "a", [5, 6, 7], puller, 9)
         source.kv_cache.values[2, 6].view(torch.uint8).view(-1)[-1] ^= 1
-        puller.transfers.pull(source.transfers.ticket("a"), 0, [1, 2, 3])
+        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [1, 2, 3])
         assert "the checksum of place 1 is wrong" in failure(puller)
         assert source.events(1).keys() == {"a"}  # which the puller does not want any more
 
@@ -227,7 +227,7 @@ def test_a_bit_that_flips_on_the_way_is_caught_and_the_secret_is_never_there() -
     with peers(Peer("source", **options), Peer("puller", seed=1, **options)) as (source, puller):
         settled(source, "a", list(range(1, 21)), puller, 30)
         proxy = Proxy(source.transfers.address, flip=30_000)
-        puller.transfers.pull(Ticket("source", "a", "127.0.0.1", proxy.port), 0, list(range(5, 25)))
+        puller.transfers.pull(RemoteBlocks("source", "a", "127.0.0.1", proxy.port), 0, list(range(5, 25)))
         assert "checksum" in failure(puller)
         assert len(proxy.seen) > 20 * 3072
         assert SECRET not in proxy.seen
@@ -238,13 +238,13 @@ def test_a_connection_that_breaks_in_the_middle_of_a_read_fails_the_pull() -> No
     with peers(Peer("source", **options), Peer("puller", seed=1, **options)) as (source, puller):
         settled(source, "a", list(range(1, 21)), puller, 30)
         proxy = Proxy(source.transfers.address, stop=30_000)
-        puller.transfers.pull(Ticket("source", "a", "127.0.0.1", proxy.port), 0, list(range(5, 25)))
+        puller.transfers.pull(RemoteBlocks("source", "a", "127.0.0.1", proxy.port), 0, list(range(5, 25)))
         assert "the peer closed the connection" in failure(puller)
 
 
 def test_a_source_that_says_nothing_is_given_up() -> None:
     with peers(Peer("puller", connect_seconds=0.3)) as (puller,), socket.create_server(("127.0.0.1", 0)) as deaf:
-        puller.transfers.pull(Ticket("source", "a", *deaf.getsockname()), 0, [1])
+        puller.transfers.pull(RemoteBlocks("source", "a", *deaf.getsockname()), 0, [1])
         failure(puller)
 
 
@@ -252,7 +252,9 @@ def test_a_process_that_is_killed_leaves_nothing_behind() -> None:
     with peers(Peer("parent", 400, lease_seconds=0.5)) as (parent,):
         parent.transfers.publish("held", [1, 2], payload=b"")
         parent.transfers.publish("unfinished", [3])
-        tickets = [json.dumps(msgspec.to_builtins(parent.transfers.ticket(name))) for name in ("held", "unfinished")]
+        tickets = [
+            json.dumps(msgspec.to_builtins(parent.transfers.remote_blocks(name))) for name in ("held", "unfinished")
+        ]
         child = subprocess.Popen(
             [sys.executable, "-c", CHILD, *tickets],
             stdout=subprocess.PIPE,
@@ -265,8 +267,8 @@ def test_a_process_that_is_killed_leaves_nothing_behind() -> None:
         )
         try:
             assert child.stdout is not None
-            ticket = msgspec.json.decode(child.stdout.readline(), type=Ticket)
-            parent.transfers.pull(ticket, 0, list(range(10, 391)))  # one more than there will ever be
+            remote_blocks = msgspec.json.decode(child.stdout.readline(), type=RemoteBlocks)
+            parent.transfers.pull(remote_blocks, 0, list(range(10, 391)))  # one more than there will ever be
             child.send_signal(signal.SIGKILL)
             found = parent.events(2)
             assert isinstance(found["of the child"], PullFailed)

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from dispec.engine.transfer import Pulled, Ticket
+from dispec.engine.transfer import Pulled, RemoteBlocks
 from tests.transfer_peers import Peer, peers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,13 +45,13 @@ def test_pulled_pages_on_a_gpu_are_the_sources(transport: str, device: str) -> N
     )
     try:
         assert child.stdout is not None
-        ticket = msgspec.json.decode(child.stdout.readline(), type=Ticket)
+        remote_blocks = msgspec.json.decode(child.stdout.readline(), type=RemoteBlocks)
         same = Peer("reference", 40)  # the same noise as the source's
         puller = Peer("puller", 40, device=device, transports=(transport,), seed=1)
         with peers(puller, same):
             others = [number for number in range(40) if number not in (20, 3, 4)]
             before = [puller.block(number) for number in others]
-            puller.transfers.pull(ticket, 1, [20, 3, 4])
+            puller.transfers.pull(remote_blocks, 1, [20, 3, 4])
             assert puller.next_event() == Pulled("a", b"done")
             assert puller.transport_used() == transport
             for own, theirs in zip((20, 3, 4), (31, 7, 8), strict=True):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dispec.engine.transfer import Pulled, PullFailed, Released, Ticket
+from dispec.engine.transfer import Pulled, PullFailed, Released, RemoteBlocks
 from dispec.engine.transfer import receiver as pulls
 from dispec.engine.transfer import sender as offers
 from dispec.engine.transfer.messages import Ask, Done, Gone, Read, Ready
@@ -44,7 +44,7 @@ class World:
     is_linked: bool = False
 
     def __post_init__(self) -> None:
-        self.offers, self.pulls = offers.Offers(LEASE, 4), pulls.Pulls(STALL, PATIENCE)
+        self.offers, self.pulls = offers.Sender(LEASE, 4), pulls.Receiver(STALL, PATIENCE)
         self.versions = itertools.count(1)
         self.memory = {(transfer, place): b"" for transfer in range(NUM_TRANSFERS) for place in range(NUM_BLOCKS)}
         self.pages: dict[int, bytes] = {}
@@ -86,7 +86,7 @@ class World:
             return
         self.pulling[name] = skip
         own = [self.block(transfer, place) for place in range(NUM_BLOCKS - skip)]
-        self.puller_says(self.pulls.begin(Ticket("source", name, "host", 1), skip, own, self.now))
+        self.puller_says(self.pulls.begin(RemoteBlocks("source", name, "host", 1), skip, own, self.now))
 
     # What the machines say.
 
@@ -330,9 +330,9 @@ def test_what_is_late_or_asked_for_again_arrives(
     assert world.released == {"t0": False}
 
 
-def offered(count: int, payload: bytes | None = b"") -> offers.Offers:
+def offered(count: int, payload: bytes | None = b"") -> offers.Sender:
     """Transfer "a" with `count` blocks, checked at time 0."""
-    machine = offers.Offers(LEASE, 4)
+    machine = offers.Sender(LEASE, 4)
     machine.publish("a", range(count), payload, 0.0)
     for block in range(count):
         assert machine.start_check("a")
@@ -366,7 +366,7 @@ def test_withdrawn_blocks_wait_for_who_reads_by_itself() -> None:
 
 
 def test_a_transfer_cancelled_before_the_source_knew_it_is_released_when_published() -> None:
-    machine = offers.Offers(LEASE, 4)
+    machine = offers.Sender(LEASE, 4)
     machine.ask(PEER, Ask("a", 0, False), 0.0)
     assert machine.done(PEER, Done("a"), 0.0) == []
     assert machine.publish("a", [1], None, 1.0) == [Released("a", was_expired=False)]
@@ -382,8 +382,8 @@ def test_reads_beyond_what_is_ready_are_refused() -> None:
 
 
 def test_a_silent_source_is_given_up() -> None:
-    machine = pulls.Pulls(STALL, PATIENCE)
-    machine.begin(Ticket("source", "a", "host", 1), 0, [1], 0.0)
+    machine = pulls.Receiver(STALL, PATIENCE)
+    machine.begin(RemoteBlocks("source", "a", "host", 1), 0, [1], 0.0)
     machine.connected(KEY, STALL / 4, 2, 0.0)
     machine.tick(19.9)
     outputs = machine.tick(20.0)

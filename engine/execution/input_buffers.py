@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from dispec.engine.scheduling.scheduler_output import Work
+from dispec.engine.scheduling.scheduler_output import ScheduledSequence
 from dispec.layers.types import Batch, Sampling
 
 _ALIGNMENT = 4  # int32 elements, 16 bytes
@@ -35,7 +35,7 @@ class StepShape(NamedTuple):
         return sum(self.field_sizes())
 
     def field_sizes(self) -> tuple[int, ...]:
-        """Elements of int32 that each field takes, in the order of `carve`."""
+        """Elements of int32 that each field takes, in the order of `input_views`."""
         tokens, sequences, rows = self.tokens, self.sequences, self.rows
         fields = (
             2 * rows,
@@ -61,7 +61,7 @@ class StepInputs(NamedTuple):
     token_source: Int[Tensor, "T"]
 
 
-def carve(buffer: Tensor, shape: StepShape) -> StepInputs:
+def input_views(buffer: Tensor, shape: StepShape) -> StepInputs:
     """Views of an int32 buffer as the inputs of a step.
 
     Each is a tensor with a storage of its own over the buffer's memory: the compiler guards on storage offsets, and
@@ -91,13 +91,13 @@ def carve(buffer: Tensor, shape: StepShape) -> StepInputs:
     return StepInputs(batch, sampling, source[: shape.tokens])
 
 
-def fill(
+def write_inputs(
     inputs: StepInputs,
-    work: tuple[Work, ...],
+    scheduled: tuple[ScheduledSequence, ...],
     block_size: int,
     pending_rows: Mapping[int, int] = MappingProxyType({}),
     draft_rows: Mapping[int, int] = MappingProxyType({}),
-) -> list[Work | None]:
+) -> list[ScheduledSequence | None]:
     """Write `work` to zeroed host inputs; rows beyond it stay as harmless padding: token 0 in block 0, greedy.
 
     pending_rows, draft_rows: by sequence id, the place of its next token, and of the first of its draft tokens, among
@@ -114,8 +114,8 @@ def fill(
         field.numpy() for field in (sampling.temperature, sampling.seed, sampling.position)
     )
     token = 0
-    sampled: list[Work | None] = []
-    for index, item in enumerate(work):
+    sampled: list[ScheduledSequence | None] = []
+    for index, item in enumerate(scheduled):
         sequence, first, num_tokens = item.sequence, item.start, item.num_tokens
         table = sequence.block_table
         if num_tokens == 1:
@@ -158,10 +158,10 @@ def fill(
             sampled += [item if item.samples else None] * count
     if batch.query_len is not None:
         # A padding sequence attends to itself alone, in the padding block.
-        starts[len(work) + 1 :] = range(token + batch.query_len, len(token_ids) + 1, batch.query_len)
-        contexts[len(work) :] = batch.query_len
+        starts[len(scheduled) + 1 :] = range(token + batch.query_len, len(token_ids) + 1, batch.query_len)
+        contexts[len(scheduled) :] = batch.query_len
     else:
         # Padding tokens are nobody's: there may be as many sequences as there is room for, and no block table has room
         # for a whole step's padding.
-        starts[len(work) + 1 :] = token
+        starts[len(scheduled) + 1 :] = token
     return sampled

@@ -2,7 +2,7 @@
 
 Each step is one call of a pure function of `layers.steps`, eager or compiled as the `ExecutionPlan` says. Compiled
 functions are traced, and on CUDA recorded, before they are used. Sampling beyond the likeliest token is separate
-(`TokenChooser`), so that a step runs only what it uses.
+(`Sampler`), so that a step runs only what it uses.
 """
 
 import functools
@@ -29,13 +29,13 @@ from dispec.engine.execution.compiled_steps import (
     warn_eager,
 )
 from dispec.engine.execution.execution_plan import ExecutionPlan
-from dispec.engine.execution.input_buffers import StepInputs, StepShape, carve, fill
+from dispec.engine.execution.input_buffers import StepInputs, StepShape, input_views, write_inputs
 from dispec.engine.execution.pending_step import PendingStep
-from dispec.engine.execution.sampler import Choice, TokenChooser
+from dispec.engine.execution.sampler import Sampler, SamplerOutput
 from dispec.engine.execution.step_shapes import TRACED_DECODE, TRACED_PREFILL, StepShapes
 from dispec.engine.machine.compile_cache import choose_compile_cache
-from dispec.engine.scheduling.scheduler_output import Step, StepResult, Work
-from dispec.engine.scheduling.sequence import Needs
+from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput, ScheduledSequence, SchedulerOutput
+from dispec.engine.scheduling.sequence import SamplingFeatures
 from dispec.layers.config import ModelConfig
 from dispec.layers.decoding import decoder
 from dispec.layers.steps import PreviousTokens, Vocabulary, head
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 class _Launch(NamedTuple):
     """One pass of the model: a step, or a part of it. shape: without padding."""
 
-    work: tuple[Work, ...]
+    scheduled: tuple[ScheduledSequence, ...]
     shape: StepShape
 
 
@@ -67,7 +67,7 @@ class _HostBuffer:
     def __init__(self, size: int, *, is_pinned: bool) -> None:
         self.flat = torch.zeros(size, dtype=torch.int32, pin_memory=is_pinned)
         # Shapes recur, and making eleven views costs as much as the rest of a step's preparation.
-        self.views = functools.lru_cache(256)(functools.partial(carve, self.flat))
+        self.views = functools.lru_cache(256)(functools.partial(input_views, self.flat))
         self._copied = torch.cuda.Event() if is_pinned else None
 
     def zeroed(self, shape: StepShape) -> StepInputs:
@@ -150,7 +150,7 @@ class Runner:
             # be found in the disk cache by no second start.
             mark_dynamic(kv_cache.keys, 1)
             mark_dynamic(kv_cache.values, 1)
-        self.chooser = TokenChooser(self.device, self.vocabulary.size, self._head)
+        self.sampler = Sampler(self.device, self.vocabulary.size, self._head)
 
     @property
     def is_compiled(self) -> bool:
@@ -158,7 +158,7 @@ class Runner:
         return self._functions is not self._eager
 
     @torch.inference_mode()
-    def launch(self, step: Step, drafts: "DeviceDrafts | None" = None) -> PendingStep:
+    def launch(self, step: SchedulerOutput, drafts: "DeviceDrafts | None" = None) -> PendingStep:
         """Launch a step. Before it, at most one step may be pending, and none unless the plan overlaps.
 
         drafts: draft tokens that the step verifies and the host does not know yet.
@@ -168,24 +168,26 @@ class Runner:
                 self._ranks.send(Copy(step.copies))
             self.copy(step.copies)
         with replaying() if self.plan.replays else nullcontext():
-            choices = self._launch(step.work, drafts)
+            choices = self._launch(step.scheduled_sequences, drafts)
         event = None
         if self.is_cuda:
             event = torch.cuda.Event()
             event.record()
         return PendingStep(choices, event, drafts)
 
-    def _launch(self, works: tuple[Work, ...], drafts: "DeviceDrafts | None") -> list[Choice]:
-        choices: list[Choice] = []
+    def _launch(self, works: tuple[ScheduledSequence, ...], drafts: "DeviceDrafts | None") -> list[SamplerOutput]:
+        choices: list[SamplerOutput] = []
         rows: dict[int, int] = {}
         num_rows = 0
         draft_rows = {} if drafts is None else drafts.rows
-        for work, exact in self._split(works) if works else ():
+        for scheduled, exact in self._split(works) if works else ():
             shape = self.shapes.of(exact, is_compiled=self.is_compiled)
-            sampled = fill(self._zeroed_inputs(shape), work, self.block_size, self._pending_rows, draft_rows)
+            sampled = write_inputs(
+                self._zeroed_inputs(shape), scheduled, self.block_size, self._pending_rows, draft_rows
+            )
             inputs = self._upload(shape)
             outputs = self._compute(shape, inputs)
-            choice = self.chooser.choose(work, sampled, *outputs, inputs.sampling)
+            choice = self.sampler.choose(scheduled, sampled, *outputs, inputs.sampling)
             if choice.tokens is not None and self.plan.overlaps:
                 self.sampled[num_rows : num_rows + len(choice.tokens)].copy_(choice.tokens)
                 rows |= {item.sequence.id: num_rows + row for row, item in enumerate(sampled) if item is not None}
@@ -215,7 +217,7 @@ class Runner:
         states = torch.frombuffer(bytearray(hidden), dtype=self.weights.final_norm.dtype)
         self._head(states.view(-1, len(self.weights.final_norm)).to(self.device))
 
-    def run(self, step: Step) -> StepResult:
+    def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Run a step to its end."""
         return self.launch(step).wait()
 
@@ -233,7 +235,7 @@ class Runner:
             if self._ranks is not None and self._ranks.is_broken:
                 raise
             self._functions = self._compiled = self._eager
-            self.chooser.forget_compiled()
+            self.sampler.forget_compiled()
             warn_eager(first_cause(error))
 
     def _compile_pieces(self, sampler: token_chooser.Functions | None) -> Iterator[None]:
@@ -257,7 +259,7 @@ class Runner:
                     self._warm_up(shape)
                 yield
         self._functions = self._compiled
-        self.chooser.functions = sampler
+        self.sampler.functions = sampler
 
     def _start_compiling(self) -> None:
         choose_compile_cache()
@@ -265,7 +267,7 @@ class Runner:
 
     @torch.inference_mode()
     def _warm_up(self, shape: StepShape) -> tuple[_Outputs, StepInputs]:
-        fill(self._zeroed_inputs(shape), (), self.block_size)
+        write_inputs(self._zeroed_inputs(shape), (), self.block_size)
         inputs = self._upload(shape)
         return self._compute(shape, inputs, is_compiled=True), inputs
 
@@ -273,12 +275,12 @@ class Runner:
     def run_padding(self, num_tokens: int, rows: int) -> None:
         """Run a ragged step of padding only, eagerly, to measure the memory that it takes."""
         shape = self.shapes.of(StepShape(num_tokens, 2, 2, rows, None), is_compiled=False)
-        fill(self._zeroed_inputs(shape), (), self.block_size)
+        write_inputs(self._zeroed_inputs(shape), (), self.block_size)
         inputs = self._upload(shape)
         outputs = self._compute(shape, inputs, is_compiled=False)
-        self.chooser.run_all(outputs.logits, inputs.sampling)
+        self.sampler.run_all(outputs.logits, inputs.sampling)
 
-    def _split(self, works: tuple[Work, ...]) -> Iterator[_Launch]:
+    def _split(self, works: tuple[ScheduledSequence, ...]) -> Iterator[_Launch]:
         """Split a step into launches: one, or one of decodes and one of prompts without a kernel for paged attention.
 
         Attention over prompts alone is then faster by more than reading the weights twice costs.
@@ -289,22 +291,22 @@ class Runner:
         if self.plan.mixes:
             yield _exact(works, None)
             return
-        ones = tuple(work for work in works if _is_uniform(work, 1))
-        others = tuple(work for work in works if not _is_uniform(work, 1))
+        ones = tuple(scheduled for scheduled in works if _is_uniform(scheduled, 1))
+        others = tuple(scheduled for scheduled in works if not _is_uniform(scheduled, 1))
         if ones:
             yield _exact(ones, 1)
         if others:
             yield _exact(others, None)
 
-    def _uniform_query_len(self, work: tuple[Work, ...]) -> int | None:
+    def _uniform_query_len(self, scheduled: tuple[ScheduledSequence, ...]) -> int | None:
         """Return the number of tokens of each work, if all works have as many and sample; else None.
 
         Uniform steps decode, or verify as many draft tokens of each sequence.
         """
-        query_len = work[0].num_tokens
-        if query_len > self._max_query_len or not all(_is_uniform(item, query_len) for item in work):
+        query_len = scheduled[0].num_tokens
+        if query_len > self._max_query_len or not all(_is_uniform(item, query_len) for item in scheduled):
             return None
-        return query_len if query_len == 1 or all(item.samples for item in work) else None
+        return query_len if query_len == 1 or all(item.samples for item in scheduled) else None
 
     def _zeroed_inputs(self, shape: StepShape) -> StepInputs:
         """Return zeroed inputs on the host for the next step."""
@@ -319,7 +321,7 @@ class Runner:
 
     def _carve(self, shape: StepShape) -> StepInputs:
         """Return a shape's inputs as the device reads them, with the marks that the compiler needs."""
-        inputs = self._hosts[0].views(shape) if self._inputs is None else carve(self._inputs, shape)
+        inputs = self._hosts[0].views(shape) if self._inputs is None else input_views(self._inputs, shape)
         if self.plan.compile != "off":
             mark_inputs(inputs.batch, *inputs.sampling, inputs.token_source, replays=self.plan.replays)
         return inputs
@@ -355,16 +357,18 @@ class Runner:
         return self._ranks.together(Head(), hidden.contiguous().view(torch.uint8).cpu().numpy().tobytes())
 
 
-def _is_uniform(work: Work, num_tokens: int) -> bool:
+def _is_uniform(scheduled: ScheduledSequence, num_tokens: int) -> bool:
     """Return whether a work has that many tokens and needs no prompt logprobs, which ragged steps alone give."""
-    in_prompt = work.start < work.sequence.num_prompt_tokens - 1
-    return work.num_tokens == num_tokens and not (in_prompt and work.sequence.needs & Needs.PROMPT_LOGPROBS)
+    in_prompt = scheduled.start < scheduled.sequence.num_prompt_tokens - 1
+    return scheduled.num_tokens == num_tokens and not (
+        in_prompt and scheduled.sequence.sampling_features & SamplingFeatures.PROMPT_LOGPROBS
+    )
 
 
-def _exact(work: tuple[Work, ...], query_len: int | None) -> _Launch:
-    num_tokens = sum(item.num_tokens for item in work)
-    num_rows = sum(item.num_rows for item in work)
+def _exact(scheduled: tuple[ScheduledSequence, ...], query_len: int | None) -> _Launch:
+    num_tokens = sum(item.num_tokens for item in scheduled)
+    num_rows = sum(item.num_rows for item in scheduled)
     if query_len == 1:
-        num_rows = len(work)
-    num_blocks = max(2, *(len(item.sequence.block_table) for item in work))
-    return _Launch(work, StepShape(num_tokens, len(work), num_blocks, num_rows, query_len))
+        num_rows = len(scheduled)
+    num_blocks = max(2, *(len(item.sequence.block_table) for item in scheduled))
+    return _Launch(scheduled, StepShape(num_tokens, len(scheduled), num_blocks, num_rows, query_len))

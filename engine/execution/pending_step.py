@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dispec.engine.execution.sampler import Choice
-from dispec.engine.scheduling.scheduler_output import StepResult
+from dispec.engine.execution.sampler import SamplerOutput
+from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput
 
 if TYPE_CHECKING:
     from dispec.engine.speculation.draft_loop import DeviceDrafts
@@ -18,14 +18,14 @@ class PendingStep:
     """
 
     def __init__(
-        self, choices: list[Choice], event: torch.cuda.Event | None, drafts: "DeviceDrafts | None" = None
+        self, choices: list[SamplerOutput], event: torch.cuda.Event | None, drafts: "DeviceDrafts | None" = None
     ) -> None:
         self._choices = choices
         self._event = event
         self._drafts = drafts
         self.draft_seconds = 0.0
 
-    def wait(self) -> StepResult:
+    def wait(self) -> ModelRunnerOutput:
         """Return what the step sampled, once it has run."""
         if self._event is not None:
             self._event.synchronize()
@@ -36,4 +36,4 @@ class PendingStep:
         prompt_logprobs: dict[int, Any] = {}
         for choice in self._choices:
             choice.read(token_ids, logprobs, prompt_logprobs)
-        return StepResult(token_ids, logprobs, prompt_logprobs)
+        return ModelRunnerOutput(token_ids, logprobs, prompt_logprobs)

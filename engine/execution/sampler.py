@@ -18,9 +18,9 @@ from torch import Tensor
 
 from dispec.engine.execution.compiled_steps import compiled, mark_dynamic
 from dispec.engine.sampling_params import MAX_LOGPROBS
-from dispec.engine.scheduling.scheduler_output import Work
-from dispec.engine.scheduling.sequence import Needs, Sequence, TokenLogprobs
-from dispec.layers.logit_processing import allow, edit, restrict
+from dispec.engine.scheduling.scheduler_output import ScheduledSequence
+from dispec.engine.scheduling.sequence import SamplingFeatures, Sequence, TokenLogprobs
+from dispec.layers.logit_processing import apply_penalties, apply_token_mask, apply_top_k_top_p
 from dispec.layers.logprobs import logprobs
 from dispec.layers.sampling import draw, greedy
 from dispec.layers.types import Edits, Filters, Logprobs, Sampling
@@ -31,7 +31,7 @@ _PROMPT_ROWS = 128
 
 
 @dataclass
-class Choice:
+class SamplerOutput:
     """The tokens that one launch sampled, on the device or on their way to the host.
 
     sampled: the work whose next token each row of `tokens` and `logprobs` is. A work with draft tokens has a row for
@@ -39,18 +39,18 @@ class Choice:
     prompt_logprobs: of the tokens after those that a work computed.
     """
 
-    sampled: list[Work | None]
+    sampled: list[ScheduledSequence | None]
     tokens: Tensor | None = None
     logprobs: Logprobs | None = None
-    prompt_logprobs: list[tuple[Work, Logprobs]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[ScheduledSequence, Logprobs]] = field(default_factory=list)
 
-    def to_host(self) -> "Choice":
+    def to_host(self) -> "SamplerOutput":
         """Start the transfer of everything to memory that the host can read."""
-        return Choice(
+        return SamplerOutput(
             self.sampled,
             None if self.tokens is None else _to_host(self.tokens),
             None if self.logprobs is None else Logprobs(*map(_to_host, self.logprobs)),
-            [(work, Logprobs(*map(_to_host, found))) for work, found in self.prompt_logprobs],
+            [(scheduled, Logprobs(*map(_to_host, found))) for scheduled, found in self.prompt_logprobs],
         )
 
     def read(
@@ -64,9 +64,9 @@ class Choice:
             chosen = self.tokens.tolist()
             wanted: list[tuple[int, int]] = []
             wanting: list[int] = []
-            for first, work in _first_rows(self.sampled):
-                sequence = work.sequence
-                count = 1 + _num_right(work.guesses if work.num_drafts else [], chosen[first:])
+            for first, scheduled in _first_rows(self.sampled):
+                sequence = scheduled.sequence
+                count = 1 + _num_right(scheduled.guesses if scheduled.num_drafts else [], chosen[first:])
                 token_ids[sequence.id] = chosen[first : first + count]
                 if sequence.params.logprobs is not None:
                     wanted += [(row, sequence.params.logprobs) for row in range(first, first + count)]
@@ -75,9 +75,9 @@ class Choice:
                 found = _token_logprobs(self.logprobs, chosen, wanted)
                 for sequence_id, value in zip(wanting, found, strict=True):
                     token_logprobs.setdefault(sequence_id, []).append(value)
-        for work, values in self.prompt_logprobs:
-            sequence, count = work.sequence, len(values.chosen)
-            targets = sequence.token_ids[work.start + 1 : work.start + 1 + count]
+        for scheduled, values in self.prompt_logprobs:
+            sequence, count = scheduled.sequence, len(values.chosen)
+            targets = sequence.token_ids[scheduled.start + 1 : scheduled.start + 1 + count]
             top = sequence.params.prompt_logprobs or 0
             prompt_logprobs[sequence.id] = list(_token_logprobs(values, targets, [(row, top) for row in range(count)]))
 
@@ -85,15 +85,15 @@ class Choice:
 class Functions(NamedTuple):
     """The functions of sampling, compiled or not."""
 
-    edit: Callable[..., Tensor]
-    allow: Callable[..., Tensor]
-    restrict: Callable[..., Tensor]
+    apply_penalties: Callable[..., Tensor]
+    apply_token_mask: Callable[..., Tensor]
+    apply_top_k_top_p: Callable[..., Tensor]
     draw: Callable[..., Tensor]
     greedy: Callable[..., Tensor]
     logprobs: Callable[..., Logprobs]
 
 
-_EAGER = Functions(edit, allow, restrict, draw, greedy, logprobs)
+_EAGER = Functions(apply_penalties, apply_token_mask, apply_top_k_top_p, draw, greedy, logprobs)
 
 
 def compiled_functions(device: torch.device) -> Functions:
@@ -101,7 +101,9 @@ def compiled_functions(device: torch.device) -> Functions:
 
     Before the first step, each of `calls_of_each` must have run.
     """
-    functions = _EAGER._replace(restrict=compiled(restrict, replays=False), logprobs=compiled(logprobs, replays=False))
+    functions = _EAGER._replace(
+        apply_top_k_top_p=compiled(apply_top_k_top_p, replays=False), logprobs=compiled(logprobs, replays=False)
+    )
     # A call of a compiled function costs the host five times what the single op does.
     return functions if has_draw_kernel(device) else functions._replace(draw=compiled(draw, replays=False))
 
@@ -122,9 +124,9 @@ def calls_of_each(functions: Functions, logits: Tensor, sampling: Sampling) -> l
             mark_dynamic(tensor, 0)
     return [
         partial(functions.draw, logits, sampling),
-        partial(functions.edit, logits, edits),
-        partial(functions.allow, logits, words),
-        partial(functions.restrict, logits, sampling.temperature, filters),
+        partial(functions.apply_penalties, logits, edits),
+        partial(functions.apply_token_mask, logits, words),
+        partial(functions.apply_top_k_top_p, logits, sampling.temperature, filters),
         partial(functions.greedy, logits),
         partial(functions.logprobs, logits, tokens, _num_logprobs(vocab_size)),
     ]
@@ -140,14 +142,14 @@ def write_filters(
     """Write each row's top-k, top-p and min-p to the fields of `Filters`; rows without a sequence keep all tokens."""
     top_k[:], top_p[:], min_p[:] = num_columns, 1.0, 0.0
     for row, sequence in enumerate(sequences):
-        if sequence is not None and sequence.needs & Needs.RESTRICT:
+        if sequence is not None and sequence.sampling_features & SamplingFeatures.RESTRICT:
             params = sequence.params
             if params.top_k > 0:
                 top_k[row] = min(params.top_k, num_columns)
             top_p[row], min_p[row] = params.top_p, params.min_p
 
 
-class TokenChooser:
+class Sampler:
     """Samples the tokens of a launch.
 
     head: logits of rows of hidden states. functions: eager, until compiled ones replace them.
@@ -171,61 +173,69 @@ class TokenChooser:
 
     def choose(
         self,
-        work: tuple[Work, ...],
-        sampled: list[Work | None],
+        scheduled: tuple[ScheduledSequence, ...],
+        sampled: list[ScheduledSequence | None],
         hidden: Tensor | None,
         logits: Tensor,
         chosen: Tensor,
         sampling: Sampling,
-    ) -> Choice:
+    ) -> SamplerOutput:
         """Return the next token of each work in `sampled`, in the launch's first rows.
 
         hidden: of every token of `work`, [T, E], where the launch is ragged. chosen: the argmax of `logits`.
         """
-        choice = Choice(sampled)
+        choice = SamplerOutput(sampled)
         if sampled:
-            needs = 0
+            sampling_features = 0
             for item in sampled:
                 if item is not None:
-                    needs |= item.sequence.needs
-            choice.tokens = self._tokens(needs, sampled, logits, chosen, sampling)
-            if needs & Needs.LOGPROBS:
+                    sampling_features |= item.sequence.sampling_features
+            choice.tokens = self._tokens(sampling_features, sampled, logits, chosen, sampling)
+            if sampling_features & SamplingFeatures.LOGPROBS:
                 choice.logprobs = self._pick(len(logits)).logprobs(logits.float(), choice.tokens, self._count)
         if hidden is not None:
-            choice.prompt_logprobs = list(self._prompt_logprobs(work, hidden))
+            choice.prompt_logprobs = list(self._prompt_logprobs(scheduled, hidden))
         return choice
 
     def _tokens(
-        self, needs: int, sampled: list[Work | None], logits: Tensor, chosen: Tensor, sampling: Sampling
+        self,
+        sampling_features: int,
+        sampled: list[ScheduledSequence | None],
+        logits: Tensor,
+        chosen: Tensor,
+        sampling: Sampling,
     ) -> Tensor:
         rows = len(logits)
         functions = self._pick(rows)
-        if not needs & (Needs.DRAW | Needs.EDIT | Needs.MASK):
+        if not sampling_features & (SamplingFeatures.DRAW | SamplingFeatures.EDIT | SamplingFeatures.MASK):
             return chosen
         # The compiled functions take float32 alone.
-        if needs & (Needs.EDIT | Needs.MASK | Needs.RESTRICT) or self.functions.draw is not draw:
+        if (
+            sampling_features & (SamplingFeatures.EDIT | SamplingFeatures.MASK | SamplingFeatures.RESTRICT)
+            or self.functions.draw is not draw
+        ):
             logits = logits.float()
-        if needs & Needs.EDIT and (edits := self._edits(sampled)) is not None:
-            logits = functions.edit(logits, edits)
-        if needs & Needs.MASK and (words := self._allowed(sampled, rows)) is not None:
-            logits = functions.allow(logits, words)
-        if not needs & Needs.DRAW:
+        if sampling_features & SamplingFeatures.EDIT and (edits := self._edits(sampled)) is not None:
+            logits = functions.apply_penalties(logits, edits)
+        if sampling_features & SamplingFeatures.MASK and (words := self._allowed(sampled, rows)) is not None:
+            logits = functions.apply_token_mask(logits, words)
+        if not sampling_features & SamplingFeatures.DRAW:
             return functions.greedy(logits)
-        if needs & Needs.RESTRICT:
-            logits = functions.restrict(logits, sampling.temperature, self._filters(sampled, rows))
+        if sampling_features & SamplingFeatures.RESTRICT:
+            logits = functions.apply_top_k_top_p(logits, sampling.temperature, self._filters(sampled, rows))
         return functions.draw(logits, sampling)
 
     def _pick(self, rows: int) -> Functions:
         return _EAGER if rows == 1 else self.functions
 
-    def _edits(self, sampled: list[Work | None]) -> Edits | None:
+    def _edits(self, sampled: list[ScheduledSequence | None]) -> Edits | None:
         """Return the changes of single logits by the rows' penalties and biases; None if there are none."""
         places, scales, addends = [], [], []
         for first, item in _first_rows(sampled):
             sequence = item.sequence
-            if sequence.needs & Needs.EDIT:
-                assert sequence.logit_edits is not None
-                after_each = [*sequence.logit_edits.entries_ahead(sequence.token_ids, item.guesses)]
+            if sequence.sampling_features & SamplingFeatures.EDIT:
+                assert sequence.logits_processors is not None
+                after_each = [*sequence.logits_processors.entries_ahead(sequence.token_ids, item.guesses)]
                 for row, (tokens, scale, addend) in enumerate(after_each[-item.num_rows :], first):
                     places.append(tokens + row * self.vocab_size)
                     scales.append(scale)
@@ -244,19 +254,19 @@ class TokenChooser:
             np.concatenate(parts, out=array[:size])
         return Edits(*(self._upload(array) for array in neutral))
 
-    def _allowed(self, sampled: list[Work | None], rows: int) -> Tensor | None:
+    def _allowed(self, sampled: list[ScheduledSequence | None], rows: int) -> Tensor | None:
         """Return bit masks of the tokens that each row may sample; None if these are all tokens."""
         masks = {}
         for first, item in _first_rows(sampled):
             sequence = item.sequence
-            if sequence.needs & Needs.MASK:
-                assert sequence.logit_edits is not None
+            if sequence.sampling_features & SamplingFeatures.MASK:
+                assert sequence.logits_processors is not None
                 # Tokens that the step itself computes count as generated, even before the host knows them.
                 generated = item.start + item.num_tokens - item.num_drafts - sequence.num_prompt_tokens
                 for ahead in range(item.num_drafts + 1):
                     guesses = item.guesses[: len(item.guesses) - item.num_drafts + ahead]
                     token_ids = [*sequence.token_ids, *guesses] if guesses else sequence.token_ids
-                    mask = sequence.logit_edits.allowed_mask(generated + ahead, token_ids)
+                    mask = sequence.logits_processors.allowed_mask(generated + ahead, token_ids)
                     if mask is not None:
                         masks[first + ahead] = mask
         if not masks:
@@ -266,18 +276,20 @@ class TokenChooser:
             words[row] = mask.view(np.int32)
         return self._upload(words)
 
-    def _filters(self, sampled: list[Work | None], rows: int) -> Filters:
+    def _filters(self, sampled: list[ScheduledSequence | None], rows: int) -> Filters:
         filters = np.empty(rows, np.int32), np.empty(rows, np.float32), np.empty(rows, np.float32)
         write_filters([None if item is None else item.sequence for item in sampled], self.vocab_size, *filters)
         return Filters(*map(self._upload, filters))
 
-    def _prompt_logprobs(self, work: tuple[Work, ...], hidden: Tensor) -> Iterator[tuple[Work, Logprobs]]:
+    def _prompt_logprobs(
+        self, scheduled: tuple[ScheduledSequence, ...], hidden: Tensor
+    ) -> Iterator[tuple[ScheduledSequence, Logprobs]]:
         first = 0
-        for item in work:
+        for item in scheduled:
             sequence = item.sequence
             # What follows the prompt's last token is no part of the prompt.
             count = min(item.num_tokens, sequence.num_prompt_tokens - 1 - item.start)
-            if sequence.needs & Needs.PROMPT_LOGPROBS and count > 0:
+            if sequence.sampling_features & SamplingFeatures.PROMPT_LOGPROBS and count > 0:
                 targets = self._upload(np.array(sequence.token_ids[item.start + 1 : item.start + 1 + count], np.int64))
                 parts = [
                     self._logprobs_of(hidden[first + row : first + min(row + _PROMPT_ROWS, count)], targets[row:])
@@ -297,14 +309,14 @@ class TokenChooser:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
-def _first_rows(sampled: list[Work | None]) -> Iterator[tuple[int, Work]]:
+def _first_rows(sampled: list[ScheduledSequence | None]) -> Iterator[tuple[int, ScheduledSequence]]:
     """Yield each work that samples, with the first of its rows."""
     row = 0
     while row < len(sampled):
-        work = sampled[row]
-        if work is not None:
-            yield row, work
-        row += work.num_rows if work is not None else 1
+        scheduled = sampled[row]
+        if scheduled is not None:
+            yield row, scheduled
+        row += scheduled.num_rows if scheduled is not None else 1
 
 
 def _num_right(drafts: list[int], chosen: list[int]) -> int:

@@ -15,7 +15,7 @@ from dispec.engine.process.messages import FromEngine, FromFront, Log, encode
 log = logging.getLogger("dispec")
 
 
-class Link:
+class Channel:
     """The two sockets to the front. It belongs to the thread that made it."""
 
     def __init__(self, directory: str) -> None:
@@ -57,23 +57,23 @@ class Link:
 class _LogToFront(logging.Handler):
     """Hands log lines to the front, which knows where they go."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, channel: Channel) -> None:
         super().__init__()
-        self._link = link
+        self._channel = channel
         self._thread = threading.get_ident()
         self.setFormatter(logging.Formatter("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
         if threading.get_ident() == self._thread:
-            self._link.send(Log(record.levelno, text))
+            self._channel.send(Log(record.levelno, text))
         else:
             print(text, file=sys.stderr)
 
 
-def log_to_front(link: Link) -> None:
-    """Send log lines and warnings over the link instead of writing them."""
-    handler = _LogToFront(link)
+def log_to_front(channel: Channel) -> None:
+    """Send log lines and warnings over the channel instead of writing them."""
+    handler = _LogToFront(channel)
     for name in ("dispec", "engine"):
         logger = logging.getLogger(name)
         logger.addHandler(handler)

@@ -20,7 +20,7 @@ import msgspec
 
 from dispec.engine.errors import InvalidField
 from dispec.engine.machine.cache_directory import remove_substitutes
-from dispec.engine.process.channel import Link, log_to_front
+from dispec.engine.process.channel import Channel, log_to_front
 from dispec.engine.process.last_words import last_words
 from dispec.engine.process.messages import (
     EXIT_AFTER_LAST_WORDS,
@@ -59,12 +59,12 @@ class _Request:
     is_started: bool = False
 
 
-class Service:
-    """Serves what the link brings with an engine, one step after another."""
+class EngineLoop:
+    """Serves what the channel brings with an engine, one step after another."""
 
-    def __init__(self, engine: "Engine", link: Link) -> None:
+    def __init__(self, engine: "Engine", channel: Channel) -> None:
         self._engine = engine
-        self._link = link
+        self._channel = channel
         self._requests: dict[str, _Request] = {}
         self._places: dict[int, tuple[_Request, int]] = {}  # request and choice, by the sequence's id
         self._unstarted: set[_Request] = set()
@@ -76,7 +76,9 @@ class Service:
         """Until the front says that it is enough."""
         while self._is_running:
             engine = self._engine
-            message = self._link.receive(wait=not (engine.has_work or engine.has_idle_work), wake_ups=engine.wake_ups)
+            message = self._channel.receive(
+                wait=not (engine.has_work or engine.has_idle_work), wake_ups=engine.wake_ups
+            )
             if message is not None:
                 self._handle(message)
             elif engine.has_work:
@@ -85,7 +87,7 @@ class Service:
                 engine.work_while_idle()
             if engine.runner.is_compiled != self._is_compiled:
                 self._is_compiled = engine.runner.is_compiled
-                self._link.send(IsCompiled(engine.compiled_seconds or 0.0))
+                self._channel.send(IsCompiled(engine.compiled_seconds or 0.0))
 
     def _handle(self, message: FromFront) -> None:
         match message:
@@ -97,7 +99,7 @@ class Service:
             case Abort():
                 self._abort(message)
             case Inspect():
-                self._link.send(self._inspection())
+                self._channel.send(self._inspection())
             case Shutdown():
                 self._is_running = False
 
@@ -116,18 +118,18 @@ class Service:
                 is_resumed=message.is_resumed,
             )
         except ValueError as error:
-            self._link.send(Refused(message.request_id, str(error), getattr(error, "field", None)))
+            self._channel.send(Refused(message.request_id, str(error), getattr(error, "field", None)))
             return
         except Exception as error:  # nothing was queued, so it is this request's trouble alone
             log.exception("a request could not be queued")
-            self._link.send(Failed(message.request_id, f"{type(error).__name__}: {error}"))
+            self._channel.send(Failed(message.request_id, f"{type(error).__name__}: {error}"))
             return
         request = _Request(message.request_id, first.choices, len(first.choices))
         self._requests[request.id] = request
         self._unstarted.add(request)
         for index, sequence in enumerate(request.choices):
             self._places[sequence.id] = request, index
-        self._link.send(Accepted(request.id))
+        self._channel.send(Accepted(request.id))
 
     def _abort(self, message: Abort) -> None:
         request = self._requests.get(message.request_id)
@@ -169,7 +171,7 @@ class Service:
         record = records[-1] if records and records[-1] is not self._last_record else None
         self._last_record = record or self._last_record
         if tokens or started or record is not None:
-            self._link.send(StepOutput(tokens, record, started, finished))
+            self._channel.send(StepOutput(tokens, record, started, finished))
 
     def _started(self, outputs: "list[TokenOutput]") -> dict[str, float]:
         """When the requests that were scheduled for the first time in this step were."""
@@ -189,7 +191,7 @@ class Service:
         for sequence in request.choices:
             self._engine.finish(sequence, "error")
             self._close(sequence)
-        self._link.send(Failed(request.id, message))
+        self._channel.send(Failed(request.id, message))
 
     def _inspection(self) -> Inspection:
         scheduler = self._engine.scheduler
@@ -212,7 +214,12 @@ class Service:
 def _token(request_id: str, choice: int, output: "TokenOutput", token_id: int) -> Token:
     sequence, params = output.sequence, output.sequence.params
     token = Token(
-        request_id, choice, token_id, output.finish_reason, num_right=output.num_right, num_wrong=output.num_wrong
+        request_id,
+        choice,
+        token_id,
+        output.finish_reason,
+        num_accepted=output.num_accepted,
+        num_rejected=output.num_rejected,
     )
     if params.logprobs is not None:
         token.logprobs = sequence.logprobs[output.number - 1 - sequence.num_resumed_tokens]
@@ -250,7 +257,7 @@ def _info(engine: "Engine") -> EngineInfo:
     )
 
 
-def _serve(start: Start, link: Link) -> None:
+def _serve(start: Start, channel: Channel) -> None:
     began = time.perf_counter()
     from tqdm import tqdm
 
@@ -261,8 +268,8 @@ def _serve(start: Start, link: Link) -> None:
     imported = time.perf_counter() - began
     engine = Engine(EngineOptions(**start.options), start.show_progress)
     engine.phase_seconds = {"import": imported, **engine.phase_seconds}
-    link.send(_info(engine))
-    Service(engine, link).run()
+    channel.send(_info(engine))
+    EngineLoop(engine, channel).run()
     engine.close()  # the processes of other ranks do not outlive this one
 
 
@@ -283,15 +290,15 @@ def main() -> None:
     directory = sys.argv[1]
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
     threading.Thread(target=_end_with_the_front, args=(directory,), daemon=True).start()
-    link = Link(directory)
-    log_to_front(link)
+    channel = Channel(directory)
+    log_to_front(channel)
     code = 0
     try:
-        _serve(start, link)
+        _serve(start, channel)
     except Exception as error:
-        link.send(last_words(error))
+        channel.send(last_words(error))
         code = EXIT_AFTER_LAST_WORDS
-    link.close()
+    channel.close()
     remove_substitutes()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -11,7 +11,7 @@ import msgspec
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.sequence import FinishReason, TokenLogprobs
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.engine.transfer.interface import Ticket
+from dispec.engine.transfer.interface import RemoteBlocks
 
 EXIT_AFTER_LAST_WORDS = 70  # of an engine process that could send `Died`
 
@@ -42,7 +42,7 @@ class Submit(msgspec.Struct, tag=True):
     cache_salt: str | None = None
     slack: float = 0.0
     publish_as: str | None = None
-    pull: Ticket | None = None
+    pull: RemoteBlocks | None = None
     is_resumed: bool = False
 
 
@@ -122,7 +122,7 @@ class Token(msgspec.Struct, array_like=True):
     """A token of a choice, in the order of generation.
 
     num_cached_tokens: of its prompt; prompt_logprobs: without the first token's. Both come with its first token.
-    num_right, num_wrong: guesses of the step that stood and that did not, with the first token of the step.
+    num_accepted, num_rejected: guesses of the step that stood and that did not, with the first token of the step.
     """
 
     request_id: str
@@ -132,8 +132,8 @@ class Token(msgspec.Struct, array_like=True):
     logprobs: TokenLogprobs | None = None
     num_cached_tokens: int | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
-    num_right: int = 0
-    num_wrong: int = 0
+    num_accepted: int = 0
+    num_rejected: int = 0
 
 
 class StepOutput(msgspec.Struct, tag=True):

@@ -52,7 +52,7 @@ class BlockPool:
         """How many blocks `num_tokens` tokens take."""
         return -(-num_tokens // self.block_size)
 
-    def root_name(self, cache_salt: str | None) -> bytes:
+    def hash_seed(self, cache_salt: str | None) -> bytes:
         """The parent of a sequence's first block: sequences share blocks only under the same salt."""
         salt = b"" if cache_salt is None else b"salt " + cache_salt.encode()
         return hashlib.blake2b(salt, digest_size=16, key=self._key).digest()

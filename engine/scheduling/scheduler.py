@@ -15,7 +15,7 @@ from bisect import insort
 from collections.abc import Sequence as Series
 
 from dispec.engine.scheduling.block_pool import BlockPool
-from dispec.engine.scheduling.scheduler_output import Step, StepResult, TokenOutput, Work
+from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput, ScheduledSequence, SchedulerOutput, TokenOutput
 from dispec.engine.scheduling.sequence import FinishReason, Sequence, Status
 
 
@@ -112,7 +112,7 @@ class Scheduler:
             self.pool.share(table)
             # Without a token yet, its last prompt token is computed again to choose one.
             choice.num_computed_tokens = min(num_tokens, len(choice.token_ids) - 1)
-            choice.num_registered_blocks = choice.num_drafter_tokens = 0
+            choice.num_registered_blocks = choice.num_draft_computed_tokens = 0
             choice.num_cached_tokens = sequence.num_cached_tokens
             self._register(choice, choice.num_computed_tokens)
             self.arriving.remove(choice)
@@ -139,11 +139,11 @@ class Scheduler:
 
     def keep(self, sequence: Sequence) -> None:
         """Keep each block of the sequence's prompt from when it is filled until `give_back`."""
-        sequence.kept_blocks = []
-        self._kept.append(sequence.kept_blocks)
+        sequence.pinned_blocks = []
+        self._kept.append(sequence.pinned_blocks)
 
     def give_back(self, blocks: list[int]) -> None:
-        """The very list of `kept_blocks` of a sequence: nobody reads them any more."""
+        """The very list of `pinned_blocks` of a sequence: nobody reads them any more."""
         self._kept = [kept for kept in self._kept if kept is not blocks]
         self.pool.free(blocks)
         blocks.clear()
@@ -156,13 +156,13 @@ class Scheduler:
                 f" {self.pool.num_usable}: raise kv_cache_memory or lower max_model_len"
             )
 
-    def schedule(self) -> Step:
+    def schedule(self) -> SchedulerOutput:
         """Choose the next step's work and give it blocks: decodes, then prompts under way, then new ones.
 
         What it returns counts as computed from then on: commit every step, in order.
         """
         budget = self.max_num_batched_tokens
-        work: dict[Sequence, Work] = {}
+        scheduled: dict[Sequence, ScheduledSequence] = {}
         copies: dict[Sequence, tuple[int, int]] = {}
         num_preempted = 0
         while self._arrived and len(self.running) < self.max_num_seqs:
@@ -185,13 +185,13 @@ class Scheduler:
             # Guesses take what the others' own tokens leave, and nobody gives blocks back for them.
             num_drafts = self._num_drafts(sequence, budget - len(decoding) + index) if index < len(decoding) else 0
             if num_drafts and self._grow(sequence, 1 + num_drafts, copies):
-                work[sequence] = self._take(sequence, 1 + num_drafts, num_drafts)
+                scheduled[sequence] = self._take(sequence, 1 + num_drafts, num_drafts)
                 budget -= 1 + num_drafts
                 continue
             num_tokens = min(sequence.num_uncomputed_tokens, self.max_prefill_chunk, budget)
             while not self._grow(sequence, num_tokens, copies):
                 victim = max(self.running, key=self._rank)
-                undone = work.pop(victim, None)
+                undone = scheduled.pop(victim, None)
                 copies.pop(victim, None)
                 self._preempt(victim, undone)
                 num_preempted += 1
@@ -199,7 +199,7 @@ class Scheduler:
                 if victim is sequence:
                     break
             else:
-                work[sequence] = self._take(sequence, num_tokens)
+                scheduled[sequence] = self._take(sequence, num_tokens)
                 budget -= num_tokens
         num_running, num_cached_tokens = len(self.running), 0
         # A preemption means that memory is short: whoever is admitted now would be the next victim.
@@ -211,41 +211,43 @@ class Scheduler:
             num_tokens = min(sequence.num_uncomputed_tokens, self.max_prefill_chunk, budget)
             grown = self._grow(sequence, num_tokens, copies)
             assert grown, "a sequence was admitted without room"
-            work[sequence] = self._take(sequence, num_tokens)
+            scheduled[sequence] = self._take(sequence, num_tokens)
             budget -= num_tokens
-        return Step(
-            tuple(work.values()),
+        return SchedulerOutput(
+            tuple(scheduled.values()),
             tuple(copies.values()),
             num_preempted,
             len(self.running) - num_running,
             num_cached_tokens,
         )
 
-    def commit(self, step: Step, result: StepResult) -> list[TokenOutput]:
+    def commit(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[TokenOutput]:
         """Record a step that ran: what it computed can be shared from now on, what it chose is known."""
         outputs = []
         ended = False
-        for work in step.work:
-            sequence = work.sequence
+        for scheduled in step.scheduled_sequences:
+            sequence = scheduled.sequence
             if sequence.status is Status.FINISHED:
                 continue  # ended while the step ran
-            end = work.start + work.num_tokens
+            end = scheduled.start + scheduled.num_tokens
             # A sequence that was preempted while the step ran has no blocks left, but its token stands.
             holds_blocks = sequence.status is Status.RUNNING and sequence.num_computed_tokens >= end
-            token_ids = result.token_ids[sequence.id] if work.samples else ()
-            if work.num_drafts:
-                num_wrong = work.num_drafts + 1 - len(token_ids)
-                end -= num_wrong
+            token_ids = result.token_ids[sequence.id] if scheduled.samples else ()
+            if scheduled.num_drafts:
+                num_rejected = scheduled.num_drafts + 1 - len(token_ids)
+                end -= num_rejected
                 if holds_blocks:
-                    sequence.num_computed_tokens -= num_wrong
+                    sequence.num_computed_tokens -= num_rejected
             if holds_blocks and end // self.pool.block_size > sequence.num_registered_blocks:
                 self._register(sequence, end, token_ids)
-            if holds_blocks and sequence.kept_blocks is not None:
-                self._keep_filled(sequence, sequence.kept_blocks, end)
+            if holds_blocks and sequence.pinned_blocks is not None:
+                self._keep_filled(sequence, sequence.pinned_blocks, end)
             known = len(sequence.prompt_logprobs)
-            if sequence.params.prompt_logprobs is not None and work.start <= known:  # some again after a preemption
-                sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.id, [])[known - work.start :]
-            if not work.samples:
+            if (
+                sequence.params.prompt_logprobs is not None and scheduled.start <= known
+            ):  # some again after a preemption
+                sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.id, [])[known - scheduled.start :]
+            if not scheduled.samples:
                 continue
             if sequence.forks:
                 self._fork(sequence, holds_blocks)
@@ -255,9 +257,9 @@ class Scheduler:
                     sequence.logprobs.append(result.logprobs[sequence.id][index])
                 sequence.append(token_id)
                 number, reason = sequence.num_output_tokens, sequence.finish_reason
-                if index == 0 and work.num_drafts:
-                    num_right = len(token_ids) - 1
-                    guesses = (num_right, work.num_drafts - num_right)
+                if index == 0 and scheduled.num_drafts:
+                    num_accepted = len(token_ids) - 1
+                    guesses = (num_accepted, scheduled.num_drafts - num_accepted)
                 else:
                     guesses = (0, 0)
                 outputs.append(TokenOutput(sequence, token_id, reason, number, *guesses))
@@ -352,12 +354,12 @@ class Scheduler:
         left = sequence.max_len - len(sequence.token_ids) - 1
         return max(0, min(sequence.num_draft_tokens, left, room))
 
-    def _take(self, sequence: Sequence, num_tokens: int, num_drafts: int = 0) -> Work:
+    def _take(self, sequence: Sequence, num_tokens: int, num_drafts: int = 0) -> ScheduledSequence:
         start = sequence.num_computed_tokens
         samples = num_tokens - num_drafts == sequence.num_uncomputed_tokens
         sequence.num_computed_tokens = start + num_tokens
         sequence.num_pending_tokens += samples
-        return Work(sequence, start, num_tokens, samples, num_drafts)
+        return ScheduledSequence(sequence, start, num_tokens, samples, num_drafts)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Move the first of the queue to the running, with the part of it that is in the cache, if there is room."""
@@ -376,7 +378,7 @@ class Scheduler:
         sequence.block_table = found
         sequence.num_computed_tokens = num_computed
         sequence.num_registered_blocks = num_computed // self.pool.block_size
-        sequence.num_drafter_tokens = num_computed
+        sequence.num_draft_computed_tokens = num_computed
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = num_computed
         sequence.status = Status.RUNNING
@@ -394,13 +396,13 @@ class Scheduler:
         ):
             limit = len(sequence.prompt_logprobs)  # what is not computed has no logits
         self._name_blocks(sequence, limit)
-        return self.pool.find(sequence.block_names[: limit // self.pool.block_size])
+        return self.pool.find(sequence.block_hashes[: limit // self.pool.block_size])
 
     def _name_blocks(self, sequence: Sequence, num_tokens: int, new: Series[int] = ()) -> None:
         """Name the sequence's full blocks among the first `num_tokens` of its tokens and the `new` ones after them."""
-        names, size = sequence.block_names, self.pool.block_size
+        names, size = sequence.block_hashes, self.pool.block_size
         for index in range(len(names), num_tokens // size):
-            parent = names[-1] if names else self.pool.root_name(sequence.cache_salt)
+            parent = names[-1] if names else self.pool.hash_seed(sequence.cache_salt)
             first, last = index * size, (index + 1) * size
             beyond = last - len(sequence.token_ids)
             token_ids = sequence.token_ids[first:last] + list(new[: max(0, beyond)])
@@ -412,7 +414,7 @@ class Scheduler:
             return
         self._name_blocks(sequence, num_tokens, new)
         for index in range(sequence.num_registered_blocks, num_tokens // self.pool.block_size):
-            sequence.block_table[index] = self.pool.register(sequence.block_table[index], sequence.block_names[index])
+            sequence.block_table[index] = self.pool.register(sequence.block_table[index], sequence.block_hashes[index])
         sequence.num_registered_blocks = num_tokens // self.pool.block_size
 
     def _keep_filled(self, sequence: Sequence, kept: list[int], num_tokens: int) -> None:
@@ -433,10 +435,10 @@ class Scheduler:
                 continue
             fork.block_table = sequence.block_table[: self.pool.blocks_for(num_tokens)]
             self.pool.share(fork.block_table)
-            fork.block_names = sequence.block_names[: num_tokens // size]
+            fork.block_hashes = sequence.block_hashes[: num_tokens // size]
             fork.num_computed_tokens = fork.num_cached_tokens = num_tokens - 1
             fork.num_registered_blocks = fork.num_computed_tokens // size
-            fork.num_drafter_tokens = min(sequence.num_drafter_tokens, fork.num_computed_tokens)
+            fork.num_draft_computed_tokens = min(sequence.num_draft_computed_tokens, fork.num_computed_tokens)
             fork.status = Status.RUNNING
             self.running.append(fork)
         self._num_forks -= len(sequence.forks)
@@ -456,13 +458,13 @@ class Scheduler:
             self.pool.free((source,))
             table[first] = destination
             copies[sequence] = source, destination
-        elif continues and first >= len(sequence.block_names):
+        elif continues and first >= len(sequence.block_hashes):
             self.pool.forget(table[first])  # a parent may have filled it; what has this sequence's name stays as it is
         if needed > 0:
             table += self.pool.allocate(needed)
         return True
 
-    def _preempt(self, sequence: Sequence, undone: Work | None) -> None:
+    def _preempt(self, sequence: Sequence, undone: ScheduledSequence | None) -> None:
         """Take a running sequence's blocks, and back the work that this step would have done for it."""
         self.running.remove(sequence)
         self.pool.free(sequence.block_table)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from dispec.engine.scheduling.sequence import FinishReason, Sequence, TokenLogprobs
 
 
-class Work(NamedTuple):
+class ScheduledSequence(NamedTuple):
     """Tokens `start` … `start + num_tokens - 1` of a sequence, to be computed.
 
     samples: whether the last of them is the sequence's last, so that the next token can be sampled.
@@ -35,14 +35,14 @@ class Work(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class SchedulerOutput:
     """What one pass of the model computes; empty when nothing can run.
 
     copies: (source, destination) blocks to copy before anything is computed.
     num_cached_tokens: found in the cache by the sequences that this step admits.
     """
 
-    work: tuple[Work, ...]
+    scheduled_sequences: tuple[ScheduledSequence, ...]
     copies: tuple[tuple[int, int], ...] = ()
     num_preempted: int = 0
     num_admitted: int = 0
@@ -50,10 +50,10 @@ class Step:
 
     @property
     def num_tokens(self) -> int:
-        return sum(work.num_tokens for work in self.work)
+        return sum(scheduled.num_tokens for scheduled in self.scheduled_sequences)
 
 
-class StepResult(NamedTuple):
+class ModelRunnerOutput(NamedTuple):
     """What a step sampled, by the id of each sequence that samples, with the logprobs that it asked for.
 
     token_ids: the accepted draft tokens and the token after them.
@@ -70,12 +70,12 @@ class TokenOutput:
     """A new token of one sequence, with the sequence's end where it has ended; an end alone if the engine failed.
 
     number: the token's in the sequence's output, from 1.
-    num_right, num_wrong: the sequence's accepted and rejected draft tokens in this step, told with its first token.
+    num_accepted, num_rejected: draft tokens of the sequence in this step, in the output of its first token.
     """
 
     sequence: Sequence
     token_id: int | None
     finish_reason: FinishReason | None
     number: int = 0
-    num_right: int = 0
-    num_wrong: int = 0
+    num_accepted: int = 0
+    num_rejected: int = 0

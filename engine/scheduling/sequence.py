@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from dispec.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from dispec.engine.execution.logits_processors import LogitEdits
-    from dispec.engine.speculation.speculator import Drafting
+    from dispec.engine.scheduling.logits_processors import LogitsProcessors
+    from dispec.engine.speculation.speculator import SpeculationState
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -22,7 +22,7 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
-class Needs(enum.IntFlag):
+class SamplingFeatures(enum.IntFlag):
     """What choosing a sequence's tokens takes beyond the likeliest one. A step computes only what somebody needs."""
 
     DRAW = 1
@@ -60,7 +60,7 @@ class Sequence:
     stop_token_ids: all tokens that end it, end-of-sequence tokens included.
     max_len: most tokens of prompt and output.
     arrival_time: seconds on the engine's clock.
-    needs: of its choices, `Needs` as a plain number.
+    needs: of its choices, `SamplingFeatures` as a plain number.
     choices: the sequences of the same request, this one among them, where it asked for several.
     forks: those that wait for this one to compute the prompt, and then share its blocks.
     scheduled_time: when it first was given work, on the same clock.
@@ -69,10 +69,10 @@ class Sequence:
     num_draft_tokens: how many tokens are to be guessed in the next step, at most.
     draft_token_ids: guesses of the tokens after `token_ids`, for a step to verify.
     drafting: what speculation keeps for it.
-    num_drafter_tokens: the first tokens whose keys and values a draft model has computed.
+    num_draft_computed_tokens: the first tokens whose keys and values a draft model has computed.
     num_resumed_tokens: output tokens that it had when it came from another engine.
     slack: seconds after its arrival for which it is in time: whoever has less left goes first.
-    kept_blocks: those of its prompt, as they are filled, each kept for another engine until it is given back; None
+    pinned_blocks: those of its prompt, as they are filled, each kept for another engine until it is given back; None
         if none is to be.
     """
 
@@ -86,8 +86,8 @@ class Sequence:
     priority: int = 0
     cache_salt: str | None = None
     slack: float = 0.0
-    logit_edits: "LogitEdits | None" = None
-    needs: int = field(init=False)
+    logits_processors: "LogitsProcessors | None" = None
+    sampling_features: int = field(init=False)
     choices: tuple["Sequence", ...] = ()
     forks: list["Sequence"] = field(default_factory=list)
     num_prompt_tokens: int = field(init=False)
@@ -96,12 +96,12 @@ class Sequence:
     num_cached_tokens: int | None = None
     num_draft_tokens: int = 0
     draft_token_ids: list[int] = field(default_factory=list)
-    num_drafter_tokens: int = 0
+    num_draft_computed_tokens: int = 0
     num_resumed_tokens: int = 0
-    kept_blocks: list[int] | None = None
-    drafting: "Drafting | None" = None
+    pinned_blocks: list[int] | None = None
+    speculation: "SpeculationState | None" = None
     block_table: list[int] = field(default_factory=list)
-    block_names: list[bytes] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
     num_registered_blocks: int = 0
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
@@ -113,16 +113,16 @@ class Sequence:
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
         self.choices = self.choices or (self,)
-        params, edits = self.params, self.logit_edits
-        needs = {
-            Needs.DRAW: params.temperature > 0,
-            Needs.RESTRICT: params.restricts,
-            Needs.EDIT: edits is not None and edits.edits,
-            Needs.MASK: edits is not None and edits.masks,
-            Needs.LOGPROBS: params.logprobs is not None,
-            Needs.PROMPT_LOGPROBS: params.prompt_logprobs is not None,
+        params, edits = self.params, self.logits_processors
+        sampling_features = {
+            SamplingFeatures.DRAW: params.temperature > 0,
+            SamplingFeatures.RESTRICT: params.restricts,
+            SamplingFeatures.EDIT: edits is not None and edits.edits,
+            SamplingFeatures.MASK: edits is not None and edits.masks,
+            SamplingFeatures.LOGPROBS: params.logprobs is not None,
+            SamplingFeatures.PROMPT_LOGPROBS: params.prompt_logprobs is not None,
         }
-        self.needs = sum(int(need) for need, is_needed in needs.items() if is_needed)
+        self.sampling_features = sum(int(need) for need, is_needed in sampling_features.items() if is_needed)
 
     @property
     def num_uncomputed_tokens(self) -> int:

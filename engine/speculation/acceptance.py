@@ -39,10 +39,10 @@ class Acceptance:
         first, later = ((prior * weight + right) / (weight + tried) for prior, right, tried in known)
         return first, later
 
-    def observe(self, num_drafts: int, num_right: int) -> None:
-        """Of `num_drafts` guesses the first `num_right` were right, the next one, if any, was wrong, others unknown."""
-        known = num_right + (num_right < num_drafts)
-        firsts = (min(num_right, 1), 1), (max(0, num_right - 1), known - 1)
+    def observe(self, num_drafts: int, num_accepted: int) -> None:
+        """Learn from one verification: the first `num_accepted` of `num_drafts` draft tokens were accepted."""
+        known = num_accepted + (num_accepted < num_drafts)
+        firsts = (min(num_accepted, 1), 1), (max(0, num_accepted - 1), known - 1)
         for place, (right, tried) in enumerate(firsts):
             weight = self.forgetting**tried
             self.right[place] = self.right[place] * weight + right

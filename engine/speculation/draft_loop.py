@@ -24,12 +24,12 @@ from dispec.engine.execution.compiled_steps import (
     replaying,
     warn_eager,
 )
-from dispec.engine.execution.input_buffers import StepShape, carve, fill
+from dispec.engine.execution.input_buffers import StepShape, input_views, write_inputs
 from dispec.engine.execution.model_runner import Runner
 from dispec.engine.execution.sampler import write_filters
 from dispec.engine.execution.step_shapes import sequence_sizes
-from dispec.engine.scheduling.scheduler_output import Work
-from dispec.engine.scheduling.sequence import Needs, Sequence
+from dispec.engine.scheduling.scheduler_output import ScheduledSequence
+from dispec.engine.scheduling.sequence import SamplingFeatures, Sequence
 from dispec.layers.decoding import decoder
 from dispec.layers.speculation import DraftState, draft_step
 from dispec.layers.steps import num_columns
@@ -46,7 +46,7 @@ _EXTRA_FIELDS = 4  # last_positions, top_k, top_p, min_p
 # No two sizes are equal, as in `engine.execution.step_shapes`.
 _TRACED = StepShape(tokens=6, sequences=3, blocks=5, rows=3, query_len=LAST_TOKENS)
 # One graph serves all sequences: all of them are sampled and filtered; neutral parameters change nothing.
-_TRACED_NEEDS = Needs.DRAW | Needs.RESTRICT
+_TRACED_NEEDS = SamplingFeatures.DRAW | SamplingFeatures.RESTRICT
 
 
 class DeviceDrafts:
@@ -75,12 +75,14 @@ class DeviceDrafts:
 
 def num_missing(sequence: Sequence) -> int:
     """Return the number of the sequence's tokens that the draft model has not computed."""
-    return len(sequence.token_ids) - sequence.num_drafter_tokens
+    return len(sequence.token_ids) - sequence.num_draft_computed_tokens
 
 
 def can_loop(sequence: Sequence) -> bool:
     """Return whether the device can sample the sequence's draft tokens alone: penalties and masks need the host."""
-    return len(sequence.token_ids) >= LAST_TOKENS and not sequence.needs & (Needs.EDIT | Needs.MASK)
+    return len(sequence.token_ids) >= LAST_TOKENS and not sequence.sampling_features & (
+        SamplingFeatures.EDIT | SamplingFeatures.MASK
+    )
 
 
 class DraftLoop:
@@ -103,7 +105,7 @@ class DraftLoop:
             (torch.zeros_like(host, device=runner.device) if runner.is_cuda else host)
             for host in (self._host, self._host_extra)
         )
-        self._host_views = functools.lru_cache(256)(functools.partial(carve, self._host))
+        self._host_views = functools.lru_cache(256)(functools.partial(input_views, self._host))
         self._device_state = functools.lru_cache(256)(self._state)
         self._eager_step = self._step = _bound_step(runner)
         self._decoder: ops.Decoder | None = None
@@ -119,20 +121,20 @@ class DraftLoop:
         """
         # Sequences with most draft tokens first: those that have all of theirs are then the last rows, left out.
         depths = dict(sorted(depths.items(), key=lambda item: -item[1]))
-        needs = 0
+        sampling_features = 0
         for sequence in depths:
-            needs |= sequence.needs
+            sampling_features |= sequence.sampling_features
         if self._runner.plan.compile != "off" or self._runner.is_cuda:
-            needs = _TRACED_NEEDS
+            sampling_features = _TRACED_NEEDS
         if self._runner.is_cuda:
             started = torch.cuda.Event(enable_timing=True)
             started.record()
             with replaying():
-                return DeviceDrafts(depths, self._loop(depths, needs), started)
-        if self._decoder is not None and not needs & Needs.RESTRICT:
-            _give(depths, _decode(self._decoder, depths, draws=bool(needs & Needs.DRAW)))
+                return DeviceDrafts(depths, self._loop(depths, sampling_features), started)
+        if self._decoder is not None and not sampling_features & SamplingFeatures.RESTRICT:
+            _give(depths, _decode(self._decoder, depths, draws=bool(sampling_features & SamplingFeatures.DRAW)))
         else:
-            _give(depths, self._loop(depths, needs))
+            _give(depths, self._loop(depths, sampling_features))
         return None
 
     def compile(self) -> Iterator[None]:
@@ -154,7 +156,7 @@ class DraftLoop:
     @torch.inference_mode()
     def _run_padding(self, step: _DraftStep, shape: StepShape) -> None:
         self._host[: shape.size] = 0
-        fill(self._host_views(shape), (), self._runner.block_size)
+        write_inputs(self._host_views(shape), (), self._runner.block_size)
         self._upload(shape)
         self._draft(step, self._device_state(shape, _TRACED_NEEDS), self._max_num_drafts)
         if self._runner.is_cuda:
@@ -164,7 +166,7 @@ class DraftLoop:
         # One more token than may be missing is computed again: a uniform step is that much faster.
         return StepShape(LAST_TOKENS * size, size, self._max_blocks, size, LAST_TOKENS)
 
-    def _loop(self, depths: dict[Sequence, int], needs: int) -> Tensor:
+    def _loop(self, depths: dict[Sequence, int], sampling_features: int) -> Tensor:
         """Return all draft tokens, a row for each sequence, as many columns as the deepest draft has."""
         count, depth = len(depths), max(depths.values())
         if self._runner.is_cuda:
@@ -174,14 +176,16 @@ class DraftLoop:
             # A size of 1 would be another graph to the compiler.
             size = count if self._runner.plan.compile == "off" else max(2, count)
             shape = self._shape(size)._replace(blocks=max(2, widest))
-        works = [Work(each, len(each.token_ids) - LAST_TOKENS, LAST_TOKENS, samples=True) for each in depths]
+        works = [
+            ScheduledSequence(each, len(each.token_ids) - LAST_TOKENS, LAST_TOKENS, samples=True) for each in depths
+        ]
         self._host[: shape.size] = 0
-        fill(self._host_views(shape), tuple(works), self._runner.block_size)
+        write_inputs(self._host_views(shape), tuple(works), self._runner.block_size)
         last, top_k = self._host_extra[:2].numpy()
         top_p, min_p = self._host_extra[2:].view(torch.float32).numpy()
         last[: shape.sequences] = 0
         last[:count] = [len(sequence.token_ids) + own - 2 for sequence, own in depths.items()]
-        if needs & Needs.RESTRICT:
+        if sampling_features & SamplingFeatures.RESTRICT:
             size = shape.sequences
             write_filters(
                 list(depths),
@@ -191,7 +195,11 @@ class DraftLoop:
                 min_p[:size],
             )
         self._upload(shape)
-        found = self._draft(self._step, self._device_state(shape, needs & (Needs.DRAW | Needs.RESTRICT)), depth)
+        found = self._draft(
+            self._step,
+            self._device_state(shape, sampling_features & (SamplingFeatures.DRAW | SamplingFeatures.RESTRICT)),
+            depth,
+        )
         # Without padding: the target's steps may have less room than a padded chain returns.
         kept = self._sampled[: count * depth]
         kept.copy_(found[:count].flatten())
@@ -202,9 +210,9 @@ class DraftLoop:
             self._inputs[: shape.size].copy_(self._host[: shape.size], non_blocking=True)
             self._extra.copy_(self._host_extra, non_blocking=True)
 
-    def _state(self, shape: StepShape, needs: int) -> DraftState:
+    def _state(self, shape: StepShape, sampling_features: int) -> DraftState:
         """Return the inputs of a shape as the device reads them."""
-        inputs = carve(self._inputs, shape)
+        inputs = input_views(self._inputs, shape)
         last, top_k = self._extra[:2, : shape.sequences]
         top_p, min_p = self._extra[2:, : shape.sequences].view(torch.float32)
         filters = Filters(top_k, top_p, min_p)
@@ -214,8 +222,8 @@ class DraftLoop:
         return DraftState(
             inputs.batch._replace(query_len=None),
             last,
-            inputs.sampling if needs & Needs.DRAW else None,
-            filters if needs & Needs.RESTRICT else None,
+            inputs.sampling if sampling_features & SamplingFeatures.DRAW else None,
+            filters if sampling_features & SamplingFeatures.RESTRICT else None,
         )
 
     def _draft(self, step: _DraftStep, state: DraftState, depth: int) -> Tensor:

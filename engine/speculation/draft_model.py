@@ -15,7 +15,7 @@ from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
 from dispec.engine.loading.draft_checkpoint import SharedDraft, find_shared_draft
 from dispec.engine.loading.model_source import SPECULATIVE_MODELS, find_source
 from dispec.engine.options import EngineOptions
-from dispec.engine.scheduling.scheduler_output import Step, Work
+from dispec.engine.scheduling.scheduler_output import ScheduledSequence, SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence
 from dispec.engine.speculation.draft_loop import LAST_TOKENS, DeviceDrafts, DraftLoop, can_loop, num_missing
 from dispec.engine.text.tokenizer import Tokenizer
@@ -76,8 +76,8 @@ class Proposal(NamedTuple):
 class DraftModel:
     """Proposes draft tokens for sequences whose blocks are allocated up to their last draft token.
 
-    A sequence's `num_drafter_tokens` counts the tokens that this model has computed; it computes the others before the
-    sequence's next draft. Blocks that it has not computed itself only lower the chance that draft tokens are accepted.
+    A sequence's `num_draft_computed_tokens` counts the tokens that this model has computed; it computes the others
+    before the sequence's next draft. Blocks that it has not computed itself lower the acceptance rate and change nothing else.
     """
 
     def __init__(self, runner: Runner, loop: DraftLoop, max_num_batched_tokens: int) -> None:
@@ -93,11 +93,13 @@ class DraftModel:
         yield from self._loop.compile()
         yield from self._runner.compile_pieces(sampler)
 
-    def propose(self, step: Step) -> Proposal:
+    def propose(self, step: SchedulerOutput) -> Proposal:
         """Fill `draft_token_ids` of the step's sequences that are to have some."""
         if step.copies:
-            self._runner.run(Step((), step.copies))
-        guessing = {work.sequence: work.num_drafts for work in step.work if work.num_drafts}
+            self._runner.run(SchedulerOutput((), step.copies))
+        guessing = {
+            scheduled.sequence: scheduled.num_drafts for scheduled in step.scheduled_sequences if scheduled.num_drafts
+        }
         for sequence in guessing:
             sequence.draft_token_ids = []
         started = time.perf_counter()
@@ -116,7 +118,7 @@ class DraftModel:
             drafts = self._loop.run(looping)
             runs += max(looping.values())
             for sequence, count in looping.items():
-                sequence.num_drafter_tokens = len(sequence.token_ids) + count - 1
+                sequence.num_draft_computed_tokens = len(sequence.token_ids) + count - 1
         return Proposal(runs, drafts, caught_up, catch_up_seconds)
 
     def _catch_up(self, sequences: list[Sequence]) -> int:
@@ -126,25 +128,27 @@ class DraftModel:
         while waiting:
             sequence = waiting[0]
             count = min(num_missing(sequence) - 1, budget)
-            works.append(Work(sequence, sequence.num_drafter_tokens, count, samples=False))
+            works.append(ScheduledSequence(sequence, sequence.num_draft_computed_tokens, count, samples=False))
             budget -= count
             caught_up += count
-            sequence.num_drafter_tokens += count
+            sequence.num_draft_computed_tokens += count
             if num_missing(sequence) == 1:
                 waiting.pop(0)
             if not budget or not waiting:
-                self._runner.run(Step(tuple(works)))
+                self._runner.run(SchedulerOutput(tuple(works)))
                 budget, works = self._max_num_batched_tokens, []
         return caught_up
 
-    def _run(self, works: list[Work]) -> None:
-        result = self._runner.run(Step(tuple(works)))
-        for work in works:
-            work.sequence.num_drafter_tokens = work.start + work.num_tokens
-            work.sequence.draft_token_ids.append(result.token_ids[work.sequence.id][0])
+    def _run(self, works: list[ScheduledSequence]) -> None:
+        result = self._runner.run(SchedulerOutput(tuple(works)))
+        for scheduled in works:
+            scheduled.sequence.num_draft_computed_tokens = scheduled.start + scheduled.num_tokens
+            scheduled.sequence.draft_token_ids.append(result.token_ids[scheduled.sequence.id][0])
 
 
-def _work(sequence: Sequence, *, samples: bool) -> Work:
+def _work(sequence: Sequence, *, samples: bool) -> ScheduledSequence:
     """Return all tokens that the model has not computed yet, its own draft tokens included; none is verified."""
     known = len(sequence.token_ids) + len(sequence.draft_token_ids)
-    return Work(sequence, sequence.num_drafter_tokens, known - sequence.num_drafter_tokens, samples)
+    return ScheduledSequence(
+        sequence, sequence.num_draft_computed_tokens, known - sequence.num_draft_computed_tokens, samples
+    )

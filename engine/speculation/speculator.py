@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from dispec.engine.scheduling.scheduler_output import Step, StepResult
+from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence
 from dispec.engine.speculation.acceptance import Acceptance
 from dispec.engine.speculation.controller import DraftController
@@ -26,7 +26,7 @@ _LONG_MEMORY = 0.998  # as `Acceptance.forgetting`, of all sequences together: w
 
 
 @dataclass(slots=True)
-class Drafting:
+class SpeculationState:
     """The acceptance and the n-grams of one sequence."""
 
     acceptance: Acceptance
@@ -87,10 +87,10 @@ class Speculator:
                 decoding.append(sequence)
         available: dict[int, int] = {}
         for sequence in decoding:
-            if sequence.drafting is None:
-                sequence.drafting = Drafting(self._usual.of_another())
+            if sequence.speculation is None:
+                sequence.speculation = SpeculationState(self._usual.of_another())
             if self.draft_model is None:
-                drafts = sequence.drafting.ngrams.propose(sequence.token_ids, self.max_num_drafts)
+                drafts = sequence.speculation.ngrams.propose(sequence.token_ids, self.max_num_drafts)
                 sequence.draft_token_ids = drafts
                 if drafts:
                     available[sequence.id] = len(drafts)
@@ -100,14 +100,14 @@ class Speculator:
         if self.is_adaptive and len(available) == len(decoding) and self.controller.rests(len(decoding)):
             chosen = {}
         elif self.is_adaptive:
-            acceptance = {sequence.id: sequence.drafting.acceptance for sequence in decoding if sequence.drafting}
+            acceptance = {sequence.id: sequence.speculation.acceptance for sequence in decoding if sequence.speculation}
             behind = {} if self.draft_model is None else {one.id: _behind(one) for one in decoding}
             chosen = self.controller.choose(available, acceptance, len(decoding), behind)
         for sequence in decoding:
             sequence.num_draft_tokens = chosen.get(sequence.id, 0)
         self.num_wanted = sum(chosen.values())
 
-    def propose(self, step: Step) -> float:
+    def propose(self, step: SchedulerOutput) -> float:
         """Propose the draft tokens that the step verifies, or launch that on the device. Return the host's seconds."""
         self.drafts = self._guessing = None
         if self.draft_model is None:
@@ -119,11 +119,13 @@ class Speculator:
         if proposal.caught_up:
             self.controller.observe_catch_up(proposal.caught_up, proposal.catch_up_seconds)
         if proposal.runs:
-            num_guessing = sum(work.num_drafts > 0 for work in step.work)
+            num_guessing = sum(scheduled.num_drafts > 0 for scheduled in step.scheduled_sequences)
             self._guessing = _Guessing(num_guessing, proposal.runs, seconds - proposal.catch_up_seconds)
         return seconds
 
-    def observe(self, step: Step, result: StepResult, seconds: float, draft_seconds: float = 0.0) -> tuple[int, ...]:
+    def observe(
+        self, step: SchedulerOutput, result: ModelRunnerOutput, seconds: float, draft_seconds: float = 0.0
+    ) -> tuple[int, ...]:
         """Learn from a committed step, and return the number of accepted draft tokens by their position in a draft.
 
         seconds: of the step without its proposal.
@@ -136,19 +138,22 @@ class Speculator:
             self._guessing = None
         stood = [0] * self.max_num_drafts
         num_drafts = 0
-        for work in step.work:
-            sequence = work.sequence
-            sequence.num_drafter_tokens = min(sequence.num_drafter_tokens, sequence.num_computed_tokens)
-            if not work.num_drafts:
+        for scheduled in step.scheduled_sequences:
+            sequence = scheduled.sequence
+            sequence.num_draft_computed_tokens = min(sequence.num_draft_computed_tokens, sequence.num_computed_tokens)
+            if not scheduled.num_drafts:
                 continue
-            num_right = len(result.token_ids[sequence.id]) - 1
-            num_drafts += work.num_drafts
-            if sequence.drafting is not None:
-                sequence.drafting.acceptance.observe(work.num_drafts, num_right)
-                self._usual.observe(work.num_drafts, num_right)
-            for place in range(num_right):
+            num_accepted = len(result.token_ids[sequence.id]) - 1
+            num_drafts += scheduled.num_drafts
+            if sequence.speculation is not None:
+                sequence.speculation.acceptance.observe(scheduled.num_drafts, num_accepted)
+                self._usual.observe(scheduled.num_drafts, num_accepted)
+            for place in range(num_accepted):
                 stood[place] += 1
-        if step.work and all(work.samples and work.num_tokens == 1 + work.num_drafts for work in step.work):
-            is_uniform = len({work.num_tokens for work in step.work}) == 1
+        if step.scheduled_sequences and all(
+            scheduled.samples and scheduled.num_tokens == 1 + scheduled.num_drafts
+            for scheduled in step.scheduled_sequences
+        ):
+            is_uniform = len({scheduled.num_tokens for scheduled in step.scheduled_sequences}) == 1
             self.controller.observe_step(step.num_tokens, seconds, is_uniform=is_uniform)
         return tuple(stood) if num_drafts else ()

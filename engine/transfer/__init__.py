@@ -6,6 +6,6 @@ either side), `transfers` (all of it behind one class). The class is in `engine.
 torch.
 """
 
-from dispec.engine.transfer.interface import Event, Pulled, PullFailed, Released, Ticket, TransferOptions
+from dispec.engine.transfer.interface import Event, Pulled, PullFailed, Released, RemoteBlocks, TransferOptions
 
-__all__ = ["Event", "PullFailed", "Pulled", "Released", "Ticket", "TransferOptions"]
+__all__ = ["Event", "PullFailed", "Pulled", "Released", "RemoteBlocks", "TransferOptions"]

@@ -16,7 +16,7 @@ MIN_SECRET_BYTES = 16
 Identifier = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID_CHARACTERS)]
 
 
-class Ticket(msgspec.Struct, frozen=True):
+class RemoteBlocks(msgspec.Struct, frozen=True):
     """Where a transfer is to be pulled from. It goes to the puller by way of whoever routes requests."""
 
     engine_id: Identifier

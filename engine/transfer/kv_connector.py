@@ -23,7 +23,7 @@ import msgspec
 from dispec.engine.scheduling.scheduler import Scheduler
 from dispec.engine.scheduling.scheduler_output import TokenOutput
 from dispec.engine.scheduling.sequence import Sequence, Status, TokenLogprobs
-from dispec.engine.transfer.interface import Event, Pulled, PullFailed, Released, Ticket
+from dispec.engine.transfer.interface import Event, Pulled, PullFailed, Released, RemoteBlocks
 
 log = logging.getLogger("dispec")
 
@@ -36,7 +36,7 @@ class Transfers(Protocol):
 
     def withdraw(self, transfer_id: str, reason: str) -> None: ...
 
-    def pull(self, ticket: Ticket, skip: int, blocks: Series[int]) -> None: ...
+    def pull(self, remote_blocks: RemoteBlocks, skip: int, blocks: Series[int]) -> None: ...
 
     def release(self, transfer_id: str) -> None: ...
 
@@ -79,7 +79,7 @@ class _Departure:
     """A prompt that is computed here for another engine."""
 
     choices: tuple[Sequence, ...]
-    kept_blocks: list[int]
+    pinned_blocks: list[int]
     num_published: int = 0
     has_all: bool = False
 
@@ -95,7 +95,7 @@ class _Arrival:
     """
 
     choices: tuple[Sequence, ...]
-    ticket: Ticket | None
+    remote_blocks: RemoteBlocks | None
     awaits_outputs: bool
     outputs: list[list[int] | None] | None = None
     is_pulling: bool = False
@@ -114,12 +114,12 @@ class _Arrival:
     @property
     def is_ready(self) -> bool:
         """Whether nothing more is to be waited for."""
-        if self.ticket is not None and not self.is_filled:
+        if self.remote_blocks is not None and not self.is_filled:
             return False
         return self.outputs is not None or not self.awaits_outputs
 
 
-class Handover:
+class KVConnector:
     """Of one engine. Call `advance` before each step and `publish` after it, and `advance` whenever `fileno` is
     readable; neither blocks."""
 
@@ -155,14 +155,16 @@ class Handover:
         if transfer_id in self._departures:
             raise ValueError(f"transfer_id {transfer_id!r} is under way already")
         self._scheduler.keep(choices[0])
-        kept = choices[0].kept_blocks
+        kept = choices[0].pinned_blocks
         assert kept is not None
         self._departures[transfer_id] = _Departure(choices, kept)
 
-    def expect(self, choices: tuple[Sequence, ...], ticket: Ticket | None, *, awaits_outputs: bool) -> None:
+    def expect(
+        self, choices: tuple[Sequence, ...], remote_blocks: RemoteBlocks | None, *, awaits_outputs: bool
+    ) -> None:
         """Take a request that is not to be queued yet. Raises ValueError as `Scheduler.add`."""
         self._scheduler.expect(choices)
-        self._arrivals.append(_Arrival(choices, ticket, awaits_outputs))
+        self._arrivals.append(_Arrival(choices, remote_blocks, awaits_outputs))
 
     def resume(self, first: Sequence, outputs: list[list[int] | None]) -> None:
         """Tell what each choice of an expected request has generated so far; None ends a choice."""
@@ -181,8 +183,8 @@ class Handover:
                 self._take(event)
         self.forget_unwanted()
         for arrival in list(self._arrivals):
-            if arrival.ticket is not None and not arrival.is_pulling and not arrival.is_filled:
-                self._pull(arrival, arrival.ticket)
+            if arrival.remote_blocks is not None and not arrival.is_pulling and not arrival.is_filled:
+                self._pull(arrival, arrival.remote_blocks)
             if arrival.is_wanted and arrival.is_ready:
                 self._hand_over(arrival)
 
@@ -210,7 +212,7 @@ class Handover:
                     self._let_go(departure)
                 self.transfers.withdraw(transfer_id, "the request was ended before its first token")
                 continue
-            kept = departure.kept_blocks
+            kept = departure.pinned_blocks
             new = kept[departure.num_published :]
             departure.has_all = all(choice.num_output_tokens for choice in departure.choices)
             if departure.has_all:
@@ -237,7 +239,7 @@ class Handover:
             (
                 one
                 for one in self._arrivals
-                if one.is_pulling and one.ticket and one.ticket.transfer_id == event.transfer_id
+                if one.is_pulling and one.remote_blocks and one.remote_blocks.transfer_id == event.transfer_id
             ),
             None,
         )
@@ -255,7 +257,7 @@ class Handover:
     def _fail(self, arrival: _Arrival, transfer_id: str, problem: str) -> None:
         """Nothing comes, and nothing is written to its blocks any more."""
         self._scheduler.give_up(arrival.first)
-        arrival.ticket = None
+        arrival.remote_blocks = None
         arrival.is_pulling = False
         self._release(transfer_id)
         if arrival.is_wanted:
@@ -264,8 +266,8 @@ class Handover:
 
     def _let_go(self, departure: _Departure) -> None:
         """Nobody reads its blocks, and of those that are still to be filled nobody will."""
-        departure.choices[0].kept_blocks = None
-        self._scheduler.give_back(departure.kept_blocks)
+        departure.choices[0].pinned_blocks = None
+        self._scheduler.give_back(departure.pinned_blocks)
 
     def _read(self, arrival: _Arrival, event: Pulled) -> str | None:
         """Take the payload. What is wrong with it, if something is."""
@@ -280,24 +282,26 @@ class Handover:
         arrival.payload = payload
         return None
 
-    def _pull(self, arrival: _Arrival, ticket: Ticket) -> None:
+    def _pull(self, arrival: _Arrival, remote_blocks: RemoteBlocks) -> None:
         reserved = self._scheduler.reserve(arrival.first)
         if reserved is not None:
             assert self.transfers is not None
             num_found, table = reserved
             arrival.is_pulling, arrival.num_pulled = True, len(table) - num_found
             try:
-                self.transfers.pull(ticket, num_found, table[num_found:])
+                self.transfers.pull(remote_blocks, num_found, table[num_found:])
             except ValueError as error:  # two requests name one transfer
-                self._fail(arrival, ticket.transfer_id, str(error))
+                self._fail(arrival, remote_blocks.transfer_id, str(error))
 
     def _give_up(self, arrival: _Arrival) -> None:
         """Nobody wants it any more; its blocks are free once nobody writes to them."""
-        if arrival.ticket is not None and self.transfers is not None:
+        if arrival.remote_blocks is not None and self.transfers is not None:
             if not (arrival.is_pulling or arrival.is_filled):
                 with contextlib.suppress(ValueError):
-                    self.transfers.pull(arrival.ticket, 0, [])  # the other side need not wait for its lease to end
-            self.transfers.release(arrival.ticket.transfer_id)
+                    self.transfers.pull(
+                        arrival.remote_blocks, 0, []
+                    )  # the other side need not wait for its lease to end
+            self.transfers.release(arrival.remote_blocks.transfer_id)
         if not arrival.is_pulling:
             self._scheduler.give_up(arrival.first)
             self._arrivals.remove(arrival)
@@ -323,14 +327,14 @@ class Handover:
             if choice.status is not Status.FINISHED and choice.finish_reason is not None:
                 self._scheduler.finish(choice, choice.finish_reason)
         going_on = [choice for choice in arrival.choices if choice.status is not Status.FINISHED]
-        if arrival.ticket is None:
+        if arrival.remote_blocks is None:
             self._scheduler.start_over(going_on)
             return
         self._scheduler.arrive(arrival.first, going_on)
         if payload is not None and outputs is None:
             for choice in arrival.choices:
                 choice.num_cached_tokens = payload.num_cached_tokens
-        self._release(arrival.ticket.transfer_id)
+        self._release(arrival.remote_blocks.transfer_id)
 
     def _release(self, transfer_id: str) -> None:
         """Tell the other side that its blocks are not needed any more."""

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dispec.engine.transfer.interface import Pulled, PullFailed, Ticket
+from dispec.engine.transfer.interface import Pulled, PullFailed, RemoteBlocks
 from dispec.engine.transfer.messages import Ask, Done, Gone, Ready, checksums_of, contradiction
 
 MAX_READS = 3  # of one pull under way: one on the wire, one being verified, one that waits
@@ -21,7 +21,7 @@ PeerKey = tuple[str, int, str]  # host, port, engine_id
 
 @dataclass(frozen=True)
 class Connect:
-    """Connect to a source; `Pulls.connected` or `Pulls.lost` must follow."""
+    """Connect to a source; `Receiver.connected` or `Receiver.lost` must follow."""
 
     peer: PeerKey
 
@@ -44,7 +44,7 @@ class Send:
 
 @dataclass(frozen=True)
 class Fetch:
-    """Get blocks into own ones. `Pulls.touch` comes before the first byte is written, then `Pulls.landed`.
+    """Get blocks into own ones. `Receiver.touch` comes before the first byte is written, then `Receiver.landed`.
 
     first: place in the transfer; source_blocks: the source's own numbers; checksums: what must be found afterwards.
     """
@@ -91,7 +91,7 @@ class _Peer:
     heard: float = 0.0
 
 
-class Pulls:
+class Receiver:
     """All transfers that this process pulls. Times are seconds of any monotonic clock."""
 
     def __init__(self, stall_seconds: float, pull_seconds: float) -> None:
@@ -103,12 +103,12 @@ class Pulls:
         self._names = itertools.count()
         self._held: OrderedDict[str, PeerKey] = OrderedDict()
 
-    def begin(self, ticket: Ticket, skip: int, blocks: Sequence[int], now: float) -> list[Output]:
+    def begin(self, remote_blocks: RemoteBlocks, skip: int, blocks: Sequence[int], now: float) -> list[Output]:
         """Raises ValueError if a pull of this transfer is under way or not released yet."""
-        transfer_id = ticket.transfer_id
+        transfer_id = remote_blocks.transfer_id
         if transfer_id in self._pulls or transfer_id in self._held:
             raise ValueError(f"transfer {transfer_id!r} is being pulled already")
-        key = (ticket.host, ticket.port, ticket.engine_id)
+        key = (remote_blocks.host, remote_blocks.port, remote_blocks.engine_id)
         pull = self._pulls[transfer_id] = _Pull(key, skip, list(blocks), now, skip)
         if key not in self._peers:
             self._peers[key] = _Peer()

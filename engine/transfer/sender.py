@@ -29,7 +29,7 @@ class Send:
 
 @dataclass(frozen=True)
 class SendBlocks:
-    """Bytes of blocks to a puller. `Offers.sent` must be told when they are sent or cannot be."""
+    """Bytes of blocks to a puller. `Sender.sent` must be told when they are sent or cannot be."""
 
     peer: int
     transfer_id: str
@@ -56,7 +56,7 @@ class _Offer:
     parked: dict[int, Ask] = field(default_factory=dict)
 
 
-class Offers:
+class Sender:
     """All transfers that this process is the source of. Times are seconds of any monotonic clock."""
 
     def __init__(self, lease_seconds: float, max_read_places: int) -> None:

@@ -43,10 +43,10 @@ class PullerSide(Protocol):
 
     def landed(self, read_id: int, problem: str | None) -> None: ...
 
-    def unlinked(self, key: PeerKey, link: "Link", reason: str) -> None: ...
+    def unlinked(self, key: PeerKey, link: "SourceConnection", reason: str) -> None: ...
 
 
-class Link:
+class SourceConnection:
     """A connection to one source, from the first attempt to its end; `unlinked` is its last word."""
 
     def __init__(self, key: PeerKey, options: TransferOptions, own: Hello, memories: Memories, side: PullerSide):

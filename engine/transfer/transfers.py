@@ -17,13 +17,13 @@ from dispec.engine.transfer import host
 from dispec.engine.transfer import receiver as pulls
 from dispec.engine.transfer import sender as offers
 from dispec.engine.transfer.handshake import Hello
-from dispec.engine.transfer.interface import MAX_ID_CHARACTERS, Event, Ticket, TransferOptions
+from dispec.engine.transfer.interface import MAX_ID_CHARACTERS, Event, RemoteBlocks, TransferOptions
 from dispec.engine.transfer.memory import Memories, pages_of
 from dispec.engine.transfer.messages import MAX_PLACES, Ask, Done, Gone, Read, Ready
 from dispec.engine.transfer.receiver import Fetch, PeerKey
 from dispec.engine.transfer.server import Server
 from dispec.engine.transfer.shared_memory import SharedMemory
-from dispec.engine.transfer.source_connection import Link
+from dispec.engine.transfer.source_connection import SourceConnection
 from dispec.layers.types import KVCache
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,10 @@ class Transfers:
         self._read_end, self._write_end = os.pipe()
         for end in (self._read_end, self._write_end):
             os.set_blocking(end, False)
-        self._offers = offers.Offers(options.lease_seconds, MAX_PLACES)
-        self._pulls = pulls.Pulls(options.stall_seconds, options.pull_seconds)
-        self._links: dict[PeerKey, Link] = {}
-        self._ending: list[Link] = []
+        self._offers = offers.Sender(options.lease_seconds, MAX_PLACES)
+        self._pulls = pulls.Receiver(options.stall_seconds, options.pull_seconds)
+        self._links: dict[PeerKey, SourceConnection] = {}
+        self._ending: list[SourceConnection] = []
         self._checks: queue.SimpleQueue[tuple[str, list[int]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._is_closed = False
@@ -58,9 +58,11 @@ class Transfers:
         self._server = Server(options)
         self.address = self._server.address
 
-    def ticket(self, transfer_id: str) -> Ticket:
+    def remote_blocks(self, transfer_id: str) -> RemoteBlocks:
         """What a puller needs to pull a transfer from here."""
-        return Ticket(self.engine_id, transfer_id, self.options.advertised_host or self.address[0], self.address[1])
+        return RemoteBlocks(
+            self.engine_id, transfer_id, self.options.advertised_host or self.address[0], self.address[1]
+        )
 
     def register(self, kv_cache: KVCache, fingerprint: str, shared: SharedMemory | None) -> None:
         """The pages that blocks are numbers in, once. Peers with another `fingerprint` or geometry are refused.
@@ -122,13 +124,13 @@ class Transfers:
         with self._lock:
             self._do(self._offers.withdraw(transfer_id, reason[:1024], self._clock()))
 
-    def pull(self, ticket: Ticket, skip: int, blocks: Sequence[int]) -> None:
+    def pull(self, remote_blocks: RemoteBlocks, skip: int, blocks: Sequence[int]) -> None:
         """Begin to get the places from `skip` on into own blocks; the source need not know of the transfer yet.
 
         Raises ValueError for blocks that do not exist or are given twice, a negative skip, or a transfer that is being
         pulled already.
         """
-        for name in (ticket.transfer_id, ticket.engine_id, ticket.host):
+        for name in (remote_blocks.transfer_id, remote_blocks.engine_id, remote_blocks.host):
             _check_id(name)
         self._check_blocks(blocks)
         if len(set(blocks)) != len(blocks):
@@ -137,7 +139,7 @@ class Transfers:
             raise ValueError(f"skip is {skip}, must be at least 0")
         self._pages.follow()
         with self._lock:
-            self._do(self._pulls.begin(ticket, skip, blocks, self._clock()))
+            self._do(self._pulls.begin(remote_blocks, skip, blocks, self._clock()))
 
     def release(self, transfer_id: str) -> None:
         """The puller is done with a transfer, or does not want it any more: then `PullFailed` follows."""
@@ -221,7 +223,7 @@ class Transfers:
         with self._lock:
             self._do(self._pulls.landed(read_id, problem, self._clock()))
 
-    def unlinked(self, key: PeerKey, link: Link, reason: str) -> None:
+    def unlinked(self, key: PeerKey, link: SourceConnection, reason: str) -> None:
         with self._lock:
             if self._links.get(key) is link:
                 del self._links[key]
@@ -239,7 +241,7 @@ class Transfers:
                     self._server.send_blocks(peer, transfer_id, read_id, blocks)
                 case pulls.Connect(key):
                     if not self._is_closed:
-                        self._links[key] = Link(key, self.options, self._hello, self._memories, self)
+                        self._links[key] = SourceConnection(key, self.options, self._hello, self._memories, self)
                 case pulls.Drop(key, _):
                     link = self._links.pop(key)
                     self._ending.append(link)

@@ -14,13 +14,13 @@ from dispec.serving.api.routes_completions import completions, generate
 from dispec.serving.api.routes_health import health, live, load, metrics, stats
 from dispec.serving.api.routes_models import model, model_info, models, server_info, show_version, tokenizer_info
 from dispec.serving.api.routes_tokenize import detokenize, tokenize
-from dispec.serving.api.service import Service, version
+from dispec.serving.api.service import ApiContext, version
 from dispec.serving.client.engine_client import EngineClient
 from dispec.serving.cluster.worker_pool import WorkerPool
 from dispec.serving.http.auth import Keys
 from dispec.serving.http.errors import answer_error
 from dispec.serving.http.head import HeadAsGet
-from dispec.serving.http.middleware import Gate
+from dispec.serving.http.middleware import Middleware
 from dispec.serving.settings import ServerSettings
 
 
@@ -70,7 +70,7 @@ def create_app(
     """The ASGI application. It neither starts nor stops the client. `names` are the model's for clients."""
     app = Litestar(
         route_handlers=[*_ROUTES, *([] if dashboard is None else [dashboard])],
-        state=State({"service": Service(client, settings, names), "metrics": metrics}),
+        state=State({"service": ApiContext(client, settings, names), "metrics": metrics}),
         exception_handlers={Exception: answer_error},
         openapi_config=openapi.openapi_config(version(), bool(settings.api_keys)),
         logging_config=None,
@@ -79,5 +79,5 @@ def create_app(
     openapi.add_schemas(app, names, [slo.name for slo in settings.slos])
     # Not as Litestar's own middleware, which requests to unknown routes do not pass.
     inner = HeadAsGet(app.asgi_handler)
-    app.asgi_handler = Gate(inner, Keys(settings.api_keys), settings.max_header_bytes, cors=settings.cors)
+    app.asgi_handler = Middleware(inner, Keys(settings.api_keys), settings.max_header_bytes, cors=settings.cors)
     return app

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from dispec.engine.process.messages import EngineInfo
-from dispec.engine.transfer.interface import Ticket
+from dispec.engine.transfer.interface import RemoteBlocks
 from dispec.serving.http.errors import ApiError
 from dispec.serving.settings import Role
 
@@ -33,7 +33,7 @@ class Transfer(msgspec.Struct):
     """What a request asks for. publish_as, pull: as in `messages.Submit`. answer: to send back, if anything."""
 
     publish_as: str | None = None
-    pull: Ticket | None = None
+    pull: RemoteBlocks | None = None
     answer: dict[str, Any] | None = None
 
 
@@ -69,7 +69,7 @@ def transfer(given: Any, info: EngineInfo, role: Role, num_prompts: int) -> Tran
     if None in where.values():
         raise _bad(f"{_NAME} must have remote_engine_id, transfer_id, remote_host and remote_port, as the answer had")
     try:
-        return Transfer(pull=msgspec.convert(where, Ticket))
+        return Transfer(pull=msgspec.convert(where, RemoteBlocks))
     except msgspec.ValidationError as error:
         raise _bad(f"{_NAME}: {error}") from None
 

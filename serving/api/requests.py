@@ -9,7 +9,7 @@ from dispec.serving.api.call import Call
 from dispec.serving.api.kv_transfer import transfer
 from dispec.serving.api.prompts import Prompt
 from dispec.serving.api.protocol import Sampling
-from dispec.serving.api.service import Service
+from dispec.serving.api.service import ApiContext
 from dispec.serving.http.errors import ApiError, invalid
 
 _ID_LENGTH = 128
@@ -17,7 +17,7 @@ _PRIORITY = 2**31
 
 
 def begin(
-    service: Service, request: Request, body: Sampling, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+    service: ApiContext, request: Request, body: Sampling, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
 ) -> Call:
     """Hand the prompts to the engine. Raises what the engine's client does, and ApiError."""
     settings = service.settings

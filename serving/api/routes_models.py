@@ -9,7 +9,7 @@ from litestar.types import ASGIApp
 
 from dispec.serving.api.openapi import describe
 from dispec.serving.api.protocol_answers import Model, ModelList
-from dispec.serving.api.service import Service, service_of
+from dispec.serving.api.service import ApiContext, service_of
 from dispec.serving.api.streaming import JsonAnswer
 from dispec.serving.api.tokenizer_configuration import tokenizer_configuration
 
@@ -99,10 +99,10 @@ async def show_version(request: Request) -> ASGIApp:
     return JsonAnswer(answer)
 
 
-def _models(service: Service) -> list[Model]:
+def _models(service: ApiContext) -> list[Model]:
     return [_model(service, name) for name in service.model().names]
 
 
-def _model(service: Service, name: str) -> Model:
+def _model(service: ApiContext, name: str) -> Model:
     info = service.model().info
     return Model(name, int(service.started), info.max_model_len, info.model)

@@ -72,7 +72,7 @@ class ServedModel:
         return self.info.max_model_len - num_prompt_tokens
 
 
-class Service:
+class ApiContext:
     """Of one server."""
 
     def __init__(self, client: EngineClient | WorkerPool, settings: ServerSettings, names: Sequence[str] = ()) -> None:
@@ -112,7 +112,7 @@ class Service:
         return version()
 
 
-def service_of(request: Request) -> Service:
+def service_of(request: Request) -> ApiContext:
     return request.app.state["service"]
 
 

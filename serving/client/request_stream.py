@@ -10,7 +10,7 @@ import msgspec
 
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.sequence import FinishReason
-from dispec.engine.transfer.interface import Ticket
+from dispec.engine.transfer.interface import RemoteBlocks
 from dispec.serving.client.engine_errors import EngineDied, EngineFailed, Overloaded, RequestRefused, RequestTimedOut
 from dispec.serving.client.request_text import ChoiceUpdate, RequestText, merged
 from dispec.serving.client.slo import Slo
@@ -32,7 +32,7 @@ class GenerationRequest(msgspec.Struct):
     timeout: float | None = None
     slo: Slo | None = None
     publish_as: str | None = None
-    pull: Ticket | None = None
+    pull: RemoteBlocks | None = None
     is_continued: bool = False
 
 

@@ -86,8 +86,8 @@ class RequestText:
             stop_reason,
             token.prompt_logprobs if first else None,
             token.num_cached_tokens if first else None,
-            token.num_right,
-            token.num_wrong,
+            token.num_accepted,
+            token.num_rejected,
         ), tells
 
     def resume(self, outputs: list[list[int] | None], now: float) -> None:

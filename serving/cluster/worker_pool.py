@@ -25,7 +25,7 @@ from dispec.serving.client.listener import Listener
 from dispec.serving.client.request_stream import GenerationRequest, RequestStream
 from dispec.serving.client.slo import Slo
 from dispec.serving.cluster.autoscaling import Observation
-from dispec.serving.cluster.relay import Relay
+from dispec.serving.cluster.request_migration import RequestMigration
 from dispec.serving.cluster.worker import Role, Worker
 
 log = logging.getLogger("dispec")
@@ -59,7 +59,7 @@ class WorkerPool:
         self._options = worker_options(engine_options)
         self._numbers = itertools.count()
         self._keys = itertools.count()
-        self._relays: dict[str, Relay] = {}
+        self._relays: dict[str, RequestMigration] = {}
         self._met: deque[bool] = deque(maxlen=100)  # whether the last requests that were promised something got it
         self._drained: asyncio.Future[None] | None = None
         self._is_draining = self._is_stopping = False
@@ -209,7 +209,7 @@ class WorkerPool:
             seed = int.from_bytes(os.urandom(8), signed=True)
             request = msgspec.structs.replace(request, params=replace(request.params, seed=seed))
         key = str(next(self._keys))
-        relay = Relay(key, request, self._choose, self._on_first_token, self._on_end)
+        relay = RequestMigration(key, request, self._choose, self._on_first_token, self._on_end)
         prefill, decode = self._best("prefill"), self._best("decode")
         if prefill is not None and decode is not None and not self._ends_at_once(request):
             relay.begin(prefill, decode, secrets.token_hex(16))
@@ -272,11 +272,11 @@ class WorkerPool:
             self._merged_info = msgspec.structs.replace(infos[0], num_blocks=num_blocks)
         return self._merged_info
 
-    def _on_first_token(self, relay: Relay) -> None:
+    def _on_first_token(self, relay: RequestMigration) -> None:
         first = relay.stream.first_token()
         self._tell(lambda listener: listener.on_first_token(first))
 
-    def _on_end(self, relay: Relay) -> None:
+    def _on_end(self, relay: RequestMigration) -> None:
         if self._relays.pop(relay.key, None) is None:
             return
         summary = relay.stream.summary()

@@ -11,7 +11,7 @@ from dispec.engine.scheduling.step_record import StepRecord
 from dispec.serving.client.engine_client import EngineClient, Listener, State
 from dispec.serving.client.engine_errors import EngineDied, NotReady
 from dispec.serving.cluster.worker_pool import WorkerPool
-from dispec.serving.dashboard.dashboard_state import Live
+from dispec.serving.dashboard.dashboard_state import DashboardState
 
 INTERVAL = 1.0  # seconds
 
@@ -66,7 +66,7 @@ class PoolWatch(Listener):
 
 
 async def dashboard_events(
-    client: EngineClient | WorkerPool, live: Live, pool: PoolWatch
+    client: EngineClient | WorkerPool, live: DashboardState, pool: PoolWatch
 ) -> AsyncIterator[dict[str, Any]]:
     """What a page is told. It ends with the work of a server that shuts down, so as not to keep it."""
     for view in live.views():

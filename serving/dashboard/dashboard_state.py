@@ -43,7 +43,7 @@ class Second:
     gaps: Distribution = field(default_factory=lambda: Distribution(_EDGES))
 
 
-class Live(Listener):
+class DashboardState(Listener):
     """The window. `clock` is the one that steps and requests are timed by."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:

@@ -15,7 +15,7 @@ from litestar.response import Stream
 from dispec.serving.client.engine_client import EngineClient
 from dispec.serving.cluster.worker_pool import WorkerPool
 from dispec.serving.dashboard.dashboard_events import PoolWatch, dashboard_events
-from dispec.serving.dashboard.dashboard_state import Live
+from dispec.serving.dashboard.dashboard_state import DashboardState
 
 _DIRECTORY = Path(__file__).parent / "page"
 _TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
@@ -45,7 +45,7 @@ def _packed(path: Path) -> bytes:
     return gzip.compress(path.read_bytes(), compresslevel=6)
 
 
-def dashboard_router(client: EngineClient | WorkerPool, live: Live) -> Router:
+def dashboard_router(client: EngineClient | WorkerPool, live: DashboardState) -> Router:
     """/dashboard and what it loads."""
     live.attach(client)
     pool = PoolWatch(client)

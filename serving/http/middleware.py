@@ -25,7 +25,7 @@ _QUIET_PATHS = frozenset({"/live", "/ping", "/health", "/metrics", "/load", "/st
 _QUIET_SECONDS = 60.0  # between two lines about the same failure of such a path
 
 
-class Gate:
+class Middleware:
     """ASGI middleware around the whole application. clock: seconds, for what is logged once in a while."""
 
     def __init__(

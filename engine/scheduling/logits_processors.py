@@ -1,7 +1,7 @@
 """What a sequence's parameters do to its next logits: which are changed and by how much, and which are ruled out.
 
-This is the host's half, without torch: one `LogitEdits` for each sequence that needs one. `layers.logit_processing` is
-the device's half. State is brought up to date token by token, so a step costs the same however long the sequence is.
+This is the host's half, without torch: one `LogitsProcessors` for each sequence that needs one. The device's half is
+`layers.logit_processing`. State is updated token by token, so a step costs the same for sequences of any length.
 """
 
 from collections.abc import Iterator, Sequence, Set
@@ -12,7 +12,7 @@ from dispec.engine.errors import InvalidField
 from dispec.engine.sampling_params import SamplingParams
 
 
-class LogitEdits:
+class LogitsProcessors:
     """The edits and the mask of one sequence.
 
     vocab_size: of the logits, padding included. stop_token_ids: all tokens that end the sequence; they are withheld
@@ -112,7 +112,7 @@ class LogitEdits:
                 self._output_counts[token] = number
 
     def allowed_mask(self, num_output_tokens: int, last_token_ids: Sequence[int]) -> np.ndarray | None:
-        """The tokens that may be chosen next, in the layout of `layers.logit_processing.allow`; None if all may.
+        """Return the tokens that may come next, in the layout of `apply_token_mask`; None if all may.
 
         last_token_ids: the sequence's tokens, or as many of the last of them as bad words are long. Bad words match
         the output only, not the prompt. The array is kept for later calls: it must not be written to.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from dispec.engine.scheduling.sequence import FinishReason
-from dispec.engine.transfer.interface import Ticket
+from dispec.engine.transfer.interface import RemoteBlocks
 from dispec.serving.client.engine_client import EngineClient
 from dispec.serving.client.engine_errors import EngineDied, TryLater
 from dispec.serving.client.request_stream import GenerationRequest, RequestError, RequestStream
@@ -20,10 +20,10 @@ from dispec.serving.client.request_text import ChoiceUpdate
 MOST_ENGINES = 5  # that a request may lose before it is given up
 
 
-class Leg(RequestStream):
+class SubRequest(RequestStream):
     """What one engine does for a request. It passes on what it hears and keeps nothing."""
 
-    relay: "Relay"
+    relay: "RequestMigration"
     client: EngineClient
 
     def accept(self) -> None:
@@ -60,7 +60,7 @@ class RelayedStream(RequestStream):
     text: Any  # a Tally
 
 
-class Relay:
+class RequestMigration:
     """Everything here runs in the event loop.
 
     request: with a seed, which every engine must have alike. choose: an engine to go on with, or None if none is
@@ -72,8 +72,8 @@ class Relay:
         key: str,
         request: GenerationRequest,
         choose: Callable[[], EngineClient | None],
-        on_first_token: Callable[["Relay"], None],
-        on_end: Callable[["Relay"], None],
+        on_first_token: Callable[["RequestMigration"], None],
+        on_end: Callable[["RequestMigration"], None],
     ) -> None:
         self.key = key
         self.request = request
@@ -84,9 +84,9 @@ class Relay:
         self._on_end = on_end
         self._outputs: list[list[int]] = [[] for _ in range(request.params.n)]
         self._last_times: list[float | None] = [None] * request.params.n
-        self._legs: list[Leg] = []
-        self._prefill: Leg | None = None
-        self._decode: Leg | None = None
+        self._legs: list[SubRequest] = []
+        self._prefill: SubRequest | None = None
+        self._decode: SubRequest | None = None
         self._num_lost = 0
 
     @property
@@ -118,11 +118,11 @@ class Relay:
 
     # What the legs hear
 
-    def accepted(self, leg: Leg) -> None:
+    def accepted(self, leg: SubRequest) -> None:
         if all(leg.is_accepted for leg in self._legs):
             self.stream.accept()
 
-    def took(self, leg: Leg, update: ChoiceUpdate, now: float) -> None:
+    def took(self, leg: SubRequest, update: ChoiceUpdate, now: float) -> None:
         if self.stream.has_ended or leg not in self._legs:
             return
         self._outputs[update.index] += update.token_ids
@@ -139,7 +139,7 @@ class Relay:
             self._drop(leg)
             self._hand_over()
 
-    def ended(self, leg: Leg, reason: FinishReason, error: RequestError | None) -> None:
+    def ended(self, leg: SubRequest, reason: FinishReason, error: RequestError | None) -> None:
         if self.stream.has_ended or leg not in self._legs:
             return
         self._legs.remove(leg)
@@ -177,21 +177,21 @@ class Relay:
             return
         self._resume(self._decode)
 
-    def _resume(self, leg: Leg) -> None:
+    def _resume(self, leg: SubRequest) -> None:
         ends = self.stream.finish_reasons
         outputs = [None if end else tokens for end, tokens in zip(ends, self._outputs, strict=True)]
         leg.client.resume(leg, outputs)
 
-    def _submit(self, client: EngineClient, *, is_resumed: bool = False, **transfer: Any) -> Leg:
-        def make(*args: Any) -> Leg:
-            leg = Leg(*args)
+    def _submit(self, client: EngineClient, *, is_resumed: bool = False, **transfer: Any) -> SubRequest:
+        def make(*args: Any) -> SubRequest:
+            leg = SubRequest(*args)
             leg.relay, leg.client = self, client
             self._legs.append(leg)
             return leg
 
         return client.submit_as(make, msgspec.structs.replace(self.request, **transfer), is_resumed=is_resumed)
 
-    def _drop(self, leg: Leg) -> None:
+    def _drop(self, leg: SubRequest) -> None:
         if leg in self._legs:
             self._legs.remove(leg)
         leg.abort()
@@ -220,9 +220,9 @@ class Relay:
             tally.num_cached_tokens = update.num_cached_tokens
 
 
-def prefill_ticket(client: EngineClient, transfer_id: str) -> Ticket:
+def prefill_ticket(client: EngineClient, transfer_id: str) -> RemoteBlocks:
     """Where the blocks can be had that an engine publishes under that id. Raises ValueError if it cannot."""
     info = client.info
     if info is None or info.engine_id is None or info.transfer_host is None or info.transfer_port is None:
         raise ValueError("kv_transfer is off: this engine cannot hand its KV cache to another")
-    return Ticket(info.engine_id, transfer_id, info.transfer_host, info.transfer_port)
+    return RemoteBlocks(info.engine_id, transfer_id, info.transfer_host, info.transfer_port)

@@ -77,7 +77,7 @@ class DraftModel:
     """Proposes draft tokens for sequences whose blocks are allocated up to their last draft token.
 
     A sequence's `num_draft_computed_tokens` counts the tokens that this model has computed; it computes the others
-    before the sequence's next draft. Blocks that it has not computed itself lower the acceptance rate and change nothing else.
+    before the sequence's next draft. Blocks that it has not computed itself only lower the acceptance rate.
     """
 
     def __init__(self, runner: Runner, loop: DraftLoop, max_num_batched_tokens: int) -> None:

@@ -98,7 +98,7 @@ def make_step(stack: Stack, rows: int, context: int, columns: int) -> Step:
     starts = integers(torch.arange(rows + 1))
     batch = Batch(zeros, positions, integers(slots), integers(tables), starts, lengths, None, 1)
     x = torch.randn(rows, config.hidden_size, device=device, dtype=keys.dtype)
-    return Step(x, batch, ops.rotation(positions, rope_frequencies(config).to(device), 1.0))
+    return Step(x, batch, ops.rope_cos_sin(positions, rope_frequencies(config).to(device), 1.0))
 
 
 def run_layers(stack: Stack, step: Step) -> Tensor:
@@ -219,7 +219,7 @@ def main(
         [int(count) for count in given.split(",") if count] for given in (rows, sweep_rows if sweeps else "")
     )
     context, columns = (context, 64) if is_cuda else (20, 4)
-    ops.prepare(where)
+    ops.allocate_workspaces(where)
     stack = make_stack(config, 1 + max(*counts, *swept, 1) * -(-context // BLOCK_SIZE), where, dtype)
     read, copy = (read_bandwidth(where), kernels.copy_bandwidth()) if is_cuda else (1e9, 1e9)
     function = torch.compile(run_layers, fullgraph=True) if is_cuda else run_layers

@@ -56,7 +56,7 @@ from dispec.layers.sharding import Sharding, check_can_shard
 from dispec.layers.types import Weights
 from dispec.layers.weights import Pack, dummy_weights, load_weights
 from dispec.ops import Matrix, pack
-from dispec.ops.cpu.library import has_kernels, is_kept
+from dispec.ops.cpu.library import has_kernels, is_cached
 from dispec.ops.paged_attention import TRITON_HEAD_DIMS
 
 if TYPE_CHECKING:
@@ -135,12 +135,12 @@ class Engine:
             draft_weights = None
             if draft is not None:
                 # Rounding makes no answer another one: at worst a guess falls.
-                rounded = functools.partial(pack, may_round=True)
+                rounded = functools.partial(pack, allow_int8=True)
                 shared = draft.checkpoint if isinstance(draft.checkpoint, SharedDraft) else None
                 borrowed = shared.borrowed(weights, rounded) if shared is not None else None
                 draft_weights = self._load_weights(draft.checkpoint, draft.config, borrowed, pack=rounded)
             return_freed_memory()
-        if has_kernels() and not is_kept():
+        if has_kernels() and not is_cached():
             writable_cache()  # warns that they are built again at each start
         self.plan = plan_for(options, self.device, self.config.head_dim)
         default_budget = max(8192 if self.device.type == "cuda" else 512, options.max_num_seqs)

@@ -18,7 +18,7 @@ from dispec.engine.options import DTYPE_NAMES, EngineOptions
 from dispec.engine.sampling_params import SamplingParams
 from dispec.layers.config import ModelConfig
 from dispec.ops.cpu.library import build
-from dispec.ops.linear import Packed, linear, pack
+from dispec.ops.linear import PackedWeight, linear, pack
 
 # bf16 keeps 8 bits: a product of rounded inputs, summed in float32, ends within one rounding of the exact one.
 _BF16_TOLERANCE = 2**-7
@@ -156,7 +156,9 @@ def try_packed_bf16() -> Outcome:
     def run() -> None:
         x, weight = (_random(rows, 128, rows).to(torch.bfloat16) for rows in (4, 64))
         packed = pack(weight)
-        _require(isinstance(packed, Packed), "neither we nor oneDNN pack bf16 for this CPU; plain matrices are used")
+        _require(
+            isinstance(packed, PackedWeight), "neither we nor oneDNN pack bf16 for this CPU; plain matrices are used"
+        )
         _require_close(linear(x, packed), x.float() @ weight.float().T)
 
     return _attempt(run)

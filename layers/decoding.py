@@ -1,4 +1,4 @@
-"""A model gathered for `ops.decoder_layers` and `ops.decode`."""
+"""A model gathered for `ops.decoder_layers` and `ops.decode_tokens`."""
 
 from torch import arange
 
@@ -13,7 +13,7 @@ def decoder(
 ) -> ops.Decoder | None:
     """Gather a model and its cache; None where there is no kernel for them, as on CUDA.
 
-    vocabulary: the tokens that `ops.decode` chooses from. max_positions: positions that it may reach.
+    vocabulary: the tokens that `ops.decode_tokens` chooses from. max_positions: positions that it may reach.
     """
     if config.shard is not None:
         return None
@@ -33,13 +33,13 @@ def decoder(
     )
     factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
     positions = arange(max_positions, device=weights.rope_frequencies.device)
-    return ops.decoder(
+    return ops.build_decoder(
         weights.embedding,
         layers,
         ops.Norm(weights.final_norm, config.rms_norm_eps),
         weights.lm_head,
         vocabulary.head_tokens,
-        ops.rotation(positions, weights.rope_frequencies, factor),
+        ops.rope_cos_sin(positions, weights.rope_frequencies, factor),
         num_columns(vocabulary, config),
         config.attention_scale,
     )

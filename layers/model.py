@@ -14,7 +14,7 @@ def embed(weights: Weights, config: ModelConfig, batch: Batch) -> tuple[Float[Te
     """The tokens' embeddings and the rotation of their positions."""
     factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
     x = _embedding(weights, config, batch.token_ids)
-    return x, ops.rotation(batch.positions, weights.rope_frequencies, factor)
+    return x, ops.rope_cos_sin(batch.positions, weights.rope_frequencies, factor)
 
 
 def _embedding(weights: Weights, config: ModelConfig, token_ids: Int[Tensor, "T"]) -> Float[Tensor, "T E"]:
@@ -74,7 +74,7 @@ def wanted_rows(x: Float[Tensor, "T E"], batch: Batch) -> Float[Tensor, "R E"]:
     """The rows whose logits the step wants."""
     if batch.logits_indices is None:
         return x
-    # Unlike x[indices], a CPU selects a few rows in one thread: see `ops/cpu/team.cpp`.
+    # Unlike x[indices], a CPU selects a few rows in one thread: see `ops/cpu/thread_pool.cpp`.
     return x.index_select(0, batch.logits_indices)
 
 

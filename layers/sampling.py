@@ -30,8 +30,8 @@ def draw(
     cumulative sum is needed. A token whose logit is -inf is never drawn while there is another. token_ids: those that
     the columns stand for, if not all in order; each has its own noise wherever its column is.
     """
-    if ops.has_draw_kernel(logits.device):
-        return ops.draw(logits, sampling.temperature, sampling.seed, sampling.position, token_ids)
+    if ops.has_sample_kernel(logits.device):
+        return ops.sample(logits, sampling.temperature, sampling.seed, sampling.position, token_ids)
     logits = logits.float()
     if token_ids is None:
         token_ids = torch.arange(logits.shape[-1], device=logits.device)

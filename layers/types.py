@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dispec.ops import Matrix, Packed
+from dispec.ops import Matrix, PackedWeight
 
 
 class AttentionWeights(NamedTuple):
@@ -54,8 +54,8 @@ class BlockWeights(NamedTuple):
 class Weights(NamedTuple):
     """All weights of a model. Each `Matrix` is in the layout that `ops.pack` chose.
 
-    Every field of `blocks` has the layers as an additional first dimension, or is a tuple with a `Packed` for each
-    layer where their layout cannot be stacked; `layers` gives one view per layer.
+    Every field of `blocks` has the layers as an additional first dimension, or is a tuple with a `PackedWeight` for
+    each layer where their layout cannot be stacked; `layers` gives one view per layer.
     `rope_frequencies` is not read from a checkpoint but follows from the config (radians per position). A tied
     `embedding` is the very `lm_head` where its layout lets rows be read from it.
     """
@@ -110,11 +110,11 @@ def layers(blocks: BlockWeights) -> tuple[BlockWeights, ...]:
     )
 
 
-def _unstack(stacked: Matrix | tuple[Packed, ...] | None, size: int) -> tuple[Any, ...]:
+def _unstack(stacked: Matrix | tuple[PackedWeight, ...] | None, size: int) -> tuple[Any, ...]:
     if stacked is None:
         return (None,) * size
-    if isinstance(stacked, Packed):
-        return tuple(Packed(one, stacked.features) for one in stacked.blocked.unbind(0))
+    if isinstance(stacked, PackedWeight):
+        return tuple(PackedWeight(one, stacked.out_features) for one in stacked.blocked.unbind(0))
     return stacked.unbind(0) if isinstance(stacked, Tensor) else stacked
 
 

@@ -17,7 +17,7 @@ from dispec.layers.rope import rope_frequencies
 from dispec.layers.sharding import Axis, Part, Sharding
 from dispec.layers.types import AttentionWeights, BlockWeights, MlpWeights, Weights
 
-Stack = ops.Matrix | tuple[ops.Packed, ...]
+Stack = ops.Matrix | tuple[ops.PackedWeight, ...]
 
 
 @runtime_checkable
@@ -218,11 +218,11 @@ class _Stacks:
         self._num_layers = num_layers
         self._pack = pack
         self._like = torch.empty(2, 2, dtype=dtype, device=device)
-        self._packs = isinstance(pack(self._like), ops.Packed)
+        self._packs = isinstance(pack(self._like), ops.PackedWeight)
         self._single: dict[str, ops.Matrix] = {}
         self._plain: dict[str, Tensor] = {}
-        self._tiled: dict[str, ops.Packed] = {}
-        self._opaque: dict[str, dict[int, ops.Packed]] = {}
+        self._tiled: dict[str, ops.PackedWeight] = {}
+        self._opaque: dict[str, dict[int, ops.PackedWeight]] = {}
 
     def room(self, spec: WeightSpec, shape: tuple[int, ...]) -> Tensor:
         """Return where a weight of that shape is to be written: its final place, unless it is packed once whole."""
@@ -242,12 +242,12 @@ class _Stacks:
     def _pack_layer(self, name: str, layer: int, matrix: Tensor) -> None:
         if name not in self._tiled:
             packed = self._pack(matrix)
-            assert isinstance(packed, ops.Packed)
+            assert isinstance(packed, ops.PackedWeight)
             if packed.blocked.is_mkldnn:
                 self._opaque.setdefault(name, {})[layer] = packed
                 return
             stack = packed.blocked.new_empty((self._num_layers, *packed.blocked.shape))
-            self._tiled[name] = ops.Packed(stack, packed.features)
+            self._tiled[name] = ops.PackedWeight(stack, packed.out_features)
         self._pack(matrix, out=self._tiled[name].blocked[layer])
 
     def weights(self) -> dict[str, Stack]:
@@ -303,7 +303,7 @@ def assemble(config: ModelConfig, weights: Mapping[str, Any], device: torch.devi
     lm_head = weights.get("lm_head")
     if lm_head is None:  # tied
         lm_head = pack(embedding)
-        if isinstance(lm_head, ops.Packed) and lm_head.has_rows:
+        if isinstance(lm_head, ops.PackedWeight) and lm_head.has_readable_rows:
             embedding = lm_head
     return Weights(
         embedding=embedding,

@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dispec.ops.cpu import linear as cpu_linear
-from dispec.ops.linear import Matrix, Packed
+from dispec.ops.linear import Matrix, PackedWeight
 
 _library = torch.library.Library("dispec", "FRAGMENT")
 _library.define("tiled_rows(Tensor weight, Tensor indices, int size) -> Tensor")
@@ -13,7 +13,7 @@ _library.define("tiled_rows(Tensor weight, Tensor indices, int size) -> Tensor")
 
 def embedding(weight: Matrix, token_ids: Int[Tensor, "T"], size: int) -> Float[Tensor, "T E"]:
     """Rows `token_ids` of a weight [V, size], plain or packed in our tiles; ids are not checked."""
-    if isinstance(weight, Packed):
+    if isinstance(weight, PackedWeight):
         return torch.ops.dispec.tiled_rows(weight.blocked, token_ids, size)
     return weight.index_select(0, token_ids)
 

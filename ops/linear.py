@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dispec.ops.cpu import linear as cpu_linear
-from dispec.ops.cpu.library import has_linear
+from dispec.ops.cpu.library import has_packed_linear
 from dispec.ops.norm import Norm, rms_norm
 
 _library = torch.library.Library("dispec", "FRAGMENT")
@@ -24,16 +24,16 @@ _library.define(
     "tiled_linear(Tensor x, Tensor weight, int features, Tensor? bias, Tensor? norm, float eps, Tensor? residual,"
     " bool is_gated) -> Tensor"
 )
-_library.define("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float eps, bool is_gated) -> Tensor")
-_library.define("add_linear(Tensor(a!) total, Tensor x, Tensor weight, Tensor? bias) -> ()")
+_library.define("linear_residual(Tensor(a!) total, Tensor x, Tensor weight, Tensor? bias) -> ()")
 
 # The row count that the packed layout is chosen for. The layout oneDNN picks for 32 rows is also the best or
 # near it for one row and for thousands.
 _PACKED_FOR_ROWS = 32
 
 
-class Packed(NamedTuple):
+class PackedWeight(NamedTuple):
     """A weight [features, K] whose elements are unreadable but for `linear`: in our tiles of bf16 (four dimensions) or
     of 8 bits (three), or in oneDNN's blocked layout (two).
 
@@ -42,38 +42,38 @@ class Packed(NamedTuple):
     """
 
     blocked: Tensor
-    features: int
+    out_features: int
 
     @property
-    def has_rows(self) -> bool:
+    def has_readable_rows(self) -> bool:
         """Whether `embedding` can read its rows."""
         return self.blocked.dim() == 4
 
 
-Matrix = Tensor | Packed
+Matrix = Tensor | PackedWeight
 
 
-def is_tiled(weight: Matrix) -> TypeGuard[Packed]:
+def is_tiled(weight: Matrix) -> TypeGuard[PackedWeight]:
     """Whether a weight is in our tiles. A function: the compiler traces no checked property of a layer's weight."""
-    return isinstance(weight, Packed) and weight.blocked.dim() > 2
+    return isinstance(weight, PackedWeight) and weight.blocked.dim() > 2
 
 
-def pack(weight: Float[Tensor, "N K"], *, may_round: bool = False, out: Tensor | None = None) -> Matrix:
+def pack(weight: Float[Tensor, "N K"], *, allow_int8: bool = False, out: Tensor | None = None) -> Matrix:
     """The weight in the layout that `linear` reads fastest on its device; the weight itself where that is it, or where
     `DISPEC_PACKED_WEIGHTS=off` asks for it, as measurements of what packing is worth do.
 
-    may_round: to 8 bits, if that is faster. Products are then those of weights that are off by up to 1/254 of the
+    allow_int8: to 8 bits, if that is faster. Products are then those of weights that are off by up to 1/254 of the
     largest in their row. out: memory for the tiles of a weight that has been found to be packed into tiles.
     """
     if weight.device.type != "cpu" or weight.dtype is not torch.bfloat16:
         return weight
     if os.environ.get("DISPEC_PACKED_WEIGHTS", "on") == "off":
         return weight
-    if has_linear():
-        return Packed((cpu_linear.pack_8_bits if may_round else cpu_linear.pack)(weight, out), weight.shape[0])
+    if has_packed_linear():
+        return PackedWeight((cpu_linear.pack_8_bits if allow_int8 else cpu_linear.pack)(weight, out), weight.shape[0])
     if not _packs_bfloat16():
         return weight
-    return Packed(torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS), weight.shape[0])
+    return PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS), weight.shape[0])
 
 
 def linear(
@@ -93,10 +93,9 @@ def linear(
     """
     if isinstance(weight, Tensor) and is_fused(x):
         return _fused(x, weight, bias, norm, residual, is_gated)
-    if is_tiled(weight) and not (is_gated and weight.features % (2 * cpu_linear.TILE)):
-        norm_weight, eps = norm or (None, 0.0)
+    if is_tiled(weight) and not (is_gated and weight.out_features % (2 * cpu_linear.TILE)):
         added = None if is_gated else residual
-        y = torch.ops.dispec.tiled_linear(x, weight.blocked, weight.features, bias, norm_weight, eps, added, is_gated)
+        y = torch.ops.dispec.tiled_linear(x, *weight, bias, *(norm or (None, 0.0)), added, is_gated)
         return y if added is residual else residual + y
     y = _product(x if norm is None else rms_norm(x, norm), weight, bias)
     if is_gated:
@@ -112,10 +111,10 @@ def _fused(
         # In place, torch's product adds in its own kernel. The compiler drops the copy of a residual that is not read
         # again, which is every layer's.
         total = residual.clone(memory_format=torch.contiguous_format)
-        torch.ops.dispec.add_linear(total, x, weight, bias)
+        torch.ops.dispec.linear_residual(total, x, weight, bias)
         return total
     if norm is None and not is_gated:
-        return torch.ops.dispec.few_rows_linear(x, weight, bias)
+        return torch.ops.dispec.skinny_linear(x, weight, bias)
     norm_weight, eps = norm or (None, 0.0)
     y = torch.ops.dispec.fused_linear(x, weight, bias, norm_weight, eps, is_gated)
     return y if residual is None else residual + y
@@ -126,7 +125,7 @@ def is_fused(x: Tensor) -> bool:
     return x.is_cuda and x.dtype.itemsize == 2
 
 
-def prepare(device: torch.device) -> None:
+def allocate_workspaces(device: torch.device) -> None:
     """Allocate what ops keep on a device between calls. Must be called before a step is compiled or recorded there."""
     if device.type == "cuda":
         from dispec.ops.triton.add_product import arrivals
@@ -136,9 +135,9 @@ def prepare(device: torch.device) -> None:
 
 def _product(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
     if is_tiled(weight):
-        return torch.ops.dispec.tiled_linear(x, weight.blocked, weight.features, bias, None, 0.0, None, False)
-    if isinstance(weight, Packed):
-        return torch.ops.dispec.packed_linear(x, weight.blocked, bias, weight.features)
+        return torch.ops.dispec.tiled_linear(x, weight.blocked, weight.out_features, bias, None, 0.0, None, False)
+    if isinstance(weight, PackedWeight):
+        return torch.ops.dispec.packed_linear(x, weight.blocked, bias, weight.out_features)
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -197,18 +196,18 @@ def _fused_linear_fake(
 
 
 def _add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    from dispec.ops.triton.linear import add_linear as kernels
+    from dispec.ops.triton.linear import linear_residual as kernels
 
     kernels(total, x, weight, bias)
 
 
 _library.impl("packed_linear", _packed_linear, "CPU")
-_library.impl("add_linear", _add_linear, "CUDA")
-torch.library.register_fake("dispec::add_linear", lambda *_: None, lib=_library)
+_library.impl("linear_residual", _add_linear, "CUDA")
+torch.library.register_fake("dispec::linear_residual", lambda *_: None, lib=_library)
 _library.impl("fused_linear", _fused_linear, "CUDA")
 torch.library.register_fake("dispec::fused_linear", _fused_linear_fake, lib=_library)
-_library.impl("few_rows_linear", _few_rows_linear, "CUDA")
-torch.library.register_fake("dispec::few_rows_linear", _few_rows_linear_fake, lib=_library)
+_library.impl("skinny_linear", _few_rows_linear, "CUDA")
+torch.library.register_fake("dispec::skinny_linear", _few_rows_linear_fake, lib=_library)
 _library.impl("packed_linear", _packed_linear, "MkldnnCPU")
 _library.impl("tiled_linear", cpu_linear.linear, "CPU")
 torch.library.register_fake("dispec::packed_linear", _packed_linear_fake, lib=_library)

@@ -115,7 +115,7 @@ def _normed(y: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return y if weight is None else y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
-def draw(
+def sampling_scores(
     logits: Float[Tensor, "R V"],
     temperature: Float[Tensor, "R"],
     seed: Int[Tensor, "R"],

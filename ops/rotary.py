@@ -17,9 +17,9 @@ from dispec.ops.norm import Norm, rms_norm
 from dispec.ops.paged_attention import has_cpu_kernel
 
 _library = torch.library.Library("dispec", "FRAGMENT")
-_library.define("rotation(Tensor positions, Tensor frequencies, float factor) -> (Tensor, Tensor)")
+_library.define("rope_cos_sin(Tensor positions, Tensor frequencies, float factor) -> (Tensor, Tensor)")
 _library.define(
-    "rotate_and_write(Tensor projected, Tensor cosine, Tensor sine, Tensor(a!) keys, Tensor(b!) values,"
+    "rope_write(Tensor projected, Tensor cosine, Tensor sine, Tensor(a!) keys, Tensor(b!) values,"
     " Tensor slot_mapping, Tensor? query_norm, Tensor? key_norm, float eps, int? layer=None) -> Tensor"
 )
 _library.define(
@@ -29,14 +29,14 @@ _library.define(
 )
 
 
-def rotation(
+def rope_cos_sin(
     positions: Int[Tensor, "T"], frequencies: Float[Tensor, "D2"], factor: float = 1.0
 ) -> tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]]:
     """Cosine and sine, times `factor`, of the angles of positions, in float32; frequencies are radians per position.
 
     One op, which the compiler leaves alone: it would compute the angles anew for each layer that reads them.
     """
-    return torch.ops.dispec.rotation(positions, frequencies, factor)
+    return torch.ops.dispec.rope_cos_sin(positions, frequencies, factor)
 
 
 def qkv_rope_write(
@@ -52,7 +52,7 @@ def qkv_rope_write(
     key_norm: Norm | None = None,
     layer: int | None = None,
 ) -> Float[Tensor, "T H D"]:
-    """`rotate_and_write` of `linear(x, qkv, bias, norm=norm)`: queries ready to attend, keys and values in their pages.
+    """`rope_write` of `linear(x, qkv, bias, norm=norm)`: queries ready to attend, keys and values in their pages.
 
     All norms have the same `eps`. layer: as in `write_kv`.
     """
@@ -62,10 +62,10 @@ def qkv_rope_write(
             x, qkv, bias, *norm, *rotation, keys, values, slot_mapping, query_weight, key_weight, layer
         )
     projected = linear(x, qkv, bias, norm=norm)
-    return rotate_and_write(projected, rotation, keys, values, slot_mapping, query_norm, key_norm, layer)
+    return rope_write(projected, rotation, keys, values, slot_mapping, query_norm, key_norm, layer)
 
 
-def rotate_and_write(
+def rope_write(
     projected: Float[Tensor, "T QKV"],
     rotation: tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]],
     keys: Float[Tensor, "*L NB KV D BS"],
@@ -84,7 +84,7 @@ def rotate_and_write(
     if projected.device.type == "cpu" and has_cpu_kernel(keys.dtype, head_dim, block_size):
         query_weight, eps = query_norm or (None, 0.0)
         key_weight, _ = key_norm or (None, 0.0)
-        return torch.ops.dispec.rotate_and_write(
+        return torch.ops.dispec.rope_write(
             projected, *rotation, keys, values, slot_mapping, query_weight, key_weight, eps, layer
         )
     heads = rearrange(projected, "t (n d) -> t n d", d=head_dim)
@@ -102,14 +102,14 @@ def rope(x: Float[Tensor, "T N D"], cos: Float[Tensor, "T D2"], sin: Float[Tenso
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def _rotation(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+def _rope_cos_sin(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     angles = torch.outer(positions.float(), frequencies)
     if factor == 1.0:
         return angles.cos(), angles.sin()
     return angles.cos() * factor, angles.sin() * factor
 
 
-def _rotation_fake(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+def _rope_cos_sin_fake(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     shape = positions.shape[0], frequencies.shape[0]
     return frequencies.new_empty(shape), frequencies.new_empty(shape)
 
@@ -154,7 +154,7 @@ def _rotate_and_write(
     layer: int | None = None,
 ) -> Tensor:
     pages = pages_of_layer(keys, values, layer)
-    return cpu_attention.rotate_and_write(projected, cosine, sine, *pages, slot_mapping, query_norm, key_norm, eps)
+    return cpu_attention.rope_write(projected, cosine, sine, *pages, slot_mapping, query_norm, key_norm, eps)
 
 
 def _rotate_and_write_fake(projected: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, *_: object) -> Tensor:
@@ -163,10 +163,10 @@ def _rotate_and_write_fake(projected: Tensor, cosine: Tensor, sine: Tensor, keys
     return projected.new_empty(projected.shape[0], heads, head_dim)
 
 
-_library.impl("rotation", _rotation, "CPU")
-_library.impl("rotation", _rotation, "CUDA")
-torch.library.register_fake("dispec::rotation", _rotation_fake, lib=_library)
+_library.impl("rope_cos_sin", _rope_cos_sin, "CPU")
+_library.impl("rope_cos_sin", _rope_cos_sin, "CUDA")
+torch.library.register_fake("dispec::rope_cos_sin", _rope_cos_sin_fake, lib=_library)
 _library.impl("qkv_rope_write", _qkv_rope_write, "CUDA")
 torch.library.register_fake("dispec::qkv_rope_write", _qkv_rope_write_fake, lib=_library)
-_library.impl("rotate_and_write", _rotate_and_write, "CPU")
-torch.library.register_fake("dispec::rotate_and_write", _rotate_and_write_fake, lib=_library)
+_library.impl("rope_write", _rotate_and_write, "CPU")
+torch.library.register_fake("dispec::rope_write", _rotate_and_write_fake, lib=_library)

@@ -39,7 +39,7 @@ class Product(NamedTuple):
 
 
 def products(shape: Shape) -> dict[str, Product]:
-    """The products of a layer that are `fused_linear`, or `add_linear` if they add, those of a rank included."""
+    """The products of a layer that are `fused_linear`, or `linear_residual` if they add, those of a rank included."""
     attended = shape.heads * shape.head_dim
     return {
         "qkv": Product(shape.qkv, shape.hidden, has_norm=True, has_bias=True),  # where heads are normed
@@ -53,7 +53,7 @@ def products(shape: Shape) -> dict[str, Product]:
 def product_arguments(
     product: Product, rows: int, dtype: torch.dtype = torch.float16, device: str = "cpu", seed: int = 0
 ) -> tuple:
-    """Arguments of `torch.ops.dispec.fused_linear`; the first three are the last of `add_linear`."""
+    """Arguments of `torch.ops.dispec.fused_linear`; the first three are the last of `linear_residual`."""
     torch.manual_seed(seed)
     features, columns, has_norm, _, is_gated, has_bias = product
 

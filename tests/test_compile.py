@@ -14,7 +14,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from dispec import LLM, SamplingParams
 from dispec.engine.machine.compile_cache import choose_compile_cache
 from dispec.layers.config import ModelConfig
-from dispec.ops import has_draw_kernel
+from dispec.ops import has_sample_kernel
 from tests.allocations import largest_allocation, smallest_matrix_or_cache
 
 CONFIG = ModelConfig(
@@ -30,7 +30,7 @@ CONFIG = ModelConfig(
     rms_norm_eps=1e-5,
     rope_theta=10000.0,
 )
-SAMPLER_GRAPHS = 2 + (0 if has_draw_kernel(torch.device("cpu")) else 1)  # restrict, logprobs, maybe draw
+SAMPLER_GRAPHS = 2 + (0 if has_sample_kernel(torch.device("cpu")) else 1)  # restrict, logprobs, maybe draw
 GRAPHS = 2 + SAMPLER_GRAPHS  # decode and prefill
 DRAFT_GRAPHS = 3  # decode and prefill of the draft model, and its draft step
 

@@ -48,10 +48,10 @@ def single_steps(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("may_round", [False, True])
+@pytest.mark.parametrize("allow_int8", [False, True])
 @pytest.mark.parametrize("query_len", [1, 2])
 @pytest.mark.parametrize("kind", ["greedy", "drawn", "some tokens", "small vocabulary"])
-def test_tokens_and_pages_are_those_of_single_steps(tmp_path, family, may_round, query_len, kind):
+def test_tokens_and_pages_are_those_of_single_steps(tmp_path, family, allow_int8, query_len, kind):
     save_tiny(tmp_path, family, **FITTING)
     checkpoint = find_checkpoint(tmp_path)
     config = checkpoint.config
@@ -60,7 +60,7 @@ def test_tokens_and_pages_are_those_of_single_steps(tmp_path, family, may_round,
         checkpoint.tensors(),
         torch.bfloat16,
         torch.device("cpu"),
-        pack=functools.partial(ops.pack, may_round=may_round),
+        pack=functools.partial(ops.pack, allow_int8=allow_int8),
     )
     head_tokens = None
     columns = VOCAB_SIZE - 100 if kind == "small vocabulary" else VOCAB_SIZE
@@ -69,7 +69,7 @@ def test_tokens_and_pages_are_those_of_single_steps(tmp_path, family, may_round,
         head_tokens = torch.randperm(VOCAB_SIZE)[:70]
         columns = len(head_tokens)
         head = torch.randn(columns, config.hidden_size).bfloat16()
-        weights = weights._replace(lm_head=ops.pack(head, may_round=may_round))
+        weights = weights._replace(lm_head=ops.pack(head, allow_int8=allow_int8))
     temperature = torch.tensor([0.0, 1.0, 2.0, 0.5])
     seed = torch.tensor([3, -(2**62), 2**40, 0])
     models = [PagedModel(weights, config, [list(prompt) for prompt in PROMPTS], block_size=16) for _ in range(2)]
@@ -84,7 +84,7 @@ def test_tokens_and_pages_are_those_of_single_steps(tmp_path, family, may_round,
         prompts[0][LENGTHS[0] - 1], models[1].prompts[0][LENGTHS[0] - 1] = VOCAB_SIZE + 8, VOCAB_SIZE - 1
     drawing = None if kind == "greedy" else (temperature, seed)
     expected = single_steps(models[1], query_len, columns, head_tokens, drawing)
-    found = ops.decode(
+    found = ops.decode_tokens(
         one_call,
         torch.tensor(COUNTS),
         torch.tensor([prompt[length - query_len : length] for prompt, length in zip(prompts, LENGTHS, strict=True)]),

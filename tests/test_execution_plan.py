@@ -38,7 +38,7 @@ def plan(device: str, **options) -> ExecutionPlan:
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that has all kernels."""
-    monkeypatch.setattr(execution_plan, "has_linear", lambda: True)
+    monkeypatch.setattr(execution_plan, "has_packed_linear", lambda: True)
     monkeypatch.setattr(execution_plan, "has_cpu_kernel", lambda *_: True)
 
 
@@ -78,7 +78,7 @@ def test_plans_on_a_cpu(options: dict, changes: dict) -> None:
 
 
 def test_a_cpu_without_a_kernel_for_matrices_fuses_no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution_plan, "has_linear", lambda: False)
+    monkeypatch.setattr(execution_plan, "has_packed_linear", lambda: False)
     assert plan("cpu") == ExecutionPlan(**vars(CPU) | {"fuses_layers": False})
 
 

@@ -53,7 +53,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(importlib.import_module("dispec.ops.paged_attention"), "has_cpu_kernel", lambda *_: True)
     library = torch.library.Library("dispec", "IMPL")
     library.impl("fused_linear", lambda *given: reference.linear(*given).to(given[0].dtype), "CPU")
-    library.impl("add_linear", add_linear, "CPU")
+    library.impl("linear_residual", linear_residual, "CPU")
     library.impl("qkv_rope_write", qkv_rope_write, "CPU")
     torch._dynamo.reset()
     counters.clear()
@@ -62,7 +62,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def linear_residual(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     total.copy_(total.double() + reference.linear(x, weight, bias, None, 0.0, False))
 
 
@@ -128,11 +128,11 @@ def test_decoding_and_verification_are_one_graph_that_copies_no_cache() -> None:
     assert counters["stats"]["unique_graphs"] == 1
     called = re.findall(r"^ *(?:\w+ = )?torch.ops.dispec.(\w+).default\(", source, re.M)
     assert {name: called.count(name) for name in called} == {
-        "rotation": 1,
+        "rope_cos_sin": 1,
         "qkv_rope_write": CONFIG.num_layers,
         "paged_attention": CONFIG.num_layers,
         "fused_linear": CONFIG.num_layers,
-        "add_linear": 2 * CONFIG.num_layers,
+        "linear_residual": 2 * CONFIG.num_layers,
     }
     hidden = rf"empty_strided\w*\(\(\w+, {CONFIG.hidden_size}\)"
     assert len(re.findall(hidden, source)) == 1, "the residual connections are added in place"

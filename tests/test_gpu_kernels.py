@@ -287,7 +287,7 @@ def test_few_rows_linear(rows: int, features: int, columns: int, dtype: torch.dt
         assert torch.equal(actual, ops.linear(x, weight, bias)), "the same product twice"
     arguments = (x.contiguous(), weight, None)
     torch.library.opcheck(
-        torch.ops.dispec.few_rows_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
+        torch.ops.dispec.skinny_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
 
 
@@ -309,8 +309,8 @@ def test_products_of_a_layer(name: str, rows: int, dtype: torch.dtype) -> None:
         if product.adds:
             total = torch.randn(rows, product.features, device="cuda").to(dtype)
             actual, again = total.clone(), total.clone()
-            torch.ops.dispec.add_linear(actual, *arguments[:3])
-            torch.ops.dispec.add_linear(again, *arguments[:3])
+            torch.ops.dispec.linear_residual(actual, *arguments[:3])
+            torch.ops.dispec.linear_residual(again, *arguments[:3])
             expect_product(arguments, actual, total)
         else:
             actual, again = (torch.ops.dispec.fused_linear(*arguments) for _ in range(2))
@@ -347,7 +347,7 @@ def test_captured_products_share_their_counters(rows: int) -> None:
         for seed in range(3)
     ]
     norm = ops.Norm(layers[0]["gate_up"][3], 1e-6)
-    ops.prepare(torch.device("cuda"))
+    ops.allocate_workspaces(torch.device("cuda"))
 
     def chain(wait: bool) -> Tensor:
         x = layers[0]["gate_up"][0]
@@ -375,9 +375,9 @@ def test_counters_are_not_allocated_in_a_recording() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         torch.zeros(1, device="cuda")  # an empty recording is warned of
-        with pytest.raises(RuntimeError, match="prepare"):
+        with pytest.raises(RuntimeError, match="allocate_workspaces"):
             arrivals(torch.device("cuda", torch.cuda.current_device()))
-    ops.prepare(torch.device("cuda"))
+    ops.allocate_workspaces(torch.device("cuda"))
     assert arrivals.cache_info().currsize == 1
 
 
@@ -388,7 +388,7 @@ def test_layer_registration() -> None:
         arguments = product_arguments(product, 2, torch.bfloat16, "cuda")
         torch.library.opcheck(torch.ops.dispec.fused_linear.default, arguments, test_utils=checks)
         total = torch.zeros(2, product.features, dtype=torch.bfloat16, device="cuda")
-        torch.library.opcheck(torch.ops.dispec.add_linear.default, (total, *arguments[:3]), test_utils=checks)
+        torch.library.opcheck(torch.ops.dispec.linear_residual.default, (total, *arguments[:3]), test_utils=checks)
     projection = make_projection(shape, 2, dtype=torch.bfloat16, device="cuda")
     arguments = tuple(
         value.nan_to_num() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -15,7 +15,7 @@ from dispec.layers.decoding import decoder
 from dispec.layers.steps import Vocabulary
 from dispec.layers.types import Batch, KVCache, Weights
 from dispec.layers.weights import dummy_weights
-from dispec.ops.cpu.library import has_linear
+from dispec.ops.cpu.library import has_packed_linear
 
 BLOCK_SIZE = 16
 CONFIG = ModelConfig(
@@ -38,7 +38,7 @@ CONFIGS = {
     "all biases": replace(CONFIG, num_heads=3, head_dim=48, qkv_bias=True, output_bias=True),
 }
 CONTEXTS = (700, 16, 17, 43, 1100, 513, 32)  # around the ends of pages, and of the spans that attention divides
-needs_kernels = pytest.mark.skipif(not has_linear(), reason="needs AVX512-BF16 or AVX2")
+needs_kernels = pytest.mark.skipif(not has_packed_linear(), reason="needs AVX512-BF16 or AVX2")
 
 
 @pytest.fixture(params=[1, 2])
@@ -49,9 +49,9 @@ def threads(request) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def random_weights(config: ModelConfig, *, may_round: bool = False, dtype: torch.dtype = torch.bfloat16) -> Weights:
+def random_weights(config: ModelConfig, *, allow_int8: bool = False, dtype: torch.dtype = torch.bfloat16) -> Weights:
     """Dummy weights with norms and biases that change the result."""
-    weights = dummy_weights(config, dtype, torch.device("cpu"), pack=functools.partial(ops.pack, may_round=may_round))
+    weights = dummy_weights(config, dtype, torch.device("cpu"), pack=functools.partial(ops.pack, allow_int8=allow_int8))
     torch.manual_seed(1)
     blocks, attention = weights.blocks, weights.blocks.attention
     for norm in (blocks.attention_norm, blocks.mlp_norm, attention.query_norm, attention.key_norm):
@@ -102,11 +102,11 @@ def uniform_step(config: ModelConfig, size: int, query_len: int) -> tuple[Batch,
 
 @needs_kernels
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("may_round", [False, True])
+@pytest.mark.parametrize("allow_int8", [False, True])
 @pytest.mark.usefixtures("threads")
-def test_bits_are_those_of_each_layer_in_turn(kind: str, may_round: bool) -> None:
+def test_bits_are_those_of_each_layer_in_turn(kind: str, allow_int8: bool) -> None:
     config = CONFIGS[kind]
-    weights = random_weights(config, may_round=may_round)
+    weights = random_weights(config, allow_int8=allow_int8)
     steps = [(size, query_len) for size in (1, 2, 3) for query_len in range(1, 17)]
     steps += [(size, query_len) for size in (7, 33) for query_len in (1, 2, 5, 16)]
     for size, query_len in steps:
@@ -161,7 +161,7 @@ def test_models_without_a_kernel_have_no_decoder(kind: str, monkeypatch: pytest.
     elif kind == "plain weights":
         monkeypatch.setenv("DISPEC_PACKED_WEIGHTS", "off")
     elif kind == "oneDNN's layout":
-        monkeypatch.setattr(sys.modules["dispec.ops.linear"], "has_linear", lambda: False)
+        monkeypatch.setattr(sys.modules["dispec.ops.linear"], "has_packed_linear", lambda: False)
     elif kind == "head size":
         config = replace(CONFIG, head_dim=24)
     elif kind == "MLP size":

@@ -9,7 +9,7 @@ import torch
 from dispec import ops
 from dispec.ops import reference
 from dispec.ops.cpu import attention as cpu_attention
-from dispec.ops.cpu.library import has_linear
+from dispec.ops.cpu.library import has_packed_linear
 
 
 @pytest.fixture(params=["C++", "torch"], autouse=True)
@@ -18,9 +18,9 @@ def _implementation(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(cpu_attention, "library", lambda: None)
         monkeypatch.setattr(
-            sys.modules["dispec.ops.linear"], "has_linear", lambda: False
+            sys.modules["dispec.ops.linear"], "has_packed_linear", lambda: False
         )  # `ops.linear` is the function
-        monkeypatch.setitem(globals(), "has_linear", lambda: False)
+        monkeypatch.setitem(globals(), "has_packed_linear", lambda: False)
 
 
 def cache(num_blocks: int, kv_heads: int, head_dim: int, block_size: int, dtype=torch.float32):
@@ -145,36 +145,36 @@ def test_copy_blocks():
     assert torch.equal(values, expected_values)
 
 
-def packed_and_meant(weight: torch.Tensor, may_round: bool) -> tuple[ops.Matrix, torch.Tensor]:
+def packed_and_meant(weight: torch.Tensor, allow_int8: bool) -> tuple[ops.Matrix, torch.Tensor]:
     """What is packed, and the weight in float64 whose products it should give."""
-    meant = reference.rounded_to_8_bits(weight) if may_round and has_linear() else weight.double()
-    return ops.pack(weight, may_round=may_round), meant
+    meant = reference.rounded_to_8_bits(weight) if allow_int8 and has_packed_linear() else weight.double()
+    return ops.pack(weight, allow_int8=allow_int8), meant
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("may_round", [False, True])
-def test_packed_linear_rounds_once(rows, bias, may_round):
+@pytest.mark.parametrize("allow_int8", [False, True])
+def test_packed_linear_rounds_once(rows, bias, allow_int8):
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(80, 96).bfloat16()
     weight[3] = 0
     weight[5] *= 1000
     offset = torch.randn(80).bfloat16() if bias else None
-    packed, weight = packed_and_meant(weight, may_round)
+    packed, weight = packed_and_meant(weight, allow_int8)
     exact = torch.nn.functional.linear(x.double(), weight.double(), offset.double() if bias else None)
     torch.testing.assert_close(ops.linear(x, packed, offset).double(), exact, atol=0.04, rtol=2**-7)
 
 
 @pytest.mark.parametrize("rows", [1, 13, 40])
 @pytest.mark.parametrize(("features", "columns"), [(192, 96), (70, 33), (96, 40)])
-@pytest.mark.parametrize("may_round", [False, True])
-def test_what_surrounds_a_packed_product(rows, features, columns, may_round):
+@pytest.mark.parametrize("allow_int8", [False, True])
+def test_what_surrounds_a_packed_product(rows, features, columns, allow_int8):
     """Norm, gate and residual are those of separate operations in float32, each rounded where those would round."""
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, columns).bfloat16(), (torch.randn(features, columns) / columns**0.5).bfloat16()
     bias, residual = torch.randn(features).bfloat16(), torch.randn(rows, features).bfloat16()
     norm = ops.Norm(torch.rand(columns).bfloat16(), 1e-5)
-    packed, weight = packed_and_meant(weight, may_round)
+    packed, weight = packed_and_meant(weight, allow_int8)
     normed = torch.nn.functional.rms_norm(x.double(), (columns,), norm.weight.double(), norm.eps)
     product = normed @ weight.double().T + bias.double()
     given = ops.linear(x, packed, bias, norm=norm, residual=residual)
@@ -225,19 +225,19 @@ def test_rotate_and_write(dtype, head_dim, has_norm):
 
     split = projected.unflatten(1, (-1, head_dim)).split((heads, kv_heads, kv_heads), 1)
     reference.write_kv(expected_keys, expected_values, rotated(split[1], norms[1]).to(dtype), split[2], slots)
-    query = ops.rotate_and_write(projected, (angles.cos(), angles.sin()), keys, values, slots, *norms)
+    query = ops.rope_write(projected, (angles.cos(), angles.sin()), keys, values, slots, *norms)
     close = {"atol": 1e-4, "rtol": 1e-4} if dtype is torch.float32 else {"atol": 0.02, "rtol": 2**-6}
     torch.testing.assert_close(query.double(), rotated(split[0], norms[0]), **close)
     torch.testing.assert_close(keys, expected_keys, **close)
     assert torch.equal(values, expected_values)
 
 
-@pytest.mark.parametrize("may_round", [False, True])
-def test_a_row_of_a_packed_product_does_not_depend_on_the_others(may_round):
-    if not has_linear():
+@pytest.mark.parametrize("allow_int8", [False, True])
+def test_a_row_of_a_packed_product_does_not_depend_on_the_others(allow_int8):
+    if not has_packed_linear():
         pytest.skip("oneDNN does not promise it")
     torch.manual_seed(0)
-    x, packed = torch.randn(70, 97).bfloat16(), ops.pack(torch.randn(83, 97).bfloat16(), may_round=may_round)
+    x, packed = torch.randn(70, 97).bfloat16(), ops.pack(torch.randn(83, 97).bfloat16(), allow_int8=allow_int8)
     alone = torch.cat([ops.linear(row, packed) for row in x.split(1)])
     for rows in (2, 11, 12, 13, 25, 70):
         assert torch.equal(ops.linear(x[:rows], packed), alone[:rows])
@@ -245,11 +245,11 @@ def test_a_row_of_a_packed_product_does_not_depend_on_the_others(may_round):
 
 def test_a_weight_is_rounded_row_by_row_however_many_it_has():
     """Those that are packed apart, so as to take little memory, are no different."""
-    if not has_linear():
+    if not has_packed_linear():
         pytest.skip("only our tiles are of 8 bits")
     torch.manual_seed(0)
     weight = torch.randn(2 * 4096 + 33, 6).bfloat16()
-    found = ops.linear(torch.eye(6).bfloat16(), ops.pack(weight, may_round=True)).T
+    found = ops.linear(torch.eye(6).bfloat16(), ops.pack(weight, allow_int8=True)).T
     assert torch.equal(found, reference.rounded_to_8_bits(weight).to(torch.float32).bfloat16())
 
 
@@ -298,7 +298,7 @@ def test_opcheck():
         rotation = torch.rand(4, 32), torch.rand(4, 32)
         norm = torch.rand(64)
         given = (torch.randn(4, 9 * 64), *rotation, keys, values, slots, norm, norm, 1e-5)
-        torch.library.opcheck(torch.ops.dispec.rotate_and_write.default, given)
+        torch.library.opcheck(torch.ops.dispec.rope_write.default, given)
     torch.library.opcheck(torch.ops.dispec.argmax.default, (torch.randn(3, 50),))
     for query_len in (None, 1, 3):
         case = attention_case(random.Random(1), query_len)
@@ -306,18 +306,18 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.dispec.paged_attention.default, case)
 
 
-@pytest.mark.parametrize("may_round", [False, True])
-def test_opcheck_of_our_packed_product(may_round):
-    if not has_linear():
+@pytest.mark.parametrize("allow_int8", [False, True])
+def test_opcheck_of_our_packed_product(allow_int8):
+    if not has_packed_linear():
         pytest.skip("this CPU has neither AVX512-BF16 nor AVX2")
     x, weight, bias = torch.randn(5, 96).bfloat16(), torch.randn(80, 96).bfloat16(), torch.randn(80).bfloat16()
     for offset in (None, bias):
-        plain = (x, ops.pack(weight, may_round=may_round).blocked, 80, offset, None, 0.0, None, False)
+        plain = (x, ops.pack(weight, allow_int8=allow_int8).blocked, 80, offset, None, 0.0, None, False)
         torch.library.opcheck(torch.ops.dispec.tiled_linear.default, plain)
     norm, residual = torch.randn(96).bfloat16(), torch.randn(5, 80).bfloat16()
-    fused = (x, ops.pack(weight, may_round=may_round).blocked, 80, bias, norm, 1e-5, residual, False)
+    fused = (x, ops.pack(weight, allow_int8=allow_int8).blocked, 80, bias, norm, 1e-5, residual, False)
     torch.library.opcheck(torch.ops.dispec.tiled_linear.default, fused)
-    gated = (x, ops.pack(weight[:64], may_round=may_round).blocked, 64, None, norm, 1e-5, None, True)
+    gated = (x, ops.pack(weight[:64], allow_int8=allow_int8).blocked, 64, None, norm, 1e-5, None, True)
     torch.library.opcheck(torch.ops.dispec.tiled_linear.default, gated)
 
 

@@ -15,8 +15,8 @@ from dispec.ops import reference
 def kind(request, monkeypatch) -> str:
     """Every test runs with the CPU's kernel and without."""
     if request.param == "torch":
-        monkeypatch.setattr(ops, "has_draw_kernel", lambda device: False)
-    elif not ops.has_draw_kernel(torch.device("cpu")):
+        monkeypatch.setattr(ops, "has_sample_kernel", lambda device: False)
+    elif not ops.has_sample_kernel(torch.device("cpu")):
         pytest.skip("the CPU kernels could not be built")
     return request.param
 
@@ -107,7 +107,7 @@ def test_a_token_of_minus_infinity_is_not_drawn_for_noise_of_its_own_making():
     # The least noise there is, -2.8, against a token whose logit makes 0.7 less of its noise.
     row = sampling(1.0, [3], [4])
     token_ids = torch.tensor([int(extremes[0]), 7])
-    least, other = reference.draw(torch.zeros(1, 2), *row, token_ids)[0]
+    least, other = reference.sampling_scores(torch.zeros(1, 2), *row, token_ids)[0]
     assert least == pytest.approx(-2.81, abs=0.01)
     assert draw(torch.tensor([[0.0, float(least - 0.7 - other)]]), row, token_ids) == 0
 
@@ -123,7 +123,7 @@ def test_draws_are_those_of_the_definition(dtype):
         position = torch.randint(0, 100_000, (rows,), dtype=torch.int32)
         for token_ids in (None, torch.randperm(50_000)[:size]):
             chosen = draw(logits, Sampling(temperature, seed, position), token_ids)
-            values = reference.draw(logits, temperature, seed, position, token_ids)
+            values = reference.sampling_scores(logits, temperature, seed, position, token_ids)
             best = values.gather(1, chosen[:, None])[:, 0]
             torch.testing.assert_close(best, values.amax(-1), rtol=0, atol=3e-5)  # a near tie may fall either way
             assert (chosen == values.argmax(-1)).double().mean() > 0.97 or rows < 34

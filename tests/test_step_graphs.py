@@ -150,7 +150,7 @@ def test_decoding_and_verification_are_one_graph(graphs: Graphs, dtype: torch.dt
     names = assert_has_cuda_kernels(calls)
     each = {name: sum(calls[target] for target in calls if str(target) == name) for name in names}
     if dtype is torch.bfloat16:  # a layer is five ops, the head one
-        layer = {"qkv_rope_write": 1, "paged_attention": 1, "add_linear": 2, "fused_linear": 1}
+        layer = {"qkv_rope_write": 1, "paged_attention": 1, "linear_residual": 2, "fused_linear": 1}
         expected = Counter({f"dispec.{name}": count * CONFIG.num_layers for name, count in layer.items()})
         assert each == expected + Counter({"dispec.fused_linear": 1, "dispec.rotation": 1})
     else:

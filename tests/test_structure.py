@@ -17,7 +17,7 @@ from dispec import LLM, SamplingParams
 from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 from dispec.layers.config import ModelConfig
 from dispec.layers.model import block, logits
-from dispec.ops.cpu.library import has_linear
+from dispec.ops.cpu.library import has_packed_linear
 from tests import commands
 from tests.allocations import largest_allocation, smallest_matrix_or_cache
 from tests.checkpoints import save_tiny
@@ -39,7 +39,7 @@ CONFIG = ModelConfig(
 )
 # Calls of our ops in one layer, and other operations that compute something, in bf16 with the CPU's own kernels.
 # Views are free; every other call costs its dispatch, which at one sequence is a third of a step.
-OPS_PER_LAYER = {"tiled_linear": 4, "rotate_and_write": 1, "paged_attention": 1}
+OPS_PER_LAYER = {"tiled_linear": 4, "rope_write": 1, "paged_attention": 1}
 OTHERS_PER_LAYER = 0
 OTHERS_PER_STEP = 9  # zeroed inputs, embeddings, rotation, rows of the head, argmax
 
@@ -92,7 +92,7 @@ def unchecked() -> Iterator[None]:
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.mark.skipif(not has_linear(), reason="needs the CPU's own kernels")
+@pytest.mark.skipif(not has_packed_linear(), reason="needs the CPU's own kernels")
 @pytest.mark.parametrize("kind", ["prefill", "decode", "mixed"])
 def test_ops_of_a_layer(kind, monkeypatch):
     llm = make(max_num_batched_tokens=64)

@@ -334,7 +334,7 @@ def layer_launches(
             features, columns, has_norm, adds, is_gated, _ = products(shape)[name]
             wide, weight = floats(rows, columns), floats(features, columns)
             if adds:
-                linear.add_linear(x, wide, weight, None)
+                linear.linear_residual(x, wide, weight, None)
             else:
                 linear.fused_linear(wide, weight, None, norm if has_norm else None, is_gated)
 

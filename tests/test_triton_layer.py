@@ -168,7 +168,7 @@ else:
         if product.adds:
             total = torch.randn(rows, product.features).to(dtype)
             added = total.clone()
-            linear.add_linear(added, *arguments[:3])
+            linear.linear_residual(added, *arguments[:3])
             expect_product(arguments, added, total)
         else:
             expect_product(arguments, call(arguments))
@@ -236,7 +236,7 @@ else:
             for strided in ((x.T.contiguous().T, weight), (x, weight.T.contiguous().T)):
                 expect_product(arguments, call((*strided, *arguments[2:])))
                 total = torch.zeros(3, product.features, dtype=x.dtype)
-                linear.add_linear(total, *strided, bias)
+                linear.linear_residual(total, *strided, bias)
                 expect_product((*arguments[:3], None, 0.0, False), total)
 
     @pytest.mark.parametrize("config", [SUM, DOT])

@@ -16,7 +16,7 @@ from dispec.engine.loading.checkpoint import find_checkpoint
 from dispec.layers.config import ModelConfig, Shard
 from dispec.layers.types import Weights, layers
 from dispec.layers.weights import WeightsError, declare, dummy_weights, load_weights
-from dispec.ops.cpu.library import has_linear
+from dispec.ops.cpu.library import has_packed_linear
 from tests.allocations import peak_allocation
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_tiny
 from tests.paged_model import PagedModel
@@ -151,7 +151,7 @@ def test_fused_rows_stand_in_order(checkpoint):
 LAYOUTS = {
     "plain": (torch.float32, ops.pack),
     "tiles": (torch.bfloat16, ops.pack),
-    "tiles of 8 bits": (torch.bfloat16, functools.partial(ops.pack, may_round=True)),
+    "tiles of 8 bits": (torch.bfloat16, functools.partial(ops.pack, allow_int8=True)),
     "oneDNN's": (torch.bfloat16, ops.pack),
 }
 
@@ -159,10 +159,10 @@ LAYOUTS = {
 @pytest.fixture(params=LAYOUTS)
 def layout(request, monkeypatch):
     if request.param == "oneDNN's":
-        monkeypatch.setattr(importlib.import_module("dispec.ops.linear"), "has_linear", lambda: False)
-        if not isinstance(ops.pack(torch.zeros(16, 16, dtype=torch.bfloat16)), ops.Packed):
+        monkeypatch.setattr(importlib.import_module("dispec.ops.linear"), "has_packed_linear", lambda: False)
+        if not isinstance(ops.pack(torch.zeros(16, 16, dtype=torch.bfloat16)), ops.PackedWeight):
             pytest.skip("oneDNN packs nothing on this CPU")
-    elif request.param != "plain" and not has_linear():
+    elif request.param != "plain" and not has_packed_linear():
         pytest.skip("this CPU has no kernel for tiles")
     return LAYOUTS[request.param]
 
@@ -178,7 +178,7 @@ def test_layers_are_what_each_would_be_alone(checkpoint, layout):
         parts = [tensors[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "up")]
         alone = pack(torch.cat(parts).to(dtype))
         assert torch.equal(ops.linear(x, layer.mlp.gate_up), ops.linear(x, alone))
-        if isinstance(alone, ops.Packed) and not alone.blocked.is_mkldnn:
+        if isinstance(alone, ops.PackedWeight) and not alone.blocked.is_mkldnn:
             assert torch.equal(layer.mlp.gate_up.blocked, alone.blocked)
         assert torch.equal(layer.attention_norm, tensors[f"{prefix}.input_layernorm.weight"].to(dtype))
         assert (layer.attention.query_norm is None) == (f"{prefix}.self_attn.q_norm.weight" not in tensors)
@@ -187,7 +187,7 @@ def test_layers_are_what_each_would_be_alone(checkpoint, layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("made", ["loaded", "random"])
 def test_no_more_than_one_matrix_is_held_beside_the_weights(checkpoint, dtype, made):
-    if dtype is torch.bfloat16 and not has_linear():
+    if dtype is torch.bfloat16 and not has_packed_linear():
         pytest.skip("this CPU has no kernel for tiles")
     config = replace(checkpoint[0], intermediate_size=704, num_layers=5, vocab_size=64)
     tensors = {source.name: torch.randn(source.shape) for spec in declare(config) for source in spec.sources}
@@ -266,10 +266,10 @@ def test_bfloat16_matrices_are_packed_and_the_tied_head_too(tmp_path):
     found = find_checkpoint(tmp_path)
     assert found.config.tie_embeddings
     weights = load(found.config, list(found.tensors()), torch.bfloat16)
-    packs = isinstance(ops.pack(torch.zeros(16, 16, dtype=torch.bfloat16)), ops.Packed)
-    assert isinstance(weights.lm_head, ops.Packed) == packs
-    assert isinstance(layers(weights.blocks)[0].mlp.down, ops.Packed) == packs
-    if has_linear():
+    packs = isinstance(ops.pack(torch.zeros(16, 16, dtype=torch.bfloat16)), ops.PackedWeight)
+    assert isinstance(weights.lm_head, ops.PackedWeight) == packs
+    assert isinstance(layers(weights.blocks)[0].mlp.down, ops.PackedWeight) == packs
+    if has_packed_linear():
         assert weights.embedding is weights.lm_head
     table = dict(found.tensors())["model.embed_tokens.weight"].bfloat16()
     ids = torch.tensor([0, 5, 31, 32, len(table) - 1])

@@ -6,7 +6,7 @@ import torch
 
 from dispec.engine.dtypes import DTYPES
 from dispec.engine.options import EngineOptions
-from dispec.ops.cpu.library import has_linear
+from dispec.ops.cpu.library import has_packed_linear
 from dispec.ops.paged_attention import has_cpu_kernel
 
 # Most tokens of a sequence in a uniform step on a CPU, whose attention kernel decodes up to as many.
@@ -68,7 +68,7 @@ def plan_for(options: EngineOptions, device: torch.device, head_dim: int) -> Exe
             and compile == "off"
             and options.tensor_parallel_size == 1
             and dtype is torch.bfloat16
-            and has_linear()
+            and has_packed_linear()
             and has_attention_kernel
         ),
         mixes=has_attention_kernel,

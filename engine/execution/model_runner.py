@@ -142,7 +142,7 @@ class Runner:
         self._device_inputs = functools.lru_cache(256)(self._carve)
         self.sampled = torch.zeros(largest.rows, dtype=torch.int64, device=self.device)
         self._pending_rows: dict[int, int] = {}
-        ops.prepare(self.device)
+        ops.allocate_workspaces(self.device)
         if plan.replays:
             mark_static(weights, kv_cache, self.sampled, head_tokens)
         if plan.compile != "off":

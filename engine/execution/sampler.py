@@ -24,7 +24,7 @@ from dispec.layers.logit_processing import apply_penalties, apply_token_mask, ap
 from dispec.layers.logprobs import logprobs
 from dispec.layers.sampling import draw, greedy
 from dispec.layers.types import Edits, Filters, Logprobs, Sampling
-from dispec.ops import has_draw_kernel
+from dispec.ops import has_sample_kernel
 
 # Rows of logits of a prompt that exist at a time: 49152 of them in fp32 are 25 MB, 152064 are 78 MB.
 _PROMPT_ROWS = 128
@@ -105,7 +105,7 @@ def compiled_functions(device: torch.device) -> Functions:
         apply_top_k_top_p=compiled(apply_top_k_top_p, replays=False), logprobs=compiled(logprobs, replays=False)
     )
     # A call of a compiled function costs the host five times what the single op does.
-    return functions if has_draw_kernel(device) else functions._replace(draw=compiled(draw, replays=False))
+    return functions if has_sample_kernel(device) else functions._replace(draw=compiled(draw, replays=False))
 
 
 def calls_of_each(functions: Functions, logits: Tensor, sampling: Sampling) -> list[Callable[[], object]]:

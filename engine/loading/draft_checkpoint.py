@@ -50,7 +50,8 @@ class SharedDraft:
             return {"embedding": target.embedding, "lm_head": target.lm_head}
         rows = torch.tensor(self.head_tokens, device=target.rope_frequencies.device)
         readable = target.lm_head
-        if isinstance(readable, ops.Packed) and not readable.has_rows:  # then it is a tied one's second copy
+        # A tied head whose rows are not readable is a second copy of the embedding.
+        if isinstance(readable, ops.PackedWeight) and not readable.has_readable_rows:
             readable = target.embedding
         head = ops.embedding(readable, rows, self.config.hidden_size)
         return {"embedding": target.embedding, "lm_head": pack(head)}

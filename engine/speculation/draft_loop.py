@@ -3,7 +3,7 @@
 The host writes the inputs of the first draft token; each further one follows on the device from the one before it, by
 `layers.speculation.draft_step`. On CUDA this step is compiled, a draft is a chain of CUDA graphs, and the target's step
 reads the draft tokens where the loop left them. On a CPU whose kernels run whole layers, a draft is one C++ call
-(`ops.decode`), unless top-k, top-p or min-p is used.
+(`ops.decode_tokens`), unless top-k, top-p or min-p is used.
 """
 
 import functools
@@ -278,7 +278,7 @@ def _decode(decoder: ops.Decoder, depths: dict[Sequence, int], *, draws: bool) -
     """Return all draft tokens, computed in one call. depths: in descending order."""
     # One more token than was missing is computed again: a uniform step is that much faster.
     query_len = LAST_TOKENS if any(num_missing(sequence) > 1 for sequence in depths) else 1
-    return ops.decode(
+    return ops.decode_tokens(
         decoder,
         _int32(depths.values()),
         _int32(chain.from_iterable(sequence.token_ids[-query_len:] for sequence in depths)).view(-1, query_len),

@@ -3,7 +3,7 @@
 
 #include "entries.h"
 #include "largest.h"
-#include "team.h"
+#include "thread_pool.h"
 
 namespace {
 

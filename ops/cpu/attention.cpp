@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "parts.h"
-#include "team.h"
+#include "thread_pool.h"
 
 namespace {
 

@@ -107,7 +107,7 @@ def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapp
     )
 
 
-def rotate_and_write(
+def rope_write(
     projected: Tensor,
     cosine: Tensor,
     sine: Tensor,
@@ -118,7 +118,7 @@ def rotate_and_write(
     key_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """As `ops.rotate_and_write`."""
+    """As `ops.rope_write`."""
     slot_mapping = int32(slot_mapping)
     if projected.stride(1) != 1:
         projected = projected.contiguous()

@@ -22,7 +22,7 @@ struct Scratch {
 
 // counts [sequences], falling: how many tokens of each are wanted. token_ids [sequences, query_len]: the last of each
 // sequence, whose keys and values are to be computed. context_lens: tokens of each sequence with these. temperature and
-// seed [sequences], as `dispec_draw_bfloat16` takes them; temperature null where nothing is drawn. out [sequences,
+// seed [sequences], as `dispec_sample_bfloat16` takes them; temperature null where nothing is drawn. out [sequences,
 // counts[0]]; what is not wanted stays as it was.
 extern "C" void dispec_decode(const Model *model, int64_t sequences, int64_t query_len, const int32_t *counts,
                               const int32_t *token_ids, const int32_t *block_tables, int64_t table_stride,
@@ -75,7 +75,7 @@ extern "C" void dispec_decode(const Model *model, int64_t sequences, int64_t que
                       nullptr, logits, active, m.head_rows, m.hidden, false);
         int64_t *columns = scratch.columns.data();
         if (temperature)
-            dispec_draw_bfloat16((bfloat16 *)logits, m.head_rows, active, m.columns, temperature, seed, ends,
+            dispec_sample_bfloat16((bfloat16 *)logits, m.head_rows, active, m.columns, temperature, seed, ends,
                                  m.head_tokens, columns);
         else
             dispec_argmax_bfloat16((bfloat16 *)logits, m.head_rows, active, m.columns, columns);

@@ -117,7 +117,7 @@ def decode(
     temperature: Tensor | None,
     seed: Tensor | None,
 ) -> Tensor:
-    """As `ops.decode`."""
+    """As `ops.decode_tokens`."""
     kernels = library()
     assert kernels is not None
     counts, token_ids, block_tables, context_lens = map(int32, (counts, token_ids, block_tables, context_lens))

@@ -12,6 +12,6 @@ void dispec_linear(const uint16_t *x, int64_t x_stride, const uint16_t *norm, fl
                    int64_t n, int64_t k, int64_t is_gated);
 void dispec_layers(const Model *model, const Step *step, const uint16_t *x, uint16_t *out);
 void dispec_argmax_bfloat16(const bfloat16 *x, int64_t stride, int64_t rows, int64_t n, int64_t *out);
-void dispec_draw_bfloat16(const bfloat16 *logits, int64_t stride, int64_t rows, int64_t n, const float *temperature,
+void dispec_sample_bfloat16(const bfloat16 *logits, int64_t stride, int64_t rows, int64_t n, const float *temperature,
                           const int64_t *seed, const int32_t *position, const int64_t *token_ids, int64_t *out);
 }

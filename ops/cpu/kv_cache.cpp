@@ -1,7 +1,7 @@
 // Keys and values of a step's tokens into their pages.
 #include <cstdint>
 
-#include "team.h"
+#include "thread_pool.h"
 
 namespace {
 

@@ -47,7 +47,7 @@ void compute(const Layer &w, const Model &m, const Step &step, const Shape &shap
     const Product narrow{gated, m.intermediate, nullptr, 0, nullptr, w.down, is_int8, nullptr, middle, out, tokens,
                          m.hidden, m.intermediate, false};
     multiply(project);
-    rotate_and_write(rotation, shape);
+    rope_write(rotation, shape);
     attend(attention, scratch.plan, shape);
     multiply(back);
     multiply(widen);

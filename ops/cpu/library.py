@@ -24,14 +24,14 @@ import platformdirs
 from dispec.ops.tracing import constant
 
 _SOURCES = (
-    "team.cpp",
+    "thread_pool.cpp",
     "linear.cpp",
     "attention.cpp",
     "prefill.cpp",
     "kv_cache.cpp",
     "rotary.cpp",
     "argmax.cpp",
-    "draw.cpp",
+    "sampling.cpp",
     "layers.cpp",
     "decode.cpp",
 )
@@ -40,7 +40,7 @@ _HEADERS = (
     "largest.h",
     "model.h",
     "parts.h",
-    "team.h",
+    "thread_pool.h",
     "tiles.h",
     "tiles_avx2.h",
     "tiles_avx512.h",
@@ -63,8 +63,8 @@ _SIGNATURES = {
     "dispec_linear": [_POINTER, _NUMBER, _POINTER, ctypes.c_float, _POINTER, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 4],
     "dispec_argmax_bfloat16": _ARGMAX,
     "dispec_argmax_float32": _ARGMAX,
-    "dispec_draw_bfloat16": _DRAW,
-    "dispec_draw_float32": _DRAW,
+    "dispec_sample_bfloat16": _DRAW,
+    "dispec_sample_float32": _DRAW,
     "dispec_layers": [_POINTER] * 4,
     "dispec_decode": [_POINTER, *[_NUMBER] * 2, *[_POINTER] * 3, _NUMBER, *[_POINTER] * 4],
     "dispec_rotate_and_write_bfloat16": _ROTATE,
@@ -127,12 +127,12 @@ def has_kernels() -> bool:
     return library() is not None
 
 
-def is_kept() -> bool:
+def is_cached() -> bool:
     """Whether the library's file is there for the next start."""
     return _target().exists()
 
 
-def has_linear() -> bool:
+def has_packed_linear() -> bool:
     """Whether this CPU has our own packed product."""
     return hasattr(library(), "dispec_linear")
 

@@ -22,7 +22,7 @@
 #ifdef DISPEC_TILES
 #include "entries.h"
 #include "parts.h"
-#include "team.h"
+#include "thread_pool.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// The parts of a transformer layer. Each shares its work among the threads of `team.h` and returns when all is done.
+// The parts of a transformer layer. Each shares its work among the threads of `thread_pool.h` and returns when all is done.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -43,7 +43,7 @@ struct Rotation {
 };
 
 template <typename T>
-void rotate_and_write(const Rotation<T> &rotation, const Shape &shape);
+void rope_write(const Rotation<T> &rotation, const Shape &shape);
 
 // A task of one thread: rows of one key head over one span. partial: where its result waits, or -1.
 struct AttentionTask {

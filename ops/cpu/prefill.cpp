@@ -15,7 +15,7 @@
 #include "tiles.h"
 #ifdef DISPEC_TILES
 #include "parts.h"
-#include "team.h"
+#include "thread_pool.h"
 
 namespace {
 

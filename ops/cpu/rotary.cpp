@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "parts.h"
-#include "team.h"
+#include "thread_pool.h"
 
 namespace {
 
@@ -44,7 +44,7 @@ void rotate(const T *x, const T *norm, float eps, const float *cosine, const flo
 }  // namespace
 
 template <typename T>
-void rotate_and_write(const Rotation<T> &r, const Shape &shape) {
+void rope_write(const Rotation<T> &r, const Shape &shape) {
     const int64_t d = shape.head_dim, heads = shape.heads, kv_heads = shape.kv_heads;
     const int64_t page = d * shape.block_size, all = heads + 2 * kv_heads;
     // Slots are distinct but for padding's, and what lies there is never read.
@@ -74,8 +74,8 @@ void rotate_and_write(const Rotation<T> &r, const Shape &shape) {
     heads_of_tokens * d > FEW_ELEMENTS ? parallel_for(heads_of_tokens, write) : write(0, heads_of_tokens);
 }
 
-template void rotate_and_write(const Rotation<bfloat16> &, const Shape &);
-template void rotate_and_write(const Rotation<float> &, const Shape &);
+template void rope_write(const Rotation<bfloat16> &, const Shape &);
+template void rope_write(const Rotation<float> &, const Shape &);
 
 // head_dim is a multiple of 16 up to 256.
 #define ROTATE_AND_WRITE(name, T)                                                                                      \
@@ -84,7 +84,7 @@ template void rotate_and_write(const Rotation<float> &, const Shape &);
                          int64_t heads, int64_t kv_heads, int64_t d, int64_t block_size, T *query, T *keys, T *values) { \
         const Rotation<T> rotation{projected, stride, query_norm, key_norm, eps, cosine, sine, slot_mapping, tokens,    \
                                    query, keys, values};                                                               \
-        rotate_and_write(rotation, Shape{heads, kv_heads, d, block_size});                                             \
+        rope_write(rotation, Shape{heads, kv_heads, d, block_size});                                             \
     }
 
 ROTATE_AND_WRITE(dispec_rotate_and_write_bfloat16, bfloat16)

@@ -90,7 +90,7 @@ def arrivals(device: torch.device) -> Tensor:
     They outlive every CUDA graph that uses them, so they must not be allocated while one is recorded.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("ops.prepare(device) must be called before a CUDA graph is recorded")
+        raise RuntimeError("ops.allocate_workspaces(device) must be called before a CUDA graph is recorded")
     return torch.zeros(MAX_ARRIVALS, dtype=torch.int32, device=device)
 
 

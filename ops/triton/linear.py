@@ -36,7 +36,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | No
     return add_product(x, weight, bias, None, norm, config)
 
 
-def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def linear_residual(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Add `x @ weight.T + bias` to `total` [T, N], contiguous: in one kernel, or two if torch adds a bias."""
     rows, (features, columns) = x.shape[0], weight.shape
     if rows == 0:

@@ -116,7 +116,7 @@ def rotate_heads(
     eps: float,
     slots: Slots,
 ) -> Tensor:
-    """`ops.rotate_and_write` in one kernel; projected: [T, (H + 2 KV) * D], contiguous. Returns [T, H, D]."""
+    """`ops.rope_write` in one kernel; projected: [T, (H + 2 KV) * D], contiguous. Returns [T, H, D]."""
     _, kv_heads, head_dim, block_size = slots.keys.shape
     rows = projected.shape[0]
     heads = projected.shape[1] // head_dim - 2 * kv_heads

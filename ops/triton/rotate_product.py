@@ -93,7 +93,7 @@ def rotate_kernel(
 
 
 class Slots(NamedTuple):
-    """Where a step's keys and values go, and how queries and keys are rotated: arguments of `ops.rotate_and_write`."""
+    """Where a step's keys and values go, and how queries and keys are rotated: arguments of `ops.rope_write`."""
 
     keys: Tensor
     values: Tensor

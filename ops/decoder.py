@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dispec.ops.cpu import decoder as cpu_decoder
 from dispec.ops.cpu.linear import TILE
-from dispec.ops.linear import Matrix, Packed, is_tiled
+from dispec.ops.linear import Matrix, PackedWeight, is_tiled
 from dispec.ops.norm import Norm
 from dispec.ops.paged_attention import has_cpu_kernel
 
@@ -40,7 +40,7 @@ class Decoder(NamedTuple):
     tensors: tuple[Tensor, ...]
 
 
-def decoder(
+def build_decoder(
     embedding: Matrix,
     layers: DecoderLayers,
     final_norm: Norm,
@@ -50,16 +50,16 @@ def decoder(
     num_columns: int,
     scale: float,
 ) -> Decoder | None:
-    """Gather a model for `decoder_layers` and `decode`; None where they have no kernel for it.
+    """Gather a model for `decoder_layers` and `decode_tokens`; None where they have no kernel for it.
 
     head_tokens: the tokens that the rows of the head stand for, None for all tokens in order. num_columns: how many of
-    the rows may be chosen. rotation: cosine and sine of all positions that `decode` may reach.
+    the rows may be chosen. rotation: cosine and sine of all positions that `decode_tokens` may reach.
     """
     qkv, gate_up = layers.qkv, layers.gate_up
     if (
-        not (isinstance(qkv, Packed) and isinstance(gate_up, Packed) and is_tiled(head))
+        not (isinstance(qkv, PackedWeight) and isinstance(gate_up, PackedWeight) and is_tiled(head))
         or not _has_kernel(qkv, layers)
-        or not (embedding.has_rows if isinstance(embedding, Packed) else embedding.is_contiguous())
+        or not (embedding.has_readable_rows if isinstance(embedding, PackedWeight) else embedding.is_contiguous())
     ):
         return None
     cosine, sine = (part.contiguous() for part in rotation)
@@ -68,19 +68,19 @@ def decoder(
     c_layers = [cpu_decoder.Layer(**dict(zip(layers._fields, addresses, strict=True))) for addresses in by_layer]
     model = cpu_decoder.Model(
         hidden=len(final_norm.weight),
-        intermediate=gate_up.features // 2,
-        heads=qkv.features // head_dim - 2 * kv_heads,
+        intermediate=gate_up.out_features // 2,
+        heads=qkv.out_features // head_dim - 2 * kv_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         block_size=block_size,
-        vocab=embedding.features if isinstance(embedding, Packed) else len(embedding),
-        embedding_is_tiled=isinstance(embedding, Packed),
+        vocab=embedding.out_features if isinstance(embedding, PackedWeight) else len(embedding),
+        embedding_is_tiled=isinstance(embedding, PackedWeight),
         embedding=_tensor(embedding).data_ptr(),
         num_layers=num_layers,
         layers_are_int8=qkv.blocked.dtype is torch.int8,
         layers=(cpu_decoder.Layer * num_layers)(*c_layers),
         final_norm=final_norm.weight.data_ptr(),
-        head_rows=head.features,
+        head_rows=head.out_features,
         head_is_int8=head.blocked.dtype is torch.int8,
         columns=num_columns,
         head=head.blocked.data_ptr(),
@@ -94,18 +94,18 @@ def decoder(
     return Decoder(model, tuple(_tensor(field) for field in read if field is not None))
 
 
-def _has_kernel(qkv: Packed, layers: DecoderLayers) -> bool:
+def _has_kernel(qkv: PackedWeight, layers: DecoderLayers) -> bool:
     """Return whether the layers are in bf16 or 8 bits, in our tiles, with pages of a size that has a kernel."""
     matrices = (qkv, layers.output, layers.gate_up, layers.down)
     return (
         all(
-            isinstance(matrix, Packed)
+            isinstance(matrix, PackedWeight)
             and isinstance(matrix.blocked, Tensor)  # oneDNN's layout is a tensor for each layer
             and matrix.blocked.dtype is qkv.blocked.dtype
             for matrix in matrices
         )
-        and isinstance(layers.gate_up, Packed)
-        and layers.gate_up.features % (2 * TILE) == 0
+        and isinstance(layers.gate_up, PackedWeight)
+        and layers.gate_up.out_features % (2 * TILE) == 0
         and layers.keys.dtype is torch.bfloat16
         and has_cpu_kernel(layers.keys.dtype, layers.keys.shape[3], layers.keys.shape[4])
     )
@@ -119,7 +119,7 @@ def _addresses(stacked: Matrix | None, num_layers: int) -> list[int | None]:
 
 
 def _tensor(matrix: Matrix) -> Tensor:
-    return matrix.blocked if isinstance(matrix, Packed) else matrix
+    return matrix.blocked if isinstance(matrix, PackedWeight) else matrix
 
 
 def decoder_layers(
@@ -138,7 +138,7 @@ def decoder_layers(
     return cpu_decoder.layers(decoder.model, x, *rotation, slot_mapping, block_tables, query_start, context_lens)
 
 
-def decode(
+def decode_tokens(
     decoder: Decoder,
     counts: Int[Tensor, "B"],
     token_ids: Int[Tensor, "B Q"],
@@ -151,7 +151,7 @@ def decode(
 
     The very tokens that the model's steps would give one by one. counts: not rising; K is the first. Tokens beyond a
     sequence's count are 0. token_ids: the last tokens of each sequence, whose keys and values are computed too.
-    context_lens: tokens of each with these. temperature, seed: as `ops.draw` takes them, the position being that of
+    context_lens: tokens of each with these. temperature, seed: as `ops.sample` takes them, the position being that of
     the token to come; None where all tokens are the likeliest.
     """
     return cpu_decoder.decode(decoder.model, counts, token_ids, block_tables, context_lens, temperature, seed)

@@ -4,7 +4,7 @@
 // thread claims a part of the work when it runs, and a caller waits only for parts that were claimed. A thread that has no
 // core has claimed nothing, in most cases, and the others do its share. With a core for each, every thread works through a
 // range of its own, so that neighbouring results are written by one core (work stealing: Blumofe and Leiserson, 1999).
-#include "team.h"
+#include "thread_pool.h"
 
 #include <pthread.h>
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from dispec import ops
-from dispec.ops.cpu.library import has_linear
+from dispec.ops.cpu.library import has_packed_linear
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.skipif(not has_linear(), reason="this CPU has neither AVX512-BF16 nor AVX2")
+pytestmark = pytest.mark.skipif(not has_packed_linear(), reason="this CPU has neither AVX512-BF16 nor AVX2")
 
 # Prints a digest of a product of many tiles, computed by as many threads as it is told, or by a forked process.
 _PRODUCT = """

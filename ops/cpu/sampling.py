@@ -1,4 +1,4 @@
-"""Drawn tokens: see draw.cpp. Of torch's functions it takes a dozen passes over the vocabulary."""
+"""Drawn tokens: see sampling.cpp. Of torch's functions it takes a dozen passes over the vocabulary."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from dispec.ops.cpu.library import library
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
-def draw(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, token_ids: Tensor | None) -> Tensor:
-    """As `ops.draw`."""
+def sample(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, token_ids: Tensor | None) -> Tensor:
+    """As `ops.sample`."""
     kernels = library()
     assert kernels is not None
     if logits.dtype not in _NAMES:
@@ -22,7 +22,7 @@ def draw(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, to
         token_ids = token_ids.long().contiguous()
     rows, size = logits.shape
     output = torch.empty(rows, dtype=torch.int64)
-    getattr(kernels, f"dispec_draw_{_NAMES[logits.dtype]}")(
+    getattr(kernels, f"dispec_sample_{_NAMES[logits.dtype]}")(
         logits.data_ptr(),
         logits.stride(0),
         rows,

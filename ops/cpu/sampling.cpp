@@ -9,7 +9,7 @@
 
 #include "entries.h"
 #include "largest.h"
-#include "team.h"
+#include "thread_pool.h"
 
 namespace {
 
@@ -149,13 +149,13 @@ void draw(const T *logits, int64_t stride, int64_t rows, int64_t n, const float 
 
 }  // namespace
 
-extern "C" void dispec_draw_bfloat16(const bfloat16 *logits, int64_t stride, int64_t rows, int64_t n,
+extern "C" void dispec_sample_bfloat16(const bfloat16 *logits, int64_t stride, int64_t rows, int64_t n,
                                      const float *temperature, const int64_t *seed, const int32_t *position,
                                      const int64_t *token_ids, int64_t *out) {
     draw(logits, stride, rows, n, temperature, seed, position, token_ids, out);
 }
 
-extern "C" void dispec_draw_float32(const float *logits, int64_t stride, int64_t rows, int64_t n,
+extern "C" void dispec_sample_float32(const float *logits, int64_t stride, int64_t rows, int64_t n,
                                     const float *temperature, const int64_t *seed, const int32_t *position,
                                     const int64_t *token_ids, int64_t *out) {
     draw(logits, stride, rows, n, temperature, seed, position, token_ids, out);

@@ -123,7 +123,7 @@ class Cluster:
         self._order = itertools.count()
         self._outcomes: dict[Running, Outcome] = {}
         self._first_chunk: dict[Running, float] = {}
-        self._given_back: dict[Running, Callable[[float], None]] = {}  # what to do with a prompt's blocks once copied
+        self._unpin: dict[Running, Callable[[float], None]] = {}  # what to do with a prompt's blocks once copied
 
     def run(self, trace: Sequence[Request]) -> list[Outcome]:
         """All requests to their ends. Raises ValueError for one that no worker could ever hold."""
@@ -161,7 +161,7 @@ class Cluster:
         self._outcomes[sequence] = outcome
         worker.scheduler.add(sequence)
         if self._prefill:
-            worker.scheduler.keep(sequence)
+            worker.scheduler.pin(sequence)
         worker.load += 1
         self._wake(now, worker)
 
@@ -239,39 +239,37 @@ class Cluster:
                 outcome.num_cached_tokens = output.sequence.num_cached_tokens or 0
             if output.finish_reason is not None:
                 worker.load -= 1
-                if self._prefill and output.sequence.pinned_blocks is not None:
+                if worker in self._prefill:
                     self._hand_over(now, worker, output.sequence)
         self._wake(now, worker)  # which does not wait until anybody has been told
         self._front(now, seconds)
 
     def _hand_over(self, now: float, source: _Worker, first: Running) -> None:
         outcome = self._outcomes[first]
-        request, kept = outcome.request, first.pinned_blocks
-        assert kept is not None
+        request = outcome.request
         began = self._first_chunk[first]
 
-        def give_back(end: float) -> None:
-            first.pinned_blocks = None
-            source.scheduler.give_back(kept)
+        def unpin(end: float) -> None:
+            source.scheduler.unpin(first)
             self._wake(end, source)
 
         if len(request.answer) == 1:
-            give_back(now)
+            unpin(now)
             return
         target = self._choose(self._decode, request.prompt)
         sequence = self._sequence(now, first.id, request, len(request.answer))
         sequence.arrival_time = request.arrival
         self._outcomes[sequence] = outcome
-        target.scheduler.expect([sequence])
+        target.scheduler.add_remote([sequence])
         target.load += 1
         self._first_chunk[sequence] = began
-        self._given_back[sequence] = give_back
+        self._unpin[sequence] = unpin
         target.arriving.append((sequence, began, now))
         self._wake(now, target)
 
     def _reserve(self, now: float, worker: _Worker, sequence: Running, began: float, ended: float) -> bool:
         """Begin a transfer, if there is room. What was computed in earlier chunks has been on its way since then."""
-        reserved = worker.scheduler.reserve(sequence)
+        reserved = worker.scheduler.reserve_remote(sequence)
         if reserved is None:
             return False
         machine = self._machine
@@ -287,6 +285,6 @@ class Cluster:
 
     def _arrived(self, now: float, worker: _Worker, sequence: Running) -> None:
         sequence.append(self._outcomes[sequence].request.answer[0])
-        worker.scheduler.arrive(sequence, [sequence])
-        self._given_back.pop(sequence)(now)
+        worker.scheduler.start_remote(sequence, [sequence])
+        self._unpin.pop(sequence)(now)
         self._wake(now, worker)

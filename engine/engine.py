@@ -354,7 +354,7 @@ class Engine:
         while len(self._in_flight) > (self._overlaps(step) if step.scheduled_sequences else 0):
             outputs += self._commit(self._in_flight.popleft())
         if not step.scheduled_sequences and not outputs and self.scheduler.has_work:
-            if self.scheduler.holds_for_others:
+            if self.scheduler.holds_remote_blocks:
                 self.kv_connector.wait(_HELD_SECONDS)
                 return outputs
             raise RuntimeError("the scheduler has work and schedules none of it: a bug, please report it")

@@ -34,7 +34,7 @@ peer.transfers.pull(held, 0, [1, 2])
 peer.next_event()
 peer.transfers.pull(unfinished, 0, [3, 4])
 peer.transfers.publish("of the child", list(range(10, 390)))
-print(msgspec.json.encode(peer.transfers.ticket("of the child")).decode(), flush=True)
+print(msgspec.json.encode(peer.transfers.remote_blocks("of the child")).decode(), flush=True)
 signal.pause()
 """
 

@@ -26,7 +26,7 @@ for _ in range(200):  # the pages are full only when all this has run: publish m
 source.memory.copy_(ready)
 source.transfers.publish("a", [5, 31, 7])
 source.transfers.publish("a", [8], payload=b"done")
-print(msgspec.json.encode(source.transfers.ticket("a")).decode(), flush=True)
+print(msgspec.json.encode(source.transfers.remote_blocks("a")).decode(), flush=True)
 print(source.next_event(), flush=True)
 source.transfers.close()
 """

@@ -222,7 +222,8 @@ def _token(request_id: str, choice: int, output: "TokenOutput", token_id: int) -
         num_rejected=output.num_rejected,
     )
     if params.logprobs is not None:
-        token.logprobs = sequence.logprobs[output.number - 1 - sequence.num_resumed_tokens]
+        # From the end: tokens that another engine has streamed have no entry here.
+        token.logprobs = sequence.logprobs[output.number - 1 - sequence.num_output_tokens]
     if output.number == 1:
         token.num_cached_tokens = sequence.num_cached_tokens or 0
         if params.prompt_logprobs is not None:

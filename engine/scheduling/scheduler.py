@@ -52,25 +52,25 @@ class Scheduler:
         self.enable_prefix_caching = enable_prefix_caching
         self.waiting: list[Sequence] = []  # in order of rank
         self.running: list[Sequence] = []  # in order of admission
-        self.arriving: list[Sequence] = []  # whose prompts other engines compute
-        self._arrived: list[Sequence] = []  # that have their blocks and wait for a place among the running
-        self._reserved: dict[Sequence, list[int]] = {}  # blocks that are being filled from elsewhere
-        self._kept: list[list[int]] = []  # blocks that others may be reading
+        self.waiting_for_remote: list[Sequence] = []  # their prompts are computed by other engines
+        self._remote_ready: list[Sequence] = []  # all their blocks are here; they wait for a place in `running`
+        self._remote_blocks: dict[Sequence, list[int]] = {}  # block tables that a transfer may be writing to
+        self._pinned: dict[Sequence, list[int]] = {}  # blocks that other engines may be reading
         self._num_forks = 0  # that wait for another sequence's prompt, and are in neither
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running or self._arrived)
+        return bool(self.waiting or self.running or self._remote_ready)
 
     @property
-    def holds_for_others(self) -> bool:
-        """Whether blocks are in use that no sequence here runs on, and that somebody else will give back."""
-        return bool(self._kept or self._reserved)
+    def holds_remote_blocks(self) -> bool:
+        """Whether a transfer to or from another engine holds blocks: they become free without a step here."""
+        return bool(self._pinned or self._remote_blocks)
 
     @property
     def num_waiting(self) -> int:
         """Sequences that do not run yet, those included that wait for the prompt they share."""
-        return len(self.waiting) + len(self.arriving) + len(self._arrived) + self._num_forks
+        return len(self.waiting) + len(self.waiting_for_remote) + len(self._remote_ready) + self._num_forks
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence and its forks. Raises ValueError if the whole pool could not hold it at its longest."""
@@ -78,55 +78,52 @@ class Scheduler:
         self._num_forks += len(sequence.forks)
         self._enqueue(sequence)
 
-    def expect(self, choices: Series[Sequence]) -> None:
-        """Take note of the choices of a request whose prompt another engine computes. Raises ValueError as `add`."""
+    def add_remote(self, choices: Series[Sequence]) -> None:
+        """Register the choices of a request whose prompt another engine computes. Raises ValueError as `add`."""
         self._check_size(choices[0])
         for choice in choices:
-            choice.status = Status.ARRIVING
-        self.arriving += choices
+            choice.status = Status.WAITING_FOR_REMOTE_KV
+        self.waiting_for_remote += choices
 
-    def reserve(self, sequence: Sequence) -> tuple[int, list[int]] | None:
-        """Blocks for the prompt of a sequence that is expected: how many are in the cache, and the table of all.
+    def reserve_remote(self, sequence: Sequence) -> tuple[int, list[int]] | None:
+        """Reserve blocks for the prompt of a sequence from `add_remote`.
 
-        None if there is no room now. The blocks stay reserved until `arrive` or `give_up`, whatever becomes of the
-        sequence meanwhile: somebody may be writing to them.
+        Returns how many leading blocks are cached here already, and the block table; None without room. The blocks
+        stay reserved until `start_remote` or `free_remote`, even if the sequence ends: a transfer may write to them.
         """
         needed = self.pool.blocks_for(sequence.num_prompt_tokens)
         found = self._find_prefix(sequence)
         if needed - len(found) + len(self.running) > self.pool.num_free - self.pool.num_unused(found):
             return None
         self.pool.share(found)
-        table = self._reserved[sequence] = found + self.pool.allocate(needed - len(found))
+        table = self._remote_blocks[sequence] = found + self.pool.allocate(needed - len(found))
         sequence.num_cached_tokens = len(found) * self.pool.block_size
         return len(found), table
 
-    def arrive(self, sequence: Sequence, choices: Series[Sequence]) -> None:
-        """The reserved blocks of `sequence` are filled: its `choices`, go on from there.
-
-        Without choices the blocks are given back.
-        """
-        table = self._reserved.pop(sequence)
+    def start_remote(self, sequence: Sequence, choices: Series[Sequence]) -> None:
+        """Run `choices` from the filled blocks reserved for `sequence`; without choices the blocks are freed."""
+        table = self._remote_blocks.pop(sequence)
         num_tokens = sequence.num_prompt_tokens
         for choice in choices:
             choice.block_table = list(table)
             self.pool.share(table)
-            # Without a token yet, its last prompt token is computed again to choose one.
+            # Without an output token yet, the last prompt token is computed again: its logits give the first one.
             choice.num_computed_tokens = min(num_tokens, len(choice.token_ids) - 1)
             choice.num_registered_blocks = choice.num_draft_computed_tokens = 0
             choice.num_cached_tokens = sequence.num_cached_tokens
             self._register(choice, choice.num_computed_tokens)
-            self.arriving.remove(choice)
-            self._arrived.append(choice)
+            self.waiting_for_remote.remove(choice)
+            self._remote_ready.append(choice)
         self.pool.free(table)
 
-    def give_up(self, sequence: Sequence) -> None:
-        """Nothing writes to the blocks any more that were reserved for a sequence, and nothing of use is in them."""
-        self.pool.free(self._reserved.pop(sequence, []))
+    def free_remote(self, sequence: Sequence) -> None:
+        """Free the blocks reserved for a sequence, if any: no transfer writes to them any more."""
+        self.pool.free(self._remote_blocks.pop(sequence, []))
 
-    def start_over(self, choices: Series[Sequence]) -> None:
-        """Queue choices that were expected: their prompt is computed here, once for all that have no token yet."""
+    def recompute(self, choices: Series[Sequence]) -> None:
+        """Queue choices from `add_remote` to compute their prompt here, once for all without an output token."""
         for choice in choices:
-            self.arriving.remove(choice)
+            self.waiting_for_remote.remove(choice)
             choice.num_cached_tokens = None
         new = [choice for choice in choices if not choice.num_output_tokens]
         if len(new) > 1:
@@ -137,16 +134,16 @@ class Scheduler:
             if choice not in new[1:]:
                 self._enqueue(choice)
 
-    def keep(self, sequence: Sequence) -> None:
-        """Keep each block of the sequence's prompt from when it is filled until `give_back`."""
-        sequence.pinned_blocks = []
-        self._kept.append(sequence.pinned_blocks)
+    def pin(self, sequence: Sequence) -> list[int]:
+        """Pin each block of a sequence's prompt from when it is filled until `unpin`.
 
-    def give_back(self, blocks: list[int]) -> None:
-        """The very list of `pinned_blocks` of a sequence: nobody reads them any more."""
-        self._kept = [kept for kept in self._kept if kept is not blocks]
-        self.pool.free(blocks)
-        blocks.clear()
+        Returns the list of pinned blocks, which grows as steps are committed.
+        """
+        return self._pinned.setdefault(sequence, [])
+
+    def unpin(self, sequence: Sequence) -> None:
+        """Free a sequence's pinned blocks, and pin no further ones."""
+        self.pool.free(self._pinned.pop(sequence))
 
     def _check_size(self, sequence: Sequence) -> None:
         needed = self.pool.blocks_for(sequence.max_len)
@@ -165,9 +162,9 @@ class Scheduler:
         scheduled: dict[Sequence, ScheduledSequence] = {}
         copies: dict[Sequence, tuple[int, int]] = {}
         num_preempted = 0
-        while self._arrived and len(self.running) < self.max_num_seqs:
-            self._arrived[0].status = Status.RUNNING
-            self.running.append(self._arrived.pop(0))
+        while self._remote_ready and len(self.running) < self.max_num_seqs:
+            self._remote_ready[0].status = Status.RUNNING
+            self.running.append(self._remote_ready.pop(0))
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self.running:
@@ -240,8 +237,8 @@ class Scheduler:
                     sequence.num_computed_tokens -= num_rejected
             if holds_blocks and end // self.pool.block_size > sequence.num_registered_blocks:
                 self._register(sequence, end, token_ids)
-            if holds_blocks and sequence.pinned_blocks is not None:
-                self._keep_filled(sequence, sequence.pinned_blocks, end)
+            if holds_blocks and sequence in self._pinned:
+                self._pin_filled(sequence, end)
             known = len(sequence.prompt_logprobs)
             if (
                 sequence.params.prompt_logprobs is not None and scheduled.start <= known
@@ -287,8 +284,8 @@ class Scheduler:
             self._num_forks -= 1
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
-        elif sequence.status is Status.ARRIVING:
-            (self._arrived if sequence in self._arrived else self.arriving).remove(sequence)
+        elif sequence.status is Status.WAITING_FOR_REMOTE_KV:
+            (self._remote_ready if sequence in self._remote_ready else self.waiting_for_remote).remove(sequence)
         else:
             self.running.remove(sequence)
         if sequence.forks:
@@ -327,9 +324,12 @@ class Scheduler:
     def check(self) -> None:
         """Prove that every block in use belongs to a running sequence. Raises AssertionError."""
         forks = [fork for queue in (self.waiting, self.running) for sequence in queue for fork in sequence.forks]
-        assert all(not sequence.block_table for sequence in self.arriving), "a sequence holds blocks before they arrive"
-        arriving = [*self.arriving, *self._arrived]
-        assert all(sequence.status is Status.ARRIVING for sequence in arriving), "an arriving sequence is elsewhere"
+        remote = self.waiting_for_remote
+        assert all(not sequence.block_table for sequence in remote), (
+            "a sequence has a block table before its KV is here"
+        )
+        remote = [*remote, *self._remote_ready]
+        assert all(sequence.status is Status.WAITING_FOR_REMOTE_KV for sequence in remote), "a remote one is elsewhere"
         assert len(forks) == self._num_forks, "forks are miscounted"
         idle = [*self.waiting, *forks]
         assert all(not sequence.block_table for sequence in idle), "a waiting sequence holds blocks"
@@ -337,8 +337,8 @@ class Scheduler:
         assert all(sequence.status is Status.RUNNING for sequence in self.running), "a running sequence is not running"
         ranks = [self._rank(sequence) for sequence in self.waiting]
         assert ranks == sorted(ranks), "the queue is out of order"
-        tables = [sequence.block_table for sequence in (*self.running, *self._arrived)]
-        self.pool.check([*tables, *self._reserved.values(), *self._kept])
+        tables = [sequence.block_table for sequence in (*self.running, *self._remote_ready)]
+        self.pool.check([*tables, *self._remote_blocks.values(), *self._pinned.values()])
 
     def _rank(self, sequence: Sequence) -> tuple[float, int]:
         return sequence.arrival_time + sequence.slack + sequence.priority * self.priority_aging, sequence.id
@@ -371,7 +371,7 @@ class Scheduler:
         needed = self.pool.blocks_for(num_tokens) - len(found) + copies
         # The whole prompt must fit now, and each running sequence be able to grow once: fewer preemptions.
         free = self.pool.num_free - self.pool.num_unused(found)
-        if needed + len(self.running) > free and (self.running or self.holds_for_others):
+        if needed + len(self.running) > free and (self.running or self.holds_remote_blocks):
             return False
         self.waiting.pop(0)
         self.pool.share(found)
@@ -417,13 +417,13 @@ class Scheduler:
             sequence.block_table[index] = self.pool.register(sequence.block_table[index], sequence.block_hashes[index])
         sequence.num_registered_blocks = num_tokens // self.pool.block_size
 
-    def _keep_filled(self, sequence: Sequence, kept: list[int], num_tokens: int) -> None:
-        """Keep the blocks that the first `num_tokens` tokens have filled; the prompt's last one need not be full."""
-        prompt = sequence.num_prompt_tokens
+    def _pin_filled(self, sequence: Sequence, num_tokens: int) -> None:
+        """Pin the blocks that the first `num_tokens` tokens have filled; the prompt's last one need not be full."""
+        pinned, prompt = self._pinned[sequence], sequence.num_prompt_tokens
         count = self.pool.blocks_for(prompt) if num_tokens >= prompt else num_tokens // self.pool.block_size
-        new = sequence.block_table[len(kept) : count]
+        new = sequence.block_table[len(pinned) : count]
         self.pool.share(new)
-        kept += new
+        pinned += new
 
     def _fork(self, sequence: Sequence, holds_blocks: bool) -> None:
         """Set the sequences free that waited for this one's prompt. Each computes the prompt's last token again, to

@@ -14,9 +14,9 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Status(enum.Enum):
-    """ARRIVING: another engine computes the prompt, or has, and this one does not run it yet."""
+    """WAITING_FOR_REMOTE_KV: another engine computes the prompt, and its KV blocks are not all here yet."""
 
-    ARRIVING = "arriving"
+    WAITING_FOR_REMOTE_KV = "waiting_for_remote_kv"
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -70,10 +70,7 @@ class Sequence:
     draft_token_ids: guesses of the tokens after `token_ids`, for a step to verify.
     drafting: what speculation keeps for it.
     num_draft_computed_tokens: the first tokens whose keys and values a draft model has computed.
-    num_resumed_tokens: output tokens that it had when it came from another engine.
     slack: seconds after its arrival for which it is in time: whoever has less left goes first.
-    pinned_blocks: those of its prompt, as they are filled, each kept for another engine until it is given back; None
-        if none is to be.
     """
 
     id: int
@@ -97,8 +94,6 @@ class Sequence:
     num_draft_tokens: int = 0
     draft_token_ids: list[int] = field(default_factory=list)
     num_draft_computed_tokens: int = 0
-    num_resumed_tokens: int = 0
-    pinned_blocks: list[int] | None = None
     speculation: "SpeculationState | None" = None
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)

@@ -154,16 +154,13 @@ class KVConnector:
         """Publish the prompt of a request that was just queued, under that id. Raises ValueError if it is taken."""
         if transfer_id in self._departures:
             raise ValueError(f"transfer_id {transfer_id!r} is under way already")
-        self._scheduler.keep(choices[0])
-        kept = choices[0].pinned_blocks
-        assert kept is not None
-        self._departures[transfer_id] = _Departure(choices, kept)
+        self._departures[transfer_id] = _Departure(choices, self._scheduler.pin(choices[0]))
 
     def expect(
         self, choices: tuple[Sequence, ...], remote_blocks: RemoteBlocks | None, *, awaits_outputs: bool
     ) -> None:
         """Take a request that is not to be queued yet. Raises ValueError as `Scheduler.add`."""
-        self._scheduler.expect(choices)
+        self._scheduler.add_remote(choices)
         self._arrivals.append(_Arrival(choices, remote_blocks, awaits_outputs))
 
     def resume(self, first: Sequence, outputs: list[list[int] | None]) -> None:
@@ -256,7 +253,7 @@ class KVConnector:
 
     def _fail(self, arrival: _Arrival, transfer_id: str, problem: str) -> None:
         """Nothing comes, and nothing is written to its blocks any more."""
-        self._scheduler.give_up(arrival.first)
+        self._scheduler.free_remote(arrival.first)
         arrival.remote_blocks = None
         arrival.is_pulling = False
         self._release(transfer_id)
@@ -266,8 +263,7 @@ class KVConnector:
 
     def _let_go(self, departure: _Departure) -> None:
         """Nobody reads its blocks, and of those that are still to be filled nobody will."""
-        departure.choices[0].pinned_blocks = None
-        self._scheduler.give_back(departure.pinned_blocks)
+        self._scheduler.unpin(departure.choices[0])
 
     def _read(self, arrival: _Arrival, event: Pulled) -> str | None:
         """Take the payload. What is wrong with it, if something is."""
@@ -283,7 +279,7 @@ class KVConnector:
         return None
 
     def _pull(self, arrival: _Arrival, remote_blocks: RemoteBlocks) -> None:
-        reserved = self._scheduler.reserve(arrival.first)
+        reserved = self._scheduler.reserve_remote(arrival.first)
         if reserved is not None:
             assert self.transfers is not None
             num_found, table = reserved
@@ -303,7 +299,7 @@ class KVConnector:
                     )  # the other side need not wait for its lease to end
             self.transfers.release(arrival.remote_blocks.transfer_id)
         if not arrival.is_pulling:
-            self._scheduler.give_up(arrival.first)
+            self._scheduler.free_remote(arrival.first)
             self._arrivals.remove(arrival)
 
     def _hand_over(self, arrival: _Arrival) -> None:
@@ -314,7 +310,6 @@ class KVConnector:
                 if choice.status is not Status.FINISHED:
                     for token_id in tokens or ():
                         choice.append(token_id)
-                    choice.num_resumed_tokens = choice.num_output_tokens
         elif payload is not None:
             arrival.first.prompt_logprobs = payload.prompt_logprobs
             for choice, token in zip(arrival.choices, payload.tokens, strict=True):
@@ -328,9 +323,9 @@ class KVConnector:
                 self._scheduler.finish(choice, choice.finish_reason)
         going_on = [choice for choice in arrival.choices if choice.status is not Status.FINISHED]
         if arrival.remote_blocks is None:
-            self._scheduler.start_over(going_on)
+            self._scheduler.recompute(going_on)
             return
-        self._scheduler.arrive(arrival.first, going_on)
+        self._scheduler.start_remote(arrival.first, going_on)
         if payload is not None and outputs is None:
             for choice in arrival.choices:
                 choice.num_cached_tokens = payload.num_cached_tokens

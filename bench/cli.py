@@ -1,7 +1,6 @@
-"""`dispec bench`: the benchmarks by name. A benchmark's module is loaded only when it is asked for."""
+"""`dispec bench`: the benchmarks by name. A benchmark's module is imported when that benchmark runs."""
 
 import functools
-import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -33,29 +32,83 @@ COMMANDS = {
 }
 
 
+# Typer's settings of a command whose options belong to the benchmark that it names.
+PASSES_OPTIONS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
+
+
 def overview() -> str:
-    """What there is."""
+    """Return the help text: usage, and a line for each benchmark."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {about}" for name, about in COMMANDS.items()]
     return "\n".join(["Usage: dispec bench BENCHMARK [OPTIONS]", "", *lines, "", "dispec bench BENCHMARK --help"])
 
 
+def bench(context: typer.Context) -> None:
+    """Measure: throughput, latency, startup and more; without a name it lists what there is."""
+    if code := main(context.args):
+        raise typer.Exit(code)
+
+
 def main(args: list[str]) -> Any:
-    """Run a benchmark with its arguments. Raises typer.BadParameter for what it cannot read, typer.Exit on errors."""
+    """Run a benchmark with its arguments and return its exit code. Raises typer.BadParameter for an unknown name."""
     if not args or args[0] in ("--help", "-h"):
         print(overview())
         return None
     name, *rest = args
     if name not in COMMANDS:
         raise typer.BadParameter(f"there is no benchmark {name!r}, must be one of {', '.join(COMMANDS)}")
-    module = importlib.import_module(f"dispec.bench.{name.replace('-', '_')}")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(_reported(module.main))
+    app.command()(_reported(_benchmark(name)))
     return app(args=rest, prog_name=f"dispec bench {name}", standalone_mode=False)
 
 
+def _benchmark(name: str) -> Callable[..., None]:
+    """Import a benchmark, which may load torch, and return its command."""
+    main: Callable[..., None]
+    match name:
+        case "throughput":
+            from dispec.bench.throughput import main
+        case "latency":
+            from dispec.bench.latency import main
+        case "prefix":
+            from dispec.bench.prefix import main
+        case "contention":
+            from dispec.bench.contention import main
+        case "startup":
+            from dispec.bench.startup import main
+        case "memory":
+            from dispec.bench.memory import main
+        case "compare":
+            from dispec.bench.compare import main
+        case "ablations":
+            from dispec.bench.ablations import main
+        case "spec":
+            from dispec.bench.spec import main
+        case "compile":
+            from dispec.bench.compile import main
+        case "disagg":
+            from dispec.bench.disagg import main
+        case "cluster-sim":
+            from dispec.bench.cluster_sim import main
+        case "mixed-load":
+            from dispec.bench.mixed_load import main
+        case "serve":
+            from dispec.bench.serve import main
+        case "roofline":
+            from dispec.bench.roofline import main
+        case "agreement":
+            from dispec.bench.agreement import main
+        case "profile-step":
+            from dispec.bench.profile_step import main
+        case "scheduler":
+            from dispec.bench.scheduler import main
+        case _:
+            raise AssertionError(f"{name} is in COMMANDS and has no module here")
+    return main
+
+
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with its errors told in a sentence; DISPEC_DEBUG=1 shows where one came from."""
+    """Return the command with its errors reported in one sentence; DISPEC_DEBUG=1 adds the traceback."""
 
     @functools.wraps(command)
     def run(**options: Any) -> None:

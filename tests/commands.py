@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dispec.serving.cli import commands as cli
+from dispec.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "dispec"]
@@ -31,7 +31,7 @@ def dispec(*args: str) -> Result:
     """Run a command in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit_:
-        cli.main(list(args))
+        main(list(args))
     assert isinstance(exit_.value.code, int)
     return Result(exit_.value.code, out.getvalue(), err.getvalue())
 

@@ -80,7 +80,7 @@ import json, sys
 import dispec.serving.server
 from dispec.engine.options import EngineOptions
 dispec.serving.server.run = lambda settings, engine, **_: print(json.dumps(EngineOptions(**engine).num_threads())) or 0
-from dispec.serving.cli.commands import main
+from dispec.__main__ import main
 main(["serve", "-q", *sys.argv[1:]])
 """
 

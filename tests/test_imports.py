@@ -38,8 +38,8 @@ ROOMS = [
     "serving.client",
     "serving.observability",
     "serving.cluster",
-    "serving.settings",
     "serving.http",
+    "serving.settings",
     "serving.dashboard",
     "serving.api",
     "serving.start_check",
@@ -66,6 +66,8 @@ FILES = {
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
 
+MODULES = {f"dispec.{name}" for name in FILES}
+
 
 def is_within(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
@@ -81,7 +83,10 @@ def room_of(name: str) -> str:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Every module that the file's text imports: at the top, in a function, for type checkers, or by a literal name."""
+    """Every module that the file's text imports: at the top, in a function, for type checkers, or by name in a string.
+
+    Such a string is an argument of `import_module` or of `python -m`.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -91,6 +96,8 @@ def imported(path: Path) -> Iterator[str]:
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 yield full if full.removeprefix("dispec.") in FILES else node.module
+        elif isinstance(node, ast.Constant) and node.value in MODULES:
+            yield node.value
 
 
 def own_imports(name: str) -> set[str]:
@@ -112,6 +119,14 @@ def test_imports_point_one_way(name: str) -> None:
 def test_our_modules_are_imported_by_their_installed_name(name: str) -> None:
     bare = {"engine", "layers", "ops", "serving", "bench", "tests"}
     assert not {found.split(".")[0] for found in imported(FILES[name])} & bare
+
+
+def test_no_module_is_imported_by_a_computed_name() -> None:
+    for path in FILES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+                name = node.args[0] if node.args else None
+                assert not isinstance(name, ast.JoinedStr | ast.BinOp), f"{path}:{node.lineno}: {ast.unparse(node)}"
 
 
 def test_no_module_is_in_a_circle() -> None:
@@ -138,7 +153,7 @@ def test_serving_never_imports_torch_even_later(name: str) -> None:
 
 
 def test_modules_of_the_server_process_load_no_torch() -> None:
-    modules = ["dispec"]
+    modules = ["dispec", "dispec.__main__"]
     modules += [f"dispec.{name}" for name in FILES if any(is_within(name, package) for package in WITHOUT_TORCH)]
     # One process for all, one module after another, so that the first one to load it is named.
     code = f"""

@@ -70,7 +70,7 @@ def worker(role: str, model: Path) -> Iterator[str]:
         f"dispec-{role}-{os.getpid()}",
         sys.executable,
         "-m",
-        "dispec.serving.cli.commands",
+        "dispec",
         "serve",
     ]
     command += [*eager(str(model)), "--dtype", "float32", "--block-size", "16", "--host", f"10.78.{number}.2"]

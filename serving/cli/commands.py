@@ -1,13 +1,11 @@
-"""The `dispec` command. Nothing here imports torch until a command needs a model, so that help is instant."""
+"""The commands that run models. Torch is imported by a command that needs it, so that help is instant."""
 
-import importlib
 import importlib.metadata
 import json
 import logging
 import os
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -45,9 +43,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Given to each command and not once to the group, whose commands would put their own names after the prefix: an
-# option shall have one variable, whichever command reads it.
-_FROM_ENVIRONMENT = {"auto_envvar_prefix": "DISPEC"}
+# A setting of each command, not of the group: the group's prefix would continue with the command's name, and an option
+# has the same variable in all commands.
+FROM_ENVIRONMENT = {"auto_envvar_prefix": "DISPEC"}
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,7 +67,7 @@ def _dispec(
     pass
 
 
-@app.command(context_settings=_FROM_ENVIRONMENT)
+@app.command(context_settings=FROM_ENVIRONMENT)
 @with_engine_options
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from standard input.")],
@@ -125,7 +123,7 @@ def generate(
             say(summary(completion))
 
 
-@app.command(context_settings=_FROM_ENVIRONMENT)
+@app.command(context_settings=FROM_ENVIRONMENT)
 @with_engine_options
 def chat(
     max_tokens: MaxTokens = 512,
@@ -162,7 +160,7 @@ def chat(
                 say(summary(completion))
 
 
-@app.command(context_settings=_FROM_ENVIRONMENT)
+@app.command(context_settings=FROM_ENVIRONMENT)
 @with_serve_options
 def serve(quiet: Quiet = False, debug: Debug = False, *, server: dict[str, Any], engine: dict[str, Any]) -> None:
     """Answer an OpenAI-compatible API, with a dashboard, until told to leave: Ctrl-C lets running requests finish."""
@@ -181,56 +179,7 @@ def serve(quiet: Quiet = False, debug: Debug = False, *, server: dict[str, Any],
             raise typer.Exit(code)
 
 
-@app.command(context_settings=_FROM_ENVIRONMENT)
-def distill(
-    target: Annotated[str, typer.Argument(help="The model to make a draft for: as --model elsewhere.")],
-    layers: Annotated[int, typer.Option(help="Of the target's layers, that the draft begins with.")],
-    out: Annotated[Path, typer.Option(help="Directory of the draft; what an earlier call began there goes on.")],
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file with a prompt in each line.", show_default="some of our own")
-    ] = None,
-    tokens: Annotated[
-        int, typer.Option(help="Of answers that the target writes for the draft to learn from.")
-    ] = 1_000_000,
-    epochs: Annotated[int, typer.Option(help="How often to train on each.")] = 3,
-    batch_tokens: Annotated[int, typer.Option(help="Of a training step.")] = 4096,
-    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 1e-3,
-    own_embedding: Annotated[
-        bool,
-        typer.Option("--own-embedding", help="Train embedding and head as well, instead of borrowing the target's."),
-    ] = False,
-    head_tokens: Annotated[
-        int, typer.Option(help="How many tokens, the most frequent ones, a borrowed head can guess; 0 is all.")
-    ] = 8192,
-    max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 256,
-    max_num_seqs: Annotated[int, typer.Option(help="Answers that the target writes at once.")] = 32,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if there is one")
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Make a draft model for --speculative-model: a few layers of the target, trained on what the target writes."""
-    with reporting(quiet=False, debug=debug):
-        from dispec.bench.distillation.distill import Recipe, distill
-        from dispec.bench.distillation.text import SEED_PROMPTS, read_prompts
-        from dispec.engine.options import EngineOptions
-
-        recipe = Recipe(
-            layers=layers,
-            num_tokens=tokens,
-            epochs=epochs,
-            batch_tokens=batch_tokens,
-            learning_rate=learning_rate,
-            shares_embedding=not own_embedding,
-            head_tokens=head_tokens,
-            max_tokens=max_tokens,
-        )
-        options = EngineOptions(model=target, device=device, max_num_seqs=max_num_seqs)
-        agreement = distill(options, recipe, read_prompts(prompts or SEED_PROMPTS), out)
-        say(f"{out}: its likeliest token is the target's {agreement.greedy:.1%} of the time")
-
-
-@app.command("env-check", context_settings=_FROM_ENVIRONMENT)
+@app.command("env-check", context_settings=FROM_ENVIRONMENT)
 def env_check(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
     debug: Debug = False,
@@ -255,18 +204,6 @@ def env_check(
             raise typer.Exit(1)
 
 
-# Its options belong to the benchmark that it names.
-@app.command(
-    add_help_option=False,
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
-)
-def bench(context: typer.Context) -> None:
-    """Measure: throughput, latency, startup and more; without a name it lists what there is."""
-    # By name: benchmarks may import everything, and nothing that serves needs them.
-    if code := importlib.import_module("dispec.bench.cli").main(list(context.args)):
-        raise typer.Exit(code)
-
-
 def summary(completion: "Completion") -> str:
     """One line on how an answer came: how many tokens, how fast, and if a limit cut it off."""
     count = len(completion.token_ids)
@@ -279,15 +216,15 @@ def summary(completion: "Completion") -> str:
     return ", ".join(parts)
 
 
-def main(args: list[str] | None = None) -> None:
-    """Entry point. Exits with 0, with 2 where the user gave something wrong, 130 after Ctrl-C, else with 1."""
+def run(args: list[str] | None) -> NoReturn:
+    """Run the command line and exit: with 0, 2 where an argument is invalid, 130 after Ctrl-C, else 1."""
     try:
         code = app(args=args, prog_name="dispec", standalone_mode=False)
     except KeyboardInterrupt:
         say("interrupted")
         code = INTERRUPTED
     except Exception as error:
-        # Some versions of typer bring their own copy of click, so there is no one class to name for what it raises.
+        # Typer may bring its own copy of click, so that the class of its usage errors has no one name.
         message = getattr(error, "format_message", None)
         if message is None:
             raise
@@ -323,7 +260,3 @@ def _choose_progress_bars(show_progress: bool) -> None:
     """The hub's client draws its own while it downloads; it reads the variable when it is first imported."""
     if not show_progress:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-if __name__ == "__main__":
-    main()

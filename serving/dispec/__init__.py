@@ -7,40 +7,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dispec.engine.api.llm import LLM, generate
-    from dispec.engine.api.outputs import Choice, Completion, Piece, Timing
-    from dispec.engine.options import EngineOptions
-    from dispec.engine.sampling_params import SamplingParams
-    from dispec.engine.scheduling.sequence import TokenLogprobs
+    from dispec.engine.api.llm import LLM as LLM
+    from dispec.engine.api.llm import generate as generate
+    from dispec.engine.api.outputs import Choice as Choice
+    from dispec.engine.api.outputs import Completion as Completion
+    from dispec.engine.api.outputs import Piece as Piece
+    from dispec.engine.api.outputs import Timing as Timing
+    from dispec.engine.options import EngineOptions as EngineOptions
+    from dispec.engine.sampling_params import SamplingParams as SamplingParams
+    from dispec.engine.scheduling.sequence import TokenLogprobs as TokenLogprobs
 
 _MODULE_OF = {
-    "LLM": "engine.api.llm",
-    "Choice": "engine.api.outputs",
-    "Completion": "engine.api.outputs",
-    "EngineOptions": "engine.options",
-    "Piece": "engine.api.outputs",
-    "SamplingParams": "engine.sampling_params",
-    "Timing": "engine.api.outputs",
-    "TokenLogprobs": "engine.scheduling.sequence",
-    "generate": "engine.api.llm",
+    "LLM": "dispec.engine.api.llm",
+    "generate": "dispec.engine.api.llm",
+    "Choice": "dispec.engine.api.outputs",
+    "Completion": "dispec.engine.api.outputs",
+    "Piece": "dispec.engine.api.outputs",
+    "Timing": "dispec.engine.api.outputs",
+    "EngineOptions": "dispec.engine.options",
+    "SamplingParams": "dispec.engine.sampling_params",
+    "TokenLogprobs": "dispec.engine.scheduling.sequence",
 }
 
-__all__ = [
-    "LLM",
-    "Choice",
-    "Completion",
-    "EngineOptions",
-    "Piece",
-    "SamplingParams",
-    "Timing",
-    "TokenLogprobs",
-    "generate",
-]
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
-        return getattr(import_module(f"dispec.{_MODULE_OF[name]}"), name)
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module 'dispec' has no attribute {name!r}")
 
 

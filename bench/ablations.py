@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from dispec.bench.contestants import Contestant, our_engine, transformers
+from dispec.bench.contestants import Contestant, dispec_engine, transformers
 from dispec.bench.geometries import NAMES
 from dispec.bench.loading import Device, Dtype, Model, config_of, useful_kv_memory
 from dispec.bench.machine import choose_device, describe_machine
@@ -89,7 +89,7 @@ def main(
                 peer = {"model": model, "is_geometry": model in NAMES, "dtype": dtype, "device": device}
                 contestant = transformers(row.name, peer | {"one_at_a_time": True})
             else:
-                contestant = our_engine(model, common | row.options, row.name, row.environment)
+                contestant = dispec_engine(model, common | row.options, row.name, row.environment)
             stack.callback(contestant.close)
             running.append(contestant)
         taken = take_turns(running, workload, config.vocab_size, rounds)

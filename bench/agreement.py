@@ -1,10 +1,9 @@
-"""How often the engine's next token is transformers' next token, in the dtype that is served.
+"""The share of next tokens on which the engine and transformers agree, in the dtype that is served.
 
     dispec bench agreement --dtype bfloat16
 
-Both see the same text, the engine's own greedy output, token by token (teacher forcing): a tie that falls the
-other way counts once and does not cascade. For scale it prints how often transformers in that dtype agrees with
-transformers in fp32.
+Both read the engine's own greedy output token by token (teacher forcing), so that a near-tie that falls the other way
+counts once. For comparison it prints how often transformers in that dtype agrees with transformers in fp32.
 """
 
 from typing import Annotated
@@ -34,7 +33,7 @@ def main(
     output_tokens: Annotated[int, typer.Option(min=1)] = 64,
     output: Output = None,
 ) -> None:
-    """The share of next tokens on which the engine and transformers agree."""
+    """Measure how often the engine's next token is transformers' next token."""
     settings = dict(locals())
     columns = {"": "", " ": "", "agree on": ".2%", "of tokens": "d"}
     report = Report("agreement", settings, describe_machine(choose_device(device)), columns, output)

@@ -1,4 +1,4 @@
-"""Plots of results, drawn by matplotlib, which only who asks for a plot needs."""
+"""Plots of results. matplotlib is imported only when a plot is requested."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -7,7 +7,7 @@ Kind = Literal["lines", "bars"]
 
 
 def require_matplotlib(path: Path) -> None:
-    """Raises ValueError if a plot cannot be written there."""
+    """Raise ValueError if a plot cannot be written to `path`."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -17,7 +17,7 @@ def require_matplotlib(path: Path) -> None:
 
 
 def draw(path: Path, points: dict[str, list[tuple[Any, float]]], title: str, x: str, y: str, kind: Kind) -> None:
-    """Lines of (x, y) over a logarithmic x axis, or bars with a name each, those of a name below each other."""
+    """Draw lines of (x, y) over a logarithmic x axis, or named bars, grouped by name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -50,7 +50,7 @@ def draw(path: Path, points: dict[str, list[tuple[Any, float]]], title: str, x: 
 
 
 def bar_rows(points: dict[str, list[tuple[Any, float]]]) -> dict[Any, dict[str, float]]:
-    """Where the bars of each name stand, by series: those of a name next to each other, a gap before the next name."""
+    """Return the position of each bar by name and series: bars of a name side by side, a gap before the next name."""
     names = dict.fromkeys(name for values in points.values() for name, _ in values)
     rows, place = {}, 0.0
     for wanted in names:

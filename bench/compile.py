@@ -1,11 +1,10 @@
-"""Compile times at start with an empty and with a filled cache, and what the compiler made.
+"""Compile times of a start with a cold and with a warm cache, and counts of graphs and kernels.
 
     dispec bench compile
 
-Each start is a process of its own, which then answers requests of many kinds. "graphs" counts the graphs that Dynamo
-traced at start, "later" those traced while it answered, which should be 0. On CUDA "skipped" counts functions that the
-compiler could not record as CUDA graphs, which should be 0, and "moving" the inputs that each replay copies because
-their addresses may change.
+Each start is a new process, which then answers requests of many kinds. "graphs" counts the graphs that Dynamo traced
+at start, and "later" those traced while requests ran (expected: 0). On CUDA, "skipped" counts functions that were not
+recorded as CUDA graphs (expected: 0), and "moving" inputs that each replay copies because their addresses may change.
 """
 
 import json
@@ -23,7 +22,7 @@ from dispec.bench.report import Output, Plot, Report
 
 
 def start_once(options: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
-    """Start an engine in a new process; what `bench.compile_probe` found. Raises RuntimeError with its last words."""
+    """Start an engine in a new process and return the output of `bench.compile_probe`. Raises RuntimeError."""
     command = [sys.executable, "-m", "dispec.bench.compile_probe", json.dumps(options)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -42,7 +41,7 @@ def main(
     output: Output = None,
     plot: Plot = None,
 ) -> None:
-    """Cold and warm compile times by phase; graphs, kernels, recompilations."""
+    """Measure cold and warm compile times by phase; count graphs, kernels and recompilations."""
     settings = dict(locals())
     chosen = choose_device(device)
     options = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len, "dtype": dtype, "device": device}

@@ -1,10 +1,10 @@
-"""Speed on a machine that is not quiet: decoding beside busy processes, and a server's first minute.
+"""Tokens per second beside busy processes, and in a server's first minute.
 
     dispec bench contention
 
-Decoding: one sequence, with no other process and with one busy process for each usable core, in turns. The machine's
-fair share of two threads beside two busy ones is a half. First minute: `dispec serve` with a cold cache and with a warm
-one, and streams one after another from the moment it listens, counted in spans of five seconds.
+Decoding: one sequence, alternately alone and beside one busy process for each usable core. The fair share of two
+threads beside two busy ones is a half. First minute: `dispec serve` with a cold and with a warm cache; streams follow
+one another from the moment that it listens, and tokens are counted in spans of five seconds.
 """
 
 import http.client
@@ -37,7 +37,7 @@ _STREAM_TOKENS = 512
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """So many processes that want a core each, in this one's session: schedulers weigh sessions against each other."""
+    """Run `count` busy processes in this process's session, since schedulers weigh sessions against each other."""
     processes = [
         subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
         for _ in range(count)
@@ -54,7 +54,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def decode_rate(llm: LLM, tokens: int) -> float:
-    """Tokens per second of one sequence."""
+    """Return the tokens per second of one sequence."""
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     start = time.perf_counter()
     llm.generate([[1, 2, 3, 4]], params)
@@ -62,7 +62,7 @@ def decode_rate(llm: LLM, tokens: int) -> float:
 
 
 def token_times(url: str, model: str, seconds: float) -> list[float]:
-    """When the tokens of streams came that follow each other for so long, in seconds since the first was asked for."""
+    """Run streams one after another for `seconds`; return each token's arrival, in seconds since the first request."""
     address = urlsplit(url)
     assert address.hostname is not None
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=600)
@@ -83,7 +83,7 @@ def token_times(url: str, model: str, seconds: float) -> list[float]:
 
 
 def spans(times: list[float], seconds: float) -> list[float]:
-    """Tokens per second in each span; the first one holds the time to the first token."""
+    """Return the tokens per second of each span; the first span includes the time to the first token."""
     count = max(1, round(seconds / SPAN_SECONDS))
     counts = [0] * count
     for moment in times:
@@ -94,15 +94,15 @@ def spans(times: list[float], seconds: float) -> list[float]:
 
 def main(
     model: Model = "smollm2",
-    tokens: Annotated[int, typer.Option(min=2, help="Of an answer whose rate is measured.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="Quiet and loaded in turns.")] = 5,
-    busy: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="the usable cores")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="Of a server's life to watch; 0 watches none.")] = 60,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a measured answer.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternating quiet and loaded runs.")] = 5,
+    busy: Annotated[int | None, typer.Option(min=1, help="Busy processes.", show_default="the usable cores")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds of a server's life to measure; 0 skips it.")] = 60,
     dtype: Dtype = "bfloat16",
     output: Output = None,
     plot: Plot = None,
 ) -> None:
-    """Tokens per second beside busy processes, and in a server's first minute."""
+    """Measure tokens per second beside busy processes, and in a server's first minute."""
     settings = dict(locals())
     columns = {"": "", "tokens/s": ".1f", "of quiet": ".2fx", "slowest, fastest": " ", "longest gap s": ".2f"}
     report = Report("contention", settings, describe_machine(), columns, output, plot)

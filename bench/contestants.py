@@ -1,4 +1,4 @@
-"""Engines that take turns on the same work, each in a process of its own, asleep until it is asked."""
+"""Engines that take turns on the same workload, each in a process of its own that sleeps between its turns."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def peer_environment() -> dict[str, str]:
-    """This process's variables without what `import engine` added to them: peers run with their own defaults."""
+    """Return this process's variables without those that `import dispec` set: peers run with their own defaults."""
     environment = dict(os.environ)
     if environment.get("GOMP_SPINCOUNT") == SPIN_COUNT:
         del environment["GOMP_SPINCOUNT"]
@@ -28,12 +28,15 @@ def peer_environment() -> dict[str, str]:
 
 
 class ContestantFailed(RuntimeError):
-    """A peer's process ended or did something else than it was asked; the message has its last words."""
+    """A contestant's process ended or returned a wrong result; the message ends with its last output."""
 
 
 class Contestant(Protocol):
-    """name: in tables. versions: of what runs. peak_bytes: most resident memory of its processes so far.
-    start_seconds: from the start of the process until it was ready. cpu: seconds of its processes on cores."""
+    """An engine under measurement.
+
+    name: in tables. versions: of its packages. peak_bytes: peak resident memory of its processes.
+    start_seconds: from process start until it is ready. cpu: CPU seconds of its processes.
+    """
 
     name: str
     versions: dict[str, str]
@@ -46,10 +49,10 @@ class Contestant(Protocol):
 
 
 class Worker:
-    """A process that loads once and is then asked for rounds, over the protocol of bench/worker.py.
+    """A process that loads once and runs one workload a request, over the protocol of `bench.worker`.
 
-    directory: of the checkout whose modules the process imports. patience: seconds to wait for each answer, being ready
-    included; then the process is killed. None waits for ever.
+    directory: working directory of the process. patience: seconds to wait for each answer, the first included, before
+    the process is killed; None waits without limit.
     """
 
     def __init__(
@@ -83,14 +86,14 @@ class Worker:
         self.start_seconds: float | None = time.perf_counter() - start
 
     def run(self, workload: Workload, prompts: list[list[int]], decode_only: bool) -> float:
-        """Seconds that the workload took. Raises ContestantFailed unless it was done as asked."""
+        """Run the workload and return its seconds. Raises ContestantFailed if the result is not what was requested."""
         assert self._process.stdin is not None
         request = {"prompts": prompts, "output_tokens": workload.output_tokens, "decode_only": decode_only}
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # what it said last tells more
+            pass  # the log of the process tells more
         answer = self._read()
         self.peak_bytes = max(self.peak_bytes, peak_bytes(self._process.pid))
         if answer["output_tokens"] != [workload.output_tokens] * len(prompts):
@@ -98,7 +101,7 @@ class Worker:
                 f"{self.name} made {answer['output_tokens']} tokens, not {workload.output_tokens} each"
             )
         cached, computed = answer["cached_tokens"], workload.concurrency * workload.prompt_tokens
-        # The last block of a prompt is computed again; blocks are of 128 tokens at most.
+        # The last block of a prompt is recomputed; blocks have at most 128 tokens.
         if decode_only and cached is not None and cached < computed - 128 * workload.concurrency:
             raise ContestantFailed(
                 f"{self.name} found {cached} of {computed} prompt tokens in its cache: it is too small"
@@ -109,7 +112,7 @@ class Worker:
         return cpu_seconds(self._process.pid)
 
     def close(self) -> None:
-        """End the process, gently first."""
+        """Close the standard input of the process, and kill it if it does not end within 20 s."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -133,16 +136,16 @@ class Worker:
             timer.cancel()
         if not line:
             code = self._process.wait()
-            words = Path(self._log.name).read_text(errors="replace").strip().splitlines()[-15:]
-            raise ContestantFailed(f"{self.name} ended with code {code}; its last words:\n" + "\n".join(words))
+            output = Path(self._log.name).read_text(errors="replace").strip().splitlines()[-15:]
+            raise ContestantFailed(f"{self.name} ended with code {code}; its last output:\n" + "\n".join(output))
         answer: dict[str, Any] = json.loads(line)
         return answer
 
 
 class LlamaCpp:
-    """`llama-batched-bench`, a process for each round, which loads the model, warms up and times itself."""
+    """`llama-batched-bench`: one process a round, which loads the model, warms up and times itself."""
 
-    start_seconds: float | None = None  # every round pays for its own, which does not count
+    start_seconds: float | None = None  # each round starts anew, outside the measured time
 
     def __init__(self, program: Path, model: Path, threads: int) -> None:
         self.name = "llama.cpp"
@@ -152,10 +155,10 @@ class LlamaCpp:
         self._program, self._model, self._threads = program, model, threads
 
     def run(self, workload: Workload, prompts: list[list[int]], decode_only: bool) -> float:
-        """Seconds that the workload took: prompts and decoding, or with `decode_only` the latter alone.
+        """Return the seconds of prompts and decoding, or with `decode_only` of decoding alone.
 
-        Its prompts are its own random ones. The first of its tokens needs a decode step where others have it from the
-        prompt: where one token is asked for, the prompt's time counts.
+        The program uses random prompts of its own. Its first token takes a decode step, where other engines have it
+        from the prompt: with one output token, the prompt's time is returned.
         """
         context = workload.concurrency * -(-workload.tokens // 256) * 256
         numbers = {"-npp": workload.prompt_tokens, "-ntg": workload.output_tokens, "-npl": workload.concurrency}
@@ -180,7 +183,7 @@ class LlamaCpp:
             text = out.read()
         if process.returncode != 0:
             words = "\n".join(text.strip().splitlines()[-15:])
-            raise ContestantFailed(f"llama.cpp ended with code {process.returncode}; its last words:\n{words}")
+            raise ContestantFailed(f"llama.cpp ended with code {process.returncode}; its last output:\n{words}")
         timing = parse_batched_bench(text, workload.concurrency)
         if workload.output_tokens == 1 and not decode_only:
             return timing.prompt_seconds
@@ -193,16 +196,16 @@ class LlamaCpp:
         pass
 
 
-def our_engine(
+def dispec_engine(
     model: str, options: dict[str, Any], name: str = "dispec", environment: dict[str, str] | None = None
 ) -> Worker:
-    """`LLM.generate` with these options of the engine, and these variables set in its process."""
+    """Start DiSpec's `LLM.generate` with engine options, and extra variables in its process."""
     settings = {"engine": "dispec", "model": model, "options": options}
     return _own_worker(name, settings, os.environ | environment if environment else None)
 
 
 def transformers(name: str, settings: dict[str, Any]) -> Worker:
-    """transformers' `generate`. settings: model, is_geometry, dtype, device, one_at_a_time."""
+    """Start transformers' `generate`. settings: model, is_geometry, dtype, device, one_at_a_time."""
     return _own_worker(name, {"engine": "transformers"} | settings, peer_environment())
 
 
@@ -212,7 +215,7 @@ def _own_worker(name: str, settings: dict[str, Any], environment: dict[str, str]
 
 
 def _version(program: Path) -> str:
-    """What `llama-…` says of itself, such as "b11434"."""
+    """Return the version that a llama.cpp program prints, such as "b11434"."""
     done = subprocess.run([str(program), "--version"], capture_output=True, text=True, timeout=60, check=False)
     for line in (done.stdout + done.stderr).splitlines():
         if line.startswith("version:"):

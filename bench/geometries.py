@@ -1,4 +1,4 @@
-"""Shapes of real models, for measuring with random weights where the weights themselves cannot be had."""
+"""Shapes of real models, for measurements with random weights."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ _QWEN2 = {
     "tie_word_embeddings": True,
 }
 
-# As in the models' published config.json files.
+# From the models' published config.json files.
 _GEOMETRIES: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": _QWEN2
     | {
@@ -49,12 +49,12 @@ NAMES = tuple(_GEOMETRIES)
 
 
 def geometry(name: str) -> dict[str, Any]:
-    """The config.json of a named shape. Raises ValueError for a name that is not in NAMES."""
+    """Return the config.json of a named shape. Raises ValueError for a name that is not in NAMES."""
     if name not in _GEOMETRIES:
         raise ValueError(f"geometry {name!r} is not one of {', '.join(NAMES)}")
     return dict(_GEOMETRIES[name])
 
 
 def model_config(name: str) -> ModelConfig:
-    """A named shape as our config."""
+    """Return the `ModelConfig` of a named shape."""
     return config_from_hugging_face(geometry(name))

@@ -1,8 +1,8 @@
-"""Seconds to the first token and between tokens, inside the process: no HTTP, no text.
+"""Seconds to the first token and between tokens inside one process, without HTTP and text.
 
     dispec bench latency --concurrency 1,4
 
-All prompts come at once, so the time to the first token holds the others' prompts as well.
+All prompts arrive at once: the time to the first token includes the other prompts.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from dispec.engine.sampling_params import SamplingParams
 
 
 def token_times(engine: Engine, prompts: list[list[int]], output_tokens: int) -> list[list[float]]:
-    """When each token of each prompt came, in seconds since all prompts were given."""
+    """Return each prompt's token arrivals, in seconds since all prompts were added."""
     params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
     start = time.perf_counter()
     times: dict[int, list[float]] = {engine.add(prompt, params).id: [] for prompt in prompts}
@@ -35,7 +35,7 @@ def token_times(engine: Engine, prompts: list[list[int]], output_tokens: int) ->
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and 99th percentile."""
+    """Return the median and the 99th percentile."""
     ordered = sorted(values)
     return {"p50": statistics.median(ordered), "p99": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]}
 
@@ -52,7 +52,7 @@ def main(
     output: Output = None,
     plot: Plot = None,
 ) -> None:
-    """Seconds to the first token, and between tokens."""
+    """Measure seconds to the first token and between tokens."""
     settings = dict(locals())
     workloads = [Workload(size, prompt_tokens, output_tokens) for size in sizes(concurrency)]
     columns = {"c": "d"} | dict.fromkeys(("ttft p50 ms", "ttft p99 ms", "itl p50 ms", "itl p99 ms"), ".2f")

@@ -1,20 +1,20 @@
-"""What llama.cpp's `llama-batched-bench` prints."""
+"""The output of llama.cpp's `llama-batched-bench`."""
 
 import json
 from typing import NamedTuple
 
 
 class BatchTiming(NamedTuple):
-    """Seconds that a batch took: its prompts, and all decode steps after them."""
+    """Seconds of a batch: its prompts, and all decode steps after them."""
 
     prompt_seconds: float
     decode_seconds: float
 
 
 def parse_batched_bench(text: str, concurrency: int) -> BatchTiming:
-    """The timing of the batch of that many sequences, from the lines of `--output-format jsonl` or from the table.
+    """Return the timing of the batch of `concurrency` sequences, from `--output-format jsonl` or from the table.
 
-    Raises ValueError if there is none: it skips, without a word, batches that do not fit its context.
+    Raises ValueError if it is missing: the program silently skips batches that do not fit its context.
     """
     for line in text.splitlines():
         if line.startswith("{"):

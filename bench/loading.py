@@ -1,4 +1,4 @@
-"""Models as every benchmark takes them: by name, or as the shapes of a real model with random weights."""
+"""Models of benchmarks: by name, or the shapes of a real model with random weights."""
 
 import sys
 from typing import Annotated, Any
@@ -15,11 +15,11 @@ Model = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 (CUDA only) or float32.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if there is one")]
-EnforceEager = Annotated[bool, typer.Option(help="Compile nothing.")]
+EnforceEager = Annotated[bool, typer.Option(help="Disable compilation.")]
 
 
 def load(model: str, **options: Any) -> LLM:
-    """Start an engine as `LLM` does: on CUDA compiled before it answers, for benchmarks measure steady states."""
+    """Start an `LLM` of a model or a named geometry."""
     options["show_progress"] = sys.stderr.isatty()
     if model in NAMES:
         return LLM(model_config(model), load_format="dummy", **options)
@@ -27,11 +27,11 @@ def load(model: str, **options: Any) -> LLM:
 
 
 def config_of(model: str) -> ModelConfig:
-    """A model's config, without its weights."""
+    """Return a model's config without loading weights."""
     return model_config(model) if model in NAMES else find_checkpoint(model).config
 
 
 def useful_kv_memory(config: ModelConfig, sequences: int, tokens: int, dtype_bytes: int, block_size: int = 32) -> int:
-    """Bytes of a KV cache that just holds so many sequences, and so leaves room on the device for a peer's."""
+    """Return the bytes of a KV cache for `sequences` of `tokens`, so that a peer's cache fits on the same device."""
     block = 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype_bytes
     return (sequences * (-(-tokens // block_size) + 1) + 1) * block

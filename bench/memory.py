@@ -1,9 +1,9 @@
-"""The most memory that a process holds while it answers one request of a long context, beside the peers'.
+"""Peak resident memory while one request of a long context runs, beside the peers'.
 
     dispec bench memory --context 2048
 
-The allowance is 1.3 times the weights and the keys and values of the context, in bf16, and 350 MB for everything else.
-Resident memory of a process and those it starts, added up; on CUDA it is the host's side of it.
+The allowance is 1.3 times the weights and the KV of the context in bf16, plus 350 MB. Resident memory is summed over a
+process and its children; on CUDA it is host memory.
 """
 
 from typing import Annotated
@@ -20,14 +20,14 @@ from dispec.bench.workload import Workload
 
 
 def allowance(weights: int, kv: int) -> float:
-    """Bytes that the resident set may have."""
+    """Return the bytes that the resident set may have."""
     return 1.3 * (weights + kv) + 350e6
 
 
 def main(
     model: Model = "smollm2",
     context: Annotated[int, typer.Option(min=32, help="Tokens of the request, prompt and answer.")] = 2048,
-    output_tokens: Annotated[int, typer.Option(min=1, help="Of those, in the answer.")] = 16,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Of these, generated tokens.")] = 16,
     dtype: Dtype = "bfloat16",
     device: Device = None,
     enforce_eager: EnforceEager = False,
@@ -40,7 +40,7 @@ def main(
     output: Output = None,
     plot: Plot = None,
 ) -> None:
-    """Resident memory with one request of a long context, beside the peers'."""
+    """Measure resident memory with one request of a long context, beside the peers'."""
     settings = dict(locals())
     peers = choose_peers(peer, peer_python, peer_hf, peer_preload, peer_bin, peer_gguf)
     workload = Workload(1, context - output_tokens, output_tokens)

@@ -1,4 +1,4 @@
-"""Where the resident memory of an engine's process comes from: after each phase of its start, and by what is mapped.
+"""Resident memory of an engine process after each phase of its start, and by mapping.
 
 python -m dispec.bench.memory_phases --context 2048
 """
@@ -15,13 +15,13 @@ _MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \S+\s*(.*)\n")
 
 
 def status() -> dict[str, float]:
-    """Megabytes of this process: resident now, of that anonymous and of files, and the most so far."""
+    """Return megabytes of this process: resident, of that anonymous and of files, and the peak."""
     found = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text()))
     return {name: int(found[name]) / 1e3 for name in ("VmRSS", "RssAnon", "RssFile", "VmHWM")}
 
 
 def by_mapping() -> Counter[str]:
-    """Kilobytes of this process that are resident, by file; memory of its own is [heap] or [anon]."""
+    """Return resident kilobytes of this process by mapped file; its own memory is [heap] or [anon]."""
     resident: Counter[str] = Counter()
     name = ""
     with open("/proc/self/smaps") as lines:
@@ -33,7 +33,7 @@ def by_mapping() -> Counter[str]:
     return resident
 
 
-def say(phase: str) -> None:
+def report_phase(phase: str) -> None:
     print(f"{phase:<30}" + "  ".join(f"{name} {size:6.0f}" for name, size in status().items()), flush=True)
 
 
@@ -43,22 +43,22 @@ def main(
     enforce_eager: bool = False,
     top: Annotated[int, typer.Option(help="Mappings to show.")] = 10,
 ) -> None:
-    """Megabytes after each phase, with one sequence of a long context."""
-    say("python")
+    """Print megabytes after each phase, with one sequence of a long context."""
+    report_phase("python")
     import torch
 
-    say("import torch")
+    report_phase("import torch")
     from dispec.engine.api.llm import LLM
     from dispec.engine.sampling_params import SamplingParams
 
-    say("import engine")
+    report_phase("import dispec")
     llm = LLM(model, max_model_len=context + 16, max_num_seqs=1, enforce_eager=enforce_eager)
-    say("start")
+    report_phase("start")
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     llm.generate([[1 + index % 1000 for index in range(context - 16)]], params, use_tqdm=False)
-    say(f"a request of {context} tokens")
+    report_phase(f"a request of {context} tokens")
     ctypes.CDLL(None).malloc_trim(0)
-    say("what malloc kept, given back")
+    report_phase("after malloc_trim")
     weights, kv = torch.utils._pytree.tree_leaves(llm.engine.runner.weights), llm.engine.kv_plan
     held = sum(tensor.nbytes for tensor in weights if isinstance(tensor, torch.Tensor))
     print(f"weights {held / 1e6:.0f} MB, cache {kv.num_blocks * kv.block_bytes / 1e6:.0f} MB")

@@ -1,4 +1,4 @@
-"""The peers that a user names on the command line, started; see BENCHMARKS.md for how to install them."""
+"""Peers chosen on the command line, started; bench/RESULTS.md says how to install them."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dispec.bench.contestants import ROOT, Contestant, LlamaCpp, Worker, our_engine, peer_environment, transformers
+from dispec.bench.contestants import ROOT, Contestant, LlamaCpp, Worker, dispec_engine, peer_environment, transformers
 from dispec.bench.geometries import NAMES, geometry
 from dispec.bench.loading import config_of, useful_kv_memory
 from dispec.engine.dtypes import DTYPES
@@ -30,9 +30,7 @@ PeerHf = Annotated[
 ]
 PeerPreload = Annotated[
     str | None,
-    typer.Option(
-        help="vLLM: libraries to preload, with colons between.", show_default="its libiomp5, tcmalloc if found"
-    ),
+    typer.Option(help="vLLM: colon-separated libraries to preload.", show_default="its libiomp5, tcmalloc if found"),
 ]
 PeerBin = Annotated[Path | None, typer.Option(help="llama.cpp: the program llama-batched-bench.")]
 PeerGguf = Annotated[
@@ -47,7 +45,7 @@ _TCMALLOC = (
 
 @dataclass(frozen=True)
 class PeerChoice:
-    """Which peers, and where they are. Raises ValueError, with the option, for what is missing."""
+    """Which peers run, and where they are installed. Raises ValueError that names the option that is missing."""
 
     names: tuple[str, ...]
     python: Path | None
@@ -74,7 +72,7 @@ def choose_peers(
     program: Path | None,
     gguf: Path | None,
 ) -> PeerChoice:
-    """What the options say."""
+    """Return the choice that the options make."""
     chosen = tuple(dict.fromkeys(["transformers"] if names is None else names))
     return PeerChoice(() if chosen == ("none",) else chosen, python, hf, preload, program, gguf)
 
@@ -83,13 +81,13 @@ def choose_peers(
 def contestants(
     peers: PeerChoice, model: str, dtype: str, device: str | None, sequences: int, tokens: int, **options: Any
 ) -> Iterator[list[Contestant]]:
-    """DiSpec and the peers, each ready for so many sequences of so many tokens; ends them afterwards.
+    """Start DiSpec and the peers, ready for `sequences` of `tokens`, and end them when the context ends.
 
-    options: of our engine.
+    options: of DiSpec's engine.
     """
     is_cuda = (device or "").startswith("cuda") or (device is None and _has_cuda())
     options |= {"dtype": dtype, "device": device, "max_num_seqs": sequences, "max_model_len": tokens}
-    if is_cuda:  # else it takes what is free, and the peers find nothing
+    if is_cuda:  # otherwise it takes all free memory, and peers find none
         memory = useful_kv_memory(config_of(model), sequences, tokens, DTYPES[dtype].itemsize)
         options.setdefault("kv_cache_memory", memory)
     with ExitStack() as stack:
@@ -99,7 +97,7 @@ def contestants(
             stack.callback(contestant.close)
             started.append(contestant)
 
-        add(our_engine(model, options))
+        add(dispec_engine(model, options))
         for name in peers.names:
             if name == "transformers":
                 settings = {"model": model, "is_geometry": model in NAMES, "dtype": dtype, "device": device}
@@ -138,7 +136,7 @@ def _vllm(
         if preload:
             environment["LD_PRELOAD"] = preload
             print(f"vllm: LD_PRELOAD={preload}", flush=True)
-    # -I: this folder's file names shall not hide modules of its environment.
+    # -I: file names of this folder must not hide modules of vLLM's environment.
     return Worker(
         "vllm", [str(peers.python), "-I", str(ROOT / "bench" / "vllm_worker.py"), json.dumps(settings)], environment
     )
@@ -155,7 +153,7 @@ def _llama_cpp(peers: PeerChoice, model: str) -> LlamaCpp:
 
 
 def _preload(python: Path) -> list[str]:
-    """What vLLM's documentation says to preload on CPU, as far as it is there."""
+    """Return the libraries that vLLM's documentation recommends to preload on CPU, if installed."""
     own = python.absolute().parent.parent / "lib" / "libiomp5.so"
     return [path for path in (*_TCMALLOC, str(own)) if Path(path).is_file()]
 
@@ -164,7 +162,7 @@ def _require_file(option: str, path: Path | None, peer: str) -> None:
     if path is None:
         raise ValueError(f"--peer {peer} needs {option}")
     if not path.is_file():
-        raise ValueError(f"{option} is {path}, there is no such file")
+        raise ValueError(f"{option} is {path}, which is not a file")
 
 
 def _has_cuda() -> bool:

@@ -1,9 +1,9 @@
-"""Time to first token where requests share a prefix, with sharing and without.
+"""Time to first token of requests with a common prefix, with prefix sharing and without.
 
     dispec bench prefix --requests 32 --prefix-tokens 1024
 
-Twice: when nobody has computed the prefix yet and all requests come at once, and when an earlier request left it in the
-cache. The contestants alternate.
+Two cases: all requests arrive at once and none has computed the prefix, and an earlier request left the prefix in the
+cache. Both engines alternate.
 """
 
 import statistics
@@ -23,7 +23,7 @@ CASES = ("all at once", "prefix in the cache")
 
 
 def first_token_seconds(llm: LLM, prompts: list[list[int]]) -> tuple[float, int]:
-    """The mean time to first token of prompts that arrive together, and how many prompt tokens were computed."""
+    """Return the mean time to first token of simultaneous prompts, and the number of prompt tokens computed."""
     llm.engine.records.clear()
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     completions = llm.generate(prompts, params, use_tqdm=False)
@@ -35,7 +35,7 @@ def main(
     model: Model = "smollm2",
     requests: Annotated[int, typer.Option(min=1)] = 32,
     prefix_tokens: Annotated[int, typer.Option(min=1)] = 1024,
-    own_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each prompt has for itself.")] = 32,
+    own_tokens: Annotated[int, typer.Option(min=1, help="Tokens after the prefix.")] = 32,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     dtype: Dtype = "bfloat16",
     device: Device = None,
@@ -43,7 +43,7 @@ def main(
     output: Output = None,
     plot: Plot = None,
 ) -> None:
-    """Time to first token with and without prefix sharing."""
+    """Measure time to first token with and without prefix sharing."""
     settings = dict(locals())
     columns = {"": "", "sharing s": ".3f", "computed": "d", "without s": ".3f", "computed ": "d", "ratio": ".1fx"}
     report = Report("prefix", settings, describe_machine(choose_device(device)), columns, output, plot)

@@ -1,4 +1,4 @@
-"""Where the time of a start and of a decode step goes: host phases, device kernels, idle.
+"""Time of a start and of a decode step by host phase and device kernel.
 
     dispec bench profile-step --model qwen2.5-1.5b --concurrency 1
 
@@ -34,7 +34,7 @@ def main(
     trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace here.")] = None,
     output: Output = None,
 ) -> None:
-    """Where the time of a start and of a decode step goes: host phases, kernels."""
+    """Profile a start and a decode step: host phases, device kernels, idle time."""
     settings = dict(locals())
     llm = load(
         model,

@@ -1,4 +1,4 @@
-"""What every benchmark leaves behind: a table on the screen, JSON lines and a plot where asked for.
+"""A benchmark's output: a table, and on request JSON lines and a plot.
 
 A line of JSON is one row of the table:
 
@@ -9,7 +9,7 @@ A line of JSON is one row of the table:
     versions    of Python, torch, transformers, triton, DiSpec, and of the peers that ran
     settings    the command's options
     case        what distinguishes the row, such as {"concurrency": 16}
-    figures     what was measured, in seconds, bytes and per second
+    figures     measurements in seconds, bytes and per second
 """
 
 import json
@@ -33,10 +33,10 @@ _SECRET = ("api_key",)
 
 @dataclass
 class Report:
-    """Rows of a benchmark. Raises ValueError at once, before anything is measured, where a plot cannot be drawn.
+    """Rows of a benchmark. Raises ValueError before anything is measured if the output or plot cannot be written.
 
-    columns: of the table, each with how its numbers are written, such as {"tokens/s": ".1f"} or {"ratio": ".2fx"};
-        texts stand to the left with "" and to the right with " ".
+    columns: of the table, each with its number format, such as {"tokens/s": ".1f"} or {"ratio": ".2fx"}; "" aligns texts
+        to the left, " " to the right.
     """
 
     bench: str
@@ -63,7 +63,7 @@ class Report:
         print(f"{self.machine.device}, {self.machine.cores} cores; commit {self._commit}; {known}", flush=True)
 
     def add(self, case: dict[str, Any], figures: dict[str, Any], cells: list[Any]) -> None:
-        """A row: `cells` for the table, `case` and `figures` for the file, written at once."""
+        """Add a row: `cells` for the table; `case` and `figures` for the file, written at once."""
         formats = self.columns.values()
         self._cells.append([_cell(value, form) for value, form in zip(cells, formats, strict=True)])
         if self.output is not None:
@@ -83,11 +83,11 @@ class Report:
         }
 
     def point(self, series: str, x: Any, y: float) -> None:
-        """A point of the plot: a bar where `x` is a name."""
+        """Add a point to the plot, or a bar if `x` is a name."""
         self._points.setdefault(series, []).append((x, y))
 
     def finish(self, x: str = "", y: str = "", kind: Kind = "lines") -> None:
-        """Print the table and draw the plot, with its axes named."""
+        """Print the table and draw the plot; `x` and `y` name its axes."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name, form in self.columns.items():
             table.add_column(name, justify="right" if form else "left", no_wrap=True)

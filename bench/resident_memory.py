@@ -1,4 +1,4 @@
-"""What processes hold in memory and how long they ran on a core, read from the system while they live."""
+"""Resident memory and CPU time of running processes, read from the system."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import psutil
 
 
 def peak_bytes(pid: int) -> int:
-    """The largest resident set so far of a process and those it started, added up; 0 once it has gone.
+    """Return the peak resident bytes of a process and its children, summed; 0 after it has ended.
 
     Not the kernel's account at its end: that includes what the parent held before it became this program.
     """
@@ -14,7 +14,7 @@ def peak_bytes(pid: int) -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """The time that a process and those it started have spent on cores."""
+    """Return the CPU seconds of a process and its children."""
     total = 0.0
     for process in _tree(pid):
         try:
@@ -26,7 +26,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def machine_cpu_seconds() -> float:
-    """The time that all processes of the machine have spent on cores."""
+    """Return the CPU seconds of all processes of the machine."""
     times = psutil.cpu_times()
     return times.user + times.system + times.nice
 

@@ -1,4 +1,4 @@
-"""Contestants take turns on a workload, so that a drift of the machine hits all of them; medians count."""
+"""Contestants take turns on a workload, so that drift of the machine affects all of them."""
 
 import statistics
 import time
@@ -11,12 +11,11 @@ from dispec.bench.contestants import Contestant
 from dispec.bench.resident_memory import machine_cpu_seconds
 from dispec.bench.workload import Workload
 
-NOISY = 0.1  # of a core, from which on others are said to have disturbed
+NOISY = 0.1  # cores used by other processes, above which a run counts as disturbed
 
 
 class Taken(NamedTuple):
-    """Seconds of each round of each contestant; `others` is the share of a core that went, in the median round, to
-    processes other than the one whose turn it was, sleeping contestants included."""
+    """Seconds of each round by contestant. others: cores used by all other processes in the median round."""
 
     seconds: dict[str, list[float]]
     others: float
@@ -28,7 +27,7 @@ class Taken(NamedTuple):
 def take_turns(
     contestants: Sequence[Contestant], workload: Workload, vocab_size: int, rounds: int, decode_only: bool = False
 ) -> Taken:
-    """Run the workload `rounds` times on each contestant, after once that warms caches and allocators."""
+    """Run the workload `rounds` times on each contestant, after one run that warms caches and allocators."""
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     others: list[float] = []
     turns = [(round_, contestant) for round_ in range(rounds + 1) for contestant in contestants]

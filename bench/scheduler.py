@@ -1,4 +1,4 @@
-"""What scheduling costs beside the model: milliseconds of `schedule` and `commit` for one decode step.
+"""Milliseconds of `schedule` and `commit` of one decode step, without a model.
 
     dispec bench scheduler --sequences 16,64,256 --context 128,1024,8192
 
@@ -32,7 +32,7 @@ class Cost(NamedTuple):
 
 
 def running(num_sequences: int, context: int, steps: int, block_size: int) -> Scheduler:
-    """A scheduler whose sequences have all computed their prompts, with nothing in common, and run on."""
+    """Return a scheduler of decoding sequences that share no prefix."""
     max_len = context + steps + 2 * WARM_UP
     num_blocks = num_sequences * -(-max_len // block_size) + num_sequences
     scheduler = Scheduler(BlockPool(num_blocks + 1, block_size), num_sequences, num_sequences * context)
@@ -60,7 +60,7 @@ def decode(scheduler: Scheduler) -> Cost:
 
 
 def measure(num_sequences: int, context: int, steps: int, block_size: int) -> list[Cost]:
-    """The cost of each of `steps` decode steps."""
+    """Return the cost of each of `steps` decode steps."""
     scheduler = running(num_sequences, context, steps, block_size)
     costs = [decode(scheduler) for _ in range(WARM_UP + steps)][WARM_UP:]
     scheduler.check()
@@ -76,7 +76,7 @@ def main(
     output: Output = None,
     plot: Plot = None,
 ) -> None:
-    """Milliseconds of scheduling a decode step, without a model."""
+    """Measure the scheduling of a decode step without a model."""
     settings = dict(locals())
     milliseconds = dict.fromkeys(("median ms", "p99 ms", "schedule", "commit"), ".3f")
     columns = {"sequences": "d", "context": "d"} | milliseconds | {"us/seq": ".2f"}

@@ -1,8 +1,8 @@
-"""Seconds from the start of a process to the first token of an answer, with an empty and with a filled compile cache.
+"""Seconds from the start of a process to the first generated token, with a cold and with a warm compile cache.
 
     dispec bench startup
 
-Of `dispec generate`, and of `dispec serve` asked as soon as it listens. Each start is a process of its own.
+Measures `dispec generate`, and `dispec serve` with a request as soon as it listens. Each start is a new process.
 """
 
 import http.client
@@ -29,7 +29,7 @@ _COMMAND = [sys.executable, "-m", "dispec"]
 
 
 class Start(NamedTuple):
-    """Seconds from the start of the process to the first token and, of a server, until it was ready and compiled."""
+    """Seconds from the start of a process to its first token and, for a server, until it was ready and compiled."""
 
     ready: float | None
     first_token: float
@@ -38,7 +38,7 @@ class Start(NamedTuple):
 
 
 def start_generate(options: list[str], environment: dict[str, str]) -> Start:
-    """`dispec generate`, to the first byte of its answer."""
+    """Start `dispec generate` and measure until the first byte of its output."""
     command = [*_COMMAND, "generate", PROMPT, "--max-tokens", "16", "--ignore-eos", "--quiet", *options]
     began = time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, bufsize=0) as process:
@@ -53,7 +53,7 @@ def start_generate(options: list[str], environment: dict[str, str]) -> Start:
 
 
 def start_serve(options: list[str], environment: dict[str, str]) -> Start:
-    """`dispec serve`, to the first piece of a streamed answer."""
+    """Start `dispec serve` and measure until the first chunk of a streamed completion."""
     began = time.perf_counter()
     command = [*_COMMAND, "serve", "--port", "0", *options]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:

@@ -1,12 +1,12 @@
-"""Tokens per second at several concurrencies, beside peers that take turns with us.
+"""Tokens per second at several concurrencies, beside peers that run in turns.
 
     dispec bench throughput --concurrency 1,6,16,32
     dispec bench throughput --concurrency 1 --prompt-tokens 2048 --output-tokens 1       # prefill
     dispec bench throughput --concurrency 8 --prompt-tokens 4096 --decode-only           # decoding at a long context
 
-Each figure is the median of the rounds. Output tokens count, over the seconds from the first prompt to the last token;
-with one output token the prompt's tokens count, and with `--decode-only` the prompts' time does not. The limit is what
-the machine's bandwidth and matrix rate, measured at the start, allow for the same work.
+Each figure is the median of the rounds: output tokens over the seconds from the first prompt to the last token. With one
+output token, prompt tokens count; with `--decode-only`, the prompts' time is left out. The limit is the rate that the
+machine's bandwidth and matrix rate, measured at the start, allow for the same work.
 """
 
 from typing import Annotated
@@ -28,7 +28,7 @@ def main(
     concurrency: Annotated[str, typer.Option(help="Numbers of simultaneous requests.")] = "1,6,16,32",
     prompt_tokens: int = 128,
     output_tokens: int = 128,
-    decode_only: Annotated[bool, typer.Option(help="Leave the time of the prompts out.")] = False,
+    decode_only: Annotated[bool, typer.Option(help="Leave out the prompts' time.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each contestant; the median counts.")] = 3,
     dtype: Dtype = "bfloat16",
     device: Device = None,
@@ -42,7 +42,7 @@ def main(
     output: Output = None,
     plot: Plot = None,
 ) -> None:
-    """Tokens per second, beside transformers, vLLM and llama.cpp, and as a share of the machine's limit."""
+    """Measure tokens per second beside transformers, vLLM and llama.cpp, and the share of the machine's limit."""
     settings = dict(locals())
     peers = choose_peers(peer, peer_python, peer_hf, peer_preload, peer_bin, peer_gguf)
     workloads = [Workload(size, prompt_tokens, output_tokens) for size in sizes(concurrency)]

@@ -11,7 +11,7 @@ from dispec.engine.loading.checkpoint import Checkpoint
 def transformers_model(
     name: str, checkpoint: Checkpoint | None, dtype: torch.dtype, device: torch.device
 ) -> torch.nn.Module:
-    """The model of a checkpoint, or of the named geometry where there is none, on the device and in eval mode."""
+    """Return the model of a checkpoint, or of the named geometry without one, on the device in eval mode."""
     if checkpoint is None:
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**geometry(name)), dtype=dtype)

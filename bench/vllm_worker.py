@@ -1,5 +1,6 @@
-"""vLLM as a contestant, run by the Python of its own environment: nothing here is imported but vLLM and the standard
-library. Loads once, then answers lines of JSON on standard input with lines on standard output; see bench/worker.py.
+"""vLLM as a contestant. It runs in vLLM's own environment and imports only vLLM and the standard library.
+
+The protocol is that of bench/worker.py.
 """
 
 import json
@@ -11,7 +12,7 @@ import time
 def main() -> None:
     settings = json.loads(sys.argv[1])
     channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print shall not mix with our answers
+    os.dup2(2, 1)  # keep libraries' output apart from answers
 
     import vllm
 
@@ -28,7 +29,7 @@ def main() -> None:
             return time.perf_counter() - start, outputs
 
         if request["decode_only"]:
-            generate(1)  # leaves the prompts' keys and values in the cache
+            generate(1)  # fills the cache with the prompts' keys and values
         seconds, outputs = generate(request["output_tokens"])
         answer = {
             "seconds": seconds,

@@ -1,11 +1,11 @@
-"""A contestant in a process of its own: DiSpec, or transformers, started by `bench.contestants`.
+"""DiSpec or transformers as a contestant in a process of its own, started by `bench.contestants`.
 
-It says that it is ready, and then answers each line of standard input with one of standard output, all of them JSON:
+After a first line that it is ready, it answers each line of standard input by one line of standard output, all JSON:
 
     → {"prompts": [[…], …], "output_tokens": 128, "decode_only": false}
     ← {"seconds": 1.5, "output_tokens": [128, …], "cached_tokens": 0}
 
-`decode_only` leaves the computation of the prompts out of the seconds.
+`decode_only` leaves the prompts' time out of the seconds.
 """
 
 import json
@@ -20,7 +20,7 @@ Run = Callable[[list[list[int]], int, bool], Answer]
 
 
 def dispec(settings: dict[str, Any]) -> Run:
-    """`LLM.generate`. settings: model, options."""
+    """Run DiSpec's `LLM.generate`. settings: model, options."""
     from dispec.bench.loading import load
     from dispec.engine.sampling_params import SamplingParams
 
@@ -38,14 +38,14 @@ def dispec(settings: dict[str, Any]) -> Run:
             }
 
         if decode_only:
-            generate(1)  # leaves the prompts' keys and values in the cache
+            generate(1)  # fills the cache with the prompts' keys and values
         return generate(output_tokens)
 
     return run
 
 
 def transformers(settings: dict[str, Any]) -> Run:
-    """`generate`: one static batch and its own KV cache, or one prompt after another with `one_at_a_time`."""
+    """Run transformers' `generate` on one static batch, or on one prompt after another with `one_at_a_time`."""
     import torch
 
     from dispec.bench.machine import choose_device
@@ -77,7 +77,7 @@ def transformers(settings: dict[str, Any]) -> Run:
         return {"seconds": time.perf_counter() - start, "output_tokens": counts, "cached_tokens": None}
 
     def run(prompts: list[list[int]], output_tokens: int, decode_only: bool) -> Answer:
-        # It keeps nothing from one call to the next: the prompts alone are timed and taken off.
+        # transformers keeps no cache between calls: time the prompts alone and subtract.
         prompts_alone = timed(prompts, 1)["seconds"] if decode_only else 0.0
         answer = timed(prompts, output_tokens + decode_only)
         answer["seconds"] -= prompts_alone
@@ -90,7 +90,7 @@ def transformers(settings: dict[str, Any]) -> Run:
 def main() -> None:
     settings = json.loads(sys.argv[1])
     channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print shall not mix with our answers
+    os.dup2(2, 1)  # keep libraries' output apart from answers
     run = {"dispec": dispec, "transformers": transformers}[settings["engine"]](settings)
     channel.write(json.dumps({"ready": {}}) + "\n")
     for line in sys.stdin:

@@ -1,20 +1,20 @@
-"""The work that every benchmark and every contestant gets."""
+"""The prompts of benchmarks."""
 
 import random
 from dataclasses import dataclass
 
 
 def random_tokens(count: int, vocab_size: int, seed: str) -> list[int]:
-    """Tokens that are no special ones: those often have the first ids of a vocabulary."""
+    """Return random token ids above 1,000, since special tokens often have the first ids of a vocabulary."""
     rng = random.Random(seed)
     return [rng.randrange(min(1000, vocab_size // 2), vocab_size) for _ in range(count)]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """`concurrency` prompts of random tokens at once, each answered greedily with exactly `output_tokens` tokens.
+    """`concurrency` simultaneous prompts of random tokens, each continued greedily by exactly `output_tokens` tokens.
 
-    shared_tokens: with which all prompts of a seed begin; the `prompt_tokens` count them.
+    shared_tokens: length of the prefix that all prompts of a seed share, counted in `prompt_tokens`.
     """
 
     concurrency: int
@@ -30,11 +30,11 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Of one sequence in the end."""
+        """Return the final length of one sequence."""
         return self.prompt_tokens + self.output_tokens
 
     def prompts(self, vocab_size: int, seed: int = 0) -> list[list[int]]:
-        """The prompts as token ids. A new seed gives new prompts, so that no cache can have seen them."""
+        """Return the prompts as token ids. A new seed gives prompts that no cache holds."""
         shared = random_tokens(self.shared_tokens, vocab_size, f"prefix {seed}")
         own = self.prompt_tokens - self.shared_tokens
         return [
@@ -44,11 +44,11 @@ class Workload:
 
 
 def sizes(listed: str) -> list[int]:
-    """Numbers that a user gave with commas between. Raises ValueError."""
+    """Parse a comma-separated list of positive integers. Raises ValueError."""
     try:
         numbers = [int(number) for number in listed.split(",")]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise ValueError(f"{listed!r} is not a list of numbers of at least 1 with commas between")
+        raise ValueError(f"{listed!r} must be a comma-separated list of integers of at least 1")
     return numbers

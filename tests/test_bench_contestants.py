@@ -11,7 +11,7 @@ import torch
 
 from dispec import ops
 from dispec.bench import ablations
-from dispec.bench.contestants import ContestantFailed, LlamaCpp, Worker, our_engine, transformers
+from dispec.bench.contestants import ContestantFailed, LlamaCpp, Worker, dispec_engine, transformers
 from dispec.bench.llama_cpp import BatchTiming, parse_batched_bench
 from dispec.bench.peers import choose_peers
 from dispec.bench.rounds import take_turns
@@ -134,7 +134,7 @@ def test_ours_and_transformers_answer_as_asked(tmp_path) -> None:
     save_tiny(tmp_path, "llama")
     settings = {"model": str(tmp_path), "is_geometry": False, "dtype": "float32", "device": "cpu"}
     options = {"dtype": "float32", "device": "cpu", "enforce_eager": True, "max_num_seqs": 2, "kv_cache_memory": "8MiB"}
-    started = [our_engine(str(tmp_path), options), transformers("transformers", settings)]
+    started = [dispec_engine(str(tmp_path), options), transformers("transformers", settings)]
     started.append(transformers("one", settings | {"one_at_a_time": True}))
     try:
         for decode_only in (False, True):

@@ -35,8 +35,8 @@ _SECRET = ("api_key",)
 class Report:
     """Rows of a benchmark. Raises ValueError before anything is measured if the output or plot cannot be written.
 
-    columns: of the table, each with its number format, such as {"tokens/s": ".1f"} or {"ratio": ".2fx"}; "" aligns texts
-        to the left, " " to the right.
+    columns: of the table, each with its number format, such as {"tokens/s": ".1f"} or {"ratio": ".2fx"}; "" aligns text
+        left, " " right.
     """
 
     bench: str

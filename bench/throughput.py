@@ -4,7 +4,7 @@
     dispec bench throughput --concurrency 1 --prompt-tokens 2048 --output-tokens 1       # prefill
     dispec bench throughput --concurrency 8 --prompt-tokens 4096 --decode-only           # decoding at a long context
 
-Each figure is the median of the rounds: output tokens over the seconds from the first prompt to the last token. With one
+Each figure is the median of the rounds: output tokens over the seconds from first prompt to last token. With one
 output token, prompt tokens count; with `--decode-only`, the prompts' time is left out. The limit is the rate that the
 machine's bandwidth and matrix rate, measured at the start, allow for the same work.
 """

@@ -127,7 +127,7 @@ def test_prompts_share_what_they_should_and_repeat() -> None:
 
 @pytest.mark.parametrize("listed", ["", "1,,2", "0", "a", "-1"])
 def test_lists_of_sizes_that_are_none(listed) -> None:
-    with pytest.raises(ValueError, match="is not a list"):
+    with pytest.raises(ValueError, match="must be a comma-separated list"):
         sizes(listed)
 
 

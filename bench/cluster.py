@@ -167,17 +167,19 @@ class Cluster:
 
     def _sequence(self, now: float, number: int, request: Request, output: int) -> Running:
         params = SamplingParams(max_tokens=output)
-        return Running(number, list(request.prompt), params, 0, frozenset(), len(request.prompt) + output, now)
+        return Running(
+            number, list(request.prompt), params, 0, frozenset(), len(request.prompt) + output, now, str(number)
+        )
 
     def _choose(self, workers: list[_Worker], prompt: list[int]) -> _Worker:
         """The one that has most of the prompt, unless it is much busier than the least busy one."""
         pool, size = workers[0].scheduler.pool, self._machine.block_size
         names, parent = [], pool.hash_seed(None)
         for start in range(0, len(prompt) - size + 1, size):
-            parent = pool.name(parent, prompt[start : start + size])
+            parent = pool.hash_block(parent, prompt[start : start + size])
             names.append(parent)
         least = min(workers, key=lambda worker: worker.load)
-        best = max(workers, key=lambda worker: (len(worker.scheduler.pool.find(names)), -worker.load))
+        best = max(workers, key=lambda worker: (len(worker.scheduler.pool.find_cached(names)), -worker.load))
         return best if best.load <= 1.5 * least.load + 2 else least
 
     def _wake(self, now: float, worker: _Worker) -> None:
@@ -232,15 +234,17 @@ class Cluster:
         outputs = worker.scheduler.commit(step, ModelRunnerOutput(chosen))
         seconds = self._host.front_token * len(outputs) if self._host else 0.0
         told = max(now, self._front_is_free) + seconds
+        sequences = {scheduled.sequence.request_id: scheduled.sequence for scheduled in step.scheduled_sequences}
         for output in outputs:
-            outcome = self._outcomes[output.sequence]
+            sequence = sequences[output.request_id]
+            outcome = self._outcomes[sequence]
             outcome.times.append(told)
             if len(outcome.times) == 1:
-                outcome.num_cached_tokens = output.sequence.num_cached_tokens or 0
+                outcome.num_cached_tokens = sequence.num_cached_tokens or 0
             if output.finish_reason is not None:
                 worker.load -= 1
                 if worker in self._prefill:
-                    self._hand_over(now, worker, output.sequence)
+                    self._hand_over(now, worker, sequence)
         self._wake(now, worker)  # which does not wait until anybody has been told
         self._front(now, seconds)
 

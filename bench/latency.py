@@ -25,12 +25,12 @@ def token_times(engine: Engine, prompts: list[list[int]], output_tokens: int) ->
     """Return each prompt's token arrivals, in seconds since all prompts were added."""
     params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
     start = time.perf_counter()
-    times: dict[int, list[float]] = {engine.add(prompt, params).id: [] for prompt in prompts}
+    times: dict[str, list[float]] = {engine.add(prompt, params).request_id: [] for prompt in prompts}
     while engine.has_work:
         outputs = engine.step()
         now = time.perf_counter() - start
         for output in outputs:
-            times[output.sequence.id].append(now)
+            times[output.request_id].append(now)
     return list(times.values())
 
 

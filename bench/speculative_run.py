@@ -44,7 +44,7 @@ class SimulatedDrafts(DraftModel):
                 for place, token in enumerate(truth):
                     if self._random.random() >= self._acceptance:
                         wrong[place] = (token + 1) % self._vocab_size
-                scheduled.sequence.draft_token_ids = wrong
+                scheduled.sequence.draft.token_ids = wrong
         return Proposal(proposal.runs)
 
 
@@ -139,7 +139,7 @@ class _Group:
         tokens = [list(sequence.output_token_ids) for sequence in self.sequences]
         stood = [0] * self._engine.options.num_speculative_tokens
         for record in self.records:
-            for place, count in enumerate(record.num_stood):
+            for place, count in enumerate(record.num_accepted_per_position):
                 stood[place] += count
         return Run(
             self.seconds,

@@ -80,6 +80,8 @@ class _InFlight(NamedTuple):
 class Engine:
     """Loads a model and serves sequences with it. Make it and step it in one thread, the process's main one.
 
+    started: when the last call of `step` started requests for the first time, by request id.
+    failed: sequences that the last call of `step` ended with an error.
     records: of the last thousand steps. compiled_seconds: from the start until compiled steps took over, if they did
     so while the engine was already answering.
     """
@@ -94,6 +96,8 @@ class Engine:
         self._ids = itertools.count()
         self._in_flight: deque[_InFlight] = deque()
         self._outputs: list[TokenOutput] = []  # of the call of `step` under way
+        self.started: dict[str, float] = {}
+        self.failed: list[Sequence] = []
         self.records: deque[StepRecord] = deque(maxlen=1000)
         self.checkpoint: Checkpoint | None = None
         self.config: ModelConfig
@@ -201,6 +205,7 @@ class Engine:
         prompt: Series[int],
         params: SamplingParams,
         *,
+        request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
         slack: float = 0.0,
@@ -210,6 +215,7 @@ class Engine:
     ) -> Sequence:
         """Queue a prompt of token ids. Raises ValueError, and changes nothing, if it cannot be served.
 
+        request_id: by which outputs name the request; None makes one.
         priority: lower goes first. cache_salt: shares cached prefixes only with prompts of the same salt.
         slack: seconds that it can wait; who has least left goes first.
         publish_as: compute the prompt and one token of each choice for another engine, which asks by this id.
@@ -237,9 +243,13 @@ class Engine:
         for index in range(params.n):
             own = replace(params, prompt_logprobs=None) if index else params
             edits = LogitsProcessors(own, prompt, self.config.vocab_size, stop_token_ids)
+            number = next(self._ids)
+            request_id = request_id or f"request-{number}"
             choices.append(
                 Sequence(
-                    id=next(self._ids),
+                    id=number,
+                    request_id=request_id,
+                    index=index,
                     token_ids=list(prompt),
                     params=own,
                     seed=(seed + index + 2**63) % 2**64 - 2**63,
@@ -286,6 +296,7 @@ class Engine:
         last one's come from a call that finds nothing more to launch. Without work it returns at once.
         """
         self._outputs = []
+        self.started, self.failed = {}, []
         try:
             return self._step()
         except Exception as error:  # whatever it is, it shall cost only those who cause it
@@ -345,7 +356,9 @@ class Engine:
         if step.scheduled_sequences:
             for scheduled in step.scheduled_sequences:
                 if scheduled.sequence.scheduled_time is None:
-                    scheduled.sequence.scheduled_time = started
+                    for choice in scheduled.sequence.choices:
+                        choice.scheduled_time = started
+                    self.started[scheduled.sequence.request_id] = started
             pending = self.runner.launch(step, self.speculator.drafts if self.speculator is not None else None)
             launch = time.perf_counter() - schedule_end - draft
             record = self._record(step, started, schedule_end - started, draft, launch)
@@ -376,9 +389,10 @@ class Engine:
         outputs: list[TokenOutput] = []
         guilty = []
         for sequence in suspects:
-            others = self.scheduler.leave_waiting(sequence)
+            others = self.scheduler.isolate(sequence)
             try:
-                while self.scheduler.has_work and not any(output.sequence is sequence for output in outputs):
+                num_output_tokens = sequence.num_output_tokens
+                while self.scheduler.has_work and sequence.num_output_tokens == num_output_tokens:
                     step = self.scheduler.schedule()
                     outputs += self.scheduler.commit(step, self.runner.launch(step).wait())
                     self.kv_connector.publish()
@@ -392,7 +406,7 @@ class Engine:
         self.runner.run_padding(2, 1)  # raises if the device itself is lost
         for sequence in guilty:
             self.finish(sequence, "error")
-            outputs.append(TokenOutput(sequence, None, "error"))
+        self.failed = guilty
         return known + outputs
 
     def _commit(self, flight: _InFlight) -> list[TokenOutput]:
@@ -413,7 +427,7 @@ class Engine:
             guessing = flight.pending.draft_seconds
             verifying = max(0.0, record.schedule + record.launch + record.wait - guessing)
             stood = self.speculator.observe(flight.step, result, verifying, guessing)
-            record = record._replace(num_stood=stood)
+            record = record._replace(num_accepted_per_position=stood)
             if guessing:
                 # The device guessed while the host launched and waited.
                 record = record._replace(wait=max(0.0, record.wait - guessing), draft=record.draft + guessing)
@@ -449,7 +463,7 @@ class Engine:
             draft=draft,
             num_drafts=sum(scheduled.num_drafts > 0 for scheduled in step.scheduled_sequences),
             num_draft_tokens=sum(scheduled.num_drafts for scheduled in step.scheduled_sequences),
-            num_wanted_drafts=self.speculator.num_wanted if self.speculator is not None else 0,
+            num_planned_draft_tokens=self.speculator.num_planned if self.speculator is not None else 0,
         )
 
     def _check(self, prompt: Series[int], params: SamplingParams, priority: int) -> None:

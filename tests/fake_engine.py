@@ -107,7 +107,7 @@ class FakeModel:
                 chosen: list[int] = []
                 for known in range(end - scheduled.num_drafts, end + 1):
                     chosen.append(next_token(context[:known], sequence.seed))
-                    if known < end and chosen[-1] != scheduled.guesses[len(chosen) - 1]:
+                    if known < end and chosen[-1] != scheduled.draft_token_ids[len(chosen) - 1]:
                         break
                 token_ids[sequence.id] = chosen
                 logprobs[sequence.id] = [logprob_after(Entry(0, 0, 0), 0) for _ in chosen]
@@ -141,7 +141,7 @@ class FakeModel:
             else:
                 ahead = position - len(sequence.token_ids)
                 if num_drafts:
-                    token_id = sequence.draft_token_ids[ahead]
+                    token_id = sequence.draft.token_ids[ahead]
                 else:
                     assert ahead == 0, "computes a token after one that is not known"
                     token_id = self._chosen[sequence.id][-1]
@@ -253,15 +253,15 @@ class FakeEngine:
         if self.guesses is None:
             return
         for sequence in self.scheduler.running:
-            sequence.num_draft_tokens = 0
+            sequence.draft.num_tokens = 0
             if sequence.num_pending_tokens or sequence.num_uncomputed_tokens != 1:
                 continue
-            sequence.num_draft_tokens, sequence.draft_token_ids = self.guesses.randrange(5), []
-            for _ in range(sequence.num_draft_tokens):
-                known = [*sequence.token_ids, *sequence.draft_token_ids]
+            sequence.draft.num_tokens, sequence.draft.token_ids = self.guesses.randrange(5), []
+            for _ in range(sequence.draft.num_tokens):
+                known = [*sequence.token_ids, *sequence.draft.token_ids]
                 right = next_token(entries_of(known), sequence.seed)
                 wrong = (right + 1) % VOCAB_SIZE
-                sequence.draft_token_ids.append(right if self.guesses.random() < 0.7 else wrong)
+                sequence.draft.token_ids.append(right if self.guesses.random() < 0.7 else wrong)
 
     def _check(self, step: SchedulerOutput) -> None:
         scheduler = self.scheduler

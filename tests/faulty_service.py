@@ -5,13 +5,13 @@ from typing import Any
 
 from dispec.engine.execution import model_runner as runner
 from dispec.engine.process import engine_loop as service
-from dispec.engine.scheduling.scheduler import Step
+from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 
 FAILS_ALONE, FAILS_FOR_ALL, CRASHES = 666, 667, 668
 
 
-def _launch(self: Any, step: Step, *others: Any) -> Any:
-    seeds = {work.sequence.seed for work in step.work if work.sequence.num_output_tokens >= 3}
+def _launch(self: Any, step: SchedulerOutput, *others: Any) -> Any:
+    seeds = {one.sequence.seed for one in step.scheduled_sequences if one.sequence.num_output_tokens >= 3}
     if CRASHES in seeds:
         ctypes.string_at(0)
     if FAILS_ALONE in seeds:

@@ -36,7 +36,7 @@ def live(clock) -> DashboardState:
 
 
 def step(live: DashboardState, clock: Clock, **fields) -> None:
-    usual = dict.fromkeys(StepRecord._fields, 0) | {"kind": "mixed", "num_stood": ()}
+    usual = dict.fromkeys(StepRecord._fields, 0) | {"kind": "mixed", "num_accepted_per_position": ()}
     live.on_step(StepRecord(**usual | fields), clock.now)
 
 

@@ -39,10 +39,10 @@ def draft_tokens_of_each_step(llm: LLM, params: list[SamplingParams]) -> list[li
             for scheduled in step.scheduled_sequences
         )
         found = propose(replace(step, scheduled_sequences=works))
-        seen.append([list(scheduled.sequence.draft_token_ids) for scheduled in works])
+        seen.append([list(scheduled.sequence.draft.token_ids) for scheduled in works])
         for scheduled in step.scheduled_sequences:  # what is verified does not matter here
-            missing = scheduled.num_drafts - len(scheduled.sequence.draft_token_ids)
-            scheduled.sequence.draft_token_ids += [0] * missing
+            missing = scheduled.num_drafts - len(scheduled.sequence.draft.token_ids)
+            scheduled.sequence.draft.token_ids += [0] * missing
         return found
 
     draft_model.propose = watch
@@ -95,7 +95,7 @@ def test_draft_tokens_lie_where_the_steps_of_the_target_read_them(target, draft)
         run(depths)
         depth = max(depths.values())
         for row, (sequence, count) in enumerate(sorted(depths.items(), key=lambda item: -item[1])):
-            assert sequence.draft_token_ids == engine.runner.sampled[row * depth : row * depth + count].tolist()
+            assert sequence.draft.token_ids == engine.runner.sampled[row * depth : row * depth + count].tolist()
             seen += count
 
     loop.run = watch

@@ -86,7 +86,7 @@ def test_preemption_changes_nothing_and_loses_nobody(directory, llm):
     while small.engine.has_work:
         step = small.engine.scheduler.schedule()
         small.engine.scheduler.check()
-        assert step.work
+        assert step.scheduled_sequences
         preempted += step.num_preempted
         small.engine.scheduler.commit(step, small.engine.runner.run(step))
         small.engine.scheduler.check()
@@ -104,7 +104,7 @@ def test_step_budget_and_decodes_before_prompts(directory):
         before = first.num_output_tokens
         step = engine.scheduler.schedule()
         assert step.num_tokens <= 16
-        assert step.work[0].sequence is first
+        assert step.scheduled_sequences[0].sequence is first
         engine.scheduler.commit(step, engine.runner.run(step))
         assert first.num_output_tokens == before + 1
 

@@ -49,18 +49,18 @@ def test_the_others_go_on_as_if_nothing_had_been(llm, directory):
     for _ in range(4):
         engine.step()
     guilty = engine.add([POISON, 1, 2], greedy(5))
-    tokens = {sequence.id: sequence.output_token_ids for sequence in sequences}
-    ended = []
+    tokens = {sequence.request_id: sequence.output_token_ids for sequence in sequences}
+    failed = []
     while engine.has_work:
         for output in engine.step():
-            if output.token_id is not None:
-                tokens[output.sequence.id].append(output.token_id)
-            else:
-                ended.append(output)
-    assert [output.sequence for output in ended] == [guilty]
+            tokens[output.request_id].append(output.token_id)
+        failed += engine.failed
+    assert failed == [guilty]
     assert (guilty.finish_reason, guilty.error) == ("error", "MemoryError: injected")
     assert [sequence.output_token_ids for sequence in sequences] == expected
-    assert [tokens[sequence.id] for sequence in sequences] == expected, "a token was reported twice or not at all"
+    assert [tokens[sequence.request_id] for sequence in sequences] == expected, (
+        "a token was reported twice or not at all"
+    )
     engine.scheduler.check()
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_usable
 

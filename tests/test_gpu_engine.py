@@ -140,7 +140,7 @@ def test_answers_that_one_engine_begins_another_ends() -> None:
             ended.append(second.engine.add(prompt, param, pull=transfers.remote_blocks(str(index))))
         run_until(engines, lambda: all(sequence.status is Status.FINISHED for sequence in ended))
         assert [sequence.output_token_ids for sequence in ended] == expected
-        assert sum(record.num_arrived for record in second.engine.records) == len(given)
+        assert sum(record.num_received_prompts for record in second.engine.records) == len(given)
 
 
 def run_until(engines: tuple[Engine, ...], is_done: Callable[[], bool], patience: float = 60.0) -> None:

@@ -61,7 +61,7 @@ def test_with_a_draft_model_tokens_are_those_without(drafter: str, options: dict
         assert options or engine.plan.overlaps
         engine.speculator.is_adaptive = False
         assert token_ids(llm.generate(given, params)) == expected
-        accepted = sum(sum(record.num_stood) for record in engine.records)
+        accepted = sum(sum(record.num_accepted_per_position) for record in engine.records)
         proposed = sum(record.num_draft_tokens for record in engine.records)
     assert proposed
     # Rounding may differ between the draft's kernels and those that verify.
@@ -96,7 +96,7 @@ def test_n_grams_change_no_token() -> None:
         assert llm.engine.speculator is not None
         llm.engine.speculator.is_adaptive = False
         assert token_ids(llm.generate(given, params)) == expected
-        assert sum(sum(record.num_stood) for record in llm.engine.records)
+        assert sum(sum(record.num_accepted_per_position) for record in llm.engine.records)
 
 
 def test_a_step_launches_a_graph_for_each_draft_token_and_one_that_verifies() -> None:

@@ -130,7 +130,7 @@ def test_answers_are_those_of_one_engine(directory, plain, front, failure, optio
     if not failure:
         # One that ended with its first token is not asked for where that is known in time.
         assert network.num_pulled >= sum(params.max_tokens > 1 or not front for _, params in work)
-        assert pair.decode.kv_connector.totals.num_failed_arrivals == 0
+        assert pair.decode.kv_connector.totals.num_failed_receives == 0
         computed = sum(record.num_prompt_tokens for record in pair.decode.records)
         assert computed == 0, "the decode engine computed what it was sent"
 
@@ -195,7 +195,7 @@ def test_a_prompt_of_other_tokens_is_not_taken(directory, plain):
     while sequence.status is not Status.FINISHED:
         pair.step()
     assert sequence.output_token_ids == plain.generate([mine], [params])[0].token_ids
-    assert pair.decode.kv_connector.totals.num_failed_arrivals == 1
+    assert pair.decode.kv_connector.totals.num_failed_receives == 1
 
 
 def test_tokens_that_are_known_need_no_transfer(directory, plain):

@@ -218,7 +218,7 @@ def test_a_request_that_fails_alone_is_told_to_its_owner(llm, monkeypatch):
     next(guilty)
 
     def faulty(step, *rest):
-        if any(work.sequence.token_ids[:2] == [1, 1] for work in step.work):
+        if any(scheduled.sequence.token_ids[:2] == [1, 1] for scheduled in step.scheduled_sequences):
             raise ValueError("not this one")
         return launch(step, *rest)
 

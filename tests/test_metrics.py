@@ -58,7 +58,7 @@ def summary(arrival=0.0, started=1.0, first_token=3.0, finished=7.0, **fields) -
 
 
 def step(**fields) -> StepRecord:
-    usual = dict.fromkeys(StepRecord._fields, 0) | {"kind": "mixed", "num_stood": ()}
+    usual = dict.fromkeys(StepRecord._fields, 0) | {"kind": "mixed", "num_accepted_per_position": ()}
     return StepRecord(**usual | fields)
 
 
@@ -168,7 +168,9 @@ def test_drafts_are_counted_by_position() -> None:
     metrics = Metrics("m")
     metrics.on_drafts(num_drafts=2, num_draft_tokens=6, accepted_per_position=[2, 1, 0])
     metrics.on_drafts(num_drafts=1, num_draft_tokens=3, accepted_per_position=[1, 0, 0])
-    metrics.on_step(step(kind="decode", num_tokens=7, num_drafts=1, num_draft_tokens=3, num_wanted_drafts=4), 8.0)
+    metrics.on_step(
+        step(kind="decode", num_tokens=7, num_drafts=1, num_draft_tokens=3, num_planned_draft_tokens=4), 8.0
+    )
     found = samples(metrics)
     assert found["vllm:spec_decode_num_drafts_total"] == 4
     assert found["vllm:spec_decode_num_draft_tokens_total"] == 12

@@ -89,7 +89,7 @@ def test_abort_while_a_step_is_under_way(llm):
     later = engine.add(random_tokens(200, 3), greedy(5))  # may get the blocks that the running step still writes to
     known = first.output_token_ids
     while engine.has_work:
-        assert all(output.sequence is not first for output in engine.step())
+        assert all(output.request_id != first.request_id for output in engine.step())
     assert first.output_token_ids == known
     assert (second.num_output_tokens, later.num_output_tokens) == (20, 5)
     engine.scheduler.check()
@@ -154,7 +154,7 @@ def test_steps_overlap_while_a_draft_model_rests(directory, draft, expected):
     launch = runner.launch
 
     def watched(step, *drafts):
-        num_drafts = sum(work.num_drafts for work in step.work)
+        num_drafts = sum(scheduled.num_drafts for scheduled in step.scheduled_sequences)
         launched.append((num_drafts, [flight.record.num_draft_tokens for flight in engine._in_flight]))
         return launch(step, *drafts)
 
@@ -169,7 +169,7 @@ def test_steps_overlap_while_a_draft_model_rests(directory, draft, expected):
     behind = [in_flight for _, in_flight in launched if in_flight]
     assert len(behind) > 5
     assert all(in_flight == [0] for in_flight in behind), "how many draft tokens stand decides about the next step"
-    assert sum(sum(record.num_stood) for record in engine.records) > 10
+    assert sum(sum(record.num_accepted_per_position) for record in engine.records) > 10
     engine.scheduler.check()
 
 

@@ -174,7 +174,7 @@ class TestMemory:
         [never_used] = pool.allocate(1)
         assert never_used not in old + new
         assert pool.allocate(5) == [*reversed(old), *reversed(new)]
-        assert pool.num_named == 0
+        assert pool.num_cached == 0
 
     def test_a_block_that_holds_nothing_is_reused_before_a_prefix_is_lost(self) -> None:
         pool = BlockPool(4, SIZE)

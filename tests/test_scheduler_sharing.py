@@ -69,7 +69,7 @@ class TestSharing:
 
     def test_keys_separate_pools(self) -> None:
         pools = [BlockPool(4, SIZE, key) for key in (b"one", b"one", b"two", None, None)]
-        names = [pool.name(pool.hash_seed(None), tokens(SIZE)) for pool in pools]
+        names = [pool.hash_block(pool.hash_seed(None), tokens(SIZE)) for pool in pools]
         assert names[0] == names[1]
         assert len(set(names)) == 4
 
@@ -95,7 +95,7 @@ class TestSharing:
         for _ in range(2):
             engine.add(tokens(9), max_tokens=1)
             assert engine.run()[0].num_cached_tokens == 0
-        assert engine.pool.num_named == 0
+        assert engine.pool.num_cached == 0
 
 
 class TestForks:
@@ -104,7 +104,7 @@ class TestForks:
     def test_the_prompt_is_computed_once_and_its_last_block_copied_on_write(self, length: int, caches: bool) -> None:
         engine = FakeEngine(enable_prefix_caching=caches)
         first = engine.add(tokens(length), max_tokens=2, n=4)
-        prompt_blocks = engine.pool.blocks_for(length)
+        prompt_blocks = engine.pool.num_blocks_for(length)
         assert computed(engine.step()) == {first.id: length}
         assert engine.num_used == prompt_blocks
         assert all(sequence.block_table == first.block_table for sequence in first.choices)

@@ -40,7 +40,7 @@ def speculating(directory, speculative_model, *, is_adaptive=False, **options) -
 
 
 def stood(llm: LLM) -> int:
-    return sum(sum(record.num_stood) for record in llm.engine.records)
+    return sum(sum(record.num_accepted_per_position) for record in llm.engine.records)
 
 
 def same(ours, expected) -> None:
@@ -80,7 +80,7 @@ def test_a_resting_controller_is_not_asked(directory, monkeypatch):
     monkeypatch.setattr(controller, "choose", lambda *_: pytest.fail("nobody needs to know"))
     monkeypatch.setattr(controller, "rests", lambda num_sequences: rested.append(num_sequences) or True)
     llm.generate(random_prompts(3), greedy())
-    assert not any(record.num_wanted_drafts for record in llm.engine.records)
+    assert not any(record.num_planned_draft_tokens for record in llm.engine.records)
     assert max(rested) == 3
 
 

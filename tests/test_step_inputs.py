@@ -39,7 +39,7 @@ def test_a_uniform_step_with_a_row_for_each_token_selects_none() -> None:
     shape = StepShape(tokens=9, sequences=3, blocks=2, rows=9, query_len=3)
     inputs = input_views(torch.zeros(shape.size, dtype=torch.int32), shape)
     prompt, verified = prompt_of(3, [5]), prompt_of(18, [7, 9])
-    verified.sequence.draft_token_ids = [61, 62]
+    verified.sequence.draft.token_ids = [61, 62]
     verified = verified._replace(start=17, num_tokens=3, num_drafts=2)
     sampled = write_inputs(inputs, (prompt, verified), 16)
     assert sampled == [None, None, prompt, verified, verified, verified]
@@ -57,7 +57,7 @@ def test_draft_tokens_on_the_device_are_read_where_they_lie() -> None:
     shape = StepShape(tokens=3, sequences=1, blocks=2, rows=3, query_len=3)
     inputs = input_views(torch.zeros(shape.size, dtype=torch.int32), shape)
     scheduled = prompt_of(18, [7, 9])
-    scheduled.sequence.draft_token_ids = [0, 0]  # so many, not yet known
+    scheduled.sequence.draft.token_ids = [0, 0]  # so many, not yet known
     write_inputs(inputs, (scheduled._replace(start=17, num_tokens=3, num_drafts=2),), 16, draft_rows={7: 10})
     assert inputs.batch.token_ids.tolist() == [117, 0, 0]
     assert inputs.token_source.tolist() == [0, 11, 12]

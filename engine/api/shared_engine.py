@@ -45,7 +45,7 @@ class SharedEngine:
         self._engine = engine
         self._tokenizer = tokenizer
         self._lock = FairLock()
-        self._places: dict[int, tuple[_Call, int, int]] = {}  # call, request and choice, by the sequence's id
+        self._requests: dict[str, tuple[_Call, int]] = {}  # call, and index of the request in it, by request id
         self._abandoned: deque[_Call] = deque()
         self._thread = threading.get_ident()
         self._is_closed = False
@@ -93,8 +93,7 @@ class SharedEngine:
                 choices = [RunningChoice(*pair) for pair in zip(first.choices, texts, strict=True)]
                 call.requests.append(RunningRequest(choices))
                 call.num_open += len(choices)
-                for number, choice in enumerate(choices):
-                    self._places[choice.sequence.id] = (call, index, number)
+                self._requests[first.request_id] = (call, index)
 
     def _tokenize(self, prompt: PromptInput, where: str) -> list[int]:
         if not isinstance(prompt.content, str):
@@ -118,18 +117,18 @@ class SharedEngine:
                 outputs = self._engine.step()
             for output in outputs:
                 self._hand_over(output)
+            for sequence in self._engine.failed:
+                if sequence.request_id in self._requests:
+                    owner, _ = self._requests[sequence.request_id]
+                    owner.error = RuntimeError(f"the engine failed: {sequence.error}")
         self._abort_abandoned()
 
     def _hand_over(self, output: TokenOutput) -> None:
-        place = self._places.get(output.sequence.id)
-        if place is None:
+        if output.request_id not in self._requests:
             return
-        call, number, index = place
+        call, number = self._requests[output.request_id]
         request = call.requests[number]
-        choice = request.choices[index]
-        if output.token_id is None:
-            call.error = RuntimeError(f"the engine failed: {output.sequence.error}")
-            return
+        choice = request.choices[output.index]
         finished = output.finish_reason
         text = choice.take(output.token_id, ends=finished == "stop", is_last=finished is not None)
         if choice.text.stop_reason is not None:
@@ -137,11 +136,12 @@ class SharedEngine:
             self._engine.finish(choice.sequence, "stop")
         completion = None
         if finished is not None:
-            del self._places[output.sequence.id]
             call.num_open -= 1
-            request.done[index] = choice.choice()
+            request.done[output.index] = choice.choice()
             completion = request.completion()
-        call.pieces.append((number, Piece(text, output.token_id, index, finished, completion)))
+            if completion is not None:
+                del self._requests[output.request_id]
+        call.pieces.append((number, Piece(text, output.token_id, output.index, finished, completion)))
 
     def _abort_abandoned(self) -> None:
         """Abort the requests of abandoned calls, or leave that to the thread that has the lock."""
@@ -158,8 +158,8 @@ class SharedEngine:
         while self._abandoned:
             call = self._abandoned.popleft()
             for request in call.requests:
-                for choice in request.choices:
-                    if self._places.pop(choice.sequence.id, None) is not None:
+                if self._requests.pop(request.choices[0].sequence.request_id, None) is not None:
+                    for choice in request.choices:
                         self._engine.abort(choice.sequence)
 
     def _check_usable(self) -> None:

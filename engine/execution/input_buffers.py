@@ -121,7 +121,7 @@ def write_inputs(
         if num_tokens == 1:
             if first < len(sequence.token_ids):
                 token_ids[token] = sequence.token_ids[first]
-            elif guesses := item.guesses:
+            elif guesses := item.draft_token_ids:
                 token_ids[token] = guesses[-1]
             else:
                 sources[token] = pending_rows[sequence.id] + 1
@@ -129,7 +129,7 @@ def write_inputs(
             slots[token] = table[first // block_size] * block_size + first % block_size
         else:
             last = token + num_tokens
-            guesses = item.guesses
+            guesses = item.draft_token_ids
             token_ids[token : last - len(guesses)] = sequence.token_ids[first : first + num_tokens]
             if guesses and sequence.id in draft_rows:
                 row = draft_rows[sequence.id] + 1
@@ -145,7 +145,7 @@ def write_inputs(
         starts[index + 1] = token
         contexts[index] = first + num_tokens
         if item.samples or batch.query_len is not None:
-            count = max(1, item.num_rows)
+            count = max(1, item.num_sampled)
             if rows is None:
                 sampled += [None] * (num_tokens - count)
             row = len(sampled)

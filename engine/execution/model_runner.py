@@ -367,7 +367,7 @@ def _is_uniform(scheduled: ScheduledSequence, num_tokens: int) -> bool:
 
 def _exact(scheduled: tuple[ScheduledSequence, ...], query_len: int | None) -> _Launch:
     num_tokens = sum(item.num_tokens for item in scheduled)
-    num_rows = sum(item.num_rows for item in scheduled)
+    num_rows = sum(item.num_sampled for item in scheduled)
     if query_len == 1:
         num_rows = len(scheduled)
     num_blocks = max(2, *(len(item.sequence.block_table) for item in scheduled))

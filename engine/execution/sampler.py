@@ -66,7 +66,7 @@ class SamplerOutput:
             wanting: list[int] = []
             for first, scheduled in _first_rows(self.sampled):
                 sequence = scheduled.sequence
-                count = 1 + _num_right(scheduled.guesses if scheduled.num_drafts else [], chosen[first:])
+                count = 1 + _num_right(scheduled.draft_token_ids if scheduled.num_drafts else [], chosen[first:])
                 token_ids[sequence.id] = chosen[first : first + count]
                 if sequence.params.logprobs is not None:
                     wanted += [(row, sequence.params.logprobs) for row in range(first, first + count)]
@@ -142,7 +142,7 @@ def write_filters(
     """Write each row's top-k, top-p and min-p to the fields of `Filters`; rows without a sequence keep all tokens."""
     top_k[:], top_p[:], min_p[:] = num_columns, 1.0, 0.0
     for row, sequence in enumerate(sequences):
-        if sequence is not None and sequence.sampling_features & SamplingFeatures.RESTRICT:
+        if sequence is not None and sequence.sampling_features & SamplingFeatures.TOP_K_TOP_P:
             params = sequence.params
             if params.top_k > 0:
                 top_k[row] = min(params.top_k, num_columns)
@@ -207,21 +207,22 @@ class Sampler:
     ) -> Tensor:
         rows = len(logits)
         functions = self._pick(rows)
-        if not sampling_features & (SamplingFeatures.DRAW | SamplingFeatures.EDIT | SamplingFeatures.MASK):
+        if not sampling_features & (SamplingFeatures.RANDOM | SamplingFeatures.PENALTIES | SamplingFeatures.TOKEN_MASK):
             return chosen
         # The compiled functions take float32 alone.
         if (
-            sampling_features & (SamplingFeatures.EDIT | SamplingFeatures.MASK | SamplingFeatures.RESTRICT)
+            sampling_features
+            & (SamplingFeatures.PENALTIES | SamplingFeatures.TOKEN_MASK | SamplingFeatures.TOP_K_TOP_P)
             or self.functions.draw is not draw
         ):
             logits = logits.float()
-        if sampling_features & SamplingFeatures.EDIT and (edits := self._edits(sampled)) is not None:
+        if sampling_features & SamplingFeatures.PENALTIES and (edits := self._edits(sampled)) is not None:
             logits = functions.apply_penalties(logits, edits)
-        if sampling_features & SamplingFeatures.MASK and (words := self._allowed(sampled, rows)) is not None:
+        if sampling_features & SamplingFeatures.TOKEN_MASK and (words := self._allowed(sampled, rows)) is not None:
             logits = functions.apply_token_mask(logits, words)
-        if not sampling_features & SamplingFeatures.DRAW:
+        if not sampling_features & SamplingFeatures.RANDOM:
             return functions.greedy(logits)
-        if sampling_features & SamplingFeatures.RESTRICT:
+        if sampling_features & SamplingFeatures.TOP_K_TOP_P:
             logits = functions.apply_top_k_top_p(logits, sampling.temperature, self._filters(sampled, rows))
         return functions.draw(logits, sampling)
 
@@ -233,10 +234,10 @@ class Sampler:
         places, scales, addends = [], [], []
         for first, item in _first_rows(sampled):
             sequence = item.sequence
-            if sequence.sampling_features & SamplingFeatures.EDIT:
+            if sequence.sampling_features & SamplingFeatures.PENALTIES:
                 assert sequence.logits_processors is not None
-                after_each = [*sequence.logits_processors.entries_ahead(sequence.token_ids, item.guesses)]
-                for row, (tokens, scale, addend) in enumerate(after_each[-item.num_rows :], first):
+                after_each = [*sequence.logits_processors.entries_ahead(sequence.token_ids, item.draft_token_ids)]
+                for row, (tokens, scale, addend) in enumerate(after_each[-item.num_sampled :], first):
                     places.append(tokens + row * self.vocab_size)
                     scales.append(scale)
                     addends.append(addend)
@@ -259,12 +260,12 @@ class Sampler:
         masks = {}
         for first, item in _first_rows(sampled):
             sequence = item.sequence
-            if sequence.sampling_features & SamplingFeatures.MASK:
+            if sequence.sampling_features & SamplingFeatures.TOKEN_MASK:
                 assert sequence.logits_processors is not None
                 # Tokens that the step itself computes count as generated, even before the host knows them.
                 generated = item.start + item.num_tokens - item.num_drafts - sequence.num_prompt_tokens
                 for ahead in range(item.num_drafts + 1):
-                    guesses = item.guesses[: len(item.guesses) - item.num_drafts + ahead]
+                    guesses = item.draft_token_ids[: len(item.draft_token_ids) - item.num_drafts + ahead]
                     token_ids = [*sequence.token_ids, *guesses] if guesses else sequence.token_ids
                     mask = sequence.logits_processors.allowed_mask(generated + ahead, token_ids)
                     if mask is not None:
@@ -316,7 +317,7 @@ def _first_rows(sampled: list[ScheduledSequence | None]) -> Iterator[tuple[int, 
         scheduled = sampled[row]
         if scheduled is not None:
             yield row, scheduled
-        row += scheduled.num_rows if scheduled is not None else 1
+        row += scheduled.num_sampled if scheduled is not None else 1
 
 
 def _num_right(drafts: list[int], chosen: list[int]) -> int:

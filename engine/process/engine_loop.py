@@ -13,8 +13,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -38,25 +37,23 @@ from dispec.engine.process.messages import (
     Start,
     StepOutput,
     Submit,
-    Token,
 )
 from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.scheduler_output import TokenOutput
+from dispec.engine.scheduling.sequence import Sequence
+from dispec.engine.scheduling.step_record import StepRecord
 
 if TYPE_CHECKING:
     from dispec.engine.engine import Engine
-    from dispec.engine.scheduling.scheduler_output import TokenOutput
-    from dispec.engine.scheduling.sequence import Sequence
-    from dispec.engine.scheduling.step_record import StepRecord
 
 log = logging.getLogger("dispec")
 
 
-@dataclass(eq=False)
-class _Request:
-    id: str
-    choices: tuple["Sequence", ...]
-    num_open: int
-    is_started: bool = False
+class _Request(NamedTuple):
+    """A request's choices, and the indices of those that have not ended."""
+
+    choices: tuple[Sequence, ...]
+    unfinished: set[int]
 
 
 class EngineLoop:
@@ -66,8 +63,6 @@ class EngineLoop:
         self._engine = engine
         self._channel = channel
         self._requests: dict[str, _Request] = {}
-        self._places: dict[int, tuple[_Request, int]] = {}  # request and choice, by the sequence's id
-        self._unstarted: set[_Request] = set()
         self._last_record: StepRecord | None = None
         self._is_running = True
         self._is_compiled = engine.runner.is_compiled
@@ -110,6 +105,7 @@ class EngineLoop:
             first = self._engine.add(
                 message.prompt,
                 SamplingParams(**message.params),
+                request_id=message.request_id,
                 priority=message.priority,
                 cache_salt=message.cache_salt,
                 slack=message.slack,
@@ -124,74 +120,49 @@ class EngineLoop:
             log.exception("a request could not be queued")
             self._channel.send(Failed(message.request_id, f"{type(error).__name__}: {error}"))
             return
-        request = _Request(message.request_id, first.choices, len(first.choices))
-        self._requests[request.id] = request
-        self._unstarted.add(request)
-        for index, sequence in enumerate(request.choices):
-            self._places[sequence.id] = request, index
-        self._channel.send(Accepted(request.id))
+        self._requests[message.request_id] = _Request(first.choices, set(range(len(first.choices))))
+        self._channel.send(Accepted(message.request_id))
 
     def _abort(self, message: Abort) -> None:
         request = self._requests.get(message.request_id)
         if request is None:
             return  # it ended while the message was on its way
-        choices = request.choices if message.choice is None else (request.choices[message.choice],)
-        for sequence in choices:
-            self._engine.finish(sequence, message.reason)
-            self._close(sequence)
+        indices = range(len(request.choices)) if message.choice is None else (message.choice,)
+        for index in indices:
+            self._engine.finish(request.choices[index], message.reason)
+            self._forget(message.request_id, index)
 
-    def _close(self, sequence: "Sequence") -> None:
-        """Forget a choice, and with its last one the request."""
-        place = self._places.pop(sequence.id, None)
-        if place is None:
-            return
-        request, _ = place
-        request.num_open -= 1
-        if request.num_open == 0:
-            del self._requests[request.id]
-            self._unstarted.discard(request)
+    def _forget(self, request_id: str, index: int) -> None:
+        """Drop a choice, and with its last one the request."""
+        unfinished = self._requests[request_id].unfinished
+        unfinished.discard(index)
+        if not unfinished:
+            del self._requests[request_id]
 
     def _step(self) -> None:
         outputs = self._engine.step()
         finished = time.perf_counter()
-        started = self._started(outputs)
-        tokens: list[Token] = []
+        started = {key: when for key, when in self._engine.started.items() if key in self._requests}
+        tokens: list[TokenOutput] = []
         for output in outputs:
-            place = self._places.get(output.sequence.id)
-            if place is None:
-                continue
-            request, index = place
-            if output.token_id is None:
-                self._fail(request, output.sequence.error or "the engine could not continue it")
-                continue
-            tokens.append(_token(request.id, index, output, output.token_id))
-            if output.finish_reason is not None:
-                self._close(output.sequence)
+            if output.request_id in self._requests:
+                tokens.append(output)
+                if output.finish_reason is not None:
+                    self._forget(output.request_id, output.index)
+        for sequence in self._engine.failed:
+            self._fail(sequence)
         records = self._engine.records
         record = records[-1] if records and records[-1] is not self._last_record else None
         self._last_record = record or self._last_record
         if tokens or started or record is not None:
             self._channel.send(StepOutput(tokens, record, started, finished))
 
-    def _started(self, outputs: "list[TokenOutput]") -> dict[str, float]:
-        """When the requests that were scheduled for the first time in this step were."""
-        started: dict[str, float] = {}
-        if not self._unstarted:
-            return started
-        for sequence in (*self._engine.scheduler.running, *(output.sequence for output in outputs)):
-            place = self._places.get(sequence.id)
-            if place is not None and not place[0].is_started and sequence.scheduled_time is not None:
-                request = place[0]
-                request.is_started = True
-                started[request.id] = sequence.scheduled_time
-                self._unstarted.discard(request)
-        return started
-
-    def _fail(self, request: _Request, message: str) -> None:
-        for sequence in request.choices:
-            self._engine.finish(sequence, "error")
-            self._close(sequence)
-        self._channel.send(Failed(request.id, message))
+    def _fail(self, failed: Sequence) -> None:
+        """End the request of a sequence that the engine could not continue."""
+        if self._requests.pop(failed.request_id, None) is not None:
+            for sequence in failed.choices:
+                self._engine.finish(sequence, "error")
+            self._channel.send(Failed(failed.request_id, failed.error or "the engine could not continue it"))
 
     def _inspection(self) -> Inspection:
         scheduler = self._engine.scheduler
@@ -205,30 +176,10 @@ class EngineLoop:
             num_running=len(scheduler.running),
             num_waiting=scheduler.num_waiting,
             num_used_blocks=scheduler.pool.num_usable - scheduler.pool.num_free,
-            num_cached_blocks=scheduler.pool.num_named,
+            num_cached_blocks=scheduler.pool.num_cached,
             num_blocks=scheduler.pool.num_usable,
             problem=problem,
         )
-
-
-def _token(request_id: str, choice: int, output: "TokenOutput", token_id: int) -> Token:
-    sequence, params = output.sequence, output.sequence.params
-    token = Token(
-        request_id,
-        choice,
-        token_id,
-        output.finish_reason,
-        num_accepted=output.num_accepted,
-        num_rejected=output.num_rejected,
-    )
-    if params.logprobs is not None:
-        # From the end: tokens that another engine has streamed have no entry here.
-        token.logprobs = sequence.logprobs[output.number - 1 - sequence.num_output_tokens]
-    if output.number == 1:
-        token.num_cached_tokens = sequence.num_cached_tokens or 0
-        if params.prompt_logprobs is not None:
-            token.prompt_logprobs = sequence.prompt_logprobs
-    return token
 
 
 def _info(engine: "Engine") -> EngineInfo:

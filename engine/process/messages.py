@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.scheduling.sequence import FinishReason, TokenLogprobs
+from dispec.engine.scheduling.scheduler_output import TokenOutput
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.engine.transfer.interface import RemoteBlocks
 
@@ -118,31 +118,13 @@ class Refused(msgspec.Struct, tag=True):
     field: str | None = None
 
 
-class Token(msgspec.Struct, array_like=True):
-    """A token of a choice, in the order of generation.
-
-    num_cached_tokens: of its prompt; prompt_logprobs: without the first token's. Both come with its first token.
-    num_accepted, num_rejected: guesses of the step that stood and that did not, with the first token of the step.
-    """
-
-    request_id: str
-    choice: int
-    token_id: int
-    finish_reason: FinishReason | None = None
-    logprobs: TokenLogprobs | None = None
-    num_cached_tokens: int | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None
-    num_accepted: int = 0
-    num_rejected: int = 0
-
-
 class StepOutput(msgspec.Struct, tag=True):
     """What a step gave.
 
     started: when requests were scheduled for the first time; finished: when the step ended.
     """
 
-    tokens: list[Token]
+    tokens: list[TokenOutput]
     record: StepRecord | None
     started: dict[str, float]
     finished: float

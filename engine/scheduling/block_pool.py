@@ -44,11 +44,11 @@ class BlockPool:
         return len(self._free)
 
     @property
-    def num_named(self) -> int:
+    def num_cached(self) -> int:
         """Blocks that a prefix can be found in, in use or free."""
         return len(self._named)
 
-    def blocks_for(self, num_tokens: int) -> int:
+    def num_blocks_for(self, num_tokens: int) -> int:
         """How many blocks `num_tokens` tokens take."""
         return -(-num_tokens // self.block_size)
 
@@ -57,11 +57,11 @@ class BlockPool:
         salt = b"" if cache_salt is None else b"salt " + cache_salt.encode()
         return hashlib.blake2b(salt, digest_size=16, key=self._key).digest()
 
-    def name(self, parent: bytes, token_ids: Series[int]) -> bytes:
+    def hash_block(self, parent: bytes, token_ids: Series[int]) -> bytes:
         """The 128-bit name of a block after `parent` that holds `token_ids` (BLAKE2b, RFC 7693)."""
         return hashlib.blake2b(parent + array("i", token_ids).tobytes(), digest_size=16, key=self._key).digest()
 
-    def find(self, names: Iterable[bytes]) -> list[int]:
+    def find_cached(self, names: Iterable[bytes]) -> list[int]:
         """The blocks of the longest prefix of `names` that is still held."""
         blocks = []
         for name in names:
@@ -71,7 +71,7 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
-    def num_unused(self, blocks: Iterable[int]) -> int:
+    def num_unreferenced(self, blocks: Iterable[int]) -> int:
         """How many of the blocks nobody references, so that sharing them takes them from `num_free`."""
         return sum(self._references[block] == 0 for block in blocks)
 

@@ -15,7 +15,13 @@ from bisect import insort
 from collections.abc import Sequence as Series
 
 from dispec.engine.scheduling.block_pool import BlockPool
-from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput, ScheduledSequence, SchedulerOutput, TokenOutput
+from dispec.engine.scheduling.scheduler_output import (
+    ModelRunnerOutput,
+    ScheduledSequence,
+    SchedulerOutput,
+    TokenOutput,
+    last_token_output,
+)
 from dispec.engine.scheduling.sequence import FinishReason, Sequence, Status
 
 
@@ -91,9 +97,9 @@ class Scheduler:
         Returns how many leading blocks are cached here already, and the block table; None without room. The blocks
         stay reserved until `start_remote` or `free_remote`, even if the sequence ends: a transfer may write to them.
         """
-        needed = self.pool.blocks_for(sequence.num_prompt_tokens)
+        needed = self.pool.num_blocks_for(sequence.num_prompt_tokens)
         found = self._find_prefix(sequence)
-        if needed - len(found) + len(self.running) > self.pool.num_free - self.pool.num_unused(found):
+        if needed - len(found) + len(self.running) > self.pool.num_free - self.pool.num_unreferenced(found):
             return None
         self.pool.share(found)
         table = self._remote_blocks[sequence] = found + self.pool.allocate(needed - len(found))
@@ -109,7 +115,7 @@ class Scheduler:
             self.pool.share(table)
             # Without an output token yet, the last prompt token is computed again: its logits give the first one.
             choice.num_computed_tokens = min(num_tokens, len(choice.token_ids) - 1)
-            choice.num_registered_blocks = choice.num_draft_computed_tokens = 0
+            choice.num_registered_blocks = choice.draft.num_computed_tokens = 0
             choice.num_cached_tokens = sequence.num_cached_tokens
             self._register(choice, choice.num_computed_tokens)
             self.waiting_for_remote.remove(choice)
@@ -146,7 +152,7 @@ class Scheduler:
         self.pool.free(self._pinned.pop(sequence))
 
     def _check_size(self, sequence: Sequence) -> None:
-        needed = self.pool.blocks_for(sequence.max_len)
+        needed = self.pool.num_blocks_for(sequence.max_len)
         if needed > self.pool.num_usable:
             raise ValueError(
                 f"a sequence of {sequence.max_len} tokens needs {needed} KV blocks, the cache has"
@@ -250,16 +256,16 @@ class Scheduler:
                 self._fork(sequence, holds_blocks)
             sequence.num_pending_tokens -= 1
             for index, token_id in enumerate(token_ids):
+                logprobs = None
                 if sequence.params.logprobs is not None:
-                    sequence.logprobs.append(result.logprobs[sequence.id][index])
+                    logprobs = result.logprobs[sequence.id][index]
+                    sequence.logprobs.append(logprobs)
                 sequence.append(token_id)
-                number, reason = sequence.num_output_tokens, sequence.finish_reason
+                num_accepted = num_rejected = 0
                 if index == 0 and scheduled.num_drafts:
                     num_accepted = len(token_ids) - 1
-                    guesses = (num_accepted, scheduled.num_drafts - num_accepted)
-                else:
-                    guesses = (0, 0)
-                outputs.append(TokenOutput(sequence, token_id, reason, number, *guesses))
+                    num_rejected = scheduled.num_drafts - num_accepted
+                outputs.append(last_token_output(sequence, logprobs, num_accepted, num_rejected))
                 if sequence.finish_reason is not None:
                     break
             if sequence.finish_reason is not None:
@@ -307,17 +313,17 @@ class Scheduler:
             self._preempt(sequence, None)
         for sequence in self.waiting:
             sequence.num_pending_tokens = 0
-            sequence.num_draft_tokens = 0
+            sequence.draft.num_tokens = 0
         return ran
 
-    def leave_waiting(self, sequence: Sequence) -> list[Sequence]:
+    def isolate(self, sequence: Sequence) -> list[Sequence]:
         """Take everybody else from the queue; returns them, for `requeue`."""
         others = [other for other in self.waiting if other is not sequence]
         self.waiting = [sequence]
         return others
 
     def requeue(self, sequences: list[Sequence]) -> None:
-        """Put sequences back that `leave_waiting` took."""
+        """Put sequences back that `isolate` took."""
         for sequence in sequences:
             self._enqueue(sequence)
 
@@ -352,7 +358,7 @@ class Scheduler:
         if sequence.num_pending_tokens:
             return 0
         left = sequence.max_len - len(sequence.token_ids) - 1
-        return max(0, min(sequence.num_draft_tokens, left, room))
+        return max(0, min(sequence.draft.num_tokens, left, room))
 
     def _take(self, sequence: Sequence, num_tokens: int, num_drafts: int = 0) -> ScheduledSequence:
         start = sequence.num_computed_tokens
@@ -367,10 +373,10 @@ class Scheduler:
         found = self._find_prefix(sequence)
         # A prompt that is there entirely still computes its last token, to choose the next one.
         num_computed = min(len(found) * self.pool.block_size, num_tokens - 1)
-        copies = num_computed < len(found) * self.pool.block_size and not self.pool.num_unused(found[-1:])
-        needed = self.pool.blocks_for(num_tokens) - len(found) + copies
+        copies = num_computed < len(found) * self.pool.block_size and not self.pool.num_unreferenced(found[-1:])
+        needed = self.pool.num_blocks_for(num_tokens) - len(found) + copies
         # The whole prompt must fit now, and each running sequence be able to grow once: fewer preemptions.
-        free = self.pool.num_free - self.pool.num_unused(found)
+        free = self.pool.num_free - self.pool.num_unreferenced(found)
         if needed + len(self.running) > free and (self.running or self.holds_remote_blocks):
             return False
         self.waiting.pop(0)
@@ -378,7 +384,7 @@ class Scheduler:
         sequence.block_table = found
         sequence.num_computed_tokens = num_computed
         sequence.num_registered_blocks = num_computed // self.pool.block_size
-        sequence.num_draft_computed_tokens = num_computed
+        sequence.draft.num_computed_tokens = num_computed
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = num_computed
         sequence.status = Status.RUNNING
@@ -396,7 +402,7 @@ class Scheduler:
         ):
             limit = len(sequence.prompt_logprobs)  # what is not computed has no logits
         self._name_blocks(sequence, limit)
-        return self.pool.find(sequence.block_hashes[: limit // self.pool.block_size])
+        return self.pool.find_cached(sequence.block_hashes[: limit // self.pool.block_size])
 
     def _name_blocks(self, sequence: Sequence, num_tokens: int, new: Series[int] = ()) -> None:
         """Name the sequence's full blocks among the first `num_tokens` of its tokens and the `new` ones after them."""
@@ -406,7 +412,7 @@ class Scheduler:
             first, last = index * size, (index + 1) * size
             beyond = last - len(sequence.token_ids)
             token_ids = sequence.token_ids[first:last] + list(new[: max(0, beyond)])
-            names.append(self.pool.name(parent, token_ids))
+            names.append(self.pool.hash_block(parent, token_ids))
 
     def _register(self, sequence: Sequence, num_tokens: int, new: Series[int] = ()) -> None:
         """Let others find the blocks that the first `num_tokens` tokens have filled, `new` ones among them."""
@@ -420,7 +426,7 @@ class Scheduler:
     def _pin_filled(self, sequence: Sequence, num_tokens: int) -> None:
         """Pin the blocks that the first `num_tokens` tokens have filled; the prompt's last one need not be full."""
         pinned, prompt = self._pinned[sequence], sequence.num_prompt_tokens
-        count = self.pool.blocks_for(prompt) if num_tokens >= prompt else num_tokens // self.pool.block_size
+        count = self.pool.num_blocks_for(prompt) if num_tokens >= prompt else num_tokens // self.pool.block_size
         new = sequence.block_table[len(pinned) : count]
         self.pool.share(new)
         pinned += new
@@ -433,12 +439,12 @@ class Scheduler:
             if not holds_blocks or len(self.running) >= self.max_num_seqs:
                 self._enqueue(fork)  # it will find the full blocks in the cache
                 continue
-            fork.block_table = sequence.block_table[: self.pool.blocks_for(num_tokens)]
+            fork.block_table = sequence.block_table[: self.pool.num_blocks_for(num_tokens)]
             self.pool.share(fork.block_table)
             fork.block_hashes = sequence.block_hashes[: num_tokens // size]
             fork.num_computed_tokens = fork.num_cached_tokens = num_tokens - 1
             fork.num_registered_blocks = fork.num_computed_tokens // size
-            fork.num_draft_computed_tokens = min(sequence.num_draft_computed_tokens, fork.num_computed_tokens)
+            fork.draft.num_computed_tokens = min(sequence.draft.num_computed_tokens, fork.num_computed_tokens)
             fork.status = Status.RUNNING
             self.running.append(fork)
         self._num_forks -= len(sequence.forks)
@@ -448,7 +454,7 @@ class Scheduler:
         """Give the sequence blocks of its own to write `num_tokens` more tokens to, or nothing."""
         table, first = sequence.block_table, sequence.num_computed_tokens // self.pool.block_size
         # Guesses that were wrong have left it more than it needs.
-        needed = max(0, self.pool.blocks_for(sequence.num_computed_tokens + num_tokens) - len(table))
+        needed = max(0, self.pool.num_blocks_for(sequence.num_computed_tokens + num_tokens) - len(table))
         continues = first < len(table)
         copy = continues and self.pool.is_shared(table[first])
         if needed + copy > self.pool.num_free:

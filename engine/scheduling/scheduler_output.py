@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
+import msgspec
+
 from dispec.engine.scheduling.sequence import FinishReason, Sequence, TokenLogprobs
 
 
@@ -13,7 +15,7 @@ class ScheduledSequence(NamedTuple):
     """Tokens `start` … `start + num_tokens - 1` of a sequence, to be computed.
 
     samples: whether the last of them is the sequence's last, so that the next token can be sampled.
-    num_drafts: how many of them, the last ones, are draft tokens: the first of the sequence's `draft_token_ids`. Then a
+    num_drafts: how many of them, the last ones, are draft tokens: the first of the sequence's `draft.token_ids`. Then a
         token is sampled before the first draft token and after each.
     """
 
@@ -24,14 +26,14 @@ class ScheduledSequence(NamedTuple):
     num_drafts: int = 0
 
     @property
-    def num_rows(self) -> int:
+    def num_sampled(self) -> int:
         """Number of positions that are sampled, after accepted and rejected draft tokens alike."""
         return self.num_drafts + 1 if self.samples else 0
 
     @property
-    def guesses(self) -> list[int]:
+    def draft_token_ids(self) -> list[int]:
         """Draft tokens among those that it computes or follows, in order."""
-        return self.sequence.draft_token_ids[: max(0, self.start + self.num_tokens - len(self.sequence.token_ids))]
+        return self.sequence.draft.token_ids[: max(0, self.start + self.num_tokens - len(self.sequence.token_ids))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +67,41 @@ class ModelRunnerOutput(NamedTuple):
     prompt_logprobs: Mapping[int, list[TokenLogprobs]] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
-    """A new token of one sequence, with the sequence's end where it has ended; an end alone if the engine failed.
+class TokenOutput(msgspec.Struct, array_like=True):
+    """A new token of one choice of a request, as the scheduler commits it and the server receives it.
 
-    number: the token's in the sequence's output, from 1.
-    num_accepted, num_rejected: draft tokens of the sequence in this step, in the output of its first token.
+    index: of the choice. logprobs: of the token, where asked for.
+    num_cached_tokens, prompt_logprobs: of the prompt, with the choice's first token; the latter without the first
+        prompt token's.
+    num_accepted, num_rejected: draft tokens of the choice in this step, with the step's first token.
     """
 
-    sequence: Sequence
-    token_id: int | None
-    finish_reason: FinishReason | None
-    number: int = 0
+    request_id: str
+    index: int
+    token_id: int
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+    num_cached_tokens: int | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
     num_accepted: int = 0
     num_rejected: int = 0
+
+
+def last_token_output(
+    sequence: Sequence, logprobs: TokenLogprobs | None = None, num_accepted: int = 0, num_rejected: int = 0
+) -> TokenOutput:
+    """Return the output for the sequence's last token, which was just appended."""
+    output = TokenOutput(
+        sequence.request_id,
+        sequence.index,
+        sequence.token_ids[-1],
+        sequence.finish_reason,
+        logprobs,
+        num_accepted=num_accepted,
+        num_rejected=num_rejected,
+    )
+    if sequence.num_output_tokens == 1:
+        output.num_cached_tokens = sequence.num_cached_tokens or 0
+        if sequence.params.prompt_logprobs is not None:
+            output.prompt_logprobs = sequence.prompt_logprobs
+    return output

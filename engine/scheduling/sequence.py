@@ -2,19 +2,16 @@
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from dispec.engine.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from dispec.engine.scheduling.logits_processors import LogitsProcessors
-    from dispec.engine.speculation.speculator import SpeculationState
+from dispec.engine.scheduling.logits_processors import LogitsProcessors
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Status(enum.Enum):
-    """WAITING_FOR_REMOTE_KV: another engine computes the prompt, and its KV blocks are not all here yet."""
+    """Where a sequence is. WAITING_FOR_REMOTE_KV: another engine computes its prompt."""
 
     WAITING_FOR_REMOTE_KV = "waiting_for_remote_kv"
     WAITING = "waiting"
@@ -23,12 +20,12 @@ class Status(enum.Enum):
 
 
 class SamplingFeatures(enum.IntFlag):
-    """What choosing a sequence's tokens takes beyond the likeliest one. A step computes only what somebody needs."""
+    """What sampling a sequence takes beyond the argmax. A step computes the features that its sequences need."""
 
-    DRAW = 1
-    RESTRICT = 2
-    EDIT = 4
-    MASK = 8
+    RANDOM = 1
+    TOP_K_TOP_P = 2
+    PENALTIES = 4
+    TOKEN_MASK = 8
     LOGPROBS = 16
     PROMPT_LOGPROBS = 32
 
@@ -36,7 +33,7 @@ class SamplingFeatures(enum.IntFlag):
 class TokenLogprobs(NamedTuple):
     """How probable a token was: natural log-probabilities of the model itself, before penalties and temperature.
 
-    rank: 1 for the likeliest token. top: the likeliest tokens and theirs, in falling order.
+    rank: 1 for the likeliest token. top: the likeliest tokens with their log-probabilities, in descending order.
     """
 
     token_id: int
@@ -45,32 +42,43 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(slots=True)
+class SequenceDraft:
+    """Draft tokens of a sequence, which follow its `token_ids`.
+
+    num_tokens: most draft tokens that the next step may verify.
+    token_ids: the draft tokens; placeholders while the device computes them.
+    num_computed_tokens: the sequence's first tokens whose keys and values the draft model has computed.
+    """
+
+    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
-    """One prompt and what was generated after it. It owns its block table.
+    """One prompt and the tokens generated after it. It owns its block table.
 
     The keys and values of the first `num_computed_tokens` tokens are in the cache, or will be when the steps that
-    were scheduled have run. A step that is still running may be about to give a token: it counts as pending.
+    were scheduled have run. The token that a running step samples is pending until the step is committed.
 
         token_ids    | prompt ........................ | generated ....... | pending |
-                     | computed ................................ | to come           |
+                     | computed ................................ | uncomputed        |
         block_table  | b0 | b1 | b2 | …  covers the computed tokens
 
-    seed: of this sequence's random numbers.
-    stop_token_ids: all tokens that end it, end-of-sequence tokens included.
+    seed: of the sequence's random numbers.
+    stop_token_ids: all tokens that end the sequence, end-of-sequence tokens included.
     max_len: most tokens of prompt and output.
-    arrival_time: seconds on the engine's clock.
-    needs: of its choices, `SamplingFeatures` as a plain number.
-    choices: the sequences of the same request, this one among them, where it asked for several.
-    forks: those that wait for this one to compute the prompt, and then share its blocks.
-    scheduled_time: when it first was given work, on the same clock.
-    error: what went wrong in the engine, where the finish reason is "error".
-    num_cached_tokens: prompt tokens that were found in the cache when the sequence first ran.
-    num_draft_tokens: how many tokens are to be guessed in the next step, at most.
-    draft_token_ids: guesses of the tokens after `token_ids`, for a step to verify.
-    drafting: what speculation keeps for it.
-    num_draft_computed_tokens: the first tokens whose keys and values a draft model has computed.
-    slack: seconds after its arrival for which it is in time: whoever has less left goes first.
+    arrival_time, scheduled_time: seconds on the engine's clock; the latter is the start of the sequence's first step.
+    request_id: of the request that the sequence is a choice of; index: of the choice.
+    slack: seconds for which the sequence can wait. The sequence with the least slack left is scheduled first.
+    sampling_features: `SamplingFeatures` as a plain number.
+    choices: all sequences of the request, this one included.
+    forks: choices that share this sequence's blocks once it has computed the prompt.
+    num_cached_tokens: prompt tokens found in the cache when the sequence was first admitted.
+    error: the error that ended the sequence, where `finish_reason` is "error".
+    prompt_logprobs: of the prompt's tokens from the second one on.
     """
 
     id: int
@@ -80,10 +88,12 @@ class Sequence:
     stop_token_ids: frozenset[int]
     max_len: int
     arrival_time: float
+    request_id: str = ""
+    index: int = 0
     priority: int = 0
     cache_salt: str | None = None
     slack: float = 0.0
-    logits_processors: "LogitsProcessors | None" = None
+    logits_processors: LogitsProcessors | None = None
     sampling_features: int = field(init=False)
     choices: tuple["Sequence", ...] = ()
     forks: list["Sequence"] = field(default_factory=list)
@@ -91,33 +101,30 @@ class Sequence:
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
     num_cached_tokens: int | None = None
-    num_draft_tokens: int = 0
-    draft_token_ids: list[int] = field(default_factory=list)
-    num_draft_computed_tokens: int = 0
-    speculation: "SpeculationState | None" = None
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_registered_blocks: int = 0
+    draft: SequenceDraft = field(default_factory=SequenceDraft)
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     scheduled_time: float | None = None
     error: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
         self.choices = self.choices or (self,)
-        params, edits = self.params, self.logits_processors
-        sampling_features = {
-            SamplingFeatures.DRAW: params.temperature > 0,
-            SamplingFeatures.RESTRICT: params.restricts,
-            SamplingFeatures.EDIT: edits is not None and edits.edits,
-            SamplingFeatures.MASK: edits is not None and edits.masks,
+        params, processors = self.params, self.logits_processors
+        features = {
+            SamplingFeatures.RANDOM: params.temperature > 0,
+            SamplingFeatures.TOP_K_TOP_P: params.restricts,
+            SamplingFeatures.PENALTIES: processors is not None and processors.edits,
+            SamplingFeatures.TOKEN_MASK: processors is not None and processors.masks,
             SamplingFeatures.LOGPROBS: params.logprobs is not None,
             SamplingFeatures.PROMPT_LOGPROBS: params.prompt_logprobs is not None,
         }
-        self.sampling_features = sum(int(need) for need, is_needed in sampling_features.items() if is_needed)
+        self.sampling_features = sum(int(feature) for feature, is_needed in features.items() if is_needed)
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -125,7 +132,7 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far, without a pending one."""
+        """Number of generated tokens, without a pending one."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
@@ -134,14 +141,14 @@ class Sequence:
 
     @property
     def can_continue(self) -> bool:
-        """Whether another token can be computed now: not at the end, nor where the pending one must be known first."""
+        """Whether the token after a pending one can be computed before the pending token is known."""
         if self.num_pending_tokens == 0:
             return True
         at_end = len(self.token_ids) + self.num_pending_tokens >= self.max_len
         return not (at_end or self.params.needs_last_token)
 
     def append(self, token_id: int) -> None:
-        """Take a sampled token, and note if it ends the sequence."""
+        """Append a sampled token, and set the finish reason if the token ends the sequence."""
         self.token_ids.append(token_id)
         if token_id in self.stop_token_ids:
             self.finish_reason = "stop"

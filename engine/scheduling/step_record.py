@@ -6,21 +6,21 @@ Kind = Literal["decode", "prefill", "mixed"]
 
 
 class StepRecord(NamedTuple):
-    """One step. Times are in seconds; where steps overlap, `wait` is what remained after the next one was launched.
+    """One step. Times are in seconds; where steps overlap, `wait` begins after the next step was launched.
 
-    kind: whether its sequences were decoding, computing prompts, or some of each.
-    num_prompt_tokens: of its tokens, those of prompts (or of what is computed again after a preemption).
-    num_cached_tokens: found in the cache by the sequences that it admitted, and so not computed.
-    num_used_blocks: of the KV cache, held by sequences when the step was scheduled.
-    num_drafts: sequences with draft tokens; num_draft_tokens: draft tokens that were verified; num_wanted_drafts: draft
-        tokens that the controller planned, before memory and the step's token budget cut them; num_stood: accepted
-        draft tokens by their position in a draft.
-    draft: seconds of proposing draft tokens.
-    num_arrived: prompts whose keys and values came from another engine since the step before it; num_failed_arrivals:
-        those that should have. num_arrived_blocks: what came for them.
-    num_offered: prompts whose last blocks were published for other engines in this step; num_offered_blocks: blocks
-        that were published, of these and of prompts that are not yet done.
-    schedule, launch, wait, commit: seconds of choosing the work, launching it, awaiting its result and committing it.
+    kind: whether its sequences decode, compute prompts (prefill), or both (mixed).
+    num_prompt_tokens: tokens of prompts, and tokens that are computed again after a preemption.
+    num_cached_tokens: tokens of admitted sequences that were found in the cache.
+    num_used_blocks: KV blocks in use when the step was scheduled.
+    num_drafts: sequences with draft tokens. num_draft_tokens: draft tokens that were verified.
+    num_planned_draft_tokens: draft tokens that the controller planned, before blocks and the token budget limited them.
+    num_accepted_per_position: accepted draft tokens, by their position in a draft.
+    num_received_prompts, num_failed_receives: prompts whose keys and values came, or failed to come, from another
+        engine since the previous step. num_received_blocks: blocks of the former.
+    num_sent_prompts: prompts whose last blocks were published for other engines in this step.
+    num_sent_blocks: blocks that were published, those of unfinished prompts included.
+    schedule, draft, launch, wait, commit: seconds of scheduling the step, proposing its draft tokens, launching it,
+        waiting for its result and committing it.
     """
 
     kind: Kind
@@ -42,13 +42,13 @@ class StepRecord(NamedTuple):
     draft: float = 0.0
     num_drafts: int = 0
     num_draft_tokens: int = 0
-    num_wanted_drafts: int = 0
-    num_stood: tuple[int, ...] = ()
-    num_arrived: int = 0
-    num_failed_arrivals: int = 0
-    num_arrived_blocks: int = 0
-    num_offered: int = 0
-    num_offered_blocks: int = 0
+    num_planned_draft_tokens: int = 0
+    num_accepted_per_position: tuple[int, ...] = ()
+    num_received_prompts: int = 0
+    num_failed_receives: int = 0
+    num_received_blocks: int = 0
+    num_sent_prompts: int = 0
+    num_sent_blocks: int = 0
 
     @property
     def seconds(self) -> float:
@@ -57,5 +57,5 @@ class StepRecord(NamedTuple):
 
     @property
     def num_decoded_tokens(self) -> int:
-        """Output tokens that it added, except first tokens; rejected draft tokens do not count."""
-        return self.num_tokens - self.num_prompt_tokens - self.num_draft_tokens + sum(self.num_stood)
+        """Number of output tokens without first tokens and rejected draft tokens."""
+        return self.num_tokens - self.num_prompt_tokens - self.num_draft_tokens + sum(self.num_accepted_per_position)

@@ -46,11 +46,11 @@ _EXTRA_FIELDS = 4  # last_positions, top_k, top_p, min_p
 # No two sizes are equal, as in `engine.execution.step_shapes`.
 _TRACED = StepShape(tokens=6, sequences=3, blocks=5, rows=3, query_len=LAST_TOKENS)
 # One graph serves all sequences: all of them are sampled and filtered; neutral parameters change nothing.
-_TRACED_NEEDS = SamplingFeatures.DRAW | SamplingFeatures.RESTRICT
+_TRACED_NEEDS = SamplingFeatures.RANDOM | SamplingFeatures.TOP_K_TOP_P
 
 
 class DeviceDrafts:
-    """Draft tokens that the device computes, of sequences whose `draft_token_ids` hold placeholders until then.
+    """Draft tokens that the device computes, of sequences whose `draft.token_ids` hold placeholders until then.
 
     rows: the index of each sequence's first one among the tokens that the target's step reads, by sequence id.
     """
@@ -64,7 +64,7 @@ class DeviceDrafts:
         self._started, self._ended = started, torch.cuda.Event(enable_timing=True)
         self._ended.record()
         for sequence, count in depths.items():
-            sequence.draft_token_ids = [0] * count
+            sequence.draft.token_ids = [0] * count
 
     def wait(self) -> float:
         """Write the draft tokens to their sequences, and return the seconds that they took the device."""
@@ -75,13 +75,13 @@ class DeviceDrafts:
 
 def num_missing(sequence: Sequence) -> int:
     """Return the number of the sequence's tokens that the draft model has not computed."""
-    return len(sequence.token_ids) - sequence.num_draft_computed_tokens
+    return len(sequence.token_ids) - sequence.draft.num_computed_tokens
 
 
 def can_loop(sequence: Sequence) -> bool:
     """Return whether the device can sample the sequence's draft tokens alone: penalties and masks need the host."""
     return len(sequence.token_ids) >= LAST_TOKENS and not sequence.sampling_features & (
-        SamplingFeatures.EDIT | SamplingFeatures.MASK
+        SamplingFeatures.PENALTIES | SamplingFeatures.TOKEN_MASK
     )
 
 
@@ -117,7 +117,7 @@ class DraftLoop:
     def run(self, depths: dict[Sequence, int]) -> DeviceDrafts | None:
         """Draft the given number of tokens of each sequence.
 
-        On CUDA, return drafts that the device is computing; else write them to the sequences' `draft_token_ids`.
+        On CUDA, return drafts that the device is computing; else write them to the sequences' `draft.token_ids`.
         """
         # Sequences with most draft tokens first: those that have all of theirs are then the last rows, left out.
         depths = dict(sorted(depths.items(), key=lambda item: -item[1]))
@@ -131,8 +131,8 @@ class DraftLoop:
             started.record()
             with replaying():
                 return DeviceDrafts(depths, self._loop(depths, sampling_features), started)
-        if self._decoder is not None and not sampling_features & SamplingFeatures.RESTRICT:
-            _give(depths, _decode(self._decoder, depths, draws=bool(sampling_features & SamplingFeatures.DRAW)))
+        if self._decoder is not None and not sampling_features & SamplingFeatures.TOP_K_TOP_P:
+            _give(depths, _decode(self._decoder, depths, draws=bool(sampling_features & SamplingFeatures.RANDOM)))
         else:
             _give(depths, self._loop(depths, sampling_features))
         return None
@@ -185,7 +185,7 @@ class DraftLoop:
         top_p, min_p = self._host_extra[2:].view(torch.float32).numpy()
         last[: shape.sequences] = 0
         last[:count] = [len(sequence.token_ids) + own - 2 for sequence, own in depths.items()]
-        if sampling_features & SamplingFeatures.RESTRICT:
+        if sampling_features & SamplingFeatures.TOP_K_TOP_P:
             size = shape.sequences
             write_filters(
                 list(depths),
@@ -197,7 +197,7 @@ class DraftLoop:
         self._upload(shape)
         found = self._draft(
             self._step,
-            self._device_state(shape, sampling_features & (SamplingFeatures.DRAW | SamplingFeatures.RESTRICT)),
+            self._device_state(shape, sampling_features & (SamplingFeatures.RANDOM | SamplingFeatures.TOP_K_TOP_P)),
             depth,
         )
         # Without padding: the target's steps may have less room than a padded chain returns.
@@ -222,8 +222,8 @@ class DraftLoop:
         return DraftState(
             inputs.batch._replace(query_len=None),
             last,
-            inputs.sampling if sampling_features & SamplingFeatures.DRAW else None,
-            filters if sampling_features & SamplingFeatures.RESTRICT else None,
+            inputs.sampling if sampling_features & SamplingFeatures.RANDOM else None,
+            filters if sampling_features & SamplingFeatures.TOP_K_TOP_P else None,
         )
 
     def _draft(self, step: _DraftStep, state: DraftState, depth: int) -> Tensor:
@@ -271,7 +271,7 @@ def _compiled_step(runner: Runner) -> _DraftStep:
 
 def _give(depths: dict[Sequence, int], found: Tensor) -> None:
     for (sequence, count), tokens in zip(depths.items(), found.tolist(), strict=True):
-        sequence.draft_token_ids = tokens[:count]
+        sequence.draft.token_ids = tokens[:count]
 
 
 def _decode(decoder: ops.Decoder, depths: dict[Sequence, int], *, draws: bool) -> Tensor:

@@ -76,7 +76,7 @@ class Proposal(NamedTuple):
 class DraftModel:
     """Proposes draft tokens for sequences whose blocks are allocated up to their last draft token.
 
-    A sequence's `num_draft_computed_tokens` counts the tokens that this model has computed; it computes the others
+    A sequence's `draft.num_computed_tokens` counts the tokens that this model has computed; it computes the others
     before the sequence's next draft. Blocks that it has not computed itself only lower the acceptance rate.
     """
 
@@ -94,14 +94,14 @@ class DraftModel:
         yield from self._runner.compile_pieces(sampler)
 
     def propose(self, step: SchedulerOutput) -> Proposal:
-        """Fill `draft_token_ids` of the step's sequences that are to have some."""
+        """Fill `draft.token_ids` of the step's sequences that are to have some."""
         if step.copies:
             self._runner.run(SchedulerOutput((), step.copies))
         guessing = {
             scheduled.sequence: scheduled.num_drafts for scheduled in step.scheduled_sequences if scheduled.num_drafts
         }
         for sequence in guessing:
-            sequence.draft_token_ids = []
+            sequence.draft.token_ids = []
         started = time.perf_counter()
         caught_up = self._catch_up(list(guessing))
         catch_up_seconds = time.perf_counter() - started
@@ -118,7 +118,7 @@ class DraftModel:
             drafts = self._loop.run(looping)
             runs += max(looping.values())
             for sequence, count in looping.items():
-                sequence.num_draft_computed_tokens = len(sequence.token_ids) + count - 1
+                sequence.draft.num_computed_tokens = len(sequence.token_ids) + count - 1
         return Proposal(runs, drafts, caught_up, catch_up_seconds)
 
     def _catch_up(self, sequences: list[Sequence]) -> int:
@@ -128,10 +128,10 @@ class DraftModel:
         while waiting:
             sequence = waiting[0]
             count = min(num_missing(sequence) - 1, budget)
-            works.append(ScheduledSequence(sequence, sequence.num_draft_computed_tokens, count, samples=False))
+            works.append(ScheduledSequence(sequence, sequence.draft.num_computed_tokens, count, samples=False))
             budget -= count
             caught_up += count
-            sequence.num_draft_computed_tokens += count
+            sequence.draft.num_computed_tokens += count
             if num_missing(sequence) == 1:
                 waiting.pop(0)
             if not budget or not waiting:
@@ -142,13 +142,13 @@ class DraftModel:
     def _run(self, works: list[ScheduledSequence]) -> None:
         result = self._runner.run(SchedulerOutput(tuple(works)))
         for scheduled in works:
-            scheduled.sequence.num_draft_computed_tokens = scheduled.start + scheduled.num_tokens
-            scheduled.sequence.draft_token_ids.append(result.token_ids[scheduled.sequence.id][0])
+            scheduled.sequence.draft.num_computed_tokens = scheduled.start + scheduled.num_tokens
+            scheduled.sequence.draft.token_ids.append(result.token_ids[scheduled.sequence.id][0])
 
 
 def _work(sequence: Sequence, *, samples: bool) -> ScheduledSequence:
     """Return all tokens that the model has not computed yet, its own draft tokens included; none is verified."""
-    known = len(sequence.token_ids) + len(sequence.draft_token_ids)
+    known = len(sequence.token_ids) + len(sequence.draft.token_ids)
     return ScheduledSequence(
-        sequence, sequence.num_draft_computed_tokens, known - sequence.num_draft_computed_tokens, samples
+        sequence, sequence.draft.num_computed_tokens, known - sequence.draft.num_computed_tokens, samples
     )

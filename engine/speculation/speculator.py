@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence
@@ -52,7 +53,7 @@ class Speculator:
     max_num_drafts: most draft tokens of one sequence in a step.
     draft_model: proposes draft tokens; if None, the sequence's own n-grams do.
     is_adaptive: let the controller choose the number of draft tokens; else propose as many as possible.
-    num_wanted: draft tokens that the last plan asked for.
+    num_planned: draft tokens that the last plan asked for.
     drafts: draft tokens of the last proposal that are still on the device.
     """
 
@@ -61,8 +62,9 @@ class Speculator:
         self.draft_model = draft_model
         self.is_adaptive = is_adaptive
         self.controller = DraftController()
+        self._states: WeakKeyDictionary[Sequence, SpeculationState] = WeakKeyDictionary()
         self._usual = Acceptance(forgetting=_LONG_MEMORY)
-        self.num_wanted = 0
+        self.num_planned = 0
         self.drafts: DeviceDrafts | None = None
         self._guessing: _Guessing | None = None
 
@@ -82,16 +84,16 @@ class Speculator:
         decoding = []
         for sequence in running:
             # A step that reads a sampled token from the device must not find the draft tokens of an earlier one.
-            sequence.num_draft_tokens, sequence.draft_token_ids = 0, []
+            sequence.draft.num_tokens, sequence.draft.token_ids = 0, []
             if sequence.num_uncomputed_tokens == 1:
                 decoding.append(sequence)
         available: dict[int, int] = {}
         for sequence in decoding:
-            if sequence.speculation is None:
-                sequence.speculation = SpeculationState(self._usual.of_another())
+            if sequence not in self._states:
+                self._states[sequence] = SpeculationState(self._usual.of_another())
             if self.draft_model is None:
-                drafts = sequence.speculation.ngrams.propose(sequence.token_ids, self.max_num_drafts)
-                sequence.draft_token_ids = drafts
+                drafts = self._states[sequence].ngrams.propose(sequence.token_ids, self.max_num_drafts)
+                sequence.draft.token_ids = drafts
                 if drafts:
                     available[sequence.id] = len(drafts)
             else:
@@ -100,12 +102,12 @@ class Speculator:
         if self.is_adaptive and len(available) == len(decoding) and self.controller.rests(len(decoding)):
             chosen = {}
         elif self.is_adaptive:
-            acceptance = {sequence.id: sequence.speculation.acceptance for sequence in decoding if sequence.speculation}
+            acceptance = {sequence.id: self._states[sequence].acceptance for sequence in decoding}
             behind = {} if self.draft_model is None else {one.id: _behind(one) for one in decoding}
             chosen = self.controller.choose(available, acceptance, len(decoding), behind)
         for sequence in decoding:
-            sequence.num_draft_tokens = chosen.get(sequence.id, 0)
-        self.num_wanted = sum(chosen.values())
+            sequence.draft.num_tokens = chosen.get(sequence.id, 0)
+        self.num_planned = sum(chosen.values())
 
     def propose(self, step: SchedulerOutput) -> float:
         """Propose the draft tokens that the step verifies, or launch that on the device. Return the host's seconds."""
@@ -140,13 +142,13 @@ class Speculator:
         num_drafts = 0
         for scheduled in step.scheduled_sequences:
             sequence = scheduled.sequence
-            sequence.num_draft_computed_tokens = min(sequence.num_draft_computed_tokens, sequence.num_computed_tokens)
+            sequence.draft.num_computed_tokens = min(sequence.draft.num_computed_tokens, sequence.num_computed_tokens)
             if not scheduled.num_drafts:
                 continue
             num_accepted = len(result.token_ids[sequence.id]) - 1
             num_drafts += scheduled.num_drafts
-            if sequence.speculation is not None:
-                sequence.speculation.acceptance.observe(scheduled.num_drafts, num_accepted)
+            if sequence in self._states:
+                self._states[sequence].acceptance.observe(scheduled.num_drafts, num_accepted)
                 self._usual.observe(scheduled.num_drafts, num_accepted)
             for place in range(num_accepted):
                 stood[place] += 1

@@ -21,7 +21,7 @@ from typing import Protocol, runtime_checkable
 import msgspec
 
 from dispec.engine.scheduling.scheduler import Scheduler
-from dispec.engine.scheduling.scheduler_output import TokenOutput
+from dispec.engine.scheduling.scheduler_output import TokenOutput, last_token_output
 from dispec.engine.scheduling.sequence import Sequence, Status, TokenLogprobs
 from dispec.engine.transfer.interface import Event, Pulled, PullFailed, Released, RemoteBlocks
 
@@ -67,11 +67,11 @@ class Payload(msgspec.Struct, array_like=True):
 class Totals:
     """Since the start, by the names of a `StepRecord`'s fields, which has what a step added."""
 
-    num_arrived: int = 0
-    num_failed_arrivals: int = 0
-    num_arrived_blocks: int = 0
-    num_offered: int = 0
-    num_offered_blocks: int = 0
+    num_received_prompts: int = 0
+    num_failed_receives: int = 0
+    num_received_blocks: int = 0
+    num_sent_prompts: int = 0
+    num_sent_blocks: int = 0
 
 
 @dataclass(eq=False)
@@ -217,8 +217,8 @@ class KVConnector:
             elif new:
                 self.transfers.publish(transfer_id, new)
             departure.num_published = len(kept)
-            self.totals.num_offered += departure.has_all
-            self.totals.num_offered_blocks += len(new)
+            self.totals.num_sent_prompts += departure.has_all
+            self.totals.num_sent_blocks += len(new)
 
     def close(self) -> None:
         if self.transfers is not None:
@@ -246,8 +246,8 @@ class KVConnector:
         problem = event.reason if isinstance(event, PullFailed) else self._read(arrival, event)
         if problem is None:
             arrival.is_filled = True
-            self.totals.num_arrived += 1
-            self.totals.num_arrived_blocks += arrival.num_pulled
+            self.totals.num_received_prompts += 1
+            self.totals.num_received_blocks += arrival.num_pulled
         else:
             self._fail(arrival, event.transfer_id, problem)
 
@@ -258,7 +258,7 @@ class KVConnector:
         arrival.is_pulling = False
         self._release(transfer_id)
         if arrival.is_wanted:
-            self.totals.num_failed_arrivals += 1
+            self.totals.num_failed_receives += 1
             log.warning("transfer %s failed (%s): the prompt is computed here", transfer_id, problem)
 
     def _let_go(self, departure: _Departure) -> None:
@@ -313,11 +313,12 @@ class KVConnector:
         elif payload is not None:
             arrival.first.prompt_logprobs = payload.prompt_logprobs
             for choice, token in zip(arrival.choices, payload.tokens, strict=True):
+                choice.num_cached_tokens = payload.num_cached_tokens
                 if choice.status is not Status.FINISHED:
                     choice.append(token.token_id)
                     if token.logprobs is not None:
                         choice.logprobs.append(token.logprobs)
-                    self._outputs.append(TokenOutput(choice, token.token_id, choice.finish_reason, 1))
+                    self._outputs.append(last_token_output(choice, token.logprobs))
         for choice in arrival.choices:
             if choice.status is not Status.FINISHED and choice.finish_reason is not None:
                 self._scheduler.finish(choice, choice.finish_reason)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from dispec.engine.process.messages import Token
 from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.scheduler_output import TokenOutput
 from dispec.engine.scheduling.sequence import FinishReason, TokenLogprobs
 from dispec.engine.text.text_stream import TextStream
 from dispec.engine.text.tokenizer import Tokenizer
@@ -53,12 +53,12 @@ class RequestText:
         self.num_cached_tokens = 0
         self.gaps: list[float] = []
 
-    def take(self, token: Token, now: float) -> tuple[ChoiceUpdate, bool] | None:
+    def take(self, token: TokenOutput, now: float) -> tuple[ChoiceUpdate, bool] | None:
         """What a token brings, and whether the engine must be told that its choice has ended.
 
         None for a token after the end, which the engine gave before it knew.
         """
-        index, params = token.choice, self._params
+        index, params = token.index, self._params
         if self._has_ended[index]:
             return None
         stream, reason = self._texts[index], token.finish_reason
@@ -98,13 +98,13 @@ class RequestText:
                 self._texts[index].add(token_id, ends=False)
                 self._last_times[index] = now
 
-    def _note(self, token: Token, now: float) -> None:
-        last = self._last_times[token.choice]
+    def _note(self, token: TokenOutput, now: float) -> None:
+        last = self._last_times[token.index]
         if last is not None:
             self.gaps.append(now - last)
-        self._last_times[token.choice] = now
+        self._last_times[token.index] = now
         self.num_tokens += 1
-        if token.choice == 0 and token.num_cached_tokens is not None:
+        if token.index == 0 and token.num_cached_tokens is not None:
             self.num_cached_tokens = token.num_cached_tokens
 
 

@@ -20,24 +20,24 @@ class WorkerTally(Listener):
 
     num_prompt_tokens: computed here. num_output_tokens: generated here, by requests that have ended. ttft: from being
     given a request to the first token that came from here; itl: between such tokens.
-    num_arrived, num_failed, num_offered: prompts, whose keys and values came, did not come, were published for others;
-    num_arrived_blocks and num_offered_blocks of them.
+    num_received_prompts, num_failed, num_sent_prompts: prompts whose keys and values came, did not come, and were
+    published for others; num_received_blocks and num_sent_blocks: blocks of them.
     """
 
     def __init__(self) -> None:
         self.num_prompt_tokens = self.num_output_tokens = self.num_requests = self.num_preemptions = 0
-        self.num_arrived = self.num_failed = self.num_offered = 0
-        self.num_arrived_blocks = self.num_offered_blocks = 0
+        self.num_received_prompts = self.num_failed = self.num_sent_prompts = 0
+        self.num_received_blocks = self.num_sent_blocks = 0
         self.ttft, self.itl, self.step = Distribution(FIRST_TOKEN), Distribution(BETWEEN_TOKENS), Distribution(STEP)
 
     def on_step(self, record: StepRecord, finished: float) -> None:
         self.num_prompt_tokens += record.num_prompt_tokens
         self.num_preemptions += record.num_preempted
-        self.num_arrived += record.num_arrived
-        self.num_failed += record.num_failed_arrivals
-        self.num_offered += record.num_offered
-        self.num_arrived_blocks += record.num_arrived_blocks
-        self.num_offered_blocks += record.num_offered_blocks
+        self.num_received_prompts += record.num_received_prompts
+        self.num_failed += record.num_failed_receives
+        self.num_sent_prompts += record.num_sent_prompts
+        self.num_received_blocks += record.num_received_blocks
+        self.num_sent_blocks += record.num_sent_blocks
         self.step.add([record.seconds])
 
     def on_first_token(self, first: FirstToken) -> None:

@@ -76,7 +76,7 @@ class DashboardState(Listener):
         second.waiting = 0 if is_last else record.num_waiting
         if decode and self._last_step is not None:
             # Whatever decodes had its last token from the step before, so nothing was idle in between.
-            at_once = sum(record.num_stood)
+            at_once = sum(record.num_accepted_per_position)
             second.gaps.add([finished - self._last_step] * (decode - at_once) + [0.0] * at_once)
         self._last_step = finished
         self._num_steps += 1
@@ -89,7 +89,7 @@ class DashboardState(Listener):
             }
         )
         if record.num_drafts:
-            self.on_drafts(record.num_drafts, record.num_draft_tokens, record.num_stood)
+            self.on_drafts(record.num_drafts, record.num_draft_tokens, record.num_accepted_per_position)
 
     def on_first_token(self, first: FirstToken) -> None:
         second = self._second()

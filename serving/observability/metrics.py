@@ -65,12 +65,12 @@ class Metrics(Listener):
         self._iteration_tokens.observe(record.num_tokens)
         self._batch_tokens.observe(record.num_tokens)
         self._step_seconds.observe(record.seconds)
-        self._arrived.inc(record.num_arrived)
-        self._failed_arrivals.inc(record.num_failed_arrivals)
+        self._arrived.inc(record.num_received_prompts)
+        self._failed_arrivals.inc(record.num_failed_receives)
         if record.num_drafts:
-            self.on_drafts(record.num_drafts, record.num_draft_tokens, record.num_stood)
+            self.on_drafts(record.num_drafts, record.num_draft_tokens, record.num_accepted_per_position)
         if record.kind == "decode":
-            self._draft_replicas_desired.set(record.num_wanted_drafts)
+            self._draft_replicas_desired.set(record.num_planned_draft_tokens)
             self._draft_replicas_actual.set(record.num_draft_tokens)
 
     def on_first_token(self, first: FirstToken) -> None:

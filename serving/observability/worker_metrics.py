@@ -77,12 +77,12 @@ class WorkerMetrics(Collector):
             tally, info = worker.tally, worker.client.info
             block_bytes = info.transfer_block_bytes if info is not None else 0
             for outcome, count in (
-                ("arrived", tally.num_arrived),
+                ("arrived", tally.num_received_prompts),
                 ("failed", tally.num_failed),
-                ("offered", tally.num_offered),
+                ("offered", tally.num_sent_prompts),
             ):
                 transfers.add_metric([*labels, outcome], count)
-            num_bytes.add_metric([*labels, "in"], tally.num_arrived_blocks * block_bytes)
-            num_bytes.add_metric([*labels, "out"], tally.num_offered_blocks * block_bytes)
+            num_bytes.add_metric([*labels, "in"], tally.num_received_blocks * block_bytes)
+            num_bytes.add_metric([*labels, "out"], tally.num_sent_blocks * block_bytes)
         yield transfers
         yield num_bytes

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from tqdm import tqdm
 
-from dispec.engine.distributed.rank_messages import Prepare
 from dispec.engine.dtypes import DTYPES
 from dispec.engine.errors import ContextOverflow, InvalidField
 from dispec.engine.execution.execution_plan import plan_for
@@ -31,7 +30,7 @@ from dispec.engine.execution.kv_cache_memory import (
     return_freed_memory,
     weight_bytes,
 )
-from dispec.engine.execution.model_runner import Runner
+from dispec.engine.execution.model_runner import ModelRunner
 from dispec.engine.execution.pending_step import PendingStep
 from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
 from dispec.engine.loading.draft_checkpoint import SharedDraft
@@ -508,13 +507,13 @@ class Engine:
         shared: "SharedMemory | None" = None,
         *,
         verifies: bool = True,
-    ) -> Runner:
+    ) -> ModelRunner:
         if self._ranks is not None:
-            self._ranks.send(Prepare(plan, self.max_num_batched_tokens))
+            self._ranks.allocate_cache(plan, self.max_num_batched_tokens)
         kv_cache = allocate_kv_cache(
             config, plan, DTYPES[self.options.dtype], self.device, shared.tensor if shared else None
         )
-        return Runner(
+        return ModelRunner(
             self.plan,
             config,
             weights,

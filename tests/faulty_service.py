@@ -27,9 +27,9 @@ class _Broken:
     is_broken = False
 
 
-_LAUNCH = runner.Runner.launch
+_LAUNCH = runner.ModelRunner.launch
 
 if __name__ == "__main__":
     # Here alone: the tests import this module for its numbers, and their own engines shall have no faults.
-    runner.Runner.launch = _launch  # type: ignore[method-assign]
+    runner.ModelRunner.launch = _launch  # type: ignore[method-assign]
     service.main()

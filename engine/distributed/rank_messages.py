@@ -1,7 +1,7 @@
-"""What the first rank of a tensor-parallel model tells the others, over their standard input.
+"""What the first rank of a tensor-parallel model sends to the others, over their standard input.
 
-The first line is a `Join`, as JSON; then come frames: the lengths of a message and of the bytes that come with it, the
-message as msgpack, the bytes as they are.
+The first line is a `JoinGroup` as JSON. Frames follow: the lengths of a message and of its payload, the message as
+msgpack, the payload as it is.
 """
 
 import struct
@@ -16,11 +16,13 @@ from dispec.layers.config import ModelConfig
 _LENGTHS = struct.Struct("<II")
 
 
-class Join(msgspec.Struct):
-    """The first line of a follower's standard input, as JSON. `options` are the fields of `EngineOptions`.
+class JoinGroup(msgspec.Struct):
+    """Join the process group and load a rank's part of the weights.
 
-    They name the follower's own device. config: the model's, if the options name no checkpoint. port: of the store
-    where the ranks meet. num_threads: for its steps.
+    options: the fields of `EngineOptions`, with the follower's own device.
+    config: of the model, where the options name no checkpoint.
+    port: of the store at which the ranks meet.
+    num_threads: of torch, in the follower.
     """
 
     options: dict[str, Any]
@@ -30,45 +32,45 @@ class Join(msgspec.Struct):
     num_threads: int
 
 
-class Prepare(msgspec.Struct, tag=True):
-    """Make a KV cache and room for steps."""
+class AllocateCache(msgspec.Struct, tag=True):
+    """Allocate a KV cache and the buffers of steps, in place of earlier ones."""
 
     plan: KVPlan
     max_num_batched_tokens: int
 
 
-class Copy(msgspec.Struct, tag=True):
+class CopyBlocks(msgspec.Struct, tag=True):
     """Copy blocks, each from the first of a pair to the second."""
 
     blocks: tuple[tuple[int, int], ...]
 
 
-class Compute(msgspec.Struct, tag=True):
-    """Run the model on the step inputs that come with this. is_compiled: with compiled functions."""
+class RunStep(msgspec.Struct, tag=True):
+    """Run the model on the payload, a step's inputs. is_compiled: with compiled functions."""
 
     shape: StepShape
     is_compiled: bool
 
 
-class Head(msgspec.Struct, tag=True):
-    """Compute the logits of hidden states, which come with this."""
+class ComputeLogits(msgspec.Struct, tag=True):
+    """Compute the logits of the payload, hidden states."""
 
 
-Message = Prepare | Copy | Compute | Head
+Message = AllocateCache | CopyBlocks | RunStep | ComputeLogits
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
-def framed(message: Message, payload: bytes) -> bytes:
-    """A message as it is sent, with what comes with it."""
+def encode_frame(message: Message, payload: bytes) -> bytes:
+    """Return the bytes of a message and its payload."""
     encoded = msgspec.msgpack.encode(message)
     return _LENGTHS.pack(len(encoded), len(payload)) + encoded + payload
 
 
-def receive(pipe: IO[bytes]) -> tuple[Message, bytes] | None:
-    """The next message and what comes with it; None at the end."""
-    start = pipe.read(_LENGTHS.size)
-    if len(start) < _LENGTHS.size:
+def read_frame(pipe: IO[bytes]) -> tuple[Message, bytes] | None:
+    """Return the next message and its payload; None at the end of the pipe."""
+    lengths = pipe.read(_LENGTHS.size)
+    if len(lengths) < _LENGTHS.size:
         return None
-    length, more = _LENGTHS.unpack(start)
-    message, payload = pipe.read(length), pipe.read(more)
-    return (_decoder.decode(message), payload) if len(payload) == more else None
+    message_length, payload_length = _LENGTHS.unpack(lengths)
+    message, payload = pipe.read(message_length), pipe.read(payload_length)
+    return (_decoder.decode(message), payload) if len(payload) == payload_length else None

@@ -1,6 +1,6 @@
 """A follower rank: `python -m dispec.engine.distributed.rank_worker`, a child process of the engine.
 
-It loads its part of the weights, and then does what its standard input says until that ends.
+It loads its part of the weights and executes the messages on its standard input until that is closed.
 """
 
 import faulthandler
@@ -12,12 +12,19 @@ from collections.abc import Callable
 import msgspec
 import torch
 
-from dispec.engine.distributed.rank_messages import Compute, Copy, Head, Join, Prepare, receive
-from dispec.engine.distributed.tensor_parallel import join, meeting_point
+from dispec.engine.distributed.rank_messages import (
+    AllocateCache,
+    ComputeLogits,
+    CopyBlocks,
+    JoinGroup,
+    RunStep,
+    read_frame,
+)
+from dispec.engine.distributed.tensor_parallel import connect_store, join_group
 from dispec.engine.dtypes import DTYPES
 from dispec.engine.execution.execution_plan import plan_for
 from dispec.engine.execution.kv_cache_memory import allocate_kv_cache
-from dispec.engine.execution.model_runner import Runner
+from dispec.engine.execution.model_runner import ModelRunner
 from dispec.engine.loading.checkpoint import find_checkpoint
 from dispec.engine.machine.cache_directory import remove_substitutes
 from dispec.engine.options import EngineOptions
@@ -25,20 +32,20 @@ from dispec.layers.sharding import Sharding
 from dispec.layers.weights import dummy_weights, load_weights
 
 
-def _runner_maker(order: Join) -> Callable[[Prepare], Runner]:
-    """Joins the group and loads the weights; what comes of it makes a runner with a KV cache as large as it is told."""
-    options = EngineOptions(**{**order.options, "model": order.config or order.options["model"]})
+def _join(request: JoinGroup) -> Callable[[AllocateCache], ModelRunner]:
+    """Join the group and load the weights. Return a function that makes a runner with a KV cache of the given size."""
+    options = EngineOptions(**{**request.options, "model": request.config or request.options["model"]})
     assert options.device is not None
     device, size = torch.device(options.device), options.tensor_parallel_size
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    shard = join(order.rank, size, device, meeting_point(size, order.port))
+    shard = join_group(request.rank, size, device, connect_store(size, request.port))
     dtype = DTYPES[options.dtype]
     is_dummy = options.load_format == "dummy"
     checkpoint = None
-    if order.config is None:
-        checkpoint = find_checkpoint(order.options["model"], without_weights=is_dummy)
-    config = checkpoint.config if checkpoint is not None else order.config
+    if request.config is None:
+        checkpoint = find_checkpoint(request.options["model"], without_weights=is_dummy)
+    config = checkpoint.config if checkpoint is not None else request.config
     assert config is not None
     if checkpoint is None or is_dummy:
         weights = dummy_weights(config, dtype, device, options.seed, shard)
@@ -46,9 +53,9 @@ def _runner_maker(order: Join) -> Callable[[Prepare], Runner]:
         weights = load_weights(config, checkpoint.tensors(dtype), dtype, device, shard=shard)
     local = Sharding(config, shard).local_config()
 
-    def make(message: Prepare) -> Runner:
+    def make_runner(message: AllocateCache) -> ModelRunner:
         kv_cache = allocate_kv_cache(local, message.plan, dtype, device)
-        return Runner(
+        return ModelRunner(
             plan_for(options, device, local.head_dim),
             local,
             weights,
@@ -60,34 +67,35 @@ def _runner_maker(order: Join) -> Callable[[Prepare], Runner]:
             vocab_size=config.vocab_size,
         )
 
-    return make
+    return make_runner
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the engine decides what becomes of us
+    # Terminals send these to the whole process group. The engine alone ends a follower, by closing its input.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     pipe = sys.stdin.buffer
-    order = msgspec.json.decode(pipe.readline(), type=Join)
-    torch.set_num_threads(order.num_threads)
-    make = _runner_maker(order)
-    runner: Runner | None = None
-    while (received := receive(pipe)) is not None:
+    request = msgspec.json.decode(pipe.readline(), type=JoinGroup)
+    torch.set_num_threads(request.num_threads)
+    make_runner = _join(request)
+    runner: ModelRunner | None = None
+    while (received := read_frame(pipe)) is not None:
         message, payload = received
-        if isinstance(message, Prepare):
-            runner = None  # whose cache goes before there is another
-            runner = make(message)
+        if isinstance(message, AllocateCache):
+            runner = None  # frees its KV cache before the new one is allocated
+            runner = make_runner(message)
             continue
         assert runner is not None
         match message:
-            case Copy(blocks):
-                runner.copy(blocks)
-            case Compute(shape, is_compiled):
-                runner.follow(shape, payload, is_compiled)
-            case Head():
-                runner.follow_head(payload)
+            case CopyBlocks(blocks):
+                runner.copy_blocks(blocks)
+            case RunStep(shape, is_compiled):
+                runner.run_inputs(shape, payload, is_compiled=is_compiled)
+            case ComputeLogits():
+                runner.compute_logits(payload)
     remove_substitutes()
-    os._exit(0)  # leaving the group in order would wait for the engine, which may be gone
+    os._exit(0)  # destroying the process group would wait for the engine, which may have been killed
 
 
 if __name__ == "__main__":

@@ -1,65 +1,78 @@
-"""Several processes that run one model, each a part of every layer: the first rank's side of it.
+"""The first rank's side of tensor parallelism: several processes that run one model, each a part of every layer.
 
-The first rank is the engine: it alone schedules, samples and answers requests. The others (`rank_worker`) receive on
-standard input what the first rank's model computes, and compute the same. Sums over the ranks go through a process
-group, NCCL on CUDA and Gloo on CPU, on this machine alone.
+The first rank is the engine, which alone schedules, samples and answers requests. The others (`rank_worker`) receive
+on standard input what the first rank's model computes, and compute the same. Sums over the ranks go through a process
+group of this machine: NCCL on CUDA, Gloo on CPU.
 """
 
 import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import msgspec
 import torch
 import torch.distributed as dist
 
-from dispec.engine.distributed.rank_messages import Join, Message, framed
+from dispec.engine.distributed.rank_messages import (
+    AllocateCache,
+    ComputeLogits,
+    CopyBlocks,
+    JoinGroup,
+    Message,
+    RunStep,
+    encode_frame,
+)
+from dispec.engine.execution.input_buffers import StepShape
+from dispec.engine.execution.kv_cache_memory import KVPlan
 from dispec.engine.machine.torch_threads import set_threads
 from dispec.engine.options import EngineOptions
 from dispec.layers.config import ModelConfig, Shard
 
 _WORKER = "dispec.engine.distributed.rank_worker"
 _HOST = "127.0.0.1"
-_GLANCE_SECONDS = 0.05  # between two looks at whether a rank that is awaited has come
-_PATIENCE = timedelta(seconds=300)  # with a rank that does not come to a sum; one that died is noticed at once
+_POLL_SECONDS = 0.05  # between two looks at a rank that is awaited
+_COLLECTIVE_TIMEOUT = timedelta(seconds=300)  # of a rank that hangs; one that died is noticed at once
+_EXIT_SECONDS = 10.0  # for a follower to end after its input was closed
 
 
 class TensorParallelError(RuntimeError):
-    """A rank is gone, so there is no whole model any more; the message says which and why."""
+    """A rank failed, so that the model is incomplete; the message names the rank and the reason."""
 
 
-def join(rank: int, size: int, device: torch.device, store: dist.TCPStore) -> Shard:
-    """Become a rank of the group that meets at the store."""
-    store.set(_here(rank), "")
+def join_group(rank: int, size: int, device: torch.device, store: dist.TCPStore) -> Shard:
+    """Become a rank of the process group whose ranks meet at the store."""
+    store.set(_ready_key(rank), "")
     if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else it looks up a host name that need not resolve
+        # Without it Gloo looks the host's name up, which need not resolve.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_COLLECTIVE_TIMEOUT)
     group = dist.group.WORLD
     assert group is not None
     return Shard(rank, size, group.group_name)
 
 
-def meeting_point(size: int, port: int = 0) -> dist.TCPStore:
-    """The store at which ranks meet: a new one at port 0, else the one that listens at `port`."""
-    return dist.TCPStore(_HOST, port, size, is_master=port == 0, wait_for_workers=False, timeout=_PATIENCE)
+def connect_store(size: int, port: int = 0) -> dist.TCPStore:
+    """Return the store at which `size` ranks meet: a new one for port 0, else the one that listens at `port`."""
+    return dist.TCPStore(_HOST, port, size, is_master=port == 0, wait_for_workers=False, timeout=_COLLECTIVE_TIMEOUT)
 
 
-def _here(rank: int) -> str:
-    """The store's key that says that a rank has come so far that it can meet the others."""
-    return f"rank {rank} is here"
+def _ready_key(rank: int) -> str:
+    """Return the store's key that a rank sets before it joins the group."""
+    return f"rank {rank} is ready"
 
 
 class TensorParallel:
-    """The followers of this process, the first of `options.tensor_parallel_size` ranks.
+    """The follower processes of this one, the first of `options.tensor_parallel_size` ranks.
 
-    Raises TensorParallelError if they do not start, ValueError if this process has ranks already.
+    Implements `engine.execution.ranks.Ranks`. Raises TensorParallelError if a follower does not start, ValueError if
+    this process already has a process group.
     """
 
     def __init__(self, options: EngineOptions, device: torch.device) -> None:
@@ -69,49 +82,25 @@ class TensorParallel:
                 f"tensor_parallel_size is {size}, but this process has an engine with ranks already: close that first"
             )
         self._is_broken = False
-        self._is_cuda = device.type == "cuda"
-        self._all_threads = torch.get_num_threads()
-        threads = max(1, self._all_threads // size)
+        all_threads = torch.get_num_threads()
+        threads = max(1, all_threads // size)
         if device.type == "cpu":
             set_threads(threads)
-        store = meeting_point(size)
+        store = connect_store(size)
         self._followers = [_start(options, device, rank, store.port, threads) for rank in range(1, size)]
-        # Python keeps the pipes of a process that is not waited for: followers would never learn that we are gone.
-        self._end = weakref.finalize(self, _end, self._followers, self._is_cuda, self._all_threads)
-        self._end.atexit = False  # then the system closes the pipes
-        # Readable once a follower has ended. Elsewhere than on Linux that is noticed at the next sum.
-        self._watches = [os.pidfd_open(one.pid) for one in self._followers] if hasattr(os, "pidfd_open") else []
+        # Python holds the pipes of a process that was not waited for, so that followers would not see them closed.
+        self._end = weakref.finalize(self, _end, self._followers, device.type == "cuda", all_threads)
+        self._end.atexit = False  # at exit the system closes the pipes
+        # Each becomes readable when its follower ends. Systems without pidfds notice that at the next sum.
+        self._pidfds = [os.pidfd_open(one.pid) for one in self._followers] if hasattr(os, "pidfd_open") else []
         try:
             self._wait_for_followers(store)
-            self.shard = join(0, size, device, store)
+            self.shard = join_group(0, size, device, store)
         except Exception as error:
             try:
                 self._fail(error)
             finally:
                 self.close()
-
-    def send(self, message: Message, payload: bytes = b"") -> None:
-        """Have every follower do something; those after this come in the same order."""
-        if self._is_broken:
-            self._fail(None)
-        frame = framed(message, payload)
-        try:
-            for follower in self._followers:
-                assert follower.stdin is not None
-                follower.stdin.write(frame)
-                follower.stdin.flush()
-        except OSError as error:
-            self._fail(error)
-
-    @contextmanager
-    def together(self, message: Message, payload: bytes = b"") -> Iterator[None]:
-        """Have the followers do something, and do it with them. If that fails in one rank there is no telling where the
-        others are: nothing more is computed then."""
-        self.send(message, payload)
-        try:
-            yield
-        except Exception as error:
-            self._fail(error)
 
     @property
     def is_broken(self) -> bool:
@@ -120,54 +109,93 @@ class TensorParallel:
 
     @property
     def wake_ups(self) -> list[int]:
-        """File descriptors that become readable when `check` has something to say; none after it has."""
-        return [] if self._is_broken else self._watches
+        """File descriptors that become readable when `check` would raise; none once a failure is known."""
+        return [] if self._is_broken else self._pidfds
 
     def check(self) -> None:
-        """Raises TensorParallelError if a follower has ended."""
+        """Raise TensorParallelError if a follower has ended."""
         if any(follower.poll() is not None for follower in self._followers):
             self._fail(None)
 
+    def allocate_cache(self, plan: KVPlan, max_num_batched_tokens: int) -> None:
+        """Have every follower allocate its KV cache and step buffers."""
+        self._send(AllocateCache(plan, max_num_batched_tokens))
+
+    def copy_blocks(self, blocks: tuple[tuple[int, int], ...]) -> None:
+        """Have every follower copy blocks, each from the first of a pair to the second."""
+        self._send(CopyBlocks(blocks))
+
+    def step(self, shape: StepShape, inputs: bytes, *, is_compiled: bool) -> AbstractContextManager[None]:
+        """Have every follower run the model while this rank does."""
+        return self._together(RunStep(shape, is_compiled), inputs)
+
+    def head(self, hidden: bytes) -> AbstractContextManager[None]:
+        """Have every follower compute logits while this rank does."""
+        return self._together(ComputeLogits(), hidden)
+
     def close(self) -> None:
-        """End the followers, and leave the group."""
+        """End the followers and leave the group."""
         self._is_broken = True
-        watches, self._watches = self._watches, []
-        for watch in watches:
-            os.close(watch)
+        pidfds, self._pidfds = self._pidfds, []
+        for pidfd in pidfds:
+            os.close(pidfd)
         self._end()
 
+    @contextmanager
+    def _together(self, message: Message, payload: bytes) -> Iterator[None]:
+        self._send(message, payload)
+        try:
+            yield
+        except Exception as error:
+            self._fail(error)
+
+    def _send(self, message: Message, payload: bytes = b"") -> None:
+        """Send a message to every follower; they execute messages in order."""
+        if self._is_broken:
+            self._fail(None)
+        frame = encode_frame(message, payload)
+        try:
+            for follower in self._followers:
+                assert follower.stdin is not None
+                follower.stdin.write(frame)
+                follower.stdin.flush()
+        except OSError as error:
+            self._fail(error)
+
     def _wait_for_followers(self, store: dist.TCPStore) -> None:
-        """Until all have come. A group waits for its ranks without a look at whether they live."""
+        """Wait until all followers are ready. Joining a group does not notice that another rank has died."""
         for rank, follower in enumerate(self._followers, start=1):
-            while not store.check([_here(rank)]):
+            while not store.check([_ready_key(rank)]):
                 with suppress(subprocess.TimeoutExpired):
-                    follower.wait(_GLANCE_SECONDS)
+                    follower.wait(_POLL_SECONDS)
                 self.check()
 
     def _fail(self, error: Exception | None) -> NoReturn:
         self._is_broken = True
-        gone = []
+        ended = []
         for rank, follower in enumerate(self._followers, start=1):
-            with suppress(subprocess.TimeoutExpired):  # its connections are closed a moment before it can be told
-                gone.append(f"rank {rank} ended with status {follower.wait(timeout=1)}")
-        reason = ", ".join(gone) or f"rank 0 failed: {error}"
+            # The connections of a process that dies close shortly before its status can be read.
+            with suppress(subprocess.TimeoutExpired):
+                ended.append(f"rank {rank} ended with status {follower.wait(timeout=1)}")
+        reason = ", ".join(ended) or f"rank 0 failed: {error}"
         raise TensorParallelError(f"the tensor-parallel model is no longer whole: {reason}") from error
 
 
 def _end(followers: "list[subprocess.Popen[bytes]]", is_cuda: bool, all_threads: int) -> None:
-    """Close what the followers listen to, wait until they have ended, and leave the group."""
+    """Close the followers' inputs, wait until they have ended, and leave the group."""
     for follower in followers:
         assert follower.stdin is not None
         with suppress(OSError):
             follower.stdin.close()
     for follower in followers:
         try:
-            follower.wait(timeout=10)
-        except subprocess.TimeoutExpired:  # in a sum to which not all ranks come
+            follower.wait(timeout=_EXIT_SECONDS)
+        except subprocess.TimeoutExpired:  # it waits in a sum that another rank never joined
             follower.kill()
             follower.wait()
     if dist.is_initialized():
-        if is_cuda:  # NCCL waits until no graph is left that has sums in it
+        if is_cuda:
+            # NCCL waits until no CUDA graph with its sums exists.
             from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
             reset_cudagraph_trees()
@@ -178,22 +206,18 @@ def _end(followers: "list[subprocess.Popen[bytes]]", is_cuda: bool, all_threads:
 def _start(
     options: EngineOptions, device: torch.device, rank: int, port: int, threads: int
 ) -> "subprocess.Popen[bytes]":
-    given: Mapping[str, Any] = {field.name: getattr(options, field.name) for field in fields(options)}
     config = options.model if isinstance(options.model, ModelConfig) else None
-    name = f"cuda:{(device.index or 0) + rank}" if device.type == "cuda" else "cpu"
-    order = Join(
-        {**given, "model": "" if config else str(options.model), "device": name},
-        config,
-        rank,
-        port,
-        threads,
-    )
+    own = {
+        "model": "" if config else str(options.model),
+        "device": f"cuda:{(device.index or 0) + rank}" if device.type == "cuda" else "cpu",
+    }
+    values = {field.name: getattr(options, field.name) for field in fields(options)} | own
     follower = subprocess.Popen(
         [sys.executable, "-m", _WORKER],
         stdin=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )
     assert follower.stdin is not None
-    follower.stdin.write(msgspec.json.encode(order) + b"\n")
+    follower.stdin.write(msgspec.json.encode(JoinGroup(values, config, rank, port, threads)) + b"\n")
     follower.stdin.flush()
     return follower

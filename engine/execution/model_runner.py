@@ -7,15 +7,14 @@ functions are traced, and on CUDA recorded, before they are used. Sampling beyon
 
 import functools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dispec import ops
-from dispec.engine.distributed.rank_messages import Compute, Copy, Head
 from dispec.engine.execution import sampler as token_chooser
 from dispec.engine.execution.compiled_steps import (
     begin_replay,
@@ -30,7 +29,8 @@ from dispec.engine.execution.compiled_steps import (
 )
 from dispec.engine.execution.execution_plan import ExecutionPlan
 from dispec.engine.execution.input_buffers import StepInputs, StepShape, input_views, write_inputs
-from dispec.engine.execution.pending_step import PendingStep
+from dispec.engine.execution.pending_step import DeviceDrafts, PendingStep
+from dispec.engine.execution.ranks import Ranks
 from dispec.engine.execution.sampler import Sampler, SamplerOutput
 from dispec.engine.execution.step_shapes import TRACED_DECODE, TRACED_PREFILL, StepShapes
 from dispec.engine.machine.compile_cache import choose_compile_cache
@@ -40,10 +40,6 @@ from dispec.layers.config import ModelConfig
 from dispec.layers.decoding import decoder
 from dispec.layers.steps import PreviousTokens, Vocabulary, head
 from dispec.layers.types import KVCache, Weights
-
-if TYPE_CHECKING:
-    from dispec.engine.distributed.tensor_parallel import TensorParallel
-    from dispec.engine.speculation.draft_loop import DeviceDrafts
 
 
 class _Launch(NamedTuple):
@@ -84,7 +80,7 @@ class _HostBuffer:
             self._copied.record()
 
 
-class Runner:
+class ModelRunner:
     """Runs steps. Make it and compile it in the process's main thread: CUDA graphs are recorded there.
 
     max_num_drafts: most draft tokens of one sequence that a step verifies.
@@ -109,7 +105,7 @@ class Runner:
         max_query_len: int | None = None,
         vocab_size: int | None = None,
         head_tokens: Tensor | None = None,
-        ranks: "TensorParallel | None" = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.plan = plan
         self.config = config
@@ -158,15 +154,15 @@ class Runner:
         return self._functions is not self._eager
 
     @torch.inference_mode()
-    def launch(self, step: SchedulerOutput, drafts: "DeviceDrafts | None" = None) -> PendingStep:
+    def launch(self, step: SchedulerOutput, drafts: DeviceDrafts | None = None) -> PendingStep:
         """Launch a step. Before it, at most one step may be pending, and none unless the plan overlaps.
 
         drafts: draft tokens that the step verifies and the host does not know yet.
         """
         if step.copies:
             if self._ranks is not None:
-                self._ranks.send(Copy(step.copies))
-            self.copy(step.copies)
+                self._ranks.copy_blocks(step.copies)
+            self.copy_blocks(step.copies)
         with replaying() if self.plan.replays else nullcontext():
             choices = self._launch(step.scheduled_sequences, drafts)
         event = None
@@ -175,11 +171,11 @@ class Runner:
             event.record()
         return PendingStep(choices, event, drafts)
 
-    def _launch(self, works: tuple[ScheduledSequence, ...], drafts: "DeviceDrafts | None") -> list[SamplerOutput]:
+    def _launch(self, works: tuple[ScheduledSequence, ...], drafts: DeviceDrafts | None) -> list[SamplerOutput]:
         choices: list[SamplerOutput] = []
         rows: dict[int, int] = {}
         num_rows = 0
-        draft_rows = {} if drafts is None else drafts.rows
+        draft_rows = {} if drafts is None else drafts.first_index
         for scheduled, exact in self._split(works) if works else ():
             shape = self.shapes.of(exact, is_compiled=self.is_compiled)
             sampled = write_inputs(
@@ -197,14 +193,14 @@ class Runner:
         return choices
 
     @torch.inference_mode()
-    def copy(self, blocks: tuple[tuple[int, int], ...]) -> None:
+    def copy_blocks(self, blocks: tuple[tuple[int, int], ...]) -> None:
         """Copy the first block of each pair to the second."""
         source, destination = torch.tensor(blocks, device=self.device).unbind(1)
         ops.copy_blocks(*self.kv_cache, source, destination)
 
     @torch.inference_mode()
-    def follow(self, shape: StepShape, inputs: bytes, is_compiled: bool) -> None:
-        """Compute a step of the first rank from the step inputs that it wrote."""
+    def run_inputs(self, shape: StepShape, inputs: bytes, *, is_compiled: bool) -> None:
+        """Run the model, as a follower rank, on step inputs that the first rank wrote."""
         if is_compiled and self._compiled is self._eager:
             self._start_compiling()
         self._zeroed_inputs(shape)
@@ -212,8 +208,8 @@ class Runner:
         self._forward(shape, self._upload(shape), is_compiled)
 
     @torch.inference_mode()
-    def follow_head(self, hidden: bytes) -> None:
-        """Compute the head of the first rank's hidden states."""
+    def compute_logits(self, hidden: bytes) -> None:
+        """Compute, as a follower rank, the logits of the first rank's hidden states, [R, E]."""
         states = torch.frombuffer(bytearray(hidden), dtype=self.weights.final_norm.dtype)
         self._head(states.view(-1, len(self.weights.final_norm)).to(self.device))
 
@@ -333,7 +329,7 @@ class Runner:
         if self._ranks is None:
             return self._forward(shape, inputs, is_compiled)
         payload = self._hosts[0].flat[: shape.size].numpy().tobytes()
-        with self._ranks.together(Compute(shape, is_compiled), payload):
+        with self._ranks.step(shape, payload, is_compiled=is_compiled):
             return self._forward(shape, inputs, is_compiled)
 
     def _forward(self, shape: StepShape, inputs: StepInputs, is_compiled: bool) -> _Outputs:
@@ -348,13 +344,12 @@ class Runner:
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states, computed by all ranks."""
-        with self._together(hidden):
+        with nullcontext() if self._ranks is None else self._ranks.head(_to_bytes(hidden)):
             return head(hidden, self.weights, self.config, self.vocabulary)[0]
 
-    def _together(self, hidden: Tensor) -> AbstractContextManager[object]:
-        if self._ranks is None:
-            return nullcontext()
-        return self._ranks.together(Head(), hidden.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+
+def _to_bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def _is_uniform(scheduled: ScheduledSequence, num_tokens: int) -> bool:

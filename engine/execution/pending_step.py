@@ -1,26 +1,57 @@
-"""A step that is under way."""
+"""A step that was launched on the device, and the draft tokens that the device computes for it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dispec.engine.execution.sampler import SamplerOutput
 from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput
+from dispec.engine.scheduling.sequence import Sequence
 
-if TYPE_CHECKING:
-    from dispec.engine.speculation.draft_loop import DeviceDrafts
+
+class DeviceDrafts:
+    """Draft tokens that the device computes; the sequences' `draft.token_ids` hold placeholders until `wait`.
+
+    num_drafts: of each sequence, in the order of the rows of `token_ids`, [B, K].
+    started: an event before the first draft token's computation.
+    first_index: by sequence id, the place of its first draft token among the token ids that the target's step reads.
+    """
+
+    def __init__(self, num_drafts: dict[Sequence, int], token_ids: Tensor, started: torch.cuda.Event) -> None:
+        num_columns = token_ids.shape[1]
+        self.first_index = {sequence.id: row * num_columns for row, sequence in enumerate(num_drafts)}
+        self._num_drafts = num_drafts
+        self._token_ids = torch.empty_like(token_ids, device="cpu", pin_memory=True)
+        self._token_ids.copy_(token_ids, non_blocking=True)
+        self._started, self._ended = started, torch.cuda.Event(enable_timing=True)
+        self._ended.record()
+        for sequence, count in num_drafts.items():
+            sequence.draft.token_ids = [0] * count
+
+    def wait(self) -> float:
+        """Write the draft tokens to their sequences, and return the seconds that they took the device."""
+        self._ended.synchronize()
+        write_drafts(self._num_drafts, self._token_ids)
+        return 1e-3 * self._started.elapsed_time(self._ended)
+
+
+def write_drafts(num_drafts: dict[Sequence, int], token_ids: Tensor) -> None:
+    """Set the sequences' `draft.token_ids` to the first tokens of their rows of `token_ids`, [B, K] on the host."""
+    for (sequence, count), row in zip(num_drafts.items(), token_ids.tolist(), strict=True):
+        sequence.draft.token_ids = row[:count]
 
 
 class PendingStep:
     """A step that the device was told to run.
 
-    draft_seconds: what the device took, before the step, for draft tokens that the host did not wait for.
+    draft_seconds: device time of the draft tokens that the step verifies, where the host did not wait for them.
     """
 
     def __init__(
-        self, choices: list[SamplerOutput], event: torch.cuda.Event | None, drafts: "DeviceDrafts | None" = None
+        self, outputs: list[SamplerOutput], event: torch.cuda.Event | None, drafts: DeviceDrafts | None = None
     ) -> None:
-        self._choices = choices
+        self._outputs = outputs
         self._event = event
         self._drafts = drafts
         self.draft_seconds = 0.0
@@ -34,6 +65,6 @@ class PendingStep:
         token_ids: dict[int, list[int]] = {}
         logprobs: dict[int, Any] = {}
         prompt_logprobs: dict[int, Any] = {}
-        for choice in self._choices:
-            choice.read(token_ids, logprobs, prompt_logprobs)
+        for output in self._outputs:
+            output.read(token_ids, logprobs, prompt_logprobs)
         return ModelRunnerOutput(token_ids, logprobs, prompt_logprobs)

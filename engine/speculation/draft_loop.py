@@ -25,7 +25,8 @@ from dispec.engine.execution.compiled_steps import (
     warn_eager,
 )
 from dispec.engine.execution.input_buffers import StepShape, input_views, write_inputs
-from dispec.engine.execution.model_runner import Runner
+from dispec.engine.execution.model_runner import ModelRunner
+from dispec.engine.execution.pending_step import DeviceDrafts, write_drafts
 from dispec.engine.execution.sampler import write_filters
 from dispec.engine.execution.step_shapes import sequence_sizes
 from dispec.engine.scheduling.scheduler_output import ScheduledSequence
@@ -49,30 +50,6 @@ _TRACED = StepShape(tokens=6, sequences=3, blocks=5, rows=3, query_len=LAST_TOKE
 _TRACED_NEEDS = SamplingFeatures.RANDOM | SamplingFeatures.TOP_K_TOP_P
 
 
-class DeviceDrafts:
-    """Draft tokens that the device computes, of sequences whose `draft.token_ids` hold placeholders until then.
-
-    rows: the index of each sequence's first one among the tokens that the target's step reads, by sequence id.
-    """
-
-    def __init__(self, depths: dict[Sequence, int], found: Tensor, started: torch.cuda.Event) -> None:
-        size, depth = found.shape
-        self.rows = {sequence.id: row * depth for row, sequence in enumerate(depths)}
-        self._depths = depths
-        self._found = torch.empty((size, depth), dtype=found.dtype, pin_memory=True)
-        self._found.copy_(found, non_blocking=True)
-        self._started, self._ended = started, torch.cuda.Event(enable_timing=True)
-        self._ended.record()
-        for sequence, count in depths.items():
-            sequence.draft.token_ids = [0] * count
-
-    def wait(self) -> float:
-        """Write the draft tokens to their sequences, and return the seconds that they took the device."""
-        self._ended.synchronize()
-        _give(self._depths, self._found)
-        return 1e-3 * self._started.elapsed_time(self._ended)
-
-
 def num_missing(sequence: Sequence) -> int:
     """Return the number of the sequence's tokens that the draft model has not computed."""
     return len(sequence.token_ids) - sequence.draft.num_computed_tokens
@@ -91,7 +68,9 @@ class DraftLoop:
     runner: of the draft model. sampled: the tokens that the target's steps read, on the device.
     """
 
-    def __init__(self, runner: Runner, sampled: Tensor, max_num_seqs: int, max_num_drafts: int, max_model_len: int):
+    def __init__(
+        self, runner: ModelRunner, sampled: Tensor, max_num_seqs: int, max_num_drafts: int, max_model_len: int
+    ):
         self._runner = runner
         self._sampled = sampled
         self._max_num_drafts = max_num_drafts
@@ -132,9 +111,11 @@ class DraftLoop:
             with replaying():
                 return DeviceDrafts(depths, self._loop(depths, sampling_features), started)
         if self._decoder is not None and not sampling_features & SamplingFeatures.TOP_K_TOP_P:
-            _give(depths, _decode(self._decoder, depths, draws=bool(sampling_features & SamplingFeatures.RANDOM)))
+            write_drafts(
+                depths, _decode(self._decoder, depths, draws=bool(sampling_features & SamplingFeatures.RANDOM))
+            )
         else:
-            _give(depths, self._loop(depths, sampling_features))
+            write_drafts(depths, self._loop(depths, sampling_features))
         return None
 
     def compile(self) -> Iterator[None]:
@@ -237,7 +218,7 @@ class DraftLoop:
         return torch.stack(found, 1)
 
 
-def _bound_step(runner: Runner) -> _DraftStep:
+def _bound_step(runner: ModelRunner) -> _DraftStep:
     config, vocabulary = runner.config, runner.vocabulary
 
     def step(weights: Any, state: Any, kv_cache: Any) -> tuple[Tensor, DraftState]:
@@ -246,7 +227,7 @@ def _bound_step(runner: Runner) -> _DraftStep:
     return step
 
 
-def _compiled_step(runner: Runner) -> _DraftStep:
+def _compiled_step(runner: ModelRunner) -> _DraftStep:
     """Return the step, to be compiled when it is first called, of states that sample and filter."""
     config, vocabulary = runner.config, runner.vocabulary
 
@@ -267,11 +248,6 @@ def _compiled_step(runner: Runner) -> _DraftStep:
         )
 
     return step
-
-
-def _give(depths: dict[Sequence, int], found: Tensor) -> None:
-    for (sequence, count), tokens in zip(depths.items(), found.tolist(), strict=True):
-        sequence.draft.token_ids = tokens[:count]
 
 
 def _decode(decoder: ops.Decoder, depths: dict[Sequence, int], *, draws: bool) -> Tensor:

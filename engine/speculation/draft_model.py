@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dispec.engine.execution.model_runner import Runner
+from dispec.engine.execution.model_runner import ModelRunner
+from dispec.engine.execution.pending_step import DeviceDrafts
 from dispec.engine.execution.sampler import Functions
 from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
 from dispec.engine.loading.draft_checkpoint import SharedDraft, find_shared_draft
@@ -17,7 +18,7 @@ from dispec.engine.loading.model_source import SPECULATIVE_MODELS, find_source
 from dispec.engine.options import EngineOptions
 from dispec.engine.scheduling.scheduler_output import ScheduledSequence, SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence
-from dispec.engine.speculation.draft_loop import LAST_TOKENS, DeviceDrafts, DraftLoop, can_loop, num_missing
+from dispec.engine.speculation.draft_loop import LAST_TOKENS, DraftLoop, can_loop, num_missing
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.layers.config import ModelConfig
 
@@ -80,7 +81,7 @@ class DraftModel:
     before the sequence's next draft. Blocks that it has not computed itself only lower the acceptance rate.
     """
 
-    def __init__(self, runner: Runner, loop: DraftLoop, max_num_batched_tokens: int) -> None:
+    def __init__(self, runner: ModelRunner, loop: DraftLoop, max_num_batched_tokens: int) -> None:
         self._runner = runner
         self._loop = loop
         self._max_num_batched_tokens = max_num_batched_tokens

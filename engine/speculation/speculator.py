@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+from dispec.engine.execution.pending_step import DeviceDrafts
 from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence
 from dispec.engine.speculation.acceptance import Acceptance
 from dispec.engine.speculation.controller import DraftController
-from dispec.engine.speculation.draft_loop import LAST_TOKENS, DeviceDrafts, num_missing
+from dispec.engine.speculation.draft_loop import LAST_TOKENS, num_missing
 from dispec.engine.speculation.draft_model import DraftModel
 from dispec.engine.speculation.ngram import NgramIndex
 from dispec.engine.speculation.planned_step import Behind

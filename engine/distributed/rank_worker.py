@@ -12,6 +12,7 @@ from collections.abc import Callable
 import msgspec
 import torch
 
+from dispec.engine.distributed.process_group import connect_store, join_group
 from dispec.engine.distributed.rank_messages import (
     AllocateCache,
     ComputeLogits,
@@ -20,7 +21,6 @@ from dispec.engine.distributed.rank_messages import (
     RunStep,
     read_frame,
 )
-from dispec.engine.distributed.tensor_parallel import connect_store, join_group
 from dispec.engine.dtypes import DTYPES
 from dispec.engine.execution.execution_plan import plan_for
 from dispec.engine.execution.kv_cache_memory import allocate_kv_cache

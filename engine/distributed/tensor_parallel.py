@@ -12,13 +12,13 @@ import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields
-from datetime import timedelta
 from typing import NoReturn
 
 import msgspec
 import torch
 import torch.distributed as dist
 
+from dispec.engine.distributed.process_group import connect_store, join_group, ready_key
 from dispec.engine.distributed.rank_messages import (
     AllocateCache,
     ComputeLogits,
@@ -32,40 +32,15 @@ from dispec.engine.execution.input_buffers import StepShape
 from dispec.engine.execution.kv_cache_memory import KVPlan
 from dispec.engine.machine.torch_threads import set_threads
 from dispec.engine.options import EngineOptions
-from dispec.layers.config import ModelConfig, Shard
+from dispec.layers.config import ModelConfig
 
 _WORKER = "dispec.engine.distributed.rank_worker"
-_HOST = "127.0.0.1"
 _POLL_SECONDS = 0.05  # between two looks at a rank that is awaited
-_COLLECTIVE_TIMEOUT = timedelta(seconds=300)  # of a rank that hangs; one that died is noticed at once
 _EXIT_SECONDS = 10.0  # for a follower to end after its input was closed
 
 
 class TensorParallelError(RuntimeError):
     """A rank failed, so that the model is incomplete; the message names the rank and the reason."""
-
-
-def join_group(rank: int, size: int, device: torch.device, store: dist.TCPStore) -> Shard:
-    """Become a rank of the process group whose ranks meet at the store."""
-    store.set(_ready_key(rank), "")
-    if sys.platform == "linux":
-        # Without it Gloo looks the host's name up, which need not resolve.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_COLLECTIVE_TIMEOUT)
-    group = dist.group.WORLD
-    assert group is not None
-    return Shard(rank, size, group.group_name)
-
-
-def connect_store(size: int, port: int = 0) -> dist.TCPStore:
-    """Return the store at which `size` ranks meet: a new one for port 0, else the one that listens at `port`."""
-    return dist.TCPStore(_HOST, port, size, is_master=port == 0, wait_for_workers=False, timeout=_COLLECTIVE_TIMEOUT)
-
-
-def _ready_key(rank: int) -> str:
-    """Return the store's key that a rank sets before it joins the group."""
-    return f"rank {rank} is ready"
 
 
 class TensorParallel:
@@ -165,7 +140,7 @@ class TensorParallel:
     def _wait_for_followers(self, store: dist.TCPStore) -> None:
         """Wait until all followers are ready. Joining a group does not notice that another rank has died."""
         for rank, follower in enumerate(self._followers, start=1):
-            while not store.check([_ready_key(rank)]):
+            while not store.check([ready_key(rank)]):
                 with suppress(subprocess.TimeoutExpired):
                     follower.wait(_POLL_SECONDS)
                 self.check()

@@ -6,7 +6,7 @@ Both read the engine's own greedy output token by token (teacher forcing), so th
 counts once. For comparison it prints how often transformers in that dtype agrees with transformers in fp32.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -37,7 +37,8 @@ def main(
     settings = dict(locals())
     columns = {"": "", " ": "", "agree on": ".2%", "of tokens": "d"}
     report = Report("agreement", settings, describe_machine(choose_device(device)), columns, output)
-    llm = LLM(model, dtype=dtype, device=device, enforce_eager=True)
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "enforce_eager": True}
+    llm = LLM(model, **options)
     checkpoint = llm.engine.checkpoint
     assert checkpoint is not None
     params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)

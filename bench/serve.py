@@ -102,6 +102,7 @@ def offline_rate(model: str, options: dict[str, Any], load: Load) -> Callable[[i
     from dispec.engine.api.llm import LLM
     from dispec.engine.sampling_params import SamplingParams  # torch: only where it is asked for
 
+    assert load.concurrency is not None
     context = load.prompt_tokens + load.output_tokens + 16
     llm = LLM(model, max_num_seqs=load.concurrency, max_model_len=context, show_progress=True, **options)
     params = SamplingParams(temperature=0, max_tokens=load.output_tokens, ignore_eos=load.ignore_eos)

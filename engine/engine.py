@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Series
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -48,7 +48,7 @@ from dispec.engine.scheduling.step_record import Kind, StepRecord
 from dispec.engine.speculation.draft_loop import DraftLoop
 from dispec.engine.speculation.draft_model import Draft, DraftModel, find_draft
 from dispec.engine.speculation.speculator import Speculator
-from dispec.engine.transfer.interface import RemoteBlocks, TransferOptions, Transport
+from dispec.engine.transfer.interface import RemoteBlocks, TransferOptions
 from dispec.engine.transfer.kv_connector import KVConnector
 from dispec.layers.config import ModelConfig, Shard, UnsupportedModelError
 from dispec.layers.sharding import Sharding, check_can_shard
@@ -549,7 +549,7 @@ class Engine:
                 host=options.kv_transfer_host,
                 port=options.kv_transfer_port,
                 secret=options.kv_transfer_secret.encode() if options.kv_transfer_secret is not None else None,
-                transports="auto" if options.kv_transfer == "auto" else (cast(Transport, options.kv_transfer),),
+                transports="auto" if options.kv_transfer == "auto" else (options.kv_transfer,),
                 lease_seconds=options.kv_transfer_lease,
             )
         )

@@ -81,7 +81,7 @@ def plans(device: str, *, compiles: bool) -> dict[str, ExecutionPlan]:
 
     compiles: whether the compiler works there.
     """
-    found = {}
+    found: dict[str, ExecutionPlan] = {}
     for dtype in DTYPE_NAMES:
         options = EngineOptions(
             model=_TINY, load_format="dummy", device=device, dtype=dtype, compile=None if compiles else "off"

@@ -1,13 +1,9 @@
-"""A name that is none of a call's or a class's own is refused, with the name that was probably meant."""
+"""Refuse unknown argument names, and suggest the name that was probably meant."""
 
-import functools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Any, TypeVar
-
-_T = TypeVar("_T")
 
 _LEAST_LIKENESS = 0.55  # of two names, as difflib rates it: "sampling_params" is that much like "params"
 _NOWHERE: Mapping[str, Collection[str]] = MappingProxyType({})
@@ -19,9 +15,9 @@ def refuse_unknown(
     known: Collection[str],
     elsewhere: Mapping[str, Collection[str]] = _NOWHERE,
 ) -> None:
-    """Raise ValueError for the first of the names that is not known to the owner.
+    """Raise ValueError for the first given name that is not among the names known to the owner.
 
-    elsewhere: names that belong to something else, by how they are written there: {} stands for the name.
+    elsewhere: names that belong to another call, by the form in which they are written there; {} stands for the name.
     """
     forms = {name: form for form, names in elsewhere.items() for name in names} | dict.fromkeys(known, "{}")
     for name in given:
@@ -34,18 +30,5 @@ def refuse_unknown(
 
 
 def field_names(cls: type) -> tuple[str, ...]:
-    """What a dataclass can be made with."""
+    """Return the names of the arguments of a dataclass."""
     return tuple(field.name for field in fields(cls) if field.init)
-
-
-def with_checked_names(cls: type[_T]) -> type[_T]:
-    """Have a dataclass raise ValueError for a field that it does not have, and not TypeError."""
-    make, names = cls.__init__, field_names(cls)
-
-    @functools.wraps(make)
-    def checked(self: Any, *args: Any, **given: Any) -> None:
-        refuse_unknown(cls.__name__, given, names)
-        make(self, *args, **given)
-
-    cls.__init__ = checked  # type: ignore[method-assign]
-    return cls

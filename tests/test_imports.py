@@ -17,6 +17,7 @@ ROOMS = [
     "engine",
     "engine.errors",
     "engine.unknown_names",
+    "engine.option_fields",
     "engine.json_file",
     "engine.machine",
     "engine.sampling_params",

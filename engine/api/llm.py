@@ -1,11 +1,12 @@
 """The Python face of the engine: `LLM.generate`, `.chat`, `.stream`."""
 
-from collections.abc import Generator, Mapping
+import inspect
+from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as Series
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, Concatenate, ParamSpec, overload
 
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from dispec.engine.text.tokenizer import Tokenizer
 from dispec.engine.unknown_names import field_names, refuse_unknown
 from dispec.layers.config import ModelConfig
 
+_P = ParamSpec("_P")
 Messages = Series[Mapping[str, Any]]
 Params = SamplingParams | Series[SamplingParams] | None
 
@@ -32,6 +34,21 @@ _IN_TEMPLATES = {"chat_template_kwargs={{{!r}: …}}": _OF_TEMPLATES}
 _TEMPLATE_ARGUMENTS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 
 
+def _with_parameters_of(
+    options: Callable[_P, EngineOptions],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, _P], None]]:
+    """Give a method the parameters of a class, with their types and documentation, for editors and type checkers."""
+
+    def decorate(method: Callable[..., None]) -> Callable[Concatenate[Any, _P], None]:
+        own = next(iter(inspect.signature(method).parameters.values()))
+        taken = inspect.signature(options)
+        method.__signature__ = taken.replace(parameters=[own, *taken.parameters.values()])  # type: ignore[attr-defined]
+        method.__doc__ = options.__doc__
+        return method
+
+    return decorate
+
+
 class LLM:
     """A model, ready to answer.
 
@@ -39,19 +56,17 @@ class LLM:
             llm.generate(["Once upon a time"], SamplingParams(max_tokens=64))[0].text
             llm.chat([{"role": "user", "content": "What is the capital of France?"}]).text
 
-    Options are those of `EngineOptions`. Several threads may use it, and several iterators of `stream` may be read in
-    turns: what they ask for runs in one batch.
+    The arguments are those of `EngineOptions`. Several threads may use it, and several iterators of `stream` may be
+    read in turns: all requests run in one batch.
     """
 
-    def __init__(
-        self, model: str | Path | ModelConfig = "smollm2", *, show_progress: bool = False, **options: Any
-    ) -> None:
-        known = (*field_names(EngineOptions), "show_progress")
-        refuse_unknown("LLM", options, known, _IN_PARAMS)
-        chosen = EngineOptions(model=model, **options)
-        if chosen.compile == "background":
+    @_with_parameters_of(EngineOptions)
+    def __init__(self, *model: Any, **given: Any) -> None:
+        refuse_unknown("LLM", given, field_names(EngineOptions), _IN_PARAMS)
+        options = EngineOptions(*model, **given)
+        if options.compile == "background":
             raise ValueError("compile is 'background', which is for a server: an LLM is never idle, use startup or off")
-        self.engine = Engine(chosen, show_progress)
+        self.engine = Engine(options, options.show_progress)
         checkpoint = self.engine.checkpoint
         self._tokenizer = None
         if checkpoint is not None:

@@ -17,7 +17,7 @@ _CPU_QUERY_LEN = 16
 class ExecutionPlan:
     """The decisions that follow from device, dtype, kernels and options.
 
-    device: "cpu" or "cuda". compile: when the steps are compiled, one of `engine.options.COMPILE`.
+    device: "cpu" or "cuda". compile: when the steps are compiled: background, startup or off.
     replays: compiled steps replay as CUDA graphs, in shapes that were recorded; a step is padded to the next one.
     fuses_layers: the layers of a uniform step are one C++ call (`ops.decoder_layers`).
     mixes: decodes and prompts share one pass; else each kind has its own.

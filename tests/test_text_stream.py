@@ -9,11 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.text.detokenize import IncrementalDetokenizer
+from dispec.engine.text.detokenizer import make_detokenizer
 from dispec.engine.text.text_stream import StopStrings, TextStream
 from dispec.engine.text.tokenizer import Tokenizer
 from tests.checkpoints import tiny_tokenizer
-from tests.test_tokenizer import with_byte_fallback
+from tests.vocabularies import with_byte_fallback
 
 TOKENIZER = Tokenizer(tiny_tokenizer())
 FALLBACK = with_byte_fallback()
@@ -135,62 +135,6 @@ def test_included_stop_string_ends_the_text():
     assert [search.add("ab"), search.add("cd"), search.add("e"), search.flush()] == ["a", "bc", "", ""]
 
 
-def counted(name: str):
-    def method(self, other, *rest):
-        Counted.count += len(self) + len(other)
-        return getattr(str, name)(self, other, *rest)
-
-    return method
-
-
-class Counted(str):
-    """A text that counts how many of its characters are looked at or copied."""
-
-    count = 0
-
-    def __getitem__(self, place):
-        found = super().__getitem__(place)
-        Counted.count += len(found)
-        return found
-
-    def find(self, part, start=0, end=sys.maxsize):
-        found = super().find(part, start, end)
-        Counted.count += (min(end, len(self)) if found < 0 else found + len(part)) - start
-        return found
-
-    __add__, __contains__ = counted("__add__"), counted("__contains__")
-    startswith, endswith = counted("startswith"), counted("endswith")
-
-    def __radd__(self, other):
-        Counted.count += len(self) + len(other)
-        return other + str(self)
-
-
-def operations(text: str, stop: str, size: int) -> int:
-    search = StopStrings([Counted(stop)], include=False)
-    chunks = [Counted(text[start : start + size]) for start in range(0, len(text), size)]
-    Counted.count = 0
-    returned = "".join([*map(search.add, chunks), search.flush()])
-    assert returned == text
-    return Counted.count
-
-
-@pytest.mark.parametrize("size", [1, 7, 100_000])
-@pytest.mark.parametrize(
-    ("period", "stop"),
-    [
-        ("a", "a" * 1000 + "b"),  # matches partially at every character, and never more than that
-        ("a" * 1000 + "c", "a" * 1000 + "b"),  # falls back all the way, again and again
-        ("ab", "ab" * 500 + "c"),
-        ("a", "b"),
-    ],
-)
-def test_cost_is_linear_in_the_text_whatever_the_stop_string(period, stop, size):
-    """A few looks at each character, where a search from each place would take a thousand."""
-    text = (period * 20_000)[:20_000]
-    assert operations(text, stop, size) <= 10 * len(text)
-
-
 # Tokens.
 
 BYTES = [TOKEN_OF[bytes([byte])] for byte in "aé😀".encode()]
@@ -207,7 +151,7 @@ def test_text_of_tokens_is_the_decoded_whole_cut_at_the_stop(data, include, skip
     inside = st.tuples(st.integers(0, 20), st.integers(1, 4)).map(lambda place: whole[place[0] :][: place[1]])
     stops = data.draw(st.lists((inside | st.text("aé😀\ufffd ", max_size=3)).filter(bool), max_size=3))
 
-    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens)
+    detokenizer = make_detokenizer(tokenizer, skip_special_tokens)
     at_once = "".join(detokenizer.add(token) for token in ids[:min_tokens])
     free = whole if len(ids) <= min_tokens else at_once
     expected, stop = cut(whole[len(free) :], stops, include)

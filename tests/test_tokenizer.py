@@ -4,22 +4,19 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import dispec.engine.text.tokenizer
 from dispec.engine.errors import CheckpointError
 from dispec.engine.loading.checkpoint import find_checkpoint
-from dispec.engine.text.detokenize import IncrementalDetokenizer
 from dispec.engine.text.tokenizer import Tokenizer
 from tests.checkpoints import CHATML, save_tiny, save_tokenizer, sentencepiece_tokenizer, tiny_tokenizer
+from tests.vocabularies import with_byte_fallback, with_metaspace
 
 # The shape of Qwen 2.5's template: a default system message, tools as JSON, tool calls and their results.
 QWEN_TOOLS = r"""{%- if tools %}
@@ -171,8 +168,6 @@ def test_added_special_tokens_and_settings_of_training(tmp_path):
 
 def test_ids_past_the_vocabulary_are_nothing(tokenizer):
     assert tokenizer.decode([70, 100_000, 71]) == tokenizer.decode([70, 71])
-    stream = IncrementalDetokenizer(tokenizer)
-    assert stream.add(100_000) == ""
     assert tokenizer.token_bytes(100_000) == b""
 
 
@@ -356,157 +351,18 @@ def test_vocabulary_and_merges_are_converted_once(tmp_path, monkeypatch):
 
 def test_neither_torch_nor_transformers_is_imported():
     check = (
-        "import sys, dispec.engine.text.tokenizer, dispec.engine.text.detokenize; "
+        "import sys, dispec.engine.text.tokenizer, dispec.engine.text.detokenizer; "
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy import'"
     )
     root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-c", check], cwd=root, check=True)
 
 
-# Text as it grows.
-
-
-def with_byte_fallback() -> Tokenizer:
-    """A vocabulary like those of SentencePiece: words with a mark for the space before them, and bytes."""
-    words = ["▁", "▁Hello", "▁wor", "ld", "é", "\ufffd", "!", "▁▁", "😀", "<s>", "</s>"]
-    tokens = [f"<0x{byte:02X}>" for byte in range(256)] + words
-    backend = tokenizers.Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
-    backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens(["<s>", "</s>"])
-    return Tokenizer(backend)
-
-
-def with_metaspace() -> Tokenizer:
-    words = ["▁", "▁Hello", "▁wor", "ld", "!", "<s>"]
-    backend = tokenizers.Tokenizer(models.BPE({token: index for index, token in enumerate(words)}, []))
-    backend.decoder = decoders.Metaspace()
-    backend.add_special_tokens(["<s>"])
-    return Tokenizer(backend)
-
-
-def with_plain_added_tokens() -> Tokenizer:
-    """Added tokens are not spelled in the byte alphabet: one has spaces and accents, one looks like other bytes."""
-    backend = tiny_tokenizer()
-    backend.add_tokens([AddedToken("<tool é  call>"), AddedToken("Ġé"), AddedToken("ðŁĺ"), AddedToken("  ")])
-    return Tokenizer(backend)
-
-
-def with_wrapped_byte_level() -> Tokenizer:
-    backend = tiny_tokenizer()
-    backend.decoder = decoders.Sequence([decoders.ByteLevel()])
-    return Tokenizer(backend)
-
-
-VOCABULARIES = {
-    "bytes": Tokenizer(tiny_tokenizer()),
-    "added": with_plain_added_tokens(),
-    "wrapped": with_wrapped_byte_level(),
-    "fallback": with_byte_fallback(),
-    "metaspace": with_metaspace(),
-}
-
-
-def pieces_of(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool = True) -> list[str]:
-    stream = IncrementalDetokenizer(tokenizer, skip_special_tokens)
-    return [*(stream.add(token) for token in ids), stream.finish()]
-
-
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
-@given(data=st.data(), skip_special_tokens=st.booleans())
-@settings(max_examples=150, deadline=None)
-def test_pieces_of_any_tokens_are_the_whole(vocabulary, data, skip_special_tokens):
-    tokenizer = VOCABULARIES[vocabulary]
-    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=40))
-    pieces = pieces_of(tokenizer, ids, skip_special_tokens)
-    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens)
-
-
-@given(text=st.text(max_size=40))
-@settings(max_examples=200, deadline=None)
-def test_pieces_of_text_are_the_text_and_come_at_once(text):
-    tokenizer = VOCABULARIES["bytes"]
-    ids = tokenizer.encode(text)
-    pieces = pieces_of(tokenizer, ids)
-    assert "".join(pieces) == tokenizer.decode(ids)
-    assert pieces[-1] == ""  # whole characters leave nothing for the end
-    spelled = b""
-    for count, token in enumerate(ids, 1):
-        spelled += tokenizer.token_bytes(token)
-        # As much as is a whole number of characters, and never less.
-        assert "".join(pieces[:count]) == spelled.decode(errors="ignore")
-
-
-@given(contents=st.binary(max_size=24))
-@settings(max_examples=300, deadline=None)
-def test_pieces_of_any_bytes_are_the_whole(contents):
-    for name in ("bytes", "wrapped", "fallback"):
-        tokenizer = VOCABULARIES[name]
-        if name == "fallback":
-            ids = list(contents)
-        else:
-            alphabet = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
-            ids = [alphabet[bytes([byte])] for byte in contents]
-        assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
-
-
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
-@given(data=st.data(), skip_special_tokens=st.booleans())
-@settings(max_examples=150, deadline=None)
-def test_pieces_after_a_prompt_are_what_the_whole_has_more(vocabulary, data, skip_special_tokens):
-    tokenizer = VOCABULARIES[vocabulary]
-    tokens = st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=12)
-    prompt, ids = data.draw(tokens), data.draw(tokens)
-    before, whole = (tokenizer.decode(part, skip_special_tokens) for part in (prompt, prompt + ids))
-    # Bytes that become invalid, or a character, only by what follows are no text of the prompt yet.
-    assume(whole.startswith(before) and not before.endswith("\ufffd"))
-    stream = IncrementalDetokenizer(tokenizer, skip_special_tokens, prompt)
-    assert "".join([*map(stream.add, ids), stream.finish()]) == whole[len(before) :]
-
-
-def test_the_first_word_after_a_prompt_keeps_its_space():
-    for name in ("fallback", "metaspace"):
-        tokenizer = VOCABULARIES[name]
-        hello, bos = (tokenizer.backend.token_to_id(text) for text in ("▁Hello", "<s>"))
-
-        def first(prompt: list[int], skips: bool = True, tokenizer=tokenizer, hello=hello) -> str:
-            return IncrementalDetokenizer(tokenizer, skips, prompt).add(hello)
-
-        assert (first([hello]), first([bos]), first([bos], False), first([])) == (" Hello", "Hello", " Hello", "Hello")
-        assert first([hello, bos]) == first([hello, 100_000]) == first([-1, hello]) == " Hello"
-
-
-def test_a_character_begun_in_the_prompt_comes_whole():
-    for name in ("bytes", "wrapped", "fallback"):
-        tokenizer = VOCABULARIES[name]
-        spelled = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
-        ids = [spelled[bytes([byte])] for byte in "aé😀b".encode()]
-        for cut in range(1, 6):
-            stream = IncrementalDetokenizer(tokenizer, True, ids[:cut])
-            rest = "".join([*map(stream.add, ids[cut:]), stream.finish()])
-            assert rest == "aé😀b"[len(bytes("aé😀b".encode()[:cut]).decode(errors="ignore")) :], (name, cut)
-
-
-def test_a_character_begun_in_the_prompt_and_left_is_no_text_of_the_answer():
-    for name in ("bytes", "wrapped", "fallback"):
-        tokenizer = VOCABULARIES[name]
-        spelled = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
-        prompt = [spelled[b"a"], spelled[b"\xc3"]]
-        stream = IncrementalDetokenizer(tokenizer, True, prompt)
-        assert stream.finish() == ""
-        stream = IncrementalDetokenizer(tokenizer, True, prompt)
-        assert stream.add(spelled[b"!"]) + stream.finish() == "!"
-        stream = IncrementalDetokenizer(tokenizer, True, prompt)
-        assert stream.add(spelled[b"b"]) + stream.finish() == "b"
-
-
 def test_what_tokens_spell_within_a_text():
-    tokenizer = VOCABULARIES["fallback"]
+    tokenizer = with_byte_fallback()
     spelled = [tokenizer.token_bytes(token).decode(errors="replace") for token in (0x41, 0xE2, *range(256, 267))]
     assert spelled == ["A", "\ufffd", " ", " Hello", " wor", "ld", "é", "\ufffd", "!", "  ", "😀", "<s>", "</s>"]
-    assert VOCABULARIES["metaspace"].token_bytes(1) == b" Hello"
+    assert with_metaspace().token_bytes(1) == b" Hello"
     assert tokenizer.token_bytes(100_000) == b""
 
 
@@ -517,45 +373,12 @@ def test_bad_words_within_words_and_white_space():
     assert tokenizer.bad_word_token_ids(["the", " the"]) == ((ids["t"], ids["he"]), (ids["▁the"],))
     assert tokenizer.bad_word_token_ids(["  "]) == ((ids["▁▁"],),)
     assert tokenizer.bad_word_token_ids(["</s>"])[0] == (ids["</s>"],)
-    tokenizer = VOCABULARIES["bytes"]
+    tokenizer = Tokenizer(tiny_tokenizer())
     (newline,) = tokenizer.encode("\n")
     assert tokenizer.bad_word_token_ids(["\n"]) == ((newline,),)
     words = [tuple(tokenizer.encode(text)) for text in ("the dog", " the dog", "\tx", " \tx")]
     assert tokenizer.bad_word_token_ids(["the dog", "\tx"]) == tuple(words)
     assert min(map(len, words)) > 1
-
-
-def test_a_character_split_over_tokens_comes_whole(tokenizer):
-    alphabet = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
-    ids = [alphabet[bytes([byte])] for byte in "a😀b".encode()]
-    assert pieces_of(tokenizer, ids) == ["a", "", "", "", "😀", "b", ""]
-    assert pieces_of(tokenizer, ids[:3]) == ["a", "", "", "\ufffd"]
-    # An invalid byte is certain at once, and so is what follows it.
-    assert pieces_of(tokenizer, [alphabet[b"\xff"], alphabet[b"a"]]) == ["\ufffd", "a", ""]
-
-
-def test_special_tokens_inside_a_character(tokenizer):
-    alphabet = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
-    first, second = (alphabet[bytes([byte])] for byte in "é".encode())
-    assert pieces_of(tokenizer, [first, 2, second]) == ["", "", "é", ""]
-    assert pieces_of(tokenizer, [first, 2, second], skip_special_tokens=False)[1] == "\ufffd<|im_end|>"
-
-
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
-def test_cost_is_linear(vocabulary):
-    """Ten times the tokens take nowhere near a hundred times the time, even where nothing becomes certain."""
-    tokenizer = VOCABULARIES[vocabulary]
-    token = 0xF0 if vocabulary == "fallback" else tokenizer.backend.token_to_id("ld") or 300
-
-    def seconds(count: int) -> float:
-        stream, start = IncrementalDetokenizer(tokenizer), time.perf_counter()
-        for _ in range(count):
-            stream.add(token)
-        stream.finish()
-        return time.perf_counter() - start
-
-    short = min(seconds(2000) for _ in range(5))
-    assert min(seconds(20_000) for _ in range(2)) < 40 * short
 
 
 def test_alphabet_is_that_of_the_tokenizers_package():

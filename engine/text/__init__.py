@@ -1,3 +1,3 @@
 """Text to token ids and back. Loads no torch: the server's own process tokenizes.
 
-Reading order: `tokenizer`, `chat_template`, `detokenize`, `text_stream`."""
+Reading order: `tokenizer`, `chat_template`, `detokenizer`, `text_stream`."""

@@ -21,12 +21,12 @@ from dispec.engine.machine.cpu_cores import usable_cores
 from dispec.engine.process.messages import EngineInfo
 from dispec.serving.api.app import create_app
 from dispec.serving.api.service import ApiContext, version
-from dispec.serving.client.engine_client import EngineClient, State
-from dispec.serving.client.listener import Listener
-from dispec.serving.client.restart_policy import RestartPolicy
+from dispec.serving.client.engine_client import EngineClient, EngineObserver, State
+from dispec.serving.client.engine_supervisor import RestartPolicy
+from dispec.serving.client.process_client import ProcessClient
 from dispec.serving.cluster.autoscaler import Autoscaler
+from dispec.serving.cluster.worker_metrics import WorkerMetrics
 from dispec.serving.cluster.worker_pool import WorkerPool
-from dispec.serving.dashboard.dashboard_state import DashboardState
 from dispec.serving.dashboard.routes_dashboard import dashboard_router
 from dispec.serving.http.acceptor import Acceptor, raise_file_limit
 from dispec.serving.http.http_protocol import BoundedHttp
@@ -75,9 +75,11 @@ async def serve(
     with listener:
         client = make_client(settings, engine_options, show_progress)
         names = settings.served_model_names or (model_name(str(engine_options["model"])),)
-        metrics, live = Metrics(names[0]), DashboardState()
+        metrics = Metrics(names[0])
         metrics.attach(client)
-        app = create_app(client, settings, metrics, dashboard_router(client, live), names=names)
+        if isinstance(client, WorkerPool):
+            WorkerMetrics(client, metrics)
+        app = create_app(client, settings, metrics, dashboard_router(client), names=names)
         server = DrainingServer(app, settings, client, file_limit)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         starting = asyncio.create_task(_start(client, app.state["service"]))
@@ -86,7 +88,7 @@ async def serve(
             await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 info = await starting  # raises what kept it from starting
-                client.listeners.append(watch := _EndWithTheEngine(server))
+                client.observers.append(watch := _EndWithTheEngine(server))
                 watch.on_state(client.state)
                 for line in _welcome(info, settings, names[0], listener):
                     say(line)
@@ -104,9 +106,7 @@ async def serve(
     return server.exit_code
 
 
-def make_client(
-    settings: ServerSettings, engine_options: dict[str, Any], show_progress: bool
-) -> EngineClient | WorkerPool:
+def make_client(settings: ServerSettings, engine_options: dict[str, Any], show_progress: bool) -> EngineClient:
     """What serves requests: one engine, or several that share the work."""
     limits: dict[str, Any] = {
         "max_queued_requests": settings.max_queued_requests,
@@ -123,10 +123,10 @@ def make_client(
         )
     if settings.role != "both":
         engine_options = {"kv_transfer": "auto"} | engine_options
-    return EngineClient(engine_options, **limits)
+    return ProcessClient(engine_options, **limits)
 
 
-async def _start(client: EngineClient | WorkerPool, service: ApiContext) -> EngineInfo:
+async def _start(client: EngineClient, service: ApiContext) -> EngineInfo:
     info = await client.start()
     await asyncio.to_thread(service.model)  # reads the vocabulary, which the first request need not wait for
     return info
@@ -137,9 +137,7 @@ class DrainingServer(uvicorn.Server):
     A second signal ends those as well.
     """
 
-    def __init__(
-        self, app: ASGIApp, settings: ServerSettings, client: EngineClient | WorkerPool, file_limit: int
-    ) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings, client: EngineClient, file_limit: int) -> None:
         config = uvicorn.Config(
             app,
             http=BoundedHttp.of(settings.max_header_bytes),
@@ -210,7 +208,7 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = True
 
 
-class _EndWithTheEngine(Listener):
+class _EndWithTheEngine(EngineObserver):
     """Ends a server of which no engine is left, so that its supervisor can start it again."""
 
     def __init__(self, server: DrainingServer) -> None:

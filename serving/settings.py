@@ -8,6 +8,7 @@ from typing import Literal
 from dispec.serving.client.slo import DEFAULT_CLASS, Slo
 from dispec.serving.cluster.autoscaling import ScalingLimits
 from dispec.serving.http.cors import ANY, Cors, origin_as_sent
+from dispec.serving.observability.structured_log import LogFormat
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
@@ -17,7 +18,6 @@ MAX_TOKEN_IDS = 2**18  # in a list of them: more than any vocabulary has
 MAX_BAD_WORD_TOKENS = 65536  # of all of them: the engine checks them in 20 ms, and generates nothing meanwhile
 MAX_TEMPLATE_ARGUMENTS = 32
 
-LogFormat = Literal["auto", "json", "text"]
 GenerationConfig = Literal["auto", "none"]
 Role = Literal["both", "prefill", "decode"]
 

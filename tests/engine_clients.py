@@ -17,15 +17,9 @@ from dispec.engine.process.messages import Inspection
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.sequence import TokenLogprobs
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.serving.client.engine_client import (
-    EngineClient,
-    GenerationRequest,
-    Listener,
-    RequestStream,
-    RequestSummary,
-    State,
-)
-from dispec.serving.client.request_stream import FirstToken
+from dispec.serving.client.engine_client import EngineClient, EngineObserver, State
+from dispec.serving.client.process_client import ProcessClient
+from dispec.serving.client.request_stream import GenerationRequest, RequestStream, RequestSummary
 from tests.checkpoints import save_tiny
 from tests.small_engine import OPTIONS, make, mixed_params, random_prompts
 
@@ -53,21 +47,21 @@ def llm(directory):
     torch.set_num_threads(threads)
 
 
-class Recorder(Listener):
+class Recorder(EngineObserver):
     """Remembers what happened."""
 
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
-        self.firsts: list[FirstToken] = []
+        self.firsts: list[RequestSummary] = []
         self.summaries: list[RequestSummary] = []
         self.states: list[State] = []
 
     def on_step(self, record: StepRecord, finished: float) -> None:
         self.records.append(record)
 
-    def on_first_token(self, first: FirstToken) -> None:
+    def on_first_token(self, summary: RequestSummary) -> None:
         assert len(self.firsts) >= len(self.summaries)
-        self.firsts.append(first)
+        self.firsts.append(summary)
 
     def on_request_finished(self, summary: RequestSummary) -> None:
         self.summaries.append(summary)
@@ -76,15 +70,15 @@ class Recorder(Listener):
         self.states.append(state)
 
 
-def new_client(directory: Path, engine: dict[str, Any] | None = None, **settings: Any) -> EngineClient:
+def new_client(directory: Path, engine: dict[str, Any] | None = None, **settings: Any) -> ProcessClient:
     defaults = {"max_queued_requests": 1000, "max_queued_tokens": 1_000_000, "stall_seconds": 60.0}
-    return EngineClient(OPTIONS | {"model": str(directory)} | (engine or {}), **defaults | settings)
+    return ProcessClient(OPTIONS | {"model": str(directory)} | (engine or {}), **defaults | settings)
 
 
 @asynccontextmanager
 async def running_client(
     directory: Path, engine: dict[str, Any] | None = None, **settings: Any
-) -> AsyncIterator[EngineClient]:
+) -> AsyncIterator[ProcessClient]:
     """A client that serves. Whatever the test did, an engine that still lives has nothing left of it."""
     client = new_client(directory, engine, **settings)
     await client.start()

@@ -17,7 +17,7 @@ import typer
 from dispec.engine.options import EngineOptions
 from dispec.serving.cli.console import explain, reporting
 from dispec.serving.cli.shared_options import engine_options
-from dispec.serving.client.engine_errors import EngineDied
+from dispec.serving.client.errors import EngineDied
 from tests.checkpoints import save_tiny, save_tiny_gguf, tiny_model
 from tests.commands import dispec, eager, one_sentence, running
 

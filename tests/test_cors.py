@@ -13,7 +13,7 @@ from litestar.testing import TestClient
 
 from dispec.serving.api.app import create_app
 from dispec.serving.cli.serve_options import server_options
-from dispec.serving.client.engine_client import EngineClient
+from dispec.serving.client.process_client import ProcessClient
 from dispec.serving.http.cors import Cors, origin_as_sent
 from dispec.serving.observability.metrics import Metrics
 from dispec.serving.settings import ServerSettings
@@ -171,7 +171,7 @@ class _Broken:
 
 
 def _app(metrics: Any = None, **settings: Any) -> TestClient:
-    client = EngineClient({}, max_queued_requests=1, max_queued_tokens=1, stall_seconds=1)  # never started
+    client = ProcessClient({}, max_queued_requests=1, max_queued_tokens=1, stall_seconds=1)  # never started
     return TestClient(create_app(client, ServerSettings(**settings), metrics or Metrics("tiny")))
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.serving.client.request_stream import FirstToken, RequestSummary
-from dispec.serving.dashboard.dashboard_events import PoolWatch, dashboard_events
+from dispec.serving.client.request_stream import RequestSummary, RequestTiming
+from dispec.serving.dashboard.dashboard_events import KVCacheInspector, dashboard_events
 from dispec.serving.dashboard.dashboard_state import REQUESTS, SPAN, STEPS, DashboardState
 from dispec.serving.dashboard.routes_dashboard import plotly_script
 from tests.checkpoints import save_tiny
@@ -43,20 +43,17 @@ def step(live: DashboardState, clock: Clock, **fields) -> None:
 def finish(live: DashboardState, number: int = 0, **fields) -> None:
     usual = {
         "request_id": f"r{number}",
-        "prompt_tokens": 10,
-        "cached_tokens": 5,
-        "output_tokens": 3,
+        "num_prompt_tokens": 10,
+        "num_cached_tokens": 5,
+        "num_output_tokens": 3,
         "finish_reasons": ("stop", "stop"),
-        "arrival": 990.0,
-        "started": 990.25,
-        "first_token": 990.75,
-        "finished": 992.75,
+        "timing": RequestTiming(990.0, 990.25, 990.75, 992.75),
         "gaps": [1.0, 1.0],
         "error": None,
     }
     ended = RequestSummary(**usual | fields)
-    if ended.first_token is not None:
-        live.on_first_token(FirstToken(ended.prompt_tokens, ended.cached_tokens, ended.first_token - ended.arrival))
+    if ended.timing.first_token is not None:
+        live.on_first_token(ended)
     live.on_request_finished(ended)
 
 
@@ -127,7 +124,7 @@ def test_percentiles_are_of_the_last_seconds(live, clock) -> None:
 
 def test_a_requests_phases(live) -> None:
     finish(live)
-    finish(live, started=None, first_token=None, finish_reasons=("error",), error="it was too long")
+    finish(live, timing=RequestTiming(990.0, finished=992.75), finish_reasons=("error",), error="it was too long")
     done, failed = next(live.views())["requests"]
     assert (done["queue"], done["prefill"], done["decode"]) == (0.25, 0.5, 2.0)
     assert (done["reason"], done["error"]) == ("stop", None)
@@ -149,7 +146,7 @@ def test_events_of_a_real_engine(tmp_path, monkeypatch) -> None:
         async with running_client(tmp_path) as client:
             live = DashboardState()
             live.attach(client)
-            events = dashboard_events(client, live, PoolWatch(client))
+            events = dashboard_events(client, live, KVCacheInspector(client))
             while (event := await anext(events))["pool"] is None:
                 pass
             pool = event["pool"]

@@ -179,7 +179,7 @@ def test_it_says_what_has_become_of_the_engine_and_of_the_server(visit, checkpoi
         assert not view.page.locator("#banner").is_visible()
         os.kill(engine, signal.SIGKILL)
         view.until_text("#state", "^restarting$")
-        view.until_text("#banner", "started again")
+        view.until_text("#banner", "being restarted")
         view.until_text("#state", "^ready$")
         os.kill(_children(server.process.pid)[0], signal.SIGKILL)
         view.until_text("#state", "^unreachable$")  # it has left, with no restart to try

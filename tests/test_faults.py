@@ -13,8 +13,8 @@ import pytest
 
 from dispec.engine.sampling_params import SamplingParams
 from dispec.serving.client import engine_process
-from dispec.serving.client.engine_client import EngineDied, EngineFailed, NotReady
-from dispec.serving.client.restart_policy import RestartPolicy
+from dispec.serving.client.engine_supervisor import RestartPolicy
+from dispec.serving.client.errors import EngineDied, EngineFailed, NotReady
 from tests import faulty_service
 from tests.checkpoints import save_tiny
 from tests.commands import ROOT
@@ -53,7 +53,7 @@ def test_killing_the_engine_fails_what_is_under_way_and_restarts_it(directory, l
 
     async def kill_twice() -> None:
         async with running_client(directory, restarts=RestartPolicy(max_restarts=1)) as client:
-            client.listeners.append(recorder := Recorder())
+            client.observers.append(recorder := Recorder())
             first_pid = client.info.pid
             streams = [ask(client, random_tokens(5, seed), replace(LONG, n=2)) for seed in range(3)]
             queued = ask(client, prompt, LONG)
@@ -63,7 +63,7 @@ def test_killing_the_engine_fails_what_is_under_way_and_restarts_it(directory, l
             assert client.state == "restarting"
             assert client.is_ready()[0] is False
             assert client.load == 0
-            with pytest.raises(NotReady, match="being started again"):
+            with pytest.raises(NotReady, match="being restarted"):
                 ask(client, prompt, LONG)
             with pytest.raises(NotReady):
                 await client.inspect()
@@ -210,7 +210,7 @@ def unknown_architecture(directory: Path, tmp_path: Path) -> Path:
 def test_an_engine_that_cannot_start_says_why(directory, tmp_path, model, options, error, message, hint):
     async def start() -> None:
         client = new_client(model(directory, tmp_path), options)
-        client.listeners.append(recorder := Recorder())
+        client.observers.append(recorder := Recorder())
         with pytest.raises(EngineDied) as died:
             await client.start()
         assert died.value.error in error.split("|")
@@ -262,7 +262,7 @@ def test_too_little_memory_under_load_loses_nothing(directory, llm):
 
     async def starve() -> list:
         async with running_client(directory, tiny) as client:
-            client.listeners.append(recorder := Recorder())
+            client.observers.append(recorder := Recorder())
             requests = zip(prompts, params, strict=True)
             answers = await asyncio.gather(*(generate(client, prompt, param) for prompt, param in requests))
             assert sum(record.num_preempted for record in recorder.records) > 5
@@ -280,7 +280,7 @@ def test_an_error_in_the_engine_fails_the_request_that_caused_it(directory, llm,
 
     async def fail() -> None:
         async with running_client(directory) as client:
-            client.listeners.append(recorder := Recorder())
+            client.observers.append(recorder := Recorder())
             guilty = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, seed=faulty_service.FAILS_ALONE, n=2)
             streams = [ask(client, prompt, greedy(20)) for prompt in prompts]
             failing = ask(client, random_tokens(7), guilty)

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.serving.client.request_stream import FirstToken, RequestSummary
+from dispec.serving.client.request_stream import RequestSummary, RequestTiming
 from dispec.serving.observability.distribution import Distribution, geometric, percentiles
 from dispec.serving.observability.metrics import Metrics
 from tests.checkpoints import save_tiny
@@ -45,16 +45,14 @@ def samples(metrics: Metrics) -> dict[str, float]:
 def summary(arrival=0.0, started=1.0, first_token=3.0, finished=7.0, **fields) -> RequestSummary:
     usual = {
         "request_id": "r",
-        "prompt_tokens": 10,
-        "cached_tokens": 4,
-        "output_tokens": 3,
+        "num_prompt_tokens": 10,
+        "num_cached_tokens": 4,
+        "num_output_tokens": 3,
         "finish_reasons": ("length",),
         "gaps": [1.5, 2.5],
         "error": None,
     }
-    return RequestSummary(
-        arrival=arrival, started=started, first_token=first_token, finished=finished, **usual | fields
-    )
+    return RequestSummary(timing=RequestTiming(arrival, started, first_token, finished), **usual | fields)
 
 
 def step(**fields) -> StepRecord:
@@ -63,9 +61,9 @@ def step(**fields) -> StepRecord:
 
 
 def finish(metrics: Metrics, ended: RequestSummary) -> None:
-    """What the client tells of a request in its life."""
-    if ended.first_token is not None:
-        metrics.on_first_token(FirstToken(ended.prompt_tokens, ended.cached_tokens, ended.first_token - ended.arrival))
+    """Notify the metrics as the client does in a request's life."""
+    if ended.timing.first_token is not None:
+        metrics.on_first_token(ended)
     metrics.on_request_finished(ended)
 
 
@@ -131,10 +129,8 @@ def test_what_a_request_leaves_behind() -> None:
 def test_a_request_that_never_started_counts_as_an_end_and_as_nothing_else() -> None:
     metrics = Metrics("m")
     before = samples(metrics)
-    finish(
-        metrics,
-        summary(started=None, first_token=None, finish_reasons=("error",), output_tokens=0, gaps=[], error="refused"),
-    )
+    failed = {"finish_reasons": ("error",), "num_output_tokens": 0, "gaps": [], "error": "refused"}
+    finish(metrics, summary(started=None, first_token=None, **failed))
     after = samples(metrics)
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"dispec_requests_total", "vllm:request_success_total"}

@@ -75,7 +75,7 @@ def test_connections_beyond_the_limit_are_answered_with_503(tmp_path: Path) -> N
         with streams(running_server.url, NUM_STREAMS) as connections:
             answer(connections[-1])
             running_server.engine_process().kill()
-            wait_for(lambda: "started again and serves" in running_server.log.read_text())
+            wait_for(lambda: "restarted and serves" in running_server.log.read_text())
 
 
 def test_the_soft_limit_is_raised_to_the_hard_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from litestar.testing import TestClient
 
 from dispec.serving.api.app import create_app
-from dispec.serving.client.engine_client import EngineClient
+from dispec.serving.client.process_client import ProcessClient
 from dispec.serving.http.auth import Keys
 from dispec.serving.http.middleware import Middleware
 from dispec.serving.observability.metrics import Metrics
@@ -78,7 +78,7 @@ def test_requests_are_logged_each(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_uptime_does_not_follow_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = EngineClient({}, max_queued_requests=1, max_queued_tokens=1, stall_seconds=1)  # never started
+    client = ProcessClient({}, max_queued_requests=1, max_queued_tokens=1, stall_seconds=1)  # never started
     with TestClient(create_app(client, ServerSettings(), Metrics("tiny"))) as http:
         real, monotonic = time.time(), time.monotonic()
         for shift in (-1e6, 1e6):

@@ -8,9 +8,8 @@ import pytest
 
 from dispec.engine.process.messages import EngineInfo, Start
 from dispec.serving.client import engine_supervisor
-from dispec.serving.client.engine_errors import EngineDied
-from dispec.serving.client.engine_supervisor import EngineSupervisor, State
-from dispec.serving.client.restart_policy import RestartPolicy
+from dispec.serving.client.engine_supervisor import EngineSupervisor, RestartPolicy, State
+from dispec.serving.client.errors import EngineDied
 from tests.checkpoints import save_tiny
 from tests.servers import PATIENCE, Server, server, wait_for
 

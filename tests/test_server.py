@@ -21,7 +21,7 @@ from openai import OpenAI
 
 import dispec.serving.server
 from dispec.serving.api.app import create_app
-from dispec.serving.client.engine_client import EngineClient
+from dispec.serving.client.process_client import ProcessClient
 from dispec.serving.observability.metrics import Metrics
 from dispec.serving.settings import ServerSettings
 from tests.checkpoints import save_tiny
@@ -311,7 +311,7 @@ def test_what_a_request_leaves_open_is_the_checkpoints(guarded: Server) -> None:
 
 
 def test_while_it_is_loading() -> None:
-    client = EngineClient({}, max_queued_requests=1, max_queued_tokens=1, stall_seconds=1)  # never started
+    client = ProcessClient({}, max_queued_requests=1, max_queued_tokens=1, stall_seconds=1)  # never started
     with TestClient(create_app(client, ServerSettings(), Metrics("tiny"))) as http:
         assert http.get("/live").status_code == 200
         for answer in (http.get("/health"), http.get("/v1/models"), http.post("/v1/completions", json={"prompt": "x"})):

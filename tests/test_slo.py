@@ -12,8 +12,8 @@ from dispec.engine.scheduling.scheduler import Scheduler
 from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput
 from dispec.engine.scheduling.sequence import Sequence
 from dispec.serving.client.admission import Admission
-from dispec.serving.client.engine_errors import Overloaded
-from dispec.serving.client.slo import Slo, is_hopeless, parse_slo, slack
+from dispec.serving.client.errors import Overloaded
+from dispec.serving.client.slo import Slo, can_meet_ttft, parse_slo, slack
 from dispec.serving.observability.metrics import Metrics
 from dispec.serving.settings import ServerSettings
 from tests.engine_clients import Recorder, ask, generate, read, running_client, until
@@ -82,16 +82,15 @@ def test_least_slack_goes_first_and_nobody_waits_for_ever():
 
 
 def test_what_cannot_come_in_time_is_known_beforehand():
-    assert not is_hopeless(FAST, 100, 0, 1000.0)
-    assert is_hopeless(FAST, 100, 401, 1000.0)
-    assert not is_hopeless(FAST, 100, 10**6, 0.0)  # nothing is known yet
-    assert not is_hopeless(None, 10**6, 10**6, 1.0)
+    assert can_meet_ttft(FAST, 100, 1000.0)
+    assert not can_meet_ttft(FAST, 501, 1000.0)
+    assert can_meet_ttft(FAST, 10**6, 0.0)  # the throughput is not known yet
     admission = Admission(10, 10**6)
     admission.enter("a", 300, 5.0)
     admission.enter("b", 50, 9.0)
-    assert admission.tokens_before(5.0) == 300
+    assert admission.num_tokens_ahead(5.0) == 300
     admission.leave("a", started=True)
-    assert admission.tokens_before(100.0) == 50
+    assert admission.num_tokens_ahead(100.0) == 50
 
 
 def test_a_hopeless_request_costs_nothing_and_one_that_waited_too_long_ends(directory):
@@ -99,9 +98,9 @@ def test_a_hopeless_request_costs_nothing_and_one_that_waited_too_long_ends(dire
         engine = {"max_num_seqs": 2, "max_num_batched_tokens": 32}
         async with running_client(directory, engine, has_slos=True) as client:
             recorder, metrics = Recorder(), Metrics("m")
-            client.listeners += [recorder, metrics]
+            client.observers += [recorder, metrics]
             await generate(client, random_tokens(200), greedy(2))  # now the rate is known
-            rate = client._prompt_rate.tokens_per_second
+            rate = client.prefill_tokens_per_second
             hopeless = Slo("hopeless", 400 / rate / 2, 1.0)
             with pytest.raises(Overloaded, match="cannot come within"):
                 ask(client, random_tokens(400), greedy(2), slo=hopeless)

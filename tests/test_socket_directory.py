@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dispec.serving.client.socket_directory import SocketDirectory
+from dispec.serving.client.engine_process import SocketDirectory
 from tests.checkpoints import save_tiny
 from tests.commands import ROOT
 from tests.servers import server
@@ -18,7 +18,7 @@ from tests.servers import server
 _OWNER = """
 import sys, tempfile
 from pathlib import Path
-from dispec.serving.client.socket_directory import SocketDirectory
+from dispec.serving.client.engine_process import SocketDirectory
 tempfile.tempdir = sys.argv[1]
 directory = SocketDirectory()
 Path(directory.path, "to-engine").touch()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dispec.serving.cluster.worker_metrics import WorkerMetrics
 from dispec.serving.observability.metrics import Metrics
 from tests.checkpoints import save_tiny
 from tests.engine_clients import directory as directory
@@ -111,6 +112,7 @@ def test_a_worker_that_is_down_says_so_and_one_that_is_gone_says_nothing(directo
         async with running_pool(directory) as pool:
             metrics = Metrics("tiny")
             metrics.attach(pool)
+            WorkerMetrics(pool, metrics)
 
             def now(name: str) -> dict[str, float]:
                 found = series(metrics.render().decode())

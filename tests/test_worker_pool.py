@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from dispec.engine.errors import ContextOverflow
 from dispec.engine.sampling_params import SamplingParams
-from dispec.serving.client.engine_errors import EngineDied, NotReady, RequestRefused
-from dispec.serving.client.restart_policy import RestartPolicy
+from dispec.serving.client.engine_supervisor import RestartPolicy
+from dispec.serving.client.errors import EngineDied, InvalidRequest, NotReady
 from dispec.serving.cluster import worker_pool
 from dispec.serving.cluster.autoscaler import Autoscaler
 from dispec.serving.cluster.autoscaling import Observation, ScalingLimits
@@ -79,7 +78,7 @@ def test_64_concurrent_requests_are_answered_as_in_one_process(loop, directory, 
         engine = SMALL_STEPS | {"kv_transfer": transport}
         async with running_pool(directory, engine) as pool:
             recorder = Recorder()
-            pool.listeners.append(recorder)
+            pool.observers.append(recorder)
             answers = await asyncio.gather(*(generate(pool, prompt, params) for prompt, params in requests))
             return answers, recorder
 
@@ -89,9 +88,9 @@ def test_64_concurrent_requests_are_answered_as_in_one_process(loop, directory, 
     assert len(recorder.summaries) == len(recorder.firsts) == 64
     for summary in recorder.summaries:
         assert summary.error is None
-        assert summary.first_token <= summary.finished
+        assert summary.timing.first_token <= summary.timing.finished
     tokens = sum(len(answer.token_ids) for each in answers for answer in each)
-    assert sum(summary.output_tokens for summary in recorder.summaries) == tokens
+    assert sum(summary.num_output_tokens for summary in recorder.summaries) == tokens
     # The prompts were computed once: what moved was not computed again.
     prompts = sum(len(prompt) for prompt, _ in requests)
     assert sum(record.num_prompt_tokens for record in recorder.records) <= prompts + 64 * 4
@@ -163,10 +162,10 @@ def test_whatever_is_given_up_leaves_nothing(loop, directory):
 def test_what_one_engine_refuses_the_pool_refuses(loop, directory):
     async def refuse():
         async with running_pool(directory) as pool:
-            with pytest.raises(RequestRefused, match="must be in 0"):
+            with pytest.raises(InvalidRequest, match="must be in 0"):
                 await generate(pool, [10**9 // 2], greedy(4))
-            with pytest.raises(ContextOverflow, match="max_model_len"):
-                ask(pool, [1] * 100_000, greedy(4))
+            with pytest.raises(InvalidRequest, match="max_model_len"):
+                await generate(pool, [1] * 100_000, greedy(4))
             assert len((await generate(pool, [1, 2, 3], greedy(1)))[0].token_ids) == 1
             longest = pool.info.max_model_len - 1
             (answer,) = await generate(pool, random_tokens(longest), greedy(50))
@@ -188,14 +187,14 @@ def test_a_pool_grows_and_shrinks_under_way_and_loses_nothing(loop, directory, l
             reading = [asyncio.create_task(read(stream)) for stream in streams]
             busy, idle = Observation(100, 16, 16, 0.5), Observation(0, 0, 16, 0.0)
             for role in ROLES:
-                scaler.look(role, busy, 1.0)
+                scaler.act(role, busy, 1.0)
                 assert pool.num_desired(role) == 2
             await until(lambda: all(pool.num_ready(role) == 2 for role in ROLES))
             streams = [ask(pool, prompt, greedy(80)) for prompt in prompts[15:]]
             reading += [asyncio.create_task(read(stream)) for stream in streams]
             await until(lambda: all(worker.client.load for worker in pool.workers))
             for role in ROLES:
-                scaler.look(role, idle, 2.0)
+                scaler.act(role, idle, 2.0)
                 assert pool.num_desired(role) == 1
             assert len(pool.workers) == 4, "an engine was stopped with work to do"
             answers = await asyncio.gather(*reading)
@@ -245,7 +244,7 @@ def test_a_pool_of_which_no_engine_can_be_had_is_dead(loop, directory, monkeypat
 
     async def kill_one_after_the_other():
         async with running_pool(directory, restarts=RestartPolicy(max_restarts=0)) as pool:
-            pool.listeners.append(recorder := Recorder())
+            pool.observers.append(recorder := Recorder())
             first, second = pool.workers
             os.kill(first.client.info.pid, signal.SIGKILL)
             await until(lambda: first.client.state == "dead")

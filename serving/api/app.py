@@ -16,7 +16,6 @@ from dispec.serving.api.routes_models import model, model_info, models, server_i
 from dispec.serving.api.routes_tokenize import detokenize, tokenize
 from dispec.serving.api.service import ApiContext, version
 from dispec.serving.client.engine_client import EngineClient
-from dispec.serving.cluster.worker_pool import WorkerPool
 from dispec.serving.http.auth import Keys
 from dispec.serving.http.errors import answer_error
 from dispec.serving.http.head import HeadAsGet
@@ -61,7 +60,7 @@ _ROUTES: list[ControllerRouterHandler] = [
 
 
 def create_app(
-    client: EngineClient | WorkerPool,
+    client: EngineClient,
     settings: ServerSettings,
     metrics: Rendering,
     dashboard: Router | None = None,

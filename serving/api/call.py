@@ -9,9 +9,9 @@ from dispec.engine.sampling_params import SamplingParams
 from dispec.serving.api.kv_transfer import Transfer
 from dispec.serving.api.prompts import Prompt
 from dispec.serving.api.protocol_answers import CompletionTokensDetails, PromptTokensDetails, Usage
-from dispec.serving.client.engine_client import ChoiceUpdate, EngineClient, GenerationRequest, RequestStream
+from dispec.serving.client.engine_client import EngineClient
+from dispec.serving.client.request_stream import ChoiceUpdate, GenerationRequest, RequestStream
 from dispec.serving.client.slo import Slo
-from dispec.serving.cluster.worker_pool import WorkerPool
 from dispec.serving.http.errors import ApiError
 
 
@@ -19,12 +19,12 @@ class Call:
     """Begins at once. Whoever makes one must `abort` it in the end, which does nothing if it is over.
 
     Choices are numbered through: those of the first prompt, then those of the second. Raises Overloaded, NotReady or
-    RequestRefused or ContextOverflow, and then nothing is under way.
+    InvalidRequest or ContextOverflow, and then nothing is under way.
     """
 
     def __init__(
         self,
-        client: EngineClient | WorkerPool,
+        client: EngineClient,
         request_id: str,
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
@@ -131,8 +131,8 @@ class Call:
             raise ApiError(503, "the request was ended before it was done", code="aborted", retry_after=5)
         self.completion_tokens += len(update.token_ids)
         self.cached_tokens += update.num_cached_tokens or 0
-        self.right_guesses += update.num_right_guesses
-        self.wrong_guesses += update.num_wrong_guesses
+        self.right_guesses += update.num_accepted
+        self.wrong_guesses += update.num_rejected
         return update
 
 

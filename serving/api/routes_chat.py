@@ -24,7 +24,7 @@ from dispec.serving.api.protocol_sampling import sampling_params
 from dispec.serving.api.requests import begin, stream_usage
 from dispec.serving.api.service import ServedModel, service_of
 from dispec.serving.api.streaming import EventStream, JsonAnswer, event, unless_client_leaves
-from dispec.serving.client.engine_client import ChoiceUpdate
+from dispec.serving.client.request_stream import ChoiceUpdate
 from dispec.serving.http.errors import ApiError
 
 

@@ -17,7 +17,7 @@ from dispec.serving.api.protocol_sampling import check_max_tokens, sampling_para
 from dispec.serving.api.requests import begin, stream_usage
 from dispec.serving.api.service import ServedModel, service_of
 from dispec.serving.api.streaming import EventStream, JsonAnswer, event, unless_client_leaves
-from dispec.serving.client.engine_client import ChoiceUpdate
+from dispec.serving.client.request_stream import ChoiceUpdate
 
 
 @post("/v1/completions", status_code=200, **describe(CompletionRequest, Completion, streams=True, tag="Generation"))

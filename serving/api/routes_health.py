@@ -10,7 +10,7 @@ from dispec.engine.process.messages import Inspection
 from dispec.serving.api.openapi import describe
 from dispec.serving.api.service import service_of
 from dispec.serving.api.streaming import JsonAnswer
-from dispec.serving.client.engine_client import EngineDied, NotReady
+from dispec.serving.client.errors import EngineDied, NotReady
 from dispec.serving.http.errors import ApiError
 
 _INSPECTION_SECONDS = 2.0  # an engine that does not answer has other troubles, which /health tells of

@@ -18,8 +18,8 @@ from dispec.serving.api.logprobs import TokenTexts
 from dispec.serving.api.prompts import Prompts
 from dispec.serving.api.protocol_sampling import GENERATION_DEFAULTS
 from dispec.serving.api.request_decoding import decode_body
-from dispec.serving.client.engine_client import EngineClient, NotReady
-from dispec.serving.cluster.worker_pool import WorkerPool
+from dispec.serving.client.engine_client import EngineClient
+from dispec.serving.client.errors import NotReady
 from dispec.serving.http.body import read_body
 from dispec.serving.http.errors import ApiError
 from dispec.serving.settings import ServerSettings
@@ -75,7 +75,7 @@ class ServedModel:
 class ApiContext:
     """Of one server."""
 
-    def __init__(self, client: EngineClient | WorkerPool, settings: ServerSettings, names: Sequence[str] = ()) -> None:
+    def __init__(self, client: EngineClient, settings: ServerSettings, names: Sequence[str] = ()) -> None:
         self.client = client
         self.settings = settings
         self.started = time.time()  # for clients; how long ago that was is not for the wall clock to say

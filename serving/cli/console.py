@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from dispec.serving.client.engine_errors import EngineDied
+from dispec.serving.client.errors import EngineDied
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # what shells report for a process that SIGINT ended

@@ -1,1 +1,1 @@
-"""The server's side of an engine process: requests in, streams of updates out."""
+"""Clients of engine processes: requests go in, streams of updates come out."""

@@ -1,83 +1,89 @@
-"""How much may wait: a bounded queue of requests and prompt tokens, and when to come back if it is full."""
+"""The bounded queue before an engine: how many requests and prompt tokens may wait, and in which order they start."""
 
 import math
 import time
 from collections import deque
 
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.serving.client.engine_errors import Overloaded
+from dispec.serving.client.errors import Overloaded
+from dispec.serving.client.slo import Slo, can_meet_ttft, slack
 
-_LONGEST_WAIT = 60
-
-
-class Admission:
-    """Counts the requests that the engine has not started yet.
-
-    max_requests, max_tokens: most of them, and of their prompts' tokens. A prompt that is longer than max_tokens is
-    taken when nothing else waits: otherwise it never would be.
-    """
-
-    def __init__(self, max_requests: int, max_tokens: int) -> None:
-        self._max_requests = max_requests
-        self._max_tokens = max_tokens
-        self._waiting: dict[str, int] = {}
-        self._latest_starts: dict[str, float] = {}
-        self._starts: deque[float] = deque(maxlen=64)
-        self.num_tokens = 0
-
-    @property
-    def num_requests(self) -> int:
-        return len(self._waiting)
-
-    def tokens_before(self, latest_start: float) -> int:
-        """Prompt tokens that wait and go before a request which must begin then."""
-        return sum(self._waiting[key] for key, own in self._latest_starts.items() if own <= latest_start)
-
-    def enter(self, key: str, num_tokens: int, latest_start: float = 0.0) -> None:
-        """Count a request in. Raises Overloaded."""
-        if self.num_requests >= self._max_requests:
-            raise Overloaded(f"{self.num_requests} requests are waiting, which is the most", self.retry_after())
-        if self._waiting and self.num_tokens + num_tokens > self._max_tokens:
-            raise Overloaded(
-                f"{self.num_tokens} prompt tokens are waiting, this request would make them {num_tokens} more"
-                f" (the most is {self._max_tokens})",
-                self.retry_after(),
-            )
-        self._waiting[key] = num_tokens
-        self._latest_starts[key] = latest_start
-        self.num_tokens += num_tokens
-
-    def leave(self, key: str, *, started: bool) -> None:
-        """The engine has `started` a request, or it has ended before that. Twice is as good as once."""
-        num_tokens = self._waiting.pop(key, None)
-        if num_tokens is None:
-            return
-        del self._latest_starts[key]
-        self.num_tokens -= num_tokens
-        if started:
-            self._starts.append(time.perf_counter())
-
-    def retry_after(self) -> int:
-        """Seconds in which those who wait now will have been started, at the rate of late; at least 1."""
-        if len(self._starts) < 2:
-            return 5
-        rate = len(self._starts) / max(time.perf_counter() - self._starts[0], 1e-3)
-        return min(max(math.ceil(self.num_requests / rate), 1), _LONGEST_WAIT)
+_MAX_RETRY_SECONDS = 60
 
 
-class PromptRate:
-    """How fast an engine computes prompts, from its last steps that did."""
+class PrefillThroughput:
+    """Prompt tokens per second of an engine, over its last steps that computed any."""
 
     def __init__(self) -> None:
         self._steps: deque[tuple[int, float]] = deque(maxlen=64)
 
-    def note(self, record: StepRecord) -> None:
-        """A step has ended."""
+    def observe(self, record: StepRecord) -> None:
         if record.num_prompt_tokens:
             self._steps.append((record.num_prompt_tokens, record.seconds))
 
     @property
     def tokens_per_second(self) -> float:
-        """0 as long as that is not known."""
+        """0 before the first such step."""
         seconds = sum(took for _, took in self._steps)
         return sum(count for count, _ in self._steps) / seconds if seconds else 0.0
+
+
+class Admission:
+    """Counts the requests that the engine has not started.
+
+    max_requests, max_tokens: most of them, and of their prompt tokens. A prompt longer than max_tokens is admitted when
+    no other request waits, or it never could be.
+    """
+
+    def __init__(self, max_requests: int, max_tokens: int) -> None:
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self._waiting: dict[str, tuple[int, float]] = {}  # prompt tokens and latest start, by key
+        self._start_times: deque[float] = deque(maxlen=64)
+        self._num_tokens = 0
+        self.prefill_throughput = PrefillThroughput()
+
+    def num_tokens_ahead(self, latest_start: float) -> int:
+        """Return the waiting prompt tokens that go before a request with this latest start."""
+        return sum(count for count, other in self._waiting.values() if other <= latest_start)
+
+    def slack(self, slo: Slo | None, num_tokens: int) -> float:
+        """Return the seconds that a prompt can wait. Raises Overloaded if its first token cannot come in time."""
+        rate = self.prefill_throughput.tokens_per_second
+        seconds = slack(slo, num_tokens, rate)
+        ahead = self.num_tokens_ahead(time.perf_counter() + seconds)
+        if slo is not None and not can_meet_ttft(slo, ahead + num_tokens, rate):
+            raise Overloaded(
+                f"the first token cannot come within {slo.ttft:g} s, the target of {slo.name!r}:"
+                f" {ahead} prompt tokens are ahead of this request",
+                self.retry_after(),
+            )
+        return seconds
+
+    def enter(self, key: str, num_tokens: int, latest_start: float = 0.0) -> None:
+        """Count a request. Raises Overloaded if the queue is full."""
+        if len(self._waiting) >= self._max_requests:
+            raise Overloaded(f"{len(self._waiting)} requests are waiting, which is the most", self.retry_after())
+        if self._waiting and self._num_tokens + num_tokens > self._max_tokens:
+            raise Overloaded(
+                f"{self._num_tokens} prompt tokens are waiting, this request would make them {num_tokens} more"
+                f" (the most is {self._max_tokens})",
+                self.retry_after(),
+            )
+        self._waiting[key] = num_tokens, latest_start
+        self._num_tokens += num_tokens
+
+    def leave(self, key: str, *, started: bool) -> None:
+        """Remove a request that the engine has `started`, or that ended before. A second call does nothing."""
+        if key not in self._waiting:
+            return
+        self._num_tokens -= self._waiting.pop(key)[0]
+        if started:
+            self._start_times.append(time.perf_counter())
+
+    def retry_after(self) -> int:
+        """Return the seconds, at least 1, until the waiting requests will have started at the recent rate."""
+        if len(self._start_times) < 2:
+            return 5
+        rate = len(self._start_times) / max(time.perf_counter() - self._start_times[0], 1e-3)
+        return min(max(math.ceil(len(self._waiting) / rate), 1), _MAX_RETRY_SECONDS)

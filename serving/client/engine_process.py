@@ -1,30 +1,42 @@
-"""One engine process as the front sees it: started, listened to, and known to have ended."""
+"""One engine process as the server sees it: started, read from, and reported when it has ended."""
 
 import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 
 import msgspec
 import zmq
 
+from dispec.engine.machine.owned_directory import OwnedDirectory
 from dispec.engine.process.messages import EXIT_AFTER_LAST_WORDS, Died, FromEngine, FromFront, Start, encode
-from dispec.serving.client.engine_errors import EngineDied
-from dispec.serving.client.socket_directory import SocketDirectory
+from dispec.serving.client.errors import EngineDied
 
-_SERVICE = "dispec.engine.process.engine_loop"
-_EXIT_BELL = "inproc://exit"
+_ENGINE_MODULE = "dispec.engine.process.engine_loop"
+_EXIT_ADDRESS = "inproc://exit"
+_SOCKET_PREFIX = "dispec-sockets-"
+_MAX_SOCKET_PATH = 100  # the system's limit is 104 to 108 bytes
+
+
+class SocketDirectory(OwnedDirectory):
+    """A private directory for the sockets of one engine process; it exists until `remove` is called."""
+
+    def __init__(self) -> None:
+        parent = tempfile.gettempdir()
+        longest = os.path.join(parent, _SOCKET_PREFIX) + "12345678/to-engine"  # mkdtemp adds 8 characters
+        super().__init__(_SOCKET_PREFIX, parent if len(longest) <= _MAX_SOCKET_PATH else "/tmp")
 
 
 class EngineProcess:
-    """Starts `engine.process.engine_loop` and reads what it says, in a thread, until it ends.
+    """Starts `engine.process.engine_loop` and reads its messages, in a thread, until it ends.
 
-    `on_message` gets each message but the last words, `on_exit` why the process ended; both are called in the
-    reading thread. Everything else belongs to one thread, the one that made it. Raises EngineDied if the system has no
-    room for another process.
+    `on_message` gets each message but the last words, `on_exit` the reason why the process ended; both are called in
+    the reading thread. Everything else belongs to the thread that created the object. Raises EngineDied if the system
+    cannot start another process.
     """
 
     def __init__(
@@ -43,7 +55,7 @@ class EngineProcess:
                 self._open(start)
             except (OSError, zmq.ZMQError) as error:
                 why = os.strerror(error.errno) if error.errno else str(error)
-                hint = "see how much memory and disk, how many processes and open files there may be"
+                hint = "check the limits on memory, disk, processes and open files"
                 raise EngineDied(f"no engine process can be started ({why})", hint) from error
             undo.pop_all()
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
@@ -53,30 +65,28 @@ class EngineProcess:
     def _open(self, start: Start) -> None:
         """Bind the sockets and start the process. Raises OSError or ZMQError."""
         self._outbox = self._socket(zmq.PUSH, f"ipc://{self._directory}/to-engine")
-        # The thread that waits for the process rings the same socket on which the process speaks.
-        self._inbox = self._socket(zmq.PULL, f"ipc://{self._directory}/to-front", _EXIT_BELL)
+        # The thread that waits for the process wakes the reader through the socket that the process sends to.
+        self._inbox = self._socket(zmq.PULL, f"ipc://{self._directory}/to-front", _EXIT_ADDRESS)
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
-        environment = os.environ | {
-            "OPENBLAS_NUM_THREADS": "1",  # NumPy's, of which the engine uses no product
-        }
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's; the engine multiplies no NumPy matrices
         if start.num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(start.num_threads)
-        # -P: a "dispec" in the working directory is not ours. Its own session: Ctrl-C goes to the front alone.
+        # -P: ignore a "dispec" in the working directory. A session of its own: Ctrl-C reaches the server alone.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", _SERVICE, self._directory],
+            [sys.executable, "-P", "-m", _ENGINE_MODULE, self._directory],
             stdin=subprocess.PIPE,
             env=environment,
             start_new_session=True,
         )
         self.pid = self._process.pid
         assert self._process.stdin is not None
-        self._stdin = self._process.stdin  # its end tells the engine that the front has gone
-        with contextlib.suppress(BrokenPipeError):  # if it ended at once, the waiting thread will tell
+        self._stdin = self._process.stdin  # its end tells the engine that the server has gone
+        with contextlib.suppress(BrokenPipeError):  # the waiting thread reports a process that ended at once
             self._stdin.write(msgspec.json.encode(start) + b"\n")
             self._stdin.flush()
 
     def send(self, message: FromFront) -> None:
-        """Hand a message over. One to a process that has ended goes nowhere: `on_exit` tells about the process."""
+        """Send a message. One to a process that has ended is lost: `on_exit` reports the process."""
         with contextlib.suppress(zmq.Again):
             self._outbox.send(encode(message), zmq.NOBLOCK)
 
@@ -84,7 +94,7 @@ class EngineProcess:
         self._process.kill()
 
     def close(self) -> None:
-        """Free what is left, once `on_exit` was called."""
+        """Free the sockets, after `on_exit` was called."""
         self._reader.join()
         self._outbox.close(linger=0)
         self._context.destroy(linger=0)
@@ -94,7 +104,7 @@ class EngineProcess:
 
     def _socket(self, kind: int, *addresses: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
-        socket.setsockopt(zmq.SNDHWM, 0)  # what may be under way is bounded by the front's queue
+        socket.setsockopt(zmq.SNDHWM, 0)  # messages are bounded by the server's queue of requests
         socket.setsockopt(zmq.RCVHWM, 0)
         for address in addresses:
             socket.bind(address)
@@ -102,23 +112,23 @@ class EngineProcess:
 
     def _wait(self) -> None:
         self._process.wait()
-        with self._context.socket(zmq.PUSH) as bell:
-            bell.connect(_EXIT_BELL)
-            bell.send(b"")
+        with self._context.socket(zmq.PUSH) as socket:
+            socket.connect(_EXIT_ADDRESS)
+            socket.send(b"")
 
     def _read(self) -> None:
         try:
             while data := self._inbox.recv():
                 self._take(data)
-            # What it said just before its end may still be on its way, its last words above all.
-            patience = 5000 if self._process.returncode == EXIT_AFTER_LAST_WORDS else 100
-            while self._last_words is None and self._inbox.poll(patience):
+            # Messages sent just before the end may still arrive, above all the last words.
+            timeout_ms = 5000 if self._process.returncode == EXIT_AFTER_LAST_WORDS else 100
+            while self._last_words is None and self._inbox.poll(timeout_ms):
                 self._take(self._inbox.recv())
             ending = self._ending()
-        except Exception as error:  # it spoke another language
+        except Exception as error:  # a message of another version
             self._process.kill()
             self._process.wait()
-            ending = EngineDied(f"the engine sent what cannot be read ({error})", "see that one version is installed")
+            ending = EngineDied(f"the engine sent an unreadable message ({error})", "install one version of DiSpec")
         self._inbox.close(linger=0)
         self._on_exit(ending)
 
@@ -126,7 +136,7 @@ class EngineProcess:
         message: FromEngine = self._decoder.decode(data)
         if isinstance(message, Died):
             self._last_words = message
-            self._process.kill()  # there is nothing more to expect of it
+            self._process.kill()  # it sends nothing after its last words
         else:
             self._on_message(message)
 
@@ -139,7 +149,7 @@ class EngineProcess:
             return EngineDied(f"the engine process ended with exit code {code}", "the log above may say why")
         name = signal.Signals(-code).name
         if -code == signal.SIGKILL:
-            hint = "if nobody killed it, the system ran out of memory: lower kv_cache_memory or max_model_len"
+            hint = "if it was not killed by hand, the system ran out of memory: lower kv_cache_memory or max_model_len"
         else:
             hint = "the log above may say why"
         return EngineDied(f"the engine process was ended by {name}", hint)

@@ -1,36 +1,53 @@
-"""Keeps an engine process alive: starts it, starts it again if it dies, ends it when it is no longer wanted."""
+"""Keeps an engine process alive: starts it, restarts it after a failure, and ends it."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Literal
+from dataclasses import dataclass
 
 from dispec.engine.process.messages import EngineInfo, FromEngine, FromFront, Shutdown, Start
 from dispec.engine.text.tokenizer import Tokenizer
-from dispec.serving.client.engine_errors import EngineDied, NotReady
+from dispec.serving.client.engine_client import State
 from dispec.serving.client.engine_process import EngineProcess
-from dispec.serving.client.restart_policy import RestartPolicy
+from dispec.serving.client.errors import EngineDied, NotReady
 
 log = logging.getLogger("dispec")
 
-State = Literal["loading", "ready", "draining", "restarting", "dead"]
-
-_REASONS: dict[State, tuple[str, int]] = {  # and seconds after which it may be different
+_REASONS: dict[State, tuple[str, int]] = {  # why no request is accepted, and seconds until a retry makes sense
     "loading": ("the model is being loaded", 5),
-    "restarting": ("the engine died and is being started again", 5),
+    "restarting": ("the engine died and is being restarted", 5),
     "draining": ("the server is finishing its last requests", 10),
-    "dead": ("the engine is dead and will not be started again", 60),
+    "dead": ("the engine is dead and will not be restarted", 60),
 }
+
+
+@dataclass(frozen=True)
+class RestartPolicy:
+    """When a dead engine is restarted: the first time at once, then after delays that double.
+
+    max_restarts: in a row; after these the engine stays dead. delay, max_delay: seconds before the second restart, and
+    before any. healthy_seconds: time in service after which the count starts again.
+    """
+
+    max_restarts: int = 5
+    delay: float = 1.0
+    max_delay: float = 30.0
+    healthy_seconds: float = 60.0
+
+    def delay_before(self, num_restarts: int) -> float:
+        """Return the seconds to wait before the next restart, after `num_restarts` in a row."""
+        if num_restarts == 0:
+            return 0.0
+        return min(self.delay * 2.0 ** (num_restarts - 1), self.max_delay)
 
 
 class EngineSupervisor:
     """Belongs to the event loop that calls `start`.
 
-    receive: gets what the engine says but for `EngineInfo`, in a thread of its own.
-    on_state: the state has changed. on_death: the process has ended, and all it knew is lost.
-    restarts: when a dead engine is started again; an engine that used them up is dead for good.
-    clock, sleep: how time passes.
+    receive: gets the engine's messages except `EngineInfo`, in a thread of its own.
+    on_state: called when the state has changed; on_death: when the process has ended with all its requests.
+    clock, sleep: the time, replaced in tests.
 
     info, tokenizer: of the engine that runs or ran last; None until the first one is ready.
     """
@@ -55,7 +72,7 @@ class EngineSupervisor:
         self._restarts = restarts
         self._clock = clock
         self._sleep = sleep
-        self._num_restarts = 0  # since the engine last served for long
+        self._num_restarts = 0  # in a row
         self._ready_since = self._next_launch = clock()
         self._restart: asyncio.Task[None] | None = None
         self._process: EngineProcess | None = None
@@ -73,13 +90,13 @@ class EngineSupervisor:
         return info
 
     def drain(self) -> None:
-        """Be no longer ready, and do not start an engine that dies again."""
+        """Accept no more requests, and do not restart an engine that dies."""
         self._is_draining = True
         if self.state == "ready":
             self._set_state("draining")
 
     async def stop(self) -> None:
-        """End the engine. Doing it twice does nothing."""
+        """End the engine. A second call does nothing."""
         self.drain()
         if self._restart is not None:
             self._restart.cancel()
@@ -92,14 +109,14 @@ class EngineSupervisor:
             self._process.send(message)
 
     def post(self, function: Callable[..., object], *args: object) -> None:
-        """Have something done in the event loop, from any thread."""
+        """Call a function in the event loop, from any thread."""
         try:
             self._loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:  # the loop has been closed, and with it everybody's interest
-            log.debug("the engine speaks to a closed event loop")
+        except RuntimeError:
+            log.debug("the engine sent a message to a closed event loop")
 
     def not_ready(self) -> NotReady:
-        """Why the engine takes no requests now."""
+        """Return the reason why the engine accepts no requests now."""
         why, retry_after = _REASONS.get(self.state, ("the engine has just ended", 5))
         if self.state == "restarting" and self.info is not None:
             waiting = max(self._next_launch - self._clock(), 0.0)
@@ -107,19 +124,19 @@ class EngineSupervisor:
         return NotReady(why, retry_after)
 
     async def _launch(self) -> EngineInfo:
-        """A new process, until it is ready. Raises EngineDied."""
-        self._birth: asyncio.Future[EngineInfo] = self._loop.create_future()
+        """Start a process and wait until it is ready. Raises EngineDied."""
+        self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._exit: asyncio.Future[EngineDied] = self._loop.create_future()
-        self._process = process = EngineProcess(self._start, self._hear, self._hear_exit)
-        await asyncio.wait((self._birth, self._exit), return_when=asyncio.FIRST_COMPLETED)
-        if self._birth.done():
-            info = self._birth.result()
+        self._process = process = EngineProcess(self._start, self._receive_message, self._receive_exit)
+        await asyncio.wait((self._ready, self._exit), return_when=asyncio.FIRST_COMPLETED)
+        if self._ready.done():
+            info = self._ready.result()
             try:
                 if info.directory is not None:
                     self.tokenizer = await asyncio.to_thread(Tokenizer.from_directory, info.directory)
             except Exception as error:
                 await self._end(process, gently=False)
-                hint = "the engine needs no tokenizer, but whoever talks to it does"
+                hint = "the engine runs without a tokenizer, the server needs it"
                 raise EngineDied(str(error), hint, type(error).__name__) from error
             self.info = info
         if self._exit.done():
@@ -130,21 +147,21 @@ class EngineSupervisor:
         self._ready_since = self._clock()
         self._set_state("draining" if self._is_draining else "ready")
 
-    async def _launch_again(self, ending: EngineDied) -> None:
-        """Start the engine again, as often as the policy allows, until it serves."""
+    async def _relaunch(self, ending: EngineDied) -> None:
+        """Restart the engine, as often as the policy allows, until it serves."""
         while self._num_restarts < self._restarts.max_restarts and not self._is_draining:
-            seconds = self._restarts.seconds_before(self._num_restarts)
+            seconds = self._restarts.delay_before(self._num_restarts)
             self._num_restarts += 1
             self._next_launch = self._clock() + seconds
             of_all = f"{self._num_restarts} of {self._restarts.max_restarts}"
-            log.warning("the engine died: %s; it is started again in %g s (restart %s)", ending, seconds, of_all)
+            log.warning("the engine died: %s; it is restarted in %g s (restart %s)", ending, seconds, of_all)
             await self._sleep(seconds)
             try:
                 await self._launch()
             except EngineDied as error:
                 ending = error
             else:
-                log.warning("the engine has been started again and serves")
+                log.warning("the engine has been restarted and serves")
                 self._serve()
                 return
         if self._is_draining:
@@ -157,7 +174,7 @@ class EngineSupervisor:
         self._set_state("dead")
 
     async def _end(self, process: EngineProcess, *, gently: bool) -> None:
-        """Politely if asked to, and if that does not help by force."""
+        """End the process: on request if `gently`, and by force after 3 s."""
         if gently:
             process.send(Shutdown())
             await asyncio.wait((self._exit,), timeout=3)
@@ -165,13 +182,13 @@ class EngineSupervisor:
             process.kill()
         await asyncio.wait((self._exit,))
 
-    def _hear(self, message: FromEngine) -> None:
+    def _receive_message(self, message: FromEngine) -> None:
         if isinstance(message, EngineInfo):
-            self.post(self._birth.set_result, message)
+            self.post(self._ready.set_result, message)
         else:
             self._receive(message)
 
-    def _hear_exit(self, ending: EngineDied) -> None:
+    def _receive_exit(self, ending: EngineDied) -> None:
         self.post(self._exited, ending)
 
     def _exited(self, ending: EngineDied) -> None:
@@ -185,7 +202,7 @@ class EngineSupervisor:
                 self._num_restarts = 0
             if self._num_restarts < self._restarts.max_restarts:
                 self._set_state("restarting")
-                self._restart = self._loop.create_task(self._launch_again(ending))
+                self._restart = self._loop.create_task(self._relaunch(ending))
             else:
                 self._give_up(ending)
         elif self.state == "draining":

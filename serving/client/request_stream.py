@@ -1,27 +1,27 @@
-"""A request under way in the front: its updates, in the event loop, until it ends."""
+"""A request under way in the server process: what it asks for, its updates until it ends, and its summary."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import msgspec
 
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.scheduling.sequence import FinishReason
+from dispec.engine.scheduling.sequence import FinishReason, TokenLogprobs
 from dispec.engine.transfer.interface import RemoteBlocks
-from dispec.serving.client.engine_errors import EngineDied, EngineFailed, Overloaded, RequestRefused, RequestTimedOut
-from dispec.serving.client.request_text import ChoiceUpdate, RequestText, merged
+from dispec.serving.client.errors import EngineDied, EngineFailed, InvalidRequest, Overloaded, RequestTimedOut
 from dispec.serving.client.slo import Slo
 
-RequestError = EngineFailed | EngineDied | RequestTimedOut | RequestRefused | Overloaded
+RequestError = EngineFailed | EngineDied | RequestTimedOut | InvalidRequest | Overloaded
 
 
 class GenerationRequest(msgspec.Struct):
-    """What to generate. `params` may hold texts (stop, bad_words); timeout: seconds for the whole request.
+    """A tokenized request. `params` may hold texts (stop, bad_words). timeout: seconds for the whole request.
 
-    publish_as, pull: as in `messages.Submit`. is_continued: another engine goes on after the first tokens.
+    publish_as, pull, is_resumed: as in `messages.Submit`.
+    is_continued: another engine continues after the first tokens, so `max_tokens` of this engine does not end the text.
     """
 
     request_id: str
@@ -34,50 +34,54 @@ class GenerationRequest(msgspec.Struct):
     publish_as: str | None = None
     pull: RemoteBlocks | None = None
     is_continued: bool = False
+    is_resumed: bool = False
 
 
-class FirstToken(NamedTuple):
-    """What a request's first token tells. seconds: since the request came."""
+class ChoiceUpdate(msgspec.Struct, frozen=True):
+    """New tokens of one choice, and the text that they complete, which may be empty.
 
-    prompt_tokens: int
-    cached_tokens: int
-    seconds: float
-
-
-class RequestSummary(NamedTuple):
-    """A request that has ended. Times as in `RequestTiming`.
-
-    gaps: between each token and the one before it of the same choice, in seconds.
-    error: why it failed, else None; finish_reasons: of its choices in order, "error" or "abort" where unfinished.
+    A slow reader gets several steps as one update. prompt_logprobs (without the first token's) and num_cached_tokens
+    come with the first update of choice 0. num_accepted, num_rejected: draft tokens. An aborted choice ends with an
+    update without tokens.
     """
 
-    request_id: str
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    finish_reasons: tuple[FinishReason, ...]
-    arrival: float
-    started: float | None
-    first_token: float | None
-    finished: float
-    gaps: list[float]
-    error: str | None
-    slo: Slo | None = None
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int | None = None
+    num_accepted: int = 0
+    num_rejected: int = 0
 
-    @property
-    def met_slo(self) -> bool | None:
-        """Whether it kept what its class was promised; None without a class, or if its client gave it up."""
-        if self.slo is None or "abort" in self.finish_reasons:
-            return None
-        first = None if self.first_token is None or self.error is not None else self.first_token - self.arrival
-        return self.slo.is_met(first, self.gaps)
+    @classmethod
+    def merged(cls, updates: Sequence[Self]) -> Self:
+        """Return consecutive updates of one choice as one."""
+        if len(updates) == 1:
+            return updates[0]
+        first, last = updates[0], updates[-1]
+        logprobs = [entry for update in updates for entry in update.logprobs or ()]
+        return cls(
+            first.index,
+            "".join(update.text for update in updates),
+            [token for update in updates for token in update.token_ids],
+            logprobs if any(update.logprobs is not None for update in updates) else None,
+            last.finish_reason,
+            last.stop_reason,
+            first.prompt_logprobs,
+            first.num_cached_tokens,
+            sum(update.num_accepted for update in updates),
+            sum(update.num_rejected for update in updates),
+        )
 
 
 @dataclass(slots=True)
 class RequestTiming:
-    """When what happened, in seconds of `time.perf_counter`; None while it has not.
+    """Times of a request, in seconds of `time.perf_counter`; None for an event that has not come.
 
-    started: first scheduled. Queue, prefill and decode add up to the total, whatever the request came to.
+    started: first scheduled. Queue, prefill and decode add up to the total, however the request ended.
     """
 
     arrival: float
@@ -101,28 +105,60 @@ class RequestTiming:
     def total(self) -> float:
         return self._until(self.finished) - self.arrival
 
+    @property
+    def ttft(self) -> float:
+        return self._until(self.first_token) - self.arrival
+
     def _until(self, moment: float | None) -> float:
-        """The moment, or where it did not come the end of the request, or where that did not come either now."""
+        """Return the moment; where it did not come, the end of the request; else the current time."""
         return next((time_ for time_ in (moment, self.finished) if time_ is not None), time.perf_counter())
 
 
-class RequestStream(AsyncIterator[ChoiceUpdate]):
-    """The updates of a request, for one reader. It ends after the last choice has, or raises what ended the request:
-    EngineFailed, EngineDied, RequestTimedOut, RequestRefused, or Overloaded if it waited past its time.
+class RequestSummary(NamedTuple):
+    """A request that has ended, or has its first token.
 
-    Whoever stops reading before the end must `abort`. Everything here but `text` belongs to the event loop's thread.
+    finish_reasons: of its choices in order, "error" or "abort" where unfinished; error: why it failed, else None.
+    gaps: seconds between consecutive tokens of a choice.
     """
 
-    def __init__(
-        self, key: str, request: GenerationRequest, text: RequestText, on_abort: Callable[["RequestStream"], None]
-    ) -> None:
-        self.key = key  # ours and unique, whatever clients choose as ids
+    request_id: str
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    finish_reasons: tuple[FinishReason, ...]
+    timing: RequestTiming
+    gaps: list[float]
+    error: str | None
+    slo: Slo | None = None
+
+    @property
+    def met_slo(self) -> bool | None:
+        """Whether the request met its objective; None without one, or if the client aborted it."""
+        if self.slo is None or "abort" in self.finish_reasons:
+            return None
+        has_token = self.timing.first_token is not None and self.error is None
+        return self.slo.is_met(self.timing.ttft if has_token else None, self.gaps)
+
+
+class RequestStream(AsyncIterator[ChoiceUpdate]):
+    """The updates of a request, for one reader. It ends after the last choice, or raises the error that ended the
+    request: EngineFailed, EngineDied, RequestTimedOut, InvalidRequest, or Overloaded if it waited past its time.
+
+    A reader that stops before the end must call `abort`. Everything here belongs to the event loop's thread.
+    """
+
+    def __init__(self, key: str, request: GenerationRequest, on_abort: Callable[["RequestStream"], None]) -> None:
+        """`key` is unique in the server, unlike the ids that clients choose."""
+        self.key = key
         self.request = request
-        self.text = text
         self.timing = RequestTiming(arrival=time.perf_counter())
         self.finish_reasons: list[FinishReason | None] = [None] * request.params.n
         self.error: RequestError | None = None
         self.is_accepted = False
+        self.num_output_tokens = 0
+        self.num_cached_tokens = 0
+        self.gaps: list[float] = []
+        self._last_times: list[float | None] = [None] * request.params.n
         self._on_abort = on_abort
         self._unread: dict[int, list[ChoiceUpdate]] = {}
         self._waiter: asyncio.Future[None] | None = None
@@ -134,24 +170,24 @@ class RequestStream(AsyncIterator[ChoiceUpdate]):
 
     @property
     def num_open(self) -> int:
-        """Choices that have not ended."""
+        """Number of choices that have not ended."""
         return 0 if self.has_ended else self.finish_reasons.count(None)
 
     def abort(self) -> None:
-        """End what has not ended, within one step of the engine. Doing it twice, or after the end, does nothing."""
+        """End unfinished choices, within one step of the engine. After the end it does nothing."""
         if not self.has_ended:
             self._on_abort(self)
 
     async def accepted(self) -> None:
-        """Wait until the engine has taken the request into its queue. Raises what ended the request before it did,
-        RequestRefused above all, so that an answer's status can be chosen before its first token is there."""
+        """Wait until the engine has queued the request. Raises the error that ended it before, above all
+        InvalidRequest, so that the status of the HTTP answer is known before the first token."""
         while not self.is_accepted and not self.has_ended:
             await self._wait()
         if self.error is not None and not self.is_accepted:
             raise self.error
 
     async def wait(self) -> None:
-        """Wait for the end without being woken by each token; reading then gives one update for each choice."""
+        """Wait for the end without a wake-up for each token. Reading then gives one update for each choice."""
         self._waits_for_end = True
         while not self.has_ended:
             await self._wait()
@@ -161,33 +197,41 @@ class RequestStream(AsyncIterator[ChoiceUpdate]):
         while True:
             if self._unread:
                 index = next(iter(self._unread))
-                return merged(self._unread.pop(index))
+                return ChoiceUpdate.merged(self._unread.pop(index))
             if self.error is not None:
                 raise self.error
             if self.has_ended:
                 raise StopAsyncIteration
             await self._wait()
 
-    # What the client does to it
+    def summary(self) -> RequestSummary:
+        return RequestSummary(
+            request_id=self.request.request_id,
+            num_prompt_tokens=len(self.request.prompt_token_ids),
+            num_cached_tokens=self.num_cached_tokens,
+            num_output_tokens=self.num_output_tokens,
+            finish_reasons=tuple(reason or "error" for reason in self.finish_reasons),
+            timing=self.timing,
+            gaps=self.gaps,
+            error=None if self.error is None else str(self.error),
+            slo=self.request.slo,
+        )
+
+    # Called by the client
 
     def accept(self) -> None:
         self.is_accepted = True
         self._wake()
 
     def take(self, update: ChoiceUpdate, now: float) -> None:
-        """An update that the engine gave at `now`."""
-        if self.timing.first_token is None:
-            self.timing.first_token = now
+        """Add an update of a step that ended at `now`."""
+        self._record(update, now)
         self._unread.setdefault(update.index, []).append(update)
-        if update.finish_reason is not None:
-            self.finish_reasons[update.index] = update.finish_reason
-            if None not in self.finish_reasons:
-                self.timing.finished = now
         if self.has_ended or not self._waits_for_end:
             self._wake()
 
     def end(self, reason: FinishReason, error: RequestError | None = None) -> None:
-        """End whatever is open, for a reason that is not the engine's own."""
+        """End the open choices for a reason other than the engine's."""
         for index, known in enumerate(self.finish_reasons):
             if known is None:
                 self.finish_reasons[index] = reason
@@ -197,29 +241,29 @@ class RequestStream(AsyncIterator[ChoiceUpdate]):
         self.timing.finished = time.perf_counter()
         self._wake()
 
-    def first_token(self) -> FirstToken:
-        """Once there is one."""
-        assert self.timing.first_token is not None
-        seconds = self.timing.first_token - self.timing.arrival
-        return FirstToken(len(self.request.prompt_token_ids), self.text.num_cached_tokens, seconds)
+    def resume(self, outputs: list[list[int] | None], now: float) -> None:
+        """Continue after tokens that another engine generated, the last of them at `now`; None is an ended choice."""
+        for index, tokens in enumerate(outputs):
+            if tokens is None:
+                self.finish_reasons[index] = "stop"
+            elif tokens:
+                self._last_times[index] = now
 
-    def summary(self) -> RequestSummary:
-        timing = self.timing
-        assert timing.finished is not None
-        return RequestSummary(
-            request_id=self.request.request_id,
-            prompt_tokens=len(self.request.prompt_token_ids),
-            cached_tokens=self.text.num_cached_tokens,
-            output_tokens=self.text.num_tokens,
-            finish_reasons=tuple(reason or "error" for reason in self.finish_reasons),
-            arrival=timing.arrival,
-            started=timing.started,
-            first_token=timing.first_token,
-            finished=timing.finished,
-            gaps=self.text.gaps,
-            error=None if self.error is None else str(self.error),
-            slo=self.request.slo,
-        )
+    def _record(self, update: ChoiceUpdate, now: float) -> None:
+        """Update times and counts."""
+        index, num_tokens = update.index, len(update.token_ids)
+        if self.timing.first_token is None:
+            self.timing.first_token = now
+        last = self._last_times[index]
+        if last is not None:
+            self.gaps.append(now - last)
+        self._last_times[index] = now
+        self.num_output_tokens += num_tokens
+        self.num_cached_tokens = self.num_cached_tokens or update.num_cached_tokens or 0
+        if update.finish_reason is not None:
+            self.finish_reasons[index] = update.finish_reason
+            if None not in self.finish_reasons:
+                self.timing.finished = now
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()

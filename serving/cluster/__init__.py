@@ -1,1 +1,1 @@
-"""Several engines behind one address: workers with roles, migration of requests, autoscaling."""
+"""Several engines behind one address: workers with roles, request migration, autoscaling."""

@@ -1,22 +1,23 @@
-"""Starts and drains the engines of a pool, as `serving.cluster.autoscaling` says, from what the pool sees of itself."""
+"""Starts and drains the engines of a pool as `serving.cluster.autoscaling` decides from the pool's observations."""
 
 import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Coroutine
 
-from dispec.serving.client.engine_errors import EngineDied, NotReady
+from dispec.serving.client.errors import EngineDied, NotReady
 from dispec.serving.cluster.autoscaling import Observation, Scaling, ScalingLimits, scale
 from dispec.serving.cluster.worker import ROLES, Role, Worker
 from dispec.serving.cluster.worker_pool import WorkerPool
 
 log = logging.getLogger("dispec")
 
-_PERIOD = 1.0  # seconds from one look to the next
+_PERIOD = 1.0  # seconds between observations
 
 
 class Autoscaler:
-    """Of one pool, whose event loop it runs in. limits: of the engines of each kind."""
+    """Scales one pool, in the pool's event loop. limits: of the engines of each role."""
 
     def __init__(self, pool: WorkerPool, limits: ScalingLimits) -> None:
         self._pool = pool
@@ -25,18 +26,18 @@ class Autoscaler:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Observe and scale until the task is cancelled."""
         try:
             while True:
                 await asyncio.sleep(_PERIOD)
                 for role in ROLES:
-                    self.look(role, self._pool.observe(role), time.monotonic())
+                    self.act(role, self._pool.observe(role), time.monotonic())
         finally:
             for task in self._tasks:
                 task.cancel()
 
-    def look(self, role: Role, seen: Observation, now: float) -> None:
-        """Take an observation, and begin what follows from it."""
+    def act(self, role: Role, seen: Observation, now: float) -> None:
+        """Start or drain engines as an observation requires."""
         before = self._scaling[role]
         after = self._scaling[role] = scale(before, seen, self._limits, now)
         if after.desired == before.desired:
@@ -49,7 +50,7 @@ class Autoscaler:
             worker.is_leaving = True
             self._begin(self._drain(worker))
 
-    def _begin(self, work) -> None:  # type: ignore[no-untyped-def]
+    def _begin(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -63,7 +64,7 @@ class Autoscaler:
             await self._pool.remove_worker(worker)
 
     async def _drain(self, worker: Worker) -> None:
-        """Let it end what it has, and let others take what it has published, before it goes."""
+        """Remove an engine when its requests have ended and other engines have read the blocks that it published."""
         with contextlib.suppress(EngineDied, NotReady):
             while worker.client.load or (await worker.client.inspect()).num_used_blocks:
                 await asyncio.sleep(0.05)

@@ -1,8 +1,8 @@
-"""How many workers of a kind there should be: a pure function of what was seen, so that a simulation can ask it too.
+"""The number of workers of a role, as a pure function of observations.
 
-A pool grows when its work outgrows it for a while, and shrinks when fewer workers would have been idle enough for a
-longer while. Between the two thresholds nothing changes (hysteresis), and after a change nothing does for some seconds
-(cool-down), so a load that wavers does not make the pool flap.
+A pool grows when it has been under pressure for a while, and shrinks when fewer workers would have been idle enough for
+a longer while. Between the two thresholds nothing changes (hysteresis), nor for some seconds after a change: a load
+that wavers does not make the pool flap.
 """
 
 from dataclasses import dataclass, replace
@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingLimits:
-    """Raises ValueError for bounds that cannot be meant.
+    """Raises ValueError for bounds that contradict each other.
 
     least, most: workers. grow_at, shrink_at: pressure of a worker (see `pressure`) above which more are wanted, and
-    below which fewer would do. grow_seconds, shrink_seconds: for which it must last. cool_down: seconds after a change.
-    attainment: share of requests that must meet their objectives; below it a pool under pressure grows.
+    below which fewer are enough. grow_seconds, shrink_seconds: how long that must last. cool_down: seconds after a
+    change. attainment: share of requests that must meet their objectives; below it a pool under pressure grows.
     """
 
     least: int
@@ -30,15 +30,13 @@ class ScalingLimits:
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.most <= 1024:
             raise ValueError(f"autoscale is {self.least}:{self.most}, must be MIN:MAX with 1 <= MIN <= MAX <= 1024")
-        if not 0 < self.shrink_at < self.grow_at:
-            raise ValueError(f"shrink_at is {self.shrink_at}, must be above 0 and below grow_at ({self.grow_at})")
 
 
 class Observation(NamedTuple):
-    """Of one pool, now.
+    """The current load of one role.
 
-    queued: requests that wait for it; capacity: how many one of its workers takes at once.
-    running: requests that its workers are at; kv_usage: share of their KV blocks in use, of the fullest.
+    queued: waiting requests; running: requests in its workers; capacity: how many one worker takes at once.
+    kv_usage: share of KV blocks in use, of the fullest worker.
     attainment: share of the last requests that met their objectives; 1 without any.
     """
 
@@ -51,7 +49,8 @@ class Observation(NamedTuple):
 
 @dataclass(frozen=True)
 class Scaling:
-    """desired: workers. above, below: since when the pressure has been so; changed: when `desired` last did."""
+    """State of the policy. desired: workers. above, below: time since which the pressure has been too high or too low;
+    changed: time of the last change of `desired`."""
 
     desired: int
     above: float | None = None
@@ -60,23 +59,23 @@ class Scaling:
 
 
 def pressure(seen: Observation, workers: int) -> float:
-    """How full so many workers are: 1 is as much as they can take. What waits counts as if it ran; memory counts
-    from its last tenth."""
+    """Return how full a number of workers is: 1 is the most that they can take. Waiting requests count as running ones;
+    memory counts as full at 90 %."""
     work = (seen.queued + seen.running) / max(1, workers * seen.capacity)
     return max(work, seen.kv_usage / 0.9)
 
 
 def scale(state: Scaling, seen: Observation, limits: ScalingLimits, now: float) -> Scaling:
-    """The next state. It changes by as many workers as the queue calls for upwards, and by one downwards."""
+    """Return the next state. It grows by as many workers as the queue requires, at most twofold, and shrinks by one."""
     bounded = min(max(state.desired, limits.least), limits.most)
     if bounded != state.desired:
         return Scaling(bounded, changed=now)
     load = pressure(seen, state.desired)
     wants_more = load > limits.grow_at or (seen.attainment < limits.attainment and load > limits.shrink_at)
     fewer = max(1, state.desired - 1)
-    # Memory in use would be that of fewer workers.
-    would_be = pressure(seen._replace(kv_usage=seen.kv_usage * state.desired / fewer), fewer)
-    wants_fewer = not wants_more and seen.queued == 0 and would_be < limits.shrink_at
+    # Fewer workers would hold the same blocks.
+    load_of_fewer = pressure(seen._replace(kv_usage=seen.kv_usage * state.desired / fewer), fewer)
+    wants_fewer = not wants_more and seen.queued == 0 and load_of_fewer < limits.shrink_at
     state = replace(
         state,
         above=(now if state.above is None else state.above) if wants_more else None,

@@ -1,7 +1,7 @@
-"""A request over several engines: one computes the prompt and the first tokens, another goes on, a third if that dies.
+"""A request that moves between engines: one computes the prompt, another continues, a third one if that fails.
 
-Its reader sees one stream. The front has every token that was generated, so whichever engine goes on is told them, and
-computes what it is not sent.
+The reader sees one stream. The server keeps every generated token, so an engine that continues a request gets them all,
+and computes the KV blocks that it does not receive from another engine.
 """
 
 import time
@@ -12,217 +12,181 @@ import msgspec
 
 from dispec.engine.scheduling.sequence import FinishReason
 from dispec.engine.transfer.interface import RemoteBlocks
-from dispec.serving.client.engine_client import EngineClient
-from dispec.serving.client.engine_errors import EngineDied, TryLater
-from dispec.serving.client.request_stream import GenerationRequest, RequestError, RequestStream
-from dispec.serving.client.request_text import ChoiceUpdate
+from dispec.serving.client.errors import EngineDied, Unavailable
+from dispec.serving.client.process_client import ProcessClient
+from dispec.serving.client.request_stream import ChoiceUpdate, GenerationRequest, RequestError, RequestStream
 
-MOST_ENGINES = 5  # that a request may lose before it is given up
+MAX_LOST_ENGINES = 5  # of one request; it fails with the next one
 
 
 class SubRequest(RequestStream):
-    """What one engine does for a request. It passes on what it hears and keeps nothing."""
+    """The part of a request that one engine serves. It reports to the `MigratedStream` and keeps no updates."""
 
-    relay: "RequestMigration"
-    client: EngineClient
+    def __init__(self, whole: "MigratedStream", client: ProcessClient, *args: Any) -> None:
+        super().__init__(*args)
+        self.whole = whole
+        self.client = client
 
     def accept(self) -> None:
         self.is_accepted = True
-        self.relay.accepted(self)
+        self.whole.sub_request_accepted()
 
     def take(self, update: ChoiceUpdate, now: float) -> None:
-        if self.timing.first_token is None:
-            self.timing.first_token = now
-        if update.finish_reason is not None:
-            self.finish_reasons[update.index] = update.finish_reason
-            if None not in self.finish_reasons:
-                self.timing.finished = now
-        self.relay.took(self, update, now)
+        self._record(update, now)
+        self.whole.sub_request_updated(self, update, now)
 
     def end(self, reason: FinishReason, error: RequestError | None = None) -> None:
         self.error = error
         self.timing.finished = time.perf_counter()
-        self.relay.ended(self, reason, error)
+        self.whole.sub_request_ended(self, reason, error)
 
 
-class Tally:
-    """The numbers of a request over all its engines, as `RequestText` has them."""
+class MigratedStream(RequestStream):
+    """The updates of a request from all its engines.
 
-    def __init__(self) -> None:
-        self.num_tokens = 0
-        self.num_cached_tokens = 0
-        self.gaps: list[float] = []
-
-
-class RelayedStream(RequestStream):
-    """What the reader of a relayed request reads."""
-
-    text: Any  # a Tally
-
-
-class RequestMigration:
-    """Everything here runs in the event loop.
-
-    request: with a seed, which every engine must have alike. choose: an engine to go on with, or None if none is
-    ready. on_first_token, on_end: called once each.
+    request: with a seed, so that all engines sample alike. choose: returns an engine to continue with, or None if none
+    is ready. on_first_token, on_end: called once each.
     """
 
     def __init__(
         self,
         key: str,
         request: GenerationRequest,
-        choose: Callable[[], EngineClient | None],
-        on_first_token: Callable[["RequestMigration"], None],
-        on_end: Callable[["RequestMigration"], None],
+        choose: Callable[[], ProcessClient | None],
+        on_first_token: Callable[["MigratedStream"], None],
+        on_end: Callable[["MigratedStream"], None],
     ) -> None:
-        self.key = key
-        self.request = request
-        self.tally = Tally()
-        self.stream = RelayedStream(key, request, self.tally, lambda _: self.abort())  # type: ignore[arg-type]
+        super().__init__(key, request, on_abort=lambda _: self._finish("abort"))
         self._choose = choose
         self._on_first_token = on_first_token
         self._on_end = on_end
         self._outputs: list[list[int]] = [[] for _ in range(request.params.n)]
-        self._last_times: list[float | None] = [None] * request.params.n
-        self._legs: list[SubRequest] = []
+        self._sub_requests: list[SubRequest] = []
         self._prefill: SubRequest | None = None
         self._decode: SubRequest | None = None
-        self._num_lost = 0
+        self._num_lost_engines = 0
 
     @property
     def role(self) -> Literal["prefill", "decode"]:
-        """The kind of engine that has to do something for it now."""
+        """The kind of engine that it needs now."""
         return "prefill" if self._prefill is not None else "decode"
 
     @property
     def has_started(self) -> bool:
-        """Whether that engine has begun."""
-        leg = self._prefill or self._decode
-        return leg is not None and leg.timing.started is not None
+        """Whether that engine has started it."""
+        current = self._prefill or self._decode
+        return current is not None and current.timing.started is not None
 
-    def begin(self, prefill: EngineClient, decode: EngineClient, transfer_id: str) -> None:
-        """Compute the prompt on one engine, and go on with the other. Raises as `EngineClient.submit`."""
+    def begin(self, prefill: ProcessClient, decode: ProcessClient, transfer_id: str) -> None:
+        """Compute the prompt on one engine and continue with the other. Raises as `EngineClient.submit`."""
         self._prefill = self._submit(prefill, publish_as=transfer_id, is_continued=True)
         try:
-            self._decode = self._submit(decode, is_resumed=True, pull=prefill_ticket(prefill, transfer_id))
+            self._decode = self._submit(decode, is_resumed=True, pull=remote_blocks(prefill, transfer_id))
         except Exception:
             self._drop(self._prefill)
             raise
 
-    def begin_alone(self, client: EngineClient) -> None:
-        """Do everything on one engine."""
+    def begin_alone(self, client: ProcessClient) -> None:
+        """Serve the whole request with one engine."""
         self._decode = self._submit(client)
 
-    def abort(self) -> None:
-        self._finish("abort")
+    # Called by the sub-requests
 
-    # What the legs hear
+    def sub_request_accepted(self) -> None:
+        if all(sub_request.is_accepted for sub_request in self._sub_requests):
+            self.accept()
 
-    def accepted(self, leg: SubRequest) -> None:
-        if all(leg.is_accepted for leg in self._legs):
-            self.stream.accept()
-
-    def took(self, leg: SubRequest, update: ChoiceUpdate, now: float) -> None:
-        if self.stream.has_ended or leg not in self._legs:
+    def sub_request_updated(self, sub_request: SubRequest, update: ChoiceUpdate, now: float) -> None:
+        if self.has_ended or sub_request not in self._sub_requests:
             return
         self._outputs[update.index] += update.token_ids
-        self._count(update, now)
-        if self.stream.timing.started is None:
-            self.stream.timing.started = leg.timing.started
-        is_first = self.stream.timing.first_token is None
-        self.stream.take(update, now)
+        if self.timing.started is None:
+            self.timing.started = sub_request.timing.started
+        is_first = self.timing.first_token is None
+        self.take(update, now)
         if is_first:
             self._on_first_token(self)
-        if self.stream.has_ended:
+        if self.has_ended:
             self._finish(None)
-        elif leg is self._prefill and all(map(self._is_begun, range(len(self._outputs)))):
-            self._drop(leg)
-            self._hand_over()
+        elif sub_request is self._prefill and all(map(self._has_begun, range(len(self._outputs)))):
+            self._drop(sub_request)
+            self._move_to_decode()
 
-    def ended(self, leg: SubRequest, reason: FinishReason, error: RequestError | None) -> None:
-        if self.stream.has_ended or leg not in self._legs:
+    def sub_request_ended(self, sub_request: SubRequest, reason: FinishReason, error: RequestError | None) -> None:
+        if self.has_ended or sub_request not in self._sub_requests:
             return
-        self._legs.remove(leg)
+        self._sub_requests.remove(sub_request)
         if not isinstance(error, EngineDied):
             self._finish(reason, error)
             return
-        self._num_lost += 1
-        if leg is self._prefill:
-            if self._decode is not None and self._decode in self._legs:
-                self._hand_over()
+        self._num_lost_engines += 1
+        if sub_request is self._prefill:
+            if self._decode in self._sub_requests:
+                self._move_to_decode()
             else:
-                self._go_on(error)
+                self._continue_elsewhere(error)
         elif self._prefill is None:
-            self._go_on(error)
-        # Else the first tokens are still being computed, and then somebody will be found to go on.
+            self._continue_elsewhere(error)
+        # A lost decode engine is replaced when the prefill engine has sent the first tokens.
 
-    def _hand_over(self) -> None:
-        """The prompt's engine has done what it could: tell the other what there is."""
+    def _move_to_decode(self) -> None:
+        """Tell the decode engine the tokens of the prefill engine."""
         self._prefill = None
-        if self._decode is not None and self._decode in self._legs:
+        if self._decode is not None and self._decode in self._sub_requests:
             self._resume(self._decode)
         else:
-            self._go_on(EngineDied("the engine ended before the request did"))
+            self._continue_elsewhere(EngineDied("the engine ended before the request did"))
 
-    def _go_on(self, error: EngineDied) -> None:
-        """Find an engine that goes on from the tokens there are; end with the error if there is none."""
-        client = self._choose() if self._num_lost < MOST_ENGINES else None
+    def _continue_elsewhere(self, error: EngineDied) -> None:
+        """Continue from the known tokens on another engine; end with the error if there is none."""
+        client = self._choose() if self._num_lost_engines < MAX_LOST_ENGINES else None
         if client is None:
             self._finish("error", error)
             return
         try:
             self._decode = self._submit(client, is_resumed=True)
-        except (TryLater, ValueError):
+        except (Unavailable, ValueError):
             self._finish("error", error)
             return
         self._resume(self._decode)
 
-    def _resume(self, leg: SubRequest) -> None:
-        ends = self.stream.finish_reasons
-        outputs = [None if end else tokens for end, tokens in zip(ends, self._outputs, strict=True)]
-        leg.client.resume(leg, outputs)
+    def _resume(self, sub_request: SubRequest) -> None:
+        reasons = self.finish_reasons
+        outputs = [None if reason else tokens for reason, tokens in zip(reasons, self._outputs, strict=True)]
+        sub_request.client.resume(sub_request, outputs)
 
-    def _submit(self, client: EngineClient, *, is_resumed: bool = False, **transfer: Any) -> SubRequest:
-        def make(*args: Any) -> SubRequest:
-            leg = SubRequest(*args)
-            leg.relay, leg.client = self, client
-            self._legs.append(leg)
-            return leg
+    def _submit(self, client: ProcessClient, **changes: Any) -> SubRequest:
+        def make_stream(*args: Any) -> SubRequest:
+            made.append(SubRequest(self, client, *args))
+            self._sub_requests += made
+            return made[0]
 
-        return client.submit_as(make, msgspec.structs.replace(self.request, **transfer), is_resumed=is_resumed)
+        made: list[SubRequest] = []
+        client.submit(msgspec.structs.replace(self.request, **changes), make_stream)
+        return made[0]
 
-    def _drop(self, leg: SubRequest) -> None:
-        if leg in self._legs:
-            self._legs.remove(leg)
-        leg.abort()
+    def _drop(self, sub_request: SubRequest) -> None:
+        if sub_request in self._sub_requests:
+            self._sub_requests.remove(sub_request)
+        sub_request.abort()
 
     def _finish(self, reason: FinishReason | None, error: RequestError | None = None) -> None:
-        """End the stream for a reason, or none if it has ended by itself, and everything that goes on for it."""
-        if reason is not None and not self.stream.has_ended:
-            self.stream.end(reason, error)
-        legs, self._legs = self._legs, []
-        for leg in legs:
-            leg.abort()
+        """End the stream, unless its last token has ended it (`reason` None), and all sub-requests."""
+        if reason is not None and not self.has_ended:
+            self.end(reason, error)
+        sub_requests, self._sub_requests = self._sub_requests, []
+        for sub_request in sub_requests:
+            sub_request.abort()
         on_end, self._on_end = self._on_end, lambda _: None
         on_end(self)
 
-    def _is_begun(self, choice: int) -> bool:
-        return bool(self._outputs[choice]) or self.stream.finish_reasons[choice] is not None
-
-    def _count(self, update: ChoiceUpdate, now: float) -> None:
-        tally, last = self.tally, self._last_times[update.index]
-        tally.num_tokens += len(update.token_ids)
-        if last is not None and update.token_ids:
-            tally.gaps.append(now - last)
-        if update.token_ids:
-            self._last_times[update.index] = now
-        if update.num_cached_tokens is not None and not tally.num_cached_tokens:
-            tally.num_cached_tokens = update.num_cached_tokens
+    def _has_begun(self, choice: int) -> bool:
+        return bool(self._outputs[choice]) or self.finish_reasons[choice] is not None
 
 
-def prefill_ticket(client: EngineClient, transfer_id: str) -> RemoteBlocks:
-    """Where the blocks can be had that an engine publishes under that id. Raises ValueError if it cannot."""
+def remote_blocks(client: ProcessClient, transfer_id: str) -> RemoteBlocks:
+    """Return the handle of the blocks that an engine publishes under `transfer_id`. Raises ValueError if it cannot."""
     info = client.info
     if info is None or info.engine_id is None or info.transfer_host is None or info.transfer_port is None:
-        raise ValueError("kv_transfer is off: this engine cannot hand its KV cache to another")
+        raise ValueError("kv_transfer is off: this engine cannot send its KV cache to another")
     return RemoteBlocks(info.engine_id, transfer_id, info.transfer_host, info.transfer_port)

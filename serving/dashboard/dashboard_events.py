@@ -1,4 +1,4 @@
-"""The stream of events behind the dashboard: once a second what is new, to each page that is open."""
+"""The events of the dashboard: once a second, the news for each open page."""
 
 import asyncio
 import os.path
@@ -8,28 +8,27 @@ from typing import Any
 
 from dispec.engine.process.messages import Inspection
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.serving.client.engine_client import EngineClient, Listener, State
-from dispec.serving.client.engine_errors import EngineDied, NotReady
-from dispec.serving.cluster.worker_pool import WorkerPool
+from dispec.serving.client.engine_client import EngineClient, EngineObserver, State
+from dispec.serving.client.errors import EngineDied, NotReady
 from dispec.serving.dashboard.dashboard_state import DashboardState
 
 INTERVAL = 1.0  # seconds
 
 
-class PoolWatch(Listener):
-    """The books of the KV cache, asked for while somebody looks and only if something has happened since.
+class KVCacheInspector(EngineObserver):
+    """Counts of the KV cache's blocks, requested while a page is open and only after new events.
 
-    Asking proves the books, which is not free in a large cache: so at most every other second, and not again before
-    the answer is there.
+    An inspection verifies the block pool, which takes time in a large cache: at most one runs, and one starts at most
+    every other second.
     """
 
-    def __init__(self, client: EngineClient | WorkerPool) -> None:
+    def __init__(self, client: EngineClient) -> None:
         self._client = client
         self._last: Inspection | None = None
-        self._asked = float("-inf")
+        self._last_request = float("-inf")
         self._is_stale = True
-        self._asking: asyncio.Task[None] | None = None
-        client.listeners.append(self)
+        self._task: asyncio.Task[None] | None = None
+        client.observers.append(self)
 
     def on_step(self, record: StepRecord, finished: float) -> None:
         self._is_stale = True
@@ -37,18 +36,18 @@ class PoolWatch(Listener):
     def on_state(self, state: State) -> None:
         self._is_stale, self._last = True, None
 
-    def look(self) -> dict[str, int] | None:
-        """Blocks used, cached and free, as last heard of, and their size; asks anew for the next look."""
+    def block_counts(self) -> dict[str, int] | None:
+        """Return used, cached and free blocks of the last inspection, and their size; start the next one if due."""
         now = asyncio.get_running_loop().time()
-        if self._asking is None and self._is_stale and now - self._asked >= 2 * INTERVAL:
-            self._asked, self._is_stale = now, False
-            self._asking = asyncio.create_task(self._ask())
-        info, books = self._client.info, self._last
-        if info is None or books is None:
+        if self._task is None and self._is_stale and now - self._last_request >= 2 * INTERVAL:
+            self._last_request, self._is_stale = now, False
+            self._task = asyncio.create_task(self._inspect())
+        info, counts = self._client.info, self._last
+        if info is None or counts is None:
             return None
-        used, total = books.num_used_blocks, books.num_blocks
-        # Blocks in use have names as well, all but the one that each sequence is writing to.
-        cached = min(max(books.num_cached_blocks - max(used - books.num_running, 0), 0), total - used)
+        used, total = counts.num_used_blocks, counts.num_blocks
+        # Used blocks are cached too, all but the one that each sequence writes to.
+        cached = min(max(counts.num_cached_blocks - max(used - counts.num_running, 0), 0), total - used)
         return {
             "used": used,
             "cached": cached,
@@ -57,27 +56,27 @@ class PoolWatch(Listener):
             "block_size": info.block_size,
         }
 
-    async def _ask(self) -> None:
+    async def _inspect(self) -> None:
         try:
             with suppress(NotReady, EngineDied):
                 self._last = await self._client.inspect()
         finally:
-            self._asking = None
+            self._task = None
 
 
 async def dashboard_events(
-    client: EngineClient | WorkerPool, live: DashboardState, pool: PoolWatch
+    client: EngineClient, state: DashboardState, inspector: KVCacheInspector
 ) -> AsyncIterator[dict[str, Any]]:
-    """What a page is told. It ends with the work of a server that shuts down, so as not to keep it."""
-    for view in live.views():
-        state, is_idle = _state(client), not client.load
-        yield view | state | {"pool": pool.look()}
-        if state["state"] == "draining" and is_idle:
+    """Yield the events of one page, until a server that shuts down has no requests left."""
+    for view in state.views():
+        server, is_idle = _server_state(client), not client.load
+        yield view | server | {"pool": inspector.block_counts()}
+        if server["state"] == "draining" and is_idle:
             return
         await asyncio.sleep(INTERVAL)
 
 
-def _state(client: EngineClient | WorkerPool) -> dict[str, Any]:
+def _server_state(client: EngineClient) -> dict[str, Any]:
     is_ready, reason = client.is_ready()
     info = client.info
     return {

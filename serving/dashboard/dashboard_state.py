@@ -1,6 +1,6 @@
-"""What the dashboard shows: the last minutes by second, the last steps one by one, the last requests.
+"""The data of the dashboard: the last minutes by second, the last steps, and the last requests.
 
-Nothing runs here by itself: what happens is added to the current second, and who looks asks for a view.
+No task runs here. Events are added to the current second; a page asks for views.
 """
 
 import time
@@ -10,23 +10,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.serving.client.engine_client import EngineClient, Listener
-from dispec.serving.client.request_stream import FirstToken, RequestSummary, RequestTiming
-from dispec.serving.cluster.worker_pool import WorkerPool
+from dispec.serving.client.engine_client import EngineClient, EngineObserver
+from dispec.serving.client.request_stream import RequestSummary
 from dispec.serving.observability.distribution import Distribution, geometric, percentiles
 
 SPAN = 120  # seconds
 STEPS = 80
 REQUESTS = 14
-_RECENT = 10  # seconds whose observations make up the percentiles shown for one second
-_NOW = 30  # seconds that count as now
+_RECENT = 10  # seconds of observations in the percentiles of one second
+_NOW = 30  # seconds of observations in the current percentiles
 _EDGES = geometric(1e-4, 200, per_decade=40)
 _SHARES = (0.5, 0.95)
 
 
 @dataclass
 class Second:
-    """What happened between second `at` of the clock and the next. running, waiting: at its end."""
+    """Counts between second `at` of the clock and the next. running, waiting: at its end."""
 
     at: int
     output: int = 0
@@ -43,11 +42,11 @@ class Second:
     gaps: Distribution = field(default_factory=lambda: Distribution(_EDGES))
 
 
-class DashboardState(Listener):
-    """The window. `clock` is the one that steps and requests are timed by."""
+class DashboardState(EngineObserver):
+    """A sliding window over an engine's events. `clock` is the one that steps and requests are timed by."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._client: EngineClient | WorkerPool | None = None
+        self._client: EngineClient | None = None
         self._clock = clock
         self._epoch = time.time() - clock()
         self._last_step: float | None = None
@@ -58,11 +57,11 @@ class DashboardState(Listener):
         self._num_requests = 0
         self._speculates = False
 
-    def attach(self, client: EngineClient | WorkerPool) -> None:
-        """Follow what happens to this client."""
+    def attach(self, client: EngineClient) -> None:
+        """Observe a client."""
         self._client = client
-        if self not in client.listeners:
-            client.listeners.append(self)
+        if self not in client.observers:
+            client.observers.append(self)
 
     def on_step(self, record: StepRecord, finished: float) -> None:
         decode = record.num_decoded_tokens
@@ -70,14 +69,14 @@ class DashboardState(Listener):
         second.output += decode
         second.computed += record.num_prompt_tokens
         second.cached += record.num_cached_tokens
-        # The books of the step are those of its beginning; that it was the last for now, no later one will tell.
+        # The counts of a step are those of its beginning, and no step follows the last one to report its end.
         is_last = self._client is not None and not self._client.load
         second.running = 0 if is_last else record.num_running
         second.waiting = 0 if is_last else record.num_waiting
         if decode and self._last_step is not None:
-            # Whatever decodes had its last token from the step before, so nothing was idle in between.
-            at_once = sum(record.num_accepted_per_position)
-            second.gaps.add([finished - self._last_step] * (decode - at_once) + [0.0] * at_once)
+            # A sequence that decodes got its previous token from the step before, so the engine was not idle between.
+            num_accepted = sum(record.num_accepted_per_position)
+            second.gaps.add([finished - self._last_step] * (decode - num_accepted) + [0.0] * num_accepted)
         self._last_step = finished
         self._num_steps += 1
         self._steps.append(
@@ -91,14 +90,14 @@ class DashboardState(Listener):
         if record.num_drafts:
             self.on_drafts(record.num_drafts, record.num_draft_tokens, record.num_accepted_per_position)
 
-    def on_first_token(self, first: FirstToken) -> None:
+    def on_first_token(self, summary: RequestSummary) -> None:
         second = self._second()
-        second.prompt += first.prompt_tokens
-        second.prompt_cached += first.cached_tokens
-        second.first_tokens.add([first.seconds])
+        second.prompt += summary.num_prompt_tokens
+        second.prompt_cached += summary.num_cached_tokens
+        second.first_tokens.add([summary.timing.ttft])
 
     def on_request_finished(self, summary: RequestSummary) -> None:
-        timing = RequestTiming(summary.arrival, summary.started, summary.first_token, summary.finished)
+        timing = summary.timing
         second = self._second()
         if self._client is not None and not self._client.load:
             second.running = second.waiting = 0
@@ -107,9 +106,9 @@ class DashboardState(Listener):
             {
                 "number": self._num_requests,
                 "id": summary.request_id,
-                "at": self._epoch + summary.finished,
-                "prompt": summary.prompt_tokens,
-                "output": summary.output_tokens,
+                "at": self._epoch + (timing.finished or self._clock()),
+                "prompt": summary.num_prompt_tokens,
+                "output": summary.num_output_tokens,
                 "reason": " ".join(dict.fromkeys(summary.finish_reasons)),
                 "error": summary.error,
                 "queue": timing.queue,
@@ -126,7 +125,7 @@ class DashboardState(Listener):
         second.accepted += sum(accepted_per_position)
 
     def views(self) -> Iterator[dict[str, Any]]:
-        """For one looker: all that is kept, then at each call what is new since the last."""
+        """Yield the whole window to one page, then at each call what is new since the last."""
         at, step, request, first = 0, 0, 0, True
         while True:
             current = self._second().at
@@ -146,7 +145,7 @@ class DashboardState(Listener):
             first = False
 
     def _second(self) -> Second:
-        """The current second, after those without news since the last one."""
+        """Return the current second, after adding those without events since the last one."""
         current = int(self._epoch + self._clock())
         last = self._seconds[-1]
         for at in range(max(last.at + 1, current - SPAN + 1), current + 1):
@@ -155,37 +154,25 @@ class DashboardState(Listener):
 
     def _point(self, second: Second) -> dict[str, Any]:
         recent = [other for other in self._seconds if second.at - _RECENT < other.at <= second.at]
-        return {
-            "at": second.at,
-            "output": second.output,
-            "computed": second.computed,
-            "cached": second.cached,
-            "running": second.running,
-            "waiting": second.waiting,
-            **self._latencies(recent),
-        }
+        names = ("at", "output", "computed", "cached", "running", "waiting")
+        return {name: getattr(second, name) for name in names} | self._latencies(recent)
 
     @staticmethod
     def _latencies(seconds: Sequence[Second]) -> dict[str, list[float] | None]:
-        """Median and 95th percentile of the time to the first token and of that between tokens."""
+        """Return median and 95th percentile of the time to the first token and between tokens."""
         return {
             "ttft": percentiles((second.first_tokens for second in seconds), _SHARES),
             "gap": percentiles((second.gaps for second in seconds), _SHARES),
         }
 
     def _summary(self) -> dict[str, Any]:
-        seconds = self._seconds
-        prompt = sum(second.prompt for second in seconds)
-        return {
-            **self._latencies(list(seconds)[-_NOW:]),
-            "hit_rate": sum(second.prompt_cached for second in seconds) / prompt if prompt else None,
-            "speculation": self._speculation(),
-        }
-
-    def _speculation(self) -> dict[str, float] | None:
-        if not self._speculates:
-            return None
-        drafts, tokens, accepted = (
-            sum(getattr(second, name) for second in self._seconds) for name in ("drafts", "draft_tokens", "accepted")
+        prompt, cached, drafts, tokens, accepted = (
+            sum(getattr(second, name) for second in self._seconds)
+            for name in ("prompt", "prompt_cached", "drafts", "draft_tokens", "accepted")
         )
-        return {"rate": accepted / max(1, tokens), "accepted_per_draft": accepted / max(1, drafts)}
+        speculation = {"rate": accepted / max(1, tokens), "accepted_per_draft": accepted / max(1, drafts)}
+        return {
+            **self._latencies(list(self._seconds)[-_NOW:]),
+            "hit_rate": cached / prompt if prompt else None,
+            "speculation": speculation if self._speculates else None,
+        }

@@ -1,4 +1,4 @@
-"""The dashboard's page, its files, and the events that keep it up to date."""
+"""The routes of the dashboard: its page, the page's files, and its events."""
 
 import asyncio
 import gzip
@@ -13,15 +13,14 @@ from litestar.exceptions import NotFoundException
 from litestar.response import Stream
 
 from dispec.serving.client.engine_client import EngineClient
-from dispec.serving.cluster.worker_pool import WorkerPool
-from dispec.serving.dashboard.dashboard_events import PoolWatch, dashboard_events
+from dispec.serving.dashboard.dashboard_events import KVCacheInspector, dashboard_events
 from dispec.serving.dashboard.dashboard_state import DashboardState
 
 _DIRECTORY = Path(__file__).parent / "page"
 _TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
 _FILES = ("dashboard.css", "dashboard.js", "charts.js", "chat.js", "stream.js")
 _HEADERS = {
-    # Whatever a model makes the page say, it loads nothing from elsewhere and sends nothing there. Plotly sets styles.
+    # Text from a model can make the page load or send nothing elsewhere. Plotly sets styles.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline';"
     " img-src 'self' data:; connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -31,7 +30,7 @@ _HEADERS = {
 
 
 def plotly_script() -> Path | None:
-    """Plotly's JavaScript as the Python package brings it, without importing the package."""
+    """Return the path of Plotly's JavaScript in its Python package, without importing the package."""
     spec = importlib.util.find_spec("plotly")
     for place in (spec.submodule_search_locations or ()) if spec is not None else ():
         path = Path(place, "package_data", "plotly.min.js")
@@ -41,14 +40,14 @@ def plotly_script() -> Path | None:
 
 
 @cache
-def _packed(path: Path) -> bytes:
+def _gzipped(path: Path) -> bytes:
     return gzip.compress(path.read_bytes(), compresslevel=6)
 
 
-def dashboard_router(client: EngineClient | WorkerPool, live: DashboardState) -> Router:
-    """/dashboard and what it loads."""
-    live.attach(client)
-    pool = PoolWatch(client)
+def dashboard_router(client: EngineClient) -> Router:
+    """Return the routes below /dashboard."""
+    state, inspector = DashboardState(), KVCacheInspector(client)
+    state.attach(client)
 
     @get("/", sync_to_thread=False)
     def page() -> Response[bytes]:
@@ -69,18 +68,18 @@ def dashboard_router(client: EngineClient | WorkerPool, live: DashboardState) ->
         if "gzip" not in request.headers.get("accept-encoding", ""):
             content = await asyncio.to_thread(path.read_bytes)
         else:
-            content = await asyncio.to_thread(_packed, path)
+            content = await asyncio.to_thread(_gzipped, path)
             headers["Content-Encoding"] = "gzip"
         return Response(content, media_type=_TYPES["js"], headers=headers)
 
     @get("/events")
     async def events() -> Stream:
-        async def written() -> AsyncIterator[bytes]:
-            async for event in dashboard_events(client, live, pool):
+        async def encoded() -> AsyncIterator[bytes]:
+            async for event in dashboard_events(client, state, inspector):
                 yield b"data: " + msgspec.json.encode(event) + b"\n\n"
 
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return Stream(written(), media_type="text/event-stream", headers=headers)
+        return Stream(encoded(), media_type="text/event-stream", headers=headers)
 
     return Router("/dashboard", route_handlers=[page, asset, plotly, events], include_in_schema=False)
 

@@ -8,12 +8,12 @@ from litestar import Request, Response
 from litestar.exceptions import HTTPException
 
 from dispec.engine.errors import ContextOverflow, InvalidField
-from dispec.serving.client.engine_client import (
+from dispec.serving.client.errors import (
     EngineDied,
     EngineFailed,
+    InvalidRequest,
     NotReady,
     Overloaded,
-    RequestRefused,
     RequestTimedOut,
 )
 
@@ -105,7 +105,7 @@ def as_api_error(error: BaseException) -> ApiError:
         return _of_litestar(error)
     if isinstance(error, ContextOverflow):
         return ApiError(400, str(error), param=error.field, code="context_length_exceeded")
-    if isinstance(error, InvalidField | RequestRefused):
+    if isinstance(error, InvalidField | InvalidRequest):
         return invalid(error.field, str(error))
     if isinstance(error, ValueError):
         return invalid(None, str(error))

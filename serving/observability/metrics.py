@@ -1,10 +1,8 @@
-"""What Prometheus scrapes: vLLM's names, which dashboards, routers and autoscalers know, and a few of our own.
+"""Prometheus metrics of the server: vLLM's names, which dashboards, routers and autoscalers know, and a few more.
 
-Only the front process exports. Everything the engine process knows arrives here as messages, so that no two processes
-ever write the same counter.
+Only the server process exports. It learns of the engine process from messages, so no two processes write one counter.
 """
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -14,50 +12,48 @@ from prometheus_client.registry import Collector
 
 from dispec.engine.process.messages import EngineInfo
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.serving.client.engine_client import EngineClient, Listener
-from dispec.serving.client.request_stream import FirstToken, RequestSummary, RequestTiming
+from dispec.serving.client.engine_client import EngineClient, EngineObserver
+from dispec.serving.client.request_stream import RequestSummary
 from dispec.serving.client.slo import Slo
-from dispec.serving.cluster.worker import ROLES
-from dispec.serving.cluster.worker_pool import WorkerPool
-from dispec.serving.observability.distribution import Distribution
-from dispec.serving.observability.metric_buckets import BETWEEN_TOKENS, FIRST_TOKEN, REQUEST, STEP, TOKENS
-from dispec.serving.observability.worker_metrics import WorkerMetrics
+from dispec.serving.observability.distribution import (
+    BETWEEN_TOKENS,
+    FIRST_TOKEN,
+    REQUEST,
+    STEP,
+    TOKENS,
+    Distribution,
+)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_LABELS = ("model_name", "engine")
-_FINISH_REASONS = ("stop", "length", "abort", "error")
-
-disable_created_metrics()  # a gauge beside every counter and histogram, with the time it was made
+disable_created_metrics()  # one more gauge beside every counter and histogram, with its creation time
 
 
-class Metrics(Listener):
-    """The numbers of one server. What there is to say about a request is counted when it ends, all at once."""
+class Metrics(EngineObserver):
+    """The metrics of one server. A request is counted when it ends, except for its prompt and first token."""
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
-        self._labels = {"model_name": model_name, "engine": "0"}
+        self.labels = {"model_name": model_name, "engine": "0"}
+        self._num_used_blocks = 0
         self._make_vllm_counters()
         self._make_vllm_histograms()
-        self._make_our_own()
-        self._num_used_blocks = 0
+        self._make_own_metrics()
 
     def render(self) -> bytes:
-        """All of it in Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
-    def attach(self, client: EngineClient | WorkerPool) -> None:
-        """Count what happens to this client, and read its gauges whenever somebody scrapes."""
-        if self not in client.listeners:
-            client.listeners.append(self)
+    def attach(self, client: EngineClient) -> None:
+        """Count the events of a client, and read its gauges at each scrape."""
+        if self not in client.observers:
+            client.observers.append(self)
         for gauge in (self._vllm_running, self._running):
             gauge.set_function(lambda: client.num_running)
         for gauge in (self._vllm_waiting, self._waiting):
             gauge.set_function(lambda: client.num_waiting)
-        # The last step knows what it held; that what it ended gave its blocks back no later step need tell.
+        # No step follows the last one to report that its blocks are free.
         self._vllm_kv_usage.set_function(lambda: self._used_share(client.info) if client.load else 0.0)
-        if isinstance(client, WorkerPool):
-            self.watch_workers(client)
 
     def on_step(self, record: StepRecord, finished: float) -> None:
         self._num_used_blocks = record.num_used_blocks
@@ -73,34 +69,31 @@ class Metrics(Listener):
             self._draft_replicas_desired.set(record.num_planned_draft_tokens)
             self._draft_replicas_actual.set(record.num_draft_tokens)
 
-    def on_first_token(self, first: FirstToken) -> None:
-        for counter, tokens in (
-            (self._prompt_tokens, first.prompt_tokens),
-            (self._prefix_queries, first.prompt_tokens),
-            (self._prompt_tokens_cached, first.cached_tokens),
-            (self._prefix_hits, first.cached_tokens),
-        ):
-            counter.inc(tokens)
+    def on_first_token(self, summary: RequestSummary) -> None:
+        for counter in (self._prompt_tokens, self._prefix_queries):
+            counter.inc(summary.num_prompt_tokens)
+        for counter in (self._prompt_tokens_cached, self._prefix_hits):
+            counter.inc(summary.num_cached_tokens)
         for histogram in (self._first_token, self._ttft):
-            histogram.observe(first.seconds)
+            histogram.observe(summary.timing.ttft)
 
     def on_request_finished(self, summary: RequestSummary) -> None:
         self._requests.inc()
         for reason in summary.finish_reasons:
-            self._success.labels(**self._labels, finished_reason=reason).inc()
-        if summary.started is None:
-            return  # refused, or given up while it waited: it says nothing about how fast requests are served
-        self._generation_tokens.inc(summary.output_tokens)
-        self._tokens_generated.inc(summary.output_tokens)
-        self._request_generation_tokens.observe(summary.output_tokens)
-        self._request_prompt_tokens.observe(summary.prompt_tokens)
+            self._success.labels(**self.labels, finished_reason=reason).inc()
+        timing = summary.timing
+        if timing.started is None:
+            return  # rejected, or aborted in the queue: it says nothing about the speed of requests
+        for counter in (self._generation_tokens, self._tokens_generated):
+            counter.inc(summary.num_output_tokens)
+        self._request_generation_tokens.observe(summary.num_output_tokens)
+        self._request_prompt_tokens.observe(summary.num_prompt_tokens)
         if summary.slo is not None and summary.met_slo is not None:
             self._count_slo(summary.slo, "met" if summary.met_slo else "missed")
-        timing = RequestTiming(summary.arrival, summary.started, summary.first_token, summary.finished)
         for phase, histogram in self._phases.items():
             histogram.observe(getattr(timing, phase))
-        self._e2e.observe(timing.total)
-        self._request_seconds.observe(timing.total)
+        for histogram in (self._e2e, self._request_seconds):
+            histogram.observe(timing.total)
         self._gaps.distribution.add(summary.gaps)
         if summary.gaps:
             self._tpot.observe(sum(summary.gaps) / len(summary.gaps))
@@ -108,27 +101,16 @@ class Metrics(Listener):
     def on_shed(self, slo: Slo) -> None:
         self._count_slo(slo, "shed")
 
-    def _count_slo(self, slo: Slo, outcome: str) -> None:
-        self._slo_requests.labels(**self._labels, slo=slo.name, outcome=outcome).inc()
-
     def on_drafts(self, num_drafts: int, num_draft_tokens: int, accepted_per_position: Sequence[int]) -> None:
-        """A step checked `num_drafts` drafts; how many of their first, second, … tokens were accepted."""
+        """Count the drafts that a step verified, and the accepted tokens at each position of a draft."""
         self._drafts.inc(num_drafts)
         self._draft_tokens.inc(num_draft_tokens)
         self._accepted_tokens.inc(sum(accepted_per_position))
         for position, accepted in enumerate(accepted_per_position):
-            self._accepted_per_position.labels(**self._labels, position=str(position)).inc(accepted)
+            self._accepted_per_position.labels(**self.labels, position=str(position)).inc(accepted)
 
-    def watch_workers(self, pool: WorkerPool) -> None:
-        """Tell how many engines of each kind there are and should be, and what each does, whenever somebody scrapes."""
-        for name, text, count in (
-            ("dispec_workers_desired", "Engines of this role that there should be.", pool.num_desired),
-            ("dispec_workers_actual", "Engines of this role that take requests.", pool.num_ready),
-        ):
-            gauge = Gauge(name, text, (*_LABELS, "role"), registry=self.registry)
-            for role in ROLES:
-                gauge.labels(**self._labels, role=role).set_function(functools.partial(count, role))
-        self.registry.register(WorkerMetrics(pool, self._labels["model_name"]))
+    def _count_slo(self, slo: Slo, outcome: str) -> None:
+        self._slo_requests.labels(**self.labels, slo=slo.name, outcome=outcome).inc()
 
     def _used_share(self, info: EngineInfo | None) -> float:
         return self._num_used_blocks / info.num_blocks if info is not None else 0.0
@@ -141,22 +123,19 @@ class Metrics(Listener):
         self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens, cached ones included.")
         self._prompt_tokens_cached = counter("vllm:prompt_tokens_cached", "Prompt tokens that were in the cache.")
         self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
-        self._preemptions = counter("vllm:num_preemptions", "Sequences that gave their memory up for others.")
-        self._prefix_queries = counter("vllm:prefix_cache_queries", "Tokens looked for in the prefix cache.")
+        self._preemptions = counter("vllm:num_preemptions", "Sequences that were preempted.")
+        self._prefix_queries = counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.")
         self._prefix_hits = counter("vllm:prefix_cache_hits", "Tokens found in the prefix cache.")
-        self._success = Counter(
-            "vllm:request_success", "Choices by how they ended.", (*_LABELS, "finished_reason"), registry=self.registry
-        )
-        for reason in _FINISH_REASONS:
-            self._success.labels(**self._labels, finished_reason=reason)
-        self._drafts = counter("vllm:spec_decode_num_drafts", "Drafts that were checked.")
+        self._success = self._family("vllm:request_success", "Choices by how they ended.", "finished_reason")
+        for reason in ("stop", "length", "abort", "error"):
+            self._success.labels(**self.labels, finished_reason=reason)
+        self._drafts = counter("vllm:spec_decode_num_drafts", "Drafts that were verified.")
         self._draft_tokens = counter("vllm:spec_decode_num_draft_tokens", "Tokens of those drafts.")
         self._accepted_tokens = counter("vllm:spec_decode_num_accepted_tokens", "Draft tokens that were accepted.")
-        self._accepted_per_position = Counter(
+        self._accepted_per_position = self._family(
             "vllm:spec_decode_num_accepted_tokens_per_pos",
             "Draft tokens accepted, by their position in the draft.",
-            (*_LABELS, "position"),
-            registry=self.registry,
+            "position",
         )
 
     def _make_vllm_histograms(self) -> None:
@@ -165,7 +144,7 @@ class Metrics(Listener):
             "vllm:time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN
         )
         self._gaps = _BatchedHistogram(
-            "vllm:inter_token_latency_seconds", "Between one token and the next.", self._labels, BETWEEN_TOKENS
+            "vllm:inter_token_latency_seconds", "Between one token and the next.", self.labels, BETWEEN_TOKENS
         )
         self.registry.register(self._gaps)
         self._e2e = histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", REQUEST)
@@ -181,9 +160,9 @@ class Metrics(Listener):
         self._request_generation_tokens = histogram("vllm:request_generation_tokens", "Tokens of an answer.", TOKENS)
         self._iteration_tokens = histogram("vllm:iteration_tokens_total", "Tokens computed in a step.", TOKENS)
 
-    def _make_our_own(self) -> None:
+    def _make_own_metrics(self) -> None:
         counter, gauge, histogram = self._counter, self._gauge, self._histogram
-        self._requests = counter("dispec_requests", "Requests that ended, however they did.")
+        self._requests = counter("dispec_requests", "Requests that ended, in any way.")
         self._tokens_generated = counter("dispec_tokens_generated", "Tokens generated.")
         self._ttft = histogram("dispec_ttft_seconds", "From a request's arrival to its first token.", FIRST_TOKEN)
         self._tpot = histogram("dispec_tpot_seconds", "Time per token after the first, by request.", BETWEEN_TOKENS)
@@ -192,35 +171,38 @@ class Metrics(Listener):
         self._batch_tokens = histogram("dispec_batch_tokens", "Tokens computed in a step.", TOKENS)
         self._running = gauge("dispec_running_requests", "Requests in the engine's batches.")
         self._waiting = gauge("dispec_waiting_requests", "Requests that wait to be scheduled.")
-        self._slo_requests = Counter(
+        self._slo_requests = self._family(
             "dispec_slo_requests",
-            "Requests of each class that kept their objectives (the goodput), that did not, and that were turned away.",
-            (*_LABELS, "slo", "outcome"),
-            registry=self.registry,
+            "Requests of each class that met their objectives (the goodput), missed them, and were rejected.",
+            "slo",
+            "outcome",
         )
-        transfers = Counter(
+        transfers = self._family(
             "dispec_kv_transfers",
             "Prompts whose keys and values came from another engine, or should have and were computed instead.",
-            (*_LABELS, "outcome"),
-            registry=self.registry,
+            "outcome",
         )
-        self._arrived = transfers.labels(**self._labels, outcome="arrived")
-        self._failed_arrivals = transfers.labels(**self._labels, outcome="failed")
+        self._arrived = transfers.labels(**self.labels, outcome="arrived")
+        self._failed_arrivals = transfers.labels(**self.labels, outcome="failed")
         self._draft_replicas_desired = gauge(
-            "dispec_draft_replicas_desired", "Tokens that would pay to be guessed ahead in a step, as last decided."
+            "dispec_draft_replicas_desired", "Draft tokens that the controller last planned for a step."
         )
         self._draft_replicas_actual = gauge(
-            "dispec_draft_replicas_actual", "Tokens that were guessed ahead in the last step that decoded."
+            "dispec_draft_replicas_actual", "Draft tokens that the last decode step verified."
         )
 
+    def _family(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, (*self.labels, *labels), registry=self.registry)
+
     def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, _LABELS, registry=self.registry).labels(**self._labels)
+        return self._family(name, text).labels(**self.labels)
 
     def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, _LABELS, registry=self.registry).labels(**self._labels)
+        return Gauge(name, text, tuple(self.labels), registry=self.registry).labels(**self.labels)
 
     def _histogram(self, name: str, text: str, edges: Sequence[float]) -> Histogram:
-        return Histogram(name, text, _LABELS, buckets=edges, registry=self.registry).labels(**self._labels)
+        histogram = Histogram(name, text, tuple(self.labels), buckets=edges, registry=self.registry)
+        return histogram.labels(**self.labels)
 
 
 class _BatchedHistogram(Collector):

@@ -1,7 +1,7 @@
-"""What the server logs: a line for each event, with its request's id, written by a thread of its own.
+"""The server's log: a line for each event, with the id of its request, written by a thread of its own.
 
-Whoever logs only puts a record into a queue. If the reader of the log is slower than that, records are lost and
-counted, and serving goes on.
+A log call only puts a record into a queue. If the reader of the log is slower, records are dropped and counted, and
+serving continues.
 """
 
 import json
@@ -12,21 +12,21 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import Literal, TextIO
 
-from dispec.serving.settings import LogFormat
+LogFormat = Literal["auto", "json", "text"]
 
 _LOGGERS = ("dispec", "engine", "uvicorn", "asyncio", "litestar")
-_LONGEST_QUEUE = 10_000
+_MAX_QUEUED_RECORDS = 10_000
 
 
 @contextmanager
 def logging_to(stream: TextIO, log_format: LogFormat, level: int = logging.INFO) -> Iterator[None]:
-    """Send the log there; "auto" writes text for a terminal and JSON for everything else."""
+    """Write the log to a stream; "auto" writes text to a terminal and JSON to any other stream."""
     is_json = log_format == "json" or (log_format == "auto" and not stream.isatty())
     target = logging.StreamHandler(stream)
     target.setFormatter(JsonLines() if is_json else TextLines())
-    waiting: queue.Queue[logging.LogRecord] = queue.Queue(_LONGEST_QUEUE)
+    waiting: queue.Queue[logging.LogRecord] = queue.Queue(_MAX_QUEUED_RECORDS)
     handler = _Enqueue(waiting)
     listener = logging.handlers.QueueListener(waiting, target)
     loggers = [logging.getLogger(name) for name in _LOGGERS]
@@ -34,7 +34,7 @@ def logging_to(stream: TextIO, log_format: LogFormat, level: int = logging.INFO)
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
-    logging.getLogger("uvicorn").setLevel(max(level, logging.WARNING))  # our own words for how it starts and ends
+    logging.getLogger("uvicorn").setLevel(max(level, logging.WARNING))  # the server reports its start and end itself
     listener.start()
     try:
         yield
@@ -48,23 +48,23 @@ def logging_to(stream: TextIO, log_format: LogFormat, level: int = logging.INFO)
 class _Enqueue(logging.handlers.QueueHandler):
     def __init__(self, waiting: queue.Queue[logging.LogRecord]) -> None:
         super().__init__(waiting)
-        self._num_lost = 0
+        self._num_dropped = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # it stays in this process: the thread that writes it can format it as well
+        return record  # the writing thread formats it
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        if self._num_lost:
-            record.lost = self._num_lost
+        if self._num_dropped:
+            record.lost = self._num_dropped
         try:
             self.queue.put_nowait(record)
-            self._num_lost = 0
+            self._num_dropped = 0
         except queue.Full:
-            self._num_lost += 1
+            self._num_dropped += 1
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, and the fields of the event."""
+    """One JSON object per line: time, level, logger, message, and the fields of the event."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, UTC)
@@ -81,7 +81,7 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """The same for people."""
+    """A line of text for each event."""
 
     def format(self, record: logging.LogRecord) -> str:
         clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")

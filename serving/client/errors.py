@@ -1,4 +1,4 @@
-"""What can go wrong between a request and its answer. Each error is a sentence that a client may read."""
+"""Errors between a request and its answer. Each message is a sentence for the client."""
 
 
 class EngineFailed(Exception):
@@ -8,9 +8,8 @@ class EngineFailed(Exception):
 class EngineDied(Exception):
     """The engine process could not start, or ended before the request did.
 
-    error: the class of the engine's exception, if it could name one; message: what happened; hint: what to do;
-    traceback: where it came from, if that is of use; is_bad_input: what the user gave is at fault, and the message says
-    all there is to say.
+    error: the class of the engine's exception, if known; message: what happened; hint: what to do; traceback: of the
+    exception, if it helps; is_bad_input: an option or a file of the user is at fault, and the message says all.
     """
 
     def __init__(
@@ -27,30 +26,34 @@ class EngineDied(Exception):
         sentence = f"{self.error}: {self.message}" if self.error else self.message
         return f"{sentence} (hint: {self.hint})" if self.hint else sentence
 
+    def copy(self) -> "EngineDied":
+        """Return the same error for another request: Python's traceback of an exception grows with every raise."""
+        return EngineDied(self.message, self.hint, self.error)
+
 
 class RequestTimedOut(Exception):
-    """The request took longer than it may."""
+    """The request exceeded its timeout."""
 
 
-class RequestRefused(ValueError):
-    """The request asks for what the engine cannot do. `field` is the one of its fields that does, if it is one."""
+class InvalidRequest(ValueError):
+    """The engine cannot do what the request asks for. `field` is the field at fault, if it is one."""
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
 
 
-class TryLater(Exception):
-    """The request was not taken. retry_after: seconds after which it may be."""
+class Unavailable(Exception):
+    """The request was not accepted. retry_after: seconds after which it may be."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
 
-class Overloaded(TryLater):
+class Overloaded(Unavailable):
     """The queue is full."""
 
 
-class NotReady(TryLater):
-    """The engine is loading, being restarted, draining or dead."""
+class NotReady(Unavailable):
+    """The engine is loading, restarting, draining or dead."""

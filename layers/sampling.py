@@ -1,9 +1,4 @@
-"""From logits to tokens, with random numbers that depend on the request and the position alone.
-
-The noise of vocabulary entry v at position p of a request with seed s is a hash of (s, p, v): it needs no
-generator state, so it compiles and replays in a CUDA graph, and a seeded request gets the same noise alone,
-batched, preempted or recomputed (the idea is that of counter-based generators, Salmon et al., SC 2011).
-"""
+"""From logits to tokens, with random numbers that depend on seed, position and token id alone (`ops.noise`)."""
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +7,6 @@ from torch import Tensor
 from dispec import ops
 from dispec.layers.types import Sampling
 
-_MASK = 0xFFFFFFFF
 _BELOW_ONE = 1 - 2.0**-24  # the float32 before 1
 
 
@@ -35,7 +29,7 @@ def draw(
     logits = logits.float()
     if token_ids is None:
         token_ids = torch.arange(logits.shape[-1], device=logits.device)
-    uniform = uniform_noise(sampling.seed, sampling.position, token_ids)
+    uniform = ops.uniform_noise(sampling.seed, sampling.position, token_ids)
     # -log(-log1p(-u)): written so that the winners, whose u is near zero, keep all of u's 32 bits. Noise of -inf, at
     # u = 1, would make the only token that is left as good as one that is ruled out.
     gumbel = -torch.log(-torch.log1p(-uniform.clamp(max=_BELOW_ONE)))
@@ -50,27 +44,3 @@ def scaled(logits: Float[Tensor, "R V"], temperature: Float[Tensor, "R"]) -> Flo
     """
     divisor = torch.where(temperature == 0, torch.ones_like(temperature), temperature)
     return (logits - logits.amax(dim=-1, keepdim=True)) / divisor[:, None]
-
-
-def uniform_noise(
-    seed: Int[Tensor, "R"], position: Int[Tensor, "R"], token_ids: Int[Tensor, "N"]
-) -> Float[Tensor, "R N"]:
-    """Numbers in (0, 1], uniform to 32 bits, from the counter (seed, position, token).
-
-    Only integer operations on values below 2**63, so every device and compiler gives the same bits.
-    """
-    seed = seed.long()
-    row = _mix(_mix(seed & _MASK) ^ _mix((seed >> 32) & _MASK ^ 0x9E3779B9) ^ (position.long() & _MASK))
-    row_again = _mix(row ^ 0x5BD1E995)
-    mixed = _mix((_mix(token_ids.long() ^ row[:, None]) + row_again[:, None]) & _MASK)
-    return (mixed.to(torch.float32) + 0.5) * 2.0**-32
-
-
-def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """A bijection of 32-bit integers with good avalanche (C. Wellons' hash prospector, two-round variant).
-
-    Both multipliers are below 2**31, so the product of a 32-bit value stays within a signed 64-bit integer.
-    """
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
-    return x ^ (x >> 15)

@@ -11,6 +11,7 @@ from dispec.ops.decoder import Decoder, DecoderLayers, build_decoder, decode_tok
 from dispec.ops.embedding import embedding
 from dispec.ops.kv_cache import copy_blocks, write_kv
 from dispec.ops.linear import Matrix, PackedWeight, allocate_workspaces, linear, pack
+from dispec.ops.noise import uniform_noise
 from dispec.ops.norm import Norm, rms_norm
 from dispec.ops.paged_attention import paged_attention
 from dispec.ops.rotary import qkv_rope_write, rope_cos_sin, rope_write
@@ -43,5 +44,6 @@ __all__ = [
     "rope_write",
     "sample",
     "token_threshold",
+    "uniform_noise",
     "write_kv",
 ]

@@ -2,10 +2,11 @@
 
 import math
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from dispec.ops.noise import uniform_noise
 
 
 def write_kv(
@@ -123,26 +124,15 @@ def sampling_scores(
     token_ids: Int[Tensor, "V"] | None,
 ) -> Float[Tensor, "R V"]:
     """What each token is drawn by, in float64 but for the noise's uniform number: the largest of a row is its token."""
-    names = np.arange(logits.shape[1]) if token_ids is None else token_ids.numpy()
+    if token_ids is None:
+        token_ids = torch.arange(logits.shape[1])
+    uniform = uniform_noise(seed, position, token_ids).clamp(max=1 - 2.0**-24)
     values = logits.double()
-    for row, (t, s, p) in enumerate(zip(temperature.tolist(), seed.tolist(), position.tolist(), strict=True)):
-        if t != 0:
-            noise = torch.from_numpy(_uniform(s, p, names.astype(np.uint64))).clamp(max=1 - 2.0**-24)
-            gumbel = -torch.log(-torch.log1p(-noise.double()))
-            values[row] = (values[row] - values[row].max()) / t + gumbel
+    for row, divisor in enumerate(temperature.tolist()):
+        if divisor != 0:
+            gumbel = -torch.log(-torch.log1p(-uniform[row].double()))
+            values[row] = (values[row] - values[row].max()) / divisor + gumbel
     return values
-
-
-def _uniform(seed: int, position: int, tokens: np.ndarray) -> np.ndarray:
-    def mix(x: np.ndarray) -> np.ndarray:
-        x = (x ^ x >> 16) * 0x21F0AAAD % 2**32
-        x = (x ^ x >> 15) * 0x735A2D97 % 2**32
-        return x ^ x >> 15
-
-    low, high, at = np.array([[seed % 2**32], [(seed >> 32) % 2**32], [position]], dtype=np.uint64)
-    row = mix(mix(low) ^ mix(high ^ 0x9E3779B9) ^ at)
-    mixed = mix((mix(tokens ^ row) + mix(row ^ 0x5BD1E995)) % 2**32)
-    return (mixed.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
 
 
 def rounded_to_8_bits(weight: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from dispec import ops
-from dispec.layers import sampling as module
 from dispec.layers.logit_processing import apply_top_k_top_p
-from dispec.layers.sampling import draw, greedy, uniform_noise
+from dispec.layers.sampling import draw, greedy
 from dispec.layers.types import Filters, Sampling
-from dispec.ops import reference
+from dispec.ops import reference, uniform_noise
 
 
 @pytest.fixture(autouse=True, params=["kernel", "torch"])
@@ -86,7 +85,7 @@ def test_a_token_of_minus_infinity_is_never_drawn_whatever_the_noise(monkeypatch
     if kind == "kernel":
         pytest.skip("the kernel makes its noise itself: see the next test")
     monkeypatch.setattr(
-        module, "uniform_noise", lambda seed, position, tokens: torch.full((len(seed), len(tokens)), noise)
+        ops, "uniform_noise", lambda seed, position, tokens: torch.full((len(seed), len(tokens)), noise)
     )
     logits = torch.full((2, 40), -torch.inf)
     logits[0, 17], logits[1, [5, 30]] = -80.0, 3.0
@@ -138,6 +137,15 @@ def test_tiny_temperatures_are_greedy_and_not_infinite():
         filters = Filters(torch.tensor([5] * 3), torch.tensor([0.9] * 3), torch.tensor([0.1] * 3))
         restricted = apply_top_k_top_p(logits, torch.full((3,), temperature), filters)
         assert torch.equal(restricted.isfinite().sum(-1), torch.ones(3, dtype=torch.int64))
+
+
+def test_the_noise_of_a_seed_stays_the_same_from_version_to_version():
+    noise = uniform_noise(torch.tensor([0, 12345, -(2**62)]), torch.tensor([0, 7, 100_000]), torch.tensor([0, 49151]))
+    assert (noise.double() * 2**32).long().tolist() == [
+        [4195613184, 2200827392],
+        [1608622592, 783457984],
+        [1428359936, 1691235840],
+    ]
 
 
 def test_noise_is_uniform_and_independent_across_seed_position_and_column():

@@ -207,7 +207,7 @@ def test_a_timeout_ends_a_request_and_no_other(loop, client):
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
-        ([1, 512], greedy(), "prompt holds token id 512, must be in 0 … 511"),
+        ([1, 512], greedy(), "prompt holds token id 512, must be between 0 and 511"),
         ([1], greedy(stop_token_ids=(999,)), "stop_token_ids holds token id 999"),
         ([1], greedy(logit_bias={700: 1.0}), "logit_bias holds token id 700"),
         ([3] * 512, greedy(), r"prompt has 512 tokens, must be below max_model_len \(512\)"),

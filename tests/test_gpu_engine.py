@@ -115,7 +115,7 @@ def test_a_step_of_as_many_prompts_as_there_may_be_sequences(monkeypatch: pytest
     def fail(_: Engine, error: Exception) -> None:
         raise error
 
-    monkeypatch.setattr(Engine, "_isolate", fail)
+    monkeypatch.setattr(Engine, "_isolate_failure", fail)
     options = {"dtype": "float32", "max_num_batched_tokens": 2048, "max_model_len": 96}
     given = [[(7 * token + index) % 1024 for token in range(70)] for index in range(SMALL["max_num_seqs"])]
     found = []

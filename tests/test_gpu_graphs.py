@@ -53,7 +53,7 @@ def test_a_run_compiles_nothing(llm: LLM) -> None:
 @pytest.mark.parametrize("count", [1, 2, 5, 16])
 def test_a_decode_step_launches_one_graph(llm: LLM, count: int) -> None:
     with decoding(llm.engine, count):
-        assert len(llm.engine._in_flight) == 1, "no step is queued ahead"
+        assert len(llm.engine._launched) == 1, "no step is queued ahead"
         assert count_launches(llm.engine, 10) == 10
         assert all(record.kind == "decode" for record in list(llm.engine.records)[-9:])
 

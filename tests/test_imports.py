@@ -22,6 +22,7 @@ ROOMS = [
     "engine.machine",
     "engine.sampling_params",
     "engine.transfer.interface",
+    "engine.request_checks",
     "engine.options",
     "engine.dtypes",
     "engine.text",
@@ -31,6 +32,7 @@ ROOMS = [
     "engine.execution",
     "engine.distributed",
     "engine.speculation",
+    "engine.builder",
     "engine.engine",
     "engine.environment",
     "engine.api",
@@ -50,7 +52,14 @@ ROOMS = [
     "dispec",
 ]
 HEAVY = ("torch", "transformers", "triton")
-WITHOUT_TORCH = ["engine.scheduling", "engine.options", "engine.loading.model_source", "engine.text", "serving"]
+WITHOUT_TORCH = [
+    "engine.scheduling",
+    "engine.request_checks",
+    "engine.options",
+    "engine.loading.model_source",
+    "engine.text",
+    "serving",
+]
 
 
 def module_name(path: Path) -> str:

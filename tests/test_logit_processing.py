@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation import logits_process as peer
 
+from dispec.engine.request_checks import check_params
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.scheduling.logits_processors import LogitsProcessors, check_something_remains
+from dispec.engine.scheduling.logits_processors import LogitsProcessors
 from dispec.layers.logit_processing import apply_penalties, apply_token_mask, apply_top_k_top_p
 from dispec.layers.logprobs import logprobs
 from dispec.layers.types import Edits, Filters
@@ -273,13 +274,13 @@ def test_state_costs_no_copies_and_masks_are_kept():
 )
 def test_what_would_leave_nothing_is_refused(fields, names):
     with pytest.raises(ValueError, match=" and ".join(names)):
-        check_something_remains(SamplingParams(**fields), STOPS, VOCAB)
+        check_params(SamplingParams(**fields), STOPS, VOCAB)
 
 
 def test_what_leaves_something_is_not_refused():
     for fields in ({}, {"min_tokens": 5}, {"allowed_token_ids": (2,)}, {"bad_words_token_ids": ((1,), (2, 3))}):
-        check_something_remains(SamplingParams(**fields), STOPS, VOCAB)
-    check_something_remains(SamplingParams(allowed_token_ids=(2,), min_tokens=1), frozenset(), VOCAB)
+        check_params(SamplingParams(**fields), STOPS, VOCAB)
+    check_params(SamplingParams(allowed_token_ids=(2,), min_tokens=1), frozenset(), VOCAB)
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 20])

@@ -155,7 +155,7 @@ def test_steps_overlap_while_a_draft_model_rests(directory, draft, expected):
 
     def watched(step, *drafts):
         num_drafts = sum(scheduled.num_drafts for scheduled in step.scheduled_sequences)
-        launched.append((num_drafts, [flight.record.num_draft_tokens for flight in engine._in_flight]))
+        launched.append((num_drafts, [flight.record.num_draft_tokens for flight in engine._launched]))
         return launch(step, *drafts)
 
     runner.launch = watched

@@ -154,7 +154,7 @@ def test_other_ranks_read_a_token_that_only_the_first_has_sampled(directory):
         overlapping = 0
         while engine.has_work:
             engine.step()
-            overlapping += len(engine._in_flight)
+            overlapping += len(engine._launched)
         assert overlapping == PARAMS[0].max_tokens
         assert sequence.output_token_ids == expected
     finally:

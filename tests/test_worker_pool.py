@@ -162,7 +162,7 @@ def test_whatever_is_given_up_leaves_nothing(loop, directory):
 def test_what_one_engine_refuses_the_pool_refuses(loop, directory):
     async def refuse():
         async with running_pool(directory) as pool:
-            with pytest.raises(InvalidRequest, match="must be in 0"):
+            with pytest.raises(InvalidRequest, match="must be between 0"):
                 await generate(pool, [10**9 // 2], greedy(4))
             with pytest.raises(InvalidRequest, match="max_model_len"):
                 await generate(pool, [1] * 100_000, greedy(4))

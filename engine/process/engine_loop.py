@@ -196,7 +196,7 @@ def _info(engine: "Engine") -> EngineInfo:
         eos_token_ids=list(engine.eos_token_ids),
         max_model_len=engine.max_model_len,
         max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
+        max_num_batched_tokens=engine.scheduler.max_num_batched_tokens,
         num_blocks=engine.scheduler.pool.num_usable,
         block_size=plan.block_size,
         weight_bytes=weight_bytes(engine.runner.weights),

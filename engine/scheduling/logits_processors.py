@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence, Set
 
 import numpy as np
 
-from dispec.engine.errors import InvalidField
 from dispec.engine.sampling_params import SamplingParams
 
 
@@ -145,27 +144,6 @@ class LogitsProcessors:
             self._addend = np.concatenate([self._addend, np.zeros(room, np.float32)])
         self._tokens[slot] = token
         return slot
-
-
-def check_something_remains(params: SamplingParams, stop_token_ids: Set[int], vocab_size: int) -> None:
-    """Raise InvalidField if there could be a step in which every token is ruled out.
-
-    Bad words of several tokens count as if their last tokens were banned always.
-    """
-    fields = {
-        "allowed_token_ids": params.allowed_token_ids is not None,
-        "bad_words": bool(params.bad_words_token_ids),
-        "min_tokens": params.min_tokens > 0 and bool(stop_token_ids),
-    }
-    banned = {words[-1] for words in params.bad_words_token_ids}
-    if params.min_tokens > 0:
-        banned |= stop_token_ids
-    allowed = range(vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids
-    if all(token in banned for token in allowed):
-        named = " and ".join(name for name, is_set in fields.items() if is_set)
-        reason = f" (min_tokens is {params.min_tokens}, which withholds stop tokens)" if fields["min_tokens"] else ""
-        field = next((name for name, is_set in fields.items() if is_set), "min_tokens")
-        raise InvalidField(field, f"{named} rule out every token of the vocabulary, at least one must remain{reason}")
 
 
 def _mask(allowed: Sequence[int] | None, banned: Set[int], vocab_size: int) -> np.ndarray | None:

@@ -30,16 +30,16 @@ class StepRecord(NamedTuple):
     num_cached_tokens: int
     num_preempted: int
     num_admitted: int
-    num_finished: int
     num_running: int
     num_waiting: int
     num_used_blocks: int
-    started: float
-    schedule: float
-    launch: float
-    wait: float
-    commit: float
+    num_finished: int = 0
+    started: float = 0.0
+    schedule: float = 0.0
     draft: float = 0.0
+    launch: float = 0.0
+    wait: float = 0.0
+    commit: float = 0.0
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_planned_draft_tokens: int = 0

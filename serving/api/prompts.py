@@ -1,12 +1,13 @@
 """From texts and messages to token ids, in threads, so that nobody's long prompt holds up everybody's tokens."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from dispec.engine.errors import ContextOverflow
+from dispec.engine.request_checks import check_prompt_length, check_token_ids
 from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.text.text_stream import tokenize_bad_words
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.api.protocol import ChatRequest, PromptInput, Sampling, TokenizeRequest
 from dispec.serving.api.protocol_sampling import template_arguments
@@ -123,11 +124,11 @@ class Prompts:
             raise invalid("bad_words", said)
 
         def tokenize() -> SamplingParams:
-            found = self.tokenizer.bad_word_token_ids(params.bad_words)
-            if (count := sum(map(len, found))) > MAX_BAD_WORD_TOKENS:
+            tokenized = tokenize_bad_words(params, self.tokenizer)
+            if (count := sum(map(len, tokenized.bad_words_token_ids))) > MAX_BAD_WORD_TOKENS:
                 said = f"bad_words holds {count} tokens, must be at most {MAX_BAD_WORD_TOKENS}"
                 raise invalid("bad_words", said)
-            return replace(params, bad_words=(), bad_words_token_ids=(*params.bad_words_token_ids, *found))
+            return tokenized
 
         return await self.off_loop(tokenize)
 
@@ -139,14 +140,6 @@ class Prompts:
             raise ApiError(400, f"the prompt takes more than {self._timeout:g} s to prepare: make it shorter") from None
         except RecursionError:
             raise ApiError(400, "messages is nested too deeply", param="messages") from None
-
-    def check_tokens(self, token_ids: Sequence[int], field: str, where: str | None = None) -> None:
-        """Raises ApiError for the first that is no token of the model; `where` is its list's place, if not `field`."""
-        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
-            index, wrong = next(
-                (index, token) for index, token in enumerate(token_ids) if not 0 <= token < self.vocab_size
-            )
-            raise invalid(field, f"{where or field}[{index}] is {wrong}, must be between 0 and {self.vocab_size - 1}")
 
     def _several(self, given: PromptInput) -> list[str | list[int]]:
         if isinstance(given, str):
@@ -163,14 +156,11 @@ class Prompts:
         return given  # type: ignore[return-value]
 
     def _fitting(self, prompt: Prompt, field: str, where: str, cut: Cut | None) -> Prompt:
-        self.check_tokens(prompt.token_ids, field, where)
+        check_token_ids(prompt.token_ids, self.vocab_size, field, where)
         if cut is not None:
             kept = cut.apply(prompt.token_ids, self.max_model_len)
             prompt = prompt if len(kept) == len(prompt.token_ids) else Prompt(kept)
-        if not prompt.token_ids:
-            raise invalid(field, f"{where} is empty: there is nothing to continue")
-        if len(prompt.token_ids) >= self.max_model_len:
-            raise ContextOverflow(field, f"{where} has {len(prompt.token_ids)} tokens", self.max_model_len)
+        check_prompt_length(len(prompt.token_ids), self.max_model_len, field, where)
         return prompt
 
     def _of_messages(self, request: ChatRequest | TokenizeRequest) -> list[int]:

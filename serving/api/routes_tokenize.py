@@ -4,6 +4,7 @@ from litestar import Request, post
 from litestar.types import ASGIApp
 
 from dispec.engine.errors import ContextOverflow
+from dispec.engine.request_checks import check_token_ids
 from dispec.serving.api.openapi import describe
 from dispec.serving.api.protocol import DetokenizeRequest, TokenizeRequest
 from dispec.serving.api.protocol_answers import DetokenizeAnswer, TokenizeAnswer
@@ -30,7 +31,7 @@ async def detokenize(request: Request) -> ASGIApp:
     model = service.model()
     body = await service.body(request, DetokenizeRequest)
     model.check_name(body.model)
-    model.prompts.check_tokens(body.tokens, "tokens")
+    check_token_ids(body.tokens, model.info.vocab_size, "tokens")
     if len(body.tokens) > model.info.max_model_len:
         raise ContextOverflow("tokens", f"tokens holds {len(body.tokens)}", model.info.max_model_len)
     decode = model.prompts.tokenizer.decode

@@ -1,0 +1,339 @@
+"""Builds what an engine consists of: loads the weights, plans the KV cache, and makes what runs steps."""
+
+import functools
+import hashlib
+import logging
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from dispec.engine.dtypes import DTYPES
+from dispec.engine.execution.execution_plan import plan_for
+from dispec.engine.execution.kv_cache_memory import (
+    KVPlan,
+    allocate_kv_cache,
+    format_bytes,
+    free_memory,
+    kv_cache_bytes,
+    plan_kv_cache,
+    return_freed_memory,
+    weight_bytes,
+)
+from dispec.engine.execution.model_runner import ModelRunner
+from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
+from dispec.engine.loading.draft_checkpoint import SharedDraft
+from dispec.engine.machine.cache_directory import writable_cache
+from dispec.engine.machine.compile_cache import choose_compile_cache
+from dispec.engine.machine.torch_threads import set_threads
+from dispec.engine.options import EngineOptions
+from dispec.engine.scheduling.block_pool import BlockPool
+from dispec.engine.scheduling.scheduler import Scheduler
+from dispec.engine.speculation.draft_loop import DraftLoop
+from dispec.engine.speculation.draft_model import Draft, DraftModel, find_draft
+from dispec.engine.speculation.speculator import Speculator
+from dispec.engine.transfer.interface import TransferOptions
+from dispec.layers.config import ModelConfig, UnsupportedModelError
+from dispec.layers.sharding import Sharding, check_can_shard
+from dispec.layers.types import Weights
+from dispec.layers.weights import Pack, dummy_weights, load_weights
+from dispec.ops import Matrix, pack
+from dispec.ops.cpu.library import has_kernels, is_cached
+from dispec.ops.paged_attention import TRITON_HEAD_DIMS
+
+if TYPE_CHECKING:
+    from dispec.engine.distributed.tensor_parallel import TensorParallel
+    from dispec.engine.transfer.shared_memory import SharedMemory
+    from dispec.engine.transfer.transfers import Transfers
+
+log = logging.getLogger("dispec")
+
+
+@dataclass
+class EngineParts:
+    """The parts of an engine.
+
+    ranks: the processes of the other ranks of a tensor-parallel model.
+    transfers: the exchange of KV blocks with other engines, if `kv_transfer` is on.
+    phase_seconds: of each phase of the start, by its name.
+    """
+
+    checkpoint: Checkpoint | None
+    config: ModelConfig
+    kv_plan: KVPlan
+    ranks: "TensorParallel | None"
+    runner: ModelRunner
+    speculator: Speculator | None
+    scheduler: Scheduler
+    transfers: "Transfers | None"
+    phase_seconds: dict[str, float]
+
+
+class EngineBuilder:
+    """Builds the parts of one engine. Call `build` once, in the process's main thread."""
+
+    def __init__(self, options: EngineOptions, show_progress: bool = False) -> None:
+        self._options = options
+        self._show_progress = show_progress
+        self._device = options.torch_device()
+        self._dtype = DTYPES[options.dtype]
+        self._phase_seconds: dict[str, float] = {}
+        default_budget = max(8192 if self._device.type == "cuda" else 512, options.max_num_seqs)
+        self._max_num_batched_tokens = options.max_num_batched_tokens or default_budget
+        self._ranks: TensorParallel | None = None
+
+    def build(self) -> EngineParts:
+        """Return the parts.
+
+        Raises ValueError for options that the model, the device or its memory cannot fulfil, before loading weights
+        where that is possible. The processes of other ranks are closed on any error.
+        """
+        options = self._options
+        set_threads(options.num_threads())
+        with self._phase("find"):
+            if isinstance(options.model, ModelConfig):
+                self._checkpoint, self._config = None, options.model
+            else:
+                self._checkpoint = find_checkpoint(options.model, without_weights=options.load_format == "dummy")
+                self._config = self._checkpoint.config
+            self._draft = find_draft(options, self._checkpoint, self._config)
+            check_can_shard(self._config, options.tensor_parallel_size)
+        if self._device.type == "cuda":
+            choose_compile_cache()  # before the first kernel of ours is compiled
+            torch.cuda.set_device(self._device)  # Triton launches on the current device
+            if self._config.head_dim not in TRITON_HEAD_DIMS:
+                raise UnsupportedModelError(
+                    f"head_dim {self._config.head_dim} on CUDA: the kernels are made for {TRITON_HEAD_DIMS}"
+                )
+        if options.tensor_parallel_size > 1:
+            from dispec.engine.distributed.tensor_parallel import TensorParallel  # imports torch.distributed
+
+            self._ranks = TensorParallel(options, self._device)
+        try:
+            return self._build_parts()
+        except BaseException:
+            if self._ranks is not None:
+                self._ranks.close()
+            raise
+
+    def _build_parts(self) -> EngineParts:
+        options = self._options
+        # With this rank's heads alone, if there are other ranks.
+        self._local_config = Sharding(self._config, self._ranks.shard).local_config() if self._ranks else self._config
+        if self._device.type == "cpu":
+            # Nothing here needs the weights' size: a context that cannot fit is refused before minutes of loading.
+            self._plan_kv_cache(free_memory(self._device, options.gpu_memory_utilization))
+        with self._phase("load"):
+            weights = self._load(self._checkpoint, self._config)
+            draft_weights = self._load_draft(weights) if self._draft is not None else None
+            return_freed_memory()
+        if has_kernels() and not is_cached():
+            writable_cache()  # warns that they are built again at each start
+        self._plan = plan_for(options, self._device, self._config.head_dim)
+        activation_bytes = 0
+        if self._device.type == "cuda":
+            with self._phase("measure"):
+                activation_bytes = self._measure_activations(weights)
+        free = free_memory(self._device, options.gpu_memory_utilization) - activation_bytes
+        kv_plan = self._plan_kv_cache(free)
+        limit = self._config.max_position_embeddings
+        if kv_plan.max_model_len < (options.max_model_len or limit):
+            log.warning(
+                "max_model_len is %d, the model's is %d: the KV cache holds no more", kv_plan.max_model_len, limit
+            )
+        shared_memory = self._allocate_shared_memory(kv_plan)
+        runner = self._make_runner(self._local_config, weights, kv_plan, shared_memory=shared_memory)
+        self._plan = runner.plan
+        speculator = None
+        if options.speculative_model is not None:
+            draft_model = None
+            if self._draft is not None:
+                assert draft_weights is not None
+                draft_model = self._make_draft_model(self._draft, draft_weights, kv_plan, runner)
+            speculator = Speculator(options.num_speculative_tokens, draft_model)
+        if self._plan.compile == "startup":
+            self._compile(runner, speculator)
+        parts = EngineParts(
+            self._checkpoint,
+            self._config,
+            kv_plan,
+            self._ranks,
+            runner,
+            speculator,
+            self._make_scheduler(kv_plan),
+            self._make_transfers(runner, shared_memory),
+            self._phase_seconds,
+        )
+        self._log_start(parts, activation_bytes)
+        return parts
+
+    def _plan_kv_cache(self, free_bytes: int) -> KVPlan:
+        draft = self._draft.config if self._draft is not None else None
+        return plan_kv_cache(self._local_config, self._options, self._device, free_bytes, draft)
+
+    def _load_draft(self, target: Weights) -> Weights:
+        assert self._draft is not None
+        int8_pack = functools.partial(pack, allow_int8=True)  # rounding only lowers the acceptance rate
+        checkpoint = self._draft.checkpoint
+        borrowed = checkpoint.borrowed(target, int8_pack) if isinstance(checkpoint, SharedDraft) else None
+        return self._load(checkpoint, self._draft.config, borrowed, int8_pack, is_sharded=False)
+
+    def _load(
+        self,
+        checkpoint: Checkpoint | SharedDraft | None,
+        config: ModelConfig,
+        borrowed: Mapping[str, Matrix] | None = None,
+        pack: Pack = pack,
+        *,
+        is_sharded: bool = True,
+    ) -> Weights:
+        shard = self._ranks.shard if self._ranks is not None and is_sharded else None
+        if self._options.load_format == "dummy" or checkpoint is None:
+            return dummy_weights(config, self._dtype, self._device, self._options.seed, shard, pack)
+        with tqdm(
+            desc="loading weights", unit="param", unit_scale=True, disable=not self._show_progress, leave=False
+        ) as bar:
+            tensors = checkpoint.tensors(self._dtype)
+            return load_weights(config, tensors, self._dtype, self._device, bar.update, borrowed, shard, pack)
+
+    def _measure_activations(self, weights: Weights) -> int:
+        """Return the bytes that the largest step takes beside weights and cache, by running it on a one-block cache."""
+        options = self._options
+        length = options.max_model_len or self._config.max_position_embeddings
+        runner = self._make_runner(self._local_config, weights, KVPlan(2, options.block_size, 0, length, "probe"))
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        num_sampled = options.max_num_seqs * (1 + options.max_num_drafts)
+        runner.run_padding(self._max_num_batched_tokens, num_sampled)
+        torch.cuda.synchronize(self._device)
+        peak = torch.cuda.max_memory_allocated(self._device) - before
+        del runner
+        torch.cuda.empty_cache()
+        return peak
+
+    def _allocate_shared_memory(self, plan: KVPlan) -> "SharedMemory | None":
+        """Return memory for the KV cache that other engines on this machine can read, if `kv_transfer` uses it."""
+        if self._options.kv_transfer not in ("auto", "shm") or self._device.type != "cpu":
+            return None
+        from dispec.engine.transfer.shared_memory import allocate
+
+        return allocate(kv_cache_bytes(self._config, plan, self._dtype))
+
+    def _make_runner(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        plan: KVPlan,
+        head_tokens: torch.Tensor | None = None,
+        shared_memory: "SharedMemory | None" = None,
+        *,
+        is_draft: bool = False,
+    ) -> ModelRunner:
+        options = self._options
+        if self._ranks is not None:
+            self._ranks.allocate_cache(plan, self._max_num_batched_tokens)
+        memory = shared_memory.tensor if shared_memory else None
+        return ModelRunner(
+            self._plan,
+            config,
+            weights,
+            allocate_kv_cache(config, plan, self._dtype, self._device, memory),
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=self._max_num_batched_tokens,
+            max_model_len=plan.max_model_len,
+            max_num_drafts=0 if is_draft else options.max_num_drafts,
+            # A draft model decodes in its loop. Its other steps are ragged on CUDA, which needs no further graphs.
+            max_query_len=0 if is_draft and self._device.type == "cuda" else None,
+            vocab_size=self._config.vocab_size,
+            head_tokens=head_tokens,
+            ranks=self._ranks,
+        )
+
+    def _make_draft_model(self, draft: Draft, weights: Weights, plan: KVPlan, target: ModelRunner) -> DraftModel:
+        options = self._options
+        head_tokens = None if draft.head_tokens is None else torch.tensor(draft.head_tokens, device=self._device)
+        runner = self._make_runner(draft.config, weights, plan, head_tokens, is_draft=True)
+        sizes = (options.max_num_seqs, options.num_speculative_tokens, plan.max_model_len)
+        return DraftModel(runner, DraftLoop(runner, target.sampled, *sizes), self._max_num_batched_tokens)
+
+    def _make_scheduler(self, plan: KVPlan) -> Scheduler:
+        options = self._options
+        return Scheduler(
+            BlockPool(plan.num_blocks, plan.block_size),
+            options.max_num_seqs,
+            self._max_num_batched_tokens,
+            max_prefill_chunk=options.max_prefill_chunk or (2048 if self._device.type == "cuda" else None),
+            priority_aging=options.priority_aging,
+            enable_prefix_caching=options.enable_prefix_caching,
+        )
+
+    def _make_transfers(self, runner: ModelRunner, shared_memory: "SharedMemory | None") -> "Transfers | None":
+        options = self._options
+        if options.kv_transfer is None:
+            return None
+        from dispec.engine.transfer.transfers import Transfers  # its libraries are of no use otherwise
+
+        transfers = Transfers(
+            TransferOptions(
+                engine_id=uuid.uuid4().hex,
+                host=options.kv_transfer_host,
+                port=options.kv_transfer_port,
+                secret=options.kv_transfer_secret.encode() if options.kv_transfer_secret is not None else None,
+                transports="auto" if options.kv_transfer == "auto" else (options.kv_transfer,),
+                lease_seconds=options.kv_transfer_lease,
+            )
+        )
+        fingerprint = f"{self._config} {runner.kv_cache.keys.dtype} {options.block_size} {options.seed}"
+        transfers.register(runner.kv_cache, hashlib.sha256(fingerprint.encode()).hexdigest(), shared_memory)
+        return transfers
+
+    def _compile(self, runner: ModelRunner, speculator: Speculator | None) -> None:
+        pieces = compile_pieces(runner, speculator)
+        with self._phase("compile"):
+            for _ in tqdm(pieces, desc="compiling", unit="graph", disable=not self._show_progress, leave=False):
+                pass
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._phase_seconds[name] = time.perf_counter() - start
+
+    def _log_start(self, parts: EngineParts, activation_bytes: int) -> None:
+        """Log how steps run, where memory went and how long the start took."""
+        plan = parts.kv_plan
+        weights = parts.runner.weights
+        lines = [
+            ("weights", format_bytes(weight_bytes(weights)), self._options.dtype),
+            (
+                "kv cache",
+                format_bytes(plan.num_blocks * plan.block_bytes),
+                f"{plan.num_blocks - 1} blocks of {plan.block_size} tokens = {plan.num_tokens} tokens; {plan.reason}",
+            ),
+        ]
+        if activation_bytes:
+            note = f"a step of {self._max_num_batched_tokens} tokens"
+            lines.append(("activations", format_bytes(activation_bytes), note))
+        device = str(self._device)
+        if self._device.type == "cuda":
+            lines.append(("free", format_bytes(free_memory(self._device, 1.0)), "left to others"))
+        else:
+            threads = torch.get_num_threads()
+            device += f" with {threads} thread{'' if threads == 1 else 's'}"
+        seconds = ", ".join(f"{name} {took:.1f} s" for name, took in self._phase_seconds.items())
+        log.info("%s on %s, context %d; %s", self._config.architecture, device, plan.max_model_len, seconds)
+        log.info("  %-12s %s", "steps", parts.runner.plan.describe())
+        for name, size, note in lines:
+            log.info("  %-12s %10s  %s", name, size, note)
+
+
+def compile_pieces(runner: ModelRunner, speculator: Speculator | None) -> Iterator[None]:
+    """Compile and record everything that a run can need, one piece at each `next`; the last one puts it to use."""
+    yield from runner.compile_pieces()
+    if speculator is not None and speculator.draft_model is not None and runner.is_compiled:
+        yield from speculator.draft_model.compile_pieces(runner.sampler.functions)

@@ -161,7 +161,7 @@ class Cluster:
         self._outcomes[sequence] = outcome
         worker.scheduler.add(sequence)
         if self._prefill:
-            worker.scheduler.pin(sequence)
+            worker.scheduler.kv_cache.pin(sequence)
         worker.load += 1
         self._wake(now, worker)
 
@@ -254,7 +254,7 @@ class Cluster:
         began = self._first_chunk[first]
 
         def unpin(end: float) -> None:
-            source.scheduler.unpin(first)
+            source.scheduler.kv_cache.unpin(first)
             self._wake(end, source)
 
         if len(request.answer) == 1:

@@ -258,7 +258,7 @@ class Engine:
         while len(self._launched) > (self._overlaps(step) if step.scheduled_sequences else 0):
             outputs += self._commit(self._launched.popleft())
         if not step.scheduled_sequences and not outputs and self.scheduler.has_work:
-            if not self.scheduler.holds_remote_blocks:
+            if not self.scheduler.kv_cache.holds_remote_blocks:
                 raise RuntimeError("the scheduler has work and schedules none of it: a bug, please report it")
             self.kv_connector.wait(_REMOTE_WAIT_SECONDS)
         return outputs

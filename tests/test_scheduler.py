@@ -156,7 +156,7 @@ class TestMemory:
         while len(asked.prompt_logprobs) < 9:  # which fill no block
             engine.step()
         victim = engine.scheduler.running[-1]
-        engine.scheduler._preempt(victim, None)
+        engine.scheduler._preempt(victim)
         assert (victim, asked.num_computed_tokens) == (asked, 0)
         before = list(asked.prompt_logprobs)
         assert len(before) == 9

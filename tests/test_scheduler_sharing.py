@@ -155,7 +155,7 @@ class TestForks:
         parent, fork = engine.add(tokens(9), n=2).choices
         step = engine.scheduler.schedule()
         result = engine.model.run(step)
-        engine.scheduler._preempt(parent, None)
+        engine.scheduler._preempt(parent)
         engine.scheduler.commit(step, result)
         assert fork.status is Status.WAITING
         engine.run()
@@ -201,8 +201,8 @@ class TestForks:
         sequence.block_table, sequence.num_computed_tokens = pool.allocate(2), 2
         pool.share(sequence.block_table[:1])
         taken = pool.allocate(pool.num_free)
-        assert not engine.scheduler._grow(sequence, 1, {})
+        assert not engine.scheduler.kv_cache.grow(sequence, 1, {})
         pool.free(taken)
         copies: dict = {}
-        assert engine.scheduler._grow(sequence, 1, copies)
+        assert engine.scheduler.kv_cache.grow(sequence, 1, copies)
         assert list(copies) == [sequence]

@@ -154,7 +154,7 @@ class KVConnector:
         """Publish the prompt of a request that was just queued, under that id. Raises ValueError if it is taken."""
         if transfer_id in self._departures:
             raise ValueError(f"transfer_id {transfer_id!r} is under way already")
-        self._departures[transfer_id] = _Departure(choices, self._scheduler.pin(choices[0]))
+        self._departures[transfer_id] = _Departure(choices, self._scheduler.kv_cache.pin(choices[0]))
 
     def expect(
         self, choices: tuple[Sequence, ...], remote_blocks: RemoteBlocks | None, *, awaits_outputs: bool
@@ -253,7 +253,7 @@ class KVConnector:
 
     def _fail(self, arrival: _Arrival, transfer_id: str, problem: str) -> None:
         """Nothing comes, and nothing is written to its blocks any more."""
-        self._scheduler.free_remote(arrival.first)
+        self._scheduler.kv_cache.free_remote(arrival.first)
         arrival.remote_blocks = None
         arrival.is_pulling = False
         self._release(transfer_id)
@@ -263,7 +263,7 @@ class KVConnector:
 
     def _let_go(self, departure: _Departure) -> None:
         """Nobody reads its blocks, and of those that are still to be filled nobody will."""
-        self._scheduler.unpin(departure.choices[0])
+        self._scheduler.kv_cache.unpin(departure.choices[0])
 
     def _read(self, arrival: _Arrival, event: Pulled) -> str | None:
         """Take the payload. What is wrong with it, if something is."""
@@ -299,7 +299,7 @@ class KVConnector:
                     )  # the other side need not wait for its lease to end
             self.transfers.release(arrival.remote_blocks.transfer_id)
         if not arrival.is_pulling:
-            self._scheduler.free_remote(arrival.first)
+            self._scheduler.kv_cache.free_remote(arrival.first)
             self._arrivals.remove(arrival)
 
     def _hand_over(self, arrival: _Arrival) -> None:

@@ -100,7 +100,7 @@ class Scheduler:
         """Reserve blocks for the prompt of a sequence from `add_remote`.
 
         Returns how many leading blocks are cached here, and the block table; None without room. The blocks stay
-        reserved until `start_remote` or `kv_cache.free_remote`, as a transfer may write to them after the sequence ends.
+        reserved until `start_remote` or `kv_cache.free_remote`: a transfer may write to them even after the sequence.
         """
         return self.kv_cache.reserve_remote(sequence, len(self.running))
 

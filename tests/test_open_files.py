@@ -103,7 +103,7 @@ def test_the_soft_limit_is_raised_to_the_hard_one(monkeypatch: pytest.MonkeyPatc
     [
         (63, [], 64),
         (95, ["--disaggregate"], 96),
-        (223, ["--disaggregate", "--prefill", "2", "--decode", "4"], 224),
+        (223, ["--disaggregate", "--num-prefill-workers", "2", "--num-decode-workers", "4"], 224),
         (287, ["--disaggregate", "--autoscale", "1:4"], 288),
     ],
 )

@@ -19,7 +19,7 @@ import pytest
 from litestar.testing import TestClient
 from openai import OpenAI
 
-import dispec.serving.server
+from dispec.serving import server as serving_server
 from dispec.serving.api.app import create_app
 from dispec.serving.client.process_client import ProcessClient
 from dispec.serving.observability.metrics import Metrics
@@ -62,7 +62,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerSettings, dict[
         calls.append((settings, engine))
         return 0
 
-    monkeypatch.setattr(serving.server, "run", run)
+    monkeypatch.setattr(serving_server, "run", run)
     return calls
 
 
@@ -203,7 +203,7 @@ def test_it_listens_on_loopback_alone(guarded: Server) -> None:
 
 
 def test_the_socket_says_its_protocol() -> None:
-    with dispec.serving.server.listen("localhost", 0) as listener:  # or asyncio lets each answer wait for 40 ms
+    with serving_server.listen("localhost", 0) as listener:  # or asyncio lets each answer wait for 40 ms
         assert listener.proto == socket.IPPROTO_TCP
         assert listener.family == socket.AF_INET
 

@@ -47,7 +47,7 @@ KINDS = (
     Kind(
         f"{_PREFILL} : {_DECODE}",
         (_PREFILL, _DECODE),
-        ("--disaggregate", "--prefill", str(_PREFILL), "--decode", str(_DECODE)),
+        ("--disaggregate", "--num-prefill-workers", str(_PREFILL), "--num-decode-workers", str(_DECODE)),
     ),
 )
 

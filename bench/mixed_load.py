@@ -93,9 +93,9 @@ def main(
             "--model",
             str(model),
             "--disaggregate",
-            "--prefill",
+            "--num-prefill-workers",
             str(prefill),
-            "--decode",
+            "--num-decode-workers",
             str(decode),
         ],
     }

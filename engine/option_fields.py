@@ -5,7 +5,7 @@ Checks, documentation, command-line flags, environment variables and TOML keys a
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from numbers import Integral, Real
 from types import UnionType
@@ -52,6 +52,17 @@ class OptionField(NamedTuple):
     choices: tuple[Any, ...]
     default: Any
 
+    @property
+    def is_list(self) -> bool:
+        return get_origin(self.types[0]) in (tuple, Sequence)
+
+    @property
+    def scalar_type(self) -> type:
+        """The type of a single value as a flag; a text where the class parses it."""
+        if self.choices:
+            return type(self.choices[0])
+        return self.types[0] if self.types in ((int,), (float,), (bool,)) else str
+
     def default_text(self) -> str:
         """Return the default in words; empty if there is none to tell."""
         if self.option.default or self.default is None or self.default == ():
@@ -77,6 +88,11 @@ def option_fields(cls: type) -> dict[str, OptionField]:
     return found
 
 
+def invalid_field(name: str, problem: str) -> InvalidField:
+    """Return the error of a field; the sentence begins with its name."""
+    return InvalidField(name, f"{name} {problem}")
+
+
 def check_fields(instance: object) -> None:
     """Raise InvalidField for the first field whose value breaks its declaration.
 
@@ -96,11 +112,11 @@ def check_fields(instance: object) -> None:
             kind, kind_name = _KINDS[field.types[0]]
             if not isinstance(value, kind) or isinstance(value, bool):
                 shown = type(value).__name__ if kind is str else f"{value!r:.50}"
-                raise InvalidField(name, f"{name} is {shown}, must be {kind_name}")
+                raise invalid_field(name, f"is {shown}, must be {kind_name}")
             if kind is not str:
                 _check_limits(name, value, field.option)
         elif field.types == (bool,) and value not in (True, False):
-            raise InvalidField(name, f"{name} is {value!r:.50}, must be true or false")
+            raise invalid_field(name, f"is {value!r:.50}, must be true or false")
 
 
 def _check_limits(name: str, value: Any, option: Option) -> None:
@@ -111,7 +127,7 @@ def _check_limits(name: str, value: Any, option: Option) -> None:
     limits = f"above {option.gt} and at most {option.le}"
     if option.gt is None:
         limits = f"between {option.ge} and {option.le}"
-    raise InvalidField(name, f"{name} is {value}, must be {limits}{option.unit and f' {option.unit}'}")
+    raise invalid_field(name, f"is {value}, must be {limits}{option.unit and f' {option.unit}'}")
 
 
 def with_declared_fields(cls: type[_T]) -> type[_T]:

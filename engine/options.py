@@ -5,9 +5,8 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-from dispec.engine.errors import InvalidField
 from dispec.engine.machine.cpu_cores import usable_cores
-from dispec.engine.option_fields import Option, check_fields, with_declared_fields
+from dispec.engine.option_fields import Option, check_fields, invalid_field, with_declared_fields
 from dispec.engine.transfer.interface import MIN_SECRET_BYTES, Transport, is_loopback
 from dispec.layers.config import ModelConfig
 
@@ -150,17 +149,17 @@ class EngineOptions:
         for name in ("model", "speculative_model"):
             self._check_model(name)
         if self.enforce_eager and self.compile not in (None, "off"):
-            raise _invalid("enforce_eager", f"compiles nothing, and compile is {self.compile!r}: give one of them")
+            raise invalid_field("enforce_eager", f"compiles nothing, and compile is {self.compile!r}: give one of them")
         if self.kv_transfer is not None and self.kv_transfer_secret is None and not is_loopback(self.kv_transfer_host):
             host = repr(self.kv_transfer_host)
-            raise _invalid("kv_transfer_host", f"is {host}, which others can reach: give a kv_transfer_secret")
+            raise invalid_field("kv_transfer_host", f"is {host}, which others can reach: give a kv_transfer_secret")
         if self.kv_transfer_host in ("0.0.0.0", "::", ""):
             host = repr(self.kv_transfer_host)
-            raise _invalid("kv_transfer_host", f"is {host}, must be the address that others reach")
+            raise invalid_field("kv_transfer_host", f"is {host}, must be the address that others reach")
         if self.kv_transfer_secret is not None and len(self.kv_transfer_secret.encode()) < MIN_SECRET_BYTES:
-            raise _invalid("kv_transfer_secret", f"must have at least {MIN_SECRET_BYTES} bytes")
+            raise invalid_field("kv_transfer_secret", f"must have at least {MIN_SECRET_BYTES} bytes")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
-            raise _invalid(
+            raise invalid_field(
                 "max_num_batched_tokens",
                 f"is {self.max_num_batched_tokens}, must be at least max_num_seqs ({self.max_num_seqs}):"
                 " every running sequence needs a token a step",
@@ -169,20 +168,20 @@ class EngineOptions:
             size = f"is {self.tensor_parallel_size}"
             if self.kv_transfer is not None:
                 conflict = f"{size} and kv_transfer is {self.kv_transfer!r}: an engine of several ranks moves no KV"
-                raise _invalid("tensor_parallel_size", conflict)
+                raise invalid_field("tensor_parallel_size", conflict)
             if self.speculative_model not in (None, "ngram"):
                 conflict = f"{size} and there is a speculative_model: several ranks speculate with 'ngram' alone"
-                raise _invalid("tensor_parallel_size", conflict)
+                raise invalid_field("tensor_parallel_size", conflict)
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise _invalid("device", f"is {self.device!r}, must be 'cpu', 'cuda' or 'cuda:N'")
+            raise invalid_field("device", f"is {self.device!r}, must be 'cpu', 'cuda' or 'cuda:N'")
         parse_bytes(self.kv_cache_memory)
 
     def _check_model(self, name: str) -> None:
         value = getattr(self, name)
         if not isinstance(value, str | Path | ModelConfig) and (value is not None or name == "model"):
-            raise _invalid(name, f"is {value!r:.50}, must be a name, a path or a ModelConfig")
+            raise invalid_field(name, f"is {value!r:.50}, must be a name, a path or a ModelConfig")
         if isinstance(value, ModelConfig) and self.load_format != "dummy":
-            raise _invalid(name, "is a ModelConfig, which has no weights to load: set load_format='dummy'")
+            raise invalid_field(name, "is a ModelConfig, which has no weights to load: set load_format='dummy'")
 
     @property
     def max_num_drafts(self) -> int:
@@ -227,10 +226,6 @@ class EngineOptions:
         if self.enforce_eager:
             return "off"
         return self.compile or ("startup" if device.type == "cuda" else "off")
-
-
-def _invalid(name: str, problem: str) -> InvalidField:
-    return InvalidField(name, f"{name} {problem}")
 
 
 def parse_bytes(value: int | str | None) -> int | None:

@@ -8,8 +8,7 @@ from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Annotated
 
-from dispec.engine.errors import InvalidField
-from dispec.engine.option_fields import Option, check_fields, with_declared_fields
+from dispec.engine.option_fields import Option, check_fields, invalid_field, with_declared_fields
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
@@ -120,24 +119,24 @@ class SamplingParams:
         check_fields(self)
         self._freeze()
         if self.min_tokens > self.max_tokens:
-            raise _invalid("min_tokens", f"is {self.min_tokens}, must be at most max_tokens ({self.max_tokens})")
+            raise invalid_field("min_tokens", f"is {self.min_tokens}, must be at most max_tokens ({self.max_tokens})")
         for name, tokens in self.token_fields().items():
             for token in tokens:
                 if not isinstance(token, Integral):
-                    raise _invalid(name, f"holds {token!r:.50}, must be token ids")
+                    raise invalid_field(name, f"holds {token!r:.50}, must be token ids")
                 if not 0 <= token <= _MAX_INT:
-                    raise _invalid(name, f"holds {token}, must be token ids between 0 and {_MAX_INT}")
+                    raise invalid_field(name, f"holds {token}, must be token ids between 0 and {_MAX_INT}")
         self._check_logit_bias()
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise _invalid("allowed_token_ids", "is empty: nothing could be generated")
+            raise invalid_field("allowed_token_ids", "is empty: nothing could be generated")
         if not all(self.bad_words_token_ids):
-            raise _invalid("bad_words_token_ids", "holds an empty list")
+            raise invalid_field("bad_words_token_ids", "holds an empty list")
         for name in ("stop", "bad_words"):
             for text in getattr(self, name):
                 if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
-                    raise _invalid(name, f"holds {text!r:.50}, must be texts of 1 to {MAX_STOP_LENGTH} characters")
+                    raise invalid_field(name, f"holds {text!r:.50}, must be texts of 1 to {MAX_STOP_LENGTH} characters")
         if len(self.stop) > MAX_STOP_STRINGS:
-            raise _invalid("stop", f"holds {len(self.stop)} texts, must be at most {MAX_STOP_STRINGS}")
+            raise invalid_field("stop", f"holds {len(self.stop)} texts, must be at most {MAX_STOP_STRINGS}")
 
     @property
     def restricts(self) -> bool:
@@ -168,28 +167,24 @@ class SamplingParams:
         for name in _LISTS:
             value = getattr(self, name)
             if isinstance(value, str):
-                raise _invalid(name, "is one text, must be a list")
+                raise invalid_field(name, "is one text, must be a list")
             if value is not None and not isinstance(value, Iterable):
-                raise _invalid(name, f"is {value!r:.50}, must be a list")
+                raise invalid_field(name, f"is {value!r:.50}, must be a list")
             if value is not None or name != "allowed_token_ids":
                 object.__setattr__(self, name, tuple(value or ()))
         for words in self.bad_words_token_ids:
             if not isinstance(words, Iterable):
-                raise _invalid("bad_words_token_ids", f"holds {words!r:.50}, must be lists of token ids")
+                raise invalid_field("bad_words_token_ids", f"holds {words!r:.50}, must be lists of token ids")
         object.__setattr__(self, "bad_words_token_ids", tuple(tuple(words) for words in self.bad_words_token_ids))
         if not isinstance(self.logit_bias, Mapping | None):
-            raise _invalid("logit_bias", f"is {self.logit_bias!r:.50}, must be a mapping of token ids to numbers")
+            raise invalid_field("logit_bias", f"is {self.logit_bias!r:.50}, must be a mapping of token ids to numbers")
         object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias or {})))
 
     def _check_logit_bias(self) -> None:
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise _invalid("logit_bias", f"holds {len(self.logit_bias)} tokens, must be at most {MAX_LOGIT_BIAS}")
+            raise invalid_field("logit_bias", f"holds {len(self.logit_bias)} tokens, must be at most {MAX_LOGIT_BIAS}")
         for token, bias in self.logit_bias.items():
             if not isinstance(bias, Real):
-                raise _invalid("logit_bias", f"of token {token} is {bias!r:.50}, must be a number")
+                raise invalid_field("logit_bias", f"of token {token} is {bias!r:.50}, must be a number")
             if not (math.isfinite(bias) and -100 <= bias <= 100):
-                raise _invalid("logit_bias", f"of token {token} is {bias}, must be between -100 and 100")
-
-
-def _invalid(name: str, problem: str) -> InvalidField:
-    return InvalidField(name, f"{name} {problem}")
+                raise invalid_field("logit_bias", f"of token {token} is {bias}, must be between -100 and 100")

@@ -74,7 +74,7 @@ async def serve(
     listener = listen(settings.host, settings.port)
     with listener:
         client = make_client(settings, engine_options, show_progress)
-        names = settings.served_model_names or (model_name(str(engine_options["model"])),)
+        names = settings.served_model_name or (model_name(str(engine_options["model"])),)
         metrics = Metrics(names[0])
         metrics.attach(client)
         if isinstance(client, WorkerPool):
@@ -113,13 +113,17 @@ def make_client(settings: ServerSettings, engine_options: dict[str, Any], show_p
         "max_queued_tokens": settings.max_queued_tokens,
         "stall_seconds": settings.stall_seconds,
         "show_progress": show_progress,
-        "has_slos": bool(settings.slos),
+        "has_slos": bool(settings.slo),
         "restarts": RestartPolicy(settings.max_engine_restarts),
     }
     if settings.disaggregate:
         num_cores = engine_options.get("threads") or usable_cores()
         return WorkerPool(
-            engine_options, num_prefill=settings.prefill, num_decode=settings.decode, num_cores=num_cores, **limits
+            engine_options,
+            num_prefill=settings.num_prefill_workers,
+            num_decode=settings.num_decode_workers,
+            num_cores=num_cores,
+            **limits,
         )
     if settings.role != "both":
         engine_options = {"kv_transfer": "auto"} | engine_options
@@ -253,7 +257,7 @@ def _check_file_limit(limit: int, settings: ServerSettings) -> None:
     num_engines = 1
     if settings.disaggregate:
         bounds = settings.autoscale
-        num_engines = settings.prefill + settings.decode if bounds is None else 2 * bounds.most
+        num_engines = settings.num_prefill_workers + settings.num_decode_workers if bounds is None else 2 * bounds.most
     fewest = _OPEN_FILES + _OPEN_FILES_PER_ENGINE * num_engines
     if limit < fewest:
         raise ValueError(f"this process may open {limit} files, must be at least {fewest}: raise `ulimit -n`")
@@ -267,12 +271,12 @@ def _welcome(info: EngineInfo, settings: ServerSettings, name: str, listener: so
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
     url = f"http://{shown}:{port}"
     seconds = ", ".join(f"{phase} {took:.1f} s" for phase, took in info.phase_seconds.items())
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_keys else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_key else ""
     message = '{"messages": [{"role": "user", "content": "Hello!"}]}'
     yield f"DiSpec {version()} serves {name} ({info.dtype} on {info.device}), listening on {address} port {port}"
     yield f"  start      {seconds}"
     yield f"  API        {url}/v1"
     yield f"  dashboard  {url}/dashboard"
     yield f"  try        curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{message}'"
-    if is_open and not settings.api_keys:
+    if is_open and not settings.api_key:
         yield f"warning: whoever reaches {address} can use this server: set --api-key, or leave --host out"

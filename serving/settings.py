@@ -1,11 +1,13 @@
-"""What the front process can be told at start, and the limits that it holds its clients to."""
+"""The options of the server process, and the limits on requests that it enforces."""
 
-import math
+import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from dispec.serving.client.slo import DEFAULT_CLASS, Slo
+from dispec.engine.option_fields import Option, check_fields, invalid_field, with_declared_fields
+from dispec.serving.client.slo import DEFAULT_CLASS, Slo, parse_slo
 from dispec.serving.cluster.autoscaling import ScalingLimits
 from dispec.serving.http.cors import ANY, Cors, origin_as_sent
 from dispec.serving.observability.structured_log import LogFormat
@@ -18,105 +20,173 @@ MAX_TOKEN_IDS = 2**18  # in a list of them: more than any vocabulary has
 MAX_BAD_WORD_TOKENS = 65536  # of all of them: the engine checks them in 20 ms, and generates nothing meanwhile
 MAX_TEMPLATE_ARGUMENTS = 32
 
-GenerationConfig = Literal["auto", "none"]
 Role = Literal["both", "prefill", "decode"]
 
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # of a header's or method's name, by RFC 9110
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a header's or method's name, RFC 9110
+_WORKERS, _LIMITS = "Workers", "Limits"
 
 
+def _json_texts(name: str) -> Callable[[list[str]], tuple[str, ...]]:
+    """Return a parser of texts that are given one by one or, as vLLM takes them, as one JSON list."""
+
+    def parse(items: list[str]) -> tuple[str, ...]:
+        joined = " ".join(items)  # an environment variable is split at its spaces
+        if not joined.startswith("["):
+            return tuple(items)
+        try:
+            found = json.loads(joined)
+        except ValueError:
+            found = None
+        if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+            raise invalid_field(name, f"is {joined!r:.100}, must be a JSON list of texts, or one text")
+        return tuple(found)
+
+    return parse
+
+
+def _parse_slos(texts: list[str]) -> tuple[Slo, ...]:
+    return tuple(map(parse_slo, texts))
+
+
+def _parse_autoscale(text: str) -> ScalingLimits:
+    least, _, most = text.partition(":")
+    if not (least.isdecimal() and most.isdecimal()):
+        raise invalid_field("autoscale", f"is {text!r}, must be MIN:MAX, two numbers")
+    return ScalingLimits(least=int(least), most=int(most))
+
+
+def _seconds(help: str, default: str = "") -> Option:
+    return Option(help, gt=0, le=10**7, unit="seconds", default=default, group=_LIMITS)
+
+
+@with_declared_fields
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """Raises ValueError with the option, its value and the limit.
+    """How a server answers, and its limits. Raises InvalidField with the option, its value and the limit."""
 
-    host, port: where to listen; port 0 takes a free one.
-    api_keys: any of them opens every route; with none, all routes are open.
-    allowed_origins: origins whose web pages may use the server from a browser; "*" allows all, none keeps them out.
-    allowed_methods, allowed_headers: which methods and headers those pages may use; "*" allows all.
-    allow_credentials: let those pages send what the browser keeps, such as a key that was typed in for the dashboard.
-    served_model_names: what clients may call the model, the first of which answers carry; empty takes its own name.
-    max_queued_requests, max_queued_tokens: most choices, and most prompt tokens, that wait for the engine.
-    request_timeout: seconds for a whole request; None has no limit.
-    stall_seconds: not ready if work is pending and no step ended for so long.
-    drain_timeout: seconds that running requests have after SIGTERM.
-    max_engine_restarts: in a row, of an engine that dies; when they are used up the server ends with exit code 1.
-    keep_alive_seconds: a stream that is silent for so long gets a comment line.
-    tokenize_timeout: seconds for a prompt's template and tokens, and for a body to arrive.
-    max_body_bytes, max_header_bytes: of a request.
-    allow_special_tokens_in_content: whether special tokens that a message spells out are those tokens, and can end or
-        begin turns, where a request does not say so itself.
-    role: which part of a request a router may send here with kv_transfer_params; whole requests are always served.
-    disaggregate: serve with `prefill` engines that compute prompts and `decode` engines that generate.
-    autoscale: bounds of the number of engines of each kind, between which the load decides; None leaves it.
-    slos: classes of requests and what they are promised; the one named "default" is that of requests that name none.
-    generation_config: "auto" takes what a request leaves open from the checkpoint's generation_config.json.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    allowed_origins: tuple[str, ...] = ()
-    allowed_methods: tuple[str, ...] = (ANY,)
-    allowed_headers: tuple[str, ...] = (ANY,)
-    allow_credentials: bool = False
-    served_model_names: tuple[str, ...] = ()
-    max_queued_requests: int = 1024
-    max_queued_tokens: int = 1_000_000
-    request_timeout: float | None = None
-    stall_seconds: float = 60.0
-    drain_timeout: float = 60.0
-    max_engine_restarts: int = 5
-    keep_alive_seconds: float = 5.0
-    tokenize_timeout: float = 30.0
-    max_body_bytes: int = 32 * 2**20
-    max_header_bytes: int = 64 * 2**10
-    allow_special_tokens_in_content: bool = False
-    generation_config: GenerationConfig = "auto"
-    log_format: LogFormat = "auto"
-    role: Role = "both"
-    disaggregate: bool = False
-    prefill: int = 1
-    decode: int = 1
-    autoscale: ScalingLimits | None = None
-    slos: tuple[Slo, ...] = ()
+    host: Annotated[str, Option("Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1"
+    port: Annotated[int, Option("Port to listen on; 0 takes a free one.", ge=0, le=65535)] = 8000
+    api_key: Annotated[
+        tuple[str, ...],
+        Option("Key that requests must carry, on every route.", default="all are open"),
+    ] = field(default=(), repr=False)
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Option(
+            "SCHEME://HOST[:PORT] whose web pages may use this server, * for all; also as a JSON list.",
+            default="none",
+            parse=_json_texts("allowed_origins"),
+        ),
+    ] = ()
+    allowed_methods: Annotated[
+        tuple[str, ...], Option("Methods that those pages may use.", parse=_json_texts("allowed_methods"))
+    ] = (ANY,)
+    allowed_headers: Annotated[
+        tuple[str, ...], Option("Headers that those pages may send.", parse=_json_texts("allowed_headers"))
+    ] = (ANY,)
+    allow_credentials: Annotated[
+        bool, Option("Let those pages send what the browser keeps, such as the key typed in for the dashboard.")
+    ] = False
+    served_model_name: Annotated[
+        tuple[str, ...],
+        Option(
+            "Name of the model in requests; answers carry the first.",
+            default="its own name",
+        ),
+    ] = ()
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        Option("auto takes what a request leaves open from the model's generation_config.json; none does not."),
+    ] = "auto"
+    allow_special_tokens_in_content: Annotated[
+        bool,
+        Option("Read special tokens that messages spell out as those tokens, unless a request says otherwise."),
+    ] = False
+    log_format: Annotated[LogFormat, Option("json, text, or auto: text on a terminal, otherwise JSON.")] = "auto"
+    role: Annotated[
+        Role,
+        Option(
+            "prefill or decode: the part of requests that a router sends here by kv_transfer_params; or both. Whole"
+            " requests are always served.",
+            group=_WORKERS,
+        ),
+    ] = "both"
+    disaggregate: Annotated[
+        bool,
+        Option("Compute prompts and generate in processes of their own, on this machine.", group=_WORKERS),
+    ] = False
+    num_prefill_workers: Annotated[
+        int,
+        Option("Processes that compute prompts.", ge=1, le=64, aliases=("prefill",), group=_WORKERS),
+    ] = 1
+    num_decode_workers: Annotated[
+        int, Option("Processes that generate.", ge=1, le=64, aliases=("decode",), group=_WORKERS)
+    ] = 1
+    autoscale: Annotated[
+        ScalingLimits | None,
+        Option(
+            "MIN:MAX processes of each kind; the load decides how many.",
+            default="as many as at the start",
+            group=_WORKERS,
+            parse=_parse_autoscale,
+        ),
+    ] = None
+    slo: Annotated[
+        tuple[Slo, ...],
+        Option(
+            "NAME:ttft=SECONDS,itl=SECONDS, a class that requests can name; the one named default is that of the"
+            " others.",
+            default="none",
+            group=_LIMITS,
+            parse=_parse_slos,
+        ),
+    ] = ()
+    max_queued_requests: Annotated[
+        int,
+        Option("Most choices that wait for the engine; further requests get 503.", ge=1, le=2**20, group=_LIMITS),
+    ] = 1024
+    max_queued_tokens: Annotated[
+        int, Option("Most prompt tokens that wait for the engine.", ge=1, le=2**31, group=_LIMITS)
+    ] = 1_000_000
+    request_timeout: Annotated[float | None, _seconds("Seconds for a whole request.", default="none")] = None
+    stall_seconds: Annotated[
+        float, _seconds("Seconds without a step, while there is work, after which the server is not ready.")
+    ] = 60.0
+    drain_timeout: Annotated[float, _seconds("Seconds that running requests have after SIGTERM.")] = 60.0
+    max_engine_restarts: Annotated[
+        int,
+        Option(
+            "Restarts in a row of an engine that dies, after which the server ends with exit code 1.",
+            ge=0,
+            le=1000,
+            group=_LIMITS,
+        ),
+    ] = 5
+    keep_alive_seconds: Annotated[float, _seconds("Seconds of silence after which a stream gets a comment line.")] = 5.0
+    tokenize_timeout: Annotated[float, _seconds("Seconds for a body to arrive, and to be tokenised.")] = 30.0
+    max_body_bytes: Annotated[int, Option("Size of a request's body.", ge=1024, le=2**30, group=_LIMITS)] = 32 * 2**20
+    max_header_bytes: Annotated[int, Option("Size of a request's headers.", ge=4096, le=2**20, group=_LIMITS)] = (
+        64 * 2**10
+    )
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("port", 0, 65535),
-            ("prefill", 1, 64),
-            ("decode", 1, 64),
-            ("max_queued_requests", 1, 2**20),
-            ("max_queued_tokens", 1, 2**31),
-            ("max_engine_restarts", 0, 1000),
-            ("max_body_bytes", 1024, 2**30),
-            ("max_header_bytes", 4096, 2**20),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be between {low} and {high}")
-        for name in ("request_timeout", "stall_seconds", "drain_timeout", "keep_alive_seconds", "tokenize_timeout"):
-            seconds = getattr(self, name)
-            if seconds is not None and not (math.isfinite(seconds) and 0 < seconds <= 1e7):
-                raise ValueError(f"{name} is {seconds}, must be above 0 and at most 1e7 seconds")
-        if len({slo.name for slo in self.slos}) < len(self.slos):
-            raise ValueError("slo names a class twice")
+        check_fields(self)
+        if len({slo.name for slo in self.slo}) < len(self.slo):
+            raise invalid_field("slo", "names a class twice")
         if self.autoscale is not None and not self.disaggregate:
-            raise ValueError("autoscale is for the engines that disaggregate starts: give both")
+            raise invalid_field("autoscale", "is for the engines that disaggregate starts: give both")
         if self.disaggregate and self.role != "both":
-            raise ValueError(f"disaggregate starts workers of both roles, and role is {self.role!r}: give one of them")
-        for name, choices in (
-            ("generation_config", ("auto", "none")),
-            ("log_format", ("auto", "json", "text")),
-            ("role", ("both", "prefill", "decode")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
-        for key in self.api_keys:
+            raise invalid_field(
+                "disaggregate", f"starts workers of both roles, and role is {self.role!r}: give one of them"
+            )
+        for key in self.api_key:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
-                raise ValueError("api_key holds a key that is empty or has spaces or characters other than ASCII")
+                raise invalid_field("api_key", "holds a key that is empty or has spaces or characters other than ASCII")
         self._check_cors()
         if not self.host:
-            raise ValueError("host is empty, must be a name or an address")
-        if not all(self.served_model_names):
-            raise ValueError("served_model_name is empty, must be a name")
+            raise invalid_field("host", "is empty, must be a name or an address")
+        if not all(self.served_model_name):
+            raise invalid_field("served_model_name", "is empty, must be a name")
 
     @property
     def cors(self) -> Cors:
@@ -132,19 +202,20 @@ class ServerSettings:
         for origin in self.allowed_origins:
             origin_as_sent(origin)
         for name in ("allowed_methods", "allowed_headers"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty, must be names, or * for all")
-            for item in getattr(self, name):
+            items = getattr(self, name)
+            if not items:
+                raise invalid_field(name, "is empty, must be names, or * for all")
+            for item in items:
                 if item != ANY and not _TOKEN.fullmatch(item):
-                    raise ValueError(f"{name} holds {item!r:.100}, must be a name, or * for all")
-            if getattr(self, name) != (ANY,) and not self.allowed_origins:
-                raise ValueError(f"{name} is for the pages of allowed_origins: give both")
+                    raise invalid_field(name, f"holds {item!r:.100}, must be a name, or * for all")
+            if items != (ANY,) and not self.allowed_origins:
+                raise invalid_field(name, "is for the pages of allowed_origins: give both")
         if self.allow_credentials and (not self.allowed_origins or ANY in self.allowed_origins):
-            raise ValueError("allow_credentials is for pages that allowed_origins names one by one, without *")
+            raise invalid_field("allow_credentials", "is for pages that allowed_origins names one by one, without *")
 
-    def slo(self, name: str | None) -> Slo | None:
-        """The class of that name, or of requests without one. Raises ValueError if there is no such class."""
-        found = {slo.name: slo for slo in self.slos}
+    def find_slo(self, name: str | None) -> Slo | None:
+        """Return the class of that name, or of requests without one. Raises ValueError if there is no such class."""
+        found = {slo.name: slo for slo in self.slo}
         if name is None:
             return found.get(DEFAULT_CLASS)
         if name not in found:

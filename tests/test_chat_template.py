@@ -18,8 +18,6 @@ from dispec.engine.text.chat_template import _check_all_shown
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.api.prompts import Prompts
 from dispec.serving.api.protocol import ChatRequest
-from dispec.serving.cli.serve_options import server_options
-from dispec.serving.settings import ServerSettings
 from tests.api_server import MESSAGES
 from tests.checkpoints import _CORPUS, CHATML, EOS_TOKEN_ID, save_tokenizer
 from tests.servers import Server
@@ -346,11 +344,6 @@ def test_a_flag_allows_special_tokens(served: Server, llm: LLM) -> None:
     for given, expected in ((None, allowed), (False, safe), (True, allowed)):
         request = ChatRequest(messages=messages, allow_special_tokens_in_content=given)
         assert asyncio.run(unsafe.of_chat(request)).token_ids == expected
-
-
-def test_the_server_s_own_flag(tmp_path: Path) -> None:
-    assert server_options(allow_special_tokens_in_content=True)["allow_special_tokens_in_content"] is True
-    assert ServerSettings().allow_special_tokens_in_content is False
 
 
 def test_messages_over_http(served: Server, llm: LLM) -> None:

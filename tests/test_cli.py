@@ -5,19 +5,24 @@ import inspect
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
-from dispec.engine.options import EngineOptions
+from dispec import LLM, EngineOptions, SamplingParams
+from dispec.engine.errors import InvalidField
+from dispec.engine.option_fields import option_fields
+from dispec.serving.cli.commands import app
 from dispec.serving.cli.console import explain, reporting
-from dispec.serving.cli.shared_options import engine_options
 from dispec.serving.client.errors import EngineDied
+from dispec.serving.settings import ServerSettings
 from tests.checkpoints import save_tiny, save_tiny_gguf, tiny_model
 from tests.commands import dispec, eager, one_sentence, running
 
@@ -95,10 +100,43 @@ def test_help(command: str) -> None:
 # Options
 
 
-def test_engine_options_are_those_of_the_engine() -> None:
-    fields = {field.name for field in dataclasses.fields(EngineOptions)}
-    assert set(inspect.signature(engine_options).parameters) <= fields
-    assert engine_options(block_size=32) == {"model": "smollm2", "block_size": 32, "enforce_eager": False}
+def options_of(command: str) -> dict[str, Any]:
+    commands = getattr(typer.main.get_command(app), "commands")  # noqa: B009 (typer's own class of groups)
+    return {option.name: option for option in commands[command].params}
+
+
+def test_each_declared_option_is_a_flag_and_a_variable() -> None:
+    serve, generate = options_of("serve"), options_of("generate")
+    for name in set(option_fields(EngineOptions)) - {"seed", "show_progress"} | set(option_fields(ServerSettings)):
+        for option in [serve[name]] + ([generate[name]] if name in option_fields(EngineOptions) else []):
+            assert f"DISPEC_{name.upper()}" in option.envvar
+            flag = "prefix-caching" if name == "enable_prefix_caching" else name.replace("_", "-")
+            assert f"--{flag}" in option.opts
+            assert bool(option.is_flag) == bool(option.secondary_opts)
+
+
+def test_each_option_is_a_documented_argument() -> None:
+    names = [field.name for field in dataclasses.fields(EngineOptions)]
+    assert list(option_fields(EngineOptions)) == names
+    assert list(inspect.signature(LLM).parameters) == names
+    assert [field.name for field in dataclasses.fields(ServerSettings)] == list(option_fields(ServerSettings))
+    assert [field.name for field in dataclasses.fields(SamplingParams)] == list(option_fields(SamplingParams))
+    for name in names:
+        assert f"\n{name}: {option_fields(EngineOptions)[name].option.help}" in str(LLM.__init__.__doc__)
+
+
+@pytest.mark.parametrize("cls", [EngineOptions, SamplingParams, ServerSettings])
+def test_values_beyond_their_limits_are_refused(cls: type) -> None:
+    for name, field in option_fields(cls).items():
+        option = field.option
+        for limit, inside in ((option.ge, True), (option.le, True), (option.gt, False)):
+            if limit is None:
+                continue
+            if inside and name not in ("max_num_batched_tokens", "max_tokens", "min_tokens"):  # which have other rules
+                cls(**{name: limit})
+            beyond = limit + 1 if limit is option.le else limit - 1 if inside else limit
+            with pytest.raises(InvalidField, match=rf"^{name} is {re.escape(str(beyond))}, must be (above|between) "):
+                cls(**{name: beyond})
 
 
 def test_options_by_environment_variable(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

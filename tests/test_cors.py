@@ -12,7 +12,7 @@ import pytest
 from litestar.testing import TestClient
 
 from dispec.serving.api.app import create_app
-from dispec.serving.cli.serve_options import server_options
+from dispec.serving.cli.option_groups import SERVER, parsed
 from dispec.serving.client.process_client import ProcessClient
 from dispec.serving.http.cors import Cors, origin_as_sent
 from dispec.serving.observability.metrics import Metrics
@@ -235,7 +235,7 @@ def test_an_error_of_ours_is_seen_too() -> None:
 )
 def test_options_with_mistakes(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match="^" + said.replace("[", r"\[")):
-        ServerSettings(**server_options(**settings))
+        ServerSettings(**parsed(SERVER, settings))
 
 
 def test_origins_are_given_one_by_one_or_as_a_list(tmp_path: Path) -> None:
@@ -245,6 +245,6 @@ def test_origins_are_given_one_by_one_or_as_a_list(tmp_path: Path) -> None:
         ['["https://A.com:443", "http://localhost:3000"]'],
         ['["https://a.com",', f'"{expected[1]}"]'],
     ):
-        assert ServerSettings(**server_options(allowed_origins=given)).cors == Cors(origins=expected)
+        assert ServerSettings(**parsed(SERVER, {"allowed_origins": given})).cors == Cors(origins=expected)
     for origin in ("vscode-webview://abc", "http://[::1]:80", "chrome-extension://abcdef", "null"):
         assert origin_as_sent(origin) == origin.removesuffix(":80")

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-import dispec.serving.server
+from dispec.serving import server as serving_server
 from dispec.serving.http import acceptor
 from dispec.serving.http.acceptor import Acceptor, num_reserved, raise_file_limit
 from tests.checkpoints import save_tiny
@@ -103,12 +103,12 @@ def test_the_soft_limit_is_raised_to_the_hard_one(monkeypatch: pytest.MonkeyPatc
     [
         (63, [], 64),
         (95, ["--disaggregate"], 96),
-        (223, ["--disaggregate", "--prefill", "2", "--decode", "4"], 224),
+        (223, ["--disaggregate", "--num-prefill-workers", "2", "--num-decode-workers", "4"], 224),
         (287, ["--disaggregate", "--autoscale", "1:4"], 288),
     ],
 )
 def test_too_few_files_for_any_connection_are_refused_at_start(monkeypatch, limit, args, fewest) -> None:
-    monkeypatch.setattr(serving.server, "raise_file_limit", lambda: limit)
+    monkeypatch.setattr(serving_server, "raise_file_limit", lambda: limit)
     result = dispec("serve", "--port", "0", *args)
     assert result.code == 2
     assert f"may open {limit} files, must be at least {fewest}: raise `ulimit -n`" in one_sentence(result)

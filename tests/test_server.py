@@ -19,7 +19,7 @@ import pytest
 from litestar.testing import TestClient
 from openai import OpenAI
 
-import dispec.serving.server
+from dispec.serving import server as serving_server
 from dispec.serving.api.app import create_app
 from dispec.serving.client.process_client import ProcessClient
 from dispec.serving.observability.metrics import Metrics
@@ -62,7 +62,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerSettings, dict[
         calls.append((settings, engine))
         return 0
 
-    monkeypatch.setattr(serving.server, "run", run)
+    monkeypatch.setattr(serving_server, "run", run)
     return calls
 
 
@@ -81,14 +81,14 @@ def test_flag_before_environment_before_file_before_default(
     settings, engine = started[0]
     assert settings.port == 3
     assert settings.max_queued_requests == 2
-    assert settings.api_keys == ("a", "b")
+    assert settings.api_key == ("a", "b")
     assert settings.drain_timeout == 3
     assert settings.host == "127.0.0.1"
     assert engine == {"model": "from the file", "max_model_len": 100, "enforce_eager": True}
     monkeypatch.setenv("DISPEC_CONFIG", str(config))
     monkeypatch.setenv("DISPEC_API_KEY", "c d")
     assert dispec("serve", "from the command line").code == 0
-    assert started[1][0].api_keys == ("c", "d")
+    assert started[1][0].api_key == ("c", "d")
     assert started[1][1]["model"] == "from the command line"
 
 
@@ -109,11 +109,37 @@ def test_origins_by_file_variable_and_flag(
     assert "allowed_origins holds 'a.com', must be SCHEME://HOST" in one_sentence(result)
 
 
+@pytest.mark.parametrize("prefix", ["num_{}_workers", "{}"])  # the names of today and of the release before
+@pytest.mark.parametrize("way", ["flag", "variable", "file"])
+def test_numbers_of_workers(
+    started: list[tuple[ServerSettings, dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    prefix: str,
+) -> None:
+    given = {prefix.format("prefill"): 2, prefix.format("decode"): 3}
+    arguments = ["serve", "--disaggregate"]
+    if way == "variable":
+        for name, value in given.items():
+            monkeypatch.setenv(f"DISPEC_{name.upper()}", str(value))
+    elif way == "file":
+        (tmp_path / "dispec.toml").write_text("".join(f"{name} = {value}\n" for name, value in given.items()))
+        arguments += ["--config", str(tmp_path / "dispec.toml")]
+    else:
+        for name, value in given.items():
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
+    result = dispec(*arguments)
+    assert result.code == 0, result.err
+    settings = started[0][0]
+    assert (settings.num_prefill_workers, settings.num_decode_workers) == (2, 3)
+
+
 def test_keys_from_a_file(started: list[tuple[ServerSettings, dict[str, Any]]], tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("# of the team\nfirst\n\n second \n")
     assert dispec("serve", "--api-key-file", str(keys), "--api-key", "third").code == 0
-    assert started[0][0].api_keys == ("third", "first", "second")
+    assert started[0][0].api_key == ("third", "first", "second")
     keys.write_text("\n")
     assert "holds no key" in one_sentence(dispec("serve", "--api-key-file", str(keys)))
     missing = dispec("serve", "--api-key-file", str(tmp_path / "none"))
@@ -177,7 +203,7 @@ def test_it_listens_on_loopback_alone(guarded: Server) -> None:
 
 
 def test_the_socket_says_its_protocol() -> None:
-    with dispec.serving.server.listen("localhost", 0) as listener:  # or asyncio lets each answer wait for 40 ms
+    with serving_server.listen("localhost", 0) as listener:  # or asyncio lets each answer wait for 40 ms
         assert listener.proto == socket.IPPROTO_TCP
         assert listener.family == socket.AF_INET
 

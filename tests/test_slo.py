@@ -40,9 +40,9 @@ def test_a_class_is_read_from_its_option():
         with pytest.raises(ValueError, match="slo is "):
             parse_slo(wrong)
     with pytest.raises(ValueError, match="slo is 'other', must be one of 'fast'"):
-        ServerSettings(slos=(FAST,)).slo("other")
+        ServerSettings(slo=(FAST,)).find_slo("other")
     with pytest.raises(ValueError, match="twice"):
-        ServerSettings(slos=(FAST, FAST))
+        ServerSettings(slo=(FAST, FAST))
 
 
 def test_least_slack_goes_first_and_nobody_waits_for_ever():

@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from dispec.serving.cli.console import reporting, say
-from dispec.serving.cli.shared_options import Debug
+from dispec.serving.cli.option_groups import Debug
 
 
 def distill(

@@ -71,12 +71,12 @@ def create_app(
         route_handlers=[*_ROUTES, *([] if dashboard is None else [dashboard])],
         state=State({"service": ApiContext(client, settings, names), "metrics": metrics}),
         exception_handlers={Exception: answer_error},
-        openapi_config=openapi.openapi_config(version(), bool(settings.api_keys)),
+        openapi_config=openapi.openapi_config(version(), bool(settings.api_key)),
         logging_config=None,
         request_max_body_size=None,  # `serving.http.body` limits what it reads, and nothing else reads any
     )
-    openapi.add_schemas(app, names, [slo.name for slo in settings.slos])
+    openapi.add_schemas(app, names, [slo.name for slo in settings.slo])
     # Not as Litestar's own middleware, which requests to unknown routes do not pass.
     inner = HeadAsGet(app.asgi_handler)
-    app.asgi_handler = Middleware(inner, Keys(settings.api_keys), settings.max_header_bytes, cors=settings.cors)
+    app.asgi_handler = Middleware(inner, Keys(settings.api_key), settings.max_header_bytes, cors=settings.cors)
     return app

@@ -27,7 +27,7 @@ def begin(
     if not -_PRIORITY <= priority < _PRIORITY:
         raise invalid("priority", f"priority is {priority}, must be between {-_PRIORITY} and {_PRIORITY - 1}")
     try:
-        slo = settings.slo(body.slo)
+        slo = settings.find_slo(body.slo)
     except ValueError as error:
         raise ApiError(400, str(error), param="slo") from None
     return Call(

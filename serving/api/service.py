@@ -80,7 +80,7 @@ class ApiContext:
         self.settings = settings
         self.started = time.time()  # for clients; how long ago that was is not for the wall clock to say
         self._started = time.monotonic()
-        self._names = tuple(names) or settings.served_model_names
+        self._names = tuple(names) or settings.served_model_name
         self._model: ServedModel | None = None
 
     @property

@@ -5,27 +5,22 @@ import json
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from dispec.engine.sampling_params import SamplingParams
 from dispec.serving.cli.console import BAD_INPUT, INTERRUPTED, reporting, say
-from dispec.serving.cli.serve_options import server_options, with_serve_options
-from dispec.serving.cli.shared_options import (
+from dispec.serving.cli.option_groups import (
+    SAMPLING,
+    SERVER,
     Debug,
-    IgnoreEos,
-    MaxTokens,
-    MinP,
     Quiet,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    System,
-    Temperature,
-    TopK,
-    TopP,
-    with_engine_options,
+    engine_group,
+    parsed,
+    read_config,
+    with_options,
 )
 from dispec.serving.settings import ServerSettings
 
@@ -46,6 +41,9 @@ app = typer.Typer(
 # A setting of each command, not of the group: the group's prefix would continue with the command's name, and an option
 # has the same variable in all commands.
 FROM_ENVIRONMENT = {"auto_envvar_prefix": "DISPEC"}
+System = Annotated[str | None, typer.Option(help="System message, for models whose chat template knows one.")]
+# One sequence at a time, for which fewer CUDA graphs are recorded.
+_ONE_AT_A_TIME = engine_group(max_num_seqs=1)
 
 
 def _print_version(wanted: bool) -> None:
@@ -68,42 +66,24 @@ def _dispec(
 
 
 @app.command(context_settings=FROM_ENVIRONMENT)
-@with_engine_options
+@with_options(sampling=SAMPLING, engine=_ONE_AT_A_TIME)
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from standard input.")],
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    stop: Stop = None,
-    seed: Seed = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
     system: System = None,
-    ignore_eos: IgnoreEos = False,
     quiet: Quiet = False,
     debug: Debug = False,
     *,
+    sampling: dict[str, Any],
     engine: dict[str, Any],
 ) -> None:
     """Answer one prompt, as it is being generated."""
     with reporting(quiet=quiet, debug=debug):
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            stop=tuple(stop or ()),
-            seed=seed,
-            ignore_eos=ignore_eos,
-        )
+        params = SamplingParams(**sampling)
         if raw and system is not None:
             raise ValueError("--system is part of a chat template, which --raw leaves out: give one of them")
         text = _read_prompt(prompt)
-        llm = _start(engine, quiet)
+        llm = _load(engine, quiet)
         if raw or (system is None and not llm.tokenizer.has_chat_template):
             token_ids = llm.tokenizer.encode(text)
         else:
@@ -124,58 +104,62 @@ def generate(
 
 
 @app.command(context_settings=FROM_ENVIRONMENT)
-@with_engine_options
+@with_options(sampling=SAMPLING, engine=_ONE_AT_A_TIME)
 def chat(
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    stop: Stop = None,
-    seed: Seed = None,
     system: System = None,
     quiet: Quiet = False,
     debug: Debug = False,
     *,
+    sampling: dict[str, Any],
     engine: dict[str, Any],
 ) -> None:
-    """Talk with a model; it remembers what was said. /clear forgets, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
+    """Talk with a model. /clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
     from dispec.serving.cli.chat import converse
 
     with reporting(quiet=quiet, debug=debug):
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            stop=tuple(stop or ()),
-            seed=seed,
-        )
-        llm = _start(engine, quiet)
-        for completion in converse(llm, params, system):
+        params = SamplingParams(**sampling)
+        for completion in converse(_load(engine, quiet), params, system):
             if not quiet:
                 say(summary(completion))
 
 
 @app.command(context_settings=FROM_ENVIRONMENT)
-@with_serve_options
-def serve(quiet: Quiet = False, debug: Debug = False, *, server: dict[str, Any], engine: dict[str, Any]) -> None:
-    """Answer an OpenAI-compatible API, with a dashboard, until told to leave: Ctrl-C lets running requests finish."""
-    # Before anything loads it: a second thread of the tokenizer's would take time from the engine's.
+@with_options(server=SERVER, engine=engine_group())
+def serve(
+    model_argument: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="The same as --model.")] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    config: Annotated[  # `read_config` takes its values before any other option is looked at
+        Path | None,
+        typer.Option(
+            help="TOML file with any of these options; flags and environment variables come before it.",
+            is_eager=True,
+            callback=read_config,
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with a key on each line, out of sight of `ps`.", rich_help_panel="Server")
+    ] = None,
+    *,
+    server: dict[str, Any],
+    engine: dict[str, Any],
+) -> None:
+    """Answer an OpenAI-compatible API, with a dashboard. Ctrl-C lets running requests finish."""
+    # Before the tokenizer is loaded: a second thread of it would take time from the engine's.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    show_progress = not quiet and sys.stderr.isatty()
-    _choose_progress_bars(show_progress)
+    show_progress = _shows_progress(quiet)
     with reporting(quiet=quiet, debug=debug):
         from dispec.serving.server import run
 
-        settings = ServerSettings(**server_options(**server))
+        options = parsed(SERVER, server)
+        if api_key_file is not None:
+            options["api_key"] = options.get("api_key", ()) + read_keys(api_key_file)
+        settings = ServerSettings(**options)
+        if model_argument is not None:
+            engine["model"] = model_argument
         if not quiet:
             say(f"loading {engine['model']}")
-        code = run(settings, engine, quiet=quiet, show_progress=show_progress)
-        if code:
+        if code := run(settings, engine, quiet=quiet, show_progress=show_progress):
             raise typer.Exit(code)
 
 
@@ -246,17 +230,29 @@ def _read_prompt(given: str) -> str:
     return given
 
 
-def _start(engine: dict[str, Any], quiet: bool) -> "LLM":
-    """Load the model, for one sequence at a time unless told otherwise, which records fewer CUDA graphs."""
-    show_progress = not quiet and sys.stderr.isatty()
-    _choose_progress_bars(show_progress)
+def read_keys(path: Path) -> tuple[str, ...]:
+    """Return the API keys in a file, one a line; empty lines and lines that begin with # are skipped."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"api_key_file {path} cannot be read ({error})") from error
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ValueError(f"api_key_file {path} holds no key")
+    return keys
+
+
+def _load(engine: dict[str, Any], quiet: bool) -> "LLM":
+    show_progress = _shows_progress(quiet)
     log.info("loading %s", engine["model"])
     from dispec.engine.api.llm import LLM
 
-    return LLM(show_progress=show_progress, **({"max_num_seqs": 1} | engine))
+    return LLM(**engine, show_progress=show_progress)
 
 
-def _choose_progress_bars(show_progress: bool) -> None:
-    """The hub's client draws its own while it downloads; it reads the variable when it is first imported."""
-    if not show_progress:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+def _shows_progress(quiet: bool) -> bool:
+    """Return whether to draw progress bars; without them, keep the hub's client from drawing its own."""
+    shows = not quiet and sys.stderr.isatty()
+    if not shows:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the client is first imported
+    return shows

@@ -1,11 +1,11 @@
-"""What it takes to move a prompt's KV from one engine process to another, by each transport.
+"""Rate at which the KV blocks of a prompt move from one engine process to another, by transport.
 
     dispec bench disagg --tokens 512 --tokens 2048
 
-Two processes with pages of a real model's geometry and no model. Blocks lie scattered, as after some hours of service.
-"pull" is of blocks published before, from the call until the engine hears of it, checksums verified; "whole" begins
-with the publishing, whose checksums the source computes meanwhile. Beside them, the same bytes copied within a process.
-With `--device cuda` both processes' pages are on the same GPU.
+Two processes have KV caches with the geometry of a real model, and no model. Blocks are scattered, as after hours of
+service. "pull" moves blocks published before: from the call to the event, checksums verified. "whole" begins with the
+publishing: the source computes checksums meanwhile. "copy" moves the same bytes within one process. With
+`--device cuda` both caches are on the same GPU.
 """
 
 import importlib.util
@@ -25,17 +25,17 @@ import typer
 from dispec.bench.geometries import model_config
 from dispec.bench.machine import describe_machine
 from dispec.bench.report import Output, Plot, Report
-from dispec.engine.transfer import Pulled, RemoteBlocks, TransferOptions, shared_memory
-from dispec.engine.transfer.interface import Transport
-from dispec.engine.transfer.transfers import Transfers
+from dispec.engine.transfer import shared_memory
+from dispec.engine.transfer.interface import Pulled, RemoteBlocks, TransferOptions, Transport
+from dispec.engine.transfer.transfer_engine import TransferEngine
 from dispec.layers.types import KVCache
 
 TRANSPORTS: dict[str, tuple[Transport, ...]] = {"cpu": ("shm", "tcp", "nixl"), "cuda": ("cuda_ipc", "tcp")}
-SECONDS = 60  # after which a transfer counts as failed
+TIMEOUT_SECONDS = 60
 
 
-class Pages:
-    """Transfers with pages in memory that has been touched: first use is not what is measured."""
+class Peer:
+    """A transfer engine with a KV cache. Its memory has been written once: the first use of a page is not measured."""
 
     def __init__(
         self, name: str, device: str, transport: Transport, model: str, num_blocks: int, block_size: int
@@ -50,15 +50,15 @@ class Pages:
         halves = memory.view(torch.bfloat16).chunk(2)
         cache = KVCache(halves[0].view(keys), halves[1].view(values))
         self.block_bytes = size // num_blocks
-        self.transfers = Transfers(TransferOptions(name, transports=(transport,)))
-        self.transfers.register(cache, model, self.shared)
+        self.engine = TransferEngine(TransferOptions(name, transports=(transport,)))
+        self.engine.register(cache, model, self.shared)
 
     def wait(self, transfer_id: str) -> None:
-        """Until a pull is complete. Raises RuntimeError if it fails."""
+        """Wait until a pull is complete. Raises RuntimeError if it fails."""
         while True:
-            if not select.select([self.transfers.fileno()], [], [], SECONDS)[0]:
-                raise RuntimeError(f"nothing came for {SECONDS} s")
-            for event in self.transfers.poll():
+            if not select.select([self.engine.fileno()], [], [], TIMEOUT_SECONDS)[0]:
+                raise RuntimeError(f"nothing came for {TIMEOUT_SECONDS} s")
+            for event in self.engine.poll():
                 if not isinstance(event, Pulled):
                     raise RuntimeError(str(event))
                 if event.transfer_id == transfer_id:
@@ -66,59 +66,59 @@ class Pages:
 
 
 def _serve(pipe: Pipe, arguments: tuple[Any, ...]) -> None:
-    """The source's process: publishes what it is told."""
-    pages = Pages("source", *arguments)
-    pipe.send(pages.transfers.address)
+    """Publish the transfers that come over the pipe: the source's process."""
+    peer = Peer("source", *arguments)
+    pipe.send(peer.engine.address)
     while (order := pipe.recv()) is not None:
         transfer_id, blocks = order
-        pages.transfers.publish(transfer_id, blocks, payload=b"")
-        pages.transfers.poll()
-    pages.transfers.close()
+        peer.engine.publish(transfer_id, blocks, payload=b"")
+        peer.engine.poll()
+    peer.engine.close()
 
 
 def measure(
     device: str, transport: Transport, model: str, block_size: int, tokens: list[int], rounds: int
 ) -> dict[int, dict[str, list[float]]]:
-    """Seconds of every round, by tokens, of "pull" and "whole"."""
+    """Return the seconds of each round of "pull" and of "whole", by number of tokens."""
     num_blocks = 2 * -(-max(tokens) // block_size) + 1
     arguments = (device, transport, model, num_blocks, block_size)
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
     source = context.Process(target=_serve, args=(other, arguments), daemon=True)
     source.start()
-    puller = Pages("puller", *arguments)
+    puller = Peer("puller", *arguments)
     host, port = pipe.recv()
     draw = random.Random(0)
     seconds: dict[int, dict[str, list[float]]] = {count: {"pull": [], "whole": []} for count in tokens}
     for round_ in range(rounds + 1):
         for count in tokens:
             size = -(-count // block_size)
-            theirs, own = (draw.sample(range(1, num_blocks), size) for _ in range(2))
+            published, own = (draw.sample(range(1, num_blocks), size) for _ in range(2))
             for kind in ("pull", "whole"):
                 name = f"{kind} {count} {round_}"
-                if kind == "pull":  # a transfer published later is there, so this one's checksums are as well
-                    pipe.send((name, theirs))
+                if kind == "pull":  # checksums are computed in order: once a later transfer's are, so are these
+                    pipe.send((name, published))
                     pipe.send((f"after {name}", []))
-                    puller.transfers.pull(RemoteBlocks("source", f"after {name}", host, port), 0, [])
+                    puller.engine.pull(RemoteBlocks("source", f"after {name}", host, port), 0, [])
                     puller.wait(f"after {name}")
-                    puller.transfers.release(f"after {name}")
+                    puller.engine.release(f"after {name}")
                 start = time.perf_counter()
-                puller.transfers.pull(RemoteBlocks("source", name, host, port), 0, own)
+                puller.engine.pull(RemoteBlocks("source", name, host, port), 0, own)
                 if kind == "whole":
-                    pipe.send((name, theirs))
+                    pipe.send((name, published))
                 puller.wait(name)
                 taken = time.perf_counter() - start
-                puller.transfers.release(name)
-                if round_:  # the first maps memory and connects
+                puller.engine.release(name)
+                if round_:  # the first one connects and maps memory
                     seconds[count][kind].append(taken)
     pipe.send(None)
-    puller.transfers.close()
+    puller.engine.close()
     source.join()
     return seconds
 
 
 def copy_seconds(num_bytes: int, rounds: int, device: str) -> float:
-    """The median time of a plain copy, on a CPU by one thread."""
+    """Return the median time of a plain copy, by one thread on a CPU."""
     source, target = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
     taken = []
     for _ in range(rounds):
@@ -133,18 +133,18 @@ def copy_seconds(num_bytes: int, rounds: int, device: str) -> float:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Whose geometry.")] = "qwen2.5-7b",
+    model: Annotated[str, typer.Option(help="Model with the KV geometry to use.")] = "qwen2.5-7b",
     tokens: Annotated[list[int], typer.Option(min=1)] = [512, 2048],  # noqa: B006
     transport: Annotated[
         list[str] | None, typer.Option(help="One of shm, tcp, nixl; with CUDA cuda_ipc, tcp.", show_default="all")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the pages are: cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device of the KV caches: cpu or cuda.")] = "cpu",
     block_size: Annotated[int, typer.Option(min=1)] = 32,
     rounds: Annotated[int, typer.Option(min=1)] = 9,
     output: Output = None,
     plot: Plot = None,
 ) -> None:
-    """GB/s of KV blocks from process to process, by transport."""
+    """Measure the GB/s of KV blocks between two processes, by transport."""
     settings = dict(locals())
     if device not in TRANSPORTS:
         raise ValueError(f"device is {device!r}, must be one of {', '.join(TRANSPORTS)}")

@@ -37,7 +37,8 @@ from dispec.engine.scheduling.scheduler import Scheduler
 from dispec.engine.speculation.draft_loop import DraftLoop
 from dispec.engine.speculation.draft_model import Draft, DraftModel, find_draft
 from dispec.engine.speculation.speculator import Speculator
-from dispec.engine.transfer.interface import TransferOptions
+from dispec.engine.transfer.interface import TRANSPORTS, TransferOptions
+from dispec.engine.transfer.transfer_engine import TransferEngine
 from dispec.layers.config import ModelConfig, UnsupportedModelError
 from dispec.layers.sharding import Sharding, check_can_shard
 from dispec.layers.types import Weights
@@ -49,7 +50,6 @@ from dispec.ops.paged_attention import TRITON_HEAD_DIMS
 if TYPE_CHECKING:
     from dispec.engine.distributed.tensor_parallel import TensorParallel
     from dispec.engine.transfer.shared_memory import SharedMemory
-    from dispec.engine.transfer.transfers import Transfers
 
 log = logging.getLogger("dispec")
 
@@ -59,7 +59,7 @@ class EngineParts:
     """The parts of an engine.
 
     ranks: the processes of the other ranks of a tensor-parallel model.
-    transfers: the exchange of KV blocks with other engines, if `kv_transfer` is on.
+    transfer_engine: exchanges KV blocks with other engines, if `kv_transfer` is on.
     phase_seconds: of each phase of the start, by its name.
     """
 
@@ -70,7 +70,7 @@ class EngineParts:
     runner: ModelRunner
     speculator: Speculator | None
     scheduler: Scheduler
-    transfers: "Transfers | None"
+    transfer_engine: TransferEngine | None
     phase_seconds: dict[str, float]
 
 
@@ -166,7 +166,7 @@ class EngineBuilder:
             runner,
             speculator,
             self._make_scheduler(kv_plan),
-            self._make_transfers(runner, shared_memory),
+            self._make_transfer_engine(runner, shared_memory),
             self._phase_seconds,
         )
         self._log_start(parts, activation_bytes)
@@ -272,25 +272,23 @@ class EngineBuilder:
             enable_prefix_caching=options.enable_prefix_caching,
         )
 
-    def _make_transfers(self, runner: ModelRunner, shared_memory: "SharedMemory | None") -> "Transfers | None":
+    def _make_transfer_engine(self, runner: ModelRunner, shared_memory: "SharedMemory | None") -> TransferEngine | None:
         options = self._options
         if options.kv_transfer is None:
             return None
-        from dispec.engine.transfer.transfers import Transfers  # its libraries are of no use otherwise
-
-        transfers = Transfers(
+        transfer_engine = TransferEngine(
             TransferOptions(
                 engine_id=uuid.uuid4().hex,
                 host=options.kv_transfer_host,
                 port=options.kv_transfer_port,
-                secret=options.kv_transfer_secret.encode() if options.kv_transfer_secret is not None else None,
-                transports="auto" if options.kv_transfer == "auto" else (options.kv_transfer,),
+                secret=options.kv_transfer_secret,
+                transports=TRANSPORTS if options.kv_transfer == "auto" else (options.kv_transfer,),
                 lease_seconds=options.kv_transfer_lease,
             )
         )
         fingerprint = f"{self._config} {runner.kv_cache.keys.dtype} {options.block_size} {options.seed}"
-        transfers.register(runner.kv_cache, hashlib.sha256(fingerprint.encode()).hexdigest(), shared_memory)
-        return transfers
+        transfer_engine.register(runner.kv_cache, hashlib.sha256(fingerprint.encode()).hexdigest(), shared_memory)
+        return transfer_engine
 
     def _compile(self, runner: ModelRunner, speculator: Speculator | None) -> None:
         pieces = compile_pieces(runner, speculator)

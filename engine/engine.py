@@ -57,9 +57,8 @@ class Engine:
         self.plan = parts.runner.plan
         self.speculator = parts.speculator
         self.scheduler = parts.scheduler
-        self.kv_connector = KVConnector(parts.scheduler, parts.transfers)
+        self.kv_connector = KVConnector(parts.scheduler, parts.transfer_engine)
         self.phase_seconds = parts.phase_seconds
-        self._transfers = parts.transfers
         self._ranks = parts.ranks
         self.started: dict[str, float] = {}
         self.failed: list[Sequence] = []
@@ -109,7 +108,7 @@ class Engine:
         check_token_ids(prompt, self.config.vocab_size, "prompt")
         if not -(2**31) <= priority < 2**31:
             raise InvalidField("priority", f"priority is {priority}, must fit in 32 bits")
-        if (publish_as is not None or pull is not None) and self._transfers is None:
+        if (publish_as is not None or pull is not None) and self.kv_connector.transfer_engine is None:
             raise InvalidField(
                 "kv_transfer_params",
                 "kv_transfer is off: this engine neither sends its KV cache to other engines nor receives theirs",
@@ -119,19 +118,19 @@ class Engine:
         choices = self._make_choices(prompt, params, request_id, priority, cache_salt, slack)
         first = choices[0]
         if pull is not None or is_resumed:
-            self.kv_connector.expect(choices, pull, awaits_outputs=is_resumed)
-            self.kv_connector.advance()
+            self.kv_connector.start_receive(choices, pull, awaits_outputs=is_resumed)
+            self.kv_connector.poll()
             return first
         first.forks = list(choices[1:])
         self.scheduler.add(first)
         if publish_as is not None:
-            self.kv_connector.send(choices, publish_as)
+            self.kv_connector.start_send(choices, publish_as)
         return first
 
     def resume(self, first: Sequence, outputs: list[list[int] | None]) -> None:
         """Set the tokens that each choice of a request with `is_resumed` has; None ends a choice."""
         self.kv_connector.resume(first, outputs)
-        self.kv_connector.advance()
+        self.kv_connector.poll()
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence now, wherever it is, and free what it holds. The request's other choices go on."""
@@ -140,8 +139,7 @@ class Engine:
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence now, for a reason that the caller found, such as a stop string in its text."""
         self.scheduler.finish(sequence, reason)
-        self.kv_connector.forget_unwanted()
-        self.kv_connector.publish()
+        self.kv_connector.request_finished()
 
     def step(self) -> list[TokenOutput]:
         """Run the model once over the scheduled sequences, and return the new tokens.
@@ -175,7 +173,7 @@ class Engine:
         """
         if self._ranks is not None:
             self._ranks.check()
-        self.kv_connector.advance()
+        self.kv_connector.poll()
         if self._compiling is not None and next(self._compiling, self) is self:
             self._compiling = None
             if self.runner.is_compiled:
@@ -191,14 +189,15 @@ class Engine:
 
     def transfer_address(self) -> dict[str, Any]:
         """Return the fields of `EngineInfo` by which other engines pull from this one."""
-        if self._transfers is None:
+        transfer_engine = self.kv_connector.transfer_engine
+        if transfer_engine is None:
             return {}
-        remote_blocks = self._transfers.remote_blocks("any")
+        remote_blocks = transfer_engine.remote_blocks("any")
         return {
             "engine_id": remote_blocks.engine_id,
             "transfer_host": remote_blocks.host,
             "transfer_port": remote_blocks.port,
-            "transfer_block_bytes": self._transfers.block_bytes,
+            "transfer_block_bytes": transfer_engine.block_bytes,
         }
 
     def _make_choices(
@@ -245,7 +244,7 @@ class Engine:
 
     def _step(self) -> list[TokenOutput]:
         start = time.perf_counter()
-        self.kv_connector.advance()
+        self.kv_connector.poll()
         outputs = self._outputs
         if self.speculator is not None:
             if self._launched and self.speculator.needs_result(self.scheduler.running):

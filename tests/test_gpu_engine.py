@@ -132,7 +132,7 @@ def test_answers_that_one_engine_begins_another_ends() -> None:
     with make(enforce_eager=True, **options) as first, make(**options) as second:
         expected = token_ids(first.generate(given, params))
         engines = (first.engine, second.engine)
-        transfers = first.engine.kv_connector.transfers
+        transfers = first.engine.kv_connector.transfer_engine
         assert transfers is not None
         begun, ended = [], []
         for index, (prompt, param) in enumerate(zip(given, params, strict=True)):

@@ -10,7 +10,7 @@ from dispec.engine.engine import Engine
 from dispec.engine.scheduling.sequence import Sequence, Status
 from dispec.engine.transfer.interface import RemoteBlocks
 from tests.checkpoints import save_tiny
-from tests.fake_transfers import FakeTransfers, Network
+from tests.fake_transfer_engine import FakeTransferEngine, Network
 from tests.small_engine import greedy, make, mixed_params, random_prompts, random_tokens
 
 
@@ -34,7 +34,7 @@ class Pair:
         self.network, self.front = network, front
         self.prefill, self.decode = (make(directory, **options).engine for _ in range(2))
         for name, engine in (("p", self.prefill), ("d", self.decode)):
-            engine.kv_connector.transfers = FakeTransfers(network, name, engine.runner.kv_cache)
+            engine.kv_connector.transfer_engine = FakeTransferEngine(network, name, engine.runner.kv_cache)
         self.begun: dict[str, tuple[Sequence, Sequence]] = {}
         self.is_told: set[str] = set()
 
@@ -64,10 +64,7 @@ class Pair:
         for _ in range(3000):
             self.step()
             choices = [choice for _, going_on in self.begun.values() for choice in going_on.choices]
-            if (
-                all(choice.status is Status.FINISHED for choice in choices)
-                and not self.prefill.kv_connector.num_departing
-            ):
+            if all(choice.status is Status.FINISHED for choice in choices) and not self.prefill.kv_connector.num_sends:
                 return
         raise AssertionError("some requests never ended")
 

@@ -1,4 +1,4 @@
-"""KV blocks go from one engine's pages into another's, whatever carries them."""
+"""KV blocks move from one engine's cache into another's, by each transport."""
 
 import random
 
@@ -6,12 +6,13 @@ import pytest
 import torch
 import xxhash
 
-from dispec.engine.transfer import Pulled, PullFailed, Released, TransferOptions
-from dispec.engine.transfer.pages import HostPages
+from dispec.engine.options import EngineOptions
+from dispec.engine.transfer.interface import Pulled, PullFailed, Released
+from dispec.engine.transfer.kv_blocks import HostBlocks
 from dispec.layers.types import KVCache
 from tests.transfer_peers import Peer, peers
 
-CARRIERS = ["shm", "tcp", "nixl"]
+TRANSPORTS = ["shm", "tcp", "nixl"]
 
 
 def needs(transport: str) -> None:
@@ -22,53 +23,51 @@ def needs(transport: str) -> None:
 def test_the_bytes_of_blocks_are_their_keys_then_their_values_layer_by_layer() -> None:
     with peers(Peer("source")) as (source,):
         blocks = [7, 8, 3]
-        sent = b"".join(source.transfers._pages.outgoing(blocks))
+        sent = b"".join(source.engine._blocks.send_buffers(blocks))
         keys, values = (half[:, blocks].view(torch.uint8).numpy().tobytes() for half in source.kv_cache)
         assert sent == keys + values
         expected = [xxhash.xxh3_64_digest(source.block(block).numpy().tobytes()) for block in blocks]
-        assert source.transfers._pages.checksums(blocks) == expected
+        assert source.engine._blocks.checksums(blocks) == expected
 
 
-def test_pages_that_are_not_the_shared_memorys_are_refused() -> None:
+def test_a_cache_that_is_not_in_the_shared_memory_is_refused() -> None:
     with peers(Peer("source")) as (source,):
         swapped = KVCache(source.kv_cache.values, source.kv_cache.keys)
         with pytest.raises(ValueError, match="not the keys and then the values of the shared memory"):
-            HostPages.of(swapped, source.shared)
+            HostBlocks.of_cache(swapped, source.shared)
 
 
-@pytest.mark.parametrize("transport", CARRIERS)
-def test_pulled_pages_are_the_sources(transport: str) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_pulled_blocks_equal_the_sources(transport: str) -> None:
     needs(transport)
     draw = random.Random(transport)
     with peers(
         Peer("source", transports=(transport,)), Peer("puller", 50, transports=(transport,), seed=1, read_bytes=20_000)
     ) as (source, puller):
-        theirs, own, skip = draw.sample(range(1, 40), 17), draw.sample(range(1, 50), 12), 5
+        published, own, skip = draw.sample(range(1, 40), 17), draw.sample(range(1, 50), 12), 5
         others = [number for number in range(50) if number not in own]
         before = [puller.block(number) for number in others]
-        source.transfers.publish("a", theirs, payload=b"the first token")
-        puller.transfers.pull(source.transfers.remote_blocks("a"), skip, own)
+        source.engine.publish("a", published, payload=b"the first token")
+        puller.engine.pull(source.engine.remote_blocks("a"), skip, own)
         assert puller.next_event() == Pulled("a", b"the first token")
         assert puller.transport_used() == transport
-        for place, number in enumerate(own):
-            assert torch.equal(puller.block(number), source.block(theirs[skip + place]))
+        for index, number in enumerate(own):
+            assert torch.equal(puller.block(number), source.block(published[skip + index]))
         assert all(map(torch.equal, before, map(puller.block, others)))
-        puller.transfers.release("a")
+        puller.engine.release("a")
         assert source.next_event() == Released("a", was_expired=False)
 
 
-@pytest.mark.parametrize("transport", CARRIERS)
-def test_blocks_are_pulled_while_the_source_goes_on(transport: str) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_blocks_are_pulled_while_the_source_publishes(transport: str) -> None:
     needs(transport)
     with peers(
         Peer("source", transports=(transport,)), Peer("puller", transports=(transport,), seed=1, read_bytes=20_000)
     ) as (source, puller):
-        puller.transfers.pull(
-            source.transfers.remote_blocks("a"), 1, [9, 3, 4, 5]
-        )  # the source knows nothing of it yet
-        source.transfers.publish("a", [20, 21, 30])
-        source.transfers.publish("a", [7])
-        source.transfers.publish("a", [31], payload=b"")
+        puller.engine.pull(source.engine.remote_blocks("a"), 1, [9, 3, 4, 5])  # before the source knows the transfer
+        source.engine.publish("a", [20, 21, 30])
+        source.engine.publish("a", [7])
+        source.engine.publish("a", [31], payload=b"")
         assert puller.next_event() == Pulled("a", b"")
         for own, theirs in zip([9, 3, 4, 5], [21, 30, 7, 31], strict=True):
             assert torch.equal(puller.block(own), source.block(theirs))
@@ -77,12 +76,12 @@ def test_blocks_are_pulled_while_the_source_goes_on(transport: str) -> None:
 @pytest.mark.parametrize(
     ("is_shared", "transport"), [((True, True), "shm"), ((True, False), "tcp"), ((False, True), "tcp")]
 )
-def test_auto_takes_the_memory_of_one_machine_where_both_have_it(is_shared: tuple[bool, bool], transport: str) -> None:
+def test_shared_memory_is_preferred_if_both_have_it(is_shared: tuple[bool, bool], transport: str) -> None:
     allowed = ("shm", "tcp")
     first = Peer("source", is_shared=is_shared[0], transports=allowed)
     with peers(first, Peer("puller", is_shared=is_shared[1], transports=allowed, seed=1)) as (source, puller):
-        source.transfers.publish("a", [3, 5], payload=b"")
-        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [4, 6])
+        source.engine.publish("a", [3, 5], payload=b"")
+        puller.engine.pull(source.engine.remote_blocks("a"), 0, [4, 6])
         assert puller.next_event() == Pulled("a", b"")
         assert puller.transport_used() == transport
         assert torch.equal(puller.block(6), source.block(5))
@@ -99,42 +98,42 @@ def test_many_transfers_both_ways_at_once() -> None:
             for at in range(0, 90, 3):
                 name = f"{number}-{at}"
                 expected[name] = (puller, own[at : at + 3], [source.block(block) for block in order[at : at + 3]])
-                source.transfers.publish(name, order[at : at + 2])
-                puller.transfers.pull(source.transfers.remote_blocks(name), 0, own[at : at + 3])
-                source.transfers.publish(name, order[at + 2 : at + 3], payload=name.encode())
+                source.engine.publish(name, order[at : at + 2])
+                puller.engine.pull(source.engine.remote_blocks(name), 0, own[at : at + 3])
+                source.engine.publish(name, order[at + 2 : at + 3], payload=name.encode())
         for peer in made:
             for name, event in peer.events(30).items():
                 assert event == Pulled(name, name.encode())
         for name, (puller, own, wanted) in expected.items():
             assert all(map(torch.equal, map(puller.block, own), wanted))
-            puller.transfers.release(name)
+            puller.engine.release(name)
         for peer in made:
             assert {type(event) for event in peer.events(30).values()} == {Released}
 
 
-def test_nothing_to_copy_still_brings_the_payload() -> None:
+def test_a_pull_without_blocks_brings_the_payload() -> None:
     with peers(Peer("source"), Peer("puller")) as (source, puller):
-        source.transfers.publish("a", [1, 2])
-        puller.transfers.pull(source.transfers.remote_blocks("a"), 2, [])
-        source.transfers.publish("a", [], payload=bytes(1 << 20))
+        source.engine.publish("a", [1, 2])
+        puller.engine.pull(source.engine.remote_blocks("a"), 2, [])
+        source.engine.publish("a", [], payload=bytes(1 << 20))
         assert puller.next_event() == Pulled("a", bytes(1 << 20))
 
 
 def test_a_withdrawn_transfer_fails_with_its_reason() -> None:
     with peers(Peer("source"), Peer("puller")) as (source, puller):
-        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [1, 2])
-        source.transfers.publish("a", [5])
-        source.transfers.withdraw("a", "the client left")
+        puller.engine.pull(source.engine.remote_blocks("a"), 0, [1, 2])
+        source.engine.publish("a", [5])
+        source.engine.withdraw("a", "the client left")
         event = puller.next_event()
         assert isinstance(event, PullFailed)
         assert "the client left" in event.reason
         assert source.next_event() == Released("a", was_expired=False)
 
 
-def test_a_prefill_that_fails_before_its_first_block_is_not_waited_for() -> None:
+def test_a_transfer_withdrawn_before_its_first_block_fails() -> None:
     with peers(Peer("source"), Peer("puller")) as (source, puller):
-        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [1, 2])
-        source.transfers.withdraw("a", "the prompt is too long")
+        puller.engine.pull(source.engine.remote_blocks("a"), 0, [1, 2])
+        source.engine.withdraw("a", "the prompt is too long")
         event = puller.next_event()
         assert isinstance(event, PullFailed)
         assert "the prompt is too long" in event.reason
@@ -143,43 +142,46 @@ def test_a_prefill_that_fails_before_its_first_block_is_not_waited_for() -> None
 
 def test_a_cancelled_pull_ends_on_both_sides() -> None:
     with peers(Peer("source"), Peer("puller")) as (source, puller):
-        source.transfers.publish("a", [5])
-        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [1, 2])
-        puller.transfers.pull(source.transfers.remote_blocks("b"), 0, [3])
-        source.transfers.publish("b", [6], payload=b"")
-        assert puller.next_event() == Pulled("b", b"")  # so the source knows of the puller
-        puller.transfers.release("a")
+        source.engine.publish("a", [5])
+        puller.engine.pull(source.engine.remote_blocks("a"), 0, [1, 2])
+        puller.engine.pull(source.engine.remote_blocks("b"), 0, [3])
+        source.engine.publish("b", [6], payload=b"")
+        assert puller.next_event() == Pulled("b", b"")  # so the source has the puller's query
+        puller.engine.release("a")
         assert puller.next_event() == PullFailed("a", "it was cancelled")
         assert source.next_event() == Released("a", was_expired=False)
 
 
-def test_more_blocks_than_the_source_has_are_not_waited_for() -> None:
+def test_a_pull_of_more_blocks_than_published_fails() -> None:
     with peers(Peer("source"), Peer("puller")) as (source, puller):
-        source.transfers.publish("a", [5, 6], payload=b"")
-        puller.transfers.pull(source.transfers.remote_blocks("a"), 1, [1, 2])
+        source.engine.publish("a", [5, 6], payload=b"")
+        puller.engine.pull(source.engine.remote_blocks("a"), 1, [1, 2])
         event = puller.next_event()
         assert isinstance(event, PullFailed)
         assert "has 2 blocks, 3 were expected" in event.reason
 
 
-def test_what_cannot_be_meant_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match=r"host is 0.0.0.0, not a loopback address: that needs a secret"):
-        TransferOptions("a", host="0.0.0.0")
-    with pytest.raises(ValueError, match="secret has 3 bytes, must have at least 16"):
-        TransferOptions("a", secret=b"abc")
+def test_a_secret_is_needed_where_other_machines_can_connect() -> None:
+    with pytest.raises(ValueError, match=r"kv_transfer_host is '192.0.2.1', which others can reach"):
+        EngineOptions(kv_transfer="tcp", kv_transfer_host="192.0.2.1")
+    with pytest.raises(ValueError, match="kv_transfer_secret must have at least 16 bytes"):
+        EngineOptions(kv_transfer="tcp", kv_transfer_secret="abc")
+
+
+def test_invalid_arguments_are_refused() -> None:
     with peers(Peer("a", 10)) as (peer,):
         for blocks in ([10], [-1]):
             with pytest.raises(ValueError, match="must be 0 to 9"):
-                peer.transfers.publish("a", blocks)
+                peer.engine.publish("a", blocks)
             with pytest.raises(ValueError, match="must be 0 to 9"):
-                peer.transfers.pull(peer.transfers.remote_blocks("a"), 0, blocks)
+                peer.engine.pull(peer.engine.remote_blocks("a"), 0, blocks)
         with pytest.raises(ValueError, match="blocks has a block twice"):
-            peer.transfers.pull(peer.transfers.remote_blocks("a"), 0, [1, 1])
+            peer.engine.pull(peer.engine.remote_blocks("a"), 0, [1, 1])
         with pytest.raises(ValueError, match=r"payload has .* bytes, must have at most"):
-            peer.transfers.publish("a", [1], payload=bytes((16 << 20) + 1))
-        peer.transfers.publish("a", [1], payload=b"")
+            peer.engine.publish("a", [1], payload=bytes((16 << 20) + 1))
+        peer.engine.publish("a", [1], payload=b"")
         with pytest.raises(ValueError, match="complete"):
-            peer.transfers.publish("a", [1])
-        peer.transfers.pull(peer.transfers.remote_blocks("b"), 0, [1])
+            peer.engine.publish("a", [1])
+        peer.engine.pull(peer.engine.remote_blocks("b"), 0, [1])
         with pytest.raises(ValueError, match="being pulled already"):
-            peer.transfers.pull(peer.transfers.remote_blocks("b"), 0, [2])
+            peer.engine.pull(peer.engine.remote_blocks("b"), 0, [2])

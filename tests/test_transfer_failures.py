@@ -1,4 +1,4 @@
-"""KV transfer with peers that lie, break, vanish, or are nobody's."""
+"""KV transfer with peers that are forged, broken, silent, killed or of another model."""
 
 import contextlib
 import json
@@ -16,9 +16,10 @@ import msgspec
 import pytest
 import torch
 
-from dispec.engine.transfer import Pulled, PullFailed, Released, RemoteBlocks
-from dispec.engine.transfer.handshake import Hello, Refused, greet
-from dispec.engine.transfer.wire import Connection
+from dispec.engine.transfer import handshake
+from dispec.engine.transfer.connection import Connection
+from dispec.engine.transfer.handshake import HandshakeRefused, Hello
+from dispec.engine.transfer.interface import Pulled, PullFailed, Released, RemoteBlocks
 from tests.transfer_peers import FINGERPRINT, PATIENCE, SECRET, Peer, peers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,15 +27,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CHILD = """
 import json, signal, sys
 import msgspec
-from dispec.engine.transfer import RemoteBlocks
+from dispec.engine.transfer.interface import RemoteBlocks
 from tests.transfer_peers import Peer
 peer = Peer("child", 400)
 held, unfinished = (msgspec.json.decode(argument, type=RemoteBlocks) for argument in sys.argv[1:])
-peer.transfers.pull(held, 0, [1, 2])
+peer.engine.pull(held, 0, [1, 2])
 peer.next_event()
-peer.transfers.pull(unfinished, 0, [3, 4])
-peer.transfers.publish("of the child", list(range(10, 390)))
-print(msgspec.json.encode(peer.transfers.remote_blocks("of the child")).decode(), flush=True)
+peer.engine.pull(unfinished, 0, [3, 4])
+peer.engine.publish("of the child", list(range(10, 390)))
+print(msgspec.json.encode(peer.engine.remote_blocks("of the child")).decode(), flush=True)
 signal.pause()
 """
 
@@ -47,16 +48,16 @@ def failure(peer: Peer) -> str:
 
 def settled(source: Peer, name: str, blocks: list[int], puller: Peer, own: int) -> None:
     """Publish, and wait until all checksums are computed: a later transfer's are, and they come in order."""
-    source.transfers.publish(name, blocks, payload=b"")
-    source.transfers.publish(f"after {name}", [0], payload=b"")
-    puller.transfers.pull(source.transfers.remote_blocks(f"after {name}"), 0, [own])
+    source.engine.publish(name, blocks, payload=b"")
+    source.engine.publish(f"after {name}", [0], payload=b"")
+    puller.engine.pull(source.engine.remote_blocks(f"after {name}"), 0, [own])
     assert isinstance(puller.next_event(), Pulled)
 
 
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ({"secret": b"known to nobody else at all"}, "does not have our secret"),
+        ({"secret": "known to no other peer"}, "does not have our secret"),
         ({"secret": None}, "does not have our secret"),
         ({"fingerprint": "another"}, "fingerprint differs: the source has a model, the puller another"),
         ({"num_layers": 2}, "number of layers differs: the source has 3, the puller 2"),
@@ -64,21 +65,21 @@ def settled(source: Peer, name: str, blocks: list[int], puller: Peer, own: int) 
 )
 def test_peers_that_do_not_fit_are_refused(what: dict[str, object], said: str) -> None:
     with peers(Peer("source"), Peer("puller", **what)) as (source, puller):
-        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [1])
+        puller.engine.pull(source.engine.remote_blocks("a"), 0, [1])
         assert said in failure(puller)
 
 
 def test_another_engine_at_the_address_is_not_pulled_from() -> None:
     with peers(Peer("restarted"), Peer("puller")) as (source, puller):
-        puller.transfers.pull(RemoteBlocks("first", "a", *source.transfers.address), 0, [1])
+        puller.engine.pull(RemoteBlocks("first", "a", *source.engine.address), 0, [1])
         assert "was it restarted?" in failure(puller)
 
 
-def test_nobody_at_the_address() -> None:
+def test_a_pull_from_a_closed_port_fails() -> None:
     with peers(Peer("puller")) as (puller,), socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
         unused.close()
-        puller.transfers.pull(RemoteBlocks("source", "a", "127.0.0.1", port), 0, [1])
+        puller.engine.pull(RemoteBlocks("source", "a", "127.0.0.1", port), 0, [1])
         assert "refused" in failure(puller)
 
 
@@ -92,13 +93,13 @@ def test_nobody_at_the_address() -> None:
         b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
     ],
 )
-def test_what_strangers_send_ends_their_connection_and_nothing_else(data: bytes) -> None:
+def test_invalid_bytes_end_their_connection_and_nothing_else(data: bytes) -> None:
     with peers(Peer("source"), Peer("puller", seed=1)) as (source, puller):
-        with socket.create_connection(source.transfers.address, PATIENCE) as stranger:
+        with socket.create_connection(source.engine.address, PATIENCE) as stranger:
             stranger.sendall(data)
             assert ended(stranger)
-        source.transfers.publish("a", [1], payload=b"")
-        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [2])
+        source.engine.publish("a", [1], payload=b"")
+        puller.engine.pull(source.engine.remote_blocks("a"), 0, [2])
         assert puller.next_event() == Pulled("a", b"")
 
 
@@ -111,27 +112,27 @@ def ended(sock: socket.socket) -> bool:
 
 
 def hello(source: Peer) -> Hello:
-    """Of a peer whose pages are like the source's."""
-    pages = source.transfers._pages
-    return Hello("peer", FINGERPRINT, pages.num_layers, 40, pages.layer_bytes, "cpu", ["tcp"], "", 0)
+    """Return the hello of a peer whose cache has the source's geometry."""
+    blocks = source.engine._blocks
+    return Hello("peer", FINGERPRINT, blocks.num_layers, 40, blocks.layer_bytes, "cpu", ["tcp"], "", 0)
 
 
 def authenticated(source: Peer) -> Connection:
-    connection = Connection(socket.create_connection(source.transfers.address, PATIENCE), PATIENCE)
-    greet(connection, SECRET, hello(source))
+    connection = Connection(socket.create_connection(source.engine.address, PATIENCE), PATIENCE)
+    handshake.connect(connection, SECRET.encode(), hello(source))
     return connection
 
 
 def test_a_peer_of_another_version_is_refused_by_its_version() -> None:
     with peers(Peer("source")) as (source,):
-        connection = Connection(socket.create_connection(source.transfers.address, PATIENCE), PATIENCE)
-        other = msgspec.structs.replace(hello(source), version=1, layer_bytes=0)  # fields that this version refuses
-        with contextlib.closing(connection), pytest.raises(Refused, match="protocol version is 1, must be 2"):
-            greet(connection, SECRET, other)
+        connection = Connection(socket.create_connection(source.engine.address, PATIENCE), PATIENCE)
+        other = msgspec.structs.replace(hello(source), version=1, layer_bytes=0)  # a field that this version refuses
+        with contextlib.closing(connection), pytest.raises(HandshakeRefused, match="protocol version is 1, must be 3"):
+            handshake.connect(connection, SECRET.encode(), other)
 
 
-@pytest.mark.parametrize("data", [struct.pack(">I", (256 << 10) + 1), struct.pack(">I", 3) + b"\x81\x01\x02"])
-def test_a_peer_that_talks_nonsense_is_dropped(data: bytes) -> None:
+@pytest.mark.parametrize("data", [struct.pack(">I", (17 << 20) + 1), struct.pack(">I", 3) + b"\x81\x01\x02"])
+def test_an_invalid_message_ends_the_connection(data: bytes) -> None:
     with peers(Peer("source")) as (source,):
         connection = authenticated(source)
         connection.socket.sendall(data)
@@ -139,9 +140,9 @@ def test_a_peer_that_talks_nonsense_is_dropped(data: bytes) -> None:
         connection.close()
 
 
-def test_a_challenge_reflected_is_no_answer() -> None:
+def test_a_reflected_challenge_is_refused() -> None:
     with peers(Peer("source")) as (source,):
-        connection = Connection(socket.create_connection(source.transfers.address, PATIENCE), PATIENCE)
+        connection = Connection(socket.create_connection(source.engine.address, PATIENCE), PATIENCE)
         decode = msgspec.msgpack.decode
         connection.send({"type": "dispec-transfer", "nonce": bytes(32)})
         challenge = connection.receive(decode)
@@ -151,22 +152,22 @@ def test_a_challenge_reflected_is_no_answer() -> None:
         connection.close()
 
 
-def test_those_who_never_answer_hold_a_bounded_number_of_places() -> None:
+def test_the_number_of_handshakes_is_bounded() -> None:
     with peers(Peer("source", max_handshakes=2, connect_seconds=PATIENCE)) as (source,):
-        idle = [socket.create_connection(source.transfers.address, PATIENCE) for _ in range(4)]
+        idle = [socket.create_connection(source.engine.address, PATIENCE) for _ in range(4)]
         assert all(map(ended, idle[2:]))
         assert select.select(idle[:2], [], [], 0)[0] == []
         for sock in idle:
             sock.close()
 
 
-def test_those_who_never_answer_hold_their_places_for_a_bounded_time() -> None:
+def test_the_time_of_a_handshake_is_bounded() -> None:
     with peers(Peer("source", connect_seconds=0.3), Peer("puller")) as (source, puller):
-        with socket.create_connection(source.transfers.address, PATIENCE) as idle:
+        with socket.create_connection(source.engine.address, PATIENCE) as idle:
             idle.sendall(struct.pack(">I", 400))  # and not a byte of what is announced
             assert ended(idle)
-        source.transfers.publish("a", [1], payload=b"")
-        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [2])
+        source.engine.publish("a", [1], payload=b"")
+        puller.engine.pull(source.engine.remote_blocks("a"), 0, [2])
         assert puller.next_event() == Pulled("a", b"")
 
 
@@ -178,13 +179,13 @@ def test_bytes_that_change_after_they_were_published_are_caught(transport: str) 
     with peers(Peer("source", transports=allowed), Peer("puller", transports=allowed, seed=1)) as (source, puller):
         settled(source, "a", [5, 6, 7], puller, 9)
         source.kv_cache.values[2, 6].view(torch.uint8).view(-1)[-1] ^= 1
-        puller.transfers.pull(source.transfers.remote_blocks("a"), 0, [1, 2, 3])
-        assert "the checksum of place 1 is wrong" in failure(puller)
-        assert source.events(1).keys() == {"a"}  # which the puller does not want any more
+        puller.engine.pull(source.engine.remote_blocks("a"), 0, [1, 2, 3])
+        assert "the checksum of block 1 is wrong" in failure(puller)
+        assert source.events(1).keys() == {"a"}  # released by the puller
 
 
 class Proxy:
-    """Between a puller and its source. What the source says passes through `change`, with its place in the stream."""
+    """Forwards between a puller and its source. flip: byte of the source's stream to change; stop: where to cut it."""
 
     def __init__(self, address: tuple[str, int], flip: int | None = None, stop: int | None = None) -> None:
         self.seen = bytearray()
@@ -222,41 +223,50 @@ class Proxy:
                 sock.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_bit_that_flips_on_the_way_is_caught_and_the_secret_is_never_there() -> None:
+def test_a_flipped_bit_is_caught_and_the_secret_is_not_on_the_wire() -> None:
     options = {"transports": ("tcp",)}
     with peers(Peer("source", **options), Peer("puller", seed=1, **options)) as (source, puller):
         settled(source, "a", list(range(1, 21)), puller, 30)
-        proxy = Proxy(source.transfers.address, flip=30_000)
-        puller.transfers.pull(RemoteBlocks("source", "a", "127.0.0.1", proxy.port), 0, list(range(5, 25)))
+        proxy = Proxy(source.engine.address, flip=30_000)
+        puller.engine.pull(RemoteBlocks("source", "a", "127.0.0.1", proxy.port), 0, list(range(5, 25)))
         assert "checksum" in failure(puller)
         assert len(proxy.seen) > 20 * 3072
-        assert SECRET not in proxy.seen
+        assert SECRET.encode() not in proxy.seen
 
 
 def test_a_connection_that_breaks_in_the_middle_of_a_read_fails_the_pull() -> None:
     options = {"transports": ("tcp",)}
     with peers(Peer("source", **options), Peer("puller", seed=1, **options)) as (source, puller):
         settled(source, "a", list(range(1, 21)), puller, 30)
-        proxy = Proxy(source.transfers.address, stop=30_000)
-        puller.transfers.pull(RemoteBlocks("source", "a", "127.0.0.1", proxy.port), 0, list(range(5, 25)))
+        proxy = Proxy(source.engine.address, stop=30_000)
+        puller.engine.pull(RemoteBlocks("source", "a", "127.0.0.1", proxy.port), 0, list(range(5, 25)))
         assert "the peer closed the connection" in failure(puller)
 
 
-def test_a_source_that_says_nothing_is_given_up() -> None:
-    with peers(Peer("puller", connect_seconds=0.3)) as (puller,), socket.create_server(("127.0.0.1", 0)) as deaf:
-        puller.transfers.pull(RemoteBlocks("source", "a", *deaf.getsockname()), 0, [1])
+def test_a_source_that_is_silent_before_the_handshake_fails_the_pull() -> None:
+    with peers(Peer("puller", connect_seconds=0.3)) as (puller,), socket.create_server(("127.0.0.1", 0)) as silent:
+        puller.engine.pull(RemoteBlocks("source", "a", *silent.getsockname()), 0, [1])
         failure(puller)
 
 
-def test_a_process_that_is_killed_leaves_nothing_behind() -> None:
+def test_a_source_that_is_silent_after_the_handshake_fails_the_pull() -> None:
+    with peers(Peer("puller", stall_seconds=0.3)) as (puller,), socket.create_server(("127.0.0.1", 0)) as listener:
+        puller.engine.pull(RemoteBlocks("peer", "a", *listener.getsockname()), 0, [1])
+        connection = Connection(listener.accept()[0], PATIENCE)
+        handshake.accept(connection, SECRET.encode(), hello(puller))
+        assert "the source was silent for 0.3 s" in failure(puller)
+        connection.close()
+
+
+def test_transfers_with_a_killed_process_end() -> None:
     with peers(Peer("parent", 400, lease_seconds=0.5)) as (parent,):
-        parent.transfers.publish("held", [1, 2], payload=b"")
-        parent.transfers.publish("unfinished", [3])
-        tickets = [
-            json.dumps(msgspec.to_builtins(parent.transfers.remote_blocks(name))) for name in ("held", "unfinished")
+        parent.engine.publish("held", [1, 2], payload=b"")
+        parent.engine.publish("unfinished", [3])
+        handles = [
+            json.dumps(msgspec.to_builtins(parent.engine.remote_blocks(name))) for name in ("held", "unfinished")
         ]
         child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, *tickets],
+            [sys.executable, "-c", CHILD, *handles],
             stdout=subprocess.PIPE,
             cwd=ROOT,
             env={
@@ -268,15 +278,15 @@ def test_a_process_that_is_killed_leaves_nothing_behind() -> None:
         try:
             assert child.stdout is not None
             remote_blocks = msgspec.json.decode(child.stdout.readline(), type=RemoteBlocks)
-            parent.transfers.pull(remote_blocks, 0, list(range(10, 391)))  # one more than there will ever be
+            parent.engine.pull(remote_blocks, 0, list(range(10, 391)))  # one more than there will ever be
             child.send_signal(signal.SIGKILL)
             found = parent.events(2)
             assert isinstance(found["of the child"], PullFailed)
             assert found["held"] == Released("held", was_expired=True)
-            parent.transfers.publish("unfinished", [4], payload=b"")
+            parent.engine.publish("unfinished", [4], payload=b"")
             assert parent.next_event() == Released("unfinished", was_expired=True)
-            assert not parent.transfers._links
-            assert parent.transfers._offers.num_offers == parent.transfers._pulls.num_pulls == 0
+            assert not parent.engine._clients
+            assert parent.engine._sender.num_transfers == parent.engine._receiver.num_pulls == 0
         finally:
             child.kill()
             child.wait()

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from dispec.engine.transfer import Pulled, RemoteBlocks
+from dispec.engine.transfer.interface import Pulled, RemoteBlocks
 from tests.transfer_peers import Peer, peers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,21 +21,21 @@ from tests.transfer_peers import Peer
 source = Peer("source", 40, device="cuda", transports=(sys.argv[1],))
 ready = source.memory.clone()
 source.memory.zero_()
-for _ in range(200):  # the pages are full only when all this has run: publish must wait for it
+for _ in range(200):  # the cache is filled only after all this: publish must wait for it
     source.memory.add_(1)
 source.memory.copy_(ready)
-source.transfers.publish("a", [5, 31, 7])
-source.transfers.publish("a", [8], payload=b"done")
-print(msgspec.json.encode(source.transfers.remote_blocks("a")).decode(), flush=True)
+source.engine.publish("a", [5, 31, 7])
+source.engine.publish("a", [8], payload=b"done")
+print(msgspec.json.encode(source.engine.remote_blocks("a")).decode(), flush=True)
 print(source.next_event(), flush=True)
-source.transfers.close()
+source.engine.close()
 """
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("transport", "device"), [("cuda_ipc", "cuda"), ("tcp", "cuda"), ("tcp", "cpu")])
-def test_pulled_pages_on_a_gpu_are_the_sources(transport: str, device: str) -> None:
+def test_pulled_blocks_on_a_gpu_equal_the_sources(transport: str, device: str) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, transport],
         stdout=subprocess.PIPE,
@@ -51,13 +51,13 @@ def test_pulled_pages_on_a_gpu_are_the_sources(transport: str, device: str) -> N
         with peers(puller, same):
             others = [number for number in range(40) if number not in (20, 3, 4)]
             before = [puller.block(number) for number in others]
-            puller.transfers.pull(remote_blocks, 1, [20, 3, 4])
+            puller.engine.pull(remote_blocks, 1, [20, 3, 4])
             assert puller.next_event() == Pulled("a", b"done")
             assert puller.transport_used() == transport
             for own, theirs in zip((20, 3, 4), (31, 7, 8), strict=True):
                 assert torch.equal(puller.block(own), same.block(theirs))
             assert all(map(torch.equal, before, map(puller.block, others)))
-            puller.transfers.release("a")
+            puller.engine.release("a")
             assert "was_expired=False" in child.stdout.readline()
     finally:
         child.kill()

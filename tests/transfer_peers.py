@@ -1,42 +1,41 @@
-"""Engines that transfer, without the engines: pages full of noise, and what their transfers say."""
+"""Transfer engines over KV caches of noise, and the events that they give."""
 
 import math
 import select
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from dispec.engine.transfer import Event, Pulled, PullFailed, Released, TransferOptions, shared_memory
-from dispec.engine.transfer.transfers import Transfers
+from dispec.engine.transfer import shared_memory
+from dispec.engine.transfer.interface import TRANSPORTS, Event, TransferOptions
+from dispec.engine.transfer.transfer_engine import TransferEngine
 from dispec.layers.types import KVCache
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM, BLOCK_SIZE = 3, 2, 16, 8
 FINGERPRINT = "a model"
-SECRET = b"known to all peers of the tests"
-PATIENCE = 30.0  # seconds, after which a test says that nothing comes
+SECRET = "known to all peers of the tests"
+PATIENCE = 30.0  # seconds after which a test fails because no event came
 
 
 class Peer:
-    """A process's transfers and pages, [blocks] of them."""
+    """A transfer engine and its KV cache of `num_blocks` blocks."""
 
     def __init__(
         self,
         name: str,
         num_blocks: int = 40,
         *,
-        transports: Sequence[str] | str = "auto",
+        transports: Sequence[str] = TRANSPORTS,
         is_shared: bool = True,
         fingerprint: str = FINGERPRINT,
         num_layers: int = NUM_LAYERS,
         device: str = "cpu",
         seed: int = 0,
-        clock: Callable[[], float] = time.monotonic,
         **options: object,
     ) -> None:
         chosen = {"secret": SECRET, **options}
-        self.transfers = Transfers(TransferOptions(name, transports=transports, **chosen), clock)
+        self.engine = TransferEngine(TransferOptions(name, transports=tuple(transports), **chosen))
         keys = (num_layers, num_blocks, NUM_HEADS, HEAD_DIM, BLOCK_SIZE)
         values = (num_layers, num_blocks, NUM_HEADS, BLOCK_SIZE, HEAD_DIM)
         size = 2 * torch.bfloat16.itemsize * math.prod(keys)
@@ -47,19 +46,19 @@ class Peer:
         self.memory = memory
         halves = memory.view(torch.bfloat16).chunk(2)
         self.kv_cache = KVCache(halves[0].view(keys), halves[1].view(values))
-        self.transfers.register(self.kv_cache, fingerprint, self.shared)
-        self._heard: list[Event] = []
+        self.engine.register(self.kv_cache, fingerprint, self.shared)
+        self._events: list[Event] = []
 
     def block(self, number: int) -> torch.Tensor:
-        """All bytes of a block, gathered by torch's own indexing."""
+        """Return all bytes of a block, gathered by torch's own indexing."""
         return torch.cat([half[:, number].flatten() for half in self.kv_cache]).view(torch.uint8).cpu()
 
     def next_event(self) -> Event:
-        """The next event, waited for as an engine would: by the descriptor."""
-        while not self._heard:
-            assert select.select([self.transfers.fileno()], [], [], PATIENCE)[0], "no event came"
-            self._heard += self.transfers.poll()
-        return self._heard.pop(0)
+        """Wait for the next event by the descriptor, as an engine does."""
+        while not self._events:
+            assert select.select([self.engine.fileno()], [], [], PATIENCE)[0], "no event came"
+            self._events += self.engine.poll()
+        return self._events.pop(0)
 
     def events(self, count: int) -> dict[str, Event]:
         found = [self.next_event() for _ in range(count)]
@@ -68,7 +67,7 @@ class Peer:
         return by_id
 
     def transport_used(self) -> str | None:
-        return next(iter(self.transfers._links.values())).transport
+        return next(iter(self.engine._clients.values())).transport
 
 
 @contextmanager
@@ -77,7 +76,4 @@ def peers(*made: Peer) -> Iterator[tuple[Peer, ...]]:
         yield made
     finally:
         for peer in made:
-            peer.transfers.close()
-
-
-__all__ = ["Peer", "PullFailed", "Pulled", "Released", "peers"]
+            peer.engine.close()

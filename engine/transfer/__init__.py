@@ -1,11 +1,6 @@
-"""KV blocks from one engine process into another's pages, in background threads, while both go on stepping.
+"""KV blocks move from one engine process into another's cache, in background threads, while both keep stepping.
 
-Reading order: `interface` (what an engine sees), `offers` and `pulls` (the protocol, as two pure state machines),
-`messages`, `handshake` and `wire` (how they talk), `pages` (whose bytes move), `server` and `link` (the threads of
-either side), `transfers` (all of it behind one class). The class is in `engine.transfer.transfers`, because it needs
-torch.
+Reading order: `kv_connector` (what the engine calls), `interface` (events and options), `transfer_engine` (publish,
+pull, poll, release), `sender` and `receiver` (the protocol as two state machines), `messages`, `handshake` and
+`connection` (the wire), `transports` and `kv_blocks` (how bytes are read), `server` and `client` (the threads).
 """
-
-from dispec.engine.transfer.interface import Event, Pulled, PullFailed, Released, RemoteBlocks, TransferOptions
-
-__all__ = ["Event", "PullFailed", "Pulled", "Released", "RemoteBlocks", "TransferOptions"]

@@ -1,8 +1,8 @@
-"""Who connects, and who answers: each proves that it has the secret before it is told anything.
+"""Mutual authentication of puller and source, before either learns anything of the other.
 
-Challenge and response with HMAC-SHA256 (RFC 2104) over both sides' fresh nonces; the roles are in what is signed, so
-that no answer can be reflected, and so is what each says of itself, so that it cannot be changed. The secret never goes
-over the wire. It is authentication and not encryption: who can read the network can read the blocks.
+Challenge and response with HMAC-SHA256 (RFC 2104) over fresh nonces of both sides. The signed bytes include the role,
+so that no answer can be reflected, and the sender's `Hello`, so that it cannot be changed. The secret never crosses the
+wire. This authenticates and does not encrypt: blocks cross the network in the clear.
 """
 
 import hmac
@@ -11,14 +11,14 @@ from typing import Annotated, Any
 
 import msgspec
 
+from dispec.engine.transfer.connection import Connection
 from dispec.engine.transfer.interface import Identifier
-from dispec.engine.transfer.messages import encode
-from dispec.engine.transfer.wire import Connection
+from dispec.engine.transfer.messages import Reason, TransportName, encode
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 NONCE_BYTES = 32
-MAX_GREETING_BYTES = 512  # that anybody may send
-MAX_HELLO_BYTES = 64 << 10  # that a peer may say of itself
+MAX_GREETING_BYTES = 512  # read from a peer that has proved nothing
+MAX_HELLO_BYTES = 64 << 10
 
 Bytes32 = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Positive = Annotated[int, msgspec.Meta(ge=1, lt=1 << 48)]
@@ -27,9 +27,9 @@ Positive = Annotated[int, msgspec.Meta(ge=1, lt=1 << 48)]
 class Hello(msgspec.Struct, frozen=True):
     """What a process says of itself.
 
-    layer_bytes: of one block in one layer's keys, and in its values; num_blocks: in each of them.
-    host_id, user_id: the running kernel and the user, so that two on one machine find out.
-    unix_name: of the abstract socket where the memory's descriptor can be had; empty where there is none.
+    layer_bytes: of one block in one layer's keys, and again in its values. num_blocks: of the KV cache.
+    host_id, user_id: the running kernel and user, which tell whether two processes share a host.
+    shared_memory: handle to map the KV cache; None without one.
     """
 
     engine_id: Identifier
@@ -38,128 +38,125 @@ class Hello(msgspec.Struct, frozen=True):
     num_blocks: Positive
     layer_bytes: Positive
     device: Annotated[str, msgspec.Meta(max_length=16)]
-    transports: Annotated[list[Annotated[str, msgspec.Meta(max_length=16)]], msgspec.Meta(max_length=8)]
+    transports: Annotated[list[TransportName], msgspec.Meta(max_length=8)]
     host_id: Annotated[str, msgspec.Meta(max_length=64)]
     user_id: int
-    unix_name: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    shared_memory: tuple[int, int, int] | None = None
     lease_seconds: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     version: int = PROTOCOL_VERSION
 
     @property
     def block_bytes(self) -> int:
-        """Of a block in all layers."""
+        """Bytes of a block in all layers, keys and values."""
         return 2 * self.num_layers * self.layer_bytes
 
 
-class _Version(msgspec.Struct):
-    """What every version of a hello has."""
-
-    version: int
-
-
+# The tags of these messages are the same in every version, so that a peer of another one is refused by its number.
 class _Greeting(msgspec.Struct, tag="dispec-transfer"):
     nonce: Bytes32
 
 
-class _Challenge(msgspec.Struct, tag=True):
+class _Challenge(msgspec.Struct, tag="_Challenge"):
     nonce: Bytes32
     proof: Bytes32
 
 
-class _Answer(msgspec.Struct, tag=True):
+class _Response(msgspec.Struct, tag="_Answer"):
     proof: Bytes32
     hello: bytes
 
 
-class _Welcome(msgspec.Struct, tag=True):
+class _Welcome(msgspec.Struct, tag="_Welcome"):
     proof: Bytes32
     hello: bytes
 
 
-class _Refusal(msgspec.Struct, tag=True):
-    reason: Annotated[str, msgspec.Meta(max_length=2048)]
+class _Refusal(msgspec.Struct, tag="_Refusal"):
+    reason: Reason
 
 
-_decode_hello = msgspec.msgpack.Decoder(Hello).decode
-_decode_version = msgspec.msgpack.Decoder(_Version).decode
+class _Version(msgspec.Struct):
+    """The field that the hello of every version has."""
+
+    version: int
 
 
-class Refused(ConnectionError):
-    """The peer, or this side, does not want to go on; the message says why."""
+class HandshakeRefused(ConnectionError):
+    """This side or the peer refuses the connection; the message says why."""
 
 
-def greet(connection: Connection, secret: bytes, hello: Hello) -> Hello:
-    """The puller's side. Raises Refused, or ConnectionError if the other side does not answer in time."""
+def connect(connection: Connection, secret: bytes, hello: Hello) -> Hello:
+    """Authenticate as the puller and return the source's hello.
+
+    Raises HandshakeRefused, or ConnectionError if the source does not answer in time.
+    """
     nonce = secrets.token_bytes(NONCE_BYTES)
     connection.send(_Greeting(nonce))
-    challenge = connection.receive(msgspec.msgpack.Decoder(_Challenge | _Refusal).decode, MAX_HELLO_BYTES)
-    if isinstance(challenge, _Refusal):
-        raise Refused(f"the source refused: {challenge.reason}")
+    challenge = _receive(connection, _Challenge)
     nonces = nonce + challenge.nonce
     _check(challenge.proof, secret, b"source", nonces, b"", "the source does not have our secret")
     said = encode(hello)
-    connection.send(_Answer(_prove(secret, b"puller", nonces, said), said))
-    welcome = connection.receive(msgspec.msgpack.Decoder(_Welcome | _Refusal).decode, MAX_HELLO_BYTES)
-    if isinstance(welcome, _Refusal):
-        raise Refused(f"the source refused: {welcome.reason}")
+    connection.send(_Response(_sign(secret, b"puller", nonces, said), said))
+    welcome = _receive(connection, _Welcome)
     _check(welcome.proof, secret, b"welcome", nonces, welcome.hello, "the source's welcome is forged")
-    return _read_hello(welcome.hello)
+    return _decode_hello(welcome.hello)
 
 
-def welcome(connection: Connection, secret: bytes, hello: Hello) -> Hello:
-    """The source's side. Raises Refused, after telling the puller, or ConnectionError.
+def accept(connection: Connection, secret: bytes, hello: Hello) -> Hello:
+    """Authenticate as the source and return the puller's hello.
 
-    Who does not have the secret costs one frame of 512 bytes in, one of some 64 KiB after it, and two hashes.
+    Raises HandshakeRefused after telling the puller, or ConnectionError. A peer without the secret costs one frame of
+    512 bytes, one of at most 64 KiB, and two hashes.
     """
     greeting = connection.receive(msgspec.msgpack.Decoder(_Greeting).decode, MAX_GREETING_BYTES)
     nonce = secrets.token_bytes(NONCE_BYTES)
     nonces = greeting.nonce + nonce
-    connection.send(_Challenge(nonce, _prove(secret, b"source", nonces, b"")))
-    answer = connection.receive(msgspec.msgpack.Decoder(_Answer).decode, MAX_HELLO_BYTES)
+    connection.send(_Challenge(nonce, _sign(secret, b"source", nonces, b"")))
+    response = connection.receive(msgspec.msgpack.Decoder(_Response).decode, MAX_HELLO_BYTES)
     try:
-        _check(answer.proof, secret, b"puller", nonces, answer.hello, "the puller does not have our secret")
-        peer = _read_hello(answer.hello)
-        if difference := incompatible(hello, peer):
-            raise Refused(difference)
-    except Refused as refused:
+        _check(response.proof, secret, b"puller", nonces, response.hello, "the puller does not have our secret")
+        peer = _decode_hello(response.hello)
+        _check_compatible(hello, peer)
+    except HandshakeRefused as refused:
         connection.send(_Refusal(str(refused)))
         raise
     said = encode(hello)
-    connection.send(_Welcome(_prove(secret, b"welcome", nonces, said), said))
+    connection.send(_Welcome(_sign(secret, b"welcome", nonces, said), said))
     return peer
 
 
-def incompatible(source: Hello, puller: Hello) -> str | None:
-    """Why blocks of one are of no use to the other; None if they are."""
-    for name, mine, theirs in (
+def _receive(connection: Connection, kind: Any) -> Any:
+    message = connection.receive(msgspec.msgpack.Decoder(kind | _Refusal).decode, MAX_HELLO_BYTES)
+    if isinstance(message, _Refusal):
+        raise HandshakeRefused(f"the source refused: {message.reason}")
+    return message
+
+
+def _check_compatible(source: Hello, puller: Hello) -> None:
+    """Raise HandshakeRefused if blocks of one cache make no sense in the other."""
+    for name, ours, theirs in (
         ("fingerprint", source.fingerprint, puller.fingerprint),
         ("number of layers", source.num_layers, puller.num_layers),
         ("bytes of a block", source.block_bytes, puller.block_bytes),
     ):
-        if mine != theirs:
-            return f"{name} differs: the source has {_short(mine)}, the puller {_short(theirs)}"
-    return None
+        if ours != theirs:
+            raise HandshakeRefused(f"{name} differs: the source has {ours!s:.256}, the puller {theirs!s:.256}")
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 256 else text[:253] + "..."
-
-
-def _read_hello(said: bytes) -> Hello:
-    """Return a peer's hello. Raises Refused if it cannot be read, or is of another version, which has other fields."""
+def _decode_hello(said: bytes) -> Hello:
+    """Decode a peer's hello. Raises HandshakeRefused if it is invalid or of another version, which has other fields."""
     try:
-        if (version := _decode_version(said).version) != PROTOCOL_VERSION:
-            raise Refused(f"protocol version is {version}, must be {PROTOCOL_VERSION}")
-        return _decode_hello(said)
+        if (version := msgspec.msgpack.decode(said, type=_Version).version) != PROTOCOL_VERSION:
+            raise HandshakeRefused(f"protocol version is {version}, must be {PROTOCOL_VERSION}")
+        return msgspec.msgpack.decode(said, type=Hello)
     except ValueError as error:
-        raise Refused(f"a hello that cannot be read: {error}") from None
+        raise HandshakeRefused(f"a hello is invalid: {error}") from None
 
 
-def _prove(secret: bytes, role: bytes, nonces: bytes, said: bytes) -> bytes:
+def _sign(secret: bytes, role: bytes, nonces: bytes, said: bytes) -> bytes:
     return hmac.digest(secret, b"dispec-transfer 1 " + role + b"\0" + nonces + said, "sha256")
 
 
-def _check(proof: bytes, secret: bytes, role: bytes, nonces: bytes, said: bytes, otherwise: str) -> None:
-    if not hmac.compare_digest(proof, _prove(secret, role, nonces, said)):
-        raise Refused(otherwise)
+def _check(proof: bytes, secret: bytes, role: bytes, nonces: bytes, said: bytes, problem: str) -> None:
+    if not hmac.compare_digest(proof, _sign(secret, role, nonces, said)):
+        raise HandshakeRefused(problem)

@@ -1,12 +1,12 @@
-"""A request that one engine begins and another ends: its KV blocks, and its first tokens, go from one to the other.
+"""KV connector of an engine: it sends prompts that are computed here and receives those that other engines compute.
 
     prefill engine    prompt, chunk by chunk ──► first token of each choice
                           │ filled blocks            │ tokens
                           ▼                          ▼
-    decode engine     reserved blocks ─────────► choices run on, from their second token
+    decode engine     reserved blocks ─────────► choices go on from their second token
 
-Neither engine ever waits for the other inside a step. Whatever fails between them, the decode engine computes the
-prompt itself: that costs time and changes nothing else.
+Neither engine waits for the other inside a step. If anything between them fails, the decode engine computes the prompt
+itself, which costs time and changes nothing else.
 """
 
 import contextlib
@@ -15,8 +15,7 @@ import logging
 import select
 from array import array
 from collections.abc import Sequence as Series
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
 
 import msgspec
 
@@ -24,38 +23,20 @@ from dispec.engine.scheduling.scheduler import Scheduler
 from dispec.engine.scheduling.scheduler_output import TokenOutput, last_token_output
 from dispec.engine.scheduling.sequence import Sequence, Status, TokenLogprobs
 from dispec.engine.transfer.interface import Event, Pulled, PullFailed, Released, RemoteBlocks
+from dispec.engine.transfer.transfer_engine import TransferEngine
 
 log = logging.getLogger("dispec")
 
 
-@runtime_checkable
-class Transfers(Protocol):
-    """What moves the blocks: `engine.transfer.transfers.Transfers`, which says what each of these does."""
-
-    def publish(self, transfer_id: str, blocks: Series[int], *, payload: bytes | None = None) -> None: ...
-
-    def withdraw(self, transfer_id: str, reason: str) -> None: ...
-
-    def pull(self, remote_blocks: RemoteBlocks, skip: int, blocks: Series[int]) -> None: ...
-
-    def release(self, transfer_id: str) -> None: ...
-
-    def poll(self) -> list[Event]: ...
-
-    def fileno(self) -> int: ...
-
-    def close(self) -> None: ...
-
-
 class FirstToken(msgspec.Struct, array_like=True):
-    """Of a choice. logprobs: where asked for."""
+    """The first token of a choice. logprobs: None if not requested."""
 
     token_id: int
     logprobs: TokenLogprobs | None
 
 
 class Payload(msgspec.Struct, array_like=True):
-    """What goes along with the blocks. prompt: digest of the tokens that they hold; tokens: of each choice."""
+    """Sent after a prompt's blocks. prompt: digest of its tokens. tokens: one of each choice."""
 
     prompt: bytes
     tokens: list[FirstToken]
@@ -64,8 +45,8 @@ class Payload(msgspec.Struct, array_like=True):
 
 
 @dataclass
-class Totals:
-    """Since the start, by the names of a `StepRecord`'s fields, which has what a step added."""
+class TransferTotals:
+    """Counts since the start, under the names of the `StepRecord` fields that hold a step's share."""
 
     num_received_prompts: int = 0
     num_failed_receives: int = 0
@@ -75,23 +56,22 @@ class Totals:
 
 
 @dataclass(eq=False)
-class _Departure:
-    """A prompt that is computed here for another engine."""
+class _SendState:
+    """A prompt that is computed here for another engine. pinned_blocks: grows as the prompt is computed."""
 
     choices: tuple[Sequence, ...]
     pinned_blocks: list[int]
     num_published: int = 0
-    has_all: bool = False
+    is_complete: bool = False
 
 
 @dataclass(eq=False)
-class _Arrival:
-    """A request whose prompt another engine computes.
+class _ReceiveState:
+    """A request with a prompt that another engine computes.
 
-    ticket: of its blocks; None if there are none, or none any more. is_pulling: they are on their way;
-        num_pulled: how many.
-    outputs: the tokens that each choice has already, None for a choice that has ended; None until known.
-    awaits_outputs: they will be told; otherwise they come with the blocks, and are news here.
+    remote_blocks: None without a transfer, or after it failed. num_pulled: blocks that the pull brings.
+    awaits_outputs: `resume` tells the tokens generated so far; otherwise they come with the blocks and are new here.
+    outputs: those tokens of each choice, None for a choice that has ended; None until told.
     """
 
     choices: tuple[Sequence, ...]
@@ -100,250 +80,248 @@ class _Arrival:
     outputs: list[list[int] | None] | None = None
     is_pulling: bool = False
     num_pulled: int = 0
-    is_filled: bool = False
-    payload: Payload | None = field(default=None, repr=False)
+    payload: Payload | None = None
 
     @property
     def first(self) -> Sequence:
         return self.choices[0]
 
     @property
-    def is_wanted(self) -> bool:
-        return any(choice.status is not Status.FINISHED for choice in self.choices)
+    def running(self) -> list[Sequence]:
+        """Choices that have not ended."""
+        return [choice for choice in self.choices if choice.status is not Status.FINISHED]
+
+    @property
+    def needs_blocks(self) -> bool:
+        return self.remote_blocks is not None and self.payload is None
 
     @property
     def is_ready(self) -> bool:
-        """Whether nothing more is to be waited for."""
-        if self.remote_blocks is not None and not self.is_filled:
-            return False
-        return self.outputs is not None or not self.awaits_outputs
+        return not self.needs_blocks and (self.outputs is not None or not self.awaits_outputs)
 
 
 class KVConnector:
-    """Of one engine. Call `advance` before each step and `publish` after it, and `advance` whenever `fileno` is
-    readable; neither blocks."""
+    """Moves the KV blocks of one engine's requests.
 
-    def __init__(self, scheduler: Scheduler, transfers: Transfers | None) -> None:
-        self.transfers = transfers
+    Call `poll` before each step and whenever `fileno` is readable, `publish` after each step and `request_finished`
+    when a request ends. None of them blocks.
+    """
+
+    def __init__(self, scheduler: Scheduler, transfer_engine: TransferEngine | None) -> None:
+        self.transfer_engine = transfer_engine
+        self.totals = TransferTotals()
         self._scheduler = scheduler
-        self._departures: dict[str, _Departure] = {}
-        self._arrivals: list[_Arrival] = []
+        self._sends: dict[str, _SendState] = {}
+        self._receives: list[_ReceiveState] = []
         self._outputs: list[TokenOutput] = []
-        self.totals = Totals()
 
     @property
     def has_outputs(self) -> bool:
-        """Whether `take_outputs` has something to give."""
+        """Whether `take_outputs` has something to return."""
         return bool(self._outputs)
 
     @property
-    def num_departing(self) -> int:
-        """Prompts whose blocks are kept for other engines."""
-        return len(self._departures)
+    def num_sends(self) -> int:
+        """Number of prompts with blocks pinned for other engines."""
+        return len(self._sends)
 
     def fileno(self) -> int | None:
-        """Readable while `advance` has something to take; None where nothing can come."""
-        return None if self.transfers is None else self.transfers.fileno()
+        """Return a descriptor that is readable while `poll` has work; None without KV transfer."""
+        return None if self.transfer_engine is None else self.transfer_engine.fileno()
 
     def wait(self, seconds: float) -> None:
-        """Until there is something to take, or not longer than that."""
-        if self.transfers is not None:
-            select.select([self.transfers], [], [], seconds)
+        """Wait until `poll` has work, at most `seconds`."""
+        if self.transfer_engine is not None:
+            select.select([self.transfer_engine], [], [], seconds)
 
-    def send(self, choices: tuple[Sequence, ...], transfer_id: str) -> None:
-        """Publish the prompt of a request that was just queued, under that id. Raises ValueError if it is taken."""
-        if transfer_id in self._departures:
-            raise ValueError(f"transfer_id {transfer_id!r} is under way already")
-        self._departures[transfer_id] = _Departure(choices, self._scheduler.kv_cache.pin(choices[0]))
+    def start_send(self, choices: tuple[Sequence, ...], transfer_id: str) -> None:
+        """Publish the prompt of a request that was just queued. Raises ValueError if the id is in use."""
+        if transfer_id in self._sends:
+            raise ValueError(f"transfer_id {transfer_id!r} is in use")
+        self._sends[transfer_id] = _SendState(choices, self._scheduler.kv_cache.pin(choices[0]))
 
-    def expect(
+    def start_receive(
         self, choices: tuple[Sequence, ...], remote_blocks: RemoteBlocks | None, *, awaits_outputs: bool
     ) -> None:
-        """Take a request that is not to be queued yet. Raises ValueError as `Scheduler.add`."""
+        """Take a request that waits for its blocks, its outputs, or both. Raises ValueError as `Scheduler.add`."""
         self._scheduler.add_remote(choices)
-        self._arrivals.append(_Arrival(choices, remote_blocks, awaits_outputs))
+        self._receives.append(_ReceiveState(choices, remote_blocks, awaits_outputs))
 
     def resume(self, first: Sequence, outputs: list[list[int] | None]) -> None:
-        """Tell what each choice of an expected request has generated so far; None ends a choice."""
-        arrival = next((arrival for arrival in self._arrivals if arrival.first is first), None)
-        if arrival is None or arrival.outputs is not None:
-            return  # it ended while the news was on its way
-        for choice, tokens in zip(arrival.choices, outputs, strict=True):
+        """Tell what each choice of a request with `awaits_outputs` has generated so far; None ends a choice."""
+        state = next((state for state in self._receives if state.first is first), None)
+        if state is None or state.outputs is not None:
+            return  # the request has ended meanwhile
+        for choice, tokens in zip(state.choices, outputs, strict=True):
             if tokens is None:
                 self._scheduler.finish(choice, "abort")
-        arrival.outputs = outputs
+        state.outputs = outputs
 
-    def advance(self) -> None:
-        """Take what has arrived, and ask for what there is room for."""
-        if self.transfers is not None:
-            for event in self.transfers.poll():
-                self._take(event)
-        self.forget_unwanted()
-        for arrival in list(self._arrivals):
-            if arrival.remote_blocks is not None and not arrival.is_pulling and not arrival.is_filled:
-                self._pull(arrival, arrival.remote_blocks)
-            if arrival.is_wanted and arrival.is_ready:
-                self._hand_over(arrival)
+    def poll(self) -> None:
+        """Handle events of the transfer engine, begin pulls for which there is room, and start requests."""
+        if self.transfer_engine is not None:
+            for event in self.transfer_engine.poll():
+                self._handle(event)
+        self._cancel_finished()
+        for state in list(self._receives):
+            if state.needs_blocks and not state.is_pulling:
+                self._pull(state)
+            if state.running and state.is_ready:
+                self._start(state)
 
-    def forget_unwanted(self) -> None:
-        """Ask no more for what nobody wants any more."""
-        for arrival in list(self._arrivals):
-            if not arrival.is_wanted:
-                self._give_up(arrival)
+    def request_finished(self) -> None:
+        """Cancel transfers of requests that have ended."""
+        self._cancel_finished()
+        self.publish()
 
     def take_outputs(self) -> list[TokenOutput]:
-        """The first tokens of requests that came with them."""
+        """Return the first tokens that came with blocks since the last call."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def publish(self) -> None:
-        """Tell of the blocks that the last step has filled, and of the tokens once all are there."""
-        for transfer_id, departure in list(self._departures.items()):
-            assert self.transfers is not None
-            if departure.has_all:
+        """Publish the blocks that the last step has filled, and with the last ones the first tokens."""
+        for transfer_id, state in list(self._sends.items()):
+            if state.is_complete:
                 continue
-            if any(not choice.num_output_tokens and choice.status is Status.FINISHED for choice in departure.choices):
-                departure.has_all = True
-                if not departure.num_published:  # nobody knows of it, so nobody will say that it is over
-                    del self._departures[transfer_id]
-                    self._let_go(departure)
-                self.transfers.withdraw(transfer_id, "the request was ended before its first token")
+            assert self.transfer_engine is not None
+            if any(not choice.num_output_tokens and choice.status is Status.FINISHED for choice in state.choices):
+                state.is_complete = True
+                if not state.num_published:  # no reader can hold the blocks
+                    self._finish_send(transfer_id)
+                self.transfer_engine.withdraw(transfer_id, "the request was ended before its first token")
                 continue
-            kept = departure.pinned_blocks
-            new = kept[departure.num_published :]
-            departure.has_all = all(choice.num_output_tokens for choice in departure.choices)
-            if departure.has_all:
-                self.transfers.publish(transfer_id, new, payload=msgspec.msgpack.encode(_payload(departure.choices)))
-            elif new:
-                self.transfers.publish(transfer_id, new)
-            departure.num_published = len(kept)
-            self.totals.num_sent_prompts += departure.has_all
+            new = state.pinned_blocks[state.num_published :]
+            state.is_complete = all(choice.num_output_tokens for choice in state.choices)
+            if new or state.is_complete:
+                payload = _payload(state.choices) if state.is_complete else None
+                self.transfer_engine.publish(transfer_id, new, payload=payload)
+            state.num_published += len(new)
+            self.totals.num_sent_prompts += state.is_complete
             self.totals.num_sent_blocks += len(new)
 
     def close(self) -> None:
-        if self.transfers is not None:
-            self.transfers.close()
+        if self.transfer_engine is not None:
+            self.transfer_engine.close()
 
-    def _take(self, event: Event) -> None:
+    def _handle(self, event: Event) -> None:
         if isinstance(event, Released):
-            departure = self._departures.pop(event.transfer_id, None)
-            if departure is not None:
+            if event.transfer_id in self._sends:
                 if event.was_expired:
-                    log.warning("transfer %s: nobody asked for it any more", event.transfer_id)
-                self._let_go(departure)
+                    log.warning("transfer %s: its lease ran out before it was pulled", event.transfer_id)
+                self._finish_send(event.transfer_id)
             return
-        arrival = next(
-            (
-                one
-                for one in self._arrivals
-                if one.is_pulling and one.remote_blocks and one.remote_blocks.transfer_id == event.transfer_id
-            ),
-            None,
-        )
-        if arrival is None:
+        for state in self._receives:
+            if state.is_pulling and state.remote_blocks and state.remote_blocks.transfer_id == event.transfer_id:
+                self._end_pull(state, event)
+                return
+
+    def _finish_send(self, transfer_id: str) -> None:
+        """Unpin a prompt's blocks: nothing reads them any more."""
+        self._scheduler.kv_cache.unpin(self._sends.pop(transfer_id).choices[0])
+
+    def _pull(self, state: _ReceiveState) -> None:
+        """Begin a pull if there are enough free blocks."""
+        reserved = self._scheduler.reserve_remote(state.first)
+        if reserved is None:
             return
-        arrival.is_pulling = False
-        problem = event.reason if isinstance(event, PullFailed) else self._read(arrival, event)
-        if problem is None:
-            arrival.is_filled = True
-            self.totals.num_received_prompts += 1
-            self.totals.num_received_blocks += arrival.num_pulled
-        else:
-            self._fail(arrival, event.transfer_id, problem)
-
-    def _fail(self, arrival: _Arrival, transfer_id: str, problem: str) -> None:
-        """Nothing comes, and nothing is written to its blocks any more."""
-        self._scheduler.kv_cache.free_remote(arrival.first)
-        arrival.remote_blocks = None
-        arrival.is_pulling = False
-        self._release(transfer_id)
-        if arrival.is_wanted:
-            self.totals.num_failed_receives += 1
-            log.warning("transfer %s failed (%s): the prompt is computed here", transfer_id, problem)
-
-    def _let_go(self, departure: _Departure) -> None:
-        """Nobody reads its blocks, and of those that are still to be filled nobody will."""
-        self._scheduler.kv_cache.unpin(departure.choices[0])
-
-    def _read(self, arrival: _Arrival, event: Pulled) -> str | None:
-        """Take the payload. What is wrong with it, if something is."""
+        assert self.transfer_engine is not None
+        assert state.remote_blocks is not None
+        num_cached, table = reserved
+        state.is_pulling, state.num_pulled = True, len(table) - num_cached
         try:
-            payload = msgspec.msgpack.decode(event.payload, type=Payload)
-        except (msgspec.MsgspecError, ValueError) as error:
-            return f"what came with the blocks cannot be read: {error}"
-        if payload.prompt != _digest(arrival.first):
-            return "the blocks are of another prompt"
-        if len(payload.tokens) != len(arrival.choices):
-            return f"it has {len(payload.tokens)} choices, the request {len(arrival.choices)}"
-        arrival.payload = payload
-        return None
+            self.transfer_engine.pull(state.remote_blocks, num_cached, table[num_cached:])
+        except ValueError as error:  # two requests name one transfer
+            self._end_pull(state, PullFailed(state.remote_blocks.transfer_id, str(error)))
 
-    def _pull(self, arrival: _Arrival, remote_blocks: RemoteBlocks) -> None:
-        reserved = self._scheduler.reserve_remote(arrival.first)
-        if reserved is not None:
-            assert self.transfers is not None
-            num_found, table = reserved
-            arrival.is_pulling, arrival.num_pulled = True, len(table) - num_found
-            try:
-                self.transfers.pull(remote_blocks, num_found, table[num_found:])
-            except ValueError as error:  # two requests name one transfer
-                self._fail(arrival, remote_blocks.transfer_id, str(error))
+    def _end_pull(self, state: _ReceiveState, event: Pulled | PullFailed) -> None:
+        state.is_pulling = False
+        if isinstance(event, PullFailed):
+            self._fail(state, event.transfer_id, event.reason)
+            return
+        try:
+            state.payload = _decode_payload(event.payload, state.choices)
+        except ValueError as error:
+            self._fail(state, event.transfer_id, str(error))
+            return
+        self.totals.num_received_prompts += 1
+        self.totals.num_received_blocks += state.num_pulled
 
-    def _give_up(self, arrival: _Arrival) -> None:
-        """Nobody wants it any more; its blocks are free once nobody writes to them."""
-        if arrival.remote_blocks is not None and self.transfers is not None:
-            if not (arrival.is_pulling or arrival.is_filled):
-                with contextlib.suppress(ValueError):
-                    self.transfers.pull(
-                        arrival.remote_blocks, 0, []
-                    )  # the other side need not wait for its lease to end
-            self.transfers.release(arrival.remote_blocks.transfer_id)
-        if not arrival.is_pulling:
-            self._scheduler.kv_cache.free_remote(arrival.first)
-            self._arrivals.remove(arrival)
+    def _fail(self, state: _ReceiveState, transfer_id: str, reason: str) -> None:
+        """Give up a request's transfer. Nothing writes to its blocks any more."""
+        self._scheduler.kv_cache.free_remote(state.first)
+        state.remote_blocks = None
+        self._release(transfer_id)
+        if state.running:
+            self.totals.num_failed_receives += 1
+            log.warning("transfer %s failed (%s): the prompt is computed here", transfer_id, reason)
 
-    def _hand_over(self, arrival: _Arrival) -> None:
-        self._arrivals.remove(arrival)
-        outputs, payload = arrival.outputs, arrival.payload
+    def _cancel_finished(self) -> None:
+        for state in list(self._receives):
+            if not state.running:
+                self._cancel(state)
+
+    def _cancel(self, state: _ReceiveState) -> None:
+        """Cancel the pull of a request that has ended. Its blocks are freed once nothing writes to them."""
+        if state.remote_blocks is not None and self.transfer_engine is not None:
+            if state.needs_blocks and not state.is_pulling:
+                with contextlib.suppress(ValueError):  # pulled and cancelled, so that the source need not wait
+                    self.transfer_engine.pull(state.remote_blocks, 0, [])
+            self._release(state.remote_blocks.transfer_id)
+        if not state.is_pulling:
+            self._scheduler.kv_cache.free_remote(state.first)
+            self._receives.remove(state)
+
+    def _start(self, state: _ReceiveState) -> None:
+        """Let a request's choices run, from the received blocks or by computing the prompt here."""
+        self._receives.remove(state)
+        outputs, payload = state.outputs, state.payload
         if outputs is not None:
-            for choice, tokens in zip(arrival.choices, outputs, strict=True):
+            for choice, tokens in zip(state.choices, outputs, strict=True):
                 if choice.status is not Status.FINISHED:
                     for token_id in tokens or ():
                         choice.append(token_id)
         elif payload is not None:
-            arrival.first.prompt_logprobs = payload.prompt_logprobs
-            for choice, token in zip(arrival.choices, payload.tokens, strict=True):
+            state.first.prompt_logprobs = payload.prompt_logprobs
+            for choice, token in zip(state.choices, payload.tokens, strict=True):
                 choice.num_cached_tokens = payload.num_cached_tokens
                 if choice.status is not Status.FINISHED:
                     choice.append(token.token_id)
                     if token.logprobs is not None:
                         choice.logprobs.append(token.logprobs)
                     self._outputs.append(last_token_output(choice, token.logprobs))
-        for choice in arrival.choices:
-            if choice.status is not Status.FINISHED and choice.finish_reason is not None:
+        for choice in state.running:
+            if choice.finish_reason is not None:
                 self._scheduler.finish(choice, choice.finish_reason)
-        going_on = [choice for choice in arrival.choices if choice.status is not Status.FINISHED]
-        if arrival.remote_blocks is None:
-            self._scheduler.recompute(going_on)
+        if state.remote_blocks is None:
+            self._scheduler.recompute(state.running)
             return
-        self._scheduler.start_remote(arrival.first, going_on)
-        if payload is not None and outputs is None:
-            for choice in arrival.choices:
-                choice.num_cached_tokens = payload.num_cached_tokens
-        self._release(arrival.remote_blocks.transfer_id)
+        self._scheduler.start_remote(state.first, state.running)
+        self._release(state.remote_blocks.transfer_id)
 
     def _release(self, transfer_id: str) -> None:
-        """Tell the other side that its blocks are not needed any more."""
-        if self.transfers is not None:
-            self.transfers.release(transfer_id)
+        """Tell the source that its blocks are no longer needed."""
+        if self.transfer_engine is not None:
+            self.transfer_engine.release(transfer_id)
 
 
-def _payload(choices: tuple[Sequence, ...]) -> Payload:
+def _payload(choices: tuple[Sequence, ...]) -> bytes:
     first = choices[0]
     tokens = [
         FirstToken(choice.output_token_ids[0], choice.logprobs[0] if choice.logprobs else None) for choice in choices
     ]
-    return Payload(_digest(first), tokens, first.prompt_logprobs, first.num_cached_tokens or 0)
+    payload = Payload(_digest(first), tokens, first.prompt_logprobs, first.num_cached_tokens or 0)
+    return msgspec.msgpack.encode(payload)
+
+
+def _decode_payload(encoded: bytes, choices: tuple[Sequence, ...]) -> Payload:
+    """Decode what came with a request's blocks. Raises ValueError if it is invalid or of another request."""
+    payload = msgspec.msgpack.decode(encoded, type=Payload)
+    if payload.prompt != _digest(choices[0]):
+        raise ValueError("the blocks are of another prompt")
+    if len(payload.tokens) != len(choices):
+        raise ValueError(f"the payload has {len(payload.tokens)} choices, the request {len(choices)}")
+    return payload
 
 
 def _digest(sequence: Sequence) -> bytes:

@@ -1,10 +1,9 @@
-"""The source's side of the protocol, as a state machine: no threads, no sockets, no clock of its own.
+"""The source's side of the protocol as a state machine: no threads, no sockets, no clock of its own.
 
-An offer is one transfer's blocks. They may be read from the moment their checksum is known until the offer ends:
-because its puller is done, because the engine withdrew it, or because its lease ran out. It is released when it has
-ended and nobody reads any more: a read over a connection is counted until it is sent, as is a checksum being computed;
-who reads by itself, from memory that it maps, counts from the first answer that named blocks until it is done or the
-lease ends.
+A transfer's blocks may be read from when their checksum is known until the transfer ends: its puller is done, the
+engine withdraws it, or its lease runs out. It is released once it has ended and nothing reads it any more. A read over
+a connection counts until it is sent, a checksum until it is computed. A puller that reads by itself, from memory that
+it maps, counts from the first answer that names blocks until it is done or the lease ends.
 """
 
 from collections import OrderedDict
@@ -12,24 +11,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dispec.engine.transfer.interface import MAX_PAYLOAD_BYTES, Released
-from dispec.engine.transfer.messages import MAX_PLACES, Ask, Done, Gone, Read, Ready
+from dispec.engine.transfer.messages import MAX_BLOCKS, BlocksReady, PullDone, QueryBlocks, ReadBlocks, TransferEnded
 
-MAX_PARKED = 4096  # questions of one puller that wait for news
-MAX_REMEMBERED = 65536  # ended transfers, so that a late question gets a reason
+MAX_OPEN_QUERIES = 4096  # of one puller
+MAX_REMEMBERED = 65536  # ended transfers, so that a late query gets the reason
 
 
 @dataclass(frozen=True)
 class Send:
-    """A message to a puller, with the payload that follows it."""
+    """Send a message to a puller."""
 
     peer: int
-    message: Ready | Gone
-    payload: bytes = b""
+    message: BlocksReady | TransferEnded
 
 
 @dataclass(frozen=True)
 class SendBlocks:
-    """Bytes of blocks to a puller. `Sender.sent` must be told when they are sent or cannot be."""
+    """Send the bytes of blocks to a puller. `Sender.sent` must be called when they are sent or cannot be."""
 
     peer: int
     transfer_id: str
@@ -41,233 +39,241 @@ Output = Send | SendBlocks | Released
 
 
 @dataclass
-class _Offer:
-    """deadline: when the lease ends; None while the engine may still publish."""
+class _Transfer:
+    """deadline: end of the lease; None while the engine may still publish. queries: those that wait for news."""
 
-    is_known: bool = False
+    is_published: bool = False
     blocks: list[int] = field(default_factory=list)
     checksums: list[bytes] = field(default_factory=list)
     payload: bytes | None = None
     deadline: float | None = None
-    ending: str | None = None
+    end_reason: str | None = None
     was_expired: bool = False
     num_reads: int = 0
     readers: set[int] = field(default_factory=set)
-    parked: dict[int, Ask] = field(default_factory=dict)
+    queries: dict[int, QueryBlocks] = field(default_factory=dict)
 
 
 class Sender:
     """All transfers that this process is the source of. Times are seconds of any monotonic clock."""
 
-    def __init__(self, lease_seconds: float, max_read_places: int) -> None:
+    def __init__(self, lease_seconds: float) -> None:
         self._lease = lease_seconds
-        self._max_read_places = max_read_places
-        self._offers: dict[str, _Offer] = {}
+        self._transfers: dict[str, _Transfer] = {}
         self._ended: OrderedDict[str, str] = OrderedDict()
-        self._unwanted: set[str] = set()  # of the ended ones, those that their puller cancelled before we knew them
+        self._cancelled: set[str] = set()  # those of `_ended` that their puller cancelled before anything was published
 
     def publish(self, transfer_id: str, blocks: Sequence[int], payload: bytes | None, now: float) -> list[Output]:
-        """Take over further blocks; a payload completes the transfer. Each block's checksum is due by `checked`.
+        """Add blocks; a payload completes the transfer. The checksum of each block must follow by `checked`.
 
-        Raises ValueError for an id that is complete already or a payload that is too long. Blocks of a transfer that
-        has ended are not read; its `Released`, due or polled already, is theirs too.
+        Raises ValueError if the transfer is complete or the payload too long. Blocks of a transfer that has ended are
+        not read; its `Released`, due or polled already, covers them.
         """
         if payload is not None and len(payload) > MAX_PAYLOAD_BYTES:
             raise ValueError(f"payload has {len(payload)} bytes, must have at most {MAX_PAYLOAD_BYTES}")
-        if transfer_id in self._unwanted:
-            self._unwanted.discard(transfer_id)
+        if transfer_id in self._cancelled:
+            self._cancelled.discard(transfer_id)
             return [Released(transfer_id, was_expired=False)]
         if transfer_id in self._ended:
             return []
-        offer = self._offers.setdefault(transfer_id, _Offer())
-        if offer.payload is not None:
-            raise ValueError(f"transfer {transfer_id!r} is complete, nothing can be published any more")
-        offer.is_known = True
-        offer.deadline = None
-        if payload is not None:
-            offer.payload = bytes(payload)
-            offer.deadline = now + self._lease
-        offer.blocks.extend(blocks)
-        if offer.ending is not None:
-            offer.deadline = now + self._lease
-            return self._finish(transfer_id, offer)
-        return self._news(transfer_id, offer)
+        transfer = self._transfers.setdefault(transfer_id, _Transfer())
+        if transfer.payload is not None:
+            raise ValueError(f"transfer {transfer_id!r} is complete, nothing more can be published")
+        transfer.is_published = True
+        transfer.payload = payload
+        transfer.blocks.extend(blocks)
+        is_over = payload is not None or transfer.end_reason is not None
+        transfer.deadline = now + self._lease if is_over else None
+        if transfer.end_reason is not None:
+            return self._release(transfer_id, transfer)
+        return self._answer_queries(transfer)
 
     def start_check(self, transfer_id: str) -> bool:
-        """Whether the next blocks' checksums are still wanted. If so, `checked` must follow."""
-        offer = self._offers.get(transfer_id)
-        if offer is None or offer.ending is not None:
+        """Return whether the next blocks' checksums are still needed. If so, `checked` must follow."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.end_reason is not None:
             return False
-        offer.num_reads += 1
+        transfer.num_reads += 1
         return True
 
     def checked(self, transfer_id: str, checksums: Sequence[bytes] | None, now: float) -> list[Output]:
-        """The checksums of the first blocks that have none; None if they could not be computed."""
-        offer = self._offers[transfer_id]
-        offer.num_reads -= 1
-        if offer.ending is not None:
-            return self._finish(transfer_id, offer)
+        """Take the checksums of the first blocks that have none; None if they could not be computed."""
+        transfer = self._transfers[transfer_id]
+        transfer.num_reads -= 1
+        if transfer.end_reason is not None:
+            return self._release(transfer_id, transfer)
         if checksums is None:
-            return self._end(transfer_id, offer, "the source could not read its blocks", now)
-        offer.checksums += checksums
-        return self._news(transfer_id, offer)
+            return self._end(transfer_id, transfer, "the source could not read its blocks", now)
+        transfer.checksums += checksums
+        return self._answer_queries(transfer)
 
     def withdraw(self, transfer_id: str, reason: str, now: float) -> list[Output]:
-        """End a transfer from this side, one of which nothing was published as well: its puller may be waiting.
+        """End a transfer from this side, also one without blocks: its puller may be waiting.
 
-        `Released` follows, once for each transfer; one that has ended is left as it is.
+        `Released` follows once for each transfer; one that has ended stays as it is.
         """
         if transfer_id in self._ended:
             return self.publish(transfer_id, (), None, now)
-        offer = self._offers.setdefault(transfer_id, _Offer())
-        if offer.ending is not None:
+        transfer = self._transfers.setdefault(transfer_id, _Transfer())
+        if transfer.end_reason is not None:
             return []
-        offer.is_known = True
-        return self._end(transfer_id, offer, reason, now)
+        transfer.is_published = True
+        return self._end(transfer_id, transfer, reason, now)
 
-    def ask(self, peer: int, message: Ask, now: float) -> list[Output]:
-        """A puller asks, or says again what it waits for, which renews the lease."""
-        transfer_id = message.transfer_id
-        if transfer_id in self._ended:
-            return [Send(peer, Gone(transfer_id, self._ended[transfer_id]))]
-        offer = self._offers.get(transfer_id)
-        if offer is None:
-            if sum(peer in other.parked for other in self._offers.values()) >= MAX_PARKED:
-                return [Send(peer, Gone(transfer_id, f"more than {MAX_PARKED} questions are open"))]
-            offer = self._offers[transfer_id] = _Offer()
-        if offer.ending is not None:
-            return [Send(peer, Gone(transfer_id, offer.ending))]
-        self._renew(offer, now)
-        previous = offer.parked.pop(peer, None)
-        if answer := self._answer(peer, offer, message):
-            return [answer]
-        offer.parked[peer] = message
-        return [Send(peer, Ready(transfer_id, message.beyond, [], b""))] if previous is not None else []
-
-    def read(self, peer: int, message: Read, now: float) -> list[Output]:
-        """A puller wants bytes."""
-        transfer_id = message.transfer_id
-        offer = self._offers.get(transfer_id)
-        last = message.first + message.count
-        if offer is None or offer.ending is not None:
-            ended = offer.ending if offer is not None else self._ended.get(transfer_id)
-            return [Send(peer, Gone(transfer_id, ended or "there is no such transfer"))]
-        if message.count > self._max_read_places or last > len(offer.checksums):
-            return [Send(peer, Gone(transfer_id, f"places {message.first} to {last} cannot be read at once"))]
-        self._renew(offer, now)
-        offer.num_reads += 1
-        offer.readers.add(peer)
-        return [SendBlocks(peer, transfer_id, message.read_id, offer.blocks[message.first : last])]
+    def receive(self, peer: int, message: QueryBlocks | ReadBlocks | PullDone, now: float) -> list[Output]:
+        """Handle a puller's message. A query or a read renews the lease."""
+        match message:
+            case QueryBlocks():
+                return self._query(peer, message, now)
+            case ReadBlocks():
+                return self._read(peer, message, now)
+            case PullDone(transfer_id):
+                return self._pull_done(peer, transfer_id, now)
 
     def sent(self, transfer_id: str, now: float) -> list[Output]:
-        """A `SendBlocks` is over, however it ended."""
-        offer = self._offers[transfer_id]
-        offer.num_reads -= 1
-        if offer.ending is None:
-            self._renew(offer, now)
-        return self._finish(transfer_id, offer)
+        """Note that a `SendBlocks` is over, sent or not."""
+        transfer = self._transfers[transfer_id]
+        transfer.num_reads -= 1
+        if transfer.end_reason is None:
+            self._renew(transfer, now)
+        return self._release(transfer_id, transfer)
 
-    def done(self, peer: int, message: Done, now: float) -> list[Output]:
-        """A puller reads nothing more. That ends the transfer."""
-        offer = self._offers.get(message.transfer_id)
-        if offer is None:
-            return []
-        offer.parked.pop(peer, None)
-        offer.readers.discard(peer)
-        if not offer.is_known:
-            del self._offers[message.transfer_id]
-            self._unwanted.add(message.transfer_id)
-            self._remember(message.transfer_id, "its puller does not want it any more")
-            return []
-        if offer.ending is not None:
-            return self._finish(message.transfer_id, offer)
-        return self._end(message.transfer_id, offer, "its puller released it", now)
-
-    def lost(self, peer: int) -> None:
-        """A connection has ended. Who read over it may still read what it maps: the lease decides."""
-        for transfer_id, offer in list(self._offers.items()):
-            if offer.parked.pop(peer, None) and not offer.is_known and not offer.parked:
-                del self._offers[transfer_id]
+    def disconnected(self, peer: int, now: float) -> list[Output]:
+        """Drop a connection's queries. Its puller may still read mapped memory, until the lease ends."""
+        for transfer_id, transfer in list(self._transfers.items()):
+            if transfer.queries.pop(peer, None) and not transfer.is_published and not transfer.queries:
+                del self._transfers[transfer_id]
+        return []
 
     def tick(self, now: float) -> list[Output]:
         """End leases that have run out."""
         outputs: list[Output] = []
-        for transfer_id, offer in list(self._offers.items()):
-            if offer.deadline is None or now < offer.deadline:
+        for transfer_id, transfer in list(self._transfers.items()):
+            if transfer.deadline is None or now < transfer.deadline:
                 continue
-            if not offer.is_known:
-                del self._offers[transfer_id]
-            elif offer.ending is not None:
-                offer.was_expired = offer.was_expired or bool(offer.readers)
-                offer.readers.clear()
-                offer.deadline = None  # what is left are reads of ours, and they end
-                outputs += self._finish(transfer_id, offer)
-            elif offer.num_reads:  # a read of ours is under way: that is a contact
-                self._renew(offer, now)
+            if not transfer.is_published:
+                del self._transfers[transfer_id]
+            elif transfer.end_reason is not None:
+                transfer.was_expired = transfer.was_expired or bool(transfer.readers)
+                transfer.readers.clear()
+                transfer.deadline = None  # only reads of this process are left, and they end
+                outputs += self._release(transfer_id, transfer)
+            elif transfer.num_reads:  # its puller is being served
+                self._renew(transfer, now)
             else:
-                offer.was_expired = True
-                offer.readers.clear()
-                outputs += self._end(transfer_id, offer, f"nobody asked for {self._lease:g} s: its lease is over", now)
+                transfer.was_expired = True
+                transfer.readers.clear()
+                reason = f"its lease of {self._lease:g} s ran out without a message from its puller"
+                outputs += self._end(transfer_id, transfer, reason, now)
         return outputs
 
     @property
     def next_deadline(self) -> float | None:
         """When `tick` has something to do."""
-        return min((offer.deadline for offer in self._offers.values() if offer.deadline is not None), default=None)
+        return min((one.deadline for one in self._transfers.values() if one.deadline is not None), default=None)
 
     @property
-    def num_offers(self) -> int:
-        return len(self._offers)
+    def num_transfers(self) -> int:
+        return len(self._transfers)
 
-    def _renew(self, offer: _Offer, now: float) -> None:
-        if offer.payload is not None or not offer.is_known:
-            offer.deadline = now + self._lease
+    def _query(self, peer: int, query: QueryBlocks, now: float) -> list[Output]:
+        transfer_id = query.transfer_id
+        if transfer_id in self._ended:
+            return [Send(peer, TransferEnded(transfer_id, self._ended[transfer_id]))]
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            if sum(peer in other.queries for other in self._transfers.values()) >= MAX_OPEN_QUERIES:
+                return [Send(peer, TransferEnded(transfer_id, f"more than {MAX_OPEN_QUERIES} queries are open"))]
+            transfer = self._transfers[transfer_id] = _Transfer()
+        if transfer.end_reason is not None:
+            return [Send(peer, TransferEnded(transfer_id, transfer.end_reason))]
+        self._renew(transfer, now)
+        was_waiting = transfer.queries.pop(peer, None) is not None
+        if answer := self._answer(peer, transfer, query):
+            return [answer]
+        transfer.queries[peer] = query
+        return [Send(peer, BlocksReady(transfer_id, query.first))] if was_waiting else []
 
-    def _answer(self, peer: int, offer: _Offer, ask: Ask) -> Send | None:
-        """What is news to the asker; None if nothing is."""
-        last = min(len(offer.checksums), ask.beyond + MAX_PLACES)
-        is_end = offer.payload is not None and last == len(offer.checksums) == len(offer.blocks)
-        if last <= ask.beyond and (not is_end or ask.has_end):
+    def _read(self, peer: int, read: ReadBlocks, now: float) -> list[Output]:
+        transfer = self._transfers.get(read.transfer_id)
+        last = read.first + read.count
+        if transfer is None:
+            problem = self._ended.get(read.transfer_id, "there is no such transfer")
+        elif transfer.end_reason is not None:
+            problem = transfer.end_reason
+        elif last > len(transfer.checksums):
+            problem = f"blocks {read.first} to {last} are not ready"
+        else:
+            self._renew(transfer, now)
+            transfer.num_reads += 1
+            transfer.readers.add(peer)
+            return [SendBlocks(peer, read.transfer_id, read.read_id, transfer.blocks[read.first : last])]
+        return [Send(peer, TransferEnded(read.transfer_id, problem))]
+
+    def _pull_done(self, peer: int, transfer_id: str, now: float) -> list[Output]:
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            return []
+        transfer.queries.pop(peer, None)
+        transfer.readers.discard(peer)
+        if not transfer.is_published:
+            del self._transfers[transfer_id]
+            self._cancelled.add(transfer_id)
+            self._remember(transfer_id, "its puller cancelled it")
+            return []
+        if transfer.end_reason is not None:
+            return self._release(transfer_id, transfer)
+        return self._end(transfer_id, transfer, "its puller released it", now)
+
+    def _renew(self, transfer: _Transfer, now: float) -> None:
+        if transfer.payload is not None or not transfer.is_published:
+            transfer.deadline = now + self._lease
+
+    def _answer(self, peer: int, transfer: _Transfer, query: QueryBlocks) -> Send | None:
+        """Answer a query; None if there is no news for it."""
+        last = min(len(transfer.checksums), query.first + MAX_BLOCKS)
+        is_end = transfer.payload is not None and last == len(transfer.checksums) == len(transfer.blocks)
+        if last <= query.first and (not is_end or query.has_payload):
             return None
-        blocks = offer.blocks[ask.beyond : last]
+        blocks = transfer.blocks[query.first : last]
         if blocks:
-            offer.readers.add(peer)
-        payload = offer.payload if is_end and not ask.has_end else None
-        ready = Ready(
-            ask.transfer_id,
-            ask.beyond,
+            transfer.readers.add(peer)
+        payload = transfer.payload if is_end and not query.has_payload else None
+        ready = BlocksReady(
+            query.transfer_id,
+            query.first,
             blocks,
-            b"".join(offer.checksums[ask.beyond : last]),
-            len(offer.blocks) if is_end else None,
-            len(payload) if payload is not None else None,
+            transfer.checksums[query.first : last],
+            len(transfer.blocks) if is_end else None,
+            payload,
         )
-        return Send(peer, ready, payload or b"")
+        return Send(peer, ready)
 
-    def _news(self, transfer_id: str, offer: _Offer) -> list[Output]:
-        """Answers to those who waited for what is there now."""
+    def _answer_queries(self, transfer: _Transfer) -> list[Output]:
         outputs: list[Output] = []
-        for peer, ask in list(offer.parked.items()):
-            if answer := self._answer(peer, offer, ask):
-                del offer.parked[peer]
+        for peer, query in list(transfer.queries.items()):
+            if answer := self._answer(peer, transfer, query):
+                del transfer.queries[peer]
                 outputs.append(answer)
         return outputs
 
-    def _end(self, transfer_id: str, offer: _Offer, reason: str, now: float) -> list[Output]:
-        offer.ending = reason
-        offer.deadline = now + self._lease
-        peers = dict.fromkeys([*offer.parked, *sorted(offer.readers)])
-        offer.parked.clear()
-        outputs: list[Output] = [Send(peer, Gone(transfer_id, reason)) for peer in peers]
-        return outputs + self._finish(transfer_id, offer)
+    def _end(self, transfer_id: str, transfer: _Transfer, reason: str, now: float) -> list[Output]:
+        transfer.end_reason = reason
+        transfer.deadline = now + self._lease
+        peers = dict.fromkeys([*transfer.queries, *sorted(transfer.readers)])
+        transfer.queries.clear()
+        outputs: list[Output] = [Send(peer, TransferEnded(transfer_id, reason)) for peer in peers]
+        return outputs + self._release(transfer_id, transfer)
 
-    def _finish(self, transfer_id: str, offer: _Offer) -> list[Output]:
-        if offer.ending is None or offer.num_reads or offer.readers:
+    def _release(self, transfer_id: str, transfer: _Transfer) -> list[Output]:
+        """Release a transfer that has ended, unless something still reads it."""
+        if transfer.end_reason is None or transfer.num_reads or transfer.readers:
             return []
-        del self._offers[transfer_id]
-        self._remember(transfer_id, offer.ending)
-        return [Released(transfer_id, offer.was_expired)]
+        del self._transfers[transfer_id]
+        self._remember(transfer_id, transfer.end_reason)
+        return [Released(transfer_id, transfer.was_expired)]
 
     def _remember(self, transfer_id: str, reason: str) -> None:
         self._ended[transfer_id] = reason
         while len(self._ended) > MAX_REMEMBERED:
-            self._unwanted.discard(self._ended.popitem(last=False)[0])
+            self._cancelled.discard(self._ended.popitem(last=False)[0])

@@ -36,11 +36,11 @@ class Network:
         self.random = random.Random(seed)
         self.delay = delay
         self.failure = failure
-        self.engines: dict[str, FakeTransfers] = {}
+        self.engines: dict[str, FakeTransferEngine] = {}
         self.num_pulled = self.num_blocks = 0
 
 
-class FakeTransfers:
+class FakeTransferEngine:
     def __init__(self, network: Network, engine_id: str, kv_cache: KVCache) -> None:
         self.engine_id = engine_id
         self.address = ("127.0.0.1", 1)

@@ -1,0 +1,139 @@
+"""The bytes of KV blocks as buffers for a socket, as copies and as checksums. `device_blocks` has those on CUDA.
+
+A cache is two arrays [L, NB, bytes of a block in one layer], keys and values. A block's bytes are its keys of all
+layers, then its values of all layers. Its checksum is their XXH3-64 (https://github.com/Cyan4973/xxHash), which finds
+accidents, not forgeries.
+"""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from dispec.engine.transfer.shared_memory import SharedMemory
+from dispec.layers.types import KVCache
+
+
+class KVBlocks(ABC):
+    """The blocks of one KV cache. shape: (L, NB, bytes of a block in one layer) of the keys, and of the values."""
+
+    device: str
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = tuple(shape)
+        self.num_layers, self.num_blocks, self.layer_bytes = shape
+        self.block_bytes = 2 * self.num_layers * self.layer_bytes
+
+    @abstractmethod
+    def wait_for_engine(self) -> None:
+        """Order reads and writes from now on after what the engine has launched. For the engine's thread alone.
+
+        Published blocks are then complete when they are read. A step launched before blocks were freed, which may still
+        write to them, has then ended when they are written.
+        """
+
+    @abstractmethod
+    def send_buffers(self, blocks: Sequence[int]) -> list[memoryview]:
+        """Return buffers with the bytes of blocks: keys before values, layer by layer, blocks in order.
+
+        They are valid until the same thread calls this class again.
+        """
+
+    @abstractmethod
+    def receive_buffers(self, blocks: Sequence[int]) -> list[memoryview]:
+        """Return buffers to receive blocks into, in the order of `send_buffers`."""
+
+    @abstractmethod
+    def finish_receive(self, blocks: Sequence[int]) -> None:
+        """Write what the same thread's `receive_buffers` got into the cache."""
+
+    @abstractmethod
+    def checksums(self, blocks: Sequence[int]) -> list[bytes]:
+        """Return the checksum of each block."""
+
+    def verify(self, blocks: Sequence[int], checksums: Sequence[bytes], first: int) -> str | None:
+        """Return what is wrong with blocks, which have indices from `first` on in their transfer; None if nothing."""
+        for index, (found, expected) in enumerate(zip(self.checksums(blocks), checksums, strict=True), first):
+            if found != expected:
+                return f"the checksum of block {index} is wrong: its bytes changed after they were published"
+        return None
+
+
+class HostBlocks(KVBlocks):
+    """Blocks in host memory: keys and values [L, NB, bytes of a block in one layer]."""
+
+    device = "cpu"
+
+    def __init__(self, keys: np.ndarray, values: np.ndarray) -> None:
+        super().__init__(keys.shape)
+        self.halves = (keys, values)
+
+    @classmethod
+    def of_cache(cls, kv_cache: KVCache, shared: SharedMemory | None) -> "HostBlocks":
+        """Wrap a KV cache. Raises ValueError if `shared` is not its keys followed by its values, as peers read it."""
+        keys, values = (byte_view(half).numpy() for half in kv_cache)
+        if shared is not None:
+            start = shared.tensor.data_ptr()
+            if [half.ctypes.data for half in (keys, values)] != [start, start + keys.nbytes]:
+                raise ValueError("kv_cache is not the keys and then the values of the shared memory")
+        return cls(keys, values)
+
+    @classmethod
+    def of_region(cls, region: np.ndarray, num_layers: int, num_blocks: int, layer_bytes: int) -> "HostBlocks":
+        """Wrap a peer's shared memory. Raises ValueError if it is too small."""
+        size = 2 * num_layers * num_blocks * layer_bytes
+        if region.nbytes < size:
+            raise ValueError(f"a KV cache of {size} bytes does not fit in shared memory of {region.nbytes} bytes")
+        return cls(*region[:size].reshape(2, num_layers, num_blocks, layer_bytes))
+
+    def wait_for_engine(self) -> None:
+        """Do nothing: steps on a CPU have ended when the engine publishes."""
+
+    def send_buffers(self, blocks: Sequence[int]) -> list[memoryview]:
+        runs = list(_runs(blocks))
+        return [
+            layer[first : first + count].reshape(-1).data
+            for half in self.halves
+            for layer in half
+            for first, count in runs
+        ]
+
+    def receive_buffers(self, blocks: Sequence[int]) -> list[memoryview]:
+        return self.send_buffers(blocks)
+
+    def finish_receive(self, blocks: Sequence[int]) -> None:
+        """Do nothing: the buffers are the cache itself."""
+
+    def copy_block(self, source: "HostBlocks", source_block: int, own_block: int) -> None:
+        """Copy one block of all layers from another cache of the same geometry."""
+        for own, other in zip(self.halves, source.halves, strict=True):
+            own[:, own_block] = other[:, source_block]
+
+    def checksums(self, blocks: Sequence[int]) -> list[bytes]:
+        return [self._checksum(block) for block in blocks]
+
+    def _checksum(self, block: int) -> bytes:
+        # Row by row in place: gathering them first would write and read all bytes once more.
+        digest = xxhash.xxh3_64()
+        for half in self.halves:
+            for row in half[:, block]:
+                digest.update(row.data)
+        return digest.digest()
+
+
+def byte_view(half: Tensor) -> Tensor:
+    """View keys or values as [L, NB, bytes of a block in one layer]. Raises ValueError if they are not contiguous."""
+    if not half.is_contiguous():
+        raise ValueError(f"a KV cache of shape {tuple(half.shape)} is not contiguous")
+    return half.flatten(2).view(torch.uint8)
+
+
+def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield (first, count) of consecutive block numbers."""
+    for _, run in itertools.groupby(enumerate(blocks), lambda pair: pair[1] - pair[0]):
+        numbers = [block for _, block in run]
+        yield numbers[0], len(numbers)

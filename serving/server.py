@@ -1,4 +1,4 @@
-"""A server from start to end: the socket first, then the engine, and on a signal nothing new until all is done."""
+"""The server's life: it listens, starts the engine, serves, and drains on a signal."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from litestar.types import ASGIApp
 from dispec.engine.machine.cpu_cores import usable_cores
 from dispec.engine.process.messages import EngineInfo
 from dispec.serving.api.app import create_app
-from dispec.serving.api.service import ApiContext, version
+from dispec.serving.api.context import ApiContext, version
 from dispec.serving.client.engine_client import EngineClient, EngineObserver, State
 from dispec.serving.client.engine_supervisor import RestartPolicy
 from dispec.serving.client.process_client import ProcessClient
@@ -38,37 +38,36 @@ from dispec.serving.start_check import check_start
 log = logging.getLogger("dispec.server")
 
 _BACKLOG = 4096
-_IDLE_SECONDS = 75  # more than clients and proxies keep connections for, so that it is they who close them
-_WORKERS = 4
-_FEW_FILES = 1024  # below which the limit is worth a warning
-_OPEN_FILES, _OPEN_FILES_PER_ENGINE = 32, 32  # with nothing to do a server of one engine has 26 open
-_LAST_WORDS_SECONDS = 3  # for what is still being written when everything is done; open dashboards never are
+_KEEP_ALIVE_SECONDS = 75  # longer than those of clients and proxies, which then close idle connections first
+_NUM_THREADS = 4  # that tokenize; more would take cores from the engine
+_FEW_FILES = 1024  # a lower limit of open files gets a warning
+_OPEN_FILES, _OPEN_FILES_PER_ENGINE = 32, 32  # an idle server with one engine has 26 open
+_SHUTDOWN_SECONDS = 3  # for responses that are still written after draining; open dashboards never end
 
 
 def run(settings: ServerSettings, engine_options: dict[str, Any], *, quiet: bool, show_progress: bool) -> int:
-    """Serve in this process until a signal comes; returns the exit code.
-
-    Raises ValueError for what cannot be started, before anything is, and as `serve` does.
-    """
+    """Serve in this process until a signal; return the exit code. Raises ValueError for bad options, and as `serve`."""
     check_start(settings, engine_options)
 
-    def say(line: str) -> None:
+    def print_line(line: str) -> None:
         if not quiet or line.startswith("warning: "):
             print(line, flush=True)
 
     with logging_to(sys.stderr, settings.log_format, logging.WARNING if quiet else logging.INFO):
-        return uvloop.run(serve(settings, engine_options, say, show_progress))
+        return uvloop.run(serve(settings, engine_options, print_line, show_progress))
 
 
 async def serve(
-    settings: ServerSettings, engine_options: dict[str, Any], say: Callable[[str], None], show_progress: bool = False
+    settings: ServerSettings,
+    engine_options: dict[str, Any],
+    print_line: Callable[[str], None],
+    show_progress: bool = False,
 ) -> int:
-    """Serve until a signal comes; returns the exit code. `say` gets a few lines for people.
+    """Serve until a signal; return the exit code. `print_line` gets the lines of the welcome.
 
-    Raises ValueError if the address or enough open files cannot be had, EngineDied if the engine cannot start.
+    Raises ValueError for an address that is taken or too few open files, EngineDied if the engine cannot start.
     """
-    # Long prompts are tokenised in threads, in parallel: more of them would take every core from the engine.
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_WORKERS, "worker"))
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_NUM_THREADS, "worker"))
     file_limit = raise_file_limit()
     _check_file_limit(file_limit, settings)
     listener = listen(settings.host, settings.port)
@@ -82,16 +81,16 @@ async def serve(
         app = create_app(client, settings, metrics, dashboard_router(client), names=names)
         server = DrainingServer(app, settings, client, file_limit)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        starting = asyncio.create_task(_start(client, app.state["service"]))
+        starting = asyncio.create_task(_start(client, app.state["context"]))
         scaling: asyncio.Task[None] | None = None
         try:
             await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
-                info = await starting  # raises what kept it from starting
-                client.observers.append(watch := _EndWithTheEngine(server))
+                info = await starting  # raises the engine's error
+                client.observers.append(watch := _ExitWithoutEngine(server))
                 watch.on_state(client.state)
                 for line in _welcome(info, settings, names[0], listener):
-                    say(line)
+                    print_line(line)
                 if settings.autoscale is not None and isinstance(client, WorkerPool):
                     scaling = asyncio.create_task(Autoscaler(client, settings.autoscale).run())
             await serving
@@ -107,7 +106,7 @@ async def serve(
 
 
 def make_client(settings: ServerSettings, engine_options: dict[str, Any], show_progress: bool) -> EngineClient:
-    """What serves requests: one engine, or several that share the work."""
+    """Return the client of one engine, or of several with `--disaggregate`."""
     limits: dict[str, Any] = {
         "max_queued_requests": settings.max_queued_requests,
         "max_queued_tokens": settings.max_queued_tokens,
@@ -130,25 +129,23 @@ def make_client(settings: ServerSettings, engine_options: dict[str, Any], show_p
     return ProcessClient(engine_options, **limits)
 
 
-async def _start(client: EngineClient, service: ApiContext) -> EngineInfo:
+async def _start(client: EngineClient, context: ApiContext) -> EngineInfo:
     info = await client.start()
-    await asyncio.to_thread(service.model)  # reads the vocabulary, which the first request need not wait for
+    await asyncio.to_thread(context.model)  # reads the vocabulary before the first request
     return info
 
 
 class DrainingServer(uvicorn.Server):
-    """Listens to the last: on SIGTERM or Ctrl-C new requests are told to go elsewhere while the running ones finish.
-    A second signal ends those as well.
-    """
+    """Finishes running requests on SIGTERM or Ctrl-C, and refuses new ones. A second signal ends it at once."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, client: EngineClient, file_limit: int) -> None:
         config = uvicorn.Config(
             app,
-            http=BoundedHttp.of(settings.max_header_bytes),
+            http=BoundedHttp.with_limit(settings.max_header_bytes),
             ws="none",
             lifespan="off",
-            timeout_keep_alive=_IDLE_SECONDS,
-            timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
             backlog=_BACKLOG,
             access_log=False,
             log_config=None,
@@ -162,7 +159,7 @@ class DrainingServer(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, but connections are accepted by us."""
+        """Start as uvicorn does, with our own acceptor of connections."""
         await super().startup(sockets=[])
         for listener in sockets or ():
             acceptor = Acceptor(listener, self._protocol, self._file_limit)
@@ -175,7 +172,7 @@ class DrainingServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Unlike uvicorn's, whose way is to be ended by the signal once more when all is done."""
+        """Handle signals in the event loop, and exit with our own code: uvicorn raises the signal again at the end."""
         loop = asyncio.get_running_loop()
         signals = (signal.SIGINT, signal.SIGTERM)
         for number in signals:
@@ -197,8 +194,8 @@ class DrainingServer(uvicorn.Server):
             self.exit_code = 128 + number
             self.force_exit = self.should_exit = True
 
-    def give_up(self) -> None:
-        """Leave with exit code 1, unless it is leaving already."""
+    def exit_with_error(self) -> None:
+        """Exit with code 1, unless the server is draining."""
         if self._draining is None and not self.should_exit:
             log.error("no engine is left: the server ends")
             self.exit_code = 1
@@ -207,31 +204,31 @@ class DrainingServer(uvicorn.Server):
     async def _drain(self) -> None:
         try:
             if not await self._client.drain(self._drain_timeout):
-                log.warning("some requests were not done after %g s and have been ended", self._drain_timeout)
+                log.warning("some requests were aborted: drain_timeout (%g s) has passed", self._drain_timeout)
         finally:
             self.should_exit = True
 
 
-class _EndWithTheEngine(EngineObserver):
-    """Ends a server of which no engine is left, so that its supervisor can start it again."""
+class _ExitWithoutEngine(EngineObserver):
+    """Ends a server without engines, so that its supervisor can start it again."""
 
     def __init__(self, server: DrainingServer) -> None:
         self._server = server
 
     def on_state(self, state: State) -> None:
         if state == "dead":
-            self._server.give_up()
+            self._server.exit_with_error()
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there, and nowhere else. Raises OSError or ValueError with the way out."""
+    """Return a socket that listens at one address. Raises ValueError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError):
         raise ValueError(f"host is {host!r}, which is no address of this machine") from None
-    # Of the two addresses of "localhost", clients try the older one in any case.
+    # Of the two addresses of "localhost", all clients try the IPv4 one.
     family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    # The protocol must be named: asyncio looks at it, and leaves a socket of protocol 0 to wait 40 ms for more to send.
+    # asyncio sets TCP_NODELAY only if the protocol is named; without it a packet waits up to 40 ms for more data.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -245,7 +242,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def model_name(model: str) -> str:
-    """What clients call a model: a hub id as it is, a directory or file by its own name."""
+    """Return a model's default name: a hub id, or the name of a directory or file."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path.resolve().name
@@ -253,7 +250,7 @@ def model_name(model: str) -> str:
 
 
 def _check_file_limit(limit: int, settings: ServerSettings) -> None:
-    """Warn where connections will be few. Raises ValueError where there would be none."""
+    """Warn if few connections can be open. Raises ValueError if none can."""
     num_engines = 1
     if settings.disaggregate:
         bounds = settings.autoscale
@@ -268,8 +265,8 @@ def _check_file_limit(limit: int, settings: ServerSettings) -> None:
 def _welcome(info: EngineInfo, settings: ServerSettings, name: str, listener: socket.socket) -> Iterator[str]:
     address, port = listener.getsockname()[:2]
     is_open = not address.startswith("127.") and address != "::1"
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
-    url = f"http://{shown}:{port}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
+    url = f"http://{host}:{port}"
     seconds = ", ".join(f"{phase} {took:.1f} s" for phase, took in info.phase_seconds.items())
     key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_key else ""
     message = '{"messages": [{"role": "user", "content": "Hello!"}]}'
@@ -279,4 +276,4 @@ def _welcome(info: EngineInfo, settings: ServerSettings, name: str, listener: so
     yield f"  dashboard  {url}/dashboard"
     yield f"  try        curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{message}'"
     if is_open and not settings.api_key:
-        yield f"warning: whoever reaches {address} can use this server: set --api-key, or leave --host out"
+        yield f"warning: every client that reaches {address} can use this server: set --api-key, or leave --host out"

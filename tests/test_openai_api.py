@@ -9,8 +9,8 @@ import pytest
 from openai import OpenAI
 
 from dispec import LLM, SamplingParams
+from dispec.serving.api.context import generation_defaults
 from dispec.serving.api.logprobs import finite
-from dispec.serving.api.service import generation_defaults
 from tests.api_server import CONTEXT, MESSAGES, PARAMETERS, chat, complete
 from tests.servers import Server
 from tests.small_engine import random_tokens

@@ -7,7 +7,7 @@ import jsonschema_rs
 import pytest
 
 from dispec.engine.text.chat_template import ChatTemplate
-from dispec.serving.api.protocol_sampling import RESERVED_TEMPLATE_NAMES
+from dispec.serving.api.prompts import RESERVED_TEMPLATE_NAMES
 from tests.servers import Server
 
 pytest_plugins = ["tests.api_server"]

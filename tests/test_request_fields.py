@@ -17,7 +17,7 @@ from dispec.serving.api.protocol import (
     GenerateRequest,
     TokenizeRequest,
 )
-from dispec.serving.api.request_decoding import decode_body
+from dispec.serving.api.request_body import decode_body
 from dispec.serving.api.request_fields import ROUTES
 from dispec.serving.http.errors import ApiError
 from tests import vllm_fields

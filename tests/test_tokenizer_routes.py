@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from dispec.engine.process.messages import EngineInfo
 from dispec.engine.text.tokenizer import Tokenizer
-from dispec.serving.api.tokenizer_configuration import tokenizer_configuration
+from dispec.serving.api.routes_tokenizer import tokenizer_configuration
 from tests.api_server import CONTEXT, MESSAGES
 from tests.servers import Server
 

@@ -1,4 +1,4 @@
-"""The messages of a conversation in the one form that chat templates of text models expect."""
+"""The messages of a conversation in the form that chat templates of text models expect."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,10 @@ from dispec.engine.errors import InvalidField
 
 
 def plain_messages(messages: Any) -> list[dict[str, Any]]:
-    """Check the messages and bring them into the form that templates for text models expect.
+    """Return checked messages. Raises InvalidField with the place.
 
-    Content given as text parts becomes one string, tool-call arguments given as JSON text become an object (templates
-    write them out as JSON themselves), and fields that are None are dropped (templates test whether they exist), except
-    for the content beside tool calls, which stays None. Raises InvalidField with the place.
+    Text parts become one string, tool-call arguments in JSON become an object (templates write JSON themselves), and
+    fields that are None are dropped (templates test whether they exist). Only the content beside tool calls stays None.
     """
     if not isinstance(messages, list | tuple):
         raise _wrong("messages", f"must be a list, not {type(messages).__name__}")
@@ -22,7 +21,7 @@ def plain_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def plain_data(value: Any, field: str, path: str = "") -> Any:
-    """A copy in exact JSON types: objects with methods are a way out of a sandbox. Raises InvalidField."""
+    """Return a copy in exact JSON types, because other objects may lead out of the sandbox. Raises InvalidField."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
@@ -46,7 +45,7 @@ def _plain_message(message: Any, where: str) -> dict[str, Any]:
         raise _wrong(f"{where}.function_call", "is not supported, must be given as tool_calls")
     _check_tool_calls(plain, where)
     plain["content"] = _content(given, "tool_calls" in plain, f"{where}.content")
-    if "reasoning" in plain:  # what OpenAI-style servers call it today, and what templates know
+    if "reasoning" in plain:  # the newer name of the field that templates know
         plain.setdefault("reasoning_content", plain["reasoning"])
     return plain
 
@@ -55,7 +54,7 @@ def _check_tool_calls(plain: dict[str, Any], where: str) -> None:
     calls = plain.get("tool_calls", [])
     if not isinstance(calls, list):
         raise _wrong(f"{where}.tool_calls", "must be a list")
-    if not calls:  # templates ask whether there is the field, and count
+    if not calls:  # templates test whether the field exists
         plain.pop("tool_calls", None)
     for index, call in enumerate(calls):
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -69,7 +68,7 @@ def _check_tool_calls(plain: dict[str, Any], where: str) -> None:
 
 
 def _content(message: Mapping[str, Any], has_tool_calls: bool, where: str) -> str | None:
-    """The text of a message. OpenAI's clients leave it out beside tool calls, and send back null with a refusal."""
+    """Return the text of a message. OpenAI's clients leave it out beside tool calls, and send null beside a refusal."""
     content = message.get("content")
     if content is not None:
         return _text(content, where)
@@ -103,5 +102,5 @@ def _wrong(where: str, what: str) -> InvalidField:
 
 
 def with_texts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The same messages, with an empty text where the content is None."""
+    """Return the messages with an empty text where the content is None."""
     return [{**message, "content": message["content"] or ""} for message in messages]

@@ -1,4 +1,4 @@
-"""Turn a list of messages into the prompt that the model was trained on, with the checkpoint's own Jinja template."""
+"""The checkpoint's Jinja template, which turns messages into the prompt that the model was trained on."""
 
 import json
 import re
@@ -16,14 +16,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from dispec.engine.errors import InvalidField
 from dispec.engine.text.chat_messages import plain_data, plain_messages, with_texts
 
-# Private-use characters, which no message holds; the space shows whether the template trims messages.
+# Private-use characters, which no message has. The space shows whether the template trims messages.
 _CONTINUED = "\ue000continued here\ue000 "
-_TAGS = range(0xF0000, 0xFFFFE)  # one for each message, to see whether the template shows it
-_SHOWN_TAG = re.compile(r"[\U000f0000-\U000ffffd]|\\udb[89ab][0-9a-f]\\ud[c-f][0-9a-f]{2}")  # as it is, or in JSON
+_TAGS = range(0xF0000, 0xFFFFE)  # one for each message, to find out whether the template writes it
+_WRITTEN_TAG = re.compile(r"[\U000f0000-\U000ffffd]|\\udb[89ab][0-9a-f]\\ud[c-f][0-9a-f]{2}")  # plain or in JSON
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the assistant wrote, for training; in a prompt the block is only its contents."""
+    """`{% generation %}`, which marks the assistant's text for training, as its contents alone."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
@@ -47,7 +47,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes for HTML.
+    # Jinja's own filter escapes HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -61,7 +61,7 @@ _environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _s
 class ChatTemplate:
     """The template of a checkpoint, or its named templates (`default`, `tool_use`).
 
-    A template is a program by whoever made the checkpoint, so it runs in Jinja's sandbox, on plain data only.
+    A template is a foreign program: it runs in Jinja's sandbox, on plain data only.
     """
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, Any]) -> None:
@@ -82,11 +82,12 @@ class ChatTemplate:
         continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        """The prompt. `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last
-        message open instead, for the model to go on with. `variables` are the template's own, like `enable_thinking`.
+        """Return the prompt.
 
-        A `developer` message is a system message to templates that do not know the role. Raises ValueError for
-        messages of the wrong form (naming the field), for what the template refuses and for messages it leaves out.
+        `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last message open
+        instead. `variables` are the template's own, like `enable_thinking`. Templates that do not know the role
+        `developer` get `system`. Raises InvalidField for messages of a wrong form and for messages that the template
+        refuses or leaves out, ValueError for a broken template.
         """
         if continue_final_message and add_generation_prompt:
             raise InvalidField(
@@ -101,7 +102,7 @@ class ChatTemplate:
         def rendered(messages: Sequence[Mapping[str, Any]]) -> str:
             try:
                 return template.render(messages=messages, **variables)
-            # A template is a program, and fails in all the ways of one.
+            # A template is a program, and may raise anything.
             except Exception as error:
                 raise InvalidField("messages", f"the chat template refuses these messages: {error}") from error
 
@@ -117,7 +118,7 @@ class ChatTemplate:
         if continue_final_message:
             plain[-1]["content"] = (plain[-1]["content"] or "") + _CONTINUED
         text = rendered(plain)
-        _check_all_shown(plain, messages, rendered)
+        _check_all_written(plain, messages, rendered)
         if not continue_final_message:
             return text
         before, mark, after = text.rpartition(_CONTINUED.strip())
@@ -127,13 +128,13 @@ class ChatTemplate:
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """What a caller can set in the templates: names that they read and that `render` does not set itself."""
+        """The names that the templates read and that `render` does not set itself."""
         found: set[str] = set()
         for source in self._sources.values():
             try:
                 found |= meta.find_undeclared_variables(_environment.parse(source))
             except jinja2.TemplateError:
-                continue  # `render` says so, if it is this one that is wanted
+                continue  # `render` raises it, if this template is used
         return frozenset(found - {"messages", "tools", "add_generation_prompt"})
 
     def _template(self, name: str) -> jinja2.Template:
@@ -148,7 +149,7 @@ class ChatTemplate:
 
 
 def _takes_null(messages: Sequence[Mapping[str, Any]], rendered: Callable[[Any], str]) -> bool:
-    """Whether the template expects null beside tool calls, or else a text: it then fails, or writes "None"."""
+    """Return whether the template expects null beside tool calls. One that expects a text fails or writes "None"."""
     try:
         text = rendered(messages)
     except InvalidField:
@@ -156,23 +157,23 @@ def _takes_null(messages: Sequence[Mapping[str, Any]], rendered: Callable[[Any],
     return text.count("None") <= rendered(with_texts(messages)).count("None")
 
 
-def _check_all_shown(
+def _check_all_written(
     messages: Sequence[Mapping[str, Any]], given: Sequence[Mapping[str, Any]], rendered: Callable[[Any], str]
 ) -> None:
-    """Raise InvalidField for a message that the template leaves out, by rendering each with a character of its own.
+    """Raise InvalidField for a message that the template leaves out, by rendering each with a tag of its own.
 
-    The character is at both ends of a content, one of which stays if the template keeps a part of it (as templates do
-    that drop what was thought), and after the names of called functions, beside which some templates drop the content.
+    The tag is at both ends of a content, because templates may drop a part of it (such as thinking), and after the
+    names of called functions, because templates may drop the content beside them.
     """
     tags = [chr(_TAGS[index % len(_TAGS)]) for index in range(len(messages))]
     try:
         text = rendered([_tagged(message, tag) for message, tag in zip(messages, tags, strict=True)])
-    except InvalidField:  # the template looks at what the contents are, and has taken the real ones
+    except InvalidField:  # the template checks contents, and has accepted the real ones
         return
-    shown = set(_SHOWN_TAG.findall(text))  # once: looking for each tag takes a minute for thousands of long messages
+    written = set(_WRITTEN_TAG.findall(text))  # one search; one for each tag takes a minute for thousands of messages
     for index, (message, tag) in enumerate(zip(messages, tags, strict=True)):
-        says_something = (message["content"] or "").strip() or "tool_calls" in message
-        if says_something and shown.isdisjoint((tag, json.dumps(tag)[1:-1])):
+        has_text = (message["content"] or "").strip() or "tool_calls" in message
+        if has_text and written.isdisjoint((tag, json.dumps(tag)[1:-1])):
             what = f"a message of the role {given[index]['role']!r:.50} at this place"
             raise InvalidField("messages", f"messages[{index}]: the model's chat template leaves out {what}")
 

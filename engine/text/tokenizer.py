@@ -1,4 +1,4 @@
-"""Text to token ids and back, from a `tokenizer.json`. Without torch or transformers: the front process uses it."""
+"""Text to token ids and back, from a `tokenizer.json`. Loads no torch, because the server's process uses it."""
 
 import functools
 import json
@@ -13,14 +13,14 @@ from dispec.engine.errors import CheckpointError
 from dispec.engine.json_file import read_json
 from dispec.engine.text.chat_messages import plain_messages
 from dispec.engine.text.chat_template import ChatTemplate
-from dispec.engine.text.special_texts import ChatText, SpecialTexts
+from dispec.engine.text.special_token_marker import ChatText, SpecialTokenMarker
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable character by which GPT-2's byte-level vocabularies spell each byte."""
+    """Return the byte of each printable character in GPT-2's byte-level vocabularies."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = (byte for byte in range(256) if byte not in set(printable))
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
@@ -39,8 +39,8 @@ class Tokenizer:
         chat_templates: Mapping[str, str] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """`config` is the contents of tokenizer_config.json, as `/tokenizer_info` shows it."""
-        # A file may carry the padding and truncation of its training run; prompts are never cut or padded.
+        """`config`: the contents of tokenizer_config.json, for `/tokenizer_info`."""
+        # A file may have the padding and truncation of its training run.
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
@@ -52,7 +52,7 @@ class Tokenizer:
         decoder = backend.decoder
         self.decoder_kinds = frozenset(_kinds(json.loads(decoder.__getstate__())) if decoder is not None else ())
         self._bytes: dict[int, bytes] = {}
-        self._special_texts = SpecialTexts(backend)
+        self._special_token_marker = SpecialTokenMarker(backend)
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "Tokenizer":
@@ -73,17 +73,19 @@ class Tokenizer:
         return cls(backend, special_tokens, _chat_templates(directory, config), config)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. `add_special_tokens` adds what the model expects around a text (often a BOS token);
-        leave it off for the output of a chat template, which has them already. Special tokens spelled out in the text
-        become those tokens. Raises ValueError for a text with half a surrogate pair.
+        """Return the token ids of a text, with special tokens for those that it spells out.
+
+        `add_special_tokens` adds those that the model expects around a text (often BOS), which the output of a chat
+        template has already. Raises ValueError for half a surrogate pair.
         """
         _check_unicode(text)
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # `backend.encode` would hold Python's lock, and note the offset of each token.
+        return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def bad_word_token_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-        """Token ids of texts that shall not be generated, at the start of a word and within one.
+        """Return the token ids of texts that are not to be generated, with and without a space before each.
 
-        Of white space, such as a newline, exactly what is given.
+        White space, such as a newline, is taken as it is.
         """
         found: dict[tuple[int, ...], None] = {}
         for word in words:
@@ -96,7 +98,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _inside(self) -> tokenizers.Tokenizer:
-        """The same, for texts that stand within another: without the space that some put before a text."""
+        """The backend for texts within another text, before which it puts no space."""
         contents = json.loads(self.backend.to_str())
         parts = {name: _without_first_space(contents[name]) for name in ("normalizer", "pre_tokenizer")}
         if all(contents[name] == part for name, part in parts.items()):
@@ -104,7 +106,7 @@ class Tokenizer:
         return tokenizers.Tokenizer.from_str(json.dumps(contents | parts))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids past the vocabulary are nothing."""
+        """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD; unknown ids have no text."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
@@ -115,9 +117,9 @@ class Tokenizer:
         continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        """The prompt of a conversation; encode it with `add_special_tokens=False`. See `ChatTemplate.render`.
+        """Return the prompt of a conversation, to be encoded without `add_special_tokens`. See `ChatTemplate.render`.
 
-        Raises ValueError if the checkpoint has no chat template, or naming the field that is wrong.
+        Raises ValueError without a chat template, InvalidField for a wrong message.
         """
         if self._chat_template is None:
             raise ValueError("the model has no chat template: send it a plain prompt, as to /v1/completions")
@@ -131,24 +133,23 @@ class Tokenizer:
         continue_final_message: bool = False,
         **variables: Any,
     ) -> ChatText:
-        """The prompt of a conversation, for `encode_chat`. Raises as `apply_chat_template`."""
-        plain, texts = plain_messages(messages), self._special_texts
-        mark = texts.find_mark(plain, tools, variables)
+        """Return the prompt of a conversation for `encode_chat`. Raises as `apply_chat_template`."""
+        plain, marker = plain_messages(messages), self._special_token_marker
+        mark = marker.find_mark(plain, tools, variables)
         if mark is not None:
-            plain, tools, variables = (texts.interrupt(value, mark) for value in (plain, tools, variables))
+            plain, tools, variables = (marker.add_marks(value, mark) for value in (plain, tools, variables))
         text = self.apply_chat_template(plain, add_generation_prompt, tools, continue_final_message, **variables)
-        return ChatText(text, text, None) if mark is None else texts.text(text, mark)
+        return ChatText(text, text, None) if mark is None else marker.chat_text(text, mark)
 
     def encode_chat(self, text: ChatText, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a rendered conversation. Special tokens that its messages spell out are text, not tokens.
+        """Return the token ids of a rendered conversation, with plain text for special tokens that messages spell out.
 
-        Raises ValueError for a text with half a surrogate pair.
+        Raises ValueError for half a surrogate pair.
         """
+        if text.mark is None:
+            return self.encode(text.plain, add_special_tokens)
         _check_unicode(text.plain)
-        if text.mark is not None:
-            return self._special_texts.encode(text.marked, text.mark, add_special_tokens)
-        # `encode` holds Python's lock for as long as it takes; this does not.
-        return self.backend.encode_batch_fast([text.plain], add_special_tokens=add_special_tokens)[0].ids
+        return self._special_token_marker.encode(text.marked, text.mark, add_special_tokens)
 
     @property
     def has_chat_template(self) -> bool:
@@ -156,22 +157,22 @@ class Tokenizer:
 
     @property
     def template_variables(self) -> frozenset[str]:
-        """See `ChatTemplate.variables`; none without a template."""
+        """Those of `ChatTemplate.variables`; none without a template."""
         return frozenset() if self._chat_template is None else self._chat_template.variables
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens with the added ones. The model's own vocabulary may be padded to more."""
+        """The number of tokens, added ones included. The model's vocabulary may be padded to more."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """Every token's id, added ones included."""
+        """The id of each token, added ones included."""
         return self.backend.get_vocab(with_added_tokens=True)
 
     @property
     def chat_template(self) -> str | None:
-        """The source of the template for conversations without tools, if there is one."""
+        """The source of the template for conversations without tools; None without one."""
         return None if self._chat_template is None else self._chat_template.source
 
     @property
@@ -196,51 +197,51 @@ class Tokenizer:
 
     @property
     def is_byte_level(self) -> bool:
-        """Whether tokens are pieces of bytes that simply follow one another, so that a text is their concatenation."""
+        """Whether a text is the concatenation of its tokens' bytes."""
         return self.decoder_kinds == {"ByteLevel"}
 
     def id_to_token(self, token_id: int) -> str | None:
-        """The vocabulary's own spelling of a token; None for what is none."""
+        """Return the vocabulary's spelling of a token (`Ġthe` or `▁the` for ` the`); None for unknown ids."""
         return self.backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
 
     def byte_of(self, token_id: int) -> int | None:
-        """The byte of a token such as `<0xE2>`, where the vocabulary falls back to bytes; None for other tokens."""
+        """Return the byte of a byte-fallback token such as `<0xE2>`; None for other tokens."""
         if "ByteFallback" not in self.decoder_kinds:
             return None
         match = _BYTE_TOKEN.fullmatch(self.id_to_token(token_id) or "")
         return int(match[1], 16) if match else None
 
     def token_string(self, token_id: int) -> str:
-        """Return how the vocabulary writes a token: `Ġthe` or `▁the` for ` the`. Empty for unknown ids."""
+        """Return the same as `id_to_token`, but an empty text for unknown ids."""
         return self.id_to_token(token_id) or ""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token spells within a text, perhaps a part of a character; nothing for unknown ids.
+        """Return the UTF-8 of a token within a text, perhaps a part of a character; empty for unknown ids.
 
-        At the beginning of a text SentencePiece vocabularies leave out the space that the token begins with.
+        At the beginning of a text SentencePiece vocabularies drop the token's first space.
         """
         known = self._bytes.get(token_id)
         if known is None:
-            known = self._bytes[token_id] = self._spell(token_id)
+            known = self._bytes[token_id] = self._find_bytes(token_id)
         return known
 
-    def _spell(self, token_id: int) -> bytes:
+    def _find_bytes(self, token_id: int) -> bytes:
         if not self.is_byte_level:
             if self.id_to_token(token_id) is None:
                 return b""
             if (byte := self.byte_of(token_id)) is not None:
                 return bytes([byte])
-            # Decoders treat the first token apart, so that it is the second which shows what it is.
+            # Decoders treat the first token of a text differently: the second one adds the token's own text.
             once, twice = (self.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
             return twice[len(once) :].encode()
         text = self.id_to_token(token_id) or ""
         spelled = [_BYTE_OF.get(character) for character in text]
-        # Added tokens may be written plainly: one character outside the alphabet, and the token means itself.
+        # An added token with a character outside the alphabet is plain text.
         return text.encode() if None in spelled else bytes(byte for byte in spelled if byte is not None)
 
 
 def _check_unicode(text: str) -> None:
-    """Raise ValueError for half a surrogate pair, as Python makes of bytes that are not UTF-8."""
+    """Raise ValueError for half a surrogate pair, into which Python decodes bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -249,13 +250,13 @@ def _check_unicode(text: str) -> None:
 
 
 def _kinds(part: Any) -> set[str]:
-    """The types of a decoder's parts, a `Sequence` itself left out."""
+    """Return the types of a decoder's parts, without `Sequence` itself."""
     kinds = set() if part.get("type") in (None, "Sequence") else {part["type"]}
     return kinds.union(*(_kinds(inner) for inner in part.get("decoders", [])))
 
 
 def _without_first_space(part: Any) -> Any:
-    """A normalizer or pre-tokenizer, as JSON, that puts nothing before a text."""
+    """Return a normalizer or pre-tokenizer, as JSON, without the space that it puts before a text."""
     if not isinstance(part, dict):
         return part
     if part.get("type") == "Prepend":
@@ -272,13 +273,13 @@ def _without_first_space(part: Any) -> Any:
 
 
 def token_text(token: Any) -> str | None:
-    """The text of a token as the config files write it: a string, or an object with a `content`, in older files."""
+    """Return the text of a token in a config file: a string, or an object with a `content` in older files."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokens by role."""
+    """Return tokens by role."""
     found = {role: token for role in _SPECIAL_TOKENS if (token := token_text(config.get(role))) is not None}
     more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     names: Iterable[Any] = more if isinstance(more, list) else []
@@ -286,7 +287,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Templates by name; the file `chat_template.jinja` comes before the older place inside the config."""
+    """Return templates by name. Files replace those inside the config."""
     stated = config.get("chat_template") or {}
     if isinstance(stated, list):
         stated = {entry.get("name"): entry.get("template") for entry in stated if isinstance(entry, dict)}

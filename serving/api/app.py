@@ -1,4 +1,4 @@
-"""The application: routes, the gate that every request passes, and one shape for every error."""
+"""The application: its routes, the middleware around them, and the handler of errors."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -8,50 +8,51 @@ from litestar.datastructures import State
 from litestar.response import Redirect
 from litestar.types import ControllerRouterHandler
 
-from dispec.serving.api import openapi
-from dispec.serving.api.routes_chat import chat_completions
-from dispec.serving.api.routes_completions import completions, generate
-from dispec.serving.api.routes_health import health, live, load, metrics, stats
-from dispec.serving.api.routes_models import model, model_info, models, server_info, show_version, tokenizer_info
-from dispec.serving.api.routes_tokenize import detokenize, tokenize
-from dispec.serving.api.service import ApiContext, version
+from dispec.serving.api import (
+    openapi,
+    routes_chat,
+    routes_completions,
+    routes_models,
+    routes_monitoring,
+    routes_tokenizer,
+)
+from dispec.serving.api.context import ApiContext, version
 from dispec.serving.client.engine_client import EngineClient
 from dispec.serving.http.auth import Keys
-from dispec.serving.http.errors import answer_error
-from dispec.serving.http.head import HeadAsGet
-from dispec.serving.http.middleware import Middleware
+from dispec.serving.http.errors import handle_error
+from dispec.serving.http.middleware import HeadMiddleware, Middleware
 from dispec.serving.settings import ServerSettings
 
 
-class Rendering(Protocol):
-    """What /metrics shows."""
+class MetricsRenderer(Protocol):
+    """The metrics behind /metrics."""
 
     def render(self) -> bytes: ...
 
 
 @get("/", include_in_schema=False, sync_to_thread=False)
 def root() -> Redirect:
-    """A person with a browser."""
+    """Redirect a browser to the dashboard."""
     return Redirect("/dashboard")
 
 
 _ROUTES: list[ControllerRouterHandler] = [
-    chat_completions,
-    completions,
-    generate,
-    models,
-    model,
-    tokenize,
-    detokenize,
-    tokenizer_info,
-    model_info,
-    server_info,
-    show_version,
-    health,
-    live,
-    load,
-    stats,
-    metrics,
+    routes_chat.chat_completions,
+    routes_completions.completions,
+    routes_completions.generate,
+    routes_models.models,
+    routes_models.model,
+    routes_models.model_info,
+    routes_models.server_info,
+    routes_models.show_version,
+    routes_tokenizer.tokenize,
+    routes_tokenizer.detokenize,
+    routes_tokenizer.tokenizer_info,
+    routes_monitoring.health,
+    routes_monitoring.live,
+    routes_monitoring.load,
+    routes_monitoring.stats,
+    routes_monitoring.metrics,
     root,
     openapi.schema_asset,
     openapi.docs,
@@ -62,21 +63,21 @@ _ROUTES: list[ControllerRouterHandler] = [
 def create_app(
     client: EngineClient,
     settings: ServerSettings,
-    metrics: Rendering,
+    metrics: MetricsRenderer,
     dashboard: Router | None = None,
     names: Sequence[str] = (),
 ) -> Litestar:
-    """The ASGI application. It neither starts nor stops the client. `names` are the model's for clients."""
+    """Return the ASGI application, which neither starts nor stops the client. `names` are the model's."""
     app = Litestar(
         route_handlers=[*_ROUTES, *([] if dashboard is None else [dashboard])],
-        state=State({"service": ApiContext(client, settings, names), "metrics": metrics}),
-        exception_handlers={Exception: answer_error},
+        state=State({"context": ApiContext(client, settings, names), "metrics": metrics}),
+        exception_handlers={Exception: handle_error},
         openapi_config=openapi.openapi_config(version(), bool(settings.api_key)),
         logging_config=None,
-        request_max_body_size=None,  # `serving.http.body` limits what it reads, and nothing else reads any
+        request_max_body_size=None,  # `serving.http.body` reads all bodies, and limits them
     )
     openapi.add_schemas(app, names, [slo.name for slo in settings.slo])
-    # Not as Litestar's own middleware, which requests to unknown routes do not pass.
-    inner = HeadAsGet(app.asgi_handler)
+    # Around the application, because Litestar's own middleware does not run for unknown routes.
+    inner = HeadMiddleware(app.asgi_handler)
     app.asgi_handler = Middleware(inner, Keys(settings.api_key), settings.max_header_bytes, cors=settings.cors)
     return app

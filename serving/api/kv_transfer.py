@@ -1,7 +1,7 @@
-"""`kv_transfer_params`, by which a router sends a request to one worker for its prompt and to another for the rest.
+"""`kv_transfer_params`, with which a router splits a request between a prefill worker and a decode worker.
 
-The names are vLLM's, whose routers know them: a request with `do_remote_decode` computes the prompt and one token, and
-its answer says where they are; that, sent along with the same request, makes the other worker take them from there.
+The names are vLLM's. A request with `do_remote_decode` computes the prompt and one token, and its response tells where
+their blocks are. The router sends that along with the same request to the decode worker, which pulls them.
 """
 
 import secrets
@@ -9,16 +9,16 @@ from typing import Any
 
 import msgspec
 
+from dispec.engine.errors import InvalidField
 from dispec.engine.process.messages import EngineInfo
 from dispec.engine.transfer.interface import RemoteBlocks
-from dispec.serving.http.errors import ApiError
 from dispec.serving.settings import Role
 
 _NAME = "kv_transfer_params"
 
 
 class KVTransferParams(msgspec.Struct):
-    """What a router sends, and what it gets to send on. What is not known is ignored."""
+    """The object in a request or a response. Other fields are ignored."""
 
     do_remote_decode: bool | None = None
     do_remote_prefill: bool | None = None
@@ -30,36 +30,39 @@ class KVTransferParams(msgspec.Struct):
 
 
 class Transfer(msgspec.Struct):
-    """What a request asks for. publish_as, pull: as in `messages.Submit`. answer: to send back, if anything."""
+    """The transfer that a request asks for.
+
+    publish_as, pull: as in `messages.Submit`. response: the `kv_transfer_params` of the response.
+    """
 
     publish_as: str | None = None
     pull: RemoteBlocks | None = None
-    answer: dict[str, Any] | None = None
+    response: dict[str, Any] | None = None
 
 
-def transfer(given: Any, info: EngineInfo, role: Role, num_prompts: int) -> Transfer:
-    """What `kv_transfer_params` ask of this worker; nothing if they are left out. Raises ApiError."""
+def read_transfer(given: Any, info: EngineInfo, role: Role, num_prompts: int) -> Transfer:
+    """Return what `kv_transfer_params` ask of this worker. Raises InvalidField."""
     if given is None:
         return Transfer()
     try:
         params = msgspec.convert(given, KVTransferParams)
     except msgspec.ValidationError as error:
-        raise _bad(f"{_NAME}: {error}") from None
+        raise _invalid(f"{_NAME}: {error}") from None
     if not params.do_remote_decode and not params.do_remote_prefill:
         return Transfer()
     if params.do_remote_decode and params.do_remote_prefill:
-        raise _bad(f"{_NAME} asks for do_remote_decode and do_remote_prefill, must ask for one of them")
+        raise _invalid(f"{_NAME} asks for do_remote_decode and do_remote_prefill, must ask for one of them")
     if info.engine_id is None:
-        raise _bad(f"{_NAME}: this server has no --kv-transfer")
+        raise _invalid(f"{_NAME}: this server has no --kv-transfer")
     if num_prompts != 1:
-        raise _bad(f"{_NAME} is for one prompt, there are {num_prompts}")
+        raise _invalid(f"{_NAME} is for one prompt, there are {num_prompts}")
     if params.do_remote_decode:
         if role == "decode":
-            raise _bad(f"{_NAME}.do_remote_decode: this worker has --role decode")
+            raise _invalid(f"{_NAME}.do_remote_decode: this worker has --role decode")
         transfer_id = secrets.token_hex(16)
-        return Transfer(publish_as=transfer_id, answer=_answer(info, transfer_id))
+        return Transfer(publish_as=transfer_id, response=_response(info, transfer_id))
     if role == "prefill":
-        raise _bad(f"{_NAME}.do_remote_prefill: this worker has --role prefill")
+        raise _invalid(f"{_NAME}.do_remote_prefill: this worker has --role prefill")
     where = {
         "engine_id": params.remote_engine_id,
         "transfer_id": params.transfer_id,
@@ -67,14 +70,14 @@ def transfer(given: Any, info: EngineInfo, role: Role, num_prompts: int) -> Tran
         "port": params.remote_port,
     }
     if None in where.values():
-        raise _bad(f"{_NAME} must have remote_engine_id, transfer_id, remote_host and remote_port, as the answer had")
+        raise _invalid(f"{_NAME} must have remote_engine_id, transfer_id, remote_host and remote_port of the response")
     try:
         return Transfer(pull=msgspec.convert(where, RemoteBlocks))
     except msgspec.ValidationError as error:
-        raise _bad(f"{_NAME}: {error}") from None
+        raise _invalid(f"{_NAME}: {error}") from None
 
 
-def _answer(info: EngineInfo, transfer_id: str) -> dict[str, Any]:
+def _response(info: EngineInfo, transfer_id: str) -> dict[str, Any]:
     return {
         "do_remote_prefill": True,
         "do_remote_decode": False,
@@ -86,5 +89,5 @@ def _answer(info: EngineInfo, transfer_id: str) -> dict[str, Any]:
     }
 
 
-def _bad(message: str) -> ApiError:
-    return ApiError(400, message, param=_NAME)
+def _invalid(message: str) -> InvalidField:
+    return InvalidField(_NAME, message)

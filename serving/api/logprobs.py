@@ -1,11 +1,11 @@
-"""Log-probabilities in the shapes of the three places that show them. There is never a NaN or an infinity."""
+"""Log-probabilities in the three shapes of the API, without NaN and infinity."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from dispec.engine.scheduling.sequence import TokenLogprobs
 from dispec.engine.text.tokenizer import Tokenizer
-from dispec.serving.api.protocol_answers import (
+from dispec.serving.api.protocol import (
     ChatLogprob,
     ChatLogprobs,
     CompletionLogprobs,
@@ -13,15 +13,16 @@ from dispec.serving.api.protocol_answers import (
     TopLogprob,
 )
 
-_LOWEST = -9999.0  # what OpenAI shows for what cannot be
+_LOWEST = -9999.0  # OpenAI's value for impossible tokens
 
 
 def finite(value: float) -> float:
+    """Return the value, or the lowest one for a NaN or minus infinity."""
     return value if value >= _LOWEST else _LOWEST  # a NaN compares with nothing
 
 
 class TokenTexts:
-    """How single tokens are shown. A part of a character is `bytes:` and its bytes, as OpenAI shows it."""
+    """The texts of single tokens. A part of a character is written `bytes:` and its bytes, as OpenAI does."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
@@ -30,10 +31,11 @@ class TokenTexts:
 
     @cached_property
     def by_id(self) -> "TokenTexts":
-        """The same, where a token is shown as `token_id:` and its id; its bytes are what they were."""
+        """The texts `token_id:` and the id, with the same bytes."""
         return _TokenIds(self._tokenizer)
 
     def of(self, token_id: int) -> tuple[str, bytes]:
+        """Return the text and the bytes of a token."""
         known = self._known.get(token_id)
         if known is None:
             known = self._known[token_id] = self._find(token_id)
@@ -49,13 +51,13 @@ class TokenTexts:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data
 
     def length_in_text(self, token_id: int, skip_special_tokens: bool) -> int:
-        """How many characters of the text begin with this token."""
+        """Return how many characters of an output begin in this token."""
         if skip_special_tokens and token_id in self._special_ids:
             return 0
         return sum(byte & 0xC0 != 0x80 for byte in self.of(token_id)[1])
 
     def length_at(self, token_id: int, text: str, offset: int) -> int:
-        """The same in a text that is known, which may lack what encoding it has added: BOS, a first space."""
+        """Return the same in a given text, which may lack the BOS and the first space that encoding adds."""
         spelled = self.of(token_id)[1].decode(errors="replace")
         if text.startswith(spelled, offset):
             return len(spelled)
@@ -70,29 +72,31 @@ class _TokenIds(TokenTexts):
 
 
 def chat_logprobs(texts: TokenTexts, entries: Iterable[TokenLogprobs], count: int) -> ChatLogprobs:
+    """Return the shape of chats, with the `count` likeliest tokens at each place."""
+
+    def top(token_id: int, logprob: float) -> TopLogprob:
+        text, data = texts.of(token_id)
+        return TopLogprob(text, finite(logprob), list(data))
+
     content = []
     for entry in entries:
-        text, data = texts.of(entry.token_id)
-        tops = []
-        for token_id, value in entry.top[:count]:
-            shown, spelled = texts.of(token_id)
-            tops.append(TopLogprob(shown, finite(value), list(spelled)))
-        content.append(ChatLogprob(text, finite(entry.logprob), list(data), tops))
+        own = top(entry.token_id, entry.logprob)
+        content.append(ChatLogprob(own.token, own.logprob, own.bytes, [top(*item) for item in entry.top[:count]]))
     return ChatLogprobs(content)
 
 
-class CompletionLogprobsMaker:
-    """The four lists of the older API, for one choice, piece by piece: `text_offset` goes on from the piece before."""
+class CompletionLogprobsBuilder:
+    """Makes the four lists of completions for one choice, piece by piece. `text_offset` counts through all pieces."""
 
     def __init__(self, texts: TokenTexts, count: int, skip_special_tokens: bool) -> None:
         self._texts = texts
         self._count = count
         self._skip_special_tokens = skip_special_tokens
         self._offset = 0
-        self._has_begun = False  # the output, whose first token may lack its space
+        self._has_output = False  # the first token of an output may lack its space
 
     def of_prompt(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs], text: str) -> CompletionLogprobs:
-        """Of a prompt that is echoed as `text`. Nothing came before its first token, so that it has no probability."""
+        """Return the lists of a prompt that is echoed as `text`. Its first token has no probability."""
         found = CompletionLogprobs([], [], [], [])
         for token_id, entry in zip(token_ids, (None, *entries), strict=False):
             self._add(found, token_id, entry)
@@ -101,13 +105,13 @@ class CompletionLogprobsMaker:
         return found
 
     def of_output(self, entries: Iterable[TokenLogprobs], text: str) -> CompletionLogprobs:
-        """Of tokens that make `text` certain, which may be less than they spell, or none."""
+        """Return the lists of output tokens that make `text` certain, which may be less than their own texts."""
         found = CompletionLogprobs([], [], [], [])
         for entry in entries:
             self._add(found, entry.token_id, entry)
             length = self._texts.length_in_text(entry.token_id, self._skip_special_tokens)
-            if length and not self._has_begun:
-                self._has_begun = True
+            if length and not self._has_output:
+                self._has_output = True
                 spelled = self._texts.of(entry.token_id)[1]
                 length -= spelled.startswith(b" ") and text != "" and not text.startswith(" ")
             self._offset += length
@@ -121,13 +125,14 @@ class CompletionLogprobsMaker:
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
         top: dict[str, float] = {}
-        # The token itself is among them always. Of two that look the same, the likelier stays.
+        # The token itself is always among them. Of two tokens with the same text, the likelier stays.
         for token_id, value in (*entry.top[: self._count], (entry.token_id, entry.logprob)):
             top.setdefault(self._texts.of(token_id)[0], finite(value))
         return top
 
 
 def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionLogprobs:
+    """Return two pieces as one."""
     return CompletionLogprobs(
         first.text_offset + second.text_offset,
         first.token_logprobs + second.token_logprobs,
@@ -137,13 +142,13 @@ def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionL
 
 
 def prompt_logprobs(texts: TokenTexts, entries: Sequence[TokenLogprobs], count: int) -> PromptLogprobs:
-    """vLLM's shape: for each token of the prompt, what it and the likeliest ones were, by id."""
+    """Return vLLM's shape: for each token of the prompt, itself and the likeliest ones by id."""
     found: PromptLogprobs = [None]
     for entry in entries:
-        shown = {
+        tops = {
             str(token_id): {"logprob": finite(value), "rank": rank, "decoded_token": texts.of(token_id)[0]}
             for rank, (token_id, value) in enumerate(entry.top[:count], start=1)
         }
         own = {"logprob": finite(entry.logprob), "rank": entry.rank, "decoded_token": texts.of(entry.token_id)[0]}
-        found.append({str(entry.token_id): own, **shown})
+        found.append({str(entry.token_id): own, **tops})
     return found

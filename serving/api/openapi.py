@@ -1,7 +1,6 @@
-"""The OpenAPI document of the routes, whose bodies are read and written by msgspec and not by Litestar.
+"""The OpenAPI document. Litestar makes the document and its page, and msgspec the schemas of bodies.
 
-Litestar makes the document and its page; the schemas of bodies are msgspec's, and are put into its components. The
-page's script and style come from an installed package, so that it works without a network.
+The page's script and style come from an installed package, so that it works without a network.
 """
 
 import importlib.util
@@ -18,7 +17,7 @@ from litestar.openapi.spec import Components, Operation, SecurityScheme, Tag
 from litestar.params import FromPath
 from litestar.response import Redirect
 
-from dispec.serving.api.openapi_bodies import EXAMPLES, complete
+from dispec.serving.api.openapi_schemas import EXAMPLES, complete_schemas
 from dispec.serving.http.errors import ErrorBody
 
 _REFERENCE = "#/components/schemas/{name}"
@@ -38,15 +37,15 @@ _known: dict[str, type] = {"ErrorBody": ErrorBody}
 
 def describe(
     request: type | None,
-    answer: type | None,
+    response: type | None,
     *,
     tag: str,
     streams: bool = False,
     media_type: str = "application/json",
     needs_key: bool = True,
 ) -> dict[str, Any]:
-    """Return arguments of a Litestar route: what the document says about it and its bodies."""
-    for form in (request, answer):
+    """Return the arguments of a Litestar route for the document: its tag, and the types of its bodies."""
+    for form in (request, response):
         if form is not None:
             _known[form.__name__] = form
     assert tag in _TAGS
@@ -56,15 +55,15 @@ def describe(
             found = super().to_schema()
             if request is not None:
                 examples = EXAMPLES[request.__name__]
-                content = _json(request)
-                content["application/json"]["examples"] = {name: {"value": body} for name, body in examples.items()}
-                found["requestBody"] = {"required": True, "content": content}
+                body = _json(request)
+                body["application/json"]["examples"] = {name: {"value": value} for name, value in examples.items()}
+                found["requestBody"] = {"required": True, "content": body}
             kind = "object" if media_type == "application/json" else "string"
-            answers = {media_type: {"schema": {"type": kind}}} if answer is None else _json(answer)
+            content = {media_type: {"schema": {"type": kind}}} if response is None else _json(response)
             if streams:
-                answers["text/event-stream"] = {"schema": {"type": "string"}}
+                content["text/event-stream"] = {"schema": {"type": "string"}}
             found["responses"] = {
-                "200": {"description": "The answer.", "content": answers},
+                "200": {"description": "The answer.", "content": content},
                 "default": {"description": "What went wrong.", "content": _json(ErrorBody)},
             }
             if not needs_key:
@@ -75,6 +74,7 @@ def describe(
 
 
 def openapi_config(version: str, needs_key: bool) -> OpenAPIConfig:
+    """Return Litestar's configuration of the document."""
     plugins: list[OpenAPIRenderPlugin] = [JsonRenderPlugin(path="/openapi.json")]
     if assets_directory() is not None:
         page = SwaggerRenderPlugin(
@@ -101,14 +101,14 @@ def openapi_config(version: str, needs_key: bool) -> OpenAPIConfig:
 
 
 def add_schemas(app: Litestar, model_names: Sequence[str], slo_names: Sequence[str] = ()) -> None:
-    """Put the bodies' schemas into the document. Called once, when all routes are there."""
+    """Add the schemas of bodies to the document of an application with all its routes."""
     _, found = msgspec.json.schema_components(_known.values(), ref_template=_REFERENCE)
-    complete(found, list(model_names), list(slo_names))
+    complete_schemas(found, list(model_names), list(slo_names))
     app.openapi_schema.components.schemas.update(found)
 
 
 def assets_directory() -> Path | None:
-    """Where the page's script and style are, if swagger-ui-py is installed."""
+    """Return the directory of the page's script and style; None if swagger-ui-py is not installed."""
     spec = importlib.util.find_spec("swagger_ui")
     places = spec.submodule_search_locations if spec is not None else None
     directory = Path(next(iter(places))) / "static" if places else None
@@ -117,7 +117,7 @@ def assets_directory() -> Path | None:
 
 @get("/schema/assets/{name:str}", include_in_schema=False, sync_to_thread=True)
 def schema_asset(name: FromPath[str]) -> Response[bytes]:
-    """A file of the document's page."""
+    """Return a file of the document's page."""
     directory = assets_directory()
     if directory is None or name not in _ASSETS:
         raise NotFoundException
@@ -126,13 +126,13 @@ def schema_asset(name: FromPath[str]) -> Response[bytes]:
 
 @get("/docs", include_in_schema=False, sync_to_thread=False)
 def docs() -> Redirect:
-    """Where people look for the document's page."""
+    """Redirect to the document's page."""
     return Redirect("/schema")
 
 
 @get("/openapi.json", include_in_schema=False, sync_to_thread=False)
 def openapi_json() -> Redirect:
-    """Where tools look for the document."""
+    """Redirect to the document."""
     return Redirect("/schema/openapi.json")
 
 

@@ -1,54 +1,62 @@
-"""From texts and messages to token ids, in threads, so that nobody's long prompt holds up everybody's tokens."""
+"""From texts and messages to token ids, in threads, so that a long prompt does not delay other requests' tokens."""
 
 import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from dispec.engine.errors import ContextOverflow
+from dispec.engine.errors import ContextOverflow, InvalidField
 from dispec.engine.request_checks import check_prompt_length, check_token_ids
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.text.text_stream import tokenize_bad_words
 from dispec.engine.text.tokenizer import Tokenizer
-from dispec.serving.api.protocol import ChatRequest, PromptInput, Sampling, TokenizeRequest
-from dispec.serving.api.protocol_sampling import template_arguments
-from dispec.serving.http.errors import ApiError, invalid
-from dispec.serving.settings import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_PROMPTS
+from dispec.serving.api.protocol import ChatRequest, PromptInput, SamplingRequest, TokenizeRequest
+from dispec.serving.http.errors import ApiError
+from dispec.serving.settings import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_PROMPTS, MAX_TEMPLATE_ARGUMENTS
 
 T = TypeVar("T")
 
+_ARGUMENTS = "chat_template_kwargs"
+_MAX_ARGUMENT_NAME = 64  # characters
+RESERVED_TEMPLATE_NAMES = frozenset({
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template",
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+    "additional_special_tokens", "raise_exception", "strftime_now", "self", "range", "dict", "lipsum", "cycler",
+    "joiner", "namespace", "loop",
+})  # fmt: skip
+
 
 class Prompt(NamedTuple):
-    """A prompt as the engine takes it. `text` is for echoing, where the client sent one."""
+    """A prompt for the engine. `text` is the client's, for echoing, unless the client sent token ids."""
 
     token_ids: list[int]
     text: str | None = None
 
 
-class Cut(NamedTuple):
-    """How a prompt is shortened: `keep` tokens, -1 for as many as leave room for an answer; `side` loses the rest."""
+class Truncation(NamedTuple):
+    """The tokens to keep of a prompt: their number, -1 for as many as leave room for an output, and the side to cut."""
 
-    keep: int
+    num_tokens: int
     side: str
 
     @classmethod
-    def of(cls, request: Sampling) -> "Cut | None":
-        """What a request asks for. Raises ApiError for a side that there is not."""
+    def requested(cls, request: SamplingRequest) -> "Truncation | None":
+        """Return what a request asks for. Raises InvalidField for an unknown side."""
         side = request.truncation_side or "left"
         if side not in ("left", "right"):
-            raise invalid("truncation_side", f"truncation_side is {side!r:.50}, must be left or right")
+            raise InvalidField("truncation_side", f"truncation_side is {side!r:.50}, must be left or right")
         return None if request.truncate_prompt_tokens is None else cls(request.truncate_prompt_tokens, side)
 
     def apply(self, token_ids: list[int], max_model_len: int) -> list[int]:
-        """Raises ApiError if the prompt would have no tokens, or leave no room."""
-        if self.keep != -1 and not 1 <= self.keep < max_model_len:
+        """Return the tokens to keep. Raises InvalidField if they are none, or leave no room."""
+        if self.num_tokens != -1 and not 1 <= self.num_tokens < max_model_len:
             must_be = f"must be -1 or between 1 and {max_model_len - 1} (below max_model_len)"
-            raise invalid("truncate_prompt_tokens", f"truncate_prompt_tokens is {self.keep}, {must_be}")
-        keep = max_model_len - 1 if self.keep == -1 else self.keep
-        return token_ids[:keep] if self.side == "right" else token_ids[-keep:]
+            raise InvalidField("truncate_prompt_tokens", f"truncate_prompt_tokens is {self.num_tokens}, {must_be}")
+        count = max_model_len - 1 if self.num_tokens == -1 else self.num_tokens
+        return token_ids[:count] if self.side == "right" else token_ids[-count:]
 
 
 class Prompts:
-    """Makes prompts for one model, and checks that they fit."""
+    """Makes the prompts of one model. Errors are InvalidField, ContextOverflow or ApiError."""
 
     def __init__(
         self,
@@ -58,128 +66,142 @@ class Prompts:
         timeout: float,
         allows_special_tokens: bool = False,
     ) -> None:
-        """`allows_special_tokens`: whether messages may spell special tokens, where a request does not say."""
+        """`timeout`: seconds for one prompt. `allows_special_tokens`: the default of
+        `allow_special_tokens_in_content`."""
         self._tokenizer = tokenizer
         self._allows_special_tokens = allows_special_tokens
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self._timeout = timeout
-        # No text of more characters than that fits. Tokenising one of 32 MiB to find out would take half a minute.
-        vocabulary = () if tokenizer is None else tokenizer.backend.get_vocab()
-        self._longest_text = max_model_len * max((len(token) for token in vocabulary), default=1)
+        # No longer text fits. It is refused before it is tokenized, which takes half a minute for 32 MiB.
+        vocabulary = () if tokenizer is None else tokenizer.vocabulary
+        self._max_text_length = max_model_len * max((len(token) for token in vocabulary), default=1)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises ApiError for a model of dummy weights, which has none."""
+        """The model's. Raises ApiError for a model with dummy weights, which has none."""
         if self._tokenizer is None:
             raise ApiError(400, "this model has no tokenizer: send token ids to /v1/completions")
         return self._tokenizer
 
-    async def of_texts(
-        self, given: PromptInput, add_special_tokens: bool | None = None, cut: Cut | None = None
+    async def of_completion(
+        self, given: PromptInput, add_special_tokens: bool | None = None, truncation: Truncation | None = None
     ) -> list[Prompt]:
-        """The four forms of `prompt`: a text, texts, token ids, lists of token ids. Raises ApiError."""
-        several = self._several(given)
+        """Return the prompts of a text, of texts, of token ids or of lists of token ids."""
+        several = _as_list(given)
         is_one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
-        special = True if add_special_tokens is None else add_special_tokens
+        special = add_special_tokens is not False
 
         def tokenize() -> list[Prompt]:
             return [
-                self._fitting(
+                self._checked(
                     Prompt(item) if isinstance(item, list) else Prompt(self._encode(item, special), item),
                     "prompt",
                     "prompt" if is_one else f"prompt[{index}]",
-                    cut,
+                    truncation,
                 )
                 for index, item in enumerate(several)
             ]
 
         if any(isinstance(item, str) for item in several):
-            return await self.off_loop(tokenize)
+            return await self.in_thread(tokenize)
         return tokenize()
 
     async def of_chat(self, request: ChatRequest) -> Prompt:
-        """Raises ApiError."""
-        cut = Cut.of(request)
-        token_ids = await self.off_loop(lambda: self._of_messages(request))
-        return self._fitting(Prompt(token_ids), "messages", "messages", cut)
+        """Return the prompt of messages in the chat template."""
+        truncation = Truncation.requested(request)
+        token_ids = await self.in_thread(lambda: self._encode_messages(request))
+        return self._checked(Prompt(token_ids), "messages", "messages", truncation)
 
-    async def of_tokenize(self, request: TokenizeRequest) -> list[int]:
-        """Raises ApiError."""
+    async def token_ids(self, request: TokenizeRequest) -> list[int]:
+        """Return the token ids of a text or of messages, which need not fit the context."""
         if (request.prompt is None) == (request.messages is None):
             said = "prompt is missing" if request.prompt is None else "prompt and messages exclude each other"
-            raise invalid("prompt", said)
+            raise InvalidField("prompt", said)
         text = request.prompt
         if text is None:
-            return await self.off_loop(lambda: self._of_messages(request))
+            return await self.in_thread(lambda: self._encode_messages(request))
         special = request.add_special_tokens is not False
-        return await self.off_loop(lambda: self._encode(text, special))
+        return await self.in_thread(lambda: self._encode(text, special))
 
-    async def without_texts(self, params: SamplingParams) -> SamplingParams:
-        """The same, its bad words as token ids: at the start of a word and within one. Raises ApiError."""
+    async def tokenize_bad_words(self, params: SamplingParams) -> SamplingParams:
+        """Return parameters whose bad words are token ids."""
         if not params.bad_words:
             return params
         if len(params.bad_words) > MAX_BAD_WORDS:
             said = f"bad_words holds {len(params.bad_words)} texts, must be at most {MAX_BAD_WORDS}"
-            raise invalid("bad_words", said)
+            raise InvalidField("bad_words", said)
+        found = await self.in_thread(lambda: tokenize_bad_words(params, self._tokenizer))
+        if (count := sum(map(len, found.bad_words_token_ids))) > MAX_BAD_WORD_TOKENS:
+            raise InvalidField("bad_words", f"bad_words holds {count} tokens, must be at most {MAX_BAD_WORD_TOKENS}")
+        return found
 
-        def tokenize() -> SamplingParams:
-            tokenized = tokenize_bad_words(params, self.tokenizer)
-            if (count := sum(map(len, tokenized.bad_words_token_ids))) > MAX_BAD_WORD_TOKENS:
-                said = f"bad_words holds {count} tokens, must be at most {MAX_BAD_WORD_TOKENS}"
-                raise invalid("bad_words", said)
-            return tokenized
-
-        return await self.off_loop(tokenize)
-
-    async def off_loop(self, work: Callable[[], T]) -> T:
-        """Run it in a thread. Raises ApiError if it takes too long: nobody waits for it any more, then."""
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Return the result of `work`. Raises ApiError if it takes too long; the thread then goes on unheeded."""
         try:
             return await asyncio.wait_for(asyncio.to_thread(work), self._timeout)
         except TimeoutError:
             raise ApiError(400, f"the prompt takes more than {self._timeout:g} s to prepare: make it shorter") from None
         except RecursionError:
-            raise ApiError(400, "messages is nested too deeply", param="messages") from None
+            raise InvalidField("messages", "messages is nested too deeply") from None
 
-    def _several(self, given: PromptInput) -> list[str | list[int]]:
-        if isinstance(given, str):
-            return [given]
-        if not given:
-            raise invalid("prompt", "prompt is empty, must be a text, token ids, or a list of either")
-        kinds = {type(item) for item in given}
-        if len(kinds) > 1:
-            raise invalid("prompt", "prompt mixes texts, token ids and lists, must hold one kind of them")
-        if kinds == {int}:
-            return [given]  # type: ignore[list-item]
-        if len(given) > MAX_PROMPTS:
-            raise invalid("prompt", f"prompt holds {len(given)} prompts, must be at most {MAX_PROMPTS}")
-        return given  # type: ignore[return-value]
-
-    def _fitting(self, prompt: Prompt, field: str, where: str, cut: Cut | None) -> Prompt:
+    def _checked(self, prompt: Prompt, field: str, where: str, truncation: Truncation | None) -> Prompt:
         check_token_ids(prompt.token_ids, self.vocab_size, field, where)
-        if cut is not None:
-            kept = cut.apply(prompt.token_ids, self.max_model_len)
+        if truncation is not None:
+            kept = truncation.apply(prompt.token_ids, self.max_model_len)
             prompt = prompt if len(kept) == len(prompt.token_ids) else Prompt(kept)
         check_prompt_length(len(prompt.token_ids), self.max_model_len, field, where)
         return prompt
 
-    def _of_messages(self, request: ChatRequest | TokenizeRequest) -> list[int]:
+    def _encode_messages(self, request: ChatRequest | TokenizeRequest) -> list[int]:
         continues = bool(request.continue_final_message)
         opens = not continues if request.add_generation_prompt is None else request.add_generation_prompt
-        arguments: Mapping[str, Any] = template_arguments(request.chat_template_kwargs)
+        arguments = _template_arguments(request.chat_template_kwargs)
         text = self.tokenizer.render_chat(request.messages or [], opens, None, continues, **arguments)
         allows = request.allow_special_tokens_in_content
         if self._allows_special_tokens if allows is None else allows:
             return self._encode(text.plain, bool(request.add_special_tokens), "messages")
-        self._check_length(text.plain, "messages")
+        self._check_text_length(text.plain, "messages")
         return self.tokenizer.encode_chat(text, bool(request.add_special_tokens))
 
     def _encode(self, text: str, add_special_tokens: bool, field: str = "prompt") -> list[int]:
-        self._check_length(text, field)
-        # `encode` holds Python's lock for as long as it takes; this does not, nor does it note where tokens begin.
-        return self.tokenizer.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        self._check_text_length(text, field)
+        return self.tokenizer.encode(text, add_special_tokens)
 
-    def _check_length(self, text: str, field: str) -> None:
-        if len(text) > self._longest_text:
-            least = -(-len(text) * self.max_model_len // self._longest_text)  # tokens, each as long as the longest
+    def _check_text_length(self, text: str, field: str) -> None:
+        if len(text) > self._max_text_length:
+            least = -(-len(text) * self.max_model_len // self._max_text_length)  # as many of the longest token
             raise ContextOverflow(field, f"{field} has at least {least} tokens", self.max_model_len)
+
+
+def _as_list(given: PromptInput) -> list[str | list[int]]:
+    """Return one prompt or several as a list."""
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise InvalidField("prompt", "prompt is empty, must be a text, token ids, or a list of either")
+    kinds = {type(item) for item in given}
+    if len(kinds) > 1:
+        raise InvalidField("prompt", "prompt mixes texts, token ids and lists, must hold one kind of them")
+    if kinds == {int}:
+        return [given]  # type: ignore[list-item]
+    if len(given) > MAX_PROMPTS:
+        raise InvalidField("prompt", f"prompt holds {len(given)} prompts, must be at most {MAX_PROMPTS}")
+    return given  # type: ignore[return-value]
+
+
+def _template_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the template's variables that a request sets. Raises InvalidField for reserved names and for objects."""
+    arguments = dict(given or {})
+    if len(arguments) > MAX_TEMPLATE_ARGUMENTS:
+        said = f"{_ARGUMENTS} holds {len(arguments)} values, must be at most {MAX_TEMPLATE_ARGUMENTS}"
+        raise InvalidField(_ARGUMENTS, said)
+    for name, value in arguments.items():
+        is_free = name.isidentifier() and not name.startswith("_") and name not in RESERVED_TEMPLATE_NAMES
+        if not is_free or len(name) > _MAX_ARGUMENT_NAME:
+            said = f"{_ARGUMENTS} holds {name!r:.70}, must be names of variables that a request may set"
+            raise InvalidField(_ARGUMENTS, said)
+        if value is not None and type(value) not in (str, int, float, bool):
+            kind = type(value).__name__
+            raise InvalidField(_ARGUMENTS, f"{_ARGUMENTS}.{name} is a {kind}, must be a text, number or boolean")
+    return arguments

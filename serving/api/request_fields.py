@@ -1,8 +1,8 @@
-"""What each route does with the fields that clients know: one list a route.
+"""The documented fields of OpenAI's client and of vLLM that each route refuses or ignores.
 
-A field is honoured if the route's struct in `serving.api.protocol` has it, refused if it asks for something that
-does not exist here, or ignored if leaving it out cannot change the answer. `tests/test_request_fields.py` compares the
-lists with the documented fields of OpenAI's client and of vLLM. A field in none of them is unknown, and means nothing.
+Fields of the route's struct in `serving.api.protocol` are honoured, those that ask for a missing feature are refused,
+and those that cannot change the response are ignored, as are unknown ones. `tests/test_request_fields.py` compares the
+lists with the clients'.
 """
 
 from collections.abc import Mapping
@@ -11,27 +11,28 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Struct
 
+from dispec.engine.errors import InvalidField
 from dispec.serving.api.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     GenerateRequest,
-    Sampling,
+    SamplingRequest,
     TokenizeRequest,
 )
 from dispec.serving.http.errors import ApiError
 
-_NOTHING: tuple[Any, ...] = ("", [], {})  # ask for nothing, and neither does null
+_NEUTRAL: tuple[Any, ...] = ("", [], {})  # values that ask for nothing, as null does
 
 
 class RouteFields(NamedTuple):
-    """refused: fields with the values that ask for nothing and so do no harm. ignored: fields without effect."""
+    """refused: fields, with values that are accepted because they ask for nothing. ignored: fields without effect."""
 
     refused: dict[str, tuple[Any, ...]]
     ignored: frozenset[str] = frozenset()
 
 
-# Of chat and plain completions alike.
+# Of chat and plain completions.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
@@ -93,22 +94,22 @@ _CHAT = RouteFields(
     },
     _IGNORED
     | {
-        "metadata", "store", "service_tier", "safety_identifier",  # of the platform's books
-        "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",  # prompts are cached by themselves
+        "metadata", "store", "service_tier", "safety_identifier",  # for the platform's own records
+        "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",  # prompts are always cached
         "parallel_tool_calls",  # of tools, which are refused
     },
 )  # fmt: skip
 _COMPLETION = RouteFields(_REFUSED | {"prompt_embeds": ()}, _IGNORED)
 _TOKENIZE = RouteFields({"tools": (), "chat_template": (), "media_io_kwargs": (), "mm_processor_kwargs": ()})
 
-# Fields of the longer forms which the short form does not take, with what they are where they are left out.
+# Fields of `CompletionRequest` that `GenerateRequest` lacks, with their defaults, which are accepted.
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "model": (), "n": (1,), "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "frequency_penalty": (0,),
     "presence_penalty": (0,), "repetition_penalty": (1,), "include_stop_str_in_output": (False,), "min_tokens": (0,),
     "ignore_eos": (False,), "skip_special_tokens": (True,), "add_special_tokens": (True,), "stream": (False,),
     "return_token_ids": (False,), "return_tokens_as_token_ids": (False,), "echo": (False,),
 }  # fmt: skip
-_SHORT = RouteFields(
+_GENERATE = RouteFields(
     _COMPLETION.refused
     | {
         name: _DEFAULTS.get(name, ())
@@ -121,11 +122,11 @@ _SHORT = RouteFields(
 ROUTES: Mapping[type, RouteFields] = {
     ChatRequest: _CHAT,
     CompletionRequest: _COMPLETION,
-    GenerateRequest: _SHORT,
+    GenerateRequest: _GENERATE,
     TokenizeRequest: _TOKENIZE,
     DetokenizeRequest: RouteFields({}),
 }
-# For each route a struct of the refused fields alone, by which they are found in a body without decoding the rest.
+# For each route a struct of the refused fields, which finds them in a body without decoding the rest.
 _REFUSED_STRUCTS: Mapping[type, type[Struct]] = {
     form: msgspec.defstruct(f"Refused{form.__name__}", [(name, Any, None) for name in fields.refused])
     for form, fields in ROUTES.items()
@@ -133,7 +134,7 @@ _REFUSED_STRUCTS: Mapping[type, type[Struct]] = {
 
 
 def refuse_unsupported(body: bytes, request: object) -> None:
-    """Raise ApiError for the first field of a body that asks for something that the route does not do.
+    """Raise ApiError or InvalidField for the first field of a body that asks for a missing feature.
 
     `request` is the same body as the route's struct.
     """
@@ -141,17 +142,17 @@ def refuse_unsupported(body: bytes, request: object) -> None:
     if form not in ROUTES:
         return
     found = msgspec.json.decode(body, type=_REFUSED_STRUCTS[form])
-    for name, harmless in ROUTES[form].refused.items():
+    for name, accepted in ROUTES[form].refused.items():
         value = getattr(found, name)
-        if value is None or any(_is_same(value, known) for known in (*_NOTHING, *harmless)):
+        if value is None or any(_is_same(value, known) for known in (*_NEUTRAL, *accepted)):
             continue
-        if name == "best_of" and isinstance(request, Sampling) and value == (request.n or 1):
+        if name == "best_of" and isinstance(request, SamplingRequest) and value == (request.n or 1):
             continue
         raise ApiError(400, f"{name} is not supported here: leave it out", param=name, code="not_supported")
-    if isinstance(request, Sampling) and request.stream_options is not None and not request.stream:
-        raise ApiError(400, "stream_options is only for requests with stream true", param="stream_options")
+    if isinstance(request, SamplingRequest) and request.stream_options is not None and not request.stream:
+        raise InvalidField("stream_options", "stream_options is only for requests with stream true")
 
 
 def _is_same(value: Any, known: Any) -> bool:
-    """Compare as JSON does: 1 is 1.0, and true is neither."""
+    """Compare as JSON does: 1 equals 1.0, and true neither."""
     return isinstance(value, bool) == isinstance(known, bool) and value == known

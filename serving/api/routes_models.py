@@ -1,51 +1,41 @@
-"""What is served: /v1/models, /tokenizer_info, /model_info, /server_info, /version."""
-
-import json
-from typing import Any
+"""GET /v1/models, /model_info, /server_info and /version."""
 
 from litestar import Request, get
 from litestar.params import FromPath
 from litestar.types import ASGIApp
 
+from dispec.serving.api.context import ApiContext, context_of
 from dispec.serving.api.openapi import describe
-from dispec.serving.api.protocol_answers import Model, ModelList
-from dispec.serving.api.service import ApiContext, service_of
-from dispec.serving.api.streaming import JsonAnswer
-from dispec.serving.api.tokenizer_configuration import tokenizer_configuration
+from dispec.serving.api.protocol import Model, ModelList
+from dispec.serving.api.responses import JsonResponse
 
 
 @get("/v1/models", **describe(None, ModelList, tag="Models"))
 async def models(request: Request) -> ASGIApp:
-    """The model, under each name that it may be called by."""
-    return JsonAnswer(ModelList(_models(service_of(request))))
+    """The model, under each of its names."""
+    context = context_of(request)
+    return JsonResponse(ModelList([_model(context, name) for name in context.model().names]))
 
 
 @get("/v1/models/{model_id:path}", **describe(None, Model, tag="Models"))
 async def model(request: Request, model_id: FromPath[str]) -> ASGIApp:
-    """The model, by any name that requests may call it."""
-    service = service_of(request)
-    served = service.model()
-    # A name that is a path has lost its first slash: "/v1/models//srv/model" is brought to "/v1/models/srv/model".
+    """The model of a name that requests may use."""
+    context = context_of(request)
+    served = context.model()
+    # Litestar reads "/v1/models//srv/model" as "/v1/models/srv/model": a name that is a path loses its first slash.
     name = str(model_id)
     if name not in (*served.names, served.info.model):
         name = name.removeprefix("/")
     served.check_name(name)
-    return JsonAnswer(_model(service, name))
-
-
-@get("/tokenizer_info", **describe(None, None, tag="Tokenizer"))
-async def tokenizer_info(request: Request) -> ASGIApp:
-    """The tokenizer's configuration as tokenizer_config.json has it, its chat template among it, and its sizes."""
-    served = service_of(request).model()
-    return JsonAnswer(json.dumps(tokenizer_configuration(served.prompts.tokenizer, served.info)).encode())
+    return JsonResponse(_model(context, name))
 
 
 @get("/model_info", **describe(None, None, tag="Models"))
 async def model_info(request: Request) -> ASGIApp:
-    """The model that is loaded."""
-    served = service_of(request).model()
+    """The loaded model."""
+    served = context_of(request).model()
     info = served.info
-    return JsonAnswer(
+    return JsonResponse(
         {
             "model_path": info.model,
             "tokenizer_path": info.directory or "",
@@ -63,14 +53,14 @@ async def model_info(request: Request) -> ASGIApp:
 
 @get("/server_info", **describe(None, None, tag="Models"))
 async def server_info(request: Request) -> ASGIApp:
-    """The engine's options as they turned out, and its state."""
-    service = service_of(request)
-    served = service.model()
+    """The engine's resolved options, and its state."""
+    context = context_of(request)
+    served = context.model()
     info = served.info
-    return JsonAnswer(
+    return JsonResponse(
         {
-            "version": service.version,
-            "state": service.client.state,
+            "version": context.version,
+            "state": context.client.state,
             "model_path": info.model,
             "served_model_name": served.name,
             "device": info.device,
@@ -95,14 +85,9 @@ async def server_info(request: Request) -> ASGIApp:
 @get("/version", **describe(None, None, tag="Models"))
 async def show_version(request: Request) -> ASGIApp:
     """The version of DiSpec."""
-    answer: dict[str, Any] = {"version": service_of(request).version}
-    return JsonAnswer(answer)
+    return JsonResponse({"version": context_of(request).version})
 
 
-def _models(service: ApiContext) -> list[Model]:
-    return [_model(service, name) for name in service.model().names]
-
-
-def _model(service: ApiContext, name: str) -> Model:
-    info = service.model().info
-    return Model(name, int(service.started), info.max_model_len, info.model)
+def _model(context: ApiContext, name: str) -> Model:
+    info = context.model().info
+    return Model(name, int(context.started), info.max_model_len, info.model)

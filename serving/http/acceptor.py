@@ -1,7 +1,7 @@
-"""Accept connections, and answer 503 to those for which no file descriptor is left.
+"""Accepts connections, and answers 503 to those for which no file descriptor is left.
 
-libuv, below uvloop, closes such connections without a word. Here the last descriptors of the process are kept back: a
-connection that gets one of them is refused, a few at a time, while the others wait in the listener's backlog.
+libuv, below uvloop, closes such connections without a response. Here the last descriptors of the process are reserved:
+connections that get one are refused, a few at a time, while the others wait in the listener's backlog.
 """
 
 import asyncio
@@ -15,21 +15,21 @@ from collections.abc import Callable
 from typing import cast
 
 from dispec.serving.http.errors import ApiError
-from dispec.serving.http.http_protocol import closing_answer
+from dispec.serving.http.http_protocol import closing_response
 
 log = logging.getLogger("dispec.server")
 
-_AT_ONCE = 128  # connections, before others in the event loop have their turn
-_PAUSE_SECONDS = 0.1  # when not even a refusal has a descriptor
-_REQUEST_SECONDS = 2.0  # for a client that is refused to begin its request
-_ANSWER_SECONDS = 0.25  # for it to send the rest, and to close
+_MAX_ACCEPTED = 128  # connections before other events have their turn
+_PAUSE_SECONDS = 0.1  # when no descriptor is left even for refusals
+_REQUEST_SECONDS = 2.0  # that a refused client has to begin its request
+_CLOSE_SECONDS = 0.25  # that it has to send the rest and to close
 _LOG_SECONDS = 10.0  # between two lines about refusals
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_LIMITS = (2**20, 2**16, 10240)  # to try where the hard limit itself cannot be had, as on macOS
+_LIMITS = (2**20, 2**16, 10240)  # tried where the hard limit is not granted, as on macOS
 
 
 def raise_file_limit() -> int:
-    """Let this process and its children open as many files as the system allows; returns how many that is."""
+    """Raise the limit of open files of this process and its children; return it."""
     current = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in current)
     for limit in (hard, *_LIMITS):
@@ -43,39 +43,39 @@ def raise_file_limit() -> int:
 
 
 def num_reserved(file_limit: int) -> int:
-    """Descriptors that no request gets: half for refusals, half for what the server opens itself."""
+    """Return the number of descriptors that no request gets: half for refusals, half for the server's own files."""
     return min(64, max(16, file_limit // 8))
 
 
 class Acceptor:
     """Serves the connections of a listener with a protocol, from its creation until `close`.
 
-    It has the methods of `asyncio.Server` that uvicorn calls. file_limit: descriptors that this process may have.
+    It has the methods of `asyncio.Server` that uvicorn calls. file_limit: open files that this process may have.
     """
 
     def __init__(self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol], file_limit: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._listener = listener
         self._protocol = protocol
-        # New descriptors are the lowest free numbers: a high one says that all below are taken.
+        # A new descriptor is the lowest free number, so that a high one means that all below are taken.
         self._first_reserved = file_limit - num_reserved(file_limit)
         self._most_refusals = num_reserved(file_limit) // 2
         self._refusals: set[_Refusal] = set()
         self._starting: set[asyncio.Task[None]] = set()
-        self._num_untold = 0  # refused since the last line in the log
-        self._is_telling = self._is_listening = self._is_closed = False
+        self._num_unlogged = 0  # refused since the last line in the log
+        self._is_logging = self._is_listening = self._is_closed = False
         listener.setblocking(False)
         self._listen()
 
     def close(self) -> None:
-        """Accept nothing more. Connections that are served go on."""
+        """Accept no more connections. Those that are served go on."""
         self._is_closed = True
         self._stop_listening()
         for refusal in list(self._refusals):
             refusal.abort()
 
     async def wait_closed(self) -> None:
-        """There is nothing to wait for."""
+        """Return at once: `close` leaves nothing to wait for."""
 
     def _listen(self) -> None:
         if not self._is_listening and not self._is_closed:
@@ -88,12 +88,12 @@ class Acceptor:
             self._loop.remove_reader(self._listener.fileno())
 
     def _accept(self) -> None:
-        for _ in range(_AT_ONCE):
+        for _ in range(_MAX_ACCEPTED):
             try:
                 connection, _ = self._listener.accept()
             except (BlockingIOError, InterruptedError):
                 return
-            except ConnectionError:  # it left while it waited
+            except ConnectionError:  # the client left while it waited
                 continue
             except OSError as error:
                 if error.errno not in _EXHAUSTED:
@@ -105,8 +105,8 @@ class Acceptor:
             if connection.fileno() < self._first_reserved:
                 self._begin(connection, self._protocol)
                 continue
-            self._num_untold += 1
-            self._tell()
+            self._num_unlogged += 1
+            self._log_refusals()
             refusal = _Refusal(self._refused)
             self._refusals.add(refusal)
             self._begin(connection, lambda refusal=refusal: refusal)  # type: ignore[misc]
@@ -131,24 +131,25 @@ class Acceptor:
         if len(self._refusals) < self._most_refusals:
             self._listen()
 
-    def _tell(self) -> None:
-        """Say at once that connections are refused, and how many there were every few seconds after that."""
-        if self._is_telling or not self._num_untold:
+    def _log_refusals(self) -> None:
+        """Log at once that connections are refused, and their number every few seconds after that."""
+        if self._is_logging or not self._num_unlogged:
             return
         log.warning(
-            "connections refused with 503: %d; this process may open no more files (see `ulimit -n`)", self._num_untold
+            "connections refused with 503: %d; this process may open no more files (see `ulimit -n`)",
+            self._num_unlogged,
         )
-        self._num_untold = 0
-        self._is_telling = True
-        self._loop.call_later(_LOG_SECONDS, self._tell_again)
+        self._num_unlogged = 0
+        self._is_logging = True
+        self._loop.call_later(_LOG_SECONDS, self._log_again)
 
-    def _tell_again(self) -> None:
-        self._is_telling = False
-        self._tell()
+    def _log_again(self) -> None:
+        self._is_logging = False
+        self._log_refusals()
 
 
 class _Refusal(asyncio.Protocol):
-    """Answers every request with 503, and closes when the client does or takes too long."""
+    """Answers a request with 503, and closes when the client does or takes too long."""
 
     def __init__(self, on_end: Callable[["_Refusal"], None]) -> None:
         self._on_end = on_end
@@ -161,7 +162,7 @@ class _Refusal(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's has another class
 
     def data_received(self, data: bytes) -> None:
-        """Answer at the first bytes. Read the others as well: closing with something unread discards the answer."""
+        """Answer at the first bytes. The others are read too: closing with unread bytes discards the response."""
         if not self._has_answered:
             self._answer()
 
@@ -171,10 +172,10 @@ class _Refusal(asyncio.Protocol):
             return
         self._has_answered = True
         why = "the server has no file descriptor left for this connection"
-        self._transport.write(closing_answer(ApiError(503, why, code="overloaded", retry_after=1)))
+        self._transport.write(closing_response(ApiError(503, why, code="overloaded", retry_after=1)))
         self._transport.write_eof()
         self._timer.cancel()
-        self._timer = self._loop.call_later(_ANSWER_SECONDS, self.abort)
+        self._timer = self._loop.call_later(_CLOSE_SECONDS, self.abort)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._timer.cancel()

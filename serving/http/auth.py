@@ -1,4 +1,4 @@
-"""Who may ask. With keys set, every route is closed without one, known or unknown, but those that prove liveness."""
+"""API keys. With keys set, every route needs one, unknown routes too, except those that prove liveness."""
 
 import base64
 import binascii
@@ -6,26 +6,27 @@ import hmac
 from collections.abc import Iterable
 
 OPEN_PATHS = frozenset({"/live", "/ping"})
-_PAGES = ("/dashboard", "/docs", "/schema")  # what people open in a browser, which asks them for the key by itself
+_PAGES = ("/dashboard", "/docs", "/schema")  # pages, for which a browser asks for the key
 
 
 class Keys:
-    """The keys of a server. A client sends one as a bearer token, or a browser as the password of basic access."""
+    """The keys of a server. Clients send one as a bearer token, browsers as the password of basic authentication."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._keys = [key.encode() for key in keys]
 
     def allow(self, path: str, authorization: bytes | None) -> bool:
+        """Return whether a request with that Authorization header may use the path."""
         if not self._keys or path in OPEN_PATHS:
             return True
         given = _credential(authorization or b"")
-        # All of them, at the same pace: how long it takes shall tell nothing about any of them.
+        # All keys are compared, in constant time, so that the time tells nothing about them.
         matches = [hmac.compare_digest(given, key) for key in self._keys]
         return any(matches)
 
     @staticmethod
     def challenge(path: str) -> str:
-        """The WWW-Authenticate header that goes with a refusal."""
+        """Return the WWW-Authenticate header of a refusal."""
         return 'Basic realm="dispec: any name, and the API key"' if path.startswith(_PAGES) else "Bearer"
 
 

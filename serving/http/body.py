@@ -1,4 +1,4 @@
-"""Reading the body of a request, which may be larger, slower or of another type than it should be."""
+"""Reads the body of a request within limits of size, time and type."""
 
 import asyncio
 
@@ -6,8 +6,8 @@ from litestar import Request
 
 from dispec.serving.http.errors import ApiError, ClientLeft
 
-_UNREAD = "unsupported_media_type"
-_THROWN_AWAY = 64 * 2**20  # bytes that are read only so that the client gets to see the refusal
+_UNSUPPORTED = "unsupported_media_type"
+_DISCARDED_BYTES = 64 * 2**20  # read past the limit, because clients read no response before they have sent all
 
 
 async def read_body(request: Request, limit: int, timeout: float) -> bytes:
@@ -23,19 +23,19 @@ async def read_body(request: Request, limit: int, timeout: float) -> bytes:
 
 
 def _check_content(request: Request) -> None:
-    """Raise ApiError for a body in a type or encoding that is not read: bodies are JSON, not compressed."""
+    """Raise ApiError unless the body is JSON in UTF-8, not compressed."""
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
         raise ApiError(
             415,
             f"the body's content encoding is {coding!r:.50}, must be left out: bodies are not decompressed",
-            code=_UNREAD,
+            code=_UNSUPPORTED,
             headers={"Accept-Encoding": "identity"},
         )
     kind, options = request.content_type
     charset = options.get("charset", "utf-8").lower()
     if not kind:
-        # Command-line tools leave the type out. A web page that does so spares itself the browser's preflight.
+        # Command-line tools leave the type out. A web page must not, because its browser then sends no preflight.
         is_json = "origin" not in request.headers
     else:
         is_json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
@@ -44,7 +44,7 @@ def _check_content(request: Request) -> None:
         raise ApiError(
             415,
             f"the body's content type is {given:.100}, must be application/json in UTF-8",
-            code=_UNREAD,
+            code=_UNSUPPORTED,
             headers={"Accept": "application/json"},
         )
 
@@ -62,7 +62,7 @@ async def _read(request: Request, limit: int) -> bytes:
             parts.append(part)
         else:
             parts.clear()
-        if not message.get("more_body", False) or size > limit + _THROWN_AWAY:
+        if not message.get("more_body", False) or size > limit + _DISCARDED_BYTES:
             break
     if size > limit:
         raise ApiError(413, f"the body holds {size} bytes or more, must be at most {limit}")

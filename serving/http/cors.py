@@ -1,7 +1,7 @@
-"""Cross-origin resource sharing: which web pages of other origins a browser lets use this server.
+"""Cross-origin resource sharing: the origins whose web pages a browser lets use this server.
 
-Litestar's own middleware is not used: it stands behind the gate, where a preflight (which carries no key) is refused;
-it replaces a `Vary` header of the answer; and it answers `*` to requests with credentials, which browsers refuse.
+Litestar's own middleware is not used: it runs after the check of keys, which a preflight does not carry; it replaces
+a response's `Vary` header; and it answers `*` to requests with credentials, which browsers refuse.
 """
 
 import re
@@ -14,7 +14,7 @@ Header = tuple[bytes, bytes]
 ANY = "*"
 _PREFLIGHT_SECONDS = 600  # for which a browser remembers the answer
 _ALWAYS_ALLOWED = ("Accept", "Accept-Language", "Content-Language", "Content-Type")
-_EXPOSED = "X-Request-ID, Retry-After"  # read by OpenAI's client; a page sees no others but the few of the standard
+_EXPOSED = "X-Request-ID, Retry-After"  # headers that pages may read; OpenAI's client does
 _VARIES = (b"vary", b"Origin")
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._~:\[\]-]+")
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # which browsers leave out
@@ -22,7 +22,7 @@ _DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # which browsers leave out
 
 @dataclass(frozen=True, kw_only=True)
 class Cors:
-    """The policy of a server. `*` in `origins`, `methods` or `headers` allows each; without origins there is none."""
+    """A server's policy. `*` in `origins`, `methods` or `headers` allows all; without origins no page is allowed."""
 
     origins: tuple[str, ...] = ()
     methods: tuple[str, ...] = (ANY,)
@@ -33,10 +33,10 @@ class Cors:
         """Return whether pages of that origin may use the server; False for a request without an origin."""
         return origin is not None and (ANY in self.origins or origin.decode("latin-1").lower() in self.origins)
 
-    def of_preflight(self, method: str, request: Mapping[bytes, bytes]) -> list[Header] | None:
-        """Return the headers that answer a preflight by an allowed origin; None for every other request.
+    def preflight_headers(self, method: str, request: Mapping[bytes, bytes]) -> list[Header] | None:
+        """Return the headers of the response to a preflight by an allowed origin; None for any other request.
 
-        A method or header that is not allowed is missing from them, and the browser stops there.
+        They leave out a method or header that is not allowed, which makes the browser stop.
         """
         wanted = request.get(b"access-control-request-method")
         if method != "OPTIONS" or wanted is None or not self.allows(request.get(b"origin")):
@@ -53,11 +53,11 @@ class Cors:
         ]
         return [*found, (b"access-control-allow-headers", headers)] if headers else found
 
-    def of_answer(self, origin: bytes | None) -> list[Header]:
-        """Return the headers that every answer to a page of `origin` gets, errors and streams too."""
+    def response_headers(self, origin: bytes | None) -> list[Header]:
+        """Return the headers of every response to a page of `origin`, errors and streams included."""
         if not self.origins:
             return []
-        varies = [] if ANY in self.origins else [_VARIES]  # for caches, also where the origin is not allowed
+        varies = [] if ANY in self.origins else [_VARIES]  # for caches, for origins that are not allowed too
         if origin is None or not self.allows(origin):
             return varies
         found = [
@@ -73,13 +73,13 @@ NO_ORIGINS = Cors()
 
 
 def origin_as_sent(text: str) -> str:
-    """Return an origin in the form in which browsers send it. Raises ValueError for what is none."""
+    """Return an origin in the form that browsers send. Raises ValueError for other texts."""
     if text in (ANY, "null"):
         return text
     try:
         parts = urlsplit(text)
         is_origin = bool(_ORIGIN.fullmatch(text) and parts.hostname) and parts.port != 0
-    except ValueError:  # a port or an IPv6 address that is none
+    except ValueError:  # a wrong port or IPv6 address
         is_origin = False
     if not is_origin:
         raise ValueError(f"allowed_origins holds {text!r:.100}, must be SCHEME://HOST[:PORT], null, or * for all")

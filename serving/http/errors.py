@@ -1,4 +1,4 @@
-"""Every error in the one shape that OpenAI's clients read: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in the shape that OpenAI's clients read: {"error": {"message", "type", "param", "code"}}."""
 
 import logging
 from collections.abc import Mapping
@@ -19,8 +19,9 @@ from dispec.serving.client.errors import (
 
 log = logging.getLogger("dispec.server")
 
-CLIENT_LEFT = 499  # nobody reads it: it is for the log
+CLIENT_LEFT = 499  # for the access log
 
+_MAX_LOGGED = 200  # characters of a message
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -50,7 +51,7 @@ class ErrorBody(msgspec.Struct):
 
 
 class ApiError(Exception):
-    """An answer other than the one asked for. `param` names the field of the request that is to blame."""
+    """An error response. `param` is the request's field at fault."""
 
     def __init__(
         self,
@@ -76,19 +77,14 @@ class ApiError(Exception):
 
 
 class ClientLeft(ApiError):
-    """The connection is gone, and with it everybody who could read an answer."""
+    """The client has disconnected, so that no response can be read."""
 
     def __init__(self) -> None:
         super().__init__(CLIENT_LEFT, "the client closed the connection")
 
 
-def invalid(field: str | None, message: str) -> ApiError:
-    """A request that breaks a rule. `field` is the one of its fields that does; None if it is the whole body."""
-    return ApiError(400, message, param=field)
-
-
-def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told about an error. Nothing of an unexpected one: that is for the log."""
+def to_api_error(error: BaseException) -> ApiError:
+    """Return the response to an error. The message of an unexpected one is for the log alone."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Overloaded):
@@ -106,9 +102,9 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ContextOverflow):
         return ApiError(400, str(error), param=error.field, code="context_length_exceeded")
     if isinstance(error, InvalidField | InvalidRequest):
-        return invalid(error.field, str(error))
+        return ApiError(400, str(error), param=error.field)
     if isinstance(error, ValueError):
-        return invalid(None, str(error))
+        return ApiError(400, str(error))
     return ApiError(500, f"internal error ({type(error).__name__}): the server's log says more", code="internal_error")
 
 
@@ -123,14 +119,17 @@ def _of_litestar(error: HTTPException) -> ApiError:
     return ApiError(status, "internal error: the server's log says more", code="internal_error")
 
 
-def answer_error(request: Request, error: Exception) -> Response:
-    """Litestar's exception handler, for its own errors and for ours."""
-    told = as_api_error(error)
-    request.scope["state"].setdefault("log", {})["error"] = told.detail.message[:200]
-    if told.status == 500:
-        log.error("%s", told.detail.message, exc_info=error, extra={"request_id": request_id(request.scope)})
-    return Response(told.body(), status_code=told.status, headers=told.headers, media_type="application/json")
+def handle_error(request: Request, error: Exception) -> Response:
+    """Return the response to an error: the exception handler for Litestar's errors and for ours."""
+    found = to_api_error(error)
+    log_error(request.scope, found, error)
+    return Response(found.body(), status_code=found.status, headers=found.headers, media_type="application/json")
 
 
-def request_id(scope: Mapping) -> str | None:
-    return scope.get("state", {}).get("request_id")
+def log_error(scope: Mapping, found: ApiError, error: Exception) -> None:
+    """Add the error to the request's line in the access log; log the traceback of an unexpected one."""
+    state = scope["state"]
+    message = found.detail.message
+    state.setdefault("log", {})["error"] = message[:_MAX_LOGGED]
+    if found.status == 500:
+        log.error("%s", message, exc_info=error, extra={"request_id": state.get("request_id")})

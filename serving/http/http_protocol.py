@@ -1,4 +1,4 @@
-"""uvicorn's HTTP on httptools, which takes less time than h11 for each event of a stream, with bounded headers."""
+"""uvicorn's HTTP on httptools, which is faster than h11 for events of streams, with bounded headers."""
 
 import uuid
 from http import HTTPStatus
@@ -8,8 +8,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from dispec.serving.http.errors import ApiError
 
 
-def closing_answer(error: ApiError) -> bytes:
-    """An error as bytes of HTTP, for a connection on which nothing more is answered."""
+def closing_response(error: ApiError) -> bytes:
+    """Return an error as bytes of HTTP that close the connection."""
     body = error.body()
     headers = {
         "content-type": "application/json",
@@ -24,16 +24,14 @@ def closing_answer(error: ApiError) -> bytes:
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Closes a connection that sends more than `max_header_bytes` with which no head ends and no body grows: the parser
-    would keep headers, trailers and the like for as long as they come.
-    """
+    """Closes a connection that sends more than `max_header_bytes` of headers or trailers: the parser keeps them all."""
 
     max_header_bytes: int
     _unfinished_bytes = 0
 
     @classmethod
-    def of(cls, max_header_bytes: int) -> "type[BoundedHttp]":
-        """The protocol with that bound."""
+    def with_limit(cls, max_header_bytes: int) -> "type[BoundedHttp]":
+        """Return the protocol with that bound."""
         return type("BoundedHttp", (cls,), {"max_header_bytes": max_header_bytes})
 
     def data_received(self, data: bytes) -> None:
@@ -43,8 +41,8 @@ class BoundedHttp(HttpToolsProtocol):
             self.send_400_response("The headers are too large.")
 
     def send_400_response(self, msg: str) -> None:
-        """What the application would have answered, had the parser let the request through to it."""
-        self.transport.write(closing_answer(ApiError(400, msg)))
+        """Send the application's shape of an error for a request that the parser refuses."""
+        self.transport.write(closing_response(ApiError(400, msg)))
         self.transport.close()
 
     def on_headers_complete(self) -> None:

@@ -1,7 +1,6 @@
-"""What every request passes, even one to an unknown route: its id, the key, the rules for pages of other origins, and a
-line in the log when it is over.
-"""
+"""ASGI middleware around the application, for unknown routes too: request ids, keys, CORS, the access log, and HEAD."""
 
+import asyncio
 import logging
 import math
 import re
@@ -11,22 +10,30 @@ from collections.abc import Callable
 from typing import Any
 
 from litestar.enums import ScopeType
-from litestar.types import ASGIApp, HTTPResponseStartEvent, Message, Receive, Scope, Send
+from litestar.types import (
+    ASGIApp,
+    HTTPReceiveMessage,
+    HTTPRequestEvent,
+    HTTPResponseStartEvent,
+    Message,
+    Receive,
+    Scope,
+    Send,
+)
 
 from dispec.serving.http.auth import Keys
 from dispec.serving.http.cors import NO_ORIGINS, Cors, Header
 from dispec.serving.http.errors import CLIENT_LEFT, ApiError
-from dispec.serving.http.head import allow_head
 
 log = logging.getLogger("dispec.access")
 
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # goes into headers and logs as it is
-_QUIET_PATHS = frozenset({"/live", "/ping", "/health", "/metrics", "/load", "/stats"})  # polled all the time
-_QUIET_SECONDS = 60.0  # between two lines about the same failure of such a path
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # safe in headers and logs
+_POLLED_PATHS = frozenset({"/live", "/ping", "/health", "/metrics", "/load", "/stats"})
+_REPEAT_SECONDS = 60.0  # between two lines about the same failure of a polled path
 
 
 class Middleware:
-    """ASGI middleware around the whole application. clock: seconds, for what is logged once in a while."""
+    """Gives each request an id, checks keys and origins, and writes the access log."""
 
     def __init__(
         self,
@@ -37,66 +44,71 @@ class Middleware:
         cors: Cors = NO_ORIGINS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`clock`: seconds, for failures that are logged once a minute."""
         self._app = app
         self._keys = keys
         self._cors = cors
         self._max_header_bytes = max_header_bytes
         self._clock = clock
-        self._last_told: dict[tuple[str, int], float] = {}  # of a quiet path and its status
+        self._last_logged: dict[tuple[str, int], float] = {}  # by polled path and status
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
             await self._app(scope, receive, send)
             return
+        method, path = scope["method"], scope["path"]
         started = time.perf_counter()
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         state: dict[str, Any] = scope.setdefault("state", {})
         state["request_id"] = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        status = CLIENT_LEFT  # unless there is an answer
+        status = CLIENT_LEFT  # unless there is a response
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if status == 405 or scope["method"] == "OPTIONS":
-                    allow_head(message)
-                of_origin = self._cors.of_answer(headers.get(b"origin"))
-                _add_headers(message, [(b"x-request-id", state["request_id"].encode()), *of_origin])
+                if status == 405 or method == "OPTIONS":
+                    _allow_head(message)
+                of_origin = self._cors.response_headers(headers.get(b"origin"))
+                added = [(b"x-request-id", state["request_id"].encode()), *of_origin]
+                message["headers"] = [*message["headers"], *added]
             await send(message)
 
         try:
-            # A preflight carries no key: its answer tells of the server's options and of nothing else.
-            preflight = self._cors.of_preflight(scope["method"], headers)
-            refusal = self._refusal(scope["method"], scope["path"], headers)
+            # A preflight carries no key: its response tells the server's CORS options alone.
+            preflight = self._cors.preflight_headers(method, headers)
+            refusal = self._refusal(method, path, headers)
             if preflight is not None:
-                await _answer(204, preflight, b"", send_with_id)
+                await _respond(204, preflight, b"", send_with_id)
             elif refusal is not None:
                 await _refuse(refusal, send_with_id)
             else:
                 await self._app(scope, receive, send_with_id)
         finally:
-            path = scope["path"]
-            level = self._level(path, status)
-            if log.isEnabledFor(level):
-                fields = {
-                    "request_id": state["request_id"],
-                    "method": scope["method"],
-                    "path": path,
-                    "status": state.get("status", status),
-                    "seconds": round(time.perf_counter() - started, 6),
-                    **state.get("log", {}),
-                }
-                log.log(level, "request", extra={"fields": fields})
+            self._log(method, path, state, status, time.perf_counter() - started)
+
+    def _log(self, method: str, path: str, state: dict[str, Any], status: int, seconds: float) -> None:
+        level = self._level(path, status)
+        if log.isEnabledFor(level):
+            fields = {
+                "request_id": state["request_id"],
+                "method": method,
+                "path": path,
+                "status": state.get("status", status),
+                "seconds": round(seconds, 6),
+                **state.get("log", {}),
+            }
+            log.log(level, "request", extra={"fields": fields})
 
     def _level(self, path: str, status: int) -> int:
-        """Of the line about a request: answers to polling fill no log, and its failures are told once a minute."""
-        if path not in _QUIET_PATHS:
+        """Return the level of a request's line: successful polling is not logged, and failing once a minute."""
+        if path not in _POLLED_PATHS:
             return logging.INFO
         now = self._clock()
-        if status < 400 or now - self._last_told.get((path, status), -math.inf) < _QUIET_SECONDS:
+        if status < 400 or now - self._last_logged.get((path, status), -math.inf) < _REPEAT_SECONDS:
             return logging.DEBUG
-        self._last_told[path, status] = now
+        self._last_logged[path, status] = now
         return logging.INFO
 
     def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
@@ -105,7 +117,7 @@ class Middleware:
             said = "this API key is not known" if b"authorization" in headers else "an API key is needed"
             return ApiError(401, f"{said}: send it as `Authorization: Bearer KEY`", headers=challenge)
         size = sum(len(name) + len(value) + 4 for name, value in headers.items())
-        if size > self._max_header_bytes:  # uvicorn looks only where they come in several pieces
+        if size > self._max_header_bytes:  # `BoundedHttp` counts only headers that come in several packets
             return ApiError(431, f"the headers hold {size} bytes, must be at most {self._max_header_bytes}")
         is_cross_site = headers.get(b"sec-fetch-site") == b"cross-site"
         if method == "POST" and is_cross_site and not self._cors.allows(headers.get(b"origin")):
@@ -114,17 +126,50 @@ class Middleware:
         return None
 
 
+class HeadMiddleware:
+    """Answers HEAD as GET, with the same status and headers and without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != ScopeType.HTTP or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        requests: list[HTTPRequestEvent] = [{"type": "http.request", "body": b"", "more_body": False}]
+        has_started = asyncio.Event()
+
+        async def receive_nothing() -> HTTPReceiveMessage:
+            if requests:
+                return requests.pop()
+            # A stream may have no end, and so ends with a disconnect after its headers.
+            await has_started.wait()
+            return {"type": "http.disconnect"}
+
+        async def send_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send(message)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                has_started.set()
+
+        await self._app({**scope, "method": "GET"}, receive_nothing, send_headers)
+
+
+def _allow_head(message: HTTPResponseStartEvent) -> None:
+    """Add HEAD to an `Allow` header that has GET."""
+    message["headers"] = [
+        (name, value + b", HEAD" if name.lower() == b"allow" and b"GET" in value.split(b", ") else value)
+        for name, value in message["headers"]
+    ]
+
+
 async def _refuse(error: ApiError, send: Send) -> None:
     body = error.body()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
-    await _answer(error.status, headers, body, send)
+    await _respond(error.status, headers, body, send)
 
 
-async def _answer(status: int, headers: list[Header], body: bytes, send: Send) -> None:
+async def _respond(status: int, headers: list[Header], body: bytes, send: Send) -> None:
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-def _add_headers(message: HTTPResponseStartEvent, headers: list[Header]) -> None:
-    message["headers"] = [*message["headers"], *headers]

@@ -1,11 +1,11 @@
-"""What the OpenAPI document says of requests beyond the types of fields: messages, rules between fields, examples.
+"""Parts of the OpenAPI document beyond the types of fields: messages, rules between fields, examples.
 
-`tests/test_openapi.py` sends bodies that the schemas allow, and bodies that they do not, and compares the answers.
+`tests/test_openapi.py` compares the schemas with the server's responses to bodies that they allow and forbid.
 """
 
 from typing import Any
 
-from dispec.serving.api.protocol_sampling import RESERVED_TEMPLATE_NAMES
+from dispec.serving.api.prompts import RESERVED_TEMPLATE_NAMES
 from dispec.serving.settings import MAX_PROMPTS
 
 Schema = dict[str, Any]
@@ -142,8 +142,8 @@ EXAMPLES: dict[str, dict[str, Schema]] = {
 }
 
 
-def complete(schemas: dict[str, Schema], model_names: list[str], slo_names: list[str]) -> None:
-    """Add to msgspec's schemas what the types do not say, and what depends on the server's options."""
+def complete_schemas(schemas: dict[str, Schema], model_names: list[str], slo_names: list[str]) -> None:
+    """Add the rules, and the names that depend on the server's options, to msgspec's schemas."""
     schemas[MESSAGE] = _MESSAGE
     for name, rules in _RULES.items():
         schemas[name].setdefault("allOf", []).extend(rules)

@@ -1,4 +1,4 @@
-"""Answers on the wire: whole ones and server-sent events, both given up the moment that nobody reads them."""
+"""Responses as ASGI applications: JSON, and server-sent events. Both abort the generation if the client disconnects."""
 
 import asyncio
 import contextlib
@@ -10,42 +10,51 @@ from typing import Any, TypeVar
 import msgspec
 from litestar.types import Receive, Scope, Send
 
-from dispec.serving.api.call import Call
-from dispec.serving.http.errors import CLIENT_LEFT, ClientLeft, as_api_error, log
+from dispec.serving.api.generation import Generation
+from dispec.serving.http.errors import CLIENT_LEFT, ClientLeft, log_error, to_api_error
 
 T = TypeVar("T")
 
 _encode = msgspec.json.Encoder().encode
 
 DONE = b"data: [DONE]\n\n"
-_COMMENT = b": keep-alive\n\n"
+_KEEP_ALIVE = b": keep-alive\n\n"
 _EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would otherwise collect tokens
+    (b"x-accel-buffering", b"no"),  # else nginx collects tokens
 ]
 
 
 def event(data: Any) -> bytes:
+    """Return a server-sent event with JSON."""
     return b"data: " + _encode(data) + b"\n\n"
 
 
-class JsonAnswer:
-    """An ASGI response. Encoding is msgspec's, in which no NaN exists."""
+class BytesResponse:
+    """An ASGI response with a body that is encoded already."""
 
-    def __init__(self, body: Any, status: int = 200) -> None:
-        self._body = body if isinstance(body, bytes) else _encode(body)
+    def __init__(self, body: bytes, media_type: bytes, status: int = 200) -> None:
+        self._body = body
+        self._media_type = media_type
         self._status = status
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(self._body)).encode())]
+        headers = [(b"content-type", self._media_type), (b"content-length", str(len(self._body)).encode())]
         await send({"type": "http.response.start", "status": self._status, "headers": headers})
         await send({"type": "http.response.body", "body": self._body, "more_body": False})
 
 
-async def unless_client_leaves(scope: Scope, receive: Receive, call: Call, work: Awaitable[T]) -> T:
-    """The work's result; if the client leaves, the call is aborted, the work ends, and ClientLeft is raised."""
-    with _watching(receive, call.abort) as has_left:
+class JsonResponse(BytesResponse):
+    """An ASGI response with JSON. msgspec writes no NaN."""
+
+    def __init__(self, body: Any, status: int = 200) -> None:
+        super().__init__(body if isinstance(body, bytes) else _encode(body), b"application/json", status)
+
+
+async def abort_on_disconnect(scope: Scope, receive: Receive, generation: Generation, work: Awaitable[T]) -> T:
+    """Return the result of `work`. If the client disconnects, abort the generation and raise ClientLeft."""
+    with _watching(receive, generation.abort) as has_left:
         try:
             result = await work
         except Exception:
@@ -53,48 +62,50 @@ async def unless_client_leaves(scope: Scope, receive: Receive, call: Call, work:
                 raise _left(scope) from None
             raise
         finally:
-            call.abort()
-            note(scope, call)
+            generation.abort()
+            _add_log_fields(scope, generation)
     if has_left():
         raise _left(scope)
     return result
 
 
 class EventStream:
-    """An ASGI response of server-sent events, begun when the engine has taken the call, so that a refusal still has
-    its own status. An error after that is an event of its own. Silence is broken by comments.
+    """An ASGI response of server-sent events.
+
+    It begins when the engine has queued the generation, so that a refusal has its own status. A later error is an
+    event. Comments keep a silent connection alive.
     """
 
-    def __init__(self, call: Call, events: AsyncIterator[bytes], keep_alive: float) -> None:
-        self._call = call
+    def __init__(self, generation: Generation, events: AsyncIterator[bytes], keep_alive_seconds: float) -> None:
+        self._generation = generation
         self._events = events
-        self._keep_alive = keep_alive
+        self._keep_alive_seconds = keep_alive_seconds
         self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = self._call
-        with _watching(receive, call.abort) as has_left:
+        generation = self._generation
+        with _watching(receive, generation.abort) as has_left:
             comments: asyncio.Task[None] | None = None
             try:
-                await call.accepted()
+                await generation.accepted()
                 if has_left():
                     raise _left(scope)
                 await send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_HEADERS)})
                 self._last_sent = time.monotonic()
-                comments = asyncio.create_task(self._comment(send))
+                comments = asyncio.create_task(self._send_comments(send))
                 last = await self._send_events(scope, send, has_left)
                 comments.cancel()
                 await send({"type": "http.response.body", "body": last, "more_body": False})
             finally:
                 if comments is not None:
                     comments.cancel()
-                call.abort()
-                note(scope, call)
+                generation.abort()
+                _add_log_fields(scope, generation)
                 if has_left():
                     scope["state"]["status"] = CLIENT_LEFT
 
     async def _send_events(self, scope: Scope, send: Send, has_left: Callable[[], bool]) -> bytes:
-        """Sends all but the last, which it returns: the end, or an error."""
+        """Send all events but the last, and return that: the end, or an error."""
         try:
             async for data in self._events:
                 if has_left():
@@ -104,26 +115,23 @@ class EventStream:
         except Exception as error:
             if has_left():
                 return b""
-            told = as_api_error(error)
-            scope["state"].setdefault("log", {})["error"] = told.detail.message
-            if told.status == 500:
-                log.error("%s", told.detail.message, exc_info=error, extra={"request_id": scope["state"]["request_id"]})
-            return b"data: " + told.body() + b"\n\n"
+            found = to_api_error(error)
+            log_error(scope, found, error)
+            return b"data: " + found.body() + b"\n\n"
         return DONE
 
-    async def _comment(self, send: Send) -> None:
+    async def _send_comments(self, send: Send) -> None:
         while True:
             silent = time.monotonic() - self._last_sent
-            if silent >= self._keep_alive:
+            if silent >= self._keep_alive_seconds:
                 self._last_sent = time.monotonic()
-                await send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
+                await send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
                 silent = 0.0
-            await asyncio.sleep(self._keep_alive - silent)
+            await asyncio.sleep(self._keep_alive_seconds - silent)
 
 
-def note(scope: Scope, call: Call) -> None:
-    """What the log shall say about the call."""
-    scope["state"].setdefault("log", {}).update(call.log_fields())
+def _add_log_fields(scope: Scope, generation: Generation) -> None:
+    scope["state"].setdefault("log", {}).update(generation.log_fields())
 
 
 def _left(scope: Scope) -> ClientLeft:
@@ -133,7 +141,10 @@ def _left(scope: Scope) -> ClientLeft:
 
 @contextmanager
 def _watching(receive: Receive, on_leave: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Calls back if the client leaves; gives a function that tells whether it has. The body must have been read."""
+    """Call `on_leave` if the client disconnects; yields a function that tells whether it has.
+
+    The body must have been read.
+    """
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -1,0 +1,214 @@
+"""One API call in the engine: the streams of its prompts, read as one, and the tokens that it used."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from litestar import Request
+from msgspec import UNSET, UnsetType
+
+from dispec.engine.errors import InvalidField
+from dispec.engine.sampling_params import SamplingParams
+from dispec.serving.api.context import ApiContext
+from dispec.serving.api.kv_transfer import Transfer, read_transfer
+from dispec.serving.api.prompts import Prompt
+from dispec.serving.api.protocol import (
+    CompletionTokensDetails,
+    PromptTokensDetails,
+    SamplingRequest,
+    StreamOptions,
+    Usage,
+)
+from dispec.serving.client.engine_client import EngineClient
+from dispec.serving.client.request_stream import ChoiceUpdate, GenerationRequest, RequestStream
+from dispec.serving.client.slo import Slo
+from dispec.serving.http.errors import ApiError
+
+_MAX_ID_LENGTH = 128
+_MAX_PRIORITY = 2**31 - 1
+_MAX_UNREAD = 64  # updates of all streams that wait for a slow reader
+
+
+class Generation:
+    """Starts at once, and must be aborted in the end.
+
+    Choices are numbered through all prompts. Raises Overloaded, NotReady, InvalidRequest or ContextOverflow, and
+    leaves nothing in the engine then.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        request_id: str,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        priority: int,
+        cache_salt: str | None,
+        timeout: float | None,
+        slo: Slo | None,
+        transfer: Transfer,
+    ) -> None:
+        self.request_id = request_id
+        self.prompts = prompts
+        self.num_choices = params.n
+        self.transfer = transfer
+        self.cached_tokens = 0
+        self.accepted_tokens = self.rejected_tokens = 0  # of drafts
+        self.completion_tokens = 0
+        self._streams: list[RequestStream] = []
+        try:
+            for index, prompt in enumerate(prompts):
+                name = request_id if len(prompts) == 1 else f"{request_id}-{index}"
+                request = GenerationRequest(
+                    name,
+                    prompt.token_ids,
+                    params,
+                    priority,
+                    cache_salt,
+                    timeout,
+                    slo,
+                    transfer.publish_as,
+                    transfer.pull,
+                )
+                self._streams.append(client.submit(request))
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """End the choices that have not ended. Aborting twice does nothing."""
+        for stream in self._streams:
+            stream.abort()
+
+    async def accepted(self) -> None:
+        """Wait until the engine has queued all prompts. Raises the engine's refusal."""
+        for stream in self._streams:
+            await stream.accepted()
+
+    async def updates(self) -> AsyncIterator[tuple[int, ChoiceUpdate]]:
+        """Yield each update with the number of its choice, as they come."""
+        if len(self._streams) == 1:
+            async for update in self._streams[0]:
+                yield update.index, self._count(update)
+            return
+        queue: asyncio.Queue[tuple[int, ChoiceUpdate] | Exception | None] = asyncio.Queue(_MAX_UNREAD)
+        tasks = [asyncio.create_task(_forward(stream, index, queue)) for index, stream in enumerate(self._streams)]
+        try:
+            num_open = len(tasks)
+            while num_open:
+                item = await queue.get()
+                if item is None:
+                    num_open -= 1
+                elif isinstance(item, Exception):
+                    raise item
+                else:
+                    yield item[0] * self.num_choices + item[1].index, self._count(item[1])
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def collect(self) -> list[ChoiceUpdate]:
+        """Return all of each choice as one update, when the last has ended."""
+        for stream in self._streams:
+            await stream.wait()
+        found: list[ChoiceUpdate] = []
+        for stream in self._streams:
+            choices = {update.index: self._count(update) async for update in stream}
+            found += [choices[index] for index in range(self.num_choices)]
+        return found
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    def usage(self) -> Usage:
+        """Return the tokens used so far."""
+        prompt, completion = self.prompt_tokens, self.completion_tokens
+        drafts = CompletionTokensDetails(self.accepted_tokens, self.rejected_tokens)
+        return Usage(
+            prompt,
+            completion,
+            prompt + completion,
+            PromptTokensDetails(self.cached_tokens),
+            drafts if self.accepted_tokens or self.rejected_tokens else UNSET,
+        )
+
+    def log_fields(self) -> dict[str, int]:
+        """Return the fields of the access log."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.completion_tokens,
+        }
+
+    def _count(self, update: ChoiceUpdate) -> ChoiceUpdate:
+        if update.finish_reason == "abort":
+            raise ApiError(503, "the request was ended before it was done", code="aborted", retry_after=5)
+        self.completion_tokens += len(update.token_ids)
+        self.cached_tokens += update.num_cached_tokens or 0
+        self.accepted_tokens += update.num_accepted
+        self.rejected_tokens += update.num_rejected
+        return update
+
+
+class StreamUsage:
+    """Decides which chunks of a stream carry the usage: each, an additional last one, or none."""
+
+    def __init__(self, options: StreamOptions | None, usage: Callable[[], Usage]) -> None:
+        self.at_end = options is not None and bool(options.include_usage)
+        self._is_continuous = options is not None and self.at_end and bool(options.continuous_usage_stats)
+        self._usage = usage
+
+    def of_chunk(self) -> Usage | UnsetType | None:
+        """Return the usage for a chunk with a choice."""
+        if self._is_continuous:
+            return self._usage()
+        return None if self.at_end else UNSET
+
+
+def start_generation(
+    context: ApiContext, request: Request, body: SamplingRequest, prompts: Sequence[Prompt], params: SamplingParams
+) -> Generation:
+    """Hand the prompts of a checked request to the engine. Raises InvalidField, and as `Generation`."""
+    settings = context.settings
+    if len(prompts) > settings.max_queued_requests:
+        said = f"prompt holds {len(prompts)} prompts, must be at most {settings.max_queued_requests}"
+        raise InvalidField("prompt", said)
+    priority = body.priority or 0
+    if not -_MAX_PRIORITY - 1 <= priority <= _MAX_PRIORITY:
+        limits = f"must be between {-_MAX_PRIORITY - 1} and {_MAX_PRIORITY}"
+        raise InvalidField("priority", f"priority is {priority}, {limits}")
+    try:
+        slo = settings.find_slo(body.slo)
+    except ValueError as error:
+        raise InvalidField("slo", str(error)) from None
+    return Generation(
+        context.client,
+        _request_id(request, body.request_id),
+        prompts,
+        params,
+        priority=priority,
+        cache_salt=body.cache_salt,
+        timeout=settings.request_timeout,
+        slo=slo,
+        transfer=read_transfer(body.kv_transfer_params, context.open_model().info, settings.role, len(prompts)),
+    )
+
+
+def _request_id(request: Request, given: str | None) -> str:
+    """Return the id of the request. The body's replaces the header's."""
+    if given:
+        if len(given) > _MAX_ID_LENGTH or not given.isascii() or not given.isprintable() or " " in given:
+            limits = f"must be at most {_MAX_ID_LENGTH} printable ASCII characters"
+            raise InvalidField("request_id", f"request_id is {given!r:.50}, {limits}")
+        request.scope["state"]["request_id"] = given
+    return request.scope["state"]["request_id"]
+
+
+async def _forward(stream: RequestStream, index: int, queue: asyncio.Queue) -> None:
+    try:
+        async for update in stream:
+            await queue.put((index, update))
+        await queue.put(None)
+    except Exception as error:
+        await queue.put(error)

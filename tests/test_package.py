@@ -1,0 +1,168 @@
+"""The package as it is built and installed, also beside packages that have the names of our folders."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.commands import ROOT
+
+FOLDERS = ("bench", "engine", "layers", "ops", "serving")
+DATA = (
+    "py.typed",
+    "ops/cpu/*.cpp",
+    "ops/cpu/*.h",
+    "serving/dashboard/page/*",
+    "serving/monitoring/**/*",
+    "engine/loading/data/smollm2-draft/*",
+    "bench/distillation/data/seed_prompts.txt",
+)
+# Without site, so that no other installation of dispec is found; argv[1:] are directories whose .pth files count.
+RUN = f"""
+import site, sys
+for directory in sys.argv[1:]:
+    site.addsitedir(directory)
+sys.path.append({sysconfig.get_path("purelib")!r})
+import bench, engine, ops
+from dispec import LLM, SamplingParams, generate
+import dispec.engine.engine
+assert engine.owner == bench.owner == ops.owner == "user"
+assert LLM.__module__ == "dispec.engine.api.llm" and SamplingParams().max_tokens > 0
+print(dispec.engine.engine.__file__)
+"""
+
+
+def settings() -> dict[str, list[str]]:
+    """The table `tool.setuptools` of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def source_of(package: str) -> Path:
+    """The folder of a package, by the longest entry of `package-dir`."""
+    directories = dict(settings()["package-dir"])
+    parts = package.split(".")
+    for length in range(len(parts), 0, -1):
+        if base := directories.get(".".join(parts[:length])):
+            return ROOT.joinpath(base, *parts[length:])
+    raise AssertionError(f"{package} has no folder")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository: builds write beside the files that they read."""
+    copy = tmp_path_factory.mktemp("sources") / "dispec"
+    ignored = shutil.ignore_patterns("build", "dist", "*.egg-info", "__pycache__", "results")
+    copy.mkdir()
+    for name in (*FOLDERS, "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def build(kind: str, sources: Path, out: Path) -> Path:
+    """Build a `wheel`, `sdist` or `editable` with the installed setuptools."""
+    code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out)], cwd=sources, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return out / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "-w", str(out), str(sources)], check=True)
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with packages of its own, under the names of our folders."""
+    directory = tmp_path_factory.mktemp("project")
+    for name in FOLDERS:
+        (directory / name).mkdir()
+        (directory / name / "__init__.py").write_text('owner = "user"\n')
+    return directory
+
+
+def imported_from(project: Path, *site_directories: Path, python_path: Path | None = None) -> Path:
+    """Use the package in the project; return the file of one of its modules."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if python_path is not None:
+        environment["PYTHONPATH"] = str(python_path)
+    command = [sys.executable, "-S", "-c", RUN, *map(str, site_directories)]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())
+
+
+def test_the_packages_are_the_folders_that_have_modules() -> None:
+    listed = settings()["packages"]
+    assert {source_of(name) for name in listed} == {
+        path.parent for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")
+    }
+    assert all((source_of(name) / "__init__.py").is_file() for name in listed)
+    assert listed == sorted(listed)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_one_package_with_its_data(wheel: Path, sources: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"dispec"}
+    shipped = {name for name in names if name.startswith("dispec/")}
+    for pattern in DATA:
+        base = sources / "serving/dispec" if pattern == "py.typed" else sources
+        expected = {f"dispec/{path.relative_to(base)}" for path in base.glob(pattern) if path.is_file()}
+        assert expected, pattern
+        assert expected <= shipped
+
+
+@pytest.mark.slow
+def test_the_sdist_builds_the_same_wheel(wheel: Path, sources: Path, tmp_path: Path) -> None:
+    with tarfile.open(build("sdist", sources, tmp_path)) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    (tmp_path / "wheel").mkdir()
+    again = build("wheel", unpacked, tmp_path / "wheel")
+    assert sorted(zipfile.ZipFile(again).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_beside_packages_of_the_same_names(wheel: Path, project: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(tmp_path)]
+    subprocess.run([*command, str(wheel)], check=True)
+    assert imported_from(project, tmp_path) == tmp_path / "dispec/engine/engine.py"
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "bin/dispec"), "--help"],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "serve" in done.stdout
+
+
+@pytest.mark.slow
+def test_an_editable_install_beside_packages_of_the_same_names(sources: Path, project: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(build("editable", sources, tmp_path)).extractall(tmp_path / "site")
+    assert imported_from(project, tmp_path / "site") == sources / "engine/engine.py"
+
+
+@pytest.mark.slow
+def test_a_farm_of_links_beside_packages_of_the_same_names(project: Path) -> None:
+    links = ROOT / ".ci/links"
+    assert imported_from(project, python_path=links) == links / "dispec/engine/engine.py"

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dispec import ops
+
 COLD_BYTES = 256 * 2**20  # of cache that go by before the same page is read again: several L2 caches
 
 
@@ -166,7 +168,6 @@ def report(name: str, seconds: float, moved: float, operations: float, copy: flo
 
 def time_tables(block_sizes: list[int], dtype: torch.dtype) -> None:
     from dispec.ops.triton.kv_cache import write_kv
-    from dispec.ops.triton.paged_attention import paged_attention
 
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {copy / 1e9:.0f} GB/s (read and written)")
@@ -194,11 +195,11 @@ def time_tables(block_sizes: list[int], dtype: torch.dtype) -> None:
     paths: list[tuple[str, int | None]] = [("decode", 1), ("ragged", None)]
     for name, uniform in paths:
         arguments = (step.query, *step.caches[0], step.block_tables, step.query_start, step.context_lens, uniform, 0.1)
-        paged_attention(*arguments)  # compiles
+        ops.paged_attention(*arguments)  # compiles
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for _ in range(200):
-            paged_attention(*arguments)
+            ops.paged_attention(*arguments)
         end.record()
         end.synchronize()
         print(f"launched eagerly, a tiny {name} step takes {begin.elapsed_time(end) / 200 * 1e3:.1f} us")

@@ -29,7 +29,7 @@ from dispec.layers.types import Batch, BlockWeights, KVCache, layers
 from dispec.layers.weights import dummy_weights
 
 if TYPE_CHECKING:
-    from dispec.ops.triton.tuning import FewRowsConfig
+    from dispec.ops.triton.tuning import SkinnyGemmConfig
 
 QWEN = ModelConfig(
     architecture="Qwen2ForCausalLM",
@@ -145,47 +145,48 @@ def profile(run: Callable[[], object], num_layers: int) -> list[tuple[str, float
     return found
 
 
-def products_of(stack: Stack, step: Step, name: str, config: "FewRowsConfig | None") -> list[Callable[[], Tensor]]:
+def products_of(stack: Stack, step: Step, name: str, config: "SkinnyGemmConfig | None") -> list[Callable[[], Tensor]]:
     """One of the four products of each layer, as calls; torch's without a config, and then nothing around it."""
-    from dispec.ops.triton.add_product import add_product
-    from dispec.ops.triton.gate_product import gate_product
-    from dispec.ops.triton.rotate_product import Slots, rotate_product
-    from dispec.ops.triton.tuning import FOLDS_NORM_UP_TO
+    from dispec.ops.triton.gated_linear import gated_linear
+    from dispec.ops.triton.linear_residual import norm_linear_residual
+    from dispec.ops.triton.qkv_rope_write import fused_qkv_rope_write
+    from dispec.ops.triton.rope_write import KVSlots
+    from dispec.ops.triton.tuning import MAX_FUSED_NORM_TOKENS
 
     x, eps = step.x, stack.config.rms_norm_eps
     calls: list[Callable[[], Tensor]] = []
     for layer, (w, kv) in enumerate(zip(layers(stack.blocks), stack.kv_cache.layers(), strict=True)):
         weight = stack.matrices(layer)[name]
         source = torch.randn(len(x), weight.shape[1], device=x.device, dtype=x.dtype)
-        norm = ops.Norm(w.mlp_norm, eps) if len(x) <= FOLDS_NORM_UP_TO else None
+        norm = ops.Norm(w.mlp_norm, eps) if len(x) <= MAX_FUSED_NORM_TOKENS else None
         if config is None:
             calls.append(partial(torch.nn.functional.linear, source, weight))
         elif name == "qkv":
-            slots = Slots(kv.keys[kv.layer], kv.values[kv.layer], step.batch.slot_mapping, *step.rotation)
-            calls.append(partial(rotate_product, source, weight, w.attention.qkv_bias, norm, slots, config))
+            slots = KVSlots(kv.keys[kv.layer], kv.values[kv.layer], step.batch.slot_mapping, *step.rotation)
+            calls.append(partial(fused_qkv_rope_write, source, weight, w.attention.qkv_bias, norm, slots, config))
         elif name == "gate_up":
-            calls.append(partial(gate_product, source, weight, norm, config))
+            calls.append(partial(gated_linear, source, weight, norm, config))
         else:
-            calls.append(partial(add_product, source, weight, None, x, None, config))
+            calls.append(partial(norm_linear_residual, source, weight, None, x, None, config))
     return calls
 
 
 def sweep(stack: Stack, step: Step, deadline: float) -> None:
     """Try the candidates of each product; print the best."""
-    from dispec.ops.triton.tuning import Device, FewRowsConfig, choose_product, describe
+    from dispec.ops.triton.tuning import Device, SkinnyGemmConfig, choose_fused_linear, describe
 
     rows, is_cuda = len(step.x), step.x.is_cuda
     device = describe(step.x.device) if is_cuda else Device("sm_90", 132)
     for name, weight in stack.matrices(0).items():
         is_normed = name in ("qkv", "gate_up")
-        ours = choose_product(device, rows, *weight.shape, has_norm=is_normed, is_gated=name == "gate_up")
+        ours = choose_fused_linear(device, rows, *weight.shape, has_norm=is_normed, is_gated=name == "gate_up")
         tried: dict[tuple[int, ...] | None, float] = {}
         known = [None, *([tuple(ours)] if ours else [])]
         for candidate in dict.fromkeys([*known, *candidates(name, rows)]):
             if candidate not in known and time.monotonic() > deadline:
                 print("    no time left for the other candidates")
                 break
-            config = None if candidate is None else FewRowsConfig(*candidate)
+            config = None if candidate is None else SkinnyGemmConfig(*candidate)
             try:
                 tried[candidate] = seconds_of_graph(products_of(stack, step, name, config), is_cuda)
             except Exception as error:  # a candidate does not fit the device, in any way the compiler may say so
@@ -194,7 +195,7 @@ def sweep(stack: Stack, step: Step, deadline: float) -> None:
                 print(f"    {name} {candidate}: {type(error).__name__}: {error!s:.80}")
         for candidate, seconds in sorted(tried.items(), key=lambda item: item[1])[:4]:
             mark = " <- chosen now" if candidate == (tuple(ours) if ours else None) else ""
-            called = "torch alone" if candidate is None else f"FewRowsConfig{candidate}"
+            called = "torch alone" if candidate is None else f"SkinnyGemmConfig{candidate}"
             rate = weight.nbytes / seconds / 1e9
             print(f"  {rows:>3} rows {name:<8} {seconds * 1e6:7.2f} us {rate:5.0f} GB/s {called}{mark}")
         print(end="", flush=True)

@@ -37,10 +37,10 @@ def weight_shapes(model: str) -> dict[str, tuple[int, int]]:
 
 def time_product(x: Tensor, weights: list[Tensor], config: object, by_torch: bool = False) -> float:
     """Seconds of one product, over all the weights in turn."""
-    from dispec.ops.triton.few_rows import linear
-    from dispec.ops.triton.tuning import FewRowsConfig
+    from dispec.ops.triton.skinny_linear import linear
+    from dispec.ops.triton.tuning import SkinnyGemmConfig
 
-    assert config is None or isinstance(config, FewRowsConfig)
+    assert config is None or isinstance(config, SkinnyGemmConfig)
     calls = [
         partial(torch.nn.functional.linear, x, weight) if by_torch else partial(linear, x, weight, None, config)
         for weight in weights
@@ -67,7 +67,7 @@ def main(
     sweep: Annotated[bool, typer.Option(help="Try other configurations.")] = False,
 ) -> None:
     """Print a table."""
-    from dispec.ops.triton.tuning import FewRowsConfig, choose_few_rows, describe
+    from dispec.ops.triton.tuning import SkinnyGemmConfig, choose_linear, describe
 
     device = describe(torch.device("cuda", torch.cuda.current_device()))
     for model in models.split(","):
@@ -77,7 +77,7 @@ def main(
             weights = [torch.randn(features, columns, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
             for count in map(int, rows.split(",")):
                 x = torch.randn(count, columns, device="cuda", dtype=torch.bfloat16)
-                chosen = choose_few_rows(device, count, features, columns)
+                chosen = choose_linear(device, count, features, columns)
                 by_torch = time_product(x, weights, None, by_torch=True)
                 line = f"{model} {name:<9} {count:>3} rows: torch {by_torch * 1e6:7.2f} us {size / by_torch / 1e9:5.0f}"
                 if chosen is not None:
@@ -87,7 +87,7 @@ def main(
                 print(line, flush=True)
                 if sweep:
                     times = [
-                        (time_product(x, weights, FewRowsConfig(*candidate)), candidate)
+                        (time_product(x, weights, SkinnyGemmConfig(*candidate)), candidate)
                         for candidate in candidates(count, features, columns)
                     ]
                     for seconds, candidate in sorted(times)[:4]:

@@ -1,9 +1,9 @@
-"""Time products of few rows on a CUDA device: our kernels beside torch's, and configurations beside one another.
+"""Time linear layers of few tokens on a CUDA device: the kernels of `ops.triton.skinny_linear` beside torch's.
 
-    python -m dispec.bench.products                # what the engine chooses
-    python -m dispec.bench.products --sweep        # other configurations as well
+    python -m dispec.bench.skinny_gemm                # what the table chooses
+    python -m dispec.bench.skinny_gemm --sweep        # other configurations as well
 
-Timed inside a CUDA graph over enough weights that none is still in the L2 cache from the time before.
+Timed inside a CUDA graph, over enough weights that none is still in the L2 cache.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dispec.bench.kernels import COLD_BYTES, seconds_per_call
 
-# Hidden size, intermediate size, rows of the query, key and value projections, vocabulary.
+# Hidden size, intermediate size, output features of the QKV projection, vocabulary size.
 MODELS = {
     "qwen2.5-0.5b": (896, 4864, 1152, 151936),
     "qwen2.5-1.5b": (1536, 8960, 2048, 151936),
@@ -24,7 +24,7 @@ MODELS = {
 
 
 def weight_shapes(model: str) -> dict[str, tuple[int, int]]:
-    """[N, K] of each weight of a model."""
+    """Return [N, K] of each weight of a model."""
     hidden, intermediate, qkv, vocab = MODELS[model]
     return {
         "qkv": (qkv, hidden),
@@ -35,8 +35,8 @@ def weight_shapes(model: str) -> dict[str, tuple[int, int]]:
     }
 
 
-def time_product(x: Tensor, weights: list[Tensor], config: object, by_torch: bool = False) -> float:
-    """Seconds of one product, over all the weights in turn."""
+def time_linear(x: Tensor, weights: list[Tensor], config: object, by_torch: bool = False) -> float:
+    """Return seconds of one linear layer, over all the weights in turn."""
     from dispec.ops.triton.skinny_linear import linear
     from dispec.ops.triton.tuning import SkinnyGemmConfig
 
@@ -48,47 +48,51 @@ def time_product(x: Tensor, weights: list[Tensor], config: object, by_torch: boo
     return seconds_per_call(calls * (24 // len(calls) + 1))
 
 
-def candidates(rows: int, features: int, columns: int) -> list[tuple[int, ...]]:
-    """Configurations to try beside what the table chooses."""
+def candidates(num_tokens: int, out_features: int, in_features: int) -> list[tuple[int, ...]]:
+    """Return configurations to try beside what the table chooses."""
     found: list[tuple[int, ...]] = []
-    if rows <= 4 and features <= 8192:
+    if num_tokens <= 4 and out_features <= 8192:
         found += [(2, 512, 0, 2), (4, 512, 0, 4), (4, 1024, 0, 4)]
-    if features >= 64 * 100:
+    if out_features >= 64 * 100:
         found += [(64, 128, 1, 4, 3), (64, 128, 1, 4, 5), (64, 256, 1, 4, 3), (128, 128, 1, 4, 4), (32, 128, 1, 4, 5)]
-    if features <= 64 * 132:
-        found += [(64, 128, splits, 4, 5) for splits in (1, 2, 3, 4, 5, 6, 8, 9) if features * splits <= 64 * 300]
+    if out_features <= 64 * 132:
+        found += [(64, 128, splits, 4, 5) for splits in (1, 2, 3, 4, 5, 6, 8, 9) if out_features * splits <= 64 * 300]
         found += [(16, 128, 1, 4, 5), (32, 128, 2, 4, 5)]
     return found
 
 
 def main(
-    rows: Annotated[str, typer.Option(help="Comma-separated numbers of rows.")] = "2,4,8,16,32,64",
+    tokens: Annotated[str, typer.Option(help="Comma-separated numbers of tokens.")] = "2,4,8,16,32,64",
     models: Annotated[str, typer.Option(help="Comma-separated, of " + ", ".join(MODELS))] = ",".join(MODELS),
     sweep: Annotated[bool, typer.Option(help="Try other configurations.")] = False,
 ) -> None:
-    """Print a table."""
+    """Print microseconds and GB/s of each linear layer of the models."""
     from dispec.ops.triton.tuning import SkinnyGemmConfig, choose_linear, describe
 
     device = describe(torch.device("cuda", torch.cuda.current_device()))
     for model in models.split(","):
-        for name, (features, columns) in weight_shapes(model).items():
-            size = 2 * features * columns
+        for name, (out_features, in_features) in weight_shapes(model).items():
+            size = 2 * out_features * in_features
             copies = max(2, min(64, COLD_BYTES // size))
-            weights = [torch.randn(features, columns, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-            for count in map(int, rows.split(",")):
-                x = torch.randn(count, columns, device="cuda", dtype=torch.bfloat16)
-                chosen = choose_linear(device, count, features, columns)
-                by_torch = time_product(x, weights, None, by_torch=True)
-                line = f"{model} {name:<9} {count:>3} rows: torch {by_torch * 1e6:7.2f} us {size / by_torch / 1e9:5.0f}"
+            weights = [
+                torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) for _ in range(copies)
+            ]
+            for count in map(int, tokens.split(",")):
+                x = torch.randn(count, in_features, device="cuda", dtype=torch.bfloat16)
+                chosen = choose_linear(device, count, out_features, in_features)
+                by_torch = time_linear(x, weights, None, by_torch=True)
+                line = (
+                    f"{model} {name:<9} {count:>3} tokens: torch {by_torch * 1e6:7.2f} us {size / by_torch / 1e9:5.0f}"
+                )
                 if chosen is not None:
-                    ours = time_product(x, weights, chosen)
+                    ours = time_linear(x, weights, chosen)
                     line += f", ours {ours * 1e6:7.2f} us {size / ours / 1e9:5.0f} GB/s {by_torch / ours:5.2f}x"
                     line += f" {tuple(chosen)}"
                 print(line, flush=True)
                 if sweep:
                     times = [
-                        (time_product(x, weights, SkinnyGemmConfig(*candidate)), candidate)
-                        for candidate in candidates(count, features, columns)
+                        (time_linear(x, weights, SkinnyGemmConfig(*candidate)), candidate)
+                        for candidate in candidates(count, out_features, in_features)
                     ]
                     for seconds, candidate in sorted(times)[:4]:
                         print(f"    {seconds * 1e6:7.2f} us {size / seconds / 1e9:5.0f} GB/s {candidate}", flush=True)

@@ -39,8 +39,8 @@ if not INTERPRETED:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (["--rows", "2,8", "--minutes", "9"], ["2 rows", "8 rows"]),
-            (["--rows", "", "--sweep", "--sweep-rows", "8", "--minutes", "0"], ["SkinnyGemmConfig", "torch alone"]),
+            (["--tokens", "2,8", "--minutes", "9"], ["2 tokens", "8 tokens"]),
+            (["--tokens", "", "--sweep", "--sweep-tokens", "8", "--minutes", "0"], ["SkinnyGemmConfig", "torch alone"]),
         ],
     )
     def test_the_benchmark_of_layers_runs_without_a_gpu(options: list[str], said: list[str]) -> None:

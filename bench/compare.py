@@ -3,42 +3,39 @@
     dispec bench compare --tree new=. --tree old=/tmp/old --vllm-path /tmp/vllm/site --output compare.jsonl
     dispec bench compare --tree new=. --tree old=/tmp/old --starts 2
 
-Each contestant of a suite is a process of its own; all of them start at once, sleep, and take turns. Figures are
-medians of the rounds; ratios are the first contestant's figure over the others'. A contestant that fails or does not
-answer in time is left out from there on. With `--starts` the processes start one after another instead, in an empty
-cache and then in a filled one, and what counts is the time until everything is compiled and recorded. Measure them
-first, and give both runs the same `--cache`: then no contestant compiles and tunes kernels while others run.
+Each contestant of a suite is a process of its own. All start at once, sleep, and take turns. Figures are medians of the
+rounds; ratios are the first contestant's figure over the others'. A contestant that fails or does not answer in time is
+left out from there on. With `--starts` the processes start one after another instead, in an empty cache and then in a
+filled one, and the figure is the time until everything is compiled and recorded. Measure starts first, and give both
+runs the same `--cache`: then no contestant compiles kernels while others run.
 """
 
-import contextlib
-import json
-import os
+import functools
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from dispec.bench.contestants import ROOT, ContestantFailed, Worker
-from dispec.bench.geometries import geometry, model_config
+from dispec.bench.checkouts import VLLM, Start, Tree, started
+from dispec.bench.contestants import ContestantFailed, Worker
+from dispec.bench.geometries import model_config
 from dispec.bench.loading import useful_kv_memory
 from dispec.bench.machine import choose_device, describe_machine
 from dispec.bench.report import Output, Report
 from dispec.bench.workload import Workload
 
-DTYPE = "bfloat16"
 START_SECONDS = 270.0  # vLLM needs 80 alone, and more beside others that compile
 ANSWER_SECONDS = 60.0
 
 
 class Case(NamedTuple):
-    """A workload. `decode_only` leaves the prompts' time out."""
+    """A workload. decode_only: leave out the time of the prompts."""
 
     workload: Workload
     decode_only: bool = False
@@ -49,7 +46,7 @@ class Case(NamedTuple):
 
     @property
     def counted_tokens(self) -> int:
-        """Prompt tokens where one output token is asked for, else output tokens."""
+        """Prompt tokens of a prefill, else output tokens."""
         per_sequence = self.workload.prompt_tokens if self.is_prefill else self.workload.output_tokens
         return self.workload.concurrency * per_sequence
 
@@ -59,7 +56,7 @@ class Case(NamedTuple):
 
 
 class Suite(NamedTuple):
-    """Cases that one engine of each contestant serves."""
+    """Cases that one engine of each contestant serves in turn."""
 
     model: str
     cases: tuple[Case, ...]
@@ -86,74 +83,9 @@ SUITES = {
     "7b": Suite("qwen2.5-7b", (Case(Workload(1)), Case(Workload(32)))),
 }
 
-# Starts a contestant, with its compiled code in the given folder.
-Start = Callable[[Path, float], Worker]
-
-
-class Tree(NamedTuple):
-    """A checkout of DiSpec."""
-
-    name: str
-    directory: Path
-
-    def start(self, model: str, options: Mapping[str, Any], cache: Path, patience: float) -> Worker:
-        settings = {"engine": "dispec", "model": model, "options": {"dtype": DTYPE, **options}}
-        others = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and Path(part) != ROOT]
-        return Worker(
-            self.name,
-            [sys.executable, "-m", "dispec.bench.worker", json.dumps(settings)],
-            _environment(cache) | {"PYTHONPATH": os.pathsep.join([str(self.directory), *others])},
-            directory=self.directory,
-            patience=patience,
-        )
-
-
-def start_vllm(python: str, site: Path, model: str, options: Mapping[str, Any], cache: Path, patience: float) -> Worker:
-    """vLLM in one process, which is its fastest way to run offline; `site` is where its packages are."""
-    folder = cache / model
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(geometry(model) | {"torch_dtype": DTYPE}))
-    settings = {"model": str(folder), "load_format": "dummy", "dtype": DTYPE, **options}
-    environment = _environment(cache) | {
-        "PYTHONPATH": str(site),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CACHE_ROOT": str(cache / "vllm"),
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    }
-    # -P: the names of this folder's files must not hide modules of its environment.
-    command = [python, "-P", str(ROOT / "bench" / "vllm_worker.py"), json.dumps(settings)]
-    return Worker("vllm", command, environment, patience=patience)
-
-
-def _environment(cache: Path) -> dict[str, str]:
-    ours = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
-    return ours | {"DISPEC_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
-
-
-@contextlib.contextmanager
-def started(starts: Mapping[str, Start], cache: Path, patience: float) -> Iterator[list[Worker]]:
-    """The contestants that start, all at once; ends them afterwards."""
-    running: list[Worker] = []
-
-    def start(name: str) -> None:
-        try:
-            running.append(starts[name](cache / name, patience))
-        except ContestantFailed as error:
-            print(error, flush=True)
-
-    with ThreadPoolExecutor(len(starts)) as threads:
-        list(threads.map(start, starts))
-    try:
-        yield sorted(running, key=lambda worker: list(starts).index(worker.name))
-    finally:
-        with ThreadPoolExecutor(len(starts)) as threads:
-            list(threads.map(Worker.close, running))
-
 
 def take_turns(running: list[Worker], case: Case, vocab_size: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round of each contestant, after one round that warms up. Removes those that fail.
+    """Return the seconds of each round of each contestant, after one warm-up round; remove contestants that fail.
 
     Every round begins with another contestant, so that none always follows the same one.
     """
@@ -174,6 +106,20 @@ def take_turns(running: list[Worker], case: Case, vocab_size: int, rounds: int) 
     return seconds
 
 
+class Contestants(NamedTuple):
+    """The checkouts, of which the first is compared with the others, and vLLM."""
+
+    trees: list[Tree]
+    vllm: VLLM | None
+
+    def starts(self, model: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Start]:
+        """Return a function for each contestant that starts it. ours, theirs: options of DiSpec and of vLLM."""
+        found: dict[str, Start] = {tree.name: functools.partial(tree.start, model, ours) for tree in self.trees}
+        if self.vllm is not None:
+            found["vllm"] = functools.partial(self.vllm.start, model, theirs)
+        return found
+
+
 def main(
     tree: Annotated[list[str], typer.Option(help="NAME=DIRECTORY of a checkout; the first one is compared.")],
     suites: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(SUITES)}.")] = ",".join(SUITES),
@@ -187,59 +133,43 @@ def main(
     ] = None,
     output: Output = None,
 ) -> None:
-    """Tokens per second of checkouts of DiSpec and of vLLM, in turn on one GPU."""
+    """Compare tokens per second of checkouts of DiSpec and of vLLM, in turn on one GPU."""
     settings = dict(locals())
     end = time.monotonic() + 60 * minutes
     chosen = [SUITES[name.strip()] for name in suites.split(",")]
     trees = [Tree(name, Path(folder).resolve()) for name, folder in (given.split("=", 1) for given in tree)]
-    names = [one.name for one in trees] + ["vllm"] * (vllm_path is not None)
-
-    def all_starts(model: str, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Start]:
-        def of(one: Tree) -> Start:
-            return lambda cache, patience: one.start(model, ours, cache, patience)
-
-        found = {one.name: of(one) for one in trees}
-        if vllm_path is not None:
-            found["vllm"] = lambda cache, patience: start_vllm(vllm_python, vllm_path, model, theirs, cache, patience)
-        return found
-
+    contestants = Contestants(trees, None if vllm_path is None else VLLM(vllm_python, vllm_path))
+    names = list(contestants.starts("", {}, {}))
+    machine = describe_machine(choose_device(None))
     with tempfile.TemporaryDirectory(prefix="dispec-bench-compare-", ignore_cleanup_errors=True) as temporary:
         folder = (cache or Path(temporary)).absolute()
-        machine = describe_machine(choose_device(None))
         if starts:
             columns = {"contestant": "", "cache": "", "ready s": ".1f", "first answer s": ".2f"}
             report = Report("compare-starts", settings, machine, columns, output)
-            sizes = {"max_num_seqs": 64}
-            servers = all_starts(
-                chosen[0].model, sizes, sizes | {"max_model_len": 32768, "gpu_memory_utilization": 0.9}
-            )
-            measure_starts(report, servers, folder, starts, end, model_config(chosen[0].model).vocab_size)
+            measure_starts(report, chosen[0], contestants, folder, starts, end)
         else:
             columns = {"model": "", "case": ""} | {f"{name} tok/s": ".1f" for name in names}
             columns |= {f"/ {name}": ".3fx" for name in names[1:]} | {"spread": ".1%"}
             report = Report("compare", settings, machine, columns, output)
             for suite in chosen:
-                sizes = {"max_num_seqs": suite.max_num_seqs, "max_model_len": suite.max_model_len}
-                ours = sizes | {"kv_cache_memory": suite.kv_bytes}
-                theirs = sizes | {
-                    "enable_prefix_caching": any(case.decode_only for case in suite.cases),
-                    "gpu_memory_utilization": 0.3,
-                    "kv_cache_memory_bytes": 2 * suite.kv_bytes,
-                }
-                contestants = all_starts(suite.model, ours, theirs)
                 measure_suite(report, suite, contestants, folder, rounds, end)
         report.finish()
 
 
-def measure_suite(
-    report: Report, suite: Suite, contestants: Mapping[str, Start], cache: Path, rounds: int, end: float
-) -> None:
-    """Add a row to the report for each case that there is time for."""
+def measure_suite(report: Report, suite: Suite, contestants: Contestants, cache: Path, rounds: int, end: float) -> None:
+    """Add a row to the report for each case until `end`, in seconds of the monotonic clock."""
     if end - time.monotonic() < 30:
         print(f"{suite.model}: no time left", flush=True)
         return
-    names = list(contestants)
-    with started(contestants, cache, min(START_SECONDS, end - time.monotonic())) as running:
+    sizes = {"max_num_seqs": suite.max_num_seqs, "max_model_len": suite.max_model_len}
+    ours = sizes | {"kv_cache_memory": suite.kv_bytes}
+    theirs = sizes | {
+        "enable_prefix_caching": any(case.decode_only for case in suite.cases),
+        "gpu_memory_utilization": 0.3,
+        "kv_cache_memory_bytes": 2 * suite.kv_bytes,
+    }
+    starts = contestants.starts(suite.model, ours, theirs)
+    with started(starts, cache, min(START_SECONDS, end - time.monotonic())) as running:
         ready = ", ".join(f"{worker.name} {worker.start_seconds:.0f} s" for worker in running)
         print(f"{suite.model}: started beside each other: {ready}", flush=True)
         for worker in running:
@@ -252,29 +182,37 @@ def measure_suite(
             for worker in running:
                 worker.patience = min(ANSWER_SECONDS, left)
             seconds = take_turns(running, case, model_config(suite.model).vocab_size, rounds)
-            rates = {
-                name: case.counted_tokens / statistics.median(seconds[name]) if seconds.get(name) else None
-                for name in names
-            }
-            first, *others = rates.values()
-            ratios = [first / other if first and other else None for other in others]
-            spread = max((max(taken) / min(taken) - 1 for taken in seconds.values() if taken), default=None)
-            report.add(
-                {"model": suite.model, **vars(case.workload), "decode_only": case.decode_only},
-                {"tokens_per_second": rates, "ratio": dict(zip(names[1:], ratios, strict=True)), "seconds": seconds},
-                [suite.model, case.describe(), *rates.values(), *ratios, spread],
-            )
-            shown = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items() if rate)
-            print(f"{suite.model}, {case.describe()}: {shown} tok/s", flush=True)
+            add_case(report, suite, case, {name: seconds.get(name, []) for name in starts})
+
+
+def add_case(report: Report, suite: Suite, case: Case, seconds: Mapping[str, list[float]]) -> None:
+    """Add a row with each contestant's rate, and with the first one's rate over each of the others'."""
+    rates = {name: case.counted_tokens / statistics.median(taken) if taken else None for name, taken in seconds.items()}
+    first, *others = rates.values()
+    ratios = [first / other if first and other else None for other in others]
+    spread = max((max(taken) / min(taken) - 1 for taken in seconds.values() if taken), default=None)
+    report.add(
+        {"model": suite.model, **vars(case.workload), "decode_only": case.decode_only},
+        {
+            "tokens_per_second": rates,
+            "ratio": dict(zip(list(rates)[1:], ratios, strict=True)),
+            "seconds": {name: taken for name, taken in seconds.items() if taken},
+        },
+        [suite.model, case.describe(), *rates.values(), *ratios, spread],
+    )
+    shown = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items() if rate)
+    print(f"{suite.model}, {case.describe()}: {shown} tok/s", flush=True)
 
 
 def measure_starts(
-    report: Report, contestants: Mapping[str, Start], cache: Path, num_warm: int, end: float, vocab_size: int
+    report: Report, suite: Suite, contestants: Contestants, cache: Path, num_warm: int, end: float
 ) -> None:
     """Start each contestant alone with a server's sizes: in an empty cache, then in the one that it filled."""
-    workload = Workload(1, 128, 16)
+    workload, vocab_size = Workload(1, 128, 16), model_config(suite.model).vocab_size
+    ours = {"max_num_seqs": 64}
+    starts = contestants.starts(suite.model, ours, ours | {"max_model_len": 32768, "gpu_memory_utilization": 0.9})
     for kind in ["cold", *["warm"] * num_warm]:
-        for name, start in contestants.items():
+        for name, start in starts.items():
             left = end - time.monotonic()
             if left < 20:
                 print(f"{name}, {kind}: no time left", flush=True)

@@ -1,12 +1,12 @@
-"""One command for a GPU that is lent for minutes: check, then time, then a short table.
+"""GPU tests and timings in one command for a short session on a GPU: checks first, then timings, then a short table.
 
     python -m dispec.bench.gpu_run --out /tmp/gpu --only test,memcheck    # 8 minutes of 16 cores
-    python -m dispec.bench.gpu_run --out /tmp/gpu --no-checks
+    python bench/gpu_run.py --out /tmp/gpu --no-checks                    # in a copy that is not installed
 
 `bench.compare` times checkouts and vLLM beside each other instead.
 
-Each part is a process of its own with its own log in `--out` and its own limit of seconds, so that one that hangs costs
-only itself. Tests run beside each other, because their time is the compiler's; what is timed runs alone.
+Each part is a process of its own with its own log in `--out` and its own time limit, so that a part that hangs costs
+only itself. Tests run beside each other, because compilation takes most of their time; timings run alone.
 """
 
 import os
@@ -23,14 +23,15 @@ from typing import Annotated, NamedTuple
 import psutil
 import typer
 
+ROOT = Path(__file__).resolve().parent.parent
 MODEL = "qwen2.5-1.5b"
 _PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "addopts=-ra"]
 
 
 class Part(NamedTuple):
-    """A process: its name, its arguments after the interpreter's, and how long it may take.
+    """A process. arguments: after the interpreter. seconds: its time limit. under: a command that runs it.
 
-    cache: where its compiled code is kept, by a name that parts can share; empty for the user's cache.
+    cache: name of a cache of compiled code, which parts can share; empty for the user's cache.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Part(NamedTuple):
 
 
 def _tests(name: str, processes: int = 1, *options: str) -> Part:
-    """A file of tests, side by side where pytest can: their time is the compiler's."""
+    """Return a part that runs a file of tests, in several processes where pytest-xdist is installed."""
     beside = ["-n", str(processes)] if processes > 1 and find_spec("xdist") is not None else []
     return Part(f"test {name}", [*_PYTEST, *beside, f"tests/test_{name}.py", *options], 560)
 
@@ -72,30 +73,53 @@ TIMINGS = [
     Part("prefill 2048", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "2048", "--output-tokens", "1"], 120),
     Part("prefill 8192", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "8192", "--output-tokens", "1"], 120),
     Part("context 8192", [*_THROUGHPUT, "--concurrency", "1,8", "--prompt-tokens", "8192", "--decode-only"], 120),
-    Part("products", ["-m", "dispec.bench.products", "--models", MODEL, "--rows", "2,32"], 60),
+    Part("skinny gemm", ["-m", "dispec.bench.skinny_gemm", "--models", MODEL, "--tokens", "2,32"], 60),
     Part("context 32000", [*_THROUGHPUT, "--concurrency", "1", "--prompt-tokens", "32000", "--decode-only"], 120),
     Part("layers timed", ["-m", "dispec.bench.layer"], 240),
-    Part("layers swept", ["-m", "dispec.bench.layer", "--rows", "", "--sweep"], 240),
+    Part("layers swept", ["-m", "dispec.bench.layer", "--tokens", "", "--sweep"], 240),
 ]
-# Of a log that are shown, where it is more than usual.
+# Lines of a log to show, where it is more than usual.
 _LINES = {"layers timed": 120, "layers swept": 60}
 
 
+def import_path(tree: Path, scratch: Path) -> Path | None:
+    """Return the folder to put on PYTHONPATH to import a checkout as `dispec`; None for one older than that package.
+
+    scratch: folder for links in the place of `.ci/links`, which some ways of copying leave out.
+    """
+    package, links = tree / "serving" / "dispec", tree / ".ci" / "links"
+    if not package.is_dir():
+        return None
+    if (links / "dispec" / "engine" / "__init__.py").exists():
+        return links
+    (scratch / "dispec").mkdir(parents=True, exist_ok=True)
+    for path in [*package.iterdir(), *(tree / room for room in ("bench", "engine", "layers", "ops", "serving"))]:
+        link = scratch / "dispec" / path.name
+        if not link.is_symlink():
+            link.symlink_to(path)
+    return scratch
+
+
 def start(part: Part, out: Path, caches: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    """Start a part with its output in a file."""
+    """Start a part with its output in a file. caches: a temporary folder."""
     log = out / f"{re.sub('[^a-z0-9]+', '_', part.name)}.log"
-    environment = dict(os.environ)
+    folders = [str(import_path(ROOT, caches / "links")), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
     if part.cache:
         environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
         environment |= {name: str(caches / part.cache) for name in ("DISPEC_CACHE_DIR", "TRITON_CACHE_DIR")}
     with log.open("wb") as file:
         return subprocess.Popen(
-            [*part.under, sys.executable, *part.arguments], stdout=file, stderr=subprocess.STDOUT, env=environment
+            [*part.under, sys.executable, *part.arguments],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
         ), log
 
 
 def finish(part: Part, process: subprocess.Popen[bytes], started: float) -> str:
-    """Wait for a part, no longer than it may take; what became of it."""
+    """Wait for a part up to its time limit; return how it ended."""
     try:
         code = process.wait(max(0.0, part.seconds - (time.monotonic() - started)))
     except subprocess.TimeoutExpired:
@@ -108,7 +132,7 @@ def finish(part: Part, process: subprocess.Popen[bytes], started: float) -> str:
 
 
 def tail(log: Path, lines: int) -> str:
-    """The last lines of a log, without what progress bars overwrote."""
+    """Return the last lines of a log, without the states of progress bars but the last."""
     text = log.read_text(errors="replace")
     kept = [line.rsplit("\r", 1)[-1].rstrip() for line in text.split("\n") if "Warn" not in line]
     return "\n".join(f"    {line}" for line in [line for line in kept if line][-lines:])
@@ -120,7 +144,8 @@ def main(
     only: Annotated[str, typer.Option(help="Comma-separated beginnings of the names of parts to run.")] = "",
     minutes: Annotated[float, typer.Option(help="Start nothing after this long.")] = 9.0,
 ) -> None:
-    """Run everything that there is time for and print what came of it."""
+    """Run the parts that there is time for and print how each ended."""
+    out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     wanted = [name.strip() for name in only.split(",") if name.strip()]

@@ -1,11 +1,11 @@
 """Time the Triton kernels on a CUDA device, and sweep their launch configurations.
 
-    python -m dispec.bench.kernels            # time what the tables of ops.triton.tuning choose
-    python -m dispec.bench.kernels --sweep    # try candidate configurations; prints lines to copy into the tables
+    python -m dispec.bench.kernels            # the configurations in the tables of ops.triton.tuning
+    python -m dispec.bench.kernels --sweep    # candidate configurations; prints lines to copy into the tables
 
-Decode and cache writes are timed inside a CUDA graph, as the engine runs them, and over enough copies of the
-cache that none is still in the L2 cache from the time before. GB/s counts the keys and values of the contexts
-(and for writes the rows in and out) and is set against a device-to-device copy, counted both ways.
+Calls are timed inside a CUDA graph, as the engine runs them, decode over enough copies of the KV cache that none is
+still in the L2 cache. GB/s counts the keys and values of the contexts (for writes the tokens' keys and values, read and
+written) and is compared with a device-to-device copy, counted both ways.
 """
 
 import argparse
@@ -21,7 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-COLD_BYTES = 256 * 2**20  # of cache that go by before the same page is read again: several L2 caches
+from dispec import ops
+
+COLD_BYTES = 256 * 2**20  # of KV cache or weights to read before the same again: several L2 caches
 
 
 class Geometry(NamedTuple):
@@ -58,7 +60,7 @@ PREFILL_STEPS = [
 
 
 class Step(NamedTuple):
-    """The arguments of one call of `ops.paged_attention`, over several copies of the cache."""
+    """The arguments of a call of `ops.paged_attention`, with several copies of the KV cache."""
 
     query: Tensor
     caches: list[tuple[Tensor, Tensor]]
@@ -100,7 +102,7 @@ def make_step(
 
 
 def seconds_per_call(calls: Sequence[Callable[[], object]], repeats: int = 5) -> float:
-    """Median over replays of a CUDA graph that holds all the calls, per call."""
+    """Return seconds of one call: the median over replays of a CUDA graph of all calls."""
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
@@ -121,7 +123,7 @@ def seconds_per_call(calls: Sequence[Callable[[], object]], repeats: int = 5) ->
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second of a large device-to-device copy, counting those read and those written."""
+    """Return bytes per second of a large device-to-device copy, read and written."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds_per_call([lambda: target.copy_(source)] * 4)
@@ -166,7 +168,6 @@ def report(name: str, seconds: float, moved: float, operations: float, copy: flo
 
 def time_tables(block_sizes: list[int], dtype: torch.dtype) -> None:
     from dispec.ops.triton.kv_cache import write_kv
-    from dispec.ops.triton.paged_attention import paged_attention
 
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {copy / 1e9:.0f} GB/s (read and written)")
@@ -194,18 +195,18 @@ def time_tables(block_sizes: list[int], dtype: torch.dtype) -> None:
     paths: list[tuple[str, int | None]] = [("decode", 1), ("ragged", None)]
     for name, uniform in paths:
         arguments = (step.query, *step.caches[0], step.block_tables, step.query_start, step.context_lens, uniform, 0.1)
-        paged_attention(*arguments)  # compiles
+        ops.paged_attention(*arguments)  # compiles
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for _ in range(200):
-            paged_attention(*arguments)
+            ops.paged_attention(*arguments)
         end.record()
         end.synchronize()
         print(f"launched eagerly, a tiny {name} step takes {begin.elapsed_time(end) / 200 * 1e3:.1f} us")
 
 
 def candidates(path: str, head_dim: int) -> list[tuple[int, ...]]:
-    """Configurations to try, without `programs_per_multiprocessor`, which takes no compilation of its own."""
+    """Return configurations to try, without `programs_per_multiprocessor`, which needs no compilation."""
     if path == "decode":
         tiles = {64: (64, 128, 256), 128: (32, 64, 128), 256: (16, 32, 64)}[head_dim]
         return list(itertools.product(tiles, (4, 8), (3, 5, 7)))
@@ -220,7 +221,7 @@ def sweep_steps(path: str, head_dim: int, block_size: int, dtype: torch.dtype, t
     if path == "decode":
         shapes = [(name, contexts, [1] * len(contexts)) for name, contexts, _ in DECODE_STEPS[1:4]]
         if tiny:
-            # As long a block table as the first step's, so that the same kernels are compiled.
+            # A block table of the first step's length, so that the same kernels are compiled.
             shapes = [("", [32768], [1])]
     else:
         shapes = [*PREFILL_STEPS[:2], PREFILL_STEPS[3], ("16 x 20", [20] * 16, [20] * 16)]
@@ -233,7 +234,7 @@ def sweep_steps(path: str, head_dim: int, block_size: int, dtype: torch.dtype, t
 
 
 def run_candidate(path: str, step: Step, candidate: tuple[int, ...]) -> float | None:
-    """Seconds of one call, or None where the candidate does not fit the device."""
+    """Return seconds of one call, or None where the candidate does not fit the device."""
     from triton.runtime.errors import OutOfResources
 
     from dispec.ops.triton.tuning import DecodeConfig, PrefillConfig
@@ -249,7 +250,7 @@ def run_candidate(path: str, step: Step, candidate: tuple[int, ...]) -> float | 
 def compile_candidate(
     path: str, head_dim: int, block_size: int, dtype: torch.dtype, candidate: tuple[int, ...]
 ) -> None:
-    """In a process of its own: leave the compiled kernel in Triton's cache on disk."""
+    """Compile a candidate into Triton's cache on disk, in a process of its own."""
     ((_, step),) = sweep_steps(path, head_dim, block_size, dtype, tiny=True)
     run_candidate(path, step, candidate)
 
@@ -297,7 +298,7 @@ def main() -> int:
     parser.add_argument("--block-size", type=int, nargs="+", default=[16, 64], help="BS; a sweep takes the first")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--head-dim", type=int, nargs="+", choices=[64, 128, 256], default=[64, 128])
-    parser.add_argument("--processes", type=int, default=8, help="that compile candidates at the same time")
+    parser.add_argument("--processes", type=int, default=8, help="processes that compile candidates")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench.kernels times CUDA kernels, and there is no CUDA device here.", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""Time a decode step's layers on a CUDA device, and sweep the configurations of their products.
+"""Time the layers of a decode step on a CUDA device, and sweep the configurations of their GEMMs.
 
-    python -m dispec.bench.layer                   # `layers.block`, and where its time goes
-    python -m dispec.bench.layer --sweep           # other configurations of each product
-    TRITON_INTERPRET=1 python -m dispec.bench.layer --device cpu --rows 2,8 --sweep    # checks the script
+    python -m dispec.bench.layer                   # `layers.block`, and its time by kernel
+    python -m dispec.bench.layer --sweep           # other configurations of each GEMM
+    TRITON_INTERPRET=1 python -m dispec.bench.layer --device cpu --tokens 2,8 --sweep    # checks the script
 
-All layers are compiled together, as in a step of the engine, and in one CUDA graph. Each has its own weights, so that
-none is still in the L2 cache.
+All layers are compiled together, as in a step of the engine, and run in one CUDA graph. Each has its own weights, so
+that none is still in the L2 cache.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from dispec.layers.types import Batch, BlockWeights, KVCache, layers
 from dispec.layers.weights import dummy_weights
 
 if TYPE_CHECKING:
-    from dispec.ops.triton.tuning import FewRowsConfig
+    from dispec.ops.triton.tuning import SkinnyGemmConfig
 
 QWEN = ModelConfig(
     architecture="Qwen2ForCausalLM",
@@ -52,7 +52,7 @@ BLOCK_SIZE = 16
 
 
 class Stack(NamedTuple):
-    """Layers with weights and pages of their own, stacked."""
+    """The weights and the KV cache of all layers, stacked."""
 
     config: ModelConfig
     blocks: BlockWeights
@@ -66,7 +66,7 @@ class Stack(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Hidden states of a decode step and where they stand."""
+    """The inputs of the layers in a decode step."""
 
     x: Tensor
     batch: Batch
@@ -81,7 +81,7 @@ def make_stack(config: ModelConfig, num_blocks: int, device: torch.device, dtype
     return Stack(config, weights.blocks, KVCache(keys, values))
 
 
-def make_step(stack: Stack, rows: int, context: int, columns: int) -> Step:
+def make_step(stack: Stack, num_sequences: int, context: int, max_blocks_per_seq: int) -> Step:
     keys, config = stack.kv_cache.keys, stack.config
     device = keys.device
 
@@ -89,15 +89,15 @@ def make_step(stack: Stack, rows: int, context: int, columns: int) -> Step:
         return values.to(device, torch.int32)
 
     each = -(-context // BLOCK_SIZE)
-    tables = torch.zeros(rows, columns, dtype=torch.int32)
-    tables[:, :each] = 1 + torch.arange(rows * each).view(rows, each)
-    positions = integers(torch.full((rows,), context - 1))
+    tables = torch.zeros(num_sequences, max_blocks_per_seq, dtype=torch.int32)
+    tables[:, :each] = 1 + torch.arange(num_sequences * each).view(num_sequences, each)
+    positions = integers(torch.full((num_sequences,), context - 1))
     slots = tables[:, each - 1] * BLOCK_SIZE + (context - 1) % BLOCK_SIZE
-    zeros = torch.zeros(rows, dtype=torch.int32, device=device)
-    lengths = integers(torch.full((rows,), context))
-    starts = integers(torch.arange(rows + 1))
+    zeros = torch.zeros(num_sequences, dtype=torch.int32, device=device)
+    lengths = integers(torch.full((num_sequences,), context))
+    starts = integers(torch.arange(num_sequences + 1))
     batch = Batch(zeros, positions, integers(slots), integers(tables), starts, lengths, None, 1)
-    x = torch.randn(rows, config.hidden_size, device=device, dtype=keys.dtype)
+    x = torch.randn(num_sequences, config.hidden_size, device=device, dtype=keys.dtype)
     return Step(x, batch, ops.rope_cos_sin(positions, rope_frequencies(config).to(device), 1.0))
 
 
@@ -109,7 +109,7 @@ def run_layers(stack: Stack, step: Step) -> Tensor:
 
 
 def seconds_of_graph(calls: Sequence[Callable[[], object]], is_cuda: bool) -> float:
-    """Of one call, all of them in one CUDA graph."""
+    """Return seconds of one call, with all calls in one CUDA graph."""
     if is_cuda:
         return kernels.seconds_per_call(calls, repeats=15)
     begin = time.perf_counter()
@@ -119,8 +119,10 @@ def seconds_of_graph(calls: Sequence[Callable[[], object]], is_cuda: bool) -> fl
 
 
 def profile(run: Callable[[], object], num_layers: int) -> list[tuple[str, float]]:
-    """(kernel, microseconds) of one layer in order, medians over the layers of a replay; sums by name where layers
-    differ."""
+    """Return (kernel, microseconds) of one layer in order, medians over the layers of a replay.
+
+    Where layers differ, the kernels of all layers are summed by name and divided by the number of layers.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -145,80 +147,81 @@ def profile(run: Callable[[], object], num_layers: int) -> list[tuple[str, float
     return found
 
 
-def products_of(stack: Stack, step: Step, name: str, config: "FewRowsConfig | None") -> list[Callable[[], Tensor]]:
-    """One of the four products of each layer, as calls; torch's without a config, and then nothing around it."""
-    from dispec.ops.triton.add_product import add_product
-    from dispec.ops.triton.gate_product import gate_product
-    from dispec.ops.triton.rotate_product import Slots, rotate_product
-    from dispec.ops.triton.tuning import FOLDS_NORM_UP_TO
+def linear_calls(stack: Stack, step: Step, name: str, config: "SkinnyGemmConfig | None") -> list[Callable[[], Tensor]]:
+    """Return a call of one of the four GEMMs for each layer; without a config of torch's GEMM alone."""
+    from dispec.ops.triton.gated_linear import gated_linear
+    from dispec.ops.triton.linear_residual import norm_linear_residual
+    from dispec.ops.triton.qkv_rope_write import fused_qkv_rope_write
+    from dispec.ops.triton.rope_write import KVSlots
+    from dispec.ops.triton.tuning import MAX_FUSED_NORM_TOKENS
 
     x, eps = step.x, stack.config.rms_norm_eps
     calls: list[Callable[[], Tensor]] = []
     for layer, (w, kv) in enumerate(zip(layers(stack.blocks), stack.kv_cache.layers(), strict=True)):
         weight = stack.matrices(layer)[name]
         source = torch.randn(len(x), weight.shape[1], device=x.device, dtype=x.dtype)
-        norm = ops.Norm(w.mlp_norm, eps) if len(x) <= FOLDS_NORM_UP_TO else None
+        norm = ops.Norm(w.mlp_norm, eps) if len(x) <= MAX_FUSED_NORM_TOKENS else None
         if config is None:
             calls.append(partial(torch.nn.functional.linear, source, weight))
         elif name == "qkv":
-            slots = Slots(kv.keys[kv.layer], kv.values[kv.layer], step.batch.slot_mapping, *step.rotation)
-            calls.append(partial(rotate_product, source, weight, w.attention.qkv_bias, norm, slots, config))
+            slots = KVSlots(kv.keys[kv.layer], kv.values[kv.layer], step.batch.slot_mapping, *step.rotation)
+            calls.append(partial(fused_qkv_rope_write, source, weight, w.attention.qkv_bias, norm, slots, config))
         elif name == "gate_up":
-            calls.append(partial(gate_product, source, weight, norm, config))
+            calls.append(partial(gated_linear, source, weight, norm, config))
         else:
-            calls.append(partial(add_product, source, weight, None, x, None, config))
+            calls.append(partial(norm_linear_residual, source, weight, None, x, None, config))
     return calls
 
 
 def sweep(stack: Stack, step: Step, deadline: float) -> None:
-    """Try the candidates of each product; print the best."""
-    from dispec.ops.triton.tuning import Device, FewRowsConfig, choose_product, describe
+    """Try the candidates of each GEMM until `deadline`; print the best."""
+    from dispec.ops.triton.tuning import Device, SkinnyGemmConfig, choose_fused_linear, describe
 
-    rows, is_cuda = len(step.x), step.x.is_cuda
+    num_tokens, is_cuda = len(step.x), step.x.is_cuda
     device = describe(step.x.device) if is_cuda else Device("sm_90", 132)
     for name, weight in stack.matrices(0).items():
         is_normed = name in ("qkv", "gate_up")
-        ours = choose_product(device, rows, *weight.shape, has_norm=is_normed, is_gated=name == "gate_up")
+        ours = choose_fused_linear(device, num_tokens, *weight.shape, has_norm=is_normed, is_gated=name == "gate_up")
         tried: dict[tuple[int, ...] | None, float] = {}
         known = [None, *([tuple(ours)] if ours else [])]
-        for candidate in dict.fromkeys([*known, *candidates(name, rows)]):
+        for candidate in dict.fromkeys([*known, *candidates(name, num_tokens)]):
             if candidate not in known and time.monotonic() > deadline:
                 print("    no time left for the other candidates")
                 break
-            config = None if candidate is None else FewRowsConfig(*candidate)
+            config = None if candidate is None else SkinnyGemmConfig(*candidate)
             try:
-                tried[candidate] = seconds_of_graph(products_of(stack, step, name, config), is_cuda)
-            except Exception as error:  # a candidate does not fit the device, in any way the compiler may say so
+                tried[candidate] = seconds_of_graph(linear_calls(stack, step, name, config), is_cuda)
+            except Exception as error:  # a candidate that does not fit the device fails in many ways
                 if is_cuda:
                     torch.cuda.synchronize()
                 print(f"    {name} {candidate}: {type(error).__name__}: {error!s:.80}")
         for candidate, seconds in sorted(tried.items(), key=lambda item: item[1])[:4]:
             mark = " <- chosen now" if candidate == (tuple(ours) if ours else None) else ""
-            called = "torch alone" if candidate is None else f"FewRowsConfig{candidate}"
+            called = "torch alone" if candidate is None else f"SkinnyGemmConfig{candidate}"
             rate = weight.nbytes / seconds / 1e9
-            print(f"  {rows:>3} rows {name:<8} {seconds * 1e6:7.2f} us {rate:5.0f} GB/s {called}{mark}")
+            print(f"  {num_tokens:>3} tokens {name:<8} {seconds * 1e6:7.2f} us {rate:5.0f} GB/s {called}{mark}")
         print(end="", flush=True)
 
 
 def main(
-    rows: Annotated[str, typer.Option(help="Comma-separated numbers of rows.")] = "1,2,4,6,8,16,32,64,128",
+    tokens: Annotated[str, typer.Option(help="Comma-separated numbers of sequences.")] = "1,2,4,6,8,16,32,64,128",
     context: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 256,
     device: Annotated[str | None, typer.Option(help="cuda, or cpu to try this script in Triton's interpreter.")] = None,
-    profiled: Annotated[str, typer.Option(help="Numbers of rows to list the kernels of.")] = "2,8,32,128",
-    sweep_rows: Annotated[str, typer.Option(help="Numbers of rows to sweep for.")] = "2,8,32",
-    sweeps: Annotated[bool, typer.Option("--sweep", help="Try other configurations of the products.")] = False,
-    minutes: Annotated[float, typer.Option(help="Try no other candidates after this long, and no other rows.")] = 3.8,
+    profiled: Annotated[str, typer.Option(help="Numbers of tokens to list the kernels of.")] = "2,8,32,128",
+    sweep_tokens: Annotated[str, typer.Option(help="Numbers of tokens to sweep for.")] = "2,8,32",
+    sweeps: Annotated[bool, typer.Option("--sweep", help="Try other configurations of the GEMMs.")] = False,
+    minutes: Annotated[float, typer.Option(help="Try no other candidates after this long.")] = 3.8,
 ) -> None:
-    """Print microseconds of a layer, and what share of the memory's bandwidth that is."""
+    """Print microseconds of a layer and its share of the memory bandwidth."""
     deadline = time.monotonic() + 60 * minutes
     where = choose_device(device)
     is_cuda = where.type == "cuda"
     # The interpreter's dot cannot multiply bfloat16.
     config, dtype = (QWEN, torch.bfloat16) if is_cuda else (TINY, torch.float16)
     counts, swept = (
-        [int(count) for count in given.split(",") if count] for given in (rows, sweep_rows if sweeps else "")
+        [int(count) for count in given.split(",") if count] for given in (tokens, sweep_tokens if sweeps else "")
     )
-    context, columns = (context, 64) if is_cuda else (20, 4)
+    context, max_blocks = (context, 64) if is_cuda else (20, 4)
     ops.allocate_workspaces(where)
     stack = make_stack(config, 1 + max(*counts, *swept, 1) * -(-context // BLOCK_SIZE), where, dtype)
     read, copy = (read_bandwidth(where), kernels.copy_bandwidth()) if is_cuda else (1e9, 1e9)
@@ -227,9 +230,9 @@ def main(
     with torch.inference_mode():
         for count in counts:
             if time.monotonic() > deadline:
-                print(f"{count} rows and what follows: no time left")
+                print(f"{count} tokens and more: no time left")
                 break
-            step = make_step(stack, count, context, columns)
+            step = make_step(stack, count, context, max_blocks)
             weights = sum(matrix.nbytes for matrix in stack.matrices(0).values())
             moved = weights + 4 * count * context * config.num_kv_heads * config.head_dim
             for tensor in (step.x, *step.batch[:6], *step.rotation):
@@ -239,7 +242,7 @@ def main(
             seconds = seconds_of_graph([run], is_cuda) / config.num_layers
             rate = moved / seconds
             print(
-                f"{count:>3} rows {seconds * 1e6:8.2f} us a layer {rate / 1e9:6.0f} GB/s"
+                f"{count:>3} tokens {seconds * 1e6:8.2f} us a layer {rate / 1e9:6.0f} GB/s"
                 f" {rate / read:6.1%} of reading {rate / copy:6.1%} of copying",
                 flush=True,
             )
@@ -248,7 +251,7 @@ def main(
                 print(f"    {sum(time for _, time in listed):.1f} us in {len(listed)} kernels a layer")
                 print("\n".join(f"      {microseconds:7.2f} us {kernel[:90]}" for kernel, microseconds in listed))
         for count in swept:
-            sweep(stack, make_step(stack, count, context, columns), deadline)
+            sweep(stack, make_step(stack, count, context, max_blocks), deadline)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What this machine is and what it can do at best: the limits that figures are shares of."""
+"""This machine: its description in reports, and its measured bandwidth and matrix rate."""
 
 import os
 import platform
@@ -20,12 +20,12 @@ _PACKAGES = ("torch", "transformers", "triton", "dispec")
 
 @dataclass(frozen=True)
 class Machine:
-    """What the figures were made on."""
+    """The machine that figures were measured on."""
 
     device: str
     cores: int
     memory_bytes: int
-    threads: str | None  # OMP_NUM_THREADS, where it was set
+    threads: str | None  # OMP_NUM_THREADS, None where it is not set
 
     def as_record(self) -> dict[str, Any]:
         return asdict(self)
@@ -33,7 +33,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does at best, measured: reading memory, and multiplying large bf16 matrices."""
+    """Measured rates of a device: reading memory, and multiplying large bf16 matrices."""
 
     bytes_per_second: float
     flop_per_second: float
@@ -49,7 +49,7 @@ class Rates:
 
 
 def describe_machine(device: "torch.device | None" = None) -> Machine:
-    """The device, or without one the CPU, for which nothing loads torch."""
+    """Describe a device, or without one the CPU, which does not load torch."""
     name = _cpu_name()
     if device is not None and device.type == "cuda":
         import torch
@@ -60,7 +60,7 @@ def describe_machine(device: "torch.device | None" = None) -> Machine:
 
 
 def choose_device(name: str | None) -> "torch.device":
-    """The device of that name, or CUDA where there is one."""
+    """Return the device of that name; without a name CUDA if there is one, else the CPU."""
     import torch
 
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -72,7 +72,7 @@ def measure_rates(device: "torch.device") -> Rates:
 
 
 def read_bandwidth(device: "torch.device", size: int = 2**30, repeats: int = 7) -> float:
-    """Bytes per second of the fastest of several sums over `size` bytes, far more than any cache holds."""
+    """Return bytes per second of the fastest of several sums over `size` bytes, more than any cache holds."""
     import torch
 
     data = torch.ones(size // 4, dtype=torch.float32, device=device)
@@ -80,7 +80,7 @@ def read_bandwidth(device: "torch.device", size: int = 2**30, repeats: int = 7) 
 
 
 def matrix_rate(device: "torch.device", size: int = 2048, repeats: int = 7) -> float:
-    """Floating-point operations per second of the fastest of several bf16 products of square matrices."""
+    """Return floating-point operations per second of the fastest of several bf16 GEMMs of square matrices."""
     import torch
 
     size = 8192 if device.type == "cuda" else size
@@ -89,7 +89,7 @@ def matrix_rate(device: "torch.device", size: int = 2048, repeats: int = 7) -> f
 
 
 def seconds_of(function: Callable[[], object], device: "torch.device") -> float:
-    """How long a call takes, until the device has done what it was told."""
+    """Return the seconds of a call, up to the end of its work on the device."""
     import torch
 
     if device.type == "cuda":
@@ -102,7 +102,7 @@ def seconds_of(function: Callable[[], object], device: "torch.device") -> float:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that matter."""
+    """Return the versions of Python and of the packages that figures depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -113,7 +113,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is checked out, with "-dirty" where files differ from it; "unknown" without a checkout."""
+    """Return the commit that is checked out, with "-dirty" if files differ from it; "unknown" without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(

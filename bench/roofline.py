@@ -1,10 +1,10 @@
-"""Steps of the engine as shares of what the machine can do, which is measured first.
+"""Steps of the engine as shares of the machine's measured bandwidth and matrix rate.
 
     dispec bench roofline --concurrency 1,6,16,32 --prefill 128,512
 
-"machine" is the time in which the machine, at its measured bandwidth and matrix rate, could read the weights, keys and
-values of the step once and do its products; "products" the measured time of the step's matrix products alone, by
-oneDNN on packed weights or the device's library, on random numbers.
+"machine" is the time in which the machine, at its measured bandwidth and matrix rate, could read the step's weights,
+keys and values once and do its GEMMs. "products" is the measured time of the step's GEMMs alone, on random numbers, by
+oneDNN on packed weights or by the device's library.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dispec.bench.limits import ELEMENT, Products, decode_step_seconds, kv_bytes, prefill_seconds, weight_read_bytes
+from dispec.bench.limits import ELEMENT, StepGemms, decode_step_seconds, kv_bytes, prefill_seconds, weight_read_bytes
 from dispec.bench.loading import Device, EnforceEager, Model, config_of, load
 from dispec.bench.machine import choose_device, describe_machine, measure_rates, seconds_of
 from dispec.bench.report import Output, Plot, Report
@@ -25,7 +25,7 @@ _WARM_UP = 5
 
 
 def decode_seconds(engine: Engine, sequences: int, context: int, steps: int) -> float:
-    """Seconds of a decode step of so many sequences, whose contexts begin at `context` tokens: the mean of `steps`."""
+    """Return the mean seconds of `steps` decode steps. context: tokens of each sequence at the first of them."""
     params = SamplingParams(temperature=0, max_tokens=steps + 2 * _WARM_UP, ignore_eos=True)
     added = [engine.add(prompt, params) for prompt in Workload(sequences, context).prompts(engine.config.vocab_size)]
     while engine.scheduler.waiting or not engine.records or engine.records[-1].kind != "decode":
@@ -47,7 +47,7 @@ def decode_seconds(engine: Engine, sequences: int, context: int, steps: int) -> 
 
 
 def prompt_seconds(engine: Engine, tokens: int, rounds: int) -> float:
-    """Seconds of computing a prompt of so many tokens, to its first token: the median of `rounds`."""
+    """Return the median seconds of `rounds` prompts of `tokens` tokens, up to the first output token."""
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
     def run(seed: int) -> None:
@@ -75,7 +75,7 @@ def main(
     output: Output = None,
     plot: Plot = None,
 ) -> None:
-    """Steps as shares of the machine's measured bandwidth and matrix rate."""
+    """Measure steps as shares of the machine's bandwidth and matrix rate."""
     settings = dict(locals())
     batches, prompts = sizes(concurrency), sizes(prefill)
     chosen = choose_device(device)
@@ -86,9 +86,9 @@ def main(
     report.rates = rates.as_record()
     print(rates.describe(), flush=True)
     config = config_of(model)
-    products = Products(config, chosen)
-    alone = {rows: products.seconds(rows) for rows in {*batches, *prompts}}
-    del products
+    gemms = StepGemms(config, chosen)
+    alone = {num_tokens: gemms.seconds(num_tokens) for num_tokens in {*batches, *prompts}}
+    del gemms
     llm = load(
         model,
         device=device,

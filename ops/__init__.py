@@ -5,7 +5,6 @@ Each op has a fake implementation for tracing, a Triton one for CUDA, a torch on
 they are plain functions.
 """
 
-from dispec.ops.argmax import argmax
 from dispec.ops.collective import all_gather_columns, all_reduce, broadcast
 from dispec.ops.decoder import Decoder, DecoderLayers, build_decoder, decode_tokens, decoder_layers
 from dispec.ops.embedding import embedding
@@ -15,7 +14,7 @@ from dispec.ops.noise import uniform_noise
 from dispec.ops.norm import Norm, rms_norm
 from dispec.ops.paged_attention import paged_attention
 from dispec.ops.rotary import qkv_rope_write, rope_cos_sin, rope_write
-from dispec.ops.sampling import has_sample_kernel, sample
+from dispec.ops.sampling import argmax, has_sample_kernel, sample
 from dispec.ops.token_threshold import token_threshold
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""A model on a CPU as one C structure: all layers of a step in one call, or a whole loop of steps.
+"""A whole model on a CPU as one C structure: all layers of a step in one call, or a loop of decode steps.
 
-No registered ops: they are for steps that are not traced, and read a model whose addresses were gathered once.
+The functions are not registered ops: their steps are never traced, and the structure holds addresses, gathered once.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from dispec.ops.paged_attention import has_cpu_kernel
 
 
 class DecoderLayers(NamedTuple):
-    """The weights and pages of all layers, stacked. All norms of the model have one `eps`."""
+    """The weights and the KV cache of all layers, stacked. All norms of a model have the same `eps`."""
 
     attention_norm: Float[Tensor, "L E"]
     qkv: Matrix
@@ -34,7 +34,7 @@ class DecoderLayers(NamedTuple):
 
 
 class Decoder(NamedTuple):
-    """A model as C++ reads it. tensors: those whose addresses it holds, kept from being freed."""
+    """A model as C++ reads it. tensors: the owners of the addresses in it, which it keeps alive."""
 
     model: cpu_decoder.Model
     tensors: tuple[Tensor, ...]
@@ -46,14 +46,15 @@ def build_decoder(
     final_norm: Norm,
     head: Matrix,
     head_tokens: Int[Tensor, "V"] | None,
-    rotation: tuple[Float[Tensor, "P D2"], Float[Tensor, "P D2"]],
+    rotation: tuple[Float[Tensor, "S D2"], Float[Tensor, "S D2"]],
     num_columns: int,
     scale: float,
 ) -> Decoder | None:
-    """Gather a model for `decoder_layers` and `decode_tokens`; None where they have no kernel for it.
+    """Gather a model for `decoder_layers` and `decode_tokens`; return None where they have no kernel for it.
 
-    head_tokens: the tokens that the rows of the head stand for, None for all tokens in order. num_columns: how many of
-    the rows may be chosen. rotation: cosine and sine of all positions that `decode_tokens` may reach.
+    head_tokens: the tokens of the head's rows, None for all tokens in order. num_columns: rows of the head that may be
+    sampled. rotation: cosine and sine of all positions that `decode_tokens` may reach. scale: multiplies attention
+    scores.
     """
     qkv, gate_up = layers.qkv, layers.gate_up
     if (
@@ -95,12 +96,12 @@ def build_decoder(
 
 
 def _has_kernel(qkv: PackedWeight, layers: DecoderLayers) -> bool:
-    """Return whether the layers are in bf16 or 8 bits, in our tiles, with pages of a size that has a kernel."""
+    """Return whether all weights are in tiles of one dtype, and the pages of a size with a kernel."""
     matrices = (qkv, layers.output, layers.gate_up, layers.down)
     return (
         all(
             isinstance(matrix, PackedWeight)
-            and isinstance(matrix.blocked, Tensor)  # oneDNN's layout is a tensor for each layer
+            and isinstance(matrix.blocked, Tensor)  # oneDNN's layout has a tensor for each layer
             and matrix.blocked.dtype is qkv.blocked.dtype
             for matrix in matrices
         )
@@ -112,7 +113,7 @@ def _has_kernel(qkv: PackedWeight, layers: DecoderLayers) -> bool:
 
 
 def _addresses(stacked: Matrix | None, num_layers: int) -> list[int | None]:
-    """Return the address of each layer."""
+    """Return the address of each layer's part."""
     if stacked is None:
         return [None] * num_layers
     return [layer.data_ptr() for layer in _tensor(stacked)]
@@ -131,9 +132,9 @@ def decoder_layers(
     query_start: Int[Tensor, "B+1"],
     context_lens: Int[Tensor, "B"],
 ) -> Float[Tensor, "T E"]:
-    """Compute all layers of a step with few query tokens per sequence; writes the tokens' keys and values.
+    """Compute all layers of a step with few query tokens per sequence; write the tokens' keys and values.
 
-    The very bits of `layers.block` for each layer in turn.
+    The bits are those of `layers.block` for each layer in turn.
     """
     return cpu_decoder.layers(decoder.model, x, *rotation, slot_mapping, block_tables, query_start, context_lens)
 
@@ -147,11 +148,11 @@ def decode_tokens(
     temperature: Float[Tensor, "B"] | None,
     seed: Int[Tensor, "B"] | None,
 ) -> Int[Tensor, "B K"]:
-    """Return the next `counts` tokens of each sequence; writes the keys and values of all tokens but the last of them.
+    """Return the next `counts` tokens of each sequence, as the model's steps would give them one by one.
 
-    The very tokens that the model's steps would give one by one. counts: not rising; K is the first. Tokens beyond a
-    sequence's count are 0. token_ids: the last tokens of each sequence, whose keys and values are computed too.
-    context_lens: tokens of each with these. temperature, seed: as `ops.sample` takes them, the position being that of
-    the token to come; None where all tokens are the likeliest.
+    Writes the keys and values of all tokens but the last new one. counts: in descending order; K is the first. Tokens
+    beyond a sequence's count are 0. token_ids: the last tokens of each sequence; their keys and values are computed
+    too. context_lens: tokens of each sequence, these included. temperature, seed: as in `ops.sample`, whose position is
+    that of the next token; None where every token is greedy.
     """
     return cpu_decoder.decode(decoder.model, counts, token_ids, block_tables, context_lens, temperature, seed)

@@ -1,4 +1,4 @@
-"""Rows of the embedding, which may be the packed matrix of a tied head: no second copy of it is kept."""
+"""Rows of the embedding, which may be the packed matrix of a tied head: one copy serves both."""
 
 import torch
 from jaxtyping import Float, Int
@@ -6,19 +6,18 @@ from torch import Tensor
 
 from dispec.ops.cpu import linear as cpu_linear
 from dispec.ops.linear import Matrix, PackedWeight
-
-_library = torch.library.Library("dispec", "FRAGMENT")
-_library.define("tiled_rows(Tensor weight, Tensor indices, int size) -> Tensor")
+from dispec.ops.registration import register
 
 
 def embedding(weight: Matrix, token_ids: Int[Tensor, "T"], size: int) -> Float[Tensor, "T E"]:
-    """Rows `token_ids` of a weight [V, size], plain or packed in our tiles; ids are not checked."""
+    """Return rows `token_ids` of a weight [V, size], plain or with `has_readable_rows`; ids are not checked."""
     if isinstance(weight, PackedWeight):
-        return torch.ops.dispec.tiled_rows(weight.blocked, token_ids, size)
+        return torch.ops.dispec.unpack_rows(weight.blocked, token_ids, size)
     return weight.index_select(0, token_ids)
 
 
-_library.impl("tiled_rows", cpu_linear.rows, "CPU")
-torch.library.register_fake(
-    "dispec::tiled_rows", lambda weight, indices, size: weight.new_empty(indices.shape[0], size), lib=_library
+register(
+    "unpack_rows(Tensor weight, Tensor indices, int size) -> Tensor",
+    lambda weight, indices, size: weight.new_empty(indices.shape[0], size),
+    cpu=cpu_linear.unpack_rows,
 )

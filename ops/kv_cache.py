@@ -1,9 +1,9 @@
-"""Write keys and values into pages, and copy pages.
+"""Writes to the paged KV cache and copies of its blocks.
 
-Both mutate the cache and return nothing. They are opaque to the compiler on purpose: an in-graph scatter
-through a view makes torch 2.11 copy the whole cache on every step, a registered op never does.
+Both ops mutate the cache and return nothing. They are opaque to the compiler: an in-graph scatter through a view makes
+torch 2.11 copy the whole cache on every step.
 
-Ops take the cache of all layers and a layer's number, not a view of the layer: where the number of blocks is symbolic,
+Ops take the cache of all layers and the number of a layer, not a view of the layer: with a symbolic number of blocks
 the compiler of torch 2.13 has every layer write to the first one's pages.
 """
 
@@ -11,13 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dispec.ops.cpu import attention as cpu_attention
-
-_library = torch.library.Library("dispec", "FRAGMENT")
-_library.define(
-    "write_kv(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slot_mapping, int? layer=None) -> ()"
-)
-_library.define("copy_blocks(Tensor(a!) keys, Tensor(b!) values, Tensor source, Tensor destination) -> ()")
+from dispec.ops.registration import register, returns_nothing
 
 
 def write_kv(
@@ -30,9 +24,9 @@ def write_kv(
 ) -> None:
     """Store token t's key and value at slot `slot_mapping[t]` (block * BS + offset), in place.
 
-    layer: the one that is written, where keys and values are those of all layers. Slots must be in [0, NB * BS) and,
-    outside block 0, distinct: block 0 takes the padding, and what it holds is never read. `key` and `value` may be
-    strided views in their first two dimensions.
+    layer: the layer to write, where keys and values are those of all layers. Slots must be in [0, NB * BS) and, outside
+    block 0, distinct: block 0 takes the padding and is never read. `key` and `value` may be strided views in their
+    first two dimensions.
     """
     torch.ops.dispec.write_kv(keys, values, key, value, slot_mapping, layer)
 
@@ -48,7 +42,7 @@ def copy_blocks(
 
 
 def pages_of_layer(keys: Tensor, values: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
-    """Return the keys [NB, KV, D, BS] and values [NB, KV, BS, D] of a layer, which None takes these for."""
+    """Return the keys [NB, KV, D, BS] and values [NB, KV, BS, D] of a layer; with None the tensors are a layer's."""
     return (keys, values) if layer is None else (keys[layer], values[layer])
 
 
@@ -57,9 +51,6 @@ def _write_kv_cpu(
 ) -> None:
     keys, values = pages_of_layer(keys, values, layer)
     block_size = keys.shape[3]
-    if cpu_attention.has_kernels(keys.dtype, keys.shape[2], block_size):
-        cpu_attention.write_kv(keys, values, key, value, slot_mapping)
-        return
     block, offset = slot_mapping // block_size, slot_mapping % block_size
     keys.permute(0, 3, 1, 2)[block, offset] = key
     values.permute(0, 2, 1, 3)[block, offset] = value
@@ -78,9 +69,16 @@ def _copy_blocks(keys: Tensor, values: Tensor, source: Tensor, destination: Tens
     values[:, destination] = values[:, source]
 
 
-_library.impl("write_kv", _write_kv_cpu, "CPU")
-_library.impl("write_kv", _write_kv_cuda, "CUDA")
-_library.impl("copy_blocks", _copy_blocks, "CPU")
-_library.impl("copy_blocks", _copy_blocks, "CUDA")
-torch.library.register_fake("dispec::write_kv", lambda *_: None, lib=_library)
-torch.library.register_fake("dispec::copy_blocks", lambda *_: None, lib=_library)
+register(
+    "write_kv(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slot_mapping,"
+    " int? layer=None) -> ()",
+    returns_nothing,
+    cpu=_write_kv_cpu,
+    cuda=_write_kv_cuda,
+)
+register(
+    "copy_blocks(Tensor(a!) keys, Tensor(b!) values, Tensor source, Tensor destination) -> ()",
+    returns_nothing,
+    cpu=_copy_blocks,
+    cuda=_copy_blocks,
+)

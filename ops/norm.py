@@ -1,4 +1,4 @@
-"""The norm of hidden states and of heads."""
+"""RMS norm of hidden states and of heads."""
 
 from typing import NamedTuple
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 class Norm(NamedTuple):
-    """An RMS norm: its weight [N], and what keeps its divisor from zero."""
+    """An RMS norm: its weight [N], and `eps`, which keeps the divisor from zero."""
 
     weight: Tensor
     eps: float
 
 
 def rms_norm(x: Float[Tensor, "*shape N"], norm: Norm) -> Float[Tensor, "*shape N"]:
-    """`x / sqrt(mean(x²) + eps) * weight` (arXiv:1910.07467), in float32, rounded to x's dtype before the weight."""
+    """Return `x / sqrt(mean(x²) + eps) * weight` (arXiv:1910.07467), rounded from float32 before the weight."""
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + norm.eps)
     return normed.to(x.dtype) * norm.weight

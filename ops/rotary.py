@@ -1,9 +1,7 @@
-"""From hidden states to queries and pages: projection, norm of the heads, rotation, and the write.
+"""From hidden states to rotated queries and the KV cache: QKV projection, head norms, rotation and the cache write.
 
-All of it is one op in 16 bits on CUDA; on a CPU, all but the projection.
+All of it is one op in 16 bits on CUDA; on a CPU the projection is an op of its own.
 """
-
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -15,26 +13,15 @@ from dispec.ops.kv_cache import pages_of_layer, write_kv
 from dispec.ops.linear import Matrix, is_fused, linear
 from dispec.ops.norm import Norm, rms_norm
 from dispec.ops.paged_attention import has_cpu_kernel
+from dispec.ops.registration import register
 
-_library = torch.library.Library("dispec", "FRAGMENT")
-_library.define("rope_cos_sin(Tensor positions, Tensor frequencies, float factor) -> (Tensor, Tensor)")
-_library.define(
-    "rope_write(Tensor projected, Tensor cosine, Tensor sine, Tensor(a!) keys, Tensor(b!) values,"
-    " Tensor slot_mapping, Tensor? query_norm, Tensor? key_norm, float eps, int? layer=None) -> Tensor"
-)
-_library.define(
-    "qkv_rope_write(Tensor x, Tensor qkv, Tensor? bias, Tensor norm, float eps, Tensor cosine, Tensor sine,"
-    " Tensor(a!) keys, Tensor(b!) values, Tensor slot_mapping, Tensor? query_norm, Tensor? key_norm,"
-    " int? layer=None) -> Tensor"
-)
+Rotation = tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]]
 
 
-def rope_cos_sin(
-    positions: Int[Tensor, "T"], frequencies: Float[Tensor, "D2"], factor: float = 1.0
-) -> tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]]:
-    """Cosine and sine, times `factor`, of the angles of positions, in float32; frequencies are radians per position.
+def rope_cos_sin(positions: Int[Tensor, "T"], frequencies: Float[Tensor, "D2"], factor: float = 1.0) -> Rotation:
+    """Return cosine and sine of the positions' angles, times `factor`, in float32. frequencies: radians per position.
 
-    One op, which the compiler leaves alone: it would compute the angles anew for each layer that reads them.
+    An op, because the compiler would compute the angles again in each layer that reads them.
     """
     return torch.ops.dispec.rope_cos_sin(positions, frequencies, factor)
 
@@ -44,7 +31,7 @@ def qkv_rope_write(
     qkv: Matrix,
     bias: Float[Tensor, "QKV"] | None,
     norm: Norm,
-    rotation: tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]],
+    rotation: Rotation,
     keys: Float[Tensor, "*L NB KV D BS"],
     values: Float[Tensor, "*L NB KV BS D"],
     slot_mapping: Int[Tensor, "T"],
@@ -52,7 +39,7 @@ def qkv_rope_write(
     key_norm: Norm | None = None,
     layer: int | None = None,
 ) -> Float[Tensor, "T H D"]:
-    """`rope_write` of `linear(x, qkv, bias, norm=norm)`: queries ready to attend, keys and values in their pages.
+    """Return the rotated queries of `linear(x, qkv, bias, norm=norm)`; write keys and values as `rope_write` does.
 
     All norms have the same `eps`. layer: as in `write_kv`.
     """
@@ -67,7 +54,7 @@ def qkv_rope_write(
 
 def rope_write(
     projected: Float[Tensor, "T QKV"],
-    rotation: tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]],
+    rotation: Rotation,
     keys: Float[Tensor, "*L NB KV D BS"],
     values: Float[Tensor, "*L NB KV BS D"],
     slot_mapping: Int[Tensor, "T"],
@@ -75,10 +62,10 @@ def rope_write(
     key_norm: Norm | None = None,
     layer: int | None = None,
 ) -> Float[Tensor, "T H D"]:
-    """The tokens' queries, ready to attend; their keys and values go to slots of a layer, as in `write_kv`.
+    """Return the tokens' rotated queries; write their rotated keys and their values to slots, as in `write_kv`.
 
-    `projected` holds each token's query, key and value heads side by side. Queries and keys are normed per head where
-    there is a norm (both have the same `eps`), and rotated by `rotation`, the cosine and sine of their positions.
+    projected: each token's query, key and value heads side by side. rotation: cosine and sine of the tokens' positions.
+    Queries and keys are normed per head first where there is a norm; both norms have the same `eps`.
     """
     kv_heads, head_dim, block_size = keys.shape[-3:]
     if projected.device.type == "cpu" and has_cpu_kernel(keys.dtype, head_dim, block_size):
@@ -109,11 +96,6 @@ def _rope_cos_sin(positions: Tensor, frequencies: Tensor, factor: float) -> tupl
     return angles.cos() * factor, angles.sin() * factor
 
 
-def _rope_cos_sin_fake(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    shape = positions.shape[0], frequencies.shape[0]
-    return frequencies.new_empty(shape), frequencies.new_empty(shape)
-
-
 def _qkv_rope_write(
     x: Tensor,
     qkv: Tensor,
@@ -129,19 +111,14 @@ def _qkv_rope_write(
     key_norm: Tensor | None,
     layer: int | None = None,
 ) -> Tensor:
-    from dispec.ops.triton.rotary import Slots
-    from dispec.ops.triton.rotary import qkv_rope_write as kernels
+    from dispec.ops.triton.qkv_rope_write import qkv_rope_write as kernels
+    from dispec.ops.triton.rope_write import KVSlots
 
-    slots = Slots(*pages_of_layer(keys, values, layer), slot_mapping, cosine.contiguous(), sine.contiguous())
+    slots = KVSlots(*pages_of_layer(keys, values, layer), slot_mapping, cosine.contiguous(), sine.contiguous())
     return kernels(x, qkv, bias, Norm(norm, eps), slots, query_norm, key_norm)
 
 
-def _qkv_rope_write_fake(x: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
-    kv_heads, head_dim = rest[5].shape[-3:-1]  # of the keys
-    return x.new_empty(x.shape[0], qkv.shape[0] // head_dim - 2 * kv_heads, head_dim)
-
-
-def _rotate_and_write(
+def _rope_write(
     projected: Tensor,
     cosine: Tensor,
     sine: Tensor,
@@ -157,16 +134,32 @@ def _rotate_and_write(
     return cpu_attention.rope_write(projected, cosine, sine, *pages, slot_mapping, query_norm, key_norm, eps)
 
 
-def _rotate_and_write_fake(projected: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, *_: object) -> Tensor:
+def _rope_cos_sin_fake(positions: Tensor, frequencies: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    shape = positions.shape[0], frequencies.shape[0]
+    return frequencies.new_empty(shape), frequencies.new_empty(shape)
+
+
+def _empty_queries(x: Tensor, qkv_size: int | torch.SymInt, keys: Tensor) -> Tensor:
     kv_heads, head_dim = keys.shape[-3:-1]
-    heads = projected.shape[1] // head_dim - 2 * kv_heads
-    return projected.new_empty(projected.shape[0], heads, head_dim)
+    return x.new_empty(x.shape[0], qkv_size // head_dim - 2 * kv_heads, head_dim)
 
 
-_library.impl("rope_cos_sin", _rope_cos_sin, "CPU")
-_library.impl("rope_cos_sin", _rope_cos_sin, "CUDA")
-torch.library.register_fake("dispec::rope_cos_sin", _rope_cos_sin_fake, lib=_library)
-_library.impl("qkv_rope_write", _qkv_rope_write, "CUDA")
-torch.library.register_fake("dispec::qkv_rope_write", _qkv_rope_write_fake, lib=_library)
-_library.impl("rope_write", _rotate_and_write, "CPU")
-torch.library.register_fake("dispec::rope_write", _rotate_and_write_fake, lib=_library)
+register(
+    "rope_cos_sin(Tensor positions, Tensor frequencies, float factor) -> (Tensor, Tensor)",
+    _rope_cos_sin_fake,
+    cpu=_rope_cos_sin,
+    cuda=_rope_cos_sin,
+)
+register(
+    "rope_write(Tensor projected, Tensor cosine, Tensor sine, Tensor(a!) keys, Tensor(b!) values,"
+    " Tensor slot_mapping, Tensor? query_norm, Tensor? key_norm, float eps, int? layer=None) -> Tensor",
+    lambda projected, cosine, sine, keys, *_: _empty_queries(projected, projected.shape[1], keys),
+    cpu=_rope_write,
+)
+register(
+    "qkv_rope_write(Tensor x, Tensor qkv, Tensor? bias, Tensor norm, float eps, Tensor cosine, Tensor sine,"
+    " Tensor(a!) keys, Tensor(b!) values, Tensor slot_mapping, Tensor? query_norm, Tensor? key_norm,"
+    " int? layer=None) -> Tensor",
+    lambda x, qkv, bias, norm, eps, cosine, sine, keys, *_: _empty_queries(x, qkv.shape[0], keys),
+    cuda=_qkv_rope_write,
+)

@@ -1,4 +1,4 @@
-"""A token of each row, drawn from its softmax, as one op on a CPU."""
+"""Sampling a token of each row of logits, one kernel each on a CPU."""
 
 import torch
 from jaxtyping import Float, Int
@@ -6,13 +6,18 @@ from torch import Tensor
 
 from dispec.ops.cpu import sampling as cpu_sampling
 from dispec.ops.cpu.library import has_kernels
+from dispec.ops.registration import register
 
-_library = torch.library.Library("dispec", "FRAGMENT")
-_library.define("sample(Tensor logits, Tensor temperature, Tensor seed, Tensor position, Tensor? token_ids) -> Tensor")
+
+def argmax(logits: Float[Tensor, "R V"]) -> Int[Tensor, "R"]:
+    """Return the column of each row's largest logit, the first of several; NaN counts as the largest."""
+    if logits.device.type == "cpu" and has_kernels():
+        return torch.ops.dispec.argmax(logits)
+    return logits.argmax(dim=-1)
 
 
 def has_sample_kernel(device: torch.device) -> bool:
-    """Whether `sample` can take tensors of the device."""
+    """Return whether `sample` takes tensors of the device."""
     return device.type == "cpu" and has_kernels()
 
 
@@ -23,11 +28,22 @@ def sample(
     position: Int[Tensor, "R"],
     token_ids: Int[Tensor, "V"] | None,
 ) -> Int[Tensor, "R"]:
-    """As `layers.sampling.draw` defines it, each row by itself. Only where `has_sample_kernel`."""
+    """Sample a column of each row as `layers.sampling.draw` defines it; only where `has_sample_kernel`.
+
+    The argmax of logits / temperature + Gumbel noise of the counter (seed, position, token); the plain argmax where the
+    temperature is 0. token_ids: the tokens of the columns, None for all tokens in order. A row's result depends on that
+    row alone.
+    """
     return torch.ops.dispec.sample(logits, temperature, seed, position, token_ids)
 
 
-_library.impl("sample", cpu_sampling.sample, "CPU")
-torch.library.register_fake(
-    "dispec::sample", lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64), lib=_library
+def _fake(logits: Tensor, *_: object) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+register("argmax(Tensor logits) -> Tensor", _fake, cpu=cpu_sampling.argmax)
+register(
+    "sample(Tensor logits, Tensor temperature, Tensor seed, Tensor position, Tensor? token_ids) -> Tensor",
+    _fake,
+    cpu=cpu_sampling.sample,
 )

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dispec.bench.compare import Case, Suite, Tree, started, take_turns
+from dispec.bench.checkouts import Tree, started
+from dispec.bench.compare import Case, Suite, take_turns
 from dispec.bench.contestants import ContestantFailed, Worker
+from dispec.bench.gpu_run import ROOT, import_path
 from dispec.bench.workload import Workload
 
 # Speaks the protocol of bench/worker.py. FAILS is the round in which it ends instead of answering.
@@ -50,11 +52,29 @@ def test_a_contestant_that_does_not_start_in_time_is_ended(tmp_path: Path, capsy
     assert "hanging ended with code -9" in capsys.readouterr().out
 
 
-def test_a_checkout_runs_its_own_modules(tmp_path: Path) -> None:
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "worker.py").write_text("import sys; sys.exit(f'I am {__file__}')")
-    with pytest.raises(ContestantFailed, match=f"I am {tmp_path}"):
-        Tree("old", tmp_path).start("qwen2.5-1.5b", {}, tmp_path / "cache", 60.0)
+@pytest.mark.parametrize("kind", ["old", "new", "new without links"])
+def test_a_checkout_runs_its_own_modules(kind: str, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for room in ("bench", "engine", "layers", "ops", "serving"):
+        (tree / room).mkdir(parents=True)
+        (tree / room / "__init__.py").touch()
+    (tree / "bench" / "worker.py").write_text(
+        "import sys, pathlib; sys.exit(f'{__spec__.name} of {pathlib.Path(__file__).resolve()}')"
+    )
+    if kind != "old":
+        (tree / "serving" / "dispec").mkdir()
+        (tree / "serving" / "dispec" / "__init__.py").touch()
+    if kind == "new":
+        assert import_path(tree, tree / ".ci" / "links") == tree / ".ci" / "links"
+    module = "bench.worker" if kind == "old" else "dispec.bench.worker"
+    with pytest.raises(ContestantFailed, match=f"{module} of {tree / 'bench' / 'worker.py'}"):
+        Tree("checkout", tree).start("qwen2.5-1.5b", {}, tmp_path / "cache", 60.0)
+    assert (tmp_path / "cache" / "links").exists() == (kind == "new without links")
+
+
+def test_this_checkout_is_imported_by_its_links(tmp_path: Path) -> None:
+    assert import_path(ROOT, tmp_path) == ROOT / ".ci" / "links"
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_suites_engine_has_room_for_all_its_cases() -> None:

@@ -369,16 +369,16 @@ def test_captured_products_share_their_counters(rows: int) -> None:
 
 
 def test_counters_are_not_allocated_in_a_recording() -> None:
-    from dispec.ops.triton.add_product import arrivals
+    from dispec.ops.triton.linear_residual import split_counters
 
-    arrivals.cache_clear()
+    split_counters.cache_clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         torch.zeros(1, device="cuda")  # an empty recording is warned of
         with pytest.raises(RuntimeError, match="allocate_workspaces"):
-            arrivals(torch.device("cuda", torch.cuda.current_device()))
+            split_counters(torch.device("cuda", torch.cuda.current_device()))
     ops.allocate_workspaces(torch.device("cuda"))
-    assert arrivals.cache_info().currsize == 1
+    assert split_counters.cache_info().currsize == 1
 
 
 def test_layer_registration() -> None:

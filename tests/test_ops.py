@@ -16,11 +16,10 @@ from dispec.ops.cpu.library import has_packed_linear
 def _implementation(request, monkeypatch):
     """Each test runs with our own kernels and with what replaces them where they cannot be built."""
     if request.param == "torch":
-        monkeypatch.setattr(cpu_attention, "library", lambda: None)
-        monkeypatch.setattr(
-            sys.modules["dispec.ops.linear"], "has_packed_linear", lambda: False
-        )  # `ops.linear` is the function
-        monkeypatch.setitem(globals(), "has_packed_linear", lambda: False)
+        monkeypatch.setattr(cpu_attention, "has_kernels", lambda: False)
+        modules = (cpu_attention, sys.modules["dispec.ops.linear"], sys.modules[__name__])  # `ops.linear` is a function
+        for module in modules:
+            monkeypatch.setattr(module, "has_packed_linear", lambda: False)
 
 
 def cache(num_blocks: int, kv_heads: int, head_dim: int, block_size: int, dtype=torch.float32):
@@ -262,7 +261,7 @@ def test_rows_of_a_packed_product_may_lie_apart():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_of_a_sequence_does_not_depend_on_the_others(dtype):
     """Not in the last bit, over spans and pages, where the kernel reads them in place."""
-    if not cpu_attention.has_kernels(dtype, 64, 16):
+    if not cpu_attention.supports_cache(dtype, 64, 16):
         pytest.skip("torch does not promise it")
     torch.manual_seed(0)
     contexts = [1, 513, 1500, 37]
@@ -294,7 +293,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.dispec.write_kv.default, (keys, values, key, value, slots))
     pair = torch.tensor([1]), torch.tensor([3])
     torch.library.opcheck(torch.ops.dispec.copy_blocks.default, (keys[None], values[None], *pair))
-    if cpu_attention.has_kernels(keys.dtype, 64, 16):
+    if cpu_attention.supports_cache(keys.dtype, 64, 16):
         rotation = torch.rand(4, 32), torch.rand(4, 32)
         norm = torch.rand(64)
         given = (torch.randn(4, 9 * 64), *rotation, keys, values, slots, norm, norm, 1e-5)

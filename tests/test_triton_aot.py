@@ -24,16 +24,16 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from dispec.ops.norm import Norm  # noqa: E402
 from dispec.ops.triton import (  # noqa: E402
-    add_product,
     decode_attention,
-    few_rows,
-    gate_product,
+    gated_linear,
     kv_cache,
-    layer_parts,
     linear,
+    linear_residual,
+    norm_activation,
     prefill_attention,
-    rotary,
-    rotate_product,
+    qkv_rope_write,
+    rope_write,
+    skinny_linear,
     token_threshold,
 )
 from dispec.ops.triton.tuning import PREFILL, Device  # noqa: E402
@@ -43,16 +43,16 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may u
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 KERNELS = {
-    add_product: ("add_kernel",),
+    linear_residual: ("linear_residual_kernel",),
     decode_attention: ("decode_kernel", "combine_kernel"),
-    few_rows: ("sum_kernel", "dot_kernel", "reduce_kernel"),
-    gate_product: ("gate_kernel",),
+    skinny_linear: ("gemv_kernel", "split_k_kernel", "reduce_splits_kernel"),
+    gated_linear: ("gated_linear_kernel",),
     kv_cache: ("write_kv_kernel",),
-    layer_parts: ("norm_kernel", "gate_halves_kernel"),
+    norm_activation: ("rms_norm_kernel", "silu_and_mul_kernel"),
     linear: (),
     prefill_attention: ("prefill_kernel",),
-    rotary: ("rotate_heads_kernel",),
-    rotate_product: ("rotate_kernel",),
+    rope_write: ("rope_write_kernel",),
+    qkv_rope_write: ("qkv_rope_write_kernel",),
     token_threshold: ("token_threshold_kernel",),
 }
 
@@ -276,14 +276,14 @@ def test_token_threshold(monkeypatch: pytest.MonkeyPatch, size: int, capability:
 @pytest.mark.parametrize(
     ("rows", "features", "columns", "kernels"),
     [
-        (2, 2048, 1536, ["sum_kernel"]),
-        (1, 896, 896, ["sum_kernel"]),
-        (8, 1536, 1536, ["dot_kernel"]),
-        (2, 17920, 1536, ["dot_kernel"]),
-        (32, 9728, 896, ["dot_kernel"]),
-        (32, 1536, 8960, ["dot_kernel", "reduce_kernel"]),
-        (2, 151936, 1536, ["dot_kernel"]),
-        (64, 128256, 4096, ["dot_kernel"]),
+        (2, 2048, 1536, ["gemv_kernel"]),
+        (1, 896, 896, ["gemv_kernel"]),
+        (8, 1536, 1536, ["split_k_kernel"]),
+        (2, 17920, 1536, ["split_k_kernel"]),
+        (32, 9728, 896, ["split_k_kernel"]),
+        (32, 1536, 8960, ["split_k_kernel", "reduce_splits_kernel"]),
+        (2, 151936, 1536, ["split_k_kernel"]),
+        (64, 128256, 4096, ["split_k_kernel"]),
     ],
 )
 def test_few_rows(
@@ -292,16 +292,16 @@ def test_few_rows(
     x = torch.empty(rows, columns, dtype=HALF, device="meta")
     weight = torch.empty(features, columns, dtype=HALF, device="meta")
     bias = weight.new_empty(features) if has_bias else None
-    launches = record(monkeypatch, 90, lambda: few_rows.linear(x, weight, bias))
+    launches = record(monkeypatch, 90, lambda: skinny_linear.linear(x, weight, bias))
     assert [launch.kernel.__name__ for launch in launches] == kernels
     for launch in launches:
-        check(launch, 90, widest_load=launch.kernel.__name__ != "reduce_kernel")
+        check(launch, 90, widest_load=launch.kernel.__name__ != "reduce_splits_kernel")
 
 
 @pytest.mark.parametrize(("rows", "features"), [(16, 1536), (33, 17920), (65, 151936)])
 def test_what_torch_multiplies_faster_is_left_to_it(monkeypatch: pytest.MonkeyPatch, rows: int, features: int) -> None:
     x = torch.empty(rows, 1536, dtype=HALF, device="meta")
-    assert not record(monkeypatch, 90, lambda: few_rows.linear(x, x.new_empty(features, 1536), None))
+    assert not record(monkeypatch, 90, lambda: skinny_linear.linear(x, x.new_empty(features, 1536), None))
 
 
 # A layer's shape, and whether its heads are normed.
@@ -326,10 +326,10 @@ def layer_launches(
         x, norm = floats(rows, shape.hidden), Norm(floats(shape.hidden), 1e-6)
         rotation = [torch.empty(rows, shape.head_dim // 2, device="meta") for _ in range(2)]
         pages = cache(shape.head_dim, 16, shape.kv_heads, dtype)
-        slots = rotate_product.Slots(*pages, integers(rows), *rotation)
+        slots = rope_write.KVSlots(*pages, integers(rows), *rotation)
         head_norm = floats(shape.head_dim) if has_norms else None
         bias = None if has_norms else floats(shape.qkv)
-        rotary.qkv_rope_write(x, floats(shape.qkv, shape.hidden), bias, norm, slots, head_norm, head_norm)
+        qkv_rope_write.qkv_rope_write(x, floats(shape.qkv, shape.hidden), bias, norm, slots, head_norm, head_norm)
         for name in ("output", "gate_up", "down"):
             features, columns, has_norm, adds, is_gated, _ = products(shape)[name]
             wide, weight = floats(rows, columns), floats(features, columns)
@@ -346,13 +346,13 @@ def layer_launches(
 @pytest.mark.parametrize("rows", [2, 4, 8, 16, 32])
 def test_layer(monkeypatch: pytest.MonkeyPatch, rows: int, model: str, capability: int) -> None:
     launches = layer_launches(monkeypatch, capability, rows, model)
-    projection = ["add_kernel", "rotate_heads_kernel"] if MODELS[model][1] else ["rotate_kernel"]
-    expected = [*projection, "add_kernel", "gate_kernel", "add_kernel"]
+    projection = ["linear_residual_kernel", "rope_write_kernel"] if MODELS[model][1] else ["qkv_rope_write_kernel"]
+    expected = [*projection, "linear_residual_kernel", "gated_linear_kernel", "linear_residual_kernel"]
     if rows > 16:  # the other products are torch's
-        expected = ["norm_kernel", "rotate_heads_kernel", "norm_kernel", "gate_kernel"]
+        expected = ["rms_norm_kernel", "rope_write_kernel", "rms_norm_kernel", "gated_linear_kernel"]
     assert [launch.kernel.__name__ for launch in launches] == expected
     for launch in launches:
-        check(launch, capability, widest_load=launch.kernel.__name__ != "rotate_heads_kernel")
+        check(launch, capability, widest_load=launch.kernel.__name__ != "rope_write_kernel")
 
 
 def test_float16_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +363,7 @@ def test_float16_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [128, 600])
 def test_many_rows_are_multiplied_by_torch(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = layer_launches(monkeypatch, 90, rows, "qwen2.5-1.5b")
-    expected = ["norm_kernel", "rotate_heads_kernel", "norm_kernel", "gate_halves_kernel"]
+    expected = ["rms_norm_kernel", "rope_write_kernel", "rms_norm_kernel", "silu_and_mul_kernel"]
     assert [launch.kernel.__name__ for launch in launches] == expected
     for launch in launches:
-        check(launch, 90, widest_load=launch.kernel.__name__ != "rotate_heads_kernel")
+        check(launch, 90, widest_load=launch.kernel.__name__ != "rope_write_kernel")

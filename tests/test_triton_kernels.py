@@ -31,9 +31,8 @@ if not INTERPRETED:
 
 else:
     from dispec.ops import reference
-    from dispec.ops.triton import decode_attention, few_rows, kv_cache, prefill_attention, token_threshold
-    from dispec.ops.triton.paged_attention import paged_attention
-    from dispec.ops.triton.tuning import DecodeConfig, FewRowsConfig, PrefillConfig
+    from dispec.ops.triton import decode_attention, kv_cache, prefill_attention, skinny_linear, token_threshold
+    from dispec.ops.triton.tuning import DecodeConfig, PrefillConfig, SkinnyGemmConfig
     from tests.threshold_cases import cases, expect_thresholds
 
     # No bfloat16: the interpreter's dot takes its bits for integers. tests/test_gpu_kernels.py covers it.
@@ -125,7 +124,7 @@ else:
         expect_equal(actual, expected)
 
     def test_decode_cuts_a_long_context_even_where_the_batch_fills_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(decode_attention, "LONGEST_SPLIT", 64)
+        monkeypatch.setattr(decode_attention, "MAX_SPLIT_POSITIONS", 64)
         contexts = [300, 5, 64, 65]
         keys, values, tables = poisoned_cache(contexts, 2, 64, 16, torch.float32)
         query = query_view(len(contexts), 4, 2, 64, torch.float32)
@@ -180,7 +179,7 @@ else:
         keys, values, tables = poisoned_cache(contexts, kv_heads, 64, 16, torch.float32)
         query = query_view(sum(lengths) + 3, group * kv_heads, kv_heads, 64, torch.float32)
         lens = torch.tensor(contexts, dtype=torch.int32)
-        actual = paged_attention(query, keys, values, tables, starts(lengths), lens, None, 0.125)
+        actual = prefill_attention.prefill(query, keys, values, tables, starts(lengths), lens, 0.125)
         expected = reference.paged_attention(query, keys, values, tables, starts(lengths), lens, 0.125)
         # Rows past the last sequence are padding: nobody has to write them.
         expect_equal(actual[: sum(lengths)], expected[: sum(lengths)])
@@ -205,7 +204,7 @@ else:
         dtype: torch.dtype,
         index_dtype: torch.dtype,
     ) -> None:
-        monkeypatch.setattr(kv_cache, "WRITE_LONG_FROM", 0 if tokens_per_program > 1 else 10**9)
+        monkeypatch.setattr(kv_cache, "MIN_TILED_WRITE_TOKENS", 0 if tokens_per_program > 1 else 10**9)
         num_tokens, num_blocks, kv_heads = 37, 5, 2
         keys = torch.randn(num_blocks, kv_heads, head_dim, block_size).to(dtype)
         values = torch.randn(num_blocks, kv_heads, block_size, head_dim).to(dtype)
@@ -231,30 +230,30 @@ else:
     @pytest.mark.parametrize(
         ("rows", "features", "columns", "config"),
         [
-            (1, 70, 96, FewRowsConfig(2, 64, 0, 2)),
-            (2, 33, 128, FewRowsConfig(4, 64, 0, 2)),
-            (3, 8, 80, FewRowsConfig(2, 64, 0, 2)),
-            (1, 70, 96, FewRowsConfig(64, 32, 1, 4, 3)),
-            (7, 64, 80, FewRowsConfig(32, 64, 1, 4, 3)),
-            (17, 130, 128, FewRowsConfig(64, 32, 1, 4, 3)),
-            (5, 70, 208, FewRowsConfig(64, 32, 3, 4, 3)),  # 7 tiles in splits of 3, 3 and 1
-            (20, 64, 160, FewRowsConfig(32, 32, 4, 4, 3)),  # 5 tiles: no more than 3 splits of 2
-            (4, 64, 64, FewRowsConfig(32, 64, 9, 4, 3)),  # one tile: nothing to split
-            (0, 64, 64, FewRowsConfig(32, 64, 1, 4, 3)),
+            (1, 70, 96, SkinnyGemmConfig(2, 64, 0, 2)),
+            (2, 33, 128, SkinnyGemmConfig(4, 64, 0, 2)),
+            (3, 8, 80, SkinnyGemmConfig(2, 64, 0, 2)),
+            (1, 70, 96, SkinnyGemmConfig(64, 32, 1, 4, 3)),
+            (7, 64, 80, SkinnyGemmConfig(32, 64, 1, 4, 3)),
+            (17, 130, 128, SkinnyGemmConfig(64, 32, 1, 4, 3)),
+            (5, 70, 208, SkinnyGemmConfig(64, 32, 3, 4, 3)),  # 7 tiles in splits of 3, 3 and 1
+            (20, 64, 160, SkinnyGemmConfig(32, 32, 4, 4, 3)),  # 5 tiles: no more than 3 splits of 2
+            (4, 64, 64, SkinnyGemmConfig(32, 64, 9, 4, 3)),  # one tile: nothing to split
+            (0, 64, 64, SkinnyGemmConfig(32, 64, 1, 4, 3)),
         ],
     )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_few_rows(
-        dtype: torch.dtype, rows: int, features: int, columns: int, config: FewRowsConfig, has_bias: bool
+        dtype: torch.dtype, rows: int, features: int, columns: int, config: SkinnyGemmConfig, has_bias: bool
     ) -> None:
         wide = torch.randn(rows, columns + 16).to(dtype)
         weight = (torch.randn(features, columns) * columns**-0.5).to(dtype)
         bias = torch.randn(features).to(dtype) if has_bias else None
         x = wide[:, :columns]
-        actual = few_rows.linear(x, weight, bias, config)
+        actual = skinny_linear.linear(x, weight, bias, config)
         expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
         expect_equal(actual, expected.to(dtype))
 
     def test_few_rows_leaves_to_torch_what_it_has_no_kernel_for() -> None:
         x, weight = torch.randn(3, 8), torch.randn(5, 8)
-        assert torch.equal(few_rows.linear(x, weight, None), torch.nn.functional.linear(x, weight))
+        assert torch.equal(skinny_linear.linear(x, weight, None), torch.nn.functional.linear(x, weight))

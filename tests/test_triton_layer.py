@@ -39,8 +39,8 @@ if not INTERPRETED:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (["--rows", "2,8", "--minutes", "9"], ["2 rows", "8 rows"]),
-            (["--rows", "", "--sweep", "--sweep-rows", "8", "--minutes", "0"], ["FewRowsConfig", "torch alone"]),
+            (["--tokens", "2,8", "--minutes", "9"], ["2 tokens", "8 tokens"]),
+            (["--tokens", "", "--sweep", "--sweep-tokens", "8", "--minutes", "0"], ["SkinnyGemmConfig", "torch alone"]),
         ],
     )
     def test_the_benchmark_of_layers_runs_without_a_gpu(options: list[str], said: list[str]) -> None:
@@ -63,9 +63,9 @@ else:
 
     from dispec.ops import reference
     from dispec.ops.norm import Norm
-    from dispec.ops.triton import add_product, linear, rotary
-    from dispec.ops.triton.rotate_product import Slots
-    from dispec.ops.triton.tuning import FewRowsConfig
+    from dispec.ops.triton import linear, linear_residual, qkv_rope_write, rope_write
+    from dispec.ops.triton.rope_write import KVSlots
+    from dispec.ops.triton.tuning import SkinnyGemmConfig
     from tests.layer_cases import (
         Shape,
         expect_product,
@@ -80,9 +80,9 @@ else:
     ODD = Shape(hidden=80, heads=2, kv_heads=2, head_dim=80, intermediate=48)
 
     # Block sizes that leave a rest of features and of columns, and more tiles than one; None for torch's product.
-    SUM, WIDE_SUM = FewRowsConfig(2, 64, 0, 2), FewRowsConfig(8, 64, 0, 2)
-    DOT, WIDE_DOT = FewRowsConfig(16, 32, 1, 4, 3), FewRowsConfig(64, 32, 1, 4, 3)
-    SPLIT = FewRowsConfig(16, 32, 3, 4, 3)
+    SUM, WIDE_SUM = SkinnyGemmConfig(2, 64, 0, 2), SkinnyGemmConfig(8, 64, 0, 2)
+    DOT, WIDE_DOT = SkinnyGemmConfig(16, 32, 1, 4, 3), SkinnyGemmConfig(64, 32, 1, 4, 3)
+    SPLIT = SkinnyGemmConfig(16, 32, 3, 4, 3)
 
     both_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 
@@ -113,12 +113,12 @@ else:
         monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
 
     @pytest.fixture
-    def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[FewRowsConfig | None], None]:
+    def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[SkinnyGemmConfig | None], None]:
         """Replace what the table would choose."""
 
-        def replace(config: FewRowsConfig | None) -> None:
-            for module in (linear, rotary):
-                monkeypatch.setattr(module, "choose_product", lambda *_, **__: config)
+        def replace(config: SkinnyGemmConfig | None) -> None:
+            for module in (linear, qkv_rope_write):
+                monkeypatch.setattr(module, "choose_fused_linear", lambda *_, **__: config)
 
         return replace
 
@@ -128,8 +128,8 @@ else:
 
     def project(arguments: tuple) -> Tensor:
         x, qkv, bias, norm, eps, cosine, sine, keys, values, slot_mapping, *head_norms = arguments
-        return rotary.qkv_rope_write(
-            x, qkv, bias, Norm(norm, eps), Slots(keys, values, slot_mapping, cosine, sine), *head_norms
+        return qkv_rope_write.qkv_rope_write(
+            x, qkv, bias, Norm(norm, eps), KVSlots(keys, values, slot_mapping, cosine, sine), *head_norms
         )
 
     @both_types
@@ -155,10 +155,10 @@ else:
     def test_product(
         shape: Shape,
         rows: int,
-        config: FewRowsConfig | None,
+        config: SkinnyGemmConfig | None,
         name: str,
         dtype: torch.dtype,
-        choose: Callable[[FewRowsConfig | None], None],
+        choose: Callable[[SkinnyGemmConfig | None], None],
     ) -> None:
         product = products(shape)[name]
         if config is SPLIT and product.has_norm:
@@ -193,10 +193,10 @@ else:
     def test_projection(
         shape: Shape,
         rows: int,
-        config: FewRowsConfig | None,
+        config: SkinnyGemmConfig | None,
         has_head_norms: bool,
         dtype: torch.dtype,
-        choose: Callable[[FewRowsConfig | None], None],
+        choose: Callable[[SkinnyGemmConfig | None], None],
     ) -> None:
         choose(config)
         projection = make_projection(
@@ -213,19 +213,19 @@ else:
         rows: int,
         has_head_norms: bool,
         dtype: torch.dtype,
-        choose: Callable[[FewRowsConfig | None], None],
+        choose: Callable[[SkinnyGemmConfig | None], None],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Programs take several tokens each, the last one fewer."""
         choose(None)
-        monkeypatch.setattr(rotary, "WRITE_LONG_FROM", 16)
+        monkeypatch.setattr(rope_write, "MIN_TILED_WRITE_TOKENS", 16)
         projection = make_projection(shape, rows, dtype=dtype, has_head_norms=has_head_norms, seed=rows)
         arguments = projection.arguments()
         expect_projection(projection, arguments, project(arguments))
 
     @pytest.mark.parametrize("is_gated", [False, True])
     def test_what_no_layer_asks_for_is_computed_too(
-        is_gated: bool, choose: Callable[[FewRowsConfig | None], None]
+        is_gated: bool, choose: Callable[[SkinnyGemmConfig | None], None]
     ) -> None:
         """A norm and a bias together, a bias that is added, and a weight and rows that are strided."""
         for config in (SUM, DOT, None):
@@ -241,7 +241,7 @@ else:
 
     @pytest.mark.parametrize("config", [SUM, DOT])
     def test_float16_keeps_rows_that_are_large_before_they_are_normed(
-        config: FewRowsConfig, choose: Callable[[FewRowsConfig | None], None]
+        config: SkinnyGemmConfig, choose: Callable[[SkinnyGemmConfig | None], None]
     ) -> None:
         choose(config)
         arguments = make_projection(SMALL, 2).arguments()
@@ -251,7 +251,7 @@ else:
 
     @pytest.mark.parametrize("config", [SUM, DOT])
     def test_pages_hold_the_very_bits_where_sums_are_exact(
-        config: FewRowsConfig, choose: Callable[[FewRowsConfig | None], None]
+        config: SkinnyGemmConfig, choose: Callable[[SkinnyGemmConfig | None], None]
     ) -> None:
         """Rows of ones and minus ones are their own norm, small integers sum without rounding, right angles turn so."""
         choose(config)
@@ -273,9 +273,9 @@ else:
     def test_split_products_leave_their_counters_as_they_found_them() -> None:
         arguments = product_arguments(products(SMALL)["down"], 2)
         x, weight = arguments[:2]
-        results = [add_product.add_product(x, weight, None, None, None, SPLIT) for _ in range(2)]
+        results = [linear_residual.norm_linear_residual(x, weight, None, None, None, SPLIT) for _ in range(2)]
         assert torch.equal(*results)
         expect_product(arguments, results[0])
-        counters = add_product.arrivals(x.device)
-        assert len(counters) == add_product.MAX_ARRIVALS
+        counters = linear_residual.split_counters(x.device)
+        assert len(counters) == linear_residual.MAX_COUNTERS
         assert not counters.any()

@@ -4,39 +4,39 @@ import pytest
 
 pytest.importorskip("triton")
 
-from dispec.ops.triton.tuning import Device, FewRowsConfig, choose_product
+from dispec.ops.triton.tuning import Device, SkinnyGemmConfig, choose_fused_linear
 
 H100, A100 = Device("sm_90", 132), Device("sm_80", 108)
 # Hidden size, features of the query, key and value projection, columns of the output projection, intermediate size.
 SMALL, LARGE = (1536, 2048, 1536, 8960), (3584, 4608, 3584, 18944)
-Products = tuple[FewRowsConfig | None, FewRowsConfig | None, FewRowsConfig | None, FewRowsConfig | None]
+Products = tuple[SkinnyGemmConfig | None, SkinnyGemmConfig | None, SkinnyGemmConfig | None, SkinnyGemmConfig | None]
 
 ONE_OR_TWO: Products = (
-    FewRowsConfig(4, 512, 0, 2, 1),
-    FewRowsConfig(2, 512, 0, 2, 1),
-    FewRowsConfig(4, 512, 0, 2, 1),
-    FewRowsConfig(2, 1024, 0, 4, 1),
+    SkinnyGemmConfig(4, 512, 0, 2, 1),
+    SkinnyGemmConfig(2, 512, 0, 2, 1),
+    SkinnyGemmConfig(4, 512, 0, 2, 1),
+    SkinnyGemmConfig(2, 1024, 0, 4, 1),
 )
-GATED = FewRowsConfig(64, 128, 1, 4, 3)
+GATED = SkinnyGemmConfig(64, 128, 1, 4, 3)
 UP_TO_32: Products = (None, None, GATED, None)
 NONE: Products = (None, None, None, None)
 
 
 def up_to_16(splits: int) -> Products:
     return (
-        FewRowsConfig(16, 128, 1, 2, 5),
-        FewRowsConfig(16, 512, 1, 4, 3),
+        SkinnyGemmConfig(16, 128, 1, 2, 5),
+        SkinnyGemmConfig(16, 512, 1, 4, 3),
         GATED,
-        FewRowsConfig(64, 128, splits, 4, 5),
+        SkinnyGemmConfig(64, 128, splits, 4, 5),
     )
 
 
 def layer(device: Device, rows: int, hidden: int, qkv: int, attended: int, intermediate: int) -> Products:
     return (
-        choose_product(device, rows, qkv, hidden, has_norm=True),
-        choose_product(device, rows, hidden, attended),
-        choose_product(device, rows, 2 * intermediate, hidden, has_norm=True, is_gated=True),
-        choose_product(device, rows, hidden, intermediate),
+        choose_fused_linear(device, rows, qkv, hidden, has_norm=True),
+        choose_fused_linear(device, rows, hidden, attended),
+        choose_fused_linear(device, rows, 2 * intermediate, hidden, has_norm=True, is_gated=True),
+        choose_fused_linear(device, rows, hidden, intermediate),
     )
 
 
@@ -58,5 +58,5 @@ def test_products_of_a_layer(device: Device, shape: tuple[int, int, int, int], s
 
 def test_what_the_kernels_do_not_take_is_torchs() -> None:
     assert layer(Device("fallback", 132), 2, *SMALL) == NONE
-    assert choose_product(H100, 2, 2048, 1544, has_norm=True) is None
-    assert choose_product(H100, 2, 2040, 1536, has_norm=True) is None
+    assert choose_fused_linear(H100, 2, 2048, 1544, has_norm=True) is None
+    assert choose_fused_linear(H100, 2, 2040, 1536, has_norm=True) is None

@@ -1,1 +1,1 @@
-"""Kernels in C++ for the CPU: `library` builds them on the machine they run on, the others call them on tensors."""
+"""C++ kernels for the CPU: `library` builds them on the machine they run on, the other modules call them on tensors."""

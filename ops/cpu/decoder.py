@@ -1,18 +1,17 @@
-"""All layers of a step in one call, and a loop of such steps in one call: see layers.cpp and decode.cpp."""
+"""All layers of a step in one call, and a loop of decode steps in one call: see decoder.cpp."""
 
 import ctypes
 
 import torch
 from torch import Tensor
 
-from dispec.ops.cpu.attention import int32
-from dispec.ops.cpu.library import library
+from dispec.ops.cpu.library import address, int32, kernel
 
 _NUMBER, _POINTER, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 
 class Layer(ctypes.Structure):
-    """`Layer` of model.h."""
+    """`Layer` of decoder.cpp."""
 
     _fields_ = (
         ("attention_norm", _POINTER),
@@ -31,7 +30,7 @@ class Layer(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    """`Model` of model.h. Its addresses are valid as long as their tensors live."""
+    """`Model` of decoder.cpp. Its addresses are valid as long as their tensors live."""
 
     _fields_ = (
         ("hidden", _NUMBER),
@@ -60,7 +59,7 @@ class Model(ctypes.Structure):
 
 
 class _Step(ctypes.Structure):
-    """`Step` of model.h."""
+    """`Step` of decoder.cpp."""
 
     _fields_ = (
         ("tokens", _NUMBER),
@@ -85,9 +84,7 @@ def layers(
     query_start: Tensor,
     context_lens: Tensor,
 ) -> Tensor:
-    """As `ops.decoder_layers`."""
-    kernels = library()
-    assert kernels is not None
+    """Compute `ops.decoder_layers`."""
     x, cosine, sine = (tensor.contiguous() for tensor in (x, cosine, sine))
     slot_mapping, block_tables, query_start, context_lens = map(
         int32, (slot_mapping, block_tables, query_start, context_lens)
@@ -104,7 +101,7 @@ def layers(
         context_lens.data_ptr(),
     )
     result = torch.empty_like(x)
-    kernels.dispec_layers(ctypes.byref(model), ctypes.byref(step), x.data_ptr(), result.data_ptr())
+    kernel("layers")(ctypes.byref(model), ctypes.byref(step), x.data_ptr(), result.data_ptr())
     return result
 
 
@@ -117,13 +114,11 @@ def decode(
     temperature: Tensor | None,
     seed: Tensor | None,
 ) -> Tensor:
-    """As `ops.decode_tokens`."""
-    kernels = library()
-    assert kernels is not None
+    """Compute `ops.decode_tokens`."""
     counts, token_ids, block_tables, context_lens = map(int32, (counts, token_ids, block_tables, context_lens))
     sequences, query_len = token_ids.shape
     output = torch.zeros(sequences, int(counts[0]), dtype=torch.int64)
-    kernels.dispec_decode(
+    kernel("decode")(
         ctypes.byref(model),
         sequences,
         query_len,
@@ -132,8 +127,8 @@ def decode(
         block_tables.data_ptr(),
         block_tables.stride(0),
         context_lens.data_ptr(),
-        None if temperature is None else temperature.data_ptr(),
-        None if seed is None else seed.data_ptr(),
+        address(temperature),
+        address(seed),
         output.data_ptr(),
     )
     return output

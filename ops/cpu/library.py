@@ -1,7 +1,7 @@
-"""The C++ kernels as a shared library, built for this very CPU the first time it is asked for.
+"""The C++ kernels as a shared library, built for this CPU the first time it is needed.
 
-It takes plain pointers and numbers, so that building needs no header but the compiler's own and takes seconds. Its one
-OpenMP call, for the number of threads, is left open when it is linked, and finds the runtime that torch has loaded.
+The kernels take plain pointers and numbers: building needs no headers but the compiler's own and takes seconds. The one
+OpenMP call, for the number of threads, stays unresolved at link time and finds the runtime that torch has loaded.
 """
 
 import contextlib
@@ -16,73 +16,50 @@ import subprocess
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import platformdirs
+import torch
+from torch import Tensor
 
-from dispec.ops.tracing import constant
+from dispec.ops.registration import assume_constant_result
 
-_SOURCES = (
-    "thread_pool.cpp",
-    "linear.cpp",
-    "attention.cpp",
-    "prefill.cpp",
-    "kv_cache.cpp",
-    "rotary.cpp",
-    "argmax.cpp",
-    "sampling.cpp",
-    "layers.cpp",
-    "decode.cpp",
-)
-_HEADERS = (
-    "entries.h",
-    "largest.h",
-    "model.h",
-    "parts.h",
-    "thread_pool.h",
-    "tiles.h",
-    "tiles_avx2.h",
-    "tiles_avx512.h",
-    "vectors.h",
-)
+_FOLDER = Path(__file__).parent
+_SOURCES = sorted(_FOLDER.glob("*.cpp"))
+_HEADERS = sorted(_FOLDER.glob("*.h"))
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-w")
-_BUILD_BYTES = 16 * 2**20  # free on the disk before a compiler is started; objects and library take 2 MiB
-_FAILURE_SECONDS = 24 * 3600.0  # for which a compiler that failed is not tried again
+_BUILD_BYTES = 16 * 2**20  # free disk space that a build requires; objects and library take 2 MiB
+_RETRY_SECONDS = 24 * 3600.0  # between a failed build and the next try
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
-# What each kernel takes; all of them return nothing.
+# Types in whose names there are kernels.
+DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+# Argument types of each kernel; all return nothing.
 _ATTENTION = [_POINTER, _NUMBER, *[_POINTER] * 3, _NUMBER, *[_POINTER] * 2, *[_NUMBER] * 6, ctypes.c_float, _POINTER]
-_WRITE = [*[_POINTER] * 3, _NUMBER, _POINTER, _NUMBER, _POINTER, *[_NUMBER] * 4]
-_ROTATE = [_POINTER, _NUMBER, _POINTER, _POINTER, ctypes.c_float, *[_POINTER] * 3, *[_NUMBER] * 5, *[_POINTER] * 3]
+_ROPE_WRITE = [_POINTER, _NUMBER, _POINTER, _POINTER, ctypes.c_float, *[_POINTER] * 3, *[_NUMBER] * 5, *[_POINTER] * 3]
 _ARGMAX = [_POINTER, *[_NUMBER] * 3, _POINTER]
-_DRAW = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 5]
+_SAMPLE = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 5]
 _SIGNATURES = {
     "dispec_pack": [_POINTER, _POINTER, _NUMBER, _NUMBER],
     "dispec_unpack_rows": [_POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER],
     "dispec_linear": [_POINTER, _NUMBER, _POINTER, ctypes.c_float, _POINTER, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 4],
-    "dispec_argmax_bfloat16": _ARGMAX,
-    "dispec_argmax_float32": _ARGMAX,
-    "dispec_sample_bfloat16": _DRAW,
-    "dispec_sample_float32": _DRAW,
     "dispec_layers": [_POINTER] * 4,
     "dispec_decode": [_POINTER, *[_NUMBER] * 2, *[_POINTER] * 3, _NUMBER, *[_POINTER] * 4],
-    "dispec_rotate_and_write_bfloat16": _ROTATE,
-    "dispec_rotate_and_write_float32": _ROTATE,
-    "dispec_paged_attention_bfloat16": _ATTENTION,
-    "dispec_paged_attention_float32": _ATTENTION,
-    "dispec_prefill_attention": _ATTENTION,
-    "dispec_write_kv_bfloat16": _WRITE,
-    "dispec_write_kv_float32": _WRITE,
+    **{f"dispec_paged_attention_{dtype}": _ATTENTION for dtype in DTYPE_NAMES.values()},
+    **{f"dispec_rope_write_{dtype}": _ROPE_WRITE for dtype in DTYPE_NAMES.values()},
+    **{f"dispec_argmax_{dtype}": _ARGMAX for dtype in DTYPE_NAMES.values()},
+    **{f"dispec_sample_{dtype}": _SAMPLE for dtype in DTYPE_NAMES.values()},
 }
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None, with a warning, where it cannot be built; `DISPEC_CPU_KERNELS=off` does without it.
+    """Return the library, or None with a warning where it cannot be built, or None for `DISPEC_CPU_KERNELS=off`.
 
-    A compiler that failed is not tried again for a day. What the library lacks on this CPU is absent: what multiplies
-    by tiles needs AVX512-BF16 or AVX2.
+    A failed build is not tried again for a day. Without AVX512-BF16 and AVX2 the library lacks the kernels of packed
+    weights (linear.cpp, decoder.cpp) and prefill attention.
     """
     if os.environ.get("DISPEC_CPU_KERNELS", "on") == "off":
         return None
@@ -108,7 +85,7 @@ def _load() -> ctypes.CDLL:
         return ctypes.CDLL(str(target))
     failure = target.with_suffix(".failed")
     with contextlib.suppress(OSError):
-        if time.time() - failure.stat().st_mtime < _FAILURE_SECONDS:
+        if time.time() - failure.stat().st_mtime < _RETRY_SECONDS:
             raise RuntimeError(f"{failure.read_text(encoding='utf-8')}, found at an earlier start")
     try:
         return ctypes.CDLL(str(build()))
@@ -116,32 +93,47 @@ def _load() -> ctypes.CDLL:
         with contextlib.suppress(OSError):
             failure.write_text(str(error), encoding="utf-8")
         raise
-    except OSError:  # the cache cannot be written, of which the engine warns
+    except OSError:  # the cache cannot be written; the engine warns of it
         with tempfile.TemporaryDirectory(prefix="dispec-kernels-") as directory:
-            return ctypes.CDLL(str(build(Path(directory))))  # once loaded, it does without its file
+            return ctypes.CDLL(str(build(Path(directory))))  # a loaded library needs its file no more
 
 
-@constant
+@assume_constant_result
 def has_kernels() -> bool:
-    """Whether there is a library."""
+    """Return whether there is a library."""
     return library() is not None
 
 
 def is_cached() -> bool:
-    """Whether the library's file is there for the next start."""
+    """Return whether the next start finds the library's file."""
     return _target().exists()
 
 
 def has_packed_linear() -> bool:
-    """Whether this CPU has our own packed product."""
+    """Return whether this CPU has the kernels of packed weights."""
     return hasattr(library(), "dispec_linear")
 
 
-def build(directory: Path | None = None) -> Path:
-    """The library's file, compiled if it is not there yet. Safe to call from many processes.
+def kernel(name: str, dtype: torch.dtype | None = None) -> Callable[..., None]:
+    """Return a kernel of the library, which must have it: `dispec_NAME`, or `dispec_NAME_DTYPE`."""
+    return getattr(library(), f"dispec_{name}" if dtype is None else f"dispec_{name}_{DTYPE_NAMES[dtype]}")
 
-    directory: where to keep it; None is the cache directory. Raises OSError where it cannot be written, RuntimeError
-    with the compiler's reason where there is no compiler or compiling fails.
+
+def address(tensor: Tensor | None) -> int | None:
+    """Return where a tensor's data is, None (a null pointer) without a tensor."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def int32(x: Tensor) -> Tensor:
+    """Return integers as the kernels read them: int32, dense in the last dimension."""
+    return x if x.dtype is torch.int32 and x.stride(-1) == 1 else x.int().contiguous()
+
+
+def build(directory: Path | None = None) -> Path:
+    """Compile the library if its file does not exist; return the file. Many processes may call this at once.
+
+    directory: where the file belongs; None is the cache directory. Raises OSError if it cannot be written, RuntimeError
+    with the compiler's reason if there is no compiler or it fails.
     """
     target = _target() if directory is None else directory / _target().name
     if target.exists():
@@ -154,10 +146,10 @@ def build(directory: Path | None = None) -> Path:
     if free < _BUILD_BYTES:
         raise OSError(f"{free / 2**20:.0f} MiB free, {_BUILD_BYTES / 2**20:.0f} needed")
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        objects = [Path(scratch) / f"{name}.o" for name in _SOURCES]
+        objects = [Path(scratch) / f"{source.name}.o" for source in _SOURCES]
         compilations = [
-            _run(compiler, *_FLAGS, "-c", str(Path(__file__).with_name(name)), "-o", str(made), scratch=scratch)
-            for name, made in zip(_SOURCES, objects, strict=True)
+            _run(compiler, *_FLAGS, "-c", str(source), "-o", str(made), scratch=scratch)
+            for source, made in zip(_SOURCES, objects, strict=True)
         ]
         _finish(compilations)
         built = Path(scratch) / target.name
@@ -168,8 +160,8 @@ def build(directory: Path | None = None) -> Path:
 
 def _target() -> Path:
     digest = hashlib.sha256(" ".join((*_FLAGS, _compiler() or "", _cpu())).encode())
-    for name in (*_SOURCES, *_HEADERS):
-        digest.update(Path(__file__).with_name(name).read_bytes())
+    for path in (*_SOURCES, *_HEADERS):
+        digest.update(path.read_bytes())
     chosen = os.environ.get("DISPEC_CACHE_DIR") or platformdirs.user_cache_dir("dispec")
     return Path(chosen).expanduser() / "cpu-kernels" / f"{digest.hexdigest()[:24]}.so"
 
@@ -179,19 +171,19 @@ def _compiler() -> str | None:
 
 
 def _run(*command: str, scratch: str) -> "subprocess.Popen[str]":
-    try:  # the compiler's own files belong where ours are: a full /tmp is no reason to fail
+    try:  # the compiler's temporary files go where the objects are: a full /tmp is no reason to fail
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": scratch})
     except OSError as error:
         raise RuntimeError(f"{command[0]} cannot be run ({error.strerror or error})") from error
 
 
 def _finish(compilations: "list[subprocess.Popen[str]]") -> None:
-    """Wait for all; raises RuntimeError with the first one's reason if any failed."""
-    said = [compilation.communicate()[1] for compilation in compilations]
-    for compilation, text in zip(compilations, said, strict=True):
+    """Wait for all compilations. Raises RuntimeError with the first failure's reason."""
+    messages = [compilation.communicate()[1] for compilation in compilations]
+    for compilation, text in zip(compilations, messages, strict=True):
         if compilation.returncode:
             lines = [line.strip() for line in text.splitlines() if line.strip()]
-            # The first line may only say which part of the compiler speaks ("Assembler messages:").
+            # The first line may only name the part of the compiler that failed ("Assembler messages:").
             reason = next((line for line in lines if re.search(r"error|No space", line, re.IGNORECASE)), None)
             arguments: Any = compilation.args
             fallback = lines[0] if lines else f"it ended with code {compilation.returncode}"
@@ -199,7 +191,7 @@ def _finish(compilations: "list[subprocess.Popen[str]]") -> None:
 
 
 def _cpu() -> str:
-    """What `-march=native` depends on: a cache may be shared between machines."""
+    """Return the CPU's features, which `-march=native` depends on: machines may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))

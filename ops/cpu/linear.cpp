@@ -1,14 +1,11 @@
-// Products of a few to many rows with a packed weight of bf16, or of 8 bits.
+// GEMMs of a few to many rows with a weight [n, k] in tiles (tiles.h), of bf16 or int8.
 //
-// A weight [N, K] is packed into tiles: see tiles.h. A tile is read from its beginning to its end, so at few rows the
-// product runs at the speed of memory, and several rows share each load, so at many it runs at that of the multipliers.
+// A tile is read from its beginning to its end, so few rows run at the speed of memory; several rows share each load,
+// so many rows run at the speed of the multipliers. Each output is one chain of additions over k in order, with any
+// number of rows and threads: the bits of a row do not depend on the rows beside it.
 //
-// Each output is one chain of additions over K in order, whatever the number of rows and threads: a row's results
-// do not depend on the rows beside it, not in the last bit.
-//
-// What surrounds a product in a transformer layer is done on the way, because at few rows each further pass over the
-// threads costs as much as the arithmetic in it: the norm of the input, the gate of an MLP, the residual connection.
-// Every rounding to bf16 is where the separate operations have it.
+// The norm of the input, the gate of an MLP and the residual connection are fused, because at few rows each further
+// pass over the threads costs as much as its arithmetic. Roundings to bf16 are those of the separate operations.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -18,24 +15,23 @@
 #include <utility>
 #include <vector>
 
-#include "tiles.h"
+#include "kernels.h"
 #ifdef DISPEC_TILES
-#include "entries.h"
-#include "parts.h"
 #include "thread_pool.h"
+#include "tiles.h"
 
 namespace {
 
-constexpr int64_t AHEAD = 2048;          // bytes of weight fetched before they are needed
-constexpr int64_t FEW_ELEMENTS = 16384;  // that one thread norms in less time than two take to meet
+constexpr int64_t AHEAD = 2048;  // bytes of weight that are prefetched
+// To norm: fewer take one thread less time than two threads take to synchronise.
+constexpr int64_t MIN_PARALLEL_ELEMENTS = 16384;
 
 std::atomic<uint64_t> next_job{1};
 
-// x as `Rows` has it. `residual` is null or lies as
-// `out` does. `next` is what to fetch meanwhile, as many cache lines as the tile has pairs; null means this very tile, a
-// little ahead of its use.
+// Multiply ROWS rows of x by a tile. residual: null, or laid out like `out`. next: address to prefetch, a cache line
+// for each pair of the tile; null prefetches this tile, `AHEAD` bytes ahead.
 template <int ROWS, typename Weight>
-void tile_product(const Input *x, int64_t x_stride, const char *packed, const uint16_t *bias, const uint16_t *residual,
+void multiply_tile(const Input *x, int64_t x_stride, const char *packed, const uint16_t *bias, const uint16_t *residual,
                   const char *next, uint16_t *out, int64_t out_stride, int64_t k, int width) {
     const Weight *tile = (const Weight *)packed;
     Floats sums[ROWS][2];
@@ -44,7 +40,7 @@ void tile_product(const Input *x, int64_t x_stride, const char *packed, const ui
     for (int row = 0; row < ROWS; ++row)
         for (int half = 0; half < 2; ++half)
             sums[row][half] = FACTORS<Weight> ? splat(0.0f) : load(first + half * LANES);
-    add_product<ROWS>(sums, x, x_stride, tile, k, [&](int64_t pair) {
+    multiply_add<ROWS>(sums, x, x_stride, tile, k, [&](int64_t pair) {
         const char *at = (const char *)(tile + pair * TILE * 2);
         if (next) {
             _mm_prefetch(next + pair * 64, _MM_HINT_T1);
@@ -65,41 +61,19 @@ void tile_product(const Input *x, int64_t x_stride, const char *packed, const ui
     }
 }
 
-using TileProduct = void (*)(const Input *, int64_t, const char *, const uint16_t *, const uint16_t *, const char *,
+using MultiplyTile = void (*)(const Input *, int64_t, const char *, const uint16_t *, const uint16_t *, const char *,
                              uint16_t *, int64_t, int64_t, int);
 
 template <typename Weight, int... ROWS>
-constexpr std::array<TileProduct, 1 + sizeof...(ROWS)> products(std::integer_sequence<int, ROWS...>) {
-    return {nullptr, tile_product<1 + ROWS, Weight>...};
+constexpr std::array<MultiplyTile, 1 + sizeof...(ROWS)> multiply_tiles(std::integer_sequence<int, ROWS...>) {
+    return {nullptr, multiply_tile<1 + ROWS, Weight>...};
 }
 
 template <typename Weight>
-constexpr auto PRODUCTS = products<Weight>(std::make_integer_sequence<int, TILE_ROWS>());
+constexpr auto MULTIPLY_TILE = multiply_tiles<Weight>(std::make_integer_sequence<int, TILE_ROWS>());
 
-// x / sqrt(mean(x^2) + eps), rounded, times weight, rounded.
-void norm_row(const bfloat16 *x, const bfloat16 *weight, float eps, bfloat16 *out, int64_t k) {
-    Floats squares = {};
-    const int64_t whole = k / LANES * LANES;
-    for (int64_t i = 0; i < whole; i += LANES) squares += load(x + i) * load(x + i);
-    float total = sum(squares);
-    for (int64_t i = whole; i < k; ++i) total += scalar(x[i]) * scalar(x[i]);
-    const float factor = 1.0f / std::sqrt(total / float(k) + eps);
-    for (int64_t i = 0; i < whole; i += LANES) {
-        bfloat16 normed[LANES];
-        store(normed, load(x + i) * factor);
-        store(out + i, load(normed) * load(weight + i));
-    }
-    if (whole == k) return;
-    bfloat16 rest[LANES] = {}, weights[LANES] = {};
-    std::copy(x + whole, x + k, rest);
-    std::copy(weight + whole, weight + k, weights);
-    store(rest, load(rest) * factor);
-    store(rest, load(rest) * load(weights));
-    std::copy(rest, rest + (k - whole), out + whole);
-}
-
-// out = silu(gate) * up, 32 of each; both factors rounded before.
-void gated(const bfloat16 *gate, const bfloat16 *up, bfloat16 *out) {
+// out = silu(gate) * up (arXiv:2002.05202), 32 elements; both factors are rounded before.
+void silu_and_mul(const bfloat16 *gate, const bfloat16 *up, bfloat16 *out) {
     for (int64_t i = 0; i < TILE; i += LANES) {
         const Floats x = load(gate + i), e = exp_negative((Floats)((Ints)x | INT32_MIN));
         bfloat16 silu[LANES];
@@ -108,7 +82,7 @@ void gated(const bfloat16 *gate, const bfloat16 *up, bfloat16 *out) {
     }
 }
 
-// Rows of x, `stride` elements apart, as tiles take them.
+// Rows of x as `Input`, `stride` elements apart, in groups of up to TILE_ROWS.
 struct Rows {
     const Input *x;
     int64_t stride, count;
@@ -118,13 +92,13 @@ struct Rows {
     int64_t size(int64_t group) const { return start(group + 1) - start(group); }
 };
 
-// job: a number of its own for each set of rows.
-Rows rows_of(const Product &p, int64_t begin, int64_t count, uint64_t job) {
+// Return `count` rows of x, normed where there is a norm. job: a different number for each set of rows.
+Rows rows_of(const Linear &p, int64_t begin, int64_t count, uint64_t job) {
     const uint16_t *from = p.norm ? p.normed : p.x;
     const int64_t from_stride = p.norm ? p.k : p.x_stride;
     if constexpr (sizeof(Input) == sizeof(bfloat16))
         return {(const Input *)from + begin * from_stride, from_stride, count};
-    // Each thread widens all of them for itself, once: that is quicker than to wait for the others.
+    // Each thread widens all rows for itself, once: that takes less time than waiting for the others.
     static thread_local std::vector<float> widened;
     static thread_local uint64_t widened_for = 0;
     const int64_t stride = p.k + p.k % 2;
@@ -142,38 +116,38 @@ Rows rows_of(const Product &p, int64_t begin, int64_t count, uint64_t job) {
     return {(const Input *)widened.data(), stride, count};
 }
 
-// A group of the rows times a tile. The first groups have time to fetch a cache line of the next tile with each pair.
+// Multiply a group of rows by a tile. The first groups prefetch a cache line of the next tile with each pair.
 template <typename Weight>
-void tile_of(const Product &p, const Rows &rows, int64_t index, int64_t group, const uint16_t *residual, uint16_t *to,
+void tile_as(const Linear &p, const Rows &rows, int64_t index, int64_t group, const uint16_t *residual, uint16_t *to,
              int64_t stride) {
     const int64_t pairs = (p.k + 1) / 2, bytes = pairs * PAIR<Weight> + FACTORS<Weight>;
     const char *at = (const char *)p.packed + index * bytes;
     const bool fetches = rows.groups() > 1 && group < PAIR<Weight> / 64;
     const char *next = fetches ? at + bytes + group * pairs * 64 : nullptr;
-    PRODUCTS<Weight>[rows.size(group)](rows.x + rows.start(group) * rows.stride, rows.stride, at,
+    MULTIPLY_TILE<Weight>[rows.size(group)](rows.x + rows.start(group) * rows.stride, rows.stride, at,
                                        p.bias ? p.bias + index * TILE : nullptr, residual, next, to, stride, p.k,
                                        int(std::min<int64_t>(TILE, p.n - index * TILE)));
 }
 
-void tile(const Product &p, const Rows &rows, int64_t index, int64_t group, const uint16_t *residual, uint16_t *to,
+void tile(const Linear &p, const Rows &rows, int64_t index, int64_t group, const uint16_t *residual, uint16_t *to,
           int64_t stride) {
-    (p.is_int8 ? tile_of<int8_t> : tile_of<uint16_t>)(p, rows, index, group, residual, to, stride);
+    (p.is_int8 ? tile_as<int8_t> : tile_as<uint16_t>)(p, rows, index, group, residual, to, stride);
 }
 
 }  // namespace
 
-void multiply(const Product &p) {
+void linear(const Linear &p) {
     if (p.norm) {
         const auto norm = [&](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row)
-                norm_row((const bfloat16 *)p.x + row * p.x_stride, (const bfloat16 *)p.norm, p.eps,
+                rms_norm((const bfloat16 *)p.x + row * p.x_stride, (const bfloat16 *)p.norm, p.eps,
                          (bfloat16 *)p.normed + row * p.k, p.k);
         };
-        p.rows * p.k > FEW_ELEMENTS ? parallel_for(p.rows, norm) : norm(0, p.rows);
+        p.rows * p.k > MIN_PARALLEL_ELEMENTS ? parallel_for(p.rows, norm) : norm(0, p.rows);
     }
     const int64_t outputs = p.is_gated ? p.n / 2 : p.n, tiles = (outputs + TILE - 1) / TILE;
-    for (int64_t first = 0; first < p.rows; first += std::min(ROWS_AT_ONCE, p.rows)) {
-        const int64_t count = std::min(ROWS_AT_ONCE, p.rows - first);
+    for (int64_t first = 0; first < p.rows; first += std::min(MAX_ROWS, p.rows)) {
+        const int64_t count = std::min(MAX_ROWS, p.rows - first);
         const uint64_t job = next_job.fetch_add(1);
         parallel_for(tiles, [&](int64_t begin, int64_t end) {
             const Rows rows = rows_of(p, first, count, job);
@@ -188,15 +162,27 @@ void multiply(const Product &p) {
                     tile(p, rows, index, group, nullptr, gates, TILE);
                     tile(p, rows, tiles + index, group, nullptr, ups, TILE);
                     for (int64_t row = 0; row < rows.size(group); ++row)
-                        gated((bfloat16 *)gates + row * TILE, (bfloat16 *)ups + row * TILE,
-                              (bfloat16 *)p.out + at + row * outputs);
+                        silu_and_mul((bfloat16 *)gates + row * TILE, (bfloat16 *)ups + row * TILE,
+                                     (bfloat16 *)p.out + at + row * outputs);
                 }
         });
     }
 }
 
-// weight [n, k] row by row -> packed [ceil(n / 32), ceil(k / 2), 32, 2], zeros where there is nothing. packed must be
-// aligned to 64 bytes.
+void unpack_rows(const uint16_t *packed, const int32_t *indices, int64_t count, int64_t k, uint16_t *out) {
+    const int64_t pairs = (k + 1) / 2;
+    const auto unpack = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t row = indices[i];
+            const uint16_t *at = packed + (row / TILE * pairs * TILE + row % TILE) * 2;
+            for (int64_t pair = 0; pair < pairs; ++pair)
+                std::memcpy(out + i * k + 2 * pair, at + pair * TILE * 2, 2 * pair + 1 < k ? 4 : 2);
+        }
+    };
+    count > 4 ? parallel_for(count, unpack) : unpack(0, count);
+}
+
+// Pack a weight [n, k] into [ceil(n / 32), ceil(k / 2), 32, 2], padded with zeros and aligned to 64 bytes.
 extern "C" void dispec_pack(const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k) {
     const int64_t pairs = (k + 1) / 2, tiles = (n + TILE - 1) / TILE;
     parallel_for(tiles, [&](int64_t begin, int64_t end) {
@@ -212,19 +198,9 @@ extern "C" void dispec_pack(const uint16_t *weight, uint16_t *packed, int64_t n,
     });
 }
 
-// Rows of a packed weight [n, k] as they were: out [count, k].
 extern "C" void dispec_unpack_rows(const uint16_t *packed, const int32_t *indices, int64_t count, int64_t k,
                                    uint16_t *out) {
-    const int64_t pairs = (k + 1) / 2;
-    const auto unpack = [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t row = indices[i];
-            const uint16_t *at = packed + (row / TILE * pairs * TILE + row % TILE) * 2;
-            for (int64_t pair = 0; pair < pairs; ++pair)
-                std::memcpy(out + i * k + 2 * pair, at + pair * TILE * 2, 2 * pair + 1 < k ? 4 : 2);
-        }
-    };
-    count > 4 ? parallel_for(count, unpack) : unpack(0, count);
+    unpack_rows(packed, indices, count, k, out);
 }
 
 extern "C" void dispec_linear(const uint16_t *x, int64_t x_stride, const uint16_t *norm, float eps,
@@ -232,8 +208,7 @@ extern "C" void dispec_linear(const uint16_t *x, int64_t x_stride, const uint16_
                               uint16_t *out, int64_t rows, int64_t n, int64_t k, int64_t is_gated) {
     static thread_local std::vector<uint16_t> normed;
     if (norm) normed.resize(rows * k + 2);
-    const Product product{x,    x_stride, norm, eps, normed.data(), packed,       is_int8 != 0, bias, residual, out,
-                          rows, n,        k,    is_gated != 0};
-    multiply(product);
+    linear({x, x_stride, norm, eps, normed.data(), packed, is_int8 != 0, bias, residual, out, rows, n, k,
+            is_gated != 0});
 }
 #endif

@@ -1,24 +1,66 @@
-// A token of each row, drawn: the largest of logits / temperature + Gumbel noise, as `layers.sampling.draw` defines it.
+// Sampling from logits: the column of each row's largest logit, or of its largest logit / temperature + Gumbel noise
+// (Gumbel, 1954), as `layers.sampling.draw` defines it.
 //
-// Nothing that is as long as the vocabulary is written: noise is made for a part of a row at a time, and of each part
-// only the largest is kept.
+// Nothing as long as the vocabulary is written: noise is made for a share of a row at a time, and only the largest
+// value of each share is kept.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
-#include "entries.h"
-#include "largest.h"
+#include "kernels.h"
 #include "thread_pool.h"
 
 namespace {
 
+constexpr int64_t PART = 4096;  // elements: the maximum is computed by parts, then located in its part
+
+// Return the index of the largest of n elements, the first of several; NaN counts as the largest, as in torch.
+template <typename T>
+int64_t index_of_largest(const T *row, int64_t n) {
+    const int64_t whole = n / LANES * LANES;
+    float peak = -INFINITY;
+    int64_t part = 0;
+    for (int64_t begin = 0; begin < whole; begin += PART) {
+        const int64_t end = std::min(whole, begin + PART);
+        Floats found = splat(-INFINITY);
+        Ints has_nan = {};
+        for (int64_t i = begin; i < end; i += LANES) {
+            const Floats x = load(row + i);
+            found = larger(x, found);
+            has_nan |= is_nan(x);
+        }
+        bool is_nan = false;
+        for (int lane = 0; lane < LANES; ++lane) is_nan |= has_nan[lane] != 0;
+        if (is_nan) {
+            for (int64_t i = begin; i < end; ++i)
+                if (std::isnan(scalar(row[i]))) return i;
+        }
+        if (const float most = largest(found); most > peak) {
+            peak = most;
+            part = begin;
+        }
+    }
+    int64_t at = part;
+    if (whole)
+        while (scalar(row[at]) != peak) ++at;
+    for (int64_t i = whole; i < n; ++i) {
+        const float x = scalar(row[i]);
+        if (std::isnan(x)) return i;
+        if (x > peak) {
+            peak = x;
+            at = i;
+        }
+    }
+    return at;
+}
+
 typedef int64_t Longs __attribute__((vector_size(128), aligned(8), may_alias));
 
-constexpr int64_t SHARE = 4096;  // columns that a thread takes at a time
+constexpr int64_t SHARE = 4096;  // columns of a task
 constexpr float BELOW_ONE = 1.0f - 0x1p-24f;
 
-// As `layers.sampling._mix`.
+// A bijection of 32-bit integers, as in `layers.sampling`.
 template <typename T>
 inline T mix(T x) {
     x = (x ^ (x >> 16)) * 0x21F0AAADu;
@@ -26,18 +68,19 @@ inline T mix(T x) {
     return x ^ (x >> 15);
 }
 
-// x = 2^n * m, m around 1.
+// x = 2^n * m with m in [sqrt(1/2), sqrt(2)).
 struct Parts {
     Floats n, m;
 
     explicit Parts(Floats x) {
-        const Ints exponent = ((Ints)x - 0x3f3504f3) >> 23;  // counted from the square root of 1/2
+        const Ints exponent = ((Ints)x - 0x3f3504f3) >> 23;  // 0 from the square root of 1/2 on
         n = __builtin_convertvector(exponent, Floats);
         m = (Floats)((Ints)x - (exponent << 23));
     }
 };
 
-// n log 2 + log m, to a few units in the last place, from s = (m - 1) / (m + 1): log m is 2 s (1 + s^2/3 + s^4/5 + ...).
+// n log 2 + log m, to a few units in the last place, from s = (m - 1) / (m + 1): log m is 2 s (1 + s^2/3 + s^4/5 +
+// ...).
 inline Floats logarithm(Floats n, Floats s) {
     const Floats z = s * s;
     Floats p = splat(1.0f / 9);
@@ -48,13 +91,13 @@ inline Floats logarithm(Floats n, Floats s) {
     return n * 0.693359375f + (n * -2.12194440e-4f + 2.0f * s * p);  // log 2 in two parts
 }
 
-// For positive normal numbers.
+// log x of positive normal numbers.
 inline Floats logarithm(Floats x) {
     const Parts parts(x);
     return logarithm(parts.n, (parts.m - 1.0f) / (parts.m + 1.0f));
 }
 
-// log(1 - u) for u in (0, 1); for a small u without the difference, which would lose most of it.
+// log(1 - u) for u in (0, 1). For a small u the difference would lose most bits, so it is not computed.
 inline Floats log_one_less(Floats u) {
     const Parts parts(1.0f - u);
     const Ints is_small = is_less(u, splat(0.29f));
@@ -65,7 +108,7 @@ inline Floats log_one_less(Floats u) {
 struct Noise {
     uint32_t row, again;
 
-    // As `layers.sampling.uniform_noise` makes them.
+    // The hashes of a row's counter (seed, position), as in `layers.sampling.uniform_noise`.
     Noise(int64_t seed, int32_t position) {
         row = mix(mix(uint32_t(seed)) ^ mix(uint32_t(seed >> 32) ^ 0x9E3779B9u) ^ uint32_t(position));
         again = mix(row ^ 0x5BD1E995u);
@@ -78,85 +121,97 @@ struct Noise {
     }
 };
 
-struct Found {
+struct Candidate {
     float value;
     int64_t column;
 };
 
-// Of the shares of a row, in order.
-Found best(const Found *found, int64_t shares) {
-    Found result = found[0];
+// Return the largest of a row's shares, the first of several; NaN counts as the largest.
+Candidate best(const Candidate *found, int64_t shares) {
+    Candidate result = found[0];
     for (int64_t share = 1; share < shares && !std::isnan(result.value); ++share)
         if (found[share].value > result.value || std::isnan(found[share].value)) result = found[share];
     return result;
 }
 
 template <typename T>
-Found largest_logit(const T *row, int64_t begin, int64_t end) {
-    const int64_t at = begin + largest_of(row + begin, end - begin);
+Candidate largest_logit(const T *row, int64_t begin, int64_t end) {
+    const int64_t at = begin + index_of_largest(row + begin, end - begin);
     return {scalar(row[at]), at};
 }
 
-// token_ids null: the columns are the tokens in order.
+// token_ids: the tokens of the columns; null where they are all tokens in order.
 template <typename T>
-Found largest_drawn(const T *row, const int64_t *token_ids, int64_t begin, int64_t end, float most, float temperature,
-                    const Noise &noise) {
+Candidate largest_sample(const T *row, const int64_t *token_ids, int64_t begin, int64_t end, float most,
+                         float temperature, const Noise &noise) {
     constexpr Words ORDER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     alignas(64) float values[SHARE];
-    const auto names = [&](int64_t i) {
+    const auto tokens_at = [&](int64_t i) {
         return token_ids ? __builtin_convertvector(*(const Longs *)(token_ids + i), Words) : ORDER + uint32_t(i);
     };
-    const auto drawn_by = [&](Floats x, Words tokens) { return (x - most) / temperature + noise.of(tokens); };
+    const auto value_of = [&](Floats x, Words tokens) { return (x - most) / temperature + noise.of(tokens); };
     int64_t i = begin;
-    for (; i + LANES <= end; i += LANES) store(values + (i - begin), drawn_by(load(row + i), names(i)));
+    for (; i + LANES <= end; i += LANES) store(values + (i - begin), value_of(load(row + i), tokens_at(i)));
     if (i < end) {
         T rest[LANES] = {};
         Words tokens = {};
         std::copy(row + i, row + end, rest);
         for (int64_t lane = 0; i + lane < end; ++lane)
             tokens[lane] = uint32_t(token_ids ? token_ids[i + lane] : i + lane);
-        store(values + (i - begin), drawn_by(load(rest), tokens));
+        store(values + (i - begin), value_of(load(rest), tokens));
     }
-    const int64_t at = largest_of(values, end - begin);
+    const int64_t at = index_of_largest(values, end - begin);
     return {values[at], begin + at};
 }
 
+}  // namespace
+
 template <typename T>
-void draw(const T *logits, int64_t stride, int64_t rows, int64_t n, const float *temperature, const int64_t *seed,
-          const int32_t *position, const int64_t *token_ids, int64_t *out) {
+void argmax(const T *logits, int64_t stride, int64_t rows, int64_t n, int64_t *out) {
+    parallel_for(rows, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) out[row] = index_of_largest(logits + row * stride, n);
+    });
+}
+
+template <typename T>
+void sample(const T *logits, int64_t stride, int64_t rows, int64_t n, const float *temperature, const int64_t *seed,
+            const int32_t *position, const int64_t *token_ids, int64_t *out) {
     const int64_t shares = (n + SHARE - 1) / SHARE, tasks = rows * shares;
-    static thread_local std::vector<Found> kept;
+    static thread_local std::vector<Candidate> kept;
     kept.resize(2 * tasks);
-    Found *plain = kept.data(), *drawn = plain + tasks;
+    Candidate *greedy = kept.data(), *sampled = greedy + tasks;
     parallel_for(tasks, [&](int64_t first, int64_t last) {
         for (int64_t task = first; task < last; ++task) {
             const int64_t row = task / shares, begin = task % shares * SHARE;
-            plain[task] = largest_logit(logits + row * stride, begin, std::min(n, begin + SHARE));
+            greedy[task] = largest_logit(logits + row * stride, begin, std::min(n, begin + SHARE));
         }
     });
     parallel_for(tasks, [&](int64_t first, int64_t last) {
         for (int64_t task = first; task < last; ++task) {
             const int64_t row = task / shares, begin = task % shares * SHARE;
             if (temperature[row] == 0.0f) continue;
-            const float most = best(plain + row * shares, shares).value;
-            drawn[task] = largest_drawn(logits + row * stride, token_ids, begin, std::min(n, begin + SHARE), most,
+            const float most = best(greedy + row * shares, shares).value;
+            sampled[task] = largest_sample(logits + row * stride, token_ids, begin, std::min(n, begin + SHARE), most,
                                         temperature[row], Noise(seed[row], position[row]));
         }
     });
     for (int64_t row = 0; row < rows; ++row)
-        out[row] = best((temperature[row] == 0.0f ? plain : drawn) + row * shares, shares).column;
+        out[row] = best((temperature[row] == 0.0f ? greedy : sampled) + row * shares, shares).column;
 }
 
-}  // namespace
+template void argmax(const bfloat16 *, int64_t, int64_t, int64_t, int64_t *);
+template void sample(const bfloat16 *, int64_t, int64_t, int64_t, const float *, const int64_t *, const int32_t *,
+                     const int64_t *, int64_t *);
 
-extern "C" void dispec_sample_bfloat16(const bfloat16 *logits, int64_t stride, int64_t rows, int64_t n,
-                                     const float *temperature, const int64_t *seed, const int32_t *position,
-                                     const int64_t *token_ids, int64_t *out) {
-    draw(logits, stride, rows, n, temperature, seed, position, token_ids, out);
-}
+#define SAMPLING(argmax_name, sample_name, T)                                                                         \
+    extern "C" void argmax_name(const T *logits, int64_t stride, int64_t rows, int64_t n, int64_t *out) {             \
+        argmax(logits, stride, rows, n, out);                                                                         \
+    }                                                                                                                 \
+    extern "C" void sample_name(const T *logits, int64_t stride, int64_t rows, int64_t n, const float *temperature,   \
+                                const int64_t *seed, const int32_t *position, const int64_t *token_ids,               \
+                                int64_t *out) {                                                                       \
+        sample(logits, stride, rows, n, temperature, seed, position, token_ids, out);                                 \
+    }
 
-extern "C" void dispec_sample_float32(const float *logits, int64_t stride, int64_t rows, int64_t n,
-                                    const float *temperature, const int64_t *seed, const int32_t *position,
-                                    const int64_t *token_ids, int64_t *out) {
-    draw(logits, stride, rows, n, temperature, seed, position, token_ids, out);
-}
+SAMPLING(dispec_argmax_bfloat16, dispec_sample_bfloat16, bfloat16)
+SAMPLING(dispec_argmax_float32, dispec_sample_float32, float)

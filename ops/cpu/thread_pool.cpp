@@ -1,9 +1,9 @@
-// Threads that share the work of a kernel, on machines where other processes want the same cores.
+// A pool of threads that share the work of a kernel, on machines where other processes use the same cores.
 //
-// An OpenMP region ends with a barrier: if one of its threads has no core, the others spin or sleep until it has. Here a
-// thread claims a part of the work when it runs, and a caller waits only for parts that were claimed. A thread that has no
-// core has claimed nothing, in most cases, and the others do its share. With a core for each, every thread works through a
-// range of its own, so that neighbouring results are written by one core (work stealing: Blumofe and Leiserson, 1999).
+// An OpenMP region ends with a barrier: if one of its threads has no core, the others wait until it has. Here a thread
+// claims a part of the work when it runs, and the caller waits only for claimed parts. A thread without a core has in
+// most cases claimed nothing, and the others do its share. With a core for each, every thread works through a range of
+// its own, so that one core writes neighbouring results (work stealing: Blumofe and Leiserson, 1999).
 #include "thread_pool.h"
 
 #include <pthread.h>
@@ -19,8 +19,8 @@ extern "C" int omp_get_max_threads();  // torch's OpenMP runtime: it is what tor
 
 namespace {
 
-// How long a thread looks out for work, or for the end of it, before it sleeps. Waking takes 5 to 50 us; on two cores
-// of a Zen 5, 20 us cost 5 % of the speed when quiet, 100 us nothing, 2,000 us a third of it beside two busy processes.
+// How long a thread polls for work, or for the end of a job, before it sleeps. Waking takes 5 to 50 us. On two cores of
+// a Zen 5, 20 us cost 5 % of the speed on a quiet machine, 100 us nothing, 2,000 us a third beside two busy processes.
 constexpr std::chrono::microseconds SPIN_TIME(100);
 
 void relax() {
@@ -31,7 +31,7 @@ void relax() {
 #endif
 }
 
-// Spin until it holds, for a limited time. Returns whether it does.
+// Poll a condition for at most SPIN_TIME. Return whether it holds.
 template <typename Condition>
 bool spin_until(const Condition &holds) {
     using Clock = std::chrono::steady_clock;
@@ -46,8 +46,8 @@ bool spin_until(const Condition &holds) {
     }
 }
 
-// Where threads sleep until something holds. What makes it hold happens before `notify`, both in one order with what the
-// sleeper looks at (all of it sequentially consistent), so that none sleeps on.
+// Threads that sleep until a condition holds. The change that makes it hold happens before `notify`; both are
+// sequentially consistent with the loads of the condition, so that no thread misses its wake-up.
 class WaitQueue {
   public:
     template <typename Condition>
@@ -73,8 +73,8 @@ class WaitQueue {
 constexpr int64_t MAX_THREADS = 256;
 constexpr int64_t MAX_UNITS = UINT16_MAX;
 
-// What is unclaimed of a thread's range, in units: [begin, end) of a job's number. A claim compares all three, so a thread
-// that slept through a job cannot claim anything of the next by what it saw of the last.
+// The unclaimed part [begin, end) of a thread's range, in units, with the number of its job. A claim compares all
+// three, so that a thread that slept through a job cannot claim a part of the next one with a stale range.
 struct Range {
     uint64_t word;
 
@@ -86,13 +86,13 @@ struct Range {
     uint32_t size() const { return end() - begin(); }
 };
 
-struct Team {
+struct ThreadPool {
     struct alignas(64) Share {
         std::atomic<uint64_t> range{0};
     };
     Share shares[MAX_THREADS];
     alignas(64) std::atomic<uint32_t> unfinished{0};  // units
-    // What the job is. Written between two jobs, read after a claim, which keeps the job from ending.
+    // The job. Written between two jobs, read after a claim, which keeps the job from ending.
     alignas(64) int64_t count = 0;
     int64_t unit = 1;
     std::atomic<bool> one_by_one{false};  // read before a claim too
@@ -104,8 +104,8 @@ struct Team {
     alignas(64) std::atomic<uint32_t> job{0};
     alignas(64) WaitQueue workers, caller;
 
-    // Claim a part of a range and do it. Its owner takes from the front, others from the back.
-    bool do_part(Share &share, bool is_owner) {
+    // Claim a part of a range and run it. Its owner takes from the front, others from the back. Return false if empty.
+    bool run_part(Share &share, bool is_owner) {
         uint64_t seen = share.range.load();
         for (;;) {
             const Range range(seen);
@@ -123,12 +123,12 @@ struct Team {
         }
     }
 
-    // Do parts of the job until none is left to claim.
-    void help(int64_t index) {
-        while (do_part(shares[index], true)) {
+    // Run parts of the job until none is left to claim.
+    void run_parts(int64_t index) {
+        while (run_part(shares[index], true)) {
         }
         for (int64_t other = 1, threads = size.load(std::memory_order_relaxed); other < threads; ++other)
-            while (do_part(shares[(index + other) % threads], false)) {
+            while (run_part(shares[(index + other) % threads], false)) {
             }
     }
 
@@ -138,7 +138,7 @@ struct Team {
         for (;;) {
             if (!spin_until(is_wanted)) workers.wait_until(is_wanted);
             last = job.load();
-            if (index < size.load(std::memory_order_relaxed)) help(index);
+            if (index < size.load(std::memory_order_relaxed)) run_parts(index);
         }
     }
 
@@ -146,7 +146,7 @@ struct Team {
         while (num_workers < wanted - 1) {
             try {
                 std::thread([this, index = num_workers + 1] { work(index); }).detach();
-            } catch (...) {  // no more threads to be had: the others do their share
+            } catch (...) {  // the system has no more threads: the others do their share
                 return;
             }
             ++num_workers;
@@ -165,34 +165,34 @@ struct Team {
         }
         job.store(next);
         workers.notify();
-        help(0);
+        run_parts(0);
         const auto is_done = [&] { return unfinished.load() == 0; };
         if (!spin_until(is_done)) caller.wait_until(is_done);
     }
 };
 
 // Never destroyed: its threads run until the process ends.
-Team *team = new Team;
+ThreadPool *pool = new ThreadPool;
 
-// A forked process has none of the threads.
-[[maybe_unused]] const int forgets_in_child = pthread_atfork(nullptr, nullptr, [] { team = new Team; });
+// A forked process has none of the threads: it starts a new pool.
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = new ThreadPool; });
 
 }  // namespace
 
 int64_t num_threads() { return std::max(1, omp_get_max_threads()); }
 
-void share_work(int64_t count, Order order, void (*run)(const void *, int64_t, int64_t), const void *context) {
+void run_parallel(int64_t count, Schedule schedule, void (*run)(const void *, int64_t, int64_t), const void *context) {
     if (count <= 0) return;
     const int64_t wanted = std::min({count, num_threads(), MAX_THREADS});
-    if (wanted == 1 || team->is_taken.test_and_set(std::memory_order_acquire)) {
+    if (wanted == 1 || pool->is_taken.test_and_set(std::memory_order_acquire)) {
         run(context, 0, count);
         return;
     }
-    team->count = count;
-    team->unit = (count + MAX_UNITS - 1) / MAX_UNITS;
-    team->one_by_one = order == Order::TASKS;
-    team->run = run;
-    team->context = context;
-    team->share(wanted);
-    team->is_taken.clear(std::memory_order_release);
+    pool->count = count;
+    pool->unit = (count + MAX_UNITS - 1) / MAX_UNITS;
+    pool->one_by_one = schedule == Schedule::TASKS;
+    pool->run = run;
+    pool->context = context;
+    pool->share(wanted);
+    pool->is_taken.clear(std::memory_order_release);
 }

@@ -1,4 +1,4 @@
-// See tiles.h. The two elements of a pair are widened to float32 and multiplied one after the other.
+// Tiles for AVX2, see tiles.h: the two elements of a pair are widened to float32 and multiplied one after the other.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -7,17 +7,18 @@
 
 #include "vectors.h"
 
-using Input = float;  // widened beforehand, lest every tile do it again
+using Input = float;  // widened once, not for every tile
 
 constexpr int TILE_ROWS = 6;          // at half a tile 12 accumulators, of 16 registers
-constexpr int64_t ROWS_AT_ONCE = 48;  // few enough to stay in the second cache, enough that products are no slower
+constexpr int64_t MAX_ROWS = 48;  // few enough for the second-level cache, enough that GEMMs are no slower
 
-// Pairs of which one half of the columns is computed and then the other, so that memory is read in order and all the time.
+// With more than 3 rows, the left half of the outputs is computed for so many pairs, then the right half: memory is
+// read in order.
 constexpr int64_t PART = 16;
 
 inline void put(Input *to, Floats x) { store(to, x); }
 
-// The first or second element of a pair, of eight outputs.
+// One element of a pair, of eight outputs.
 inline __m256 eight_of(const uint16_t *pair, int eight, int element) {
     const __m256i both = _mm256_load_si256((const __m256i *)pair + eight);
     return _mm256_castsi256_ps(element ? _mm256_and_si256(both, _mm256_set1_epi32(int32_t(0xffff0000)))
@@ -29,13 +30,13 @@ inline __m256 eight_of(const int8_t *pair, int eight, int element) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
 }
 
-// Eight outputs each: the `WIDTH` from the `FIRST` on.
+// Add to outputs 8 * FIRST to 8 * (FIRST + WIDTH) of a tile.
 template <int ROWS, int FIRST, int WIDTH, typename Weight>
 inline void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const Weight *tile, int64_t pairs) {
-    // Bytes of weight fetched before they are needed: in halves, this half of the next part.
+    // Bytes of weight to prefetch: in halves, this half of the next part.
     constexpr int64_t AHEAD = WIDTH == 4 ? 2048 : PART * PAIR<Weight>;
     __m256 found[ROWS][WIDTH];
-    // Unrolled like the loops below, lest the sums live in memory.
+    // Unrolled like the loops below: otherwise the sums live in memory.
 #pragma GCC unroll 6
     for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 4
@@ -45,7 +46,7 @@ inline void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride,
         constexpr int64_t BYTES = WIDTH * PAIR<Weight> / 4;
         for (int64_t i = 0; i < BYTES; i += 64)
             _mm_prefetch((const char *)at + FIRST * PAIR<Weight> / 4 + i + AHEAD, _MM_HINT_T0);
-        // An element of all columns and then the other: what is live fits into the registers.
+        // One element of all columns, then the other: the live values fit into the registers.
 #pragma GCC unroll 2
         for (int element = 0; element < 2; ++element) {
             const auto column = [&](int i) { return eight_of(at, FIRST + i, element); };
@@ -58,7 +59,8 @@ inline void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride,
                 for (int i = 0; i < WIDTH; ++i) {
                     const __m256 each = column(i);
 #pragma GCC unroll 6
-                    for (int row = 0; row < ROWS; ++row) found[row][i] = _mm256_fmadd_ps(each, spreads[row], found[row][i]);
+                    for (int row = 0; row < ROWS; ++row)
+                        found[row][i] = _mm256_fmadd_ps(each, spreads[row], found[row][i]);
                 }
             } else {
                 __m256 columns[WIDTH];
@@ -81,7 +83,7 @@ inline void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride,
 
 // sums [rows][32] += x [rows, k] times the tile; x's rows are `stride` elements apart, with a zero after an odd number.
 template <int ROWS, typename Weight, typename Fetch>
-inline void add_product(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const Weight *tile, int64_t k,
+inline void multiply_add(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const Weight *tile, int64_t k,
                         Fetch) {
     const int64_t pairs = (k + 1) / 2;
     if constexpr (ROWS <= 3) {
@@ -96,7 +98,7 @@ inline void add_product(Floats (&sums)[ROWS][2], const Input *x, int64_t stride,
     }
 }
 
-// The first `width` of sixteen sums, rounded, into `to`; plus `residual`, rounded again, where there is one.
+// Write the first `width` of sixteen sums to `to`, rounded; with `residual`, add it and round again.
 inline void finish(Floats sums, const uint16_t *residual, uint16_t *to, int64_t width) {
     if (width <= 0) return;
     bfloat16 rounded[LANES], added[LANES] = {};

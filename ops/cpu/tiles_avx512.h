@@ -1,4 +1,4 @@
-// See tiles.h. One VDPBF16PS multiplies and adds a pair of sixteen outputs.
+// Tiles for AVX512-BF16, see tiles.h: one VDPBF16PS multiplies and adds a pair of sixteen outputs.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -6,10 +6,10 @@
 
 #include "vectors.h"
 
-using Input = uint16_t;  // bf16, as it comes
+using Input = uint16_t;  // bf16
 
 constexpr int TILE_ROWS = 12;  // 24 accumulators, 2 registers of the tile, the rest for broadcasts
-constexpr int64_t ROWS_AT_ONCE = INT64_MAX;
+constexpr int64_t MAX_ROWS = INT64_MAX;
 
 inline void put(Input *to, Floats x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
 
@@ -21,7 +21,7 @@ inline PairOfTile load_pair(const uint16_t *at) {
     return {(__m512bh)_mm512_load_si512(at), (__m512bh)_mm512_load_si512(at + TILE)};
 }
 
-// 8 bits are exact in bf16, so the lower half of each float32 is zero.
+// int8 is exact in bf16: the lower half of each float32 is zero.
 inline PairOfTile load_pair(const int8_t *at) {
     const auto sixteen = [&](int64_t i) {
         const __m128i bytes = _mm_loadu_si128((const __m128i *)(at + i));
@@ -47,7 +47,7 @@ inline void add_pair(Floats (&sums)[ROWS][2], const Weight *at, const int32_t (&
 // sums [rows][32] += x [rows, k] times the tile; x's rows are `stride` elements apart. `fetch(pair)` is called before a
 // pair is read.
 template <int ROWS, typename Weight, typename Fetch>
-inline void add_product(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const Weight *tile, int64_t k,
+inline void multiply_add(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const Weight *tile, int64_t k,
                         Fetch fetch) {
     int32_t both[ROWS];
     for (int64_t pair = 0; pair < k / 2; ++pair) {
@@ -62,7 +62,7 @@ inline void add_product(Floats (&sums)[ROWS][2], const Input *x, int64_t stride,
     }
 }
 
-// The first `width` of sixteen sums, rounded, into `to`; plus `residual`, rounded again, where there is one.
+// Write the first `width` of sixteen sums to `to`, rounded; with `residual`, add it and round again.
 inline void finish(Floats sums, const uint16_t *residual, uint16_t *to, int64_t width) {
     const __mmask16 mask = _cvtu32_mask16(width >= 16 ? 0xffff : width > 0 ? (1u << width) - 1 : 0);
     __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)sums);

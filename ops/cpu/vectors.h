@@ -1,5 +1,7 @@
 // Sixteen floats at a time, in GCC's vector types: the compiler makes AVX-512, AVX2 or NEON of them.
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -9,6 +11,7 @@ typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
 constexpr int LANES = 16;
+constexpr Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 struct bfloat16 {
     uint16_t bits;
@@ -41,8 +44,8 @@ typedef float EightFloats __attribute__((vector_size(32)));
 typedef int32_t EightInts __attribute__((vector_size(32)));
 typedef float FourFloats __attribute__((vector_size(16)));
 
-// Comparisons and choices. GCC splits arithmetic on vectors that are longer than the CPU's, but takes these apart into
-// sixteen scalar ones; in halves it does not.
+// Comparisons and selections. GCC splits arithmetic on vectors longer than the CPU's into vectors of the CPU's size,
+// but these into sixteen scalar operations. On halves of eight floats it does not.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 union FloatHalves {
     Floats whole;
@@ -78,7 +81,7 @@ inline Floats choose(Ints mask, Floats x, Floats y) { return mask ? x : y; }
 inline Floats larger(Floats x, Floats y) { return x > y ? x : y; }
 #endif
 
-// By its bits: all of the exponent, and some of the rest.
+// All ones where x is NaN: the exponent's bits are all set, and some of the mantissa's.
 inline Ints is_nan(Floats x) { return (0x7f800000 - ((Ints)x & 0x7fffffff)) >> 31; }
 
 inline void store(float *at, Floats x) { std::memcpy(at, &x, sizeof x); }
@@ -111,8 +114,8 @@ inline float sum(Floats x) {
     return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
-// e^x for x <= 0, to two units in the last place; 0 below -87, and for -infinity.
-// 2^f for f in [-0.5, 0.5] by its Taylor series, 2^n by writing the exponent.
+// e^x for x <= 0, to two units in the last place; 0 below -87 and for -infinity. e^r for |r| <= log(2) / 2 is a Taylor
+// polynomial; 2^n is written into the exponent.
 inline Floats exp_negative(Floats x) {
     const Floats lowest = splat(-87.0f);
     const Ints too_low = is_less(x, lowest);
@@ -130,4 +133,28 @@ inline Floats exp_negative(Floats x) {
     p = p * r + 1.0f;
     const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
     return choose(too_low, splat(0.0f), p * (Floats)exponent);
+}
+
+// out = x / sqrt(mean(x^2) + eps) * weight, n elements (arXiv:1910.07467), rounded to T before and after the weight, as
+// in torch. out may be x.
+template <typename T>
+inline void rms_norm(const T *x, const T *weight, float eps, T *out, int64_t n) {
+    Floats squares = {};
+    const int64_t whole = n / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) squares += load(x + i) * load(x + i);
+    float total = sum(squares);
+    for (int64_t i = whole; i < n; ++i) total += scalar(x[i]) * scalar(x[i]);
+    const float factor = 1.0f / std::sqrt(total / float(n) + eps);
+    const auto norm = [=](const T *from, const T *weights, T *to) {
+        T normed[LANES];
+        store(normed, load(from) * factor);
+        store(to, load(normed) * load(weights));
+    };
+    for (int64_t i = 0; i < whole; i += LANES) norm(x + i, weight + i, out + i);
+    if (whole == n) return;
+    T rest[LANES] = {}, weights[LANES] = {};
+    std::copy(x + whole, x + n, rest);
+    std::copy(weight + whole, weight + n, weights);
+    norm(rest, weights, rest);
+    std::copy(rest, rest + (n - whole), out + whole);
 }

@@ -1,9 +1,9 @@
 """Attention of a few queries per sequence over pages, with long contexts split over programs.
 
-Flash-decoding (Dao, Haziza, Massa, Sizov, 2023): each program attends to one stretch of one sequence's context
-for all query heads that share a key head, and leaves a partial output with the log of its sum of exponentials;
-a second kernel weighs the partial outputs together. How many programs there are follows from shapes alone, so
-that a CUDA graph can be replayed; which stretch each one reads follows from the context length on the device.
+Flash-decoding (Dao, Haziza, Massa, Sizov, 2023): each program attends to one split of one sequence's context, for all
+query heads of one key head, and writes a partial output with the log of its sum of exponentials. A second kernel
+combines the partial outputs. The number of programs follows from shapes alone, so that a CUDA graph can be replayed;
+the positions of a split follow from the context length on the device.
 """
 
 import math
@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dispec.ops.triton.online_softmax import attend
-from dispec.ops.triton.tuning import DECODE, LONGEST_SPLIT, WIDEST_DECODE_TILE, DecodeConfig, describe
+from dispec.ops.triton.online_softmax import attend, shape_constants, strides
+from dispec.ops.triton.tuning import DECODE, MAX_DECODE_TILE_ROWS, MAX_SPLIT_POSITIONS, DecodeConfig, describe
 
 
 @triton.jit
 @no_type_check
 def _split_tiles(context_len, balanced_splits, longest_split, BLOCK_N: tl.constexpr):
-    """Tiles of a sequence, and tiles per split: both kernels must agree on them."""
+    """Return the tiles of a sequence and the tiles of a split. Both kernels need the same."""
     tiles = tl.cdiv(context_len, BLOCK_N)
     return tiles, tl.maximum(tl.minimum(tl.cdiv(tiles, balanced_splits), longest_split), 1)
 
@@ -59,10 +59,10 @@ def decode_kernel(
     ROW_TILES: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """One program: up to BLOCK_M (token, head) rows of one sequence and key head, over one split.
+    """Attend from up to BLOCK_M (token, head) rows of one sequence and key head to one split.
 
     Grid (B, KV * ROW_TILES, num_splits). Row r is query head r % GROUP of token r // GROUP. partial_output is
-    [T, H, num_splits, D] and partial_sum [T, H, num_splits], both float32 and not read unless SPLIT.
+    [T, H, num_splits, D] and partial_sum [T, H, num_splits], both float32 and unused unless SPLIT.
     """
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1) // ROW_TILES
@@ -90,52 +90,12 @@ def decode_kernel(
     keys += kv_head.to(tl.int64) * key_head_stride
     values += kv_head.to(tl.int64) * value_head_stride
 
-    accumulator = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    accumulator, maximum, total = attend(
-        accumulator,
-        maximum,
-        total,
-        query_tile,
-        keys,
-        values,
-        table,
-        first_tile,
-        tl.minimum(last_tile, seen_by_all),
-        visible,
-        context_len,
-        key_block_stride,
-        value_block_stride,
-        score_scale,
-        D,
-        D_PADDED,
-        BLOCK_SIZE,
-        BLOCK_N,
-        False,
-    )
-    accumulator, maximum, total = attend(
-        accumulator,
-        maximum,
-        total,
-        query_tile,
-        keys,
-        values,
-        table,
-        tl.maximum(first_tile, seen_by_all),
-        last_tile,
-        visible,
-        context_len,
-        key_block_stride,
-        value_block_stride,
-        score_scale,
-        D,
-        D_PADDED,
-        BLOCK_SIZE,
-        BLOCK_N,
-        True,
-    )
-    result = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
+    result, maximum, total = attend(
+        query_tile, keys, values, table,
+        first_tile, tl.minimum(last_tile, seen_by_all), tl.maximum(first_tile, seen_by_all), last_tile,
+        visible, context_len, key_block_stride, value_block_stride, score_scale,
+        D, D_PADDED, BLOCK_SIZE, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     output_row = row_index * H + head
     if SPLIT:  # noqa: SIM102 (a constant: the whole branch goes away)
         if tiles > tiles_per_split:
@@ -164,9 +124,9 @@ def combine_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """Weigh the splits of one row together, BLOCK_D of its D values at a time. Grid (T * H, ceil(D / BLOCK_D)).
+    """Combine the splits of one row, BLOCK_D of its D values at a time. Grid (T * H, ceil(D / BLOCK_D)).
 
-    Rows of a sequence that needed only one split are complete already.
+    Rows of a sequence with a single split are complete already.
     """
     row = tl.program_id(0).to(tl.int64)
     context_len = tl.load(context_lens + tl.program_id(0) // (H * QUERY_LEN))
@@ -195,7 +155,7 @@ def combine_kernel(
         total = total * rescale + weight
         accumulator = accumulator * rescale[:, None] + part * weight[:, None]
         maximum = new_maximum
-    # Each lane kept its own maximum; only now are they brought together.
+    # Each lane keeps its own maximum up to here.
     overall = tl.max(maximum, 0)
     rescale = tl.math.exp2(maximum - tl.where(overall == float("-inf"), 0.0, overall))
     total_of_all = tl.sum(total * rescale, 0)
@@ -206,14 +166,14 @@ def combine_kernel(
 def plan_splits(
     programs: int, positions: int, block_n: int, wanted_programs: int, forced: int | None = None
 ) -> tuple[int, int, int]:
-    """How to divide contexts of up to `positions` tokens: (balanced splits, longest split in tiles, splits).
+    """Return (balanced splits, tiles of the longest split, splits) for contexts of up to `positions` tokens.
 
-    A sequence is cut into `balanced` equal stretches, or into more where those would be longer than the
-    longest split; `splits` bounds the number of stretches over all contexts that fit the block table.
+    programs: number without splits. A sequence has `balanced` equal splits, or more where those would be longer than
+    the longest split; `splits` is the most that a context in the block table can have.
     """
     tiles = max(triton.cdiv(positions, block_n), 1)
     balanced = min(forced or triton.cdiv(wanted_programs, programs), tiles)
-    longest = tiles if forced else max(LONGEST_SPLIT // block_n, 1)
+    longest = tiles if forced else max(MAX_SPLIT_POSITIONS // block_n, 1)
     return balanced, longest, max(balanced, triton.cdiv(tiles, longest))
 
 
@@ -228,27 +188,26 @@ def decode(
     num_splits: int | None = None,
     config: DecodeConfig | None = None,
 ) -> Tensor:
-    """`ops.paged_attention` where every sequence has `query_len` queries.
+    """Compute `ops.paged_attention` of a step in which every sequence has `query_len` queries.
 
     query: [B * query_len, H, D]; keys: [NB, KV, D, BS]; values: [NB, KV, BS, D]; block_tables: [B, P] int32;
-    context_lens: [B] int32. Returns [B * query_len, H, D], contiguous, in the dtype of the query.
-    `num_splits` and `config` replace what the table would choose, for tests and tuning.
+    context_lens: [B] int32. Only D of the query, and the last two dimensions of keys and values, must be contiguous.
+    Returns [B * query_len, H, D], contiguous, in the dtype of the query. Nothing is read back to the host, so that a
+    CUDA graph can record the launches. num_splits, config: replace the table's choice in tests and tuning.
     """
     num_tokens, num_heads, head_dim = query.shape
-    batch, blocks = block_tables.shape
-    kv_heads, block_size = keys.shape[1], keys.shape[3]
+    batch, max_blocks_per_seq = block_tables.shape
     output = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
     if num_tokens == 0:
         return output
-    padded = triton.next_power_of_2(head_dim)
-    device = describe(query.device)
-    config = config or DECODE[device.architecture][padded, query.element_size()]
-    group = num_heads // kv_heads
-    block_m = min(max(triton.next_power_of_2(query_len * group), 16), WIDEST_DECODE_TILE[query.element_size()])
-    row_tiles = triton.cdiv(query_len * group, block_m)
+    device, shape = describe(query.device), shape_constants(query, keys)
+    config = config or DECODE[device.architecture][shape["D_PADDED"], query.element_size()]
+    rows = query_len * shape["GROUP"]
+    block_m = min(max(triton.next_power_of_2(rows), 16), MAX_DECODE_TILE_ROWS[query.element_size()])
+    row_tiles = triton.cdiv(rows, block_m)
     balanced, longest, splits = plan_splits(
-        batch * kv_heads * row_tiles,
-        blocks * block_size,
+        batch * keys.shape[1] * row_tiles,
+        max_blocks_per_seq * shape["BLOCK_SIZE"],
         config.block_n,
         device.multiprocessors * config.programs_per_multiprocessor,
         num_splits,
@@ -256,10 +215,8 @@ def decode(
     partial_output = partial_sum = output
     if splits > 1:
         partial_sum = torch.empty((num_tokens, num_heads, splits), dtype=torch.float32, device=query.device)
-        partial_output = torch.empty(
-            (num_tokens, num_heads, splits, head_dim), dtype=torch.float32, device=query.device
-        )
-    decode_kernel[(batch, kv_heads * row_tiles, splits)](
+        partial_output = torch.empty((*partial_sum.shape, head_dim), dtype=torch.float32, device=query.device)
+    decode_kernel[(batch, keys.shape[1] * row_tiles, splits)](
         output,
         partial_output,
         partial_sum,
@@ -268,23 +225,13 @@ def decode(
         values,
         block_tables,
         context_lens,
-        query.stride(0),
-        query.stride(1),
-        keys.stride(0),
-        keys.stride(1),
-        values.stride(0),
-        values.stride(1),
-        block_tables.stride(0),
+        *strides(query, keys, values, block_tables),
         balanced,
         longest,
         splits,
         scale * math.log2(math.e),
-        H=num_heads,
-        GROUP=group,
+        **shape,
         QUERY_LEN=query_len,
-        D=head_dim,
-        D_PADDED=padded,
-        BLOCK_SIZE=block_size,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         ROW_TILES=row_tiles,
@@ -293,7 +240,7 @@ def decode(
         num_stages=config.num_stages,
     )
     if splits > 1:
-        block_d = min(padded, 64)
+        block_d = min(shape["D_PADDED"], 64)
         combine_kernel[(num_tokens * num_heads, triton.cdiv(head_dim, block_d))](
             output,
             partial_output,

@@ -1,4 +1,4 @@
-"""Write keys and values into pages on CUDA."""
+"""Write keys and values to their slots in the paged KV cache: `ops.write_kv` on CUDA."""
 
 from typing import no_type_check
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dispec.ops.triton.tuning import WRITE_LONG_FROM, WRITE_TOKENS_LONG
+from dispec.ops.triton.tuning import MIN_TILED_WRITE_TOKENS, TILED_WRITE_TOKENS
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -31,9 +31,9 @@ def write_kv_kernel(
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """One program: TOKENS tokens of one head. Grid (ceil(T / TOKENS), KV).
+    """Write one head of TOKENS tokens. Grid (ceil(T / TOKENS), KV).
 
-    The key tile is turned in shared memory before it is stored, so that neighbouring threads hold neighbouring
+    The key tile is transposed in shared memory before it is stored, so that neighbouring threads hold neighbouring
     tokens: their slots are mostly neighbours too, and positions are innermost in a key page.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -65,12 +65,12 @@ def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapp
     """Store token t's key and value at slot `slot_mapping[t]` (block * BS + offset), in place.
 
     keys: [NB, KV, D, BS] and values: [NB, KV, BS, D], contiguous in their last two dimensions; key and value:
-    [T, KV, D], strided at will but for contiguous D; slot_mapping: [T], int32 or int64. Slots are not checked.
+    [T, KV, D], contiguous in D; slot_mapping: [T], int32 or int64. KVSlots are not checked.
     """
     num_tokens, kv_heads, head_dim = key.shape
     if num_tokens == 0:
         return
-    tokens = WRITE_TOKENS_LONG if num_tokens >= WRITE_LONG_FROM else 1
+    tokens = TILED_WRITE_TOKENS if num_tokens >= MIN_TILED_WRITE_TOKENS else 1
     write_kv_kernel[(triton.cdiv(num_tokens, tokens), kv_heads)](
         keys,
         values,
@@ -78,14 +78,7 @@ def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapp
         value,
         slot_mapping,
         num_tokens,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        keys.stride(0),
-        keys.stride(1),
-        values.stride(0),
-        values.stride(1),
+        *(stride for tensor in (key, value, keys, values) for stride in tensor.stride()[:2]),
         D=head_dim,
         D_PADDED=triton.next_power_of_2(head_dim),
         BLOCK_SIZE=keys.shape[3],

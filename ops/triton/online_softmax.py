@@ -1,4 +1,4 @@
-"""The inner loop that both attention kernels share: scores, online softmax and weighted sum over pages.
+"""Causal attention of a tile of query rows over pages: what the decode and the prefill kernel share.
 
 The running maximum and sum are those of online softmax (Milakov and Gimelshein, 2018) as FlashAttention-2
 arranges them (Dao, 2023): the accumulator is divided by the sum only once, at the end. Pages are addressed
@@ -11,11 +11,12 @@ from typing import no_type_check
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
 @no_type_check
-def attend(
+def _attend_tiles(
     accumulator,
     maximum,
     total,
@@ -38,11 +39,8 @@ def attend(
 ):
     """Fold tiles `first_tile : last_tile` of BLOCK_N positions into (accumulator, maximum, total).
 
-    query: [rows, D_PADDED]; accumulator: [rows, D_PADDED] float32; maximum and total: [rows] float32, in
-    powers of two (`score_scale` is the softmax scale times log2 e). keys and values point at block 0 of one
-    head; block_table at the sequence's first entry. With MASKED, row r sees positions below visible[r] only
-    and nothing at or past context_len is loaded as a value; without, the caller promises that every row sees
-    every position of these tiles.
+    With MASKED, row r sees only positions below visible[r], and no value at or past context_len is loaded. Without it,
+    every row must see every position of these tiles.
     """
     lane = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, D_PADDED)
@@ -65,8 +63,8 @@ def attend(
         key_block = block.to(tl.int64) * key_block_stride
         value_block = block.to(tl.int64) * value_block_stride
 
-        # Keys at or past the context are loaded (from block 0, or from the rest of the last block) but only
-        # ever reach scores that are replaced below.
+        # Keys at or past the context are loaded (from block 0, or from the rest of the last block), but their scores
+        # are replaced below.
         key_pointers = keys + (key_block + offset)[None, :] + dim[:, None] * BLOCK_SIZE
         key = tl.load(key_pointers) if D == D_PADDED else tl.load(key_pointers, mask=in_head[:, None], other=0.0)
         scores = tl.dot(query, key, input_precision="ieee")
@@ -74,7 +72,7 @@ def attend(
             scores = tl.where(position[None, :] < visible[:, None], scores, float("-inf"))
 
         new_maximum = tl.maximum(maximum, tl.max(scores, 1) * score_scale)
-        # A row that has seen nothing yet: subtract 0 rather than -inf, which would make NaN.
+        # A row that sees no position yet subtracts 0: -inf minus -inf would be NaN.
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum
         weights = tl.math.exp2(scores * score_scale - shift[:, None])
         rescale = tl.math.exp2(maximum - shift)
@@ -84,7 +82,7 @@ def attend(
 
         value_pointers = values + (value_block + offset * D)[:, None] + dim[None, :]
         if MASKED:
-            # A weight of 0 does not silence a NaN, so what is past the context must not be loaded at all.
+            # A weight of 0 times NaN is NaN: values past the context must not be loaded.
             value = tl.load(value_pointers, mask=in_context[:, None] & in_head[None, :], other=0.0)
         elif D == D_PADDED:
             value = tl.load(value_pointers)
@@ -92,3 +90,65 @@ def attend(
             value = tl.load(value_pointers, mask=in_head[None, :], other=0.0)
         accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision="ieee")
     return accumulator, maximum, total
+
+
+@triton.jit
+@no_type_check
+def attend(
+    query,
+    keys,
+    values,
+    block_table,
+    first_tile,
+    unmasked_end,
+    masked_start,
+    last_tile,
+    visible,
+    context_len,
+    key_block_stride,
+    value_block_stride,
+    score_scale,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attend from BLOCK_M query rows to tiles `first_tile : unmasked_end` and `masked_start : last_tile`.
+
+    query: [BLOCK_M, D_PADDED]. keys and values point at block 0 of one head, block_table at the sequence's first entry.
+    Every row must see every position of the unmasked tiles; in the others row r sees positions below visible[r].
+    Returns the output [BLOCK_M, D_PADDED], zero for rows that see no position, and the maximum and the sum of the
+    weights [BLOCK_M] in powers of two (`score_scale` is the softmax scale times log2 e), all float32.
+    """
+    accumulator = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    accumulator, maximum, total = _attend_tiles(
+        accumulator, maximum, total, query, keys, values, block_table, first_tile, unmasked_end,
+        visible, context_len, key_block_stride, value_block_stride, score_scale,
+        D, D_PADDED, BLOCK_SIZE, BLOCK_N, False,
+    )  # fmt: skip
+    accumulator, maximum, total = _attend_tiles(
+        accumulator, maximum, total, query, keys, values, block_table, masked_start, last_tile,
+        visible, context_len, key_block_stride, value_block_stride, score_scale,
+        D, D_PADDED, BLOCK_SIZE, BLOCK_N, True,
+    )  # fmt: skip
+    return accumulator / tl.where(total == 0.0, 1.0, total)[:, None], maximum, total
+
+
+def strides(query: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor) -> tuple[int, ...]:
+    """Return the strides that both kernels take, in elements: token and head, block and head (twice), sequence."""
+    return (*query.stride()[:2], *keys.stride()[:2], *values.stride()[:2], block_tables.stride(0))
+
+
+def shape_constants(query: Tensor, keys: Tensor) -> dict[str, int]:
+    """Return the constants that both kernels take. query: [T, H, D]; keys: [NB, KV, D, BS]."""
+    _, heads, head_dim = query.shape
+    return {
+        "H": heads,
+        "GROUP": heads // keys.shape[1],
+        "D": head_dim,
+        "D_PADDED": triton.next_power_of_2(head_dim),
+        "BLOCK_SIZE": keys.shape[3],
+    }

@@ -1,7 +1,7 @@
 """Attention of any number of queries per sequence over pages: prefill, chunked prefill and mixed steps.
 
-FlashAttention-2 (Dao, 2023) with the tiles of all sequences laid end to end: the launch covers an upper bound
-of their number that follows from shapes alone, and each program finds its sequence by binary search.
+FlashAttention-2 (Dao, 2023) over the tiles of all sequences, numbered end to end. The launch covers an upper bound of
+their number, which follows from shapes alone; each program finds its sequence by binary search.
 """
 
 import math
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dispec.ops.triton.online_softmax import attend
+from dispec.ops.triton.online_softmax import attend, shape_constants, strides
 from dispec.ops.triton.tuning import PREFILL, PrefillConfig, describe
 
 
@@ -43,15 +43,14 @@ def prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: up to BLOCK_M // GROUP tokens of one sequence, with all query heads of one key head.
+    """Attend from up to TOKENS = BLOCK_M // GROUP tokens of one sequence, for all query heads of one key head.
 
-    Grid (KV, T // (BLOCK_M // GROUP) + B). Row r is query head r % GROUP of token r // GROUP. Sequence b's
-    tiles begin at number query_start[b] // TOKENS + b, which leaves every sequence at least as many numbers as
-    it has tiles; programs with a number to spare return.
+    Grid (KV, T // TOKENS + B). Row r is query head r % GROUP of token r // GROUP. Sequence b's tiles have numbers from
+    query_start[b] // TOKENS + b on, at least as many as it has tiles; programs of the remaining numbers return.
     """
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(0)
-    # The last tiles of a sequence see most of it: they start first, so that short ones fill the end.
+    # The last tiles of a sequence see most positions. They start first, so that short ones fill the end.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
 
     low = tl.program_id(0) * 0
@@ -81,7 +80,7 @@ def prefill_kernel(
     query_rows = row_index * query_token_stride + head * query_head_stride
     query_tile = tl.load(query + query_rows[:, None] + dim[None, :], mask=in_query, other=0.0)
 
-    # Token t of the sequence's queries sees the cached prefix and the queries up to and including itself.
+    # A token sees the cached prefix, the queries before it and itself.
     prefix = context_len - query_len
     visible = tl.minimum(prefix + token + 1, context_len)
     seen_by_all = tl.maximum(prefix + first_token + 1, 0) // BLOCK_N
@@ -90,52 +89,12 @@ def prefill_kernel(
     keys += kv_head.to(tl.int64) * key_head_stride
     values += kv_head.to(tl.int64) * value_head_stride
 
-    accumulator = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    accumulator, maximum, total = attend(
-        accumulator,
-        maximum,
-        total,
-        query_tile,
-        keys,
-        values,
-        table,
-        0,
-        seen_by_all,
-        visible,
-        context_len,
-        key_block_stride,
-        value_block_stride,
-        score_scale,
-        D,
-        D_PADDED,
-        BLOCK_SIZE,
-        BLOCK_N,
-        False,
-    )
-    accumulator, maximum, total = attend(
-        accumulator,
-        maximum,
-        total,
-        query_tile,
-        keys,
-        values,
-        table,
-        seen_by_all,
-        tl.cdiv(seen_by_any, BLOCK_N),
-        visible,
-        context_len,
-        key_block_stride,
-        value_block_stride,
-        score_scale,
-        D,
-        D_PADDED,
-        BLOCK_SIZE,
-        BLOCK_N,
-        True,
-    )
-    result = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
+    result, _, _ = attend(
+        query_tile, keys, values, table,
+        0, seen_by_all, seen_by_all, tl.cdiv(seen_by_any, BLOCK_N),
+        visible, context_len, key_block_stride, value_block_stride, score_scale,
+        D, D_PADDED, BLOCK_SIZE, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     output_rows = (row_index * H + head) * D
     tl.store(output + output_rows[:, None] + dim[None, :], result.to(output.dtype.element_ty), mask=in_query)
 
@@ -150,28 +109,26 @@ def prefill(
     scale: float,
     config: PrefillConfig | None = None,
 ) -> Tensor:
-    """`ops.paged_attention` where sequences have any number of queries, 0 included.
+    """Compute `ops.paged_attention` of a step in which sequences have any number of queries, 0 included.
 
     query: [T, H, D]; keys: [NB, KV, D, BS]; values: [NB, KV, BS, D]; block_tables: [B, P] int32; query_start:
-    [B + 1] int32; context_lens: [B] int32. Returns [T, H, D], contiguous, in the dtype of the query; rows at or
-    past query_start[B] are not written. `config` replaces what the table would choose, for tests and tuning.
+    [B + 1] int32; context_lens: [B] int32. Strides as in `decode`. Returns [T, H, D], contiguous, in the dtype of the
+    query; rows at or past query_start[B] are not written. config: replaces the table's choice in tests and tuning.
     """
-    num_tokens, num_heads, head_dim = query.shape
+    num_tokens, num_heads, _ = query.shape
     batch = block_tables.shape[0]
-    kv_heads, block_size = keys.shape[1], keys.shape[3]
-    output = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if num_tokens == 0 or batch == 0:
         return output
-    padded = triton.next_power_of_2(head_dim)
-    group = num_heads // kv_heads
+    shape = shape_constants(query, keys)
     if config is None:
         device = describe(query.device)
-        wide, narrow = PREFILL[device.architecture][padded, query.element_size()]
+        wide, narrow = PREFILL[device.architecture][shape["D_PADDED"], query.element_size()]
         # Twice: tiles for one and a half rounds of the device would leave a quarter of it idle.
         fills = num_tokens * num_heads >= 2 * wide.block_m * device.multiprocessors
         config = wide if fills else narrow
-    block_m = max(config.block_m, triton.next_power_of_2(group))
-    prefill_kernel[(kv_heads, num_tokens // (block_m // group) + batch)](
+    block_m = max(config.block_m, triton.next_power_of_2(shape["GROUP"]))
+    prefill_kernel[(keys.shape[1], num_tokens // (block_m // shape["GROUP"]) + batch)](
         output,
         query,
         keys,
@@ -179,20 +136,10 @@ def prefill(
         block_tables,
         query_start,
         context_lens,
-        query.stride(0),
-        query.stride(1),
-        keys.stride(0),
-        keys.stride(1),
-        values.stride(0),
-        values.stride(1),
-        block_tables.stride(0),
+        *strides(query, keys, values, block_tables),
         batch,
         scale * math.log2(math.e),
-        H=num_heads,
-        GROUP=group,
-        D=head_dim,
-        D_PADDED=padded,
-        BLOCK_SIZE=block_size,
+        **shape,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,

@@ -1,7 +1,7 @@
-"""The top_k and top_p threshold of each row on CUDA, by bisection.
+"""The top-k and top-p threshold of each row, by bisection: `ops.token_threshold` on CUDA.
 
-Floats that are not negative are ordered as their bits are, so bisecting the bits of the threshold ends after 30 passes
-over the row at most, with the exact answer. Both ends are moved to a weight that occurs, which ends it sooner.
+Non-negative floats have the order of their bits, so bisecting the bits of the threshold ends with the exact answer
+after at most 30 passes over the row. Both ends move to weights that occur, which ends the bisection sooner.
 """
 
 from typing import no_type_check
@@ -17,16 +17,16 @@ from dispec.ops.triton.tuning import THRESHOLD_BLOCK, THRESHOLD_WARPS
 @triton.jit
 @no_type_check
 def split(weights, size, pivot, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """(number or sum of the weights whose bits are at least `pivot`, the least such bits, the greatest of the others).
+    """Return the number or sum of weights with bits of at least `pivot`, the least such bits, the greatest other bits.
 
-    Sums are taken in one order whatever the pivot, so they fall as the pivot rises, rounding included.
+    Sums have the same order of additions at every pivot, so they fall as the pivot rises, rounding included.
     """
     amount = tl.zeros([BLOCK], tl.float32)
     least = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
     greatest = tl.zeros([BLOCK], tl.int32)
     for start in range(0, size, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        # What lies past the end counts as 0, which is below every pivot.
+        # Weights past the end count as 0, which is below every pivot.
         weight = tl.load(weights + index, mask=index < size, other=0.0)
         bits = weight.to(tl.int32, bitcast=True)
         is_above = bits >= pivot
@@ -39,8 +39,8 @@ def split(weights, size, pivot, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 @no_type_check
 def bisect(weights, size, low, enough, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Bits of the largest weight from which on there is `enough`, given bits `low` from which there is."""
-    high = tl.full((), 0x3F800001, tl.int32)  # above 1.0: nothing is there
+    """Return the greatest bits of a weight at which the count or sum is at least `enough`; at `low` it is."""
+    high = tl.full((), 0x3F800001, tl.int32)  # above 1.0, the largest weight
     while low + 1 < high:
         pivot = low + (high - low) // 2
         amount, least, greatest = split(weights, size, pivot, COUNT, BLOCK)
@@ -52,7 +52,7 @@ def bisect(weights, size, low, enough, COUNT: tl.constexpr, BLOCK: tl.constexpr)
 @triton.jit
 @no_type_check
 def token_threshold_kernel(weights, top_k, top_p, thresholds, size, BLOCK: tl.constexpr):
-    """One program: one row. Grid (R,)."""
+    """Find the threshold of one row. Grid (R,)."""
     row = tl.program_id(0).to(tl.int64)
     weights += row * size
     k = tl.load(top_k + row)
@@ -67,15 +67,11 @@ def token_threshold_kernel(weights, top_k, top_p, thresholds, size, BLOCK: tl.co
 
 
 def token_threshold(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """The largest t of each row for which the tokens of weight at least t are enough.
-
-    weights: [R, V], float32 in [0, 1] with row maximum 1, V below 2**24; top_k: [R], int32 or int64;
-    top_p: [R], float32. Returns [R], float32.
-    """
-    rows, size = weights.shape
-    thresholds = torch.empty(rows, dtype=torch.float32, device=weights.device)
-    if rows:
-        token_threshold_kernel[(rows,)](
+    """Compute `ops.token_threshold` of weights [R, V] with V below 2**24; top_k is int32 or int64."""
+    num_sampled, size = weights.shape
+    thresholds = torch.empty(num_sampled, dtype=torch.float32, device=weights.device)
+    if num_sampled:
+        token_threshold_kernel[(num_sampled,)](
             weights.contiguous(),
             top_k.contiguous(),
             top_p.contiguous(),

@@ -1,8 +1,8 @@
 """Launch configurations, pinned by device architecture, padded head dimension and element size.
 
-Autotuning inside an opaque op would time kernels while a CUDA graph is being captured, so configurations are
-looked up instead. To retune, run `python -m dispec.bench.kernels --sweep` on the device and copy the lines it prints
-into the table of that architecture; `tests/test_triton_aot.py` then shows whether the new entries spill.
+Autotuning inside an opaque op would time kernels while a CUDA graph is recorded, so configurations come from tables. To
+retune, run `python -m dispec.bench.kernels --sweep` on the device and copy the printed lines into the table of its
+architecture; `tests/test_triton_aot.py` shows whether the new entries spill.
 """
 
 import functools
@@ -12,8 +12,11 @@ import torch
 
 
 class DecodeConfig(NamedTuple):
-    """How to launch the uniform path. `block_n`: positions per tile; `programs_per_multiprocessor`: how many
-    programs to split the batch into, in multiples of the device's multiprocessors."""
+    """How to launch decode attention.
+
+    block_n: positions of a tile. programs_per_multiprocessor: programs to split the batch into, in multiples of the
+    device's multiprocessors.
+    """
 
     block_n: int
     num_warps: int
@@ -22,8 +25,10 @@ class DecodeConfig(NamedTuple):
 
 
 class PrefillConfig(NamedTuple):
-    """How to launch the ragged path. `block_m`: rows per tile, a row being one query head of one token;
-    `block_n`: positions per tile."""
+    """How to launch prefill attention.
+
+    block_m: rows of a tile, where a row is one query head of one token. block_n: positions of a tile.
+    """
 
     block_m: int
     block_n: int
@@ -31,9 +36,12 @@ class PrefillConfig(NamedTuple):
     num_stages: int
 
 
-class FewRowsConfig(NamedTuple):
-    """How to launch a product of few rows. `block_n`: features per program; `block_k`: columns per tile; `splits`: of
-    the columns over programs, 0 for the kernel without tensor cores, which has no `num_stages`."""
+class SkinnyGemmConfig(NamedTuple):
+    """How to launch a skinny GEMM.
+
+    block_n: output features of a program. block_k: columns of a tile. splits: programs that share the columns; 0
+    selects the kernel without tensor cores, which has no `num_stages`.
+    """
 
     block_n: int
     block_k: int
@@ -43,7 +51,7 @@ class FewRowsConfig(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What a launch decision may depend on."""
+    """The properties of a device that launches depend on."""
 
     architecture: str
     multiprocessors: int
@@ -51,10 +59,10 @@ class Device(NamedTuple):
 
 # (head dimension padded to a power of two, bytes per element) -> configuration.
 DecodeTable = dict[tuple[int, int], DecodeConfig]
-# The same, with one configuration for steps that fill the device with wide tiles and one for those that do not.
+# The same, with one configuration for steps that fill the device with wide tiles and one for shorter steps.
 PrefillTable = dict[tuple[int, int], tuple[PrefillConfig, PrefillConfig]]
 
-# The pipeliner splits `num_stages` between the block ids and the pages that they point to: 3 stages load one tile
+# Triton's pipeliner divides `num_stages` between the block ids and the pages that they point to: 3 stages load one tile
 # ahead, 5 stages two.
 DECODE: dict[str, DecodeTable] = {
     "sm_90": {
@@ -73,7 +81,7 @@ DECODE: dict[str, DecodeTable] = {
         (128, 4): DecodeConfig(16, 8, 3, 2),
         (256, 4): DecodeConfig(16, 8, 3, 2),
     },
-    # Anything else: fits the 64 KiB to 99 KiB of shared memory that smaller and newer consumer chips have.
+    # Any other device: fits the 64 to 99 KiB of shared memory of consumer chips.
     "fallback": {
         (64, 2): DecodeConfig(64, 4, 3, 2),
         (128, 2): DecodeConfig(32, 4, 3, 2),
@@ -111,36 +119,36 @@ PREFILL: dict[str, PrefillTable] = {
     },
 }
 
-# A decode sequence is cut into pieces of at most this many positions even where the batch alone fills the
-# device, so that one long context among short ones does not run on a single multiprocessor.
-LONGEST_SPLIT = 4096
+# Most positions of a split of decode attention, even where the batch alone fills the device: one long context among
+# short ones must not run on a single multiprocessor.
+MAX_SPLIT_POSITIONS = 4096
 
-# Rows of queries that one decode program holds, by bytes per element; more (long verification with a large group)
-# take more programs.
-WIDEST_DECODE_TILE = {2: 64, 4: 16}
+# Most rows of a decode program, by bytes per element. Verification with many draft tokens and a large group takes
+# several programs.
+MAX_DECODE_TILE_ROWS = {2: 64, 4: 16}
 
-# Tokens that one program of `write_kv` stores. Neighbouring tokens share the memory sectors of a key page
-# (positions are innermost there), which pays once there are enough tokens to fill the device anyway.
-WRITE_TOKENS_LONG = 16
-WRITE_LONG_FROM = 512
+# Tokens that one program writes to the KV cache, in steps of at least so many tokens; below, one. Neighbouring tokens
+# share the memory sectors of a key page (positions are innermost there), which pays once the step fills the device.
+TILED_WRITE_TOKENS = 16
+MIN_TILED_WRITE_TOKENS = 512
 
-# Up to how many rows are normed in the product that needs them. More are by a kernel before it, once for all programs.
-FOLDS_NORM_UP_TO = 16
+# Most tokens whose norm is fused into the GEMM after it. More are normed once by a kernel before it.
+MAX_FUSED_NORM_TOKENS = 16
 
-# Elements of the output that one program adds the parts of, in a product whose columns are split.
+# Elements of the output that one program sums the splits of, in split-K GEMMs.
 REDUCE_BLOCK = 256
 
-# Weights that one program of `token_threshold` reads at a time, and its warps. Larger blocks are a little faster where
-# the vocabulary is a multiple of 16, but spill where it is not.
+# Weights that one program of `token_threshold` reads at a time, and its warps. Larger blocks are a little faster at a
+# vocabulary of a multiple of 16, but spill at others.
 THRESHOLD_BLOCK = 8192
 THRESHOLD_WARPS = 32
 
 
 @functools.cache
 def describe(device: torch.device) -> Device:
-    """The architecture, as the tables name it, and the number of multiprocessors of a device.
+    """Return the architecture, as the tables name it, and the number of multiprocessors of a device.
 
-    Anything but CUDA (the interpreter in tests) is described as a small fallback device.
+    A device other than CUDA (the interpreter in tests) is described as a small fallback device.
     """
     if device.type != "cuda":
         return Device("fallback", 4)
@@ -149,54 +157,60 @@ def describe(device: torch.device) -> Device:
     return Device(architecture if architecture in DECODE else "fallback", properties.multi_processor_count)
 
 
-def choose_few_rows(device: Device, rows: int, features: int, columns: int) -> FewRowsConfig | None:
-    """The kernel for a product of `rows` rows with a weight [features, columns]; None where torch's was no slower.
+def choose_linear(device: Device, num_tokens: int, out_features: int, in_features: int) -> SkinnyGemmConfig | None:
+    """Return how to launch a GEMM without a norm, gate or residual; None where torch's was no slower.
 
-    Measured with `python -m dispec.bench.products --sweep` on an H100, over the weights of three models.
+    Measured with `python -m dispec.bench.skinny_gemm --sweep` on an H100, over the weights of three models.
     """
-    if device.architecture != "sm_90" or columns % 16:
+    if device.architecture != "sm_90" or in_features % 16:
         return None
-    tiles = features // 64
-    if tiles >= 3 * device.multiprocessors and rows <= 64:
-        return FewRowsConfig(128, 128, 1, 4, 4)
-    if rows > 32:
+    tiles = out_features // 64
+    if tiles >= 3 * device.multiprocessors and num_tokens <= 64:
+        return SkinnyGemmConfig(128, 128, 1, 4, 4)
+    if num_tokens > 32:
         return None
     if tiles >= device.multiprocessors:
-        return FewRowsConfig(64, 128, 1, 4, 3)
-    if columns > 4096:  # worth a second kernel, so that more programs read
-        return FewRowsConfig(64, 128, device.multiprocessors // max(tiles, 1), 4, 5)
-    if rows <= 2 and columns < 4096:
-        return FewRowsConfig(2, 512, 0, 2)
-    if rows <= 8 or (columns == 4096 and rows <= 16):
-        return FewRowsConfig(64, 128, 1, 4, 5)
+        return SkinnyGemmConfig(64, 128, 1, 4, 3)
+    if in_features > 4096:  # more programs read the weight, which is worth a second kernel
+        return SkinnyGemmConfig(64, 128, device.multiprocessors // max(tiles, 1), 4, 5)
+    if num_tokens <= 2 and in_features < 4096:
+        return SkinnyGemmConfig(2, 512, 0, 2)
+    if num_tokens <= 8 or (in_features == 4096 and num_tokens <= 16):
+        return SkinnyGemmConfig(64, 128, 1, 4, 5)
     return None
 
 
-def choose_product(
-    device: Device, rows: int, features: int, columns: int, *, has_norm: bool = False, is_gated: bool = False
-) -> FewRowsConfig | None:
-    """The kernel for a layer's product of `rows` rows with a weight [features, columns]; None where it is torch's.
+def choose_fused_linear(
+    device: Device,
+    num_tokens: int,
+    out_features: int,
+    in_features: int,
+    *,
+    has_norm: bool = False,
+    is_gated: bool = False,
+) -> SkinnyGemmConfig | None:
+    """Return how to launch a layer's GEMM with what surrounds it in one kernel; None for torch's GEMM.
 
-    has_norm: its rows are normed first; is_gated: half of its features gate the others.
+    has_norm: its input is normed. is_gated: half of its output features gate the others.
 
-    From `python -m dispec.bench.layer --sweep` on an H100 with the shapes of Qwen2.5-1.5B, and used on an A100 as well.
-    From 17 rows torch's products are faster but for gated ones, from 33 rows those too.
+    From `python -m dispec.bench.layer --sweep` on an H100 with the shapes of Qwen2.5-1.5B; used on an A100 as well.
+    From 17 tokens torch is faster except for gated GEMMs, from 33 tokens for those too.
     """
-    if device.architecture == "fallback" or features % 16 or columns % 16:
+    if device.architecture == "fallback" or out_features % 16 or in_features % 16:
         return None
-    if not is_gated and features // 64 >= 3 * device.multiprocessors:
-        return None  # the head's product, which `choose_few_rows` knows
-    is_long = columns > 2 * features  # a layer's last product, whose features alone make too few programs
-    if rows <= 2:
+    if not is_gated and out_features // 64 >= 3 * device.multiprocessors:
+        return None  # the head, for which `choose_linear` has configurations
+    is_long = in_features > 2 * out_features  # the down projection: its output features alone make too few programs
+    if num_tokens <= 2:
         if has_norm or is_gated:
-            return FewRowsConfig(4, 512, 0, 2)
-        return FewRowsConfig(2, 1024, 0, 4) if is_long else FewRowsConfig(2, 512, 0, 2)
+            return SkinnyGemmConfig(4, 512, 0, 2)
+        return SkinnyGemmConfig(2, 1024, 0, 4) if is_long else SkinnyGemmConfig(2, 512, 0, 2)
     if is_gated:
-        return FewRowsConfig(64, 128, 1, 4, 3) if rows <= 32 else None
-    if rows > 16:
+        return SkinnyGemmConfig(64, 128, 1, 4, 3) if num_tokens <= 32 else None
+    if num_tokens > 16:
         return None
     if has_norm:
-        return FewRowsConfig(16, 128, 1, 2, 5)
+        return SkinnyGemmConfig(16, 128, 1, 2, 5)
     if is_long:
-        return FewRowsConfig(64, 128, min(max(device.multiprocessors * 64 // features, 1), 12), 4, 5)
-    return FewRowsConfig(16, 512, 1, 4, 3)
+        return SkinnyGemmConfig(64, 128, min(max(device.multiprocessors * 64 // out_features, 1), 12), 4, 5)
+    return SkinnyGemmConfig(16, 512, 1, 4, 3)

@@ -1,4 +1,4 @@
-"""The norm before a product and the gate after it, as kernels of their own around torch's product."""
+"""RMS norm and gated activation as kernels of their own, around torch's GEMM."""
 
 from typing import no_type_check
 
@@ -12,8 +12,8 @@ from dispec.ops.norm import Norm
 
 @triton.jit
 @no_type_check
-def norm_kernel(output, x, weight, x_stride, eps, E: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: a row of x. Grid (T,)."""
+def rms_norm_kernel(output, x, weight, x_stride, eps, E: tl.constexpr, BLOCK: tl.constexpr):
+    """Norm one token of x [T, E]. Grid (T,)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < E
@@ -25,8 +25,8 @@ def norm_kernel(output, x, weight, x_stride, eps, E: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 @no_type_check
-def gate_halves_kernel(output, gate_up, F, BLOCK: tl.constexpr):
-    """One program: BLOCK features of a row. Grid (T, ceil(F / BLOCK))."""
+def silu_and_mul_kernel(output, gate_up, F, BLOCK: tl.constexpr):
+    """Gate BLOCK features of one token of gate_up [T, 2 F]. Grid (T, ceil(F / BLOCK))."""
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = feature < F
@@ -36,12 +36,12 @@ def gate_halves_kernel(output, gate_up, F, BLOCK: tl.constexpr):
     tl.store(output + row * F + feature, result.to(output.dtype.element_ty), mask=inside)
 
 
-def norm_rows(x: Tensor, norm: Norm) -> Tensor:
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     """Return `ops.rms_norm(x, norm)` for x [T, E], contiguous in its rows."""
-    rows, hidden = x.shape
-    output = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
+    num_tokens, hidden = x.shape
+    output = torch.empty((num_tokens, hidden), dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(hidden)
-    norm_kernel[(rows,)](
+    rms_norm_kernel[(num_tokens,)](
         output,
         x,
         norm.weight,
@@ -54,12 +54,12 @@ def norm_rows(x: Tensor, norm: Norm) -> Tensor:
     return output
 
 
-def gate_halves(gate_up: Tensor) -> Tensor:
+def silu_and_mul(gate_up: Tensor) -> Tensor:
     """Return `silu(gate) * up` of the two halves of each row. gate_up: [T, 2 F], contiguous. Returns [T, F]."""
-    rows, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
-    output = torch.empty((rows, intermediate), dtype=gate_up.dtype, device=gate_up.device)
+    num_tokens, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
+    output = torch.empty((num_tokens, intermediate), dtype=gate_up.dtype, device=gate_up.device)
     block = min(triton.next_power_of_2(intermediate), 1024)
-    gate_halves_kernel[(rows, triton.cdiv(intermediate, block))](
+    silu_and_mul_kernel[(num_tokens, triton.cdiv(intermediate, block))](
         output, gate_up, intermediate, BLOCK=block, num_warps=4
     )
     return output

@@ -1,27 +1,22 @@
-// The queries of a step, rotated, and its keys and values into their pages, from one pass over what was projected.
+// Head norms and rotation of the queries and keys of a step, and the write of keys and values to their slots.
 #include <cmath>
 #include <cstdint>
 
-#include "parts.h"
+#include "kernels.h"
 #include "thread_pool.h"
 
 namespace {
 
-constexpr int64_t MAX_HEAD_DIM = 256;
-constexpr int64_t FEW_ELEMENTS = 4096;  // that one thread rotates in less time than two take to meet
+// Fewer take one thread less time than two threads take to synchronise.
+constexpr int64_t MIN_PARALLEL_ELEMENTS = 4096;
 
-// Norm (where there is a weight) and rotation of one head, with a rounding to T after each step that has one in torch.
+// Norm (where there is a weight) and rotate one head, with a rounding to T after each operation that torch rounds
+// after. Dimension i rotates with dimension i + d / 2 (arXiv:2104.09864, the half-split order of Hugging Face).
 template <typename T>
 void rotate(const T *x, const T *norm, float eps, const float *cosine, const float *sine, int64_t d, T *out) {
     T normed[MAX_HEAD_DIM];
     if (norm) {
-        Floats squares = {};
-        for (int64_t i = 0; i < d; i += LANES) squares += load(x + i) * load(x + i);
-        const float factor = 1.0f / std::sqrt(sum(squares) / float(d) + eps);
-        for (int64_t i = 0; i < d; i += LANES) {
-            store(normed + i, load(x + i) * factor);
-            store(normed + i, load(normed + i) * load(norm + i));
-        }
+        rms_norm(x, norm, eps, normed, d);
         x = normed;
     }
     const int64_t half = d / 2;
@@ -44,10 +39,10 @@ void rotate(const T *x, const T *norm, float eps, const float *cosine, const flo
 }  // namespace
 
 template <typename T>
-void rope_write(const Rotation<T> &r, const Shape &shape) {
+void rope_write(const RopeWrite<T> &r, const AttentionShape &shape) {
     const int64_t d = shape.head_dim, heads = shape.heads, kv_heads = shape.kv_heads;
     const int64_t page = d * shape.block_size, all = heads + 2 * kv_heads;
-    // Slots are distinct but for padding's, and what lies there is never read.
+    // Slots are distinct except for padding, whose slots are never read.
     const auto write = [&](int64_t begin, int64_t end) {
         for (int64_t index = begin; index < end; ++index) {
             const int64_t head = index / r.tokens, token = index % r.tokens;
@@ -71,21 +66,21 @@ void rope_write(const Rotation<T> &r, const Shape &shape) {
         }
     };
     const int64_t heads_of_tokens = all * r.tokens;
-    heads_of_tokens * d > FEW_ELEMENTS ? parallel_for(heads_of_tokens, write) : write(0, heads_of_tokens);
+    heads_of_tokens * d > MIN_PARALLEL_ELEMENTS ? parallel_for(heads_of_tokens, write) : write(0, heads_of_tokens);
 }
 
-template void rope_write(const Rotation<bfloat16> &, const Shape &);
-template void rope_write(const Rotation<float> &, const Shape &);
+template void rope_write(const RopeWrite<bfloat16> &, const AttentionShape &);
+template void rope_write(const RopeWrite<float> &, const AttentionShape &);
 
-// head_dim is a multiple of 16 up to 256.
-#define ROTATE_AND_WRITE(name, T)                                                                                      \
-    extern "C" void name(const T *projected, int64_t stride, const T *query_norm, const T *key_norm, float eps,        \
-                         const float *cosine, const float *sine, const int32_t *slot_mapping, int64_t tokens,          \
-                         int64_t heads, int64_t kv_heads, int64_t d, int64_t block_size, T *query, T *keys, T *values) { \
-        const Rotation<T> rotation{projected, stride, query_norm, key_norm, eps, cosine, sine, slot_mapping, tokens,    \
-                                   query, keys, values};                                                               \
-        rope_write(rotation, Shape{heads, kv_heads, d, block_size});                                             \
+#define ROPE_WRITE(name, T)                                                                                           \
+    extern "C" void name(const T *projected, int64_t stride, const T *query_norm, const T *key_norm, float eps,       \
+                         const float *cosine, const float *sine, const int32_t *slot_mapping, int64_t tokens,         \
+                         int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_size, T *query, T *keys,    \
+                         T *values) {                                                                                 \
+        rope_write(RopeWrite<T>{projected, stride, query_norm, key_norm, eps, cosine, sine, slot_mapping, tokens,     \
+                                query, keys, values},                                                                 \
+                   AttentionShape{heads, kv_heads, head_dim, block_size});                                            \
     }
 
-ROTATE_AND_WRITE(dispec_rotate_and_write_bfloat16, bfloat16)
-ROTATE_AND_WRITE(dispec_rotate_and_write_float32, float)
+ROPE_WRITE(dispec_rope_write_bfloat16, bfloat16)
+ROPE_WRITE(dispec_rope_write_float32, float)

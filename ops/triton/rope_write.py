@@ -1,21 +1,37 @@
-"""Queries ready to attend, and keys and values in their pages, from hidden states: `ops.qkv_rope_write` on CUDA."""
+"""Head norms, rotation and the KV cache write of projected queries, keys and values, in one kernel."""
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dispec.ops.norm import Norm
-from dispec.ops.triton.linear import fused_linear
-from dispec.ops.triton.rotate_product import Slots, rotate_product
-from dispec.ops.triton.tuning import WRITE_LONG_FROM, WRITE_TOKENS_LONG, choose_product, describe
+from dispec.ops.triton.tuning import MIN_TILED_WRITE_TOKENS, TILED_WRITE_TOKENS
 
 
-@triton.jit(do_not_specialize=["rows"])
+class KVSlots(NamedTuple):
+    """The pages of a layer, the slots of a step's tokens in them, and the rotation of their positions.
+
+    keys: [NB, KV, D, BS] and values: [NB, KV, BS, D], contiguous in their last two dimensions; slot_mapping: [T] int32;
+    cosine and sine: [T, D / 2] float32, contiguous.
+    """
+
+    keys: Tensor
+    values: Tensor
+    slot_mapping: Tensor
+    cosine: Tensor
+    sine: Tensor
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the blocks and heads of keys and values, in elements."""
+        return (*self.keys.stride()[:2], *self.values.stride()[:2])
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
 @no_type_check
-def rotate_heads_kernel(
+def rope_write_kernel(
     query,
     keys,
     values,
@@ -25,7 +41,7 @@ def rotate_heads_kernel(
     projected,
     query_norm,
     key_norm,
-    rows,
+    num_tokens,
     eps,
     keys_block_stride,
     keys_head_stride,
@@ -39,17 +55,17 @@ def rotate_heads_kernel(
     HAS_NORM: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """One program: one head of TOKENS tokens, as its two halves. Grid (ceil(T / TOKENS), H + 2 KV).
+    """Norm, rotate and write one head of TOKENS tokens, as its two halves. Grid (ceil(T / TOKENS), H + 2 KV).
 
-    Keys are turned in shared memory before they are stored: positions are innermost in their pages, and neighbouring
-    tokens share memory sectors there.
+    Keys are transposed in shared memory before they are stored: positions are innermost in their pages, and
+    neighbouring tokens share memory sectors there.
     """
     D2: tl.constexpr = D // 2
     row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
     dim = tl.arange(0, D2_PADDED)
-    is_row = row < rows
-    inside = is_row[:, None] & (dim < D2)[None, :]
+    is_token = row < num_tokens
+    inside = is_token[:, None] & (dim < D2)[None, :]
     at = projected + ((row * (H + 2 * KV) + head) * D)[:, None] + dim[None, :]
     first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(at + D2, mask=inside, other=0.0).to(tl.float32)
@@ -73,14 +89,14 @@ def rotate_heads_kernel(
         tl.store(to, first, mask=inside)
         tl.store(to + D2, second, mask=inside)
     else:
-        slot = tl.load(slot_mapping + row, mask=is_row, other=0)
+        slot = tl.load(slot_mapping + row, mask=is_token, other=0)
         block, offset = (slot // BLOCK_SIZE).to(tl.int64), (slot % BLOCK_SIZE).to(tl.int64)
         if head < H + KV:
             key = keys + block * keys_block_stride + (head - H) * keys_head_stride + offset
-            turned = key[None, :] + (dim * BLOCK_SIZE)[:, None]
-            is_key = is_row[None, :] & (dim < D2)[:, None]
-            tl.store(turned, tl.trans(first), mask=is_key)
-            tl.store(turned + D2 * BLOCK_SIZE, tl.trans(second), mask=is_key)
+            key_rows = key[None, :] + (dim * BLOCK_SIZE)[:, None]
+            is_key = is_token[None, :] & (dim < D2)[:, None]
+            tl.store(key_rows, tl.trans(first), mask=is_key)
+            tl.store(key_rows + D2 * BLOCK_SIZE, tl.trans(second), mask=is_key)
         else:
             value = values + block * values_block_stride + (head - H - KV) * values_head_stride + offset * D
             to = value[:, None] + dim[None, :]
@@ -88,44 +104,23 @@ def rotate_heads_kernel(
             tl.store(to + D2, second, mask=inside)
 
 
-def qkv_rope_write(
-    x: Tensor,
-    qkv: Tensor,
-    bias: Tensor | None,
-    norm: Norm,
-    slots: Slots,
-    query_norm: Tensor | None,
-    key_norm: Tensor | None,
-) -> Tensor:
-    """`ops.qkv_rope_write` in 16 bits: one kernel for few rows, else a product and `rotate_heads`.
-
-    x: [T, E]; qkv: [(H + 2 KV) * D, E]; bias: [(H + 2 KV) * D]. Head norms have the `eps` of `norm`, and need whole
-    heads, which no program of the one kernel has. Returns [T, H, D].
-    """
-    config = choose_product(describe(x.device), x.shape[0], *qkv.shape, has_norm=True)
-    if config is None or query_norm is not None or not qkv.is_contiguous():
-        projected = fused_linear(x, qkv, bias, norm, is_gated=False)
-        return rotate_heads(projected, query_norm, key_norm, norm.eps, slots)
-    return rotate_product(x.contiguous(), qkv, bias, norm, slots, config)
-
-
-def rotate_heads(
+def rope_write(
     projected: Tensor,
     query_norm: Tensor | None,
     key_norm: Tensor | None,
     eps: float,
-    slots: Slots,
+    slots: KVSlots,
 ) -> Tensor:
-    """`ops.rope_write` in one kernel; projected: [T, (H + 2 KV) * D], contiguous. Returns [T, H, D]."""
+    """Compute `ops.rope_write` in one kernel. projected: [T, (H + 2 KV) * D], contiguous. Returns [T, H, D]."""
     _, kv_heads, head_dim, block_size = slots.keys.shape
-    rows = projected.shape[0]
+    num_tokens = projected.shape[0]
     heads = projected.shape[1] // head_dim - 2 * kv_heads
-    query = torch.empty((rows, heads, head_dim), dtype=projected.dtype, device=projected.device)
-    if rows == 0:
+    query = torch.empty((num_tokens, heads, head_dim), dtype=projected.dtype, device=projected.device)
+    if num_tokens == 0:
         return query
     has_norm = query_norm is not None and key_norm is not None
-    tokens = WRITE_TOKENS_LONG if rows >= WRITE_LONG_FROM else 1
-    rotate_heads_kernel[(triton.cdiv(rows, tokens), heads + 2 * kv_heads)](
+    tokens = TILED_WRITE_TOKENS if num_tokens >= MIN_TILED_WRITE_TOKENS else 1
+    rope_write_kernel[(triton.cdiv(num_tokens, tokens), heads + 2 * kv_heads)](
         query,
         slots.keys,
         slots.values,
@@ -135,7 +130,7 @@ def rotate_heads(
         projected,
         query_norm if has_norm else projected,
         key_norm if has_norm else projected,
-        rows,
+        num_tokens,
         eps,
         *slots.strides,
         H=heads,

@@ -1,0 +1,188 @@
+// A decoder model in one call: all layers of a step with few query tokens per sequence, or a whole loop of decode
+// steps. A small model's step takes so little time that the host's work between two layers or steps would take as long
+// again: its code has left the CPU's caches each time it runs.
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+#ifdef DISPEC_TILES
+#include "thread_pool.h"
+
+// `Layer`, `Model` and `Step` have the fields of the structures of the same names in decoder.py.
+namespace {
+
+// The weights of a layer, as `Linear` and `RopeWrite` take them, and its KV cache. Biases and head norms may be null.
+struct Layer {
+    const uint16_t *attention_norm;
+    const void *qkv;
+    const uint16_t *qkv_bias, *query_norm, *key_norm;
+    const void *output;
+    const uint16_t *output_bias, *mlp_norm;
+    const void *gate_up, *down;
+    bfloat16 *keys, *values;
+};
+
+// embedding [vocab, hidden] in bf16, plain or in tiles. head: a weight [head_rows, hidden]; its first `columns` outputs
+// may be sampled. head_tokens [columns]: their tokens, null where they are all tokens in order. cosine and sine
+// [positions, head_dim / 2].
+struct Model {
+    int64_t hidden, intermediate, heads, kv_heads, head_dim, block_size, vocab, embedding_is_tiled;
+    const uint16_t *embedding;
+    int64_t num_layers, layers_are_int8;
+    const Layer *layers;
+    const uint16_t *final_norm;
+    int64_t head_rows, head_is_int8, columns;
+    const void *head;
+    const int64_t *head_tokens;
+    const float *cosine, *sine;
+    float eps, scale;
+};
+
+// The tokens of a step, as `RopeWrite` and `Attention` take them.
+struct Step {
+    int64_t tokens, sequences;
+    const float *cosine, *sine;
+    const int32_t *slot_mapping, *block_tables;
+    int64_t table_stride;
+    const int32_t *query_start, *context_lens;
+};
+
+// Intermediate results of a layer, which the next one overwrites.
+struct LayerScratch {
+    std::vector<uint16_t> normed, projected, query, attended, middle, gated;
+    DecodePlan plan;
+
+    void resize(const Model &m, int64_t tokens) {
+        normed.resize(tokens * m.hidden + 2);
+        projected.resize(tokens * (m.heads + 2 * m.kv_heads) * m.head_dim);
+        query.resize(tokens * m.heads * m.head_dim);
+        attended.resize(tokens * m.heads * m.head_dim);
+        middle.resize(tokens * m.hidden);
+        gated.resize(tokens * m.intermediate);
+    }
+};
+
+// Compute one layer as `layers.block` does: x and out [tokens, hidden], which may be the same.
+void compute_layer(const Layer &w, const Model &m, const Step &step, const AttentionShape &shape, LayerScratch &s,
+                   const uint16_t *x, uint16_t *out) {
+    const int64_t tokens = step.tokens, query_size = m.heads * m.head_dim;
+    const int64_t qkv_size = (m.heads + 2 * m.kv_heads) * m.head_dim;
+    const bool is_int8 = m.layers_are_int8 != 0;
+    uint16_t *normed = s.normed.data(), *middle = s.middle.data(), *gated = s.gated.data();
+    bfloat16 *projected = (bfloat16 *)s.projected.data(), *query = (bfloat16 *)s.query.data();
+    bfloat16 *attended = (bfloat16 *)s.attended.data();
+    linear({x, m.hidden, w.attention_norm, m.eps, normed, w.qkv, is_int8, w.qkv_bias, nullptr, s.projected.data(),
+            tokens, qkv_size, m.hidden, false});
+    rope_write(RopeWrite<bfloat16>{projected, qkv_size, (bfloat16 *)w.query_norm, (bfloat16 *)w.key_norm, m.eps,
+                                   step.cosine, step.sine, step.slot_mapping, tokens, query, w.keys, w.values},
+               shape);
+    decode_attention(Attention<bfloat16>{query, query_size, w.keys, w.values, step.block_tables, step.table_stride,
+                                         step.query_start, step.context_lens, step.sequences, m.scale, attended},
+                     s.plan, shape);
+    linear({s.attended.data(), query_size, nullptr, 0, nullptr, w.output, is_int8, w.output_bias, x, middle, tokens,
+            m.hidden, query_size, false});
+    linear({middle, m.hidden, w.mlp_norm, m.eps, normed, w.gate_up, is_int8, nullptr, nullptr, gated, tokens,
+            2 * m.intermediate, m.hidden, true});
+    linear({gated, m.intermediate, nullptr, 0, nullptr, w.down, is_int8, nullptr, middle, out, tokens, m.hidden,
+            m.intermediate, false});
+}
+
+void compute_layers(const Model &m, const Step &step, const uint16_t *x, uint16_t *out) {
+    static thread_local LayerScratch scratch;
+    const AttentionShape shape{m.heads, m.kv_heads, m.head_dim, m.block_size};
+    scratch.resize(m, step.tokens);
+    scratch.plan.make(step.query_start, step.context_lens, step.sequences, step.tokens, shape);
+    for (const Layer *layer = m.layers; layer < m.layers + m.num_layers; ++layer) {
+        compute_layer(*layer, m, step, shape, scratch, x, out);
+        x = out;
+    }
+}
+
+// Inputs and results of a step, which the next one overwrites.
+struct StepScratch {
+    std::vector<uint16_t> x, logits, normed;
+    std::vector<float> cosine, sine;
+    std::vector<int32_t> token_ids, slot_mapping, query_start, context_lens;
+    std::vector<int64_t> columns;
+
+    void resize(const Model &m, int64_t sequences, int64_t tokens) {
+        x.resize(tokens * m.hidden);
+        logits.resize(sequences * m.head_rows);
+        normed.resize(sequences * m.hidden + 2);
+        cosine.resize(tokens * m.head_dim / 2);
+        sine.resize(tokens * m.head_dim / 2);
+        slot_mapping.resize(tokens);
+        query_start.resize(sequences + 1);
+        context_lens.resize(sequences);
+        columns.resize(sequences);
+    }
+};
+
+// Write the position-dependent inputs of the last `query_len` tokens of sequence b: rotation, slots, clamped token ids.
+void write_inputs(const Model &m, StepScratch &s, int64_t b, int64_t query_len, const int32_t *blocks) {
+    const int64_t half = m.head_dim / 2;
+    for (int64_t token = b * query_len; token < (b + 1) * query_len; ++token) {
+        const int64_t position = s.context_lens[b] - (b + 1) * query_len + token;
+        s.slot_mapping[token] = int32_t(blocks[position / m.block_size] * m.block_size + position % m.block_size);
+        std::copy_n(m.cosine + position * half, half, s.cosine.data() + token * half);
+        std::copy_n(m.sine + position * half, half, s.sine.data() + token * half);
+        s.token_ids[token] = std::min(s.token_ids[token], int32_t(m.vocab - 1));
+    }
+}
+
+void embed(const Model &m, const int32_t *token_ids, int64_t tokens, uint16_t *x) {
+    if (m.embedding_is_tiled) return unpack_rows(m.embedding, token_ids, tokens, m.hidden, x);
+    for (int64_t i = 0; i < tokens; ++i) std::copy_n(m.embedding + token_ids[i] * m.hidden, m.hidden, x + i * m.hidden);
+}
+
+}  // namespace
+
+// x and out [tokens, hidden], which may be the same.
+extern "C" void dispec_layers(const Model *model, const Step *step, const uint16_t *x, uint16_t *out) {
+    compute_layers(*model, *step, x, out);
+}
+
+// counts [sequences], not rising: tokens to generate for each. token_ids [sequences, query_len]: the last tokens of
+// each sequence, whose keys and values are computed too. context_lens: tokens of each sequence, these included.
+// temperature and seed [sequences], as `sample` takes them; temperature is null where all tokens are greedy. out
+// [sequences, counts[0]]; places past a sequence's count keep their values.
+extern "C" void dispec_decode(const Model *model, int64_t sequences, int64_t query_len, const int32_t *counts,
+                              const int32_t *token_ids, const int32_t *block_tables, int64_t table_stride,
+                              const int32_t *context_lens, const float *temperature, const int64_t *seed,
+                              int64_t *out) {
+    static thread_local StepScratch s;
+    const Model &m = *model;
+    s.resize(m, sequences, sequences * query_len);
+    s.token_ids.assign(token_ids, token_ids + sequences * query_len);
+    for (int64_t place = 0; place < counts[0]; ++place) {
+        const int64_t q = place ? 1 : query_len;
+        int64_t active = 0;
+        for (; active < sequences && counts[active] > place; ++active) {
+            s.context_lens[active] = int32_t(context_lens[active] + place);
+            s.query_start[active] = int32_t(active * q);
+            write_inputs(m, s, active, q, block_tables + active * table_stride);
+        }
+        const int64_t tokens = active * q;
+        s.query_start[active] = int32_t(tokens);
+        uint16_t *x = s.x.data(), *logits = s.logits.data();
+        embed(m, s.token_ids.data(), tokens, x);
+        compute_layers(m, {tokens, active, s.cosine.data(), s.sine.data(), s.slot_mapping.data(), block_tables,
+                           table_stride, s.query_start.data(), s.context_lens.data()}, x, x);
+        // The head reads the last token of each sequence.
+        linear({x + (q - 1) * m.hidden, q * m.hidden, m.final_norm, m.eps, s.normed.data(), m.head,
+                m.head_is_int8 != 0, nullptr, nullptr, logits, active, m.head_rows, m.hidden, false});
+        int64_t *columns = s.columns.data();
+        if (temperature)
+            sample((bfloat16 *)logits, m.head_rows, active, m.columns, temperature, seed, s.context_lens.data(),
+                   m.head_tokens, columns);
+        else
+            argmax((bfloat16 *)logits, m.head_rows, active, m.columns, columns);
+        for (int64_t b = 0; b < active; ++b) {
+            const int64_t token = m.head_tokens ? m.head_tokens[columns[b]] : columns[b];
+            out[b * counts[0] + place] = token;
+            s.token_ids[b] = int32_t(token);
+        }
+    }
+}
+#endif

@@ -1,0 +1,106 @@
+// Kernels that call one another. Each shares its work among the threads of `thread_pool.h` and returns when all is
+// done.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "vectors.h"
+
+#if defined(__AVX512BF16__) || (defined(__AVX2__) && defined(__FMA__))
+#define DISPEC_TILES  // packed weights and prefill attention; on other CPUs the library lacks them
+#endif
+
+// out [rows, n] = norm(x) [rows, k] @ weight.T + bias + residual [rows, n], in bf16. x: rows `x_stride` elements apart.
+// norm [k], bias [n] and residual may be null. packed: the weight in tiles, see tiles.h. normed: room for rows * k + 2
+// elements where there is a norm. If `is_gated`, n is a multiple of 64, the first half of the features gates the
+// second, there is no residual, and out is [rows, n / 2].
+struct Linear {
+    const uint16_t *x;
+    int64_t x_stride;
+    const uint16_t *norm;
+    float eps;
+    uint16_t *normed;
+    const void *packed;
+    bool is_int8;
+    const uint16_t *bias, *residual;
+    uint16_t *out;
+    int64_t rows, n, k;
+    bool is_gated;
+};
+
+void linear(const Linear &linear);
+
+// Copy rows of a packed bf16 weight [n, k]: out [count, k].
+void unpack_rows(const uint16_t *packed, const int32_t *indices, int64_t count, int64_t k, uint16_t *out);
+
+// head_dim and block_size are multiples of 16 up to 256.
+struct AttentionShape {
+    int64_t heads, kv_heads, head_dim, block_size;
+};
+
+constexpr int64_t MAX_HEAD_DIM = 256;
+constexpr int64_t MAX_BLOCK_SIZE = 256;
+
+// projected: queries, keys and values of all heads side by side, tokens `stride` elements apart. query_norm and
+// key_norm [head_dim] may be null. cosine and sine [tokens, head_dim / 2]. query [tokens, heads, head_dim] receives the
+// queries, keys [blocks, kv_heads, head_dim, block_size] and values [blocks, kv_heads, block_size, head_dim] the rest.
+template <typename T>
+struct RopeWrite {
+    const T *projected;
+    int64_t stride;
+    const T *query_norm, *key_norm;
+    float eps;
+    const float *cosine, *sine;
+    const int32_t *slot_mapping;
+    int64_t tokens;
+    T *query, *keys, *values;
+};
+
+template <typename T>
+void rope_write(const RopeWrite<T> &rope_write, const AttentionShape &shape);
+
+// query [tokens, heads, head_dim], tokens `query_stride` elements apart; output likewise, dense. Sequence b has query
+// tokens query_start[b] : query_start[b + 1], the last ones of context_lens[b], and blocks block_tables[b, :], rows
+// `table_stride` apart.
+template <typename T>
+struct Attention {
+    const T *query;
+    int64_t query_stride;
+    const T *keys, *values;
+    const int32_t *block_tables;
+    int64_t table_stride;
+    const int32_t *query_start, *context_lens;
+    int64_t sequences;
+    float scale;
+    T *output;
+};
+
+// A part of a thread's work in decode attention: query rows of one key head over one span of positions. partial: index
+// of its result among the partial results, or -1 where the span is the whole context.
+struct DecodeTask {
+    int64_t sequence, head, first_row, num_rows, begin, end, partial;
+};
+
+// The tasks of a step, the same in every layer, for sequences of at most `max_query_len` query tokens.
+struct DecodePlan {
+    std::vector<DecodeTask> tasks;
+    std::vector<float> partials;
+
+    void make(const int32_t *query_start, const int32_t *context_lens, int64_t sequences, int64_t max_query_len,
+              const AttentionShape &shape);
+};
+
+template <typename T>
+void decode_attention(const Attention<T> &attention, DecodePlan &plan, const AttentionShape &shape);
+
+// Attention of the sequences of more than `max_decode_len` query tokens.
+void prefill_attention(const Attention<bfloat16> &attention, const AttentionShape &shape, int64_t max_decode_len);
+
+// out [rows]: the column of the largest of n logits; rows `stride` elements apart.
+template <typename T>
+void argmax(const T *logits, int64_t stride, int64_t rows, int64_t n, int64_t *out);
+
+// out [rows]: the sampled column, see sampling.cpp. token_ids [n] may be null.
+template <typename T>
+void sample(const T *logits, int64_t stride, int64_t rows, int64_t n, const float *temperature, const int64_t *seed,
+            const int32_t *position, const int64_t *token_ids, int64_t *out);

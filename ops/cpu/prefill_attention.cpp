@@ -1,0 +1,173 @@
+// Attention of many query tokens per sequence over a paged KV cache, in bf16.
+//
+// A task is some query rows of one key head of one sequence. It runs over the positions in spans: a span's keys and
+// values are copied into tiles, and each group of rows multiplies them, with an online softmax between
+// (arXiv:2205.14135). Weights are rounded to `Input` before they multiply the values; sums are float32. Spans lie at
+// fixed positions, so that a row's bits depend neither on the rows beside it nor on the number of threads.
+#include "attention.h"
+#ifdef DISPEC_TILES
+#include <array>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "thread_pool.h"
+#include "tiles.h"
+
+namespace {
+
+constexpr int64_t SPAN = 256;            // positions
+constexpr int64_t MAX_TASK_ROWS = 192;   // which share one copy of each span into tiles
+constexpr int64_t MIN_TASK_ROWS = 24;
+constexpr int64_t TASKS_PER_THREAD = 4;  // several, because later rows attend to more positions
+
+struct alignas(64) Scratch {
+    uint16_t keys[SPAN * MAX_HEAD_DIM];    // [span / 32][dimensions / 2][32][2]
+    uint16_t values[SPAN * MAX_HEAD_DIM];  // [dimensions / 32][span / 2][32][2]
+    float sums[MAX_TASK_ROWS * MAX_HEAD_DIM];
+    Input query[MAX_TASK_ROWS * MAX_HEAD_DIM];
+    float scores[TILE_ROWS * SPAN];
+    Input weights[TILE_ROWS * SPAN];
+    float maximum[MAX_TASK_ROWS], total[MAX_TASK_ROWS];
+    int64_t visible[MAX_TASK_ROWS];
+};
+
+struct Task {
+    int64_t sequence, head, first_row, num_rows;
+};
+
+// Store the elements of both, alternating.
+inline void put_paired(uint16_t *to, Halves first, Halves second) {
+    const Words both = __builtin_convertvector(first, Words) | (__builtin_convertvector(second, Words) << 16);
+    std::memcpy(to, &both, sizeof both);
+}
+
+inline Halves sixteen(const bfloat16 *at) {
+    Halves x;
+    std::memcpy(&x, at, sizeof x);
+    return x;
+}
+
+inline int64_t padded(int64_t dimensions) { return (dimensions + TILE - 1) / TILE * TILE; }
+
+// Copy positions [start, start + count) of one key head into tiles. Values past `count` are zeros: the page may hold
+// NaN there, which a weight of zero does not remove.
+void copy_span(Scratch &s, const Attention<bfloat16> &a, const AttentionShape &shape, const int32_t *blocks,
+               int64_t head, int64_t start, int64_t count) {
+    const int64_t size = shape.block_size, d = shape.head_dim;
+    for (int64_t offset = 0; offset < count; offset += 16) {
+        const int64_t page = (blocks[(start + offset) / size] * shape.kv_heads + head) * size * d;
+        const int64_t within = (start + offset) % size;
+        const bfloat16 *keys = a.keys + page + within, *values = a.values + page + within * d;
+        uint16_t *to = s.keys + offset / TILE * d * TILE + offset % TILE * 2;
+        for (int64_t i = 0; i < d; i += 2)
+            put_paired(to + i * TILE, sixteen(keys + i * size), sixteen(keys + (i + 1) * size));
+        const int64_t here = std::min<int64_t>(16, count - offset);
+        for (int64_t i = 0; i < padded(d); i += 16) {
+            uint16_t *at = s.values + i / TILE * SPAN * TILE + offset * TILE + i % TILE * 2;
+            for (int64_t position = 0; position < 16; position += 2) {
+                const bfloat16 *from = values + position * d + i;
+                put_paired(at + position * TILE, i < d && position < here ? sixteen(from) : Halves{},
+                           i < d && position + 1 < here ? sixteen(from + d) : Halves{});
+            }
+        }
+    }
+}
+
+// Add a span to the sums of a group of ROWS rows, at least one of which attends to a position of it.
+template <int ROWS>
+void add_span(Scratch &s, int64_t first, int64_t start, int64_t count, int64_t d, float scale) {
+    const auto nothing = [](int64_t) {};
+    count = std::min(count, s.visible[first + ROWS - 1] - start);  // the last row attends to the most positions
+    for (int64_t at = 0; at < count; at += TILE) {
+        Floats scores[ROWS][2] = {};
+        multiply_add<ROWS>(scores, s.query + first * d, d, s.keys + at * d, d, nothing);
+        for (int row = 0; row < ROWS; ++row) {
+            const int64_t visible = s.visible[first + row] - start - at;
+            float *to = s.scores + row * SPAN + at;
+            store(to, masked(scores[row][0] * scale, visible));
+            store(to + LANES, masked(scores[row][1] * scale, visible - LANES));
+        }
+    }
+    float kept[ROWS];
+    for (int row = 0; row < ROWS; ++row) {
+        Input *weights = s.weights + row * SPAN;
+        kept[row] = online_softmax(s.scores + row * SPAN, count, s.maximum[first + row], s.total[first + row],
+                                   [=](int64_t i, Floats x) { put(weights + i, x); });
+    }
+    const int64_t even = count + count % 2, stride = padded(d);
+    for (int64_t at = 0; at < stride; at += TILE) {
+        Floats sums[ROWS][2];
+        float *to = s.sums + first * stride + at;
+        for (int row = 0; row < ROWS; ++row) {
+            sums[row][0] = load(to + row * stride) * kept[row];
+            sums[row][1] = load(to + row * stride + LANES) * kept[row];
+        }
+        multiply_add<ROWS>(sums, s.weights, SPAN, s.values + at * SPAN, even, nothing);
+        for (int row = 0; row < ROWS; ++row) {
+            store(to + row * stride, sums[row][0]);
+            store(to + row * stride + LANES, sums[row][1]);
+        }
+    }
+}
+
+using AddSpan = void (*)(Scratch &, int64_t, int64_t, int64_t, int64_t, float);
+
+template <int... ROWS>
+constexpr std::array<AddSpan, 1 + sizeof...(ROWS)> spans(std::integer_sequence<int, ROWS...>) {
+    return {nullptr, add_span<1 + ROWS>...};
+}
+
+constexpr auto ADD = spans(std::make_integer_sequence<int, TILE_ROWS>());
+
+void run_task(const Task &task, const Attention<bfloat16> &a, const AttentionShape &shape) {
+    static thread_local std::unique_ptr<Scratch> scratch;
+    if (!scratch) scratch.reset(new Scratch);
+    Scratch &s = *scratch;
+    const QueryRows<bfloat16> rows{a, shape, task.sequence, task.head, task.first_row};
+    const int64_t d = shape.head_dim;
+    for (int64_t row = 0; row < task.num_rows; ++row) {
+        for (int64_t i = 0; i < d; i += LANES) put(s.query + row * d + i, load(rows.query(row) + i));
+        s.visible[row] = rows.visible(row);
+        s.maximum[row] = -INFINITY;
+        s.total[row] = 0;
+    }
+    std::fill_n(s.sums, task.num_rows * padded(d), 0.0f);
+    const int64_t visible = s.visible[task.num_rows - 1], groups = (task.num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (int64_t start = 0; start < visible; start += SPAN) {
+        const int64_t count = std::min(SPAN, visible - start);
+        copy_span(s, a, shape, rows.blocks(), task.head, start, count);
+        for (int64_t i = 0; i < groups; ++i) {
+            const int64_t first = task.num_rows * i / groups, last = task.num_rows * (i + 1) / groups;
+            if (s.visible[last - 1] > start) ADD[last - first](s, first, start, count, d, a.scale);
+        }
+    }
+    for (int64_t row = 0; row < task.num_rows; ++row) rows.finish(row, s.sums + row * padded(d), s.total[row]);
+}
+
+}  // namespace
+
+void prefill_attention(const Attention<bfloat16> &a, const AttentionShape &shape, int64_t max_decode_len) {
+    const auto rows_of = [&](int64_t b) {
+        const int64_t tokens = a.query_start[b + 1] - a.query_start[b];
+        return tokens > max_decode_len ? tokens * (shape.heads / shape.kv_heads) : 0;
+    };
+    int64_t total = 0;
+    for (int64_t b = 0; b < a.sequences; ++b) total += rows_of(b) * shape.kv_heads;
+    if (total == 0) return;
+    const int64_t fair = total / (TASKS_PER_THREAD * num_threads()) / TILE_ROWS * TILE_ROWS;
+    const int64_t size = std::clamp(fair, MIN_TASK_ROWS, MAX_TASK_ROWS);
+    std::vector<Task> tasks;
+    for (int64_t b = 0; b < a.sequences; ++b) {
+        const int64_t rows = rows_of(b), chunks = (rows + size - 1) / size;
+        for (int64_t chunk = chunks - 1; chunk >= 0; --chunk)  // the longest ones first
+            for (int64_t head = 0; head < shape.kv_heads; ++head) {
+                const int64_t first = rows * chunk / chunks;
+                tasks.push_back({b, head, first, rows * (chunk + 1) / chunks - first});
+            }
+    }
+    parallel_for(tasks.size(), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) run_task(tasks[i], a, shape);
+    }, Schedule::TASKS);
+}
+#endif

@@ -1,17 +1,15 @@
-"""What speculation is worth, and why: who guesses, how often it stands, what it costs, what follows from that.
+"""The speed-up of speculative decoding, beside the acceptance and the costs that explain it.
 
     dispec bench spec --draft smollm2-draft
 
-First each kind of work with and without speculation, which take turns of a few tokens on the same engine; answers are
-compared token by token. Then the costs: a step that decodes, one that verifies so many guesses of each sequence, one
-guess of the draft. Last, with `--acceptance`, guesses that are right with a given probability, drawn at random,
-whatever the draft would have said: it runs, for what it costs, but its guesses are replaced by the known answer's
-tokens, or by wrong ones. Measured speed-ups stand beside those that follow from costs and acceptance
-(arXiv:2211.17192, theorem 3.8).
+First each workload with and without speculation; the two take turns of a few tokens on one engine, and their answers
+are compared token by token. Then the costs: seconds of a step that decodes, of one that verifies, of the draft tokens.
+Last, with `--acceptance`, draft tokens that are accepted with a given probability: the draft model runs for what it
+costs, and its tokens are replaced by the known answer's or by wrong ones. Measured speed-ups stand beside those that
+follow from costs and acceptance (arXiv:2211.17192, theorem 3.8).
 """
 
 import statistics
-from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import typer
@@ -20,12 +18,12 @@ from tqdm import tqdm
 from dispec.bench.loading import Device, Dtype, EnforceEager, Model, load
 from dispec.bench.machine import choose_device, describe_machine
 from dispec.bench.report import Output, Plot, Report
-from dispec.bench.speculative_run import Costs, Run, SimulatedDrafts, fixed, measure_costs, take_turns
+from dispec.bench.speculative_run import Costs, Run, SimulatedProposer, measure_costs, predicted_speedup, take_turns
 from dispec.bench.workload import sizes
 from dispec.engine.api.llm import LLM
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.speculation.controller import predicted_speedup
-from dispec.engine.speculation.draft_model import DraftModel
+from dispec.engine.speculation.ngram import NgramProposer
+from dispec.engine.speculation.proposer import Proposer
 from dispec.engine.speculation.speculator import Speculator
 
 _PASSAGES = (
@@ -61,7 +59,7 @@ _CHAT = (
 
 
 class Work(NamedTuple):
-    """A kind of requests. temperature 0 is greedy."""
+    """Requests of one kind. temperature 0 is greedy."""
 
     name: str
     prompts: list[str]
@@ -69,59 +67,94 @@ class Work(NamedTuple):
     concurrency: int
 
 
-def compare(
-    llm: LLM, speculator: Speculator, work: Work, output_tokens: int, rounds: int
-) -> tuple[list[list[Run]], list[list[Run]]]:
-    """The runs of each round without and with the speculator, which take turns."""
+class Rounds(NamedTuple):
+    """The runs of each round without and with speculation."""
+
+    plain: list[list[Run]]
+    speculative: list[list[Run]]
+
+    def speedups(self, field: str) -> list[float]:
+        """Return, of each round, the seconds without speculation over those with it. field: of `Run`, in seconds."""
+        return [
+            sum(getattr(run, field) for run in plain) / sum(getattr(run, field) for run in speculative)
+            for plain, speculative in zip(*self, strict=True)
+        ]
+
+
+def compare(llm: LLM, speculator: Speculator, work: Work, output_tokens: int, rounds: int) -> Rounds:
+    """Run a workload without and with the speculator. Raises RuntimeError if the answers differ."""
     prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in work.prompts]
-    plain_rounds, spec_rounds = [], []
+    found = Rounds([], [])
     for round_ in range(rounds + 1):
-        plain_runs, spec_runs = [], []
+        plain_runs, speculative_runs = [], []
         for first in range(0, len(prompts), work.concurrency):
             batch = prompts[first : first + work.concurrency]
             params = [
                 SamplingParams(temperature=work.temperature, max_tokens=output_tokens, seed=100 * round_ + number)
                 for number in range(len(batch))
             ]
-            # Which of two groups comes first makes a percent of difference, whatever they do.
+            # The group that comes first is a percent slower or faster, whichever it is.
             both = take_turns(llm, batch, params, [None, speculator] if round_ % 2 else [speculator, None])
-            plain, found = both if round_ % 2 else reversed(both)
-            if plain.tokens != found.tokens:
+            plain, speculative = both if round_ % 2 else reversed(both)
+            if plain.tokens != speculative.tokens:
                 raise RuntimeError(f"{work.name}: answers with speculation differ from those without")
             plain_runs.append(plain)
-            spec_runs.append(found)
-        if round_ > 0:  # the first warms up, and teaches the controller the costs
-            plain_rounds.append(plain_runs)
-            spec_rounds.append(spec_runs)
-    return plain_rounds, spec_rounds
+            speculative_runs.append(speculative)
+        if round_ > 0:  # the first round warms up, and teaches the controller the costs
+            found.plain.append(plain_runs)
+            found.speculative.append(speculative_runs)
+    return found
 
 
-def _ratios(
-    plain_rounds: list[list[Run]], spec_rounds: list[list[Run]], seconds: Callable[[Run], float]
-) -> list[float]:
-    """Of each round, what it took without over what it took with."""
-    return [
-        sum(map(seconds, plain)) / sum(map(seconds, spec))
-        for plain, spec in zip(plain_rounds, spec_rounds, strict=True)
-    ]
+def simulate(
+    llm: LLM,
+    proposer: Proposer | None,
+    prompts: list[list[int]],
+    concurrency: int,
+    count: int,
+    acceptance: float,
+    output_tokens: int,
+    rounds: int,
+) -> tuple[Rounds, float]:
+    """Run with `count` draft tokens that are accepted with a probability. Return the runs and the predicted speed-up.
 
-
-def _spread(ratios: list[float]) -> str:
-    return f"{min(ratios):.2f}-{max(ratios):.2f}"
-
-
-def _by_place(runs: list[Run], most: int) -> list[float]:
-    """Share of the drafts of which the first, second, ... guess stood."""
-    drafts = sum(found.drafts for found in runs)
-    return [sum(found.stood[place] for found in runs) / drafts if drafts else 0.0 for place in range(most)]
+    The prediction uses steps of the same minutes: a shared machine's speed drifts.
+    """
+    params = [SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)] * concurrency
+    found, accepted_runs = Rounds([], []), []
+    for round_ in range(rounds):
+        plain_runs, runs = [], []
+        for first in range(0, len(prompts), concurrency):
+            batch = prompts[first : first + concurrency]
+            answers = take_turns(llm, batch, params, [None])[0].tokens
+            speculators = [
+                Speculator(
+                    count,
+                    SimulatedProposer(proposer, probability, llm.engine.config.vocab_size, seed),
+                    is_adaptive=False,
+                )
+                for probability, seed in ((1.0, 0), (acceptance, round_ * len(prompts) + first))
+            ]
+            plain, accepted, run = take_turns(llm, batch, params, [None, *speculators], answers)
+            if not plain.tokens == accepted.tokens == run.tokens == answers:
+                raise RuntimeError("answers with speculation differ from those without")
+            plain_runs.append(plain)
+            accepted_runs.append(accepted)
+            runs.append(run)
+        found.plain.append(plain_runs)
+        found.speculative.append(runs)
+    decode = statistics.median(run.step_seconds for runs in found.plain for run in runs)
+    step = statistics.median(run.step_seconds for run in accepted_runs)
+    draft = statistics.median(run.draft_seconds for run in accepted_runs)
+    return found, predicted_speedup(acceptance, count, decode, step - draft, draft)
 
 
 def main(
     model: Model = "smollm2",
-    draft: Annotated[str | None, typer.Option(help="Model that guesses.", show_default="n-grams alone")] = None,
+    draft: Annotated[str | None, typer.Option(help="Draft model.", show_default="n-grams alone")] = None,
     num_speculative_tokens: Annotated[int, typer.Option(min=1, max=15)] = 5,
-    concurrency: Annotated[str, typer.Option(help="Numbers of chats at once, for the draft.")] = "1,16",
-    acceptance: Annotated[str, typer.Option(help="Simulated chances of a guess.")] = "0.5,0.7,0.9",
+    concurrency: Annotated[str, typer.Option(help="Numbers of chats at once, for the draft model.")] = "1,16",
+    acceptance: Annotated[str, typer.Option(help="Simulated acceptance rates.")] = "0.5,0.7,0.9",
     output_tokens: Annotated[int, typer.Option(min=8)] = 128,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     dtype: Dtype = "bfloat16",
@@ -130,7 +163,7 @@ def main(
     output: Output = None,
     plot: Plot = None,
 ) -> None:
-    """What speculation is worth, and why."""
+    """Measure the speed-up of speculative decoding, and the acceptance and the costs behind it."""
     settings = dict(locals())
     widths = sizes(concurrency)
     columns = {
@@ -140,8 +173,8 @@ def main(
         "of rounds": "",
         "to the end": ".2fx",
         "predicted": "",
-        "guesses a draft": ".2f",
-        "stood": ".0%",
+        "draft tokens": ".2f",
+        "accepted": ".0%",
     }
     report = Report("spec", settings, describe_machine(choose_device(device)), columns, output, plot)
     llm = load(
@@ -156,110 +189,81 @@ def main(
         num_speculative_tokens=num_speculative_tokens,
     )
     assert llm.engine.speculator is not None
-    draft_model, most = llm.engine.speculator.draft_model, num_speculative_tokens
+    draft_model = llm.engine.speculator.proposer if draft is not None else None
     chats = [_CHAT[index % len(_CHAT)] for index in range(max(len(_CHAT), *widths))]
     copies = [form.format(passage) for form, passage in zip(_COPYING, _PASSAGES, strict=True)]
-    works: list[tuple[Work, DraftModel | None]] = []
-    works += [(Work("copying, n-gram", copies, 0.0, 1), None), (Work("chat, n-gram", list(_CHAT), 0.0, 1), None)]
+    works: list[tuple[Work, Proposer]] = [
+        (Work("copying, n-gram", copies, 0.0, 1), NgramProposer()),
+        (Work("chat, n-gram", list(_CHAT), 0.0, 1), NgramProposer()),
+    ]
     if draft_model is not None:
         for width in widths:
             several = list(_CHAT) if width == 1 else chats[:width]
             works.append((Work("chat, draft", several, 0.0, width), draft_model))
             works.append((Work("chat, draft, temperature 1", several, 1.0, width), draft_model))
-    for work, drafts in tqdm(works, desc="kinds of work", leave=False, disable=None):
-        plain_rounds, spec_rounds = compare(llm, Speculator(most, drafts), work, output_tokens, rounds)
-        runs = [found for round_ in spec_rounds for found in round_]
-        ratios, to_the_end = (
-            _ratios(plain_rounds, spec_rounds, seconds)
-            for seconds in (lambda found: found.together, lambda found: found.seconds)
-        )
-        drafted, guesses = sum(found.drafts for found in runs), sum(found.guesses for found in runs)
-        stood = sum(sum(found.stood) for found in runs)
-        ratio = statistics.median(ratios)
-        end = statistics.median(to_the_end)
-        figures = {
-            "speed_up": ratio,
-            "ratios": ratios,
-            "to_the_end": end,
-            "stood_by_place": _by_place(runs, most),
-            "drafts": drafted,
-        }
-        depth = guesses / drafted if drafted else 0.0
-        cells = [work.name, work.concurrency, ratio, _spread(ratios), end, "", depth, stood / max(1, guesses)]
-        report.add({"work": work.name, "concurrency": work.concurrency}, figures, cells)
-        report.point(f"c={work.concurrency}", work.name, ratio)
-        places = ", ".join(f"{share:.0%}" for share in _by_place(runs, most))
-        print(f"{work.name}, c={work.concurrency}: of all drafts, so many stood to each place: {places}", flush=True)
+    for work, proposer in tqdm(works, desc="workloads", leave=False, disable=None):
+        found = compare(llm, Speculator(num_speculative_tokens, proposer), work, output_tokens, rounds)
+        shares = _add_row(report, work.name, work.concurrency, found)
+        text = ", ".join(f"{share:.0%}" for share in shares)
+        print(f"{work.name}, c={work.concurrency}: share of drafts accepted up to each position: {text}", flush=True)
     for width in widths:
         size = max(1, len(_CHAT) // width) * width
         prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in chats[:size]]
-        costs = measure_costs(llm, draft_model, prompts[:width], most)
-        print(f"c={width}: a step takes {1e3 * costs.decode:.2f} ms; with so many guesses of each sequence, verifying")
-        print(f"  {_milliseconds(costs.verify)} ms, guessing")
-        print(f"  {_milliseconds(costs.draft)} ms", flush=True)
-        for chance in map(float, acceptance.split(",")):
-            _simulate(report, llm, draft_model, prompts, width, costs, chance, output_tokens, rounds)
+        costs = measure_costs(llm, draft_model, prompts[:width], num_speculative_tokens)
+        print(f"c={width}: a step takes {1e3 * costs.decode:.2f} ms; by draft tokens per sequence, verification takes")
+        print(f"  {_milliseconds(costs.verify)} ms, the draft\n  {_milliseconds(costs.draft)} ms", flush=True)
+        for rate in map(float, acceptance.split(",")):
+            count = _best_count(costs, rate)
+            arguments = (prompts, width, count, rate, output_tokens, rounds)
+            found, predicted = simulate(llm, draft_model, *arguments)
+            _add_row(report, f"simulated, {rate:g}", width, found, acceptance=rate, predicted=predicted)
     report.finish(y="speed-up", kind="bars")
+
+
+def _best_count(costs: Costs, acceptance: float) -> int:
+    """Return the number of draft tokens with the highest predicted speed-up."""
+    return max(
+        costs.verify,
+        key=lambda n: predicted_speedup(acceptance, n, costs.decode, costs.verify[n], costs.draft[n]),
+    )
+
+
+def _add_row(
+    report: Report,
+    name: str,
+    concurrency: int,
+    found: Rounds,
+    acceptance: float | None = None,
+    predicted: float | None = None,
+) -> list[float]:
+    """Report the runs, and return the share of drafts whose first, second, … draft token was accepted."""
+    runs = [run for round_ in found.speculative for run in round_]
+    num_drafts = sum(run.num_drafts for run in runs)
+    num_draft_tokens = sum(run.num_draft_tokens for run in runs)
+    num_accepted = [sum(counts) for counts in zip(*(run.num_accepted_per_position for run in runs), strict=True)]
+    shares = [count / max(1, num_drafts) for count in num_accepted]
+    ratios = found.speedups("full_batch_seconds")
+    speedup, to_the_end = statistics.median(ratios), statistics.median(found.speedups("seconds"))
+    figures = {
+        "speed_up": speedup,
+        "ratios": ratios,
+        "to_the_end": to_the_end,
+        "accepted_per_position": shares,
+        "drafts": num_drafts,
+        "predicted": predicted,
+    }
+    of_rounds = f"{min(ratios):.2f}-{max(ratios):.2f}"
+    prediction = "" if predicted is None else f"{predicted:.2f}x"
+    per_draft, accepted = num_draft_tokens / max(1, num_drafts), sum(num_accepted) / max(1, num_draft_tokens)
+    cells = [name, concurrency, speedup, of_rounds, to_the_end, prediction, per_draft, accepted]
+    keys = {"work": name, "concurrency": concurrency}
+    report.add(keys if acceptance is None else keys | {"acceptance": acceptance}, figures, cells)
+    report.point(f"c={concurrency}", name, speedup)
+    return shares
 
 
 def _milliseconds(costs: dict[int, float]) -> str:
     return ", ".join(f"{count}: {1e3 * seconds:.2f}" for count, seconds in costs.items())
-
-
-def _simulate(
-    report: Report,
-    llm: LLM,
-    draft_model: DraftModel | None,
-    prompts: list[list[int]],
-    width: int,
-    costs: Costs,
-    chance: float,
-    output_tokens: int,
-    rounds: int,
-) -> None:
-    """A row for guesses that are right with that chance, as many of them as the costs say is best.
-
-    What a speed-up is predicted from are steps of the same minutes: a shared machine's speed drifts.
-    """
-    count = max(costs.verify, key=lambda n: predicted_speedup(chance, n, costs.decode, costs.verify[n], costs.draft[n]))
-    params = [SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)] * width
-    plain_rounds, spec_rounds, right_runs = [], [], []
-    for round_ in range(rounds):
-        plain_runs, runs = [], []
-        for first in range(0, len(prompts), width):
-            batch = prompts[first : first + width]
-
-            answers = take_turns(llm, batch, params, [None])[0].tokens
-            speculators = [
-                fixed(count, SimulatedDrafts(draft_model, probability, llm.engine.config.vocab_size, seed))
-                for probability, seed in ((1.0, 0), (chance, round_ * len(prompts) + first))
-            ]
-            plain, right, found = take_turns(llm, batch, params, [None, *speculators], answers)
-            if not plain.tokens == right.tokens == found.tokens == answers:
-                raise RuntimeError("answers with speculation differ from those without")
-            plain_runs.append(plain)
-            right_runs.append(right)
-            runs.append(found)
-        plain_rounds.append(plain_runs)
-        spec_rounds.append(runs)
-    ratios = _ratios(plain_rounds, spec_rounds, lambda found: found.together)
-    end = statistics.median(_ratios(plain_rounds, spec_rounds, lambda found: found.seconds))
-    plain_runs, runs = ([found for round_ in rounds_ for found in round_] for rounds_ in (plain_rounds, spec_rounds))
-    decode, verify_and_draft, draft = (
-        statistics.median(values)
-        for values in (
-            [found.step_seconds for found in plain_runs],
-            [found.step_seconds for found in right_runs],
-            [found.draft_seconds for found in right_runs],
-        )
-    )
-    predicted = predicted_speedup(chance, count, decode, verify_and_draft - draft, draft)
-    guesses, stood = sum(found.guesses for found in runs), sum(sum(found.stood) for found in runs)
-    name, ratio = f"simulated, {chance:g}", statistics.median(ratios)
-    figures = {"speed_up": ratio, "predicted": predicted, "ratios": ratios, "guesses": count}
-    cells = [name, width, ratio, _spread(ratios), end, f"{predicted:.2f}x", float(count), stood / max(1, guesses)]
-    report.add({"work": name, "concurrency": width, "acceptance": chance}, figures, cells)
-    report.point(f"c={width}", name, ratio)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prompts run to their ends with a speculator or without, and what their steps cost: what `bench.spec` compares."""
+"""Runs of prompts with and without a speculator on one engine, and the costs of their steps."""
 
 import random
 import statistics
@@ -8,72 +8,85 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from dispec.engine.api.llm import LLM
+from dispec.engine.execution.sampler import Functions
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.scheduler_output import SchedulerOutput
+from dispec.engine.scheduling.sequence import Sequence as EngineSequence
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.engine.speculation.draft_model import DraftModel, Proposal
+from dispec.engine.speculation.proposer import Proposal, Proposer
 from dispec.engine.speculation.speculator import Speculator
 
-_TURN = 2  # tokens of each sequence
+_TURN = 2  # tokens of each sequence in a turn
 
 
-class SimulatedDrafts(DraftModel):
-    """A draft model whose guesses are right with a probability of our choice. Where there is none, guesses cost
-    nothing.
+class SimulatedProposer:
+    """Proposes draft tokens that are accepted with a given probability each.
 
+    proposer: runs for what it costs; its draft tokens are replaced. None: draft tokens cost nothing.
     answers: the tokens of prompt and answer, by sequence id.
     """
 
-    def __init__(self, draft_model: DraftModel | None, acceptance: float, vocab_size: int, seed: int) -> None:
-        self._draft_model = draft_model
-        self._acceptance = acceptance
+    def __init__(self, proposer: Proposer | None, acceptance_rate: float, vocab_size: int, seed: int) -> None:
+        self._proposer = proposer
+        self._acceptance_rate = acceptance_rate
         self._vocab_size = vocab_size
         self._random = random.Random(seed)
         self.answers: dict[int, list[int]] = {}
 
+    def prepare(self, sequence: EngineSequence, max_drafts: int) -> int:
+        """Return `max_drafts`."""
+        return max_drafts
+
+    def num_missing_tokens(self, sequence: EngineSequence) -> int:
+        """Return the number of tokens that the proposer has to compute first."""
+        return self._proposer.num_missing_tokens(sequence) if self._proposer is not None else 0
+
+    def compile_pieces(self, sampler: Functions) -> Iterator[None]:
+        """Do nothing: the proposer is compiled with its engine."""
+        return iter(())
+
     def propose(self, step: SchedulerOutput) -> Proposal:
-        proposal = self._draft_model.propose(step) if self._draft_model is not None else Proposal(0)
-        if proposal.drafts is not None:
-            proposal.drafts.wait()
+        """Set each draft token to the answer's, or, with the probability of a rejection, to another one."""
+        proposal = self._proposer.propose(step) if self._proposer is not None else Proposal()
+        if proposal.device_drafts is not None:
+            proposal.device_drafts.wait()
         for scheduled in step.scheduled_sequences:
-            if scheduled.num_drafts:
-                at = len(scheduled.sequence.token_ids)
-                truth = self.answers[scheduled.sequence.id][at : at + scheduled.num_drafts]
-                truth += [0] * (scheduled.num_drafts - len(truth))
-                wrong = list(truth)
-                for place, token in enumerate(truth):
-                    if self._random.random() >= self._acceptance:
-                        wrong[place] = (token + 1) % self._vocab_size
-                scheduled.sequence.draft.token_ids = wrong
-        return Proposal(proposal.runs)
+            sequence, count = scheduled.sequence, scheduled.num_drafts
+            if count:
+                rest = self.answers[sequence.id][len(sequence.token_ids) :][:count]
+                rest += [0] * (count - len(rest))
+                sequence.draft.token_ids = [
+                    token if self._random.random() < self._acceptance_rate else (token + 1) % self._vocab_size
+                    for token in rest
+                ]
+        return proposal._replace(device_drafts=None)
 
 
 class Run(NamedTuple):
-    """A workload, once.
+    """A run of several prompts.
 
-    seconds: to the end of the last answer. together: what they would be, had all tokens come as fast as those while all
-    answers were under way; what follows is of that time too. step_seconds, draft_seconds: of a step, and of them for
-    guesses, on average. drafts, guesses: how many. stood: guesses by place that stood. records: of those steps.
-    tokens: each prompt's answer.
+    seconds: to the end of the last answer.
+    full_batch_seconds: estimate of `seconds`, had all tokens come as fast as while all answers were running. The other
+        values are of that time too.
+    tokens: the answer of each prompt.
+    step_seconds, draft_seconds: means per step, and of that for its draft tokens.
+    num_drafts, num_draft_tokens: drafts verified, and tokens in them.
+    num_accepted_per_position: accepted draft tokens by their position in a draft.
     """
 
     seconds: float
-    together: float
+    full_batch_seconds: float
     tokens: list[list[int]]
     step_seconds: float
     draft_seconds: float
-    drafts: int
-    guesses: int
-    stood: list[int]
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_per_position: list[int]
     records: list[StepRecord]
 
 
 class _Group:
-    """Sequences of the same prompts, decoded with one speculator or none, in turns with others.
-
-    seconds: of all turns. together, records: while all sequences of each group were under way, when there were
-    `counted` tokens.
-    """
+    """Sequences that decode with one speculator or none, in turns with other groups of the same prompts."""
 
     def __init__(
         self,
@@ -85,25 +98,29 @@ class _Group:
     ) -> None:
         self._engine = llm.engine
         self._speculator = speculator
-        self.seconds = self.together = 0.0
-        self.records: list[StepRecord] = []
-        self.counted = 0
+        self._running: list[EngineSequence] = []
+        self._seconds = self._full_batch_seconds = 0.0
+        self._records: list[StepRecord] = []  # of the steps in which the sequences of all groups ran
+        self._num_counted = 0
         with self._turn():
-            self.sequences = [self._engine.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
-            if speculator is not None and isinstance(speculator.draft_model, SimulatedDrafts) and answers is not None:
-                whole = (prompt + answer for prompt, answer in zip(prompts, answers, strict=True))
-                speculator.draft_model.answers = {one.id: text for one, text in zip(self.sequences, whole, strict=True)}
-            while any(not sequence.num_output_tokens for sequence in self.sequences):
+            self._sequences = [self._engine.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+            if speculator is not None and isinstance(speculator.proposer, SimulatedProposer) and answers is not None:
+                speculator.proposer.answers = {
+                    sequence.id: prompt + answer
+                    for sequence, prompt, answer in zip(self._sequences, prompts, answers, strict=True)
+                }
+            while any(not sequence.num_output_tokens for sequence in self._sequences):
                 self._engine.step()
-        self.before = self.num_tokens
+        self.num_first_tokens = self._num_tokens
 
     @property
-    def num_tokens(self) -> int:
-        return sum(sequence.num_output_tokens for sequence in self.sequences)
+    def _num_tokens(self) -> int:
+        return sum(sequence.num_output_tokens for sequence in self._sequences)
 
     @property
-    def all_run(self) -> bool:
-        return not any(sequence.finish_reason for sequence in self.sequences)
+    def is_full(self) -> bool:
+        """Whether no sequence has ended."""
+        return not any(sequence.finish_reason for sequence in self._sequences)
 
     @property
     def has_work(self) -> bool:
@@ -111,46 +128,45 @@ class _Group:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        engine, kept = self._engine, self._engine.speculator
-        engine.speculator = self._speculator
+        engine, own_speculator = self._engine, self._engine.speculator
+        engine.speculator, engine.scheduler.running = self._speculator, self._running
         try:
             yield
         finally:
             self._running, engine.scheduler.running = engine.scheduler.running, []
-            engine.speculator = kept
+            engine.speculator = own_speculator
 
-    def go_on(self, until: int, *, together: bool) -> None:
-        """Decode until there are so many tokens or nothing is left to do."""
-        engine = self._engine
-        engine.scheduler.running = self._running
+    def decode(self, num_tokens: int, *, is_full: bool) -> None:
+        """Decode until the group has `num_tokens` tokens or ends. is_full: stop when one of its sequences ends."""
         with self._turn():
             started = time.perf_counter()
-            while engine.has_work and self.num_tokens < until and (self.all_run or not together):
-                engine.step()
-                if together:
-                    self.records.append(engine.records[-1])
+            while self._engine.has_work and self._num_tokens < num_tokens and (self.is_full or not is_full):
+                self._engine.step()
+                if is_full:
+                    self._records.append(self._engine.records[-1])
             seconds = time.perf_counter() - started
-        self.seconds += seconds
-        if together:
-            self.together += seconds
-            self.counted = self.num_tokens - self.before
+        self._seconds += seconds
+        if is_full:
+            self._full_batch_seconds += seconds
+            self._num_counted = self._num_tokens - self.num_first_tokens
 
     def result(self) -> Run:
-        tokens = [list(sequence.output_token_ids) for sequence in self.sequences]
-        stood = [0] * self._engine.options.num_speculative_tokens
-        for record in self.records:
-            for place, count in enumerate(record.num_accepted_per_position):
-                stood[place] += count
+        """Return what was measured."""
+        tokens = [list(sequence.output_token_ids) for sequence in self._sequences]
+        num_accepted = [0] * self._engine.options.num_speculative_tokens
+        for record in self._records:
+            for position, count in enumerate(record.num_accepted_per_position):
+                num_accepted[position] += count
         return Run(
-            self.seconds,
-            self.together * sum(map(len, tokens)) / self.counted,
+            self._seconds,
+            self._full_batch_seconds * sum(map(len, tokens)) / self._num_counted,
             tokens,
-            statistics.fmean(record.seconds for record in self.records),
-            statistics.fmean(record.draft for record in self.records),
-            sum(record.num_drafts for record in self.records),
-            sum(record.num_draft_tokens for record in self.records),
-            stood,
-            self.records,
+            statistics.fmean(record.seconds for record in self._records),
+            statistics.fmean(record.draft for record in self._records),
+            sum(record.num_drafts for record in self._records),
+            sum(record.num_draft_tokens for record in self._records),
+            num_accepted,
+            self._records,
         )
 
 
@@ -161,49 +177,50 @@ def take_turns(
     speculators: Sequence[Speculator | None],
     answers: list[list[int]] | None = None,
 ) -> list[Run]:
-    """All prompts at once with each speculator, timed from when each has its first token: guesses are for decoding.
+    """Run all prompts at once with each speculator, timed from the first token of each.
 
-    They take turns of a few tokens, so that whatever the machine does otherwise hits all of them. answers: of the
-    prompts, for guesses that are simulated.
+    The groups take turns of a few tokens, so that other load on the machine affects all of them alike.
+    answers: of the prompts, for simulated draft tokens.
     """
     groups = [_Group(llm, speculator, prompts, params, answers) for speculator in speculators]
-    together, until, turns = True, groups[0].before, 0
+    is_full, num_tokens, turn = True, groups[0].num_first_tokens, 0
     while any(group.has_work for group in groups):
-        until += _TURN * len(prompts)
-        # Who goes first changes: the second finds caches as the first left them.
-        for group in groups if turns % 2 else reversed(groups):
+        num_tokens += _TURN * len(prompts)
+        # The order alternates: a group finds the caches as the one before it left them.
+        for group in groups if turn % 2 else reversed(groups):
             if group.has_work:
-                group.go_on(until, together=together)
-        turns += 1
-        together = together and all(group.all_run for group in groups)
+                group.decode(num_tokens, is_full=is_full)
+        turn += 1
+        is_full = is_full and all(group.is_full for group in groups)
     return [group.result() for group in groups]
 
 
 class Costs(NamedTuple):
-    """Median seconds of so many sequences: a step that only decodes, one that verifies, a guess of each sequence.
-
-    verify, draft: by the number of guesses of each sequence.
-    """
+    """Median seconds of a step that only decodes, and of verification and draft by the draft tokens per sequence."""
 
     decode: float
     verify: dict[int, float]
     draft: dict[int, float]
 
 
-def measure_costs(llm: LLM, draft_model: DraftModel | None, prompts: list[list[int]], most: int) -> Costs:
-    """What steps of these sequences cost, from answers of a hundred tokens, all of whose guesses stand."""
+def measure_costs(llm: LLM, proposer: Proposer | None, prompts: list[list[int]], max_num_drafts: int) -> Costs:
+    """Measure steps of these sequences, in answers of a hundred tokens that accept all draft tokens."""
     params = [SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)] * len(prompts)
     plain = take_turns(llm, prompts, params, [None])[0]
     verify, draft = {}, {}
-    for count in range(1, most + 1):
-        simulated = SimulatedDrafts(draft_model, 1.0, llm.engine.config.vocab_size, seed=0)
-        found = take_turns(llm, prompts, params, [fixed(count, simulated)], plain.tokens)[0]
-        full = [record for record in found.records if record.num_draft_tokens == count * len(prompts)][1:]
+    for count in range(1, max_num_drafts + 1):
+        simulated = SimulatedProposer(proposer, 1.0, llm.engine.config.vocab_size, seed=0)
+        run = take_turns(llm, prompts, params, [Speculator(count, simulated, is_adaptive=False)], plain.tokens)[0]
+        full = [record for record in run.records if record.num_draft_tokens == count * len(prompts)][1:]
         draft[count] = statistics.median(record.draft for record in full)
         verify[count] = statistics.median(record.seconds - record.draft for record in full)
     return Costs(statistics.median(record.seconds for record in plain.records), verify, draft)
 
 
-def fixed(count: int, drafts: DraftModel) -> Speculator:
-    """Always so many guesses."""
-    return Speculator(count, drafts, is_adaptive=False)
+def predicted_speedup(acceptance: float, num_drafts: int, decode: float, verify: float, draft: float) -> float:
+    """Return tokens per second with draft tokens over those without (arXiv:2211.17192, theorem 3.8).
+
+    decode, verify, draft: seconds of a step without draft tokens, of one that verifies them, of proposing them.
+    """
+    expected = sum(acceptance**position for position in range(num_drafts + 1))
+    return expected * decode / (verify + draft)

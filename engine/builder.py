@@ -36,6 +36,8 @@ from dispec.engine.scheduling.block_pool import BlockPool
 from dispec.engine.scheduling.scheduler import Scheduler
 from dispec.engine.speculation.draft_loop import DraftLoop
 from dispec.engine.speculation.draft_model import Draft, DraftModel, find_draft
+from dispec.engine.speculation.ngram import NgramProposer
+from dispec.engine.speculation.proposer import Proposer
 from dispec.engine.speculation.speculator import Speculator
 from dispec.engine.transfer.interface import TRANSPORTS, TransferOptions
 from dispec.engine.transfer.transfer_engine import TransferEngine
@@ -151,11 +153,11 @@ class EngineBuilder:
         self._plan = runner.plan
         speculator = None
         if options.speculative_model is not None:
-            draft_model = None
+            proposer: Proposer = NgramProposer()
             if self._draft is not None:
                 assert draft_weights is not None
-                draft_model = self._make_draft_model(self._draft, draft_weights, kv_plan, runner)
-            speculator = Speculator(options.num_speculative_tokens, draft_model)
+                proposer = self._make_draft_model(self._draft, draft_weights, kv_plan, runner)
+            speculator = Speculator(options.num_speculative_tokens, proposer)
         if self._plan.compile == "startup":
             self._compile(runner, speculator)
         parts = EngineParts(
@@ -333,5 +335,5 @@ class EngineBuilder:
 def compile_pieces(runner: ModelRunner, speculator: Speculator | None) -> Iterator[None]:
     """Compile and record everything that a run can need, one piece at each `next`; the last one puts it to use."""
     yield from runner.compile_pieces()
-    if speculator is not None and speculator.draft_model is not None and runner.is_compiled:
-        yield from speculator.draft_model.compile_pieces(runner.sampler.functions)
+    if speculator is not None and runner.is_compiled:
+        yield from speculator.proposer.compile_pieces(runner.sampler.functions)

@@ -272,7 +272,7 @@ class Engine:
                 self.started[sequence.request_id] = start
                 for choice in sequence.choices:
                     choice.scheduled_time = start
-        pending = self.runner.launch(step, self.speculator.drafts if self.speculator is not None else None)
+        pending = self.runner.launch(step, self.speculator.device_drafts if self.speculator is not None else None)
         launch_seconds = time.perf_counter() - scheduled_at - draft_seconds
         record = self._make_record(step)._replace(
             started=start, schedule=scheduled_at - start, draft=draft_seconds, launch=launch_seconds

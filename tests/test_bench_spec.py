@@ -1,10 +1,11 @@
-"""How speculation is measured: groups of sequences that take turns on one engine."""
+"""The benchmark of speculation: groups of sequences that take turns on one engine."""
 
 import pytest
 
 from dispec import LLM, SamplingParams
 from dispec.bench.spec import Work, compare
-from dispec.bench.speculative_run import SimulatedDrafts, fixed, measure_costs, take_turns
+from dispec.bench.speculative_run import SimulatedProposer, measure_costs, take_turns
+from dispec.engine.speculation.ngram import NgramProposer
 from dispec.engine.speculation.speculator import Speculator
 from tests.checkpoints import save_tiny
 
@@ -30,36 +31,36 @@ def params(*lengths: int) -> list[SamplingParams]:
     return [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in lengths]
 
 
-def test_groups_that_take_turns_give_the_answers_that_each_would_give_alone(llm) -> None:
+def test_groups_that_take_turns_give_the_same_answers_as_alone(llm) -> None:
     given = params(20, 40, 31)
     alone = [list(output.token_ids) for output in llm.generate(PROMPTS, given)]
-    simulated = SimulatedDrafts(None, 0.5, llm.engine.config.vocab_size, seed=1)
-    plain, guessing = take_turns(llm, PROMPTS, given, [None, fixed(3, simulated)], alone)
-    assert plain.tokens == guessing.tokens == alone
+    simulated = SimulatedProposer(None, 0.5, llm.engine.config.vocab_size, seed=1)
+    plain, speculative = take_turns(llm, PROMPTS, given, [None, Speculator(3, simulated, is_adaptive=False)], alone)
+    assert plain.tokens == speculative.tokens == alone
     assert not llm.engine.has_work
     assert llm.engine.speculator is not None
-    assert llm.engine.speculator.draft_model is None  # as it was
+    assert isinstance(llm.engine.speculator.proposer, NgramProposer), "the engine's own speculator is back"
     llm.engine.scheduler.check()
 
 
-def test_only_what_all_groups_have_under_way_counts(llm) -> None:
+def test_only_steps_in_which_all_groups_are_full_count(llm) -> None:
     given = params(20, 40, 31)
     answers = take_turns(llm, PROMPTS, given, [None])[0].tokens
-    drafts = [SimulatedDrafts(None, chance, llm.engine.config.vocab_size, seed=1) for chance in (1.0, 0.0)]
-    right, wrong = take_turns(llm, PROMPTS, given, [fixed(3, each) for each in drafts], answers)
-    # The shortest answer is 20 tokens: four in each step whose guesses are right, one where they are wrong.
-    assert right.guesses == sum(right.stood) > 30
+    drafts = [SimulatedProposer(None, chance, llm.engine.config.vocab_size, seed=1) for chance in (1.0, 0.0)]
+    right, wrong = take_turns(llm, PROMPTS, given, [Speculator(3, each, is_adaptive=False) for each in drafts], answers)
+    # The shortest answer is 20 tokens: four in each step that accepts its draft tokens, one in the others.
+    assert right.num_draft_tokens == sum(right.num_accepted_per_position) > 30
     assert len(right.records) <= 6
-    assert sum(wrong.stood) == 0
+    assert sum(wrong.num_accepted_per_position) == 0
     assert len(wrong.records) <= 20
     assert all(record.num_sequences == 3 for run in (right, wrong) for record in run.records)
-    assert right.together > 0
+    assert right.full_batch_seconds > 0
 
 
-def test_a_speculator_that_changes_answers_is_found_out(llm, monkeypatch) -> None:
+def test_a_speculator_that_changes_answers_is_refused(llm, monkeypatch) -> None:
     work = Work("broken", ["Say it again."], 0.0, 1)
-    plain, spec = compare(llm, Speculator(2), work, 12, 2)
-    assert len(plain) == len(spec) == 2
+    found = compare(llm, Speculator(2, NgramProposer()), work, 12, 2)
+    assert len(found.plain) == len(found.speculative) == 2
     monkeypatch.setattr(
         "dispec.bench.spec.take_turns",
         lambda llm, prompts, given, speculators: [
@@ -68,10 +69,10 @@ def test_a_speculator_that_changes_answers_is_found_out(llm, monkeypatch) -> Non
         ],
     )
     with pytest.raises(RuntimeError, match="broken: answers with speculation differ"):
-        compare(llm, Speculator(2), work, 12, 1)
+        compare(llm, Speculator(2, NgramProposer()), work, 12, 1)
 
 
-def test_costs_are_of_steps_with_so_many_guesses(llm) -> None:
+def test_costs_are_measured_for_each_number_of_draft_tokens(llm) -> None:
     costs = measure_costs(llm, None, PROMPTS, 2)
     assert costs.decode > 0
     assert set(costs.verify) == set(costs.draft) == {1, 2}

@@ -27,7 +27,7 @@ def draft_tokens_of_each_step(llm: LLM, params: list[SamplingParams]) -> list[li
     """The draft tokens of each sequence, in every step of an engine that always drafts."""
     engine = llm.engine
     engine.speculator.is_adaptive = False
-    draft_model = engine.speculator.draft_model
+    draft_model = engine.speculator.proposer
     propose, seen = draft_model.propose, []
 
     def watch(step: SchedulerOutput):
@@ -77,7 +77,7 @@ def test_draft_tokens_are_those_of_single_steps(target, draft, monkeypatch):
             monkeypatch.setattr("dispec.engine.speculation.draft_model.can_loop", lambda _: False)
         llm = make(target, speculative_model=draft)
         found.append(draft_tokens_of_each_step(llm, params))
-        values.append(llm.engine.speculator.draft_model._runner.kv_cache.values[:, 1:])  # not those of padding
+        values.append(llm.engine.speculator.proposer._runner.kv_cache.values[:, 1:])  # not those of padding
     assert found[0] == found[1]
     assert sum(len(tokens) for step in found[0] for tokens in step) > 100
     torch.testing.assert_close(*values, atol=1e-5, rtol=1e-4)
@@ -87,7 +87,7 @@ def test_draft_tokens_lie_where_the_steps_of_the_target_read_them(target, draft)
     llm = make(target, speculative_model=draft)
     engine = llm.engine
     engine.speculator.is_adaptive = False
-    loop, seen = engine.speculator.draft_model._loop, 0
+    loop, seen = engine.speculator.proposer._loop, 0
     run = loop.run
 
     def watch(depths):
@@ -109,7 +109,7 @@ def test_a_padded_draft_fits_into_the_room_of_an_engine_for_one_sequence(target,
     plain = make(target, max_num_seqs=1)
     llm = make(target, speculative_model=draft, max_num_seqs=1, num_speculative_tokens=15)
     llm.engine.speculator.is_adaptive = False
-    runner = llm.engine.speculator.draft_model._runner
+    runner = llm.engine.speculator.proposer._runner
     runner.plan = replace(runner.plan, compile="startup")  # so that drafts are padded, as on CUDA
     prompts, params = random_prompts(2), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     expected = [completion.token_ids for completion in plain.generate(prompts, params)]
@@ -146,7 +146,7 @@ def test_draft_tokens_of_one_call_are_those_of_the_loop(tmp_path, is_shared):
     found = []
     for decodes in (True, False):
         llm = make(target, speculative_model=draft, dtype="bfloat16")
-        loop = llm.engine.speculator.draft_model._loop
+        loop = llm.engine.speculator.proposer._loop
         if loop._decoder is None:
             pytest.skip("this CPU has neither AVX512-BF16 nor AVX2")
         weights = loop._runner.weights

@@ -130,13 +130,10 @@ class Resting(DraftController):
     def is_resting(self, num_sequences: int) -> bool:
         return self.num_planned % 3 > 0
 
-    def rests(self, num_sequences: int) -> bool:
-        found = self.is_resting(num_sequences)
+    def choose(self, candidates, num_sequences) -> int:
+        num_drafts = 0 if self.is_resting(num_sequences) else 2
         self.num_planned += 1
-        return found
-
-    def choose(self, available, *others) -> dict[int, int]:
-        return {key: min(2, most) for key, most in available.items()}
+        return num_drafts
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ _TRACED = StepShape(tokens=6, sequences=3, blocks=5, rows=3, query_len=LAST_TOKE
 _TRACED_NEEDS = SamplingFeatures.RANDOM | SamplingFeatures.TOP_K_TOP_P
 
 
-def num_missing(sequence: Sequence) -> int:
+def num_uncomputed_tokens(sequence: Sequence) -> int:
     """Return the number of the sequence's tokens that the draft model has not computed."""
     return len(sequence.token_ids) - sequence.draft.num_computed_tokens
 
@@ -253,7 +253,7 @@ def _compiled_step(runner: ModelRunner) -> _DraftStep:
 def _decode(decoder: ops.Decoder, depths: dict[Sequence, int], *, draws: bool) -> Tensor:
     """Return all draft tokens, computed in one call. depths: in descending order."""
     # One more token than was missing is computed again: a uniform step is that much faster.
-    query_len = LAST_TOKENS if any(num_missing(sequence) > 1 for sequence in depths) else 1
+    query_len = LAST_TOKENS if any(num_uncomputed_tokens(sequence) > 1 for sequence in depths) else 1
     return ops.decode_tokens(
         decoder,
         _int32(depths.values()),

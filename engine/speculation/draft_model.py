@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dispec.engine.execution.model_runner import ModelRunner
-from dispec.engine.execution.pending_step import DeviceDrafts
 from dispec.engine.execution.sampler import Functions
 from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
 from dispec.engine.loading.draft_checkpoint import SharedDraft, find_shared_draft
@@ -18,7 +17,8 @@ from dispec.engine.loading.model_source import SPECULATIVE_MODELS, find_source
 from dispec.engine.options import EngineOptions
 from dispec.engine.scheduling.scheduler_output import ScheduledSequence, SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence
-from dispec.engine.speculation.draft_loop import LAST_TOKENS, DraftLoop, can_loop, num_missing
+from dispec.engine.speculation.draft_loop import LAST_TOKENS, DraftLoop, can_loop, num_uncomputed_tokens
+from dispec.engine.speculation.proposer import Proposal
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.layers.config import ModelConfig
 
@@ -62,20 +62,8 @@ def find_draft(options: EngineOptions, target: Checkpoint | None, config: ModelC
     return Draft(checkpoint.config, checkpoint)
 
 
-class Proposal(NamedTuple):
-    """The number of passes of the draft model, and those of its draft tokens that are still on the device.
-
-    caught_up: tokens that it had to compute before. catch_up_seconds: the time that these took.
-    """
-
-    runs: int
-    drafts: DeviceDrafts | None = None
-    caught_up: int = 0
-    catch_up_seconds: float = 0.0
-
-
 class DraftModel:
-    """Proposes draft tokens for sequences whose blocks are allocated up to their last draft token.
+    """Proposes the tokens that a smaller model samples.
 
     A sequence's `draft.num_computed_tokens` counts the tokens that this model has computed; it computes the others
     before the sequence's next draft. Blocks that it has not computed itself only lower the acceptance rate.
@@ -87,69 +75,72 @@ class DraftModel:
         self._max_num_batched_tokens = max_num_batched_tokens
 
     def compile_pieces(self, sampler: Functions) -> Iterator[None]:
-        """Compile the draft loop and the model's steps, one call of what is compiled at each `next`.
+        """Compile the draft loop and the model's steps, one function at each `next`.
 
         sampler: the target's compiled functions.
         """
         yield from self._loop.compile()
         yield from self._runner.compile_pieces(sampler)
 
+    def prepare(self, sequence: Sequence, max_drafts: int) -> int:
+        """Return `max_drafts`: any sequence can have as many."""
+        return max_drafts
+
+    def num_missing_tokens(self, sequence: Sequence) -> int:
+        """Return the number of tokens to compute before the sequence's first draft token."""
+        return max(0, num_uncomputed_tokens(sequence) - LAST_TOKENS)
+
     def propose(self, step: SchedulerOutput) -> Proposal:
-        """Fill `draft.token_ids` of the step's sequences that are to have some."""
+        """Fill `draft.token_ids` of the step's sequences that have draft tokens."""
         if step.copies:
             self._runner.run(SchedulerOutput((), step.copies))
-        guessing = {
+        num_drafts = {
             scheduled.sequence: scheduled.num_drafts for scheduled in step.scheduled_sequences if scheduled.num_drafts
         }
-        for sequence in guessing:
+        if not num_drafts:
+            return Proposal()
+        for sequence in num_drafts:
             sequence.draft.token_ids = []
         started = time.perf_counter()
-        caught_up = self._catch_up(list(guessing))
+        num_catch_up_tokens = self._catch_up(list(num_drafts))
         catch_up_seconds = time.perf_counter() - started
-        runs = 0
-        looping = {sequence: count for sequence, count in guessing.items() if can_loop(sequence)}
-        stepping = {sequence: count for sequence, count in guessing.items() if sequence not in looping}
-        for depth in range(max(stepping.values(), default=0)):
-            deep = [sequence for sequence, count in stepping.items() if count > depth]
-            # The first pass computes the token that the target sampled last, and the draft token before it, if any.
-            self._run([_work(sequence, samples=True) for sequence in deep])
-            runs += 1
-        drafts = None
-        if looping:
-            drafts = self._loop.run(looping)
-            runs += max(looping.values())
-            for sequence, count in looping.items():
-                sequence.draft.num_computed_tokens = len(sequence.token_ids) + count - 1
-        return Proposal(runs, drafts, caught_up, catch_up_seconds)
+        looping = {sequence: count for sequence, count in num_drafts.items() if can_loop(sequence)}
+        stepping = {sequence: count for sequence, count in num_drafts.items() if sequence not in looping}
+        num_steps = max(stepping.values(), default=0)
+        for index in range(num_steps):
+            self._run([sequence for sequence, count in stepping.items() if count > index])
+        device_drafts = self._loop.run(looping) if looping else None
+        for sequence, count in looping.items():
+            sequence.draft.num_computed_tokens = len(sequence.token_ids) + count - 1
+        num_steps += max(looping.values(), default=0)
+        return Proposal(num_steps, device_drafts, num_catch_up_tokens, catch_up_seconds)
 
     def _catch_up(self, sequences: list[Sequence]) -> int:
-        """Compute all but the last two tokens of each sequence, and return how many tokens that took."""
-        caught_up, budget, works = 0, self._max_num_batched_tokens, []
-        waiting = [sequence for sequence in sequences if num_missing(sequence) > LAST_TOKENS]
+        """Compute all but the last two tokens of each sequence, and return the number of tokens computed."""
+        total, budget, scheduled = 0, self._max_num_batched_tokens, []
+        waiting = [sequence for sequence in sequences if num_uncomputed_tokens(sequence) > LAST_TOKENS]
         while waiting:
             sequence = waiting[0]
-            count = min(num_missing(sequence) - 1, budget)
-            works.append(ScheduledSequence(sequence, sequence.draft.num_computed_tokens, count, samples=False))
+            count = min(num_uncomputed_tokens(sequence) - 1, budget)
+            scheduled.append(ScheduledSequence(sequence, sequence.draft.num_computed_tokens, count, samples=False))
             budget -= count
-            caught_up += count
+            total += count
             sequence.draft.num_computed_tokens += count
-            if num_missing(sequence) == 1:
+            if num_uncomputed_tokens(sequence) == 1:
                 waiting.pop(0)
             if not budget or not waiting:
-                self._runner.run(SchedulerOutput(tuple(works)))
-                budget, works = self._max_num_batched_tokens, []
-        return caught_up
+                self._runner.run(SchedulerOutput(tuple(scheduled)))
+                budget, scheduled = self._max_num_batched_tokens, []
+        return total
 
-    def _run(self, works: list[ScheduledSequence]) -> None:
-        result = self._runner.run(SchedulerOutput(tuple(works)))
-        for scheduled in works:
-            scheduled.sequence.draft.num_computed_tokens = scheduled.start + scheduled.num_tokens
-            scheduled.sequence.draft.token_ids.append(result.token_ids[scheduled.sequence.id][0])
-
-
-def _work(sequence: Sequence, *, samples: bool) -> ScheduledSequence:
-    """Return all tokens that the model has not computed yet, its own draft tokens included; none is verified."""
-    known = len(sequence.token_ids) + len(sequence.draft.token_ids)
-    return ScheduledSequence(
-        sequence, sequence.draft.num_computed_tokens, known - sequence.draft.num_computed_tokens, samples
-    )
+    def _run(self, sequences: list[Sequence]) -> None:
+        """Sample one more draft token of each sequence, from all tokens and draft tokens not computed yet."""
+        scheduled = []
+        for sequence in sequences:
+            start = sequence.draft.num_computed_tokens
+            known = len(sequence.token_ids) + len(sequence.draft.token_ids)
+            scheduled.append(ScheduledSequence(sequence, start, known - start, samples=True))
+            sequence.draft.num_computed_tokens = known
+        result = self._runner.run(SchedulerOutput(tuple(scheduled)))
+        for sequence in sequences:
+            sequence.draft.token_ids.append(result.token_ids[sequence.id][0])

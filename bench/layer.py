@@ -23,9 +23,9 @@ from dispec.bench import kernels
 from dispec.bench.layer_candidates import candidates
 from dispec.bench.machine import choose_device, read_bandwidth
 from dispec.layers.config import ModelConfig
-from dispec.layers.model import block
+from dispec.layers.model import decoder_layer
 from dispec.layers.rope import rope_frequencies
-from dispec.layers.types import Batch, BlockWeights, KVCache, layers
+from dispec.layers.types import Batch, KVCache, LayerWeights, unstack_layers
 from dispec.layers.weights import dummy_weights
 
 if TYPE_CHECKING:
@@ -55,11 +55,11 @@ class Stack(NamedTuple):
     """The weights and the KV cache of all layers, stacked."""
 
     config: ModelConfig
-    blocks: BlockWeights
+    blocks: LayerWeights
     kv_cache: KVCache
 
     def matrices(self, layer: int) -> dict[str, Tensor]:
-        weights = layers(self.blocks)[layer]
+        weights = unstack_layers(self.blocks)[layer]
         attention, mlp = weights.attention, weights.mlp
         found = {"qkv": attention.qkv, "output": attention.output, "gate_up": mlp.gate_up, "down": mlp.down}
         return {name: matrix for name, matrix in found.items() if isinstance(matrix, Tensor)}
@@ -78,7 +78,7 @@ def make_stack(config: ModelConfig, num_blocks: int, device: torch.device, dtype
     shape = (config.num_layers, num_blocks, config.num_kv_heads)
     keys = torch.randn(*shape, config.head_dim, BLOCK_SIZE, device=device, dtype=dtype)
     values = torch.randn(*shape, BLOCK_SIZE, config.head_dim, device=device, dtype=dtype)
-    return Stack(config, weights.blocks, KVCache(keys, values))
+    return Stack(config, weights.layers, KVCache(keys, values))
 
 
 def make_step(stack: Stack, num_sequences: int, context: int, max_blocks_per_seq: int) -> Step:
@@ -103,8 +103,8 @@ def make_step(stack: Stack, num_sequences: int, context: int, max_blocks_per_seq
 
 def run_layers(stack: Stack, step: Step) -> Tensor:
     x = step.x
-    for w, kv in zip(layers(stack.blocks), stack.kv_cache.layers(), strict=True):
-        x = block(x, w, stack.config, step.batch, step.rotation, kv)
+    for w, kv in zip(unstack_layers(stack.blocks), stack.kv_cache.layers(), strict=True):
+        x = decoder_layer(x, w, stack.config, step.batch, step.rotation, kv)
     return x
 
 
@@ -157,7 +157,7 @@ def linear_calls(stack: Stack, step: Step, name: str, config: "SkinnyGemmConfig 
 
     x, eps = step.x, stack.config.rms_norm_eps
     calls: list[Callable[[], Tensor]] = []
-    for layer, (w, kv) in enumerate(zip(layers(stack.blocks), stack.kv_cache.layers(), strict=True)):
+    for layer, (w, kv) in enumerate(zip(unstack_layers(stack.blocks), stack.kv_cache.layers(), strict=True)):
         weight = stack.matrices(layer)[name]
         source = torch.randn(len(x), weight.shape[1], device=x.device, dtype=x.dtype)
         norm = ops.Norm(w.mlp_norm, eps) if len(x) <= MAX_FUSED_NORM_TOKENS else None

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from dispec.engine.api.llm import LLM
-from dispec.engine.execution.sampler import Functions
+from dispec.engine.execution.sampler import SamplerFunctions
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence as EngineSequence
@@ -41,7 +41,7 @@ class SimulatedProposer:
         """Return the number of tokens that the proposer has to compute first."""
         return self._proposer.num_missing_tokens(sequence) if self._proposer is not None else 0
 
-    def compile_pieces(self, sampler: Functions) -> Iterator[None]:
+    def compile_pieces(self, sampler: SamplerFunctions) -> Iterator[None]:
         """Do nothing: the proposer is compiled with its engine."""
         return iter(())
 

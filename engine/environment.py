@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from dispec.engine.engine import Engine
-from dispec.engine.execution.compiled_steps import begin_replay, compiled
+from dispec.engine.execution.compiled_steps import begin_replay, compile_function
 from dispec.engine.execution.execution_plan import ExecutionPlan, plan_for
 from dispec.engine.options import DTYPE_NAMES, EngineOptions
 from dispec.engine.sampling_params import SamplingParams
@@ -120,7 +120,7 @@ def try_compiler(device: str) -> Outcome:
 
     def run() -> None:
         x = torch.linspace(-2, 2, 64, device=device)
-        function = compiled(_small_function, replays=False)
+        function = compile_function(_small_function, replays=False)
         _require_same(function(x), _small_function(x), "the compiled function gives wrong numbers")
 
     with _empty_compile_cache():
@@ -168,7 +168,7 @@ def try_replay(device: str) -> Outcome:
     """Compile a small function as steps are compiled on CUDA, and replay its CUDA graph on other inputs."""
 
     def run() -> None:
-        function = compiled(_small_function, replays=True)
+        function = compile_function(_small_function, replays=True)
         skipped = counters["inductor"]["cudagraph_skips"]
         # The first call warms the memory pool up, the second records the graph, the third replays it.
         for scale in (1, 2, 3):

@@ -8,7 +8,7 @@ from dispec import ops
 from dispec.layers.config import ModelConfig
 from dispec.layers.types import AttentionWeights, Batch, LayerKV
 
-Rotation = tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]]
+CosSin = tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]]
 
 
 def attention(
@@ -17,27 +17,17 @@ def attention(
     w: AttentionWeights,
     config: ModelConfig,
     batch: Batch,
-    rotation: Rotation,
+    cos_sin: CosSin,
     kv: LayerKV,
 ) -> Float[Tensor, "T E"]:
-    """`x` plus the grouped-query attention (arXiv:2305.13245) of its norm over the tokens' sequences' pages.
+    """Return `x` plus the grouped-query attention (arXiv:2305.13245) of its norm over each sequence's KV cache.
 
-    Writes the tokens' keys and values to `kv` first, so that they attend to one another through the cache.
+    The tokens' keys and values are written to `kv` first, so that they attend to one another through the cache.
     """
     query_norm = None if w.query_norm is None else ops.Norm(w.query_norm, config.rms_norm_eps)
     key_norm = None if w.key_norm is None else ops.Norm(w.key_norm, config.rms_norm_eps)
     query = ops.qkv_rope_write(
-        x,
-        w.qkv,
-        w.qkv_bias,
-        norm,
-        rotation,
-        kv.keys,
-        kv.values,
-        batch.slot_mapping,
-        query_norm,
-        key_norm,
-        kv.layer,
+        x, w.qkv, w.qkv_bias, norm, cos_sin, kv.keys, kv.values, batch.slot_mapping, query_norm, key_norm, kv.layer
     )
     attended = ops.paged_attention(
         query,
@@ -53,7 +43,7 @@ def attention(
     attended = rearrange(attended, "t h d -> t (h d)")
     if config.shard is None:
         return ops.linear(attended, w.output, w.output_bias, residual=x)
-    # The first rank has the bias where the others have zeros. The residual is larger than what is added to it: inside
-    # the sum it would cost a second rounding of its own size.
+    # The output bias is zero in all ranks but the first. The residual is larger than what is added to it: inside of the
+    # sum over the ranks it would cost a second rounding of its own size.
     attended = ops.linear(attended, w.output, w.output_bias)
     return x + ops.all_reduce(attended, config.shard.group)

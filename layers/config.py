@@ -1,25 +1,25 @@
-"""The shape of a model, read from a Hugging Face config. A family is a set of flags here, not a file."""
+"""The shape of a model, read from a Hugging Face config. A model family is a set of flags."""
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-_VOCAB_ROWS = 32  # that stay together when the vocabulary is split over ranks: a kernel's tile
+_VOCAB_TILE = 32  # rows of the vocabulary that stay in one rank: a kernel's tile
 
 
 class UnsupportedModelError(ValueError):
-    """The checkpoint asks for something that this engine does not implement; the message names it."""
+    """The model has a feature that this engine does not implement; the message names it."""
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How the rotation frequencies are stretched past the context that the model was trained on.
+    """How rotation frequencies are scaled for contexts longer than those of the training.
 
-    `linear`: all frequencies over `factor` (position interpolation, arXiv:2306.15595). `llama3`: low frequencies
-    over `factor`, high ones kept, a ramp between (Llama 3.1). `yarn`: the same idea with the ramp over the
-    dimension index and a temperature on the attention (arXiv:2309.00071). `frequency_factors`: one divisor a
-    frequency, as GGUF files carry them.
+    kind: `linear` divides all frequencies by `factor` (position interpolation, arXiv:2306.15595). `llama3` divides low
+        frequencies, keeps high ones, and interpolates between (Llama 3.1). `yarn` interpolates over the dimension
+        index, and has a temperature on the attention (arXiv:2309.00071). `frequency_factors` has a divisor for each
+        frequency, as GGUF files do.
     """
 
     kind: Literal["linear", "llama3", "yarn", "frequency_factors"]
@@ -36,23 +36,23 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Shard:
-    """Which of the `size` ranks of a tensor-parallel model this is, and the name of their process group."""
+    """One of the `size` ranks of a tensor-parallel model, and the name of their process group."""
 
     rank: int
     size: int
     group: str
 
     def vocab_rows(self, vocab_size: int) -> int:
-        """Tokens of the vocabulary that every rank has room for."""
-        return -(-vocab_size // (self.size * _VOCAB_ROWS)) * _VOCAB_ROWS
+        """Return the number of tokens of the vocabulary that every rank has room for."""
+        return -(-vocab_size // (self.size * _VOCAB_TILE)) * _VOCAB_TILE
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer with grouped-query attention, rotary positions, RMS norms and a gated SiLU MLP.
 
-    Hashable and compared by value, so a compiled graph may be keyed by it. Where the model is split over ranks, heads
-    and intermediate size are those of the rank that `shard` names.
+    Hashable and compared by value, so that it can be the key of a compiled graph. With a `shard`, heads and
+    intermediate size are those of the rank.
     """
 
     architecture: str
@@ -88,11 +88,17 @@ class ModelConfig:
     def attention_scale(self) -> float:
         return self.head_dim**-0.5
 
+    @property
+    def rope_attention_factor(self) -> float:
+        """The multiplier of cosine and sine."""
+        return self.rope_scaling.attention_factor if self.rope_scaling else 1.0
+
 
 class _Family(NamedTuple):
-    """`defaults` stand for what a `config.json` leaves out; they are those of transformers' config classes.
+    """What the architectures of a family have in common.
 
     optional_bias: whether `attention_bias` adds biases to all four projections.
+    defaults: of fields that a `config.json` leaves out, as in transformers' config classes.
     """
 
     qkv_bias: bool
@@ -129,9 +135,9 @@ _DEFAULT_THETA = 10000.0
 
 
 def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
-    """Read the contents of a `config.json`, in the layout of transformers 4 or 5, as transformers 5 does.
+    """Return the model of a `config.json`, in the layout of transformers 4 or 5, read as transformers 5 does.
 
-    Raises UnsupportedModelError for what we cannot run faithfully, ValueError for what makes no sense.
+    Raises UnsupportedModelError for a feature that is not implemented, ValueError for a missing or invalid field.
     """
     architectures = raw.get("architectures") or []
     architecture = next((name for name in architectures if name in _FAMILIES), None)
@@ -168,7 +174,7 @@ def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def config_warnings(raw: Mapping[str, Any]) -> Iterator[str]:
-    """What of a `config.json` is read as transformers 5 reads it, and hardly as its author meant it."""
+    """Yield warnings about fields of a `config.json` that transformers 5 reads in a surprising way."""
     replaced, theta = raw.get("rope_parameters") or {}, raw.get("rope_theta") or _DEFAULT_THETA
     scaling = raw.get("rope_scaling")
     if scaling and not scaling.get("rope_theta") and replaced.get("rope_theta", theta) != theta:
@@ -206,10 +212,10 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
 
 
 def _rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The one description of rotary positions that counts.
+    """Return the settings of rotary positions, as transformers 5 chooses them.
 
-    `rope_scaling` is the older name, and what model cards tell to add for long contexts. Where both are there it
-    replaces `rope_parameters` as a whole. The original context length has a place outside of either, which goes first.
+    `rope_scaling` is the older name, which model cards recommend for long contexts: it replaces `rope_parameters`. An
+    original context length outside of both takes precedence.
     """
     settings = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     if original := raw.get("original_max_position_embeddings"):
@@ -218,8 +224,8 @@ def _rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _context_length(scaling: RopeScaling | None, max_positions: int) -> int:
-    """Tokens that the positions reach. YaRN is added to a model whose `max_position_embeddings` often stays as it was
-    trained, so that what it stretches to is the original length times the factor."""
+    """Return the longest context. Configs with YaRN often keep the `max_position_embeddings` of the training: the
+    context is then the original length times the factor."""
     if scaling is None or scaling.kind != "yarn":
         return max_positions
     return max(max_positions, int(scaling.original_max_position_embeddings * scaling.factor))
@@ -259,7 +265,7 @@ def _rope_scaling(rope: Mapping[str, Any], max_positions: int) -> RopeScaling | 
 def yarn_attention_factor(
     factor: float, given: float | None = None, mscale: float | None = None, mscale_all_dim: float | None = None
 ) -> float:
-    """The multiplier of cos and sin that keeps YaRN's softmax temperature (arXiv:2309.00071, section 3.4)."""
+    """Return the multiplier of cosine and sine for YaRN's softmax temperature (arXiv:2309.00071, section 3.4)."""
 
     def temperature(scale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens and of the likeliest ones."""
+"""Log-probabilities of given tokens and of the likeliest ones."""
 
 import torch
 from jaxtyping import Float, Int
@@ -8,12 +8,12 @@ from dispec.layers.types import Logprobs
 
 
 def logprobs(logits: Float[Tensor, "R V"], token_ids: Int[Tensor, "R"], count: int) -> Logprobs:
-    """Natural log-probabilities, in float32, of `token_ids` and of the `count` likeliest tokens of each row.
+    """Return log-probabilities, in float32, of `token_ids` and of the `count` likeliest tokens of each row.
 
-    A token's rank is 1 plus the number of tokens that are more probable. All values are of one tensor, so that a
-    token's own is exactly the one it has among the likeliest.
+    A token's rank is 1 plus the number of tokens that are more probable. Both values of a token that is among the
+    likeliest are equal, because they are read from one tensor.
     """
     values = torch.log_softmax(logits.float(), dim=-1)
-    chosen = values.gather(1, token_ids.long()[:, None])
+    logprob = values.gather(1, token_ids.long()[:, None])
     top = values.topk(count, dim=-1)
-    return Logprobs(chosen[:, 0], (values > chosen).sum(-1) + 1, top.values, top.indices)
+    return Logprobs(logprob[:, 0], (values > logprob).sum(-1) + 1, top.values, top.indices)

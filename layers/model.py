@@ -1,20 +1,19 @@
-"""The model as functions: `forward` is `embed`, `block` for each layer, `logits`."""
+"""The model as functions: `forward` is `embed`, `decoder_layer` for each layer, `logits`."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dispec import ops
-from dispec.layers.attention import Rotation, attention
+from dispec.layers.attention import CosSin, attention
 from dispec.layers.config import ModelConfig
-from dispec.layers.types import Batch, BlockWeights, KVCache, LayerKV, Weights, layers
+from dispec.layers.types import Batch, KVCache, LayerKV, LayerWeights, Weights, unstack_layers
 
 
-def embed(weights: Weights, config: ModelConfig, batch: Batch) -> tuple[Float[Tensor, "T E"], Rotation]:
-    """The tokens' embeddings and the rotation of their positions."""
-    factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
+def embed(weights: Weights, config: ModelConfig, batch: Batch) -> tuple[Float[Tensor, "T E"], CosSin]:
+    """Return the tokens' embeddings, and the cosine and sine of their rotary positions."""
     x = _embedding(weights, config, batch.token_ids)
-    return x, ops.rope_cos_sin(batch.positions, weights.rope_frequencies, factor)
+    return x, ops.rope_cos_sin(batch.positions, weights.rope_frequencies, config.rope_attention_factor)
 
 
 def _embedding(weights: Weights, config: ModelConfig, token_ids: Int[Tensor, "T"]) -> Float[Tensor, "T E"]:
@@ -27,17 +26,17 @@ def _embedding(weights: Weights, config: ModelConfig, token_ids: Int[Tensor, "T"
     return ops.all_reduce(torch.where(is_own[:, None], x, 0.0), config.shard.group)
 
 
-def block(
+def decoder_layer(
     x: Float[Tensor, "T E"],
-    w: BlockWeights,
+    w: LayerWeights,
     config: ModelConfig,
     batch: Batch,
-    rotation: Rotation,
+    cos_sin: CosSin,
     kv: LayerKV,
 ) -> Float[Tensor, "T E"]:
-    """One transformer layer, residual connections included. Writes the layer's pages."""
+    """Compute one transformer layer, residual connections included. Writes the layer's KV cache."""
     attention_norm, mlp_norm = (ops.Norm(weight, config.rms_norm_eps) for weight in (w.attention_norm, w.mlp_norm))
-    x = attention(x, attention_norm, w.attention, config, batch, rotation, kv)
+    x = attention(x, attention_norm, w.attention, config, batch, cos_sin, kv)
     gated = ops.linear(x, w.mlp.gate_up, norm=mlp_norm, is_gated=True)
     if config.shard is None:
         return ops.linear(gated, w.mlp.down, residual=x)
@@ -47,37 +46,37 @@ def block(
 def hidden_states(
     weights: Weights, config: ModelConfig, batch: Batch, kv_cache: KVCache, decoder: ops.Decoder | None = None
 ) -> Float[Tensor, "T E"]:
-    """All layers of one step: writes the step's keys and values to the cache, returns what the head reads.
+    """Compute all layers of one step: write the step's keys and values to the cache, return the last hidden states.
 
-    decoder: the same weights and cache, gathered for `ops.decoder_layers`, which then computes uniform steps: the same
-    bits in one call.
+    decoder: the same weights and cache for `ops.decoder_layers`, which computes uniform steps in one call, with
+        bitwise equal results.
     """
-    x, rotation = embed(weights, config, batch)
+    x, cos_sin = embed(weights, config, batch)
     if decoder is not None and batch.query_len is not None:
         return ops.decoder_layers(
-            decoder, x, rotation, batch.slot_mapping, batch.block_tables, batch.query_start, batch.context_lens
+            decoder, x, cos_sin, batch.slot_mapping, batch.block_tables, batch.query_start, batch.context_lens
         )
-    for w, kv in zip(layers(weights.blocks), kv_cache.layers(), strict=True):
-        x = block(x, w, config, batch, rotation, kv)
+    for w, kv in zip(unstack_layers(weights.layers), kv_cache.layers(), strict=True):
+        x = decoder_layer(x, w, config, batch, cos_sin, kv)
     return x
 
 
-def logits(x: Float[Tensor, "R E"], weights: Weights, config: ModelConfig) -> Float[Tensor, "R V"]:
-    """Logits, in the weights' type, of the rows that the caller selected: the head is never computed for others."""
-    found = ops.linear(x, weights.lm_head, norm=ops.Norm(weights.final_norm, config.rms_norm_eps))
-    if config.shard is None:
-        return found
-    return ops.all_gather_columns(found, config.shard.group, config.shard.size)[:, : config.vocab_size]
-
-
-def wanted_rows(x: Float[Tensor, "T E"], batch: Batch) -> Float[Tensor, "R E"]:
-    """The rows whose logits the step wants."""
+def select_rows(x: Float[Tensor, "T E"], batch: Batch) -> Float[Tensor, "R E"]:
+    """Return the rows of the tokens whose logits the batch asks for."""
     if batch.logits_indices is None:
         return x
     # Unlike x[indices], a CPU selects a few rows in one thread: see `ops/cpu/thread_pool.cpp`.
     return x.index_select(0, batch.logits_indices)
 
 
+def logits(x: Float[Tensor, "R E"], weights: Weights, config: ModelConfig) -> Float[Tensor, "R V"]:
+    """Return the logits of hidden states, in the weights' dtype."""
+    found = ops.linear(x, weights.lm_head, norm=ops.Norm(weights.final_norm, config.rms_norm_eps))
+    if config.shard is None:
+        return found
+    return ops.all_gather_columns(found, config.shard.group, config.shard.size)[:, : config.vocab_size]
+
+
 def forward(weights: Weights, config: ModelConfig, batch: Batch, kv_cache: KVCache) -> Float[Tensor, "R V"]:
-    """One step of the model: writes the step's keys and values to the cache, returns the wanted rows' logits."""
-    return logits(wanted_rows(hidden_states(weights, config, batch, kv_cache), batch), weights, config)
+    """Run one step: write its keys and values to the cache, return the logits of the selected rows."""
+    return logits(select_rows(hidden_states(weights, config, batch, kv_cache), batch), weights, config)

@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv:2104.09864): how fast each pair of dimensions turns."""
+"""Frequencies of rotary positions (arXiv:2104.09864)."""
 
 import math
 
@@ -10,7 +10,7 @@ from dispec.layers.config import ModelConfig, RopeScaling
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Tensor, "D2"]:
-    """The rotation of each pair of dimensions in radians per position, in float32, after the config's scaling."""
+    """Return each dimension pair's rotation in radians per position, in float32, after the config's scaling."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
@@ -21,7 +21,7 @@ def rope_frequencies(config: ModelConfig) -> Float[Tensor, "D2"]:
     if scaling.kind == "frequency_factors":
         return frequencies / torch.tensor(scaling.frequency_factors, dtype=torch.float32)
     if scaling.kind == "llama3":
-        # The share of each frequency that is kept: 0 where it turns slowly over the original context, 1 where fast.
+        # The share of each frequency that is kept: 0 for few turns over the original context, 1 for many.
         turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
         kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         kept = kept.clamp(0, 1)

@@ -1,7 +1,7 @@
-"""Which part of a model a rank has, under tensor parallelism (Megatron-LM, arXiv:1909.08053).
+"""The part of a model that a rank has under tensor parallelism (Megatron-LM, arXiv:1909.08053).
 
-Attention heads, the MLP's columns and the vocabulary are split over the ranks; a layer then takes two sums over them,
-one after attention and one after the MLP. Norms are everybody's. Every rank's part follows from the weights'
+Attention heads, the MLP's columns and the vocabulary are split over the ranks; every rank has all norms. A layer takes
+two sums over the ranks, one after attention and one after the MLP. A rank's parts follow from the weights'
 declaration, which names what each dimension counts.
 """
 
@@ -12,11 +12,11 @@ from dispec.layers.config import ModelConfig, Shard
 
 Axis = Literal["query_heads", "kv_heads", "intermediate", "vocabulary", "once"]
 
-_COLUMNS = 64  # of the MLP, that stay together where there are enough: what kernels read at once
+_MLP_TILE = 64  # columns of the MLP that stay in one rank where there are enough: what kernels read at once
 
 
 class Part(NamedTuple):
-    """Elements `start` to `stop` of a dimension, of which a rank has room for `size`: what is beyond is zero."""
+    """Elements `start` to `stop` of a dimension, in a rank's dimension of `size` elements whose other ones are zero."""
 
     start: int
     stop: int
@@ -31,31 +31,29 @@ class Sharding:
     shard: Shard
 
     def local_config(self) -> ModelConfig:
-        """The model as this rank sees it: its own heads and columns, the whole hidden size and vocabulary."""
-        first, last = self._kv_heads()
-        query = self._query_heads()
-        columns = self.part("intermediate", self.config.intermediate_size)
+        """Return the rank's model: its own heads and columns, the whole hidden size and vocabulary."""
+        config = self.config
         return replace(
-            self.config,
-            num_heads=query[1] - query[0],
-            num_kv_heads=last - first,
-            intermediate_size=columns.size,
+            config,
+            num_heads=self.part("query_heads", config.num_heads).size,
+            num_kv_heads=self.part("kv_heads", config.num_kv_heads).size,
+            intermediate_size=self.part("intermediate", config.intermediate_size).size,
             shard=self.shard,
         )
 
     def part(self, axis: Axis | None, whole: int) -> Part:
-        """This rank's part of a dimension of `whole` elements."""
+        """Return the rank's part of a dimension of `whole` elements."""
         config, (rank, size) = self.config, (self.shard.rank, self.shard.size)
         if axis is None:
             return Part(0, whole, whole)
-        if axis == "once":  # what is added to a sum over the ranks, and must be in it once
+        if axis == "once":  # a bias that is added to a sum over the ranks
             return Part(0, whole if rank == 0 else 0, whole)
         if axis == "vocabulary":
             rows = self.shard.vocab_rows(whole)
             start = min(whole, rank * rows)
             return Part(start, min(whole, start + rows), rows)
         if axis == "intermediate":
-            unit = _COLUMNS if whole % _COLUMNS == 0 and whole >= _COLUMNS * size else 1
+            unit = _MLP_TILE if whole % _MLP_TILE == 0 and whole >= _MLP_TILE * size else 1
             start, stop = (unit * edge for edge in _even(whole // unit, size, rank))
             return Part(start, stop, stop - start)
         heads = self._query_heads() if axis == "query_heads" else self._kv_heads()
@@ -63,14 +61,15 @@ class Sharding:
         return Part(heads[0] * unit, heads[1] * unit, (heads[1] - heads[0]) * unit)
 
     def _kv_heads(self) -> tuple[int, int]:
-        """Whole key/value heads with all their query heads, as evenly as they go; one that several ranks share where
-        there are more ranks than heads."""
+        """Return the first and the end of the rank's key/value heads: even shares of whole heads, or with more ranks
+        than heads one that several ranks share."""
         if self.shard.size <= self.config.num_kv_heads:
             return _even(self.config.num_kv_heads, self.shard.size, self.shard.rank)
         head, _, _ = self._sharers()
         return head, head + 1
 
     def _query_heads(self) -> tuple[int, int]:
+        """Return the first and the end of the rank's query heads: all of its key/value heads, or its share of them."""
         queries = self.config.num_heads // self.config.num_kv_heads
         if self.shard.size <= self.config.num_kv_heads:
             first, last = self._kv_heads()
@@ -80,7 +79,7 @@ class Sharding:
         return head * queries + first, head * queries + last
 
     def _sharers(self) -> tuple[int, int, int]:
-        """This rank's key/value head, its place among the ranks that share it, and how many they are."""
+        """Return the rank's key/value head, its place among the ranks that share the head, and their number."""
         for head in range(self.config.num_kv_heads):
             first, last = _even(self.shard.size, self.config.num_kv_heads, head)
             if first <= self.shard.rank < last:
@@ -89,7 +88,7 @@ class Sharding:
 
 
 def check_can_shard(config: ModelConfig, size: int) -> None:
-    """Raises ValueError if a model has too few heads or columns for so many ranks."""
+    """Raise ValueError if a model has too few heads or columns for `size` ranks."""
     sharers = -(-size // config.num_kv_heads)
     queries = config.num_heads // config.num_kv_heads
     if sharers > queries:
@@ -102,7 +101,7 @@ def check_can_shard(config: ModelConfig, size: int) -> None:
 
 
 def _even(count: int, size: int, rank: int) -> tuple[int, int]:
-    """The first and the one after the last of `count` things that a rank has; lower ranks have one more."""
+    """Return the first and the end of a rank's even share of `count` elements; lower ranks have one more."""
     each, more = divmod(count, size)
     start = rank * each + min(rank, more)
     return start, start + each + (rank < more)

@@ -1,6 +1,6 @@
 """The steps that the engine runs: pure functions of weights, inputs and cache, each compiled as one graph.
 
-    decode_step     as many tokens of each sequence: decoding, and the verification of draft tokens
+    decode_step     equally many tokens of each sequence: decoding, and the verification of draft tokens
     prefill_step    any number of tokens of each sequence
     draft_step      one draft token of each sequence (in `layers.speculation`)
 
@@ -15,29 +15,33 @@ from torch import Tensor
 
 from dispec import ops
 from dispec.layers.config import ModelConfig
-from dispec.layers.model import hidden_states, logits, wanted_rows
+from dispec.layers.model import hidden_states, logits, select_rows
 from dispec.layers.sampling import greedy
 from dispec.layers.types import Batch, KVCache, Weights
 
 
 class Vocabulary(NamedTuple):
-    """The tokens that logits are for. A draft model's are its target's.
+    """The tokens that have logits. A draft model takes its target's.
 
-    size: columns of the logits; where the model has fewer, the others are -inf, where it has more, they are cut.
-    head_tokens: which tokens the rows of the head stand for, None for all in order; logits of the others are -inf.
+    size: columns of the logits. Columns beyond the model's own are -inf; of a larger model the last ones are cut.
+    head_tokens: the token of each row of the head, None for all in order. Logits of other tokens are -inf.
     """
 
     size: int
     head_tokens: Int[Tensor, "V"] | None = None
 
+    def num_head_tokens(self, config: ModelConfig) -> int:
+        """Return the number of tokens that the model's own head has logits for."""
+        return min(self.size, config.vocab_size) if self.head_tokens is None else len(self.head_tokens)
+
 
 class PreviousTokens(NamedTuple):
-    """Token ids that the host does not know yet, where the device left them.
+    """Token ids that earlier steps left on the device, and that the host may not know yet.
 
-    source: 0 for a token whose id is in the batch, else 1 plus the place of its id in `token_ids`.
+    indices: 0 for a token whose id is in the batch, else 1 plus the place of its id in `token_ids`.
     """
 
-    source: Int[Tensor, "T"]
+    indices: Int[Tensor, "T"]
     token_ids: Int[Tensor, "S"]
 
 
@@ -50,13 +54,13 @@ def decode_step(
     previous: PreviousTokens | None,
     decoder: ops.Decoder | None = None,
 ) -> tuple[Float[Tensor, "R V"], Int[Tensor, "R"]]:
-    """Logits and their argmax for the wanted rows of a uniform step: every sequence has T / B tokens.
+    """Run a uniform step, T / B tokens of each sequence. Return the logits of its selected rows and their argmax.
 
     decoder: as in `layers.model.hidden_states`.
     """
     batch = batch._replace(query_len=batch.token_ids.shape[0] // batch.context_lens.shape[0])
-    x = hidden_states(weights, config, _known(batch, config, vocabulary, previous), kv_cache, decoder)
-    return head(wanted_rows(x, batch), weights, config, vocabulary)
+    x = hidden_states(weights, config, _fill_in(batch, config, vocabulary, previous), kv_cache, decoder)
+    return head(select_rows(x, batch), weights, config, vocabulary)
 
 
 def prefill_step(
@@ -67,16 +71,16 @@ def prefill_step(
     kv_cache: KVCache,
     previous: PreviousTokens | None,
 ) -> tuple[Float[Tensor, "T E"], Float[Tensor, "R V"], Int[Tensor, "R"]]:
-    """The hidden states of all tokens of a ragged step; logits and their argmax for the wanted rows."""
-    batch = _known(batch._replace(query_len=None), config, vocabulary, previous)
+    """Run a ragged step. Return the hidden states of all tokens, the logits of the selected rows and their argmax."""
+    batch = _fill_in(batch._replace(query_len=None), config, vocabulary, previous)
     x = hidden_states(weights, config, batch, kv_cache)
-    return x, *head(wanted_rows(x, batch), weights, config, vocabulary)
+    return x, *head(select_rows(x, batch), weights, config, vocabulary)
 
 
 def head(
     x: Float[Tensor, "R E"], weights: Weights, config: ModelConfig, vocabulary: Vocabulary
 ) -> tuple[Float[Tensor, "R V"], Int[Tensor, "R"]]:
-    """Logits of hidden states, and their argmax."""
+    """Return the logits of hidden states and their argmax."""
     found = logits(x, weights, config)
     size, head_tokens = vocabulary
     if head_tokens is not None:
@@ -88,26 +92,19 @@ def head(
     return found, greedy(found)
 
 
-def _known(batch: Batch, config: ModelConfig, vocabulary: Vocabulary, previous: PreviousTokens | None) -> Batch:
-    """The batch with the ids of all its tokens."""
+def _fill_in(batch: Batch, config: ModelConfig, vocabulary: Vocabulary, previous: PreviousTokens | None) -> Batch:
+    """Return the batch with the token ids that are on the device."""
     token_ids = batch.token_ids
     if previous is not None:
-        place = previous.source.long() - 1
+        index = previous.indices.long() - 1
         sampled = previous.token_ids
         if config.shard is not None:  # the first rank alone samples
             sampled = ops.broadcast(sampled, config.shard.group)
-        token_ids = torch.where(place < 0, token_ids, sampled.index_select(0, place.clamp(min=0)).to(token_ids.dtype))
-    if vocabulary.size > config.vocab_size:
-        token_ids = in_vocabulary(token_ids, config)
-    return batch._replace(token_ids=token_ids)
+        token_ids = torch.where(index < 0, token_ids, sampled.index_select(0, index.clamp(min=0)).to(token_ids.dtype))
+    return batch._replace(token_ids=clamp_to_vocabulary(token_ids, config, vocabulary))
 
 
-def num_columns(vocabulary: Vocabulary, config: ModelConfig) -> int:
-    """Return the number of tokens that the model's own head has logits for."""
-    size, head_tokens = vocabulary
-    return min(size, config.vocab_size) if head_tokens is None else len(head_tokens)
-
-
-def in_vocabulary(token_ids: Int[Tensor, "*S"], config: ModelConfig) -> Int[Tensor, "*S"]:
-    """Token ids that the model has an embedding for: a larger vocabulary is padded with ids that no tokenizer has."""
-    return token_ids.clamp(max=config.vocab_size - 1)
+def clamp_to_vocabulary(token_ids: Int[Tensor, "*S"], config: ModelConfig, vocabulary: Vocabulary) -> Int[Tensor, "*S"]:
+    """Return token ids that the model has an embedding for. Ids beyond its own vocabulary are padding of a larger one,
+    which no tokenizer produces."""
+    return token_ids.clamp(max=config.vocab_size - 1) if vocabulary.size > config.vocab_size else token_ids

@@ -1,4 +1,4 @@
-"""The values that flow through the model, and the letters their shapes are written in.
+"""The values that flow through the model, and the letters of their shapes.
 
 ====  =====================================  ====  ==================================
 T     tokens in the step                     E     hidden size
@@ -7,17 +7,17 @@ Q     query tokens per sequence              V     vocabulary size
 P     blocks per sequence                    L     layers
 H     query heads                            NB    blocks in the KV cache
 KV    key/value heads                        BS    tokens per block (block size)
-D     head dimension                         R     rows whose logits are wanted
-D2    half of it, the pairs that rotate
+D     head dimension                         R     rows of logits
+D2    half of D, the rotated pairs
 ====  =====================================  ====  ==================================
 
-Everything here is a named tuple of tensors and plain values: a pytree that torch.compile, tests and a
-debugger all read the same way. Weights and cache are stacked by layer, which keeps a compiled step's inputs at about
-twenty tensors: its host cost grows with their number.
+Each type is a named tuple of tensors and plain values, a pytree to torch.compile. Weights and cache are stacked by
+layer, which keeps a compiled step's inputs at about twenty tensors: its host time grows with their number.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -42,7 +42,7 @@ class MlpWeights(NamedTuple):
     down: Matrix
 
 
-class BlockWeights(NamedTuple):
+class LayerWeights(NamedTuple):
     """Weights of one transformer layer."""
 
     attention_norm: Float[Tensor, "E"]
@@ -54,21 +54,45 @@ class BlockWeights(NamedTuple):
 class Weights(NamedTuple):
     """All weights of a model. Each `Matrix` is in the layout that `ops.pack` chose.
 
-    Every field of `blocks` has the layers as an additional first dimension, or is a tuple with a `PackedWeight` for
-    each layer where their layout cannot be stacked; `layers` gives one view per layer.
-    `rope_frequencies` is not read from a checkpoint but follows from the config (radians per position). A tied
-    `embedding` is the very `lm_head` where its layout lets rows be read from it.
+    layers: every field has the layers as an additional first dimension, or is a tuple with a `PackedWeight` for each
+        layer where the layout cannot be stacked. `unstack_layers` returns one view for each layer.
+    embedding: the same object as `lm_head` where the two are tied and rows can be read from the packed layout.
+    rope_frequencies: radians per position. They follow from the config, not from a checkpoint.
     """
 
     embedding: Matrix
-    blocks: BlockWeights
+    layers: LayerWeights
     final_norm: Float[Tensor, "E"]
     lm_head: Matrix
     rope_frequencies: Float[Tensor, "D2"]
 
 
+def unstack_layers(stacked: LayerWeights) -> tuple[LayerWeights, ...]:
+    """Return the weights of each layer, as views."""
+    num_layers = len(stacked.attention_norm)
+    fields = zip(
+        _unstack(stacked.attention_norm, num_layers),
+        zip(*(_unstack(field, num_layers) for field in stacked.attention), strict=True),
+        _unstack(stacked.mlp_norm, num_layers),
+        zip(*(_unstack(field, num_layers) for field in stacked.mlp), strict=True),
+        strict=True,
+    )
+    return tuple(
+        LayerWeights(attention_norm, AttentionWeights(*attention), mlp_norm, MlpWeights(*mlp))
+        for attention_norm, attention, mlp_norm, mlp in fields
+    )
+
+
+def _unstack(stacked: Matrix | tuple[PackedWeight, ...] | None, num_layers: int) -> tuple[Any, ...]:
+    if stacked is None:
+        return (None,) * num_layers
+    if isinstance(stacked, PackedWeight):
+        return tuple(PackedWeight(one, stacked.out_features) for one in stacked.blocked.unbind(0))
+    return stacked.unbind(0) if isinstance(stacked, Tensor) else stacked
+
+
 class LayerKV(NamedTuple):
-    """The pages of one layer: those of all layers and its number, or with None its own alone."""
+    """The KV cache of one layer: that of all layers and the layer's number, or its own tensors and None."""
 
     keys: Float[Tensor, "*L NB KV D BS"]
     values: Float[Tensor, "*L NB KV BS D"]
@@ -76,10 +100,10 @@ class LayerKV(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """The pages of all layers.
+    """The KV cache of all layers.
 
-    Keys hold positions innermost, so that scores vectorise over positions without horizontal sums; values
-    hold the head dimension innermost, for the same reason in the weighted sum.
+    Scores vectorise over positions and the weighted sum over the head dimension, without horizontal sums: so positions
+    are innermost in keys, and the head dimension is innermost in values.
     """
 
     keys: Float[Tensor, "L NB KV D BS"]
@@ -90,45 +114,29 @@ class KVCache(NamedTuple):
         return self.keys.shape[4]
 
     def layers(self) -> tuple[LayerKV, ...]:
-        """The pages of each layer."""
+        """Return the KV cache of each layer."""
         return tuple(LayerKV(self.keys, self.values, layer) for layer in range(self.keys.shape[0]))
 
 
-def layers(blocks: BlockWeights) -> tuple[BlockWeights, ...]:
-    """The weights of each layer, as views of stacked ones."""
-    size = len(blocks.attention_norm)
-    columns = zip(
-        _unstack(blocks.attention_norm, size),
-        zip(*(_unstack(field, size) for field in blocks.attention), strict=True),
-        _unstack(blocks.mlp_norm, size),
-        zip(*(_unstack(field, size) for field in blocks.mlp), strict=True),
-        strict=True,
-    )
-    return tuple(
-        BlockWeights(attention_norm, AttentionWeights(*attention), mlp_norm, MlpWeights(*mlp))
-        for attention_norm, attention, mlp_norm, mlp in columns
-    )
+_Array = TypeVar("_Array", Tensor, np.ndarray)
 
 
-def _unstack(stacked: Matrix | tuple[PackedWeight, ...] | None, size: int) -> tuple[Any, ...]:
-    if stacked is None:
-        return (None,) * size
-    if isinstance(stacked, PackedWeight):
-        return tuple(PackedWeight(one, stacked.out_features) for one in stacked.blocked.unbind(0))
-    return stacked.unbind(0) if isinstance(stacked, Tensor) else stacked
+def slots_of(block_ids: _Array, positions: _Array, block_size: int) -> _Array:
+    """Return the slot of each position in the KV cache: its block's first slot plus its offset in the block."""
+    return block_ids * block_size + positions % block_size
 
 
 class Batch(NamedTuple):
-    """What one forward pass computes.
+    """The inputs of one forward pass.
 
-    Sequence `b` owns rows `query_start[b] : query_start[b + 1]` of the token axis; they are its last tokens,
-    and `context_lens[b]` counts all its tokens up to and including them. Block 0 of the cache is never given
-    to a sequence: padding tokens have slots in it.
+    Sequence `b` has the tokens `query_start[b] : query_start[b + 1]`, which are its last ones; `context_lens[b]` counts
+    all its tokens up to and including them. Block 0 of the cache belongs to no sequence: padding tokens have slots in
+    it.
 
-    `query_len` is the number of tokens of every sequence where all have the same number (1 in decode, k + 1
-    when k draft tokens are verified), so that T = B * query_len; it is None in a ragged step. Compiled steps derive it
-    from the shapes, as a symbolic value: decode and verification are one graph. `logits_indices` None wants the logits
-    of all tokens.
+    logits_indices: the tokens whose logits are computed, None for all tokens.
+    query_len: the number of tokens of every sequence in a uniform step, so that T = B * query_len: 1 in decode, k + 1
+        where k draft tokens are verified. None in a ragged step. Compiled steps derive it from the shapes, as a
+        symbolic value, so that decode and verification are one graph.
     """
 
     token_ids: Int[Tensor, "T"]
@@ -142,10 +150,10 @@ class Batch(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How to draw a token for each of the R rows.
+    """How each of the R rows is sampled.
 
-    `temperature` 0 is greedy. `seed` and `position` are the counter of the random numbers: the same pair gives
-    the same noise whatever else is in the batch.
+    temperature: 0 is greedy.
+    seed, position: the counter of the random numbers. The same pair gives the same noise in any batch.
     """
 
     temperature: Float[Tensor, "R"]
@@ -153,31 +161,34 @@ class Sampling(NamedTuple):
     position: Int[Tensor, "R"]
 
 
-class Filters(NamedTuple):
-    """Which tokens a draw may choose, by their probabilities: `top_k` is V where it is off, `top_p` 1, `min_p` 0."""
+class SamplingFilters(NamedTuple):
+    """The limits of each row's sampled tokens by probability. Off is `top_k` V, `top_p` 1 and `min_p` 0."""
 
     top_k: Int[Tensor, "R"]
     top_p: Float[Tensor, "R"]
     min_p: Float[Tensor, "R"]
 
 
-class Edits(NamedTuple):
-    """Changes of N single logits, for penalties and biases.
+class Penalties(NamedTuple):
+    """Changes of N single logits, by penalties and biases.
 
-    `place` is row * V + token. The logit is divided by `scale` where positive and multiplied by it where negative,
-    then `addend` is added. Entries of scale 1 and addend 0 are padding and change nothing; of the others no two
-    have the same place.
+    indices: row * V + token id, each at most once.
+    scale: divides a positive logit and multiplies a negative one. addend: is added afterwards.
+    An entry of scale 1 and addend 0 changes nothing: it is padding, at any index.
     """
 
-    place: Int[Tensor, "N"]
+    indices: Int[Tensor, "N"]
     scale: Float[Tensor, "N"]
     addend: Float[Tensor, "N"]
 
 
 class Logprobs(NamedTuple):
-    """Natural log-probabilities of a token in each row, of the likeliest tokens, and the token's rank from 1."""
+    """Natural log-probabilities of one token and of the K likeliest tokens of each row.
 
-    chosen: Float[Tensor, "R"]
+    rank: of the one token, 1 for the likeliest.
+    """
+
+    logprob: Float[Tensor, "R"]
     rank: Int[Tensor, "R"]
-    top: Float[Tensor, "R K"]
+    top_logprobs: Float[Tensor, "R K"]
     top_token_ids: Int[Tensor, "R K"]

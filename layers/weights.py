@@ -1,11 +1,11 @@
-"""Every weight of a model, declared once: its place in `Weights`, shape and names in a checkpoint.
+"""Every weight of a model, declared once: its place in `Weights`, its shape, and its names in a checkpoint.
 
-Loading, dummy weights and tests all derive from `declare`. The weights of all layers are one tensor each, stacked; a
-checkpoint streams into its slices.
+Loading, dummy weights and tests derive from `declare`. The weights of all layers are stacked in one tensor each, into
+whose slices a checkpoint is streamed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -15,14 +15,14 @@ from dispec import ops
 from dispec.layers.config import ModelConfig, Shard
 from dispec.layers.rope import rope_frequencies
 from dispec.layers.sharding import Axis, Part, Sharding
-from dispec.layers.types import AttentionWeights, BlockWeights, MlpWeights, Weights
+from dispec.layers.types import AttentionWeights, LayerWeights, MlpWeights, Weights
 
 Stack = ops.Matrix | tuple[ops.PackedWeight, ...]
 
 
 @runtime_checkable
 class Pack(Protocol):
-    """What makes of a matrix what `ops.linear` takes: `ops.pack`, or a partial application of it."""
+    """Lays a matrix out for `ops.linear`: `ops.pack`, or a partial application of it."""
 
     def __call__(self, weight: Tensor, *, out: Tensor | None = None) -> ops.Matrix: ...
 
@@ -35,7 +35,7 @@ class WeightsError(ValueError):
 class Source:
     """A tensor of a checkpoint, by its Hugging Face name, that fills some rows of a weight.
 
-    splits: what dimension `dim` counts, if ranks share it among themselves.
+    splits: what dimension `dim` counts, if it is split over ranks.
     """
 
     name: str
@@ -44,22 +44,21 @@ class Source:
     dim: int = 0
 
     def part(self, sharding: Sharding | None) -> Part:
-        """What of dimension `dim` a rank has; all of it without ranks."""
+        """Return the rank's part of dimension `dim`."""
         whole = self.shape[self.dim]
         return Part(0, whole, whole) if sharding is None else sharding.part(self.splits, whole)
 
     def local_shape(self, sharding: Sharding | None) -> tuple[int, ...]:
-        """The shape of a rank's part."""
+        """Return the shape of the rank's part."""
         return (*self.shape[: self.dim], self.part(sharding).size, *self.shape[self.dim + 1 :])
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One weight: `name` is its path in `Weights`, `layer` its place in the stack there, None for a weight outside of
-    the layers; its sources are stacked along the first dimension.
+    """One weight, whose sources are stacked along the first dimension.
 
-    A `matrix` is only ever multiplied by, so it may be packed; a `table` is looked up by row; a `vector` is
-    used elementwise.
+    name: its path in `Weights`. layer: its place in the stack there, None for a weight outside of the layers.
+    kind: a `matrix` is multiplied by and may be packed, a `table` is looked up by row, a `vector` is used elementwise.
     """
 
     name: str
@@ -72,24 +71,29 @@ class WeightSpec:
         return self.local_shape(None)
 
     def local_shape(self, sharding: Sharding | None) -> tuple[int, ...]:
-        """The shape of a rank's part."""
+        """Return the shape of the rank's part."""
         shapes = [source.local_shape(sharding) for source in self.sources]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
+    def views(self, weight: Tensor, sharding: Sharding | None) -> Iterator[tuple[Source, Tensor]]:
+        """Yield each source with its rows of the rank's weight."""
+        rows = [source.local_shape(sharding)[0] for source in self.sources]
+        yield from zip(self.sources, weight.split(rows), strict=True)
+
 
 def declare(config: ModelConfig) -> Iterator[WeightSpec]:
-    """All weights of a model, in the order of the forward pass."""
+    """Yield all weights of a model, in the order of the forward pass."""
     hidden, vocab = config.hidden_size, config.vocab_size
     yield WeightSpec("embedding", "table", (Source("model.embed_tokens.weight", (vocab, hidden), "vocabulary"),))
     for layer in range(config.num_layers):
-        for spec in _declare_block(config, f"model.layers.{layer}"):
+        for spec in _declare_layer(config, f"model.layers.{layer}"):
             yield replace(spec, layer=layer)
     yield WeightSpec("final_norm", "vector", (Source("model.norm.weight", (hidden,)),))
     if not config.tie_embeddings:
         yield WeightSpec("lm_head", "matrix", (Source("lm_head.weight", (vocab, hidden), "vocabulary"),))
 
 
-def _declare_block(config: ModelConfig, prefix: str) -> Iterator[WeightSpec]:
+def _declare_layer(config: ModelConfig, prefix: str) -> Iterator[WeightSpec]:
     hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     query_rows, kv_rows = config.num_heads * head_dim, config.num_kv_heads * head_dim
     projections: tuple[tuple[str, int, Axis], ...] = (
@@ -98,29 +102,29 @@ def _declare_block(config: ModelConfig, prefix: str) -> Iterator[WeightSpec]:
         ("v_proj", kv_rows, "kv_heads"),
     )
     attention = f"{prefix}.self_attn"
-    yield WeightSpec("blocks.attention_norm", "vector", (Source(f"{prefix}.input_layernorm.weight", (hidden,)),))
+    yield WeightSpec("layers.attention_norm", "vector", (Source(f"{prefix}.input_layernorm.weight", (hidden,)),))
     yield WeightSpec(
-        "blocks.attention.qkv",
+        "layers.attention.qkv",
         "matrix",
         tuple(Source(f"{attention}.{name}.weight", (rows, hidden), heads) for name, rows, heads in projections),
     )
     if config.qkv_bias:
         yield WeightSpec(
-            "blocks.attention.qkv_bias",
+            "layers.attention.qkv_bias",
             "vector",
             tuple(Source(f"{attention}.{name}.bias", (rows,), heads) for name, rows, heads in projections),
         )
     if config.qk_norm:
-        yield WeightSpec("blocks.attention.query_norm", "vector", (Source(f"{attention}.q_norm.weight", (head_dim,)),))
-        yield WeightSpec("blocks.attention.key_norm", "vector", (Source(f"{attention}.k_norm.weight", (head_dim,)),))
+        yield WeightSpec("layers.attention.query_norm", "vector", (Source(f"{attention}.q_norm.weight", (head_dim,)),))
+        yield WeightSpec("layers.attention.key_norm", "vector", (Source(f"{attention}.k_norm.weight", (head_dim,)),))
     output = Source(f"{attention}.o_proj.weight", (hidden, query_rows), "query_heads", dim=1)
-    yield WeightSpec("blocks.attention.output", "matrix", (output,))
+    yield WeightSpec("layers.attention.output", "matrix", (output,))
     if config.output_bias:
         bias = Source(f"{attention}.o_proj.bias", (hidden,), "once")
-        yield WeightSpec("blocks.attention.output_bias", "vector", (bias,))
-    yield WeightSpec("blocks.mlp_norm", "vector", (Source(f"{prefix}.post_attention_layernorm.weight", (hidden,)),))
+        yield WeightSpec("layers.attention.output_bias", "vector", (bias,))
+    yield WeightSpec("layers.mlp_norm", "vector", (Source(f"{prefix}.post_attention_layernorm.weight", (hidden,)),))
     yield WeightSpec(
-        "blocks.mlp.gate_up",
+        "layers.mlp.gate_up",
         "matrix",
         tuple(
             Source(f"{prefix}.mlp.{name}.weight", (intermediate, hidden), "intermediate")
@@ -128,37 +132,7 @@ def _declare_block(config: ModelConfig, prefix: str) -> Iterator[WeightSpec]:
         ),
     )
     down = Source(f"{prefix}.mlp.down_proj.weight", (hidden, intermediate), "intermediate", dim=1)
-    yield WeightSpec("blocks.mlp.down", "matrix", (down,))
-
-
-@dataclass
-class _Loading:
-    """A weight that is being filled, source by source."""
-
-    spec: WeightSpec
-    tensor: Tensor
-    sharding: Sharding | None
-    waiting: dict[str, tuple[Source, int]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.waiting, row = {}, 0
-        for source in self.spec.sources:
-            self.waiting[source.name] = (source, row)
-            row += source.local_shape(self.sharding)[0]
-
-    def fill(self, name: str, tensor: Tensor) -> None:
-        """Copy a rank's part of a source. Of a mapped file no other rows are read, and other columns only where they
-        share a page of memory with its own. Raises WeightsError for a tensor of another shape."""
-        source, row = self.waiting.pop(name)
-        if tuple(tensor.shape) != source.shape:
-            raise WeightsError(
-                f"tensor {name!r} has shape {list(tensor.shape)}, the config calls for {list(source.shape)}"
-            )
-        part = source.part(self.sharding)
-        rows = self.tensor[row : row + source.local_shape(self.sharding)[0]]
-        count = part.stop - part.start
-        rows.narrow(source.dim, 0, count).copy_(tensor.narrow(source.dim, part.start, count))
-        rows.narrow(source.dim, count, part.size - count).zero_()
+    yield WeightSpec("layers.mlp.down", "matrix", (down,))
 
 
 def load_weights(
@@ -171,91 +145,102 @@ def load_weights(
     shard: Shard | None = None,
     pack: Pack = ops.pack,
 ) -> Weights:
-    """Stream a checkpoint's tensors into place, one at a time; each matrix is packed once it is whole.
+    """Stream a checkpoint's tensors into place, and pack each matrix once all its sources are copied.
 
     Peak memory is that of the weights and of one matrix that is not packed yet.
 
-    `tensors` yields (Hugging Face name, tensor) in any order; `on_progress` hears of each one's elements. `borrowed`
-    weights, by their names in `Weights`, are another model's and not among the tensors. `shard`: the rank whose part
-    of the model `config` is wanted. `pack` lays matrices out for `ops.linear`.
-    Raises WeightsError, with the name, for a tensor that is missing, left over, doubled or misshapen.
+    tensors: (Hugging Face name, tensor) in any order.
+    on_progress: is called with the number of elements of each tensor.
+    borrowed: weights of another model, by their names in `Weights`, that are not among the tensors.
+    shard: the rank whose part of the model `config` is loaded.
+    Raises WeightsError for a tensor that is missing, unknown, repeated or of another shape.
     """
-    borrowed = borrowed or {}
     sharding = Sharding(config, shard) if shard is not None else None
-    own = (spec for spec in declare(config) if spec.name not in borrowed)
-    place_of = {source.name: spec for spec in own for source in spec.sources}
+    spec_of = {
+        source.name: spec for spec in declare(config) if spec.name not in (borrowed or {}) for source in spec.sources
+    }
     stacks = _Stacks(config.num_layers, dtype, device, pack)
-    loading: dict[WeightSpec, _Loading] = {}
-    done: set[WeightSpec] = set()
+    missing: dict[WeightSpec, dict[str, tuple[Source, Tensor]]] = {}
+    buffers: dict[WeightSpec, Tensor] = {}
     for name, tensor in tensors:
-        spec = place_of.get(name)
+        spec = spec_of.get(name)
         if spec is None:
             raise WeightsError(f"tensor {name!r} of the checkpoint has no place in a {config.architecture}")
-        if spec in done or (spec in loading and name not in loading[spec].waiting):
+        if spec not in missing:
+            buffers[spec] = stacks.allocate(spec, spec.local_shape(sharding))
+            missing[spec] = {view[0].name: view for view in spec.views(buffers[spec], sharding)}
+        if name not in missing[spec]:
             raise WeightsError(f"tensor {name!r} occurs twice in the checkpoint")
-        if spec not in loading:
-            loading[spec] = _Loading(spec, stacks.room(spec, spec.local_shape(sharding)), sharding)
-        loading[spec].fill(name, tensor)
+        _copy_part(*missing[spec].pop(name), tensor, sharding)
         on_progress(tensor.numel())
-        if not loading[spec].waiting:
-            stacks.finish(spec, loading.pop(spec).tensor)
-            done.add(spec)
-    missing = [
-        name
-        for name, spec in place_of.items()
-        if spec not in done and (spec not in loading or name in loading[spec].waiting)
-    ]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise WeightsError(f"tensor {missing[0]!r}{more} is missing from the checkpoint")
-    return assemble(config, {**stacks.weights(), **borrowed}, device, pack)
+        if not missing[spec]:
+            stacks.add(spec, buffers.pop(spec))
+    absent = [name for name, spec in spec_of.items() if spec not in missing or name in missing[spec]]
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise WeightsError(f"tensor {absent[0]!r}{more} is missing from the checkpoint")
+    return assemble(config, {**stacks.weights(), **(borrowed or {})}, device, pack)
+
+
+def _copy_part(source: Source, target: Tensor, tensor: Tensor, sharding: Sharding | None) -> None:
+    """Copy a rank's part of a source, and zero the rest of the target.
+
+    Of a memory-mapped file only the part's rows are read; of its columns, whole pages. Raises WeightsError for a tensor
+    of another shape.
+    """
+    if tuple(tensor.shape) != source.shape:
+        raise WeightsError(
+            f"tensor {source.name!r} has shape {list(tensor.shape)}, the config calls for {list(source.shape)}"
+        )
+    part = source.part(sharding)
+    count = part.stop - part.start
+    target.narrow(source.dim, 0, count).copy_(tensor.narrow(source.dim, part.start, count))
+    target.narrow(source.dim, count, part.size - count).zero_()
 
 
 class _Stacks:
-    """Weights by their names in `Weights`, filled one layer at a time."""
+    """Weights by their names in `Weights`, those of the layers stacked."""
 
     def __init__(self, num_layers: int, dtype: torch.dtype, device: torch.device, pack: Pack) -> None:
         self._num_layers = num_layers
         self._pack = pack
         self._like = torch.empty(2, 2, dtype=dtype, device=device)
         self._packs = isinstance(pack(self._like), ops.PackedWeight)
-        self._single: dict[str, ops.Matrix] = {}
-        self._plain: dict[str, Tensor] = {}
-        self._tiled: dict[str, ops.PackedWeight] = {}
-        self._opaque: dict[str, dict[int, ops.PackedWeight]] = {}
+        self._weights: dict[str, Any] = {}
+        self._unstackable: dict[str, dict[int, ops.PackedWeight]] = {}
 
-    def room(self, spec: WeightSpec, shape: tuple[int, ...]) -> Tensor:
-        """Return where a weight of that shape is to be written: its final place, unless it is packed once whole."""
+    def allocate(self, spec: WeightSpec, shape: tuple[int, ...]) -> Tensor:
+        """Return uninitialised memory for a weight: its place in the stack, unless it is packed afterwards."""
         if spec.layer is None or (self._packs and spec.kind == "matrix"):
             return self._like.new_empty(shape)
-        if spec.name not in self._plain:
-            self._plain[spec.name] = self._like.new_empty((self._num_layers, *shape))
-        return self._plain[spec.name][spec.layer]
+        if spec.name not in self._weights:
+            self._weights[spec.name] = self._like.new_empty((self._num_layers, *shape))
+        return self._weights[spec.name][spec.layer]
 
-    def finish(self, spec: WeightSpec, tensor: Tensor) -> None:
-        """Take a weight that is whole."""
+    def add(self, spec: WeightSpec, tensor: Tensor) -> None:
+        """Add a weight whose values are complete."""
         if spec.layer is None:
-            self._single[spec.name] = self._pack(tensor) if spec.kind == "matrix" else tensor
+            self._weights[spec.name] = self._pack(tensor) if spec.kind == "matrix" else tensor
         elif self._packs and spec.kind == "matrix":
             self._pack_layer(spec.name, spec.layer, tensor)
 
     def _pack_layer(self, name: str, layer: int, matrix: Tensor) -> None:
-        if name not in self._tiled:
+        if name not in self._weights:
             packed = self._pack(matrix)
             assert isinstance(packed, ops.PackedWeight)
             if packed.blocked.is_mkldnn:
-                self._opaque.setdefault(name, {})[layer] = packed
+                self._unstackable.setdefault(name, {})[layer] = packed
                 return
             stack = packed.blocked.new_empty((self._num_layers, *packed.blocked.shape))
-            self._tiled[name] = ops.PackedWeight(stack, packed.out_features)
-        self._pack(matrix, out=self._tiled[name].blocked[layer])
+            self._weights[name] = ops.PackedWeight(stack, packed.out_features)
+        self._pack(matrix, out=self._weights[name].blocked[layer])
 
     def weights(self) -> dict[str, Stack]:
-        """Return all weights, once they are whole."""
-        opaque = {
-            name: tuple(found[layer] for layer in range(self._num_layers)) for name, found in self._opaque.items()
+        """Return all weights, once all were added."""
+        layers = range(self._num_layers)
+        return self._weights | {
+            name: tuple(packed[layer] for layer in layers) for name, packed in self._unstackable.items()
         }
-        return {**self._single, **self._plain, **self._tiled, **opaque}
 
 
 def dummy_weights(
@@ -266,28 +251,27 @@ def dummy_weights(
     shard: Shard | None = None,
     pack: Pack = ops.pack,
 ) -> Weights:
-    """Random weights of the real shapes, scaled so that activations neither vanish nor explode.
+    """Return random weights of the real shapes, scaled so that activations neither vanish nor explode.
 
-    Those of a rank are its part of the same weights, which are made one after another for it.
+    A rank's are its part of the whole model's, each of which is made for it in turn.
     """
     sharding = Sharding(config, shard) if shard is not None else None
     generator = torch.Generator(device).manual_seed(seed)
     stacks = _Stacks(config.num_layers, dtype, device, pack)
-
-    def make(spec: WeightSpec) -> Tensor:
-        room = stacks.room(spec, spec.local_shape(sharding))
-        if sharding is None:
-            return _fill_dummy(spec, room, generator)
-        weight = _Loading(spec, room, sharding)
-        whole = _fill_dummy(spec, torch.empty(spec.shape, dtype=dtype, device=device), generator)
-        rows = whole.split([source.shape[0] for source in spec.sources])
-        for source, tensor in zip(spec.sources, rows, strict=True):
-            weight.fill(source.name, tensor)
-        return room
-
     for spec in declare(config):
-        stacks.finish(spec, make(spec))
+        # Nothing here refers to a weight while the next one is allocated.
+        stacks.add(spec, _make_dummy(spec, stacks.allocate(spec, spec.local_shape(sharding)), sharding, generator))
     return assemble(config, stacks.weights(), device, pack)
+
+
+def _make_dummy(spec: WeightSpec, weight: Tensor, sharding: Sharding | None, generator: torch.Generator) -> Tensor:
+    """Fill a rank's weight, and return it."""
+    if sharding is None:
+        return _fill_dummy(spec, weight, generator)
+    whole = _fill_dummy(spec, weight.new_empty(spec.shape), generator)
+    for (source, target), (_, tensor) in zip(spec.views(weight, sharding), spec.views(whole, None), strict=True):
+        _copy_part(source, target, tensor, sharding)
+    return weight
 
 
 def _fill_dummy(spec: WeightSpec, weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -298,27 +282,23 @@ def _fill_dummy(spec: WeightSpec, weight: Tensor, generator: torch.Generator) ->
 
 
 def assemble(config: ModelConfig, weights: Mapping[str, Any], device: torch.device, pack: Pack = ops.pack) -> Weights:
-    """Build the `Weights` tree from weights by their declared names."""
-    embedding = weights["embedding"]
-    lm_head = weights.get("lm_head")
+    """Return the `Weights` of weights by their declared names."""
+    embedding, lm_head = weights["embedding"], weights.get("lm_head")
     if lm_head is None:  # tied
         lm_head = pack(embedding)
         if isinstance(lm_head, ops.PackedWeight) and lm_head.has_readable_rows:
             embedding = lm_head
+
+    def fields(prefix: str, names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: weights.get(f"{prefix}.{name}") for name in names}
+
     return Weights(
         embedding=embedding,
-        blocks=BlockWeights(
-            attention_norm=weights["blocks.attention_norm"],
-            attention=AttentionWeights(
-                qkv=weights["blocks.attention.qkv"],
-                output=weights["blocks.attention.output"],
-                qkv_bias=weights.get("blocks.attention.qkv_bias"),
-                output_bias=weights.get("blocks.attention.output_bias"),
-                query_norm=weights.get("blocks.attention.query_norm"),
-                key_norm=weights.get("blocks.attention.key_norm"),
-            ),
-            mlp_norm=weights["blocks.mlp_norm"],
-            mlp=MlpWeights(gate_up=weights["blocks.mlp.gate_up"], down=weights["blocks.mlp.down"]),
+        layers=LayerWeights(
+            attention_norm=weights["layers.attention_norm"],
+            attention=AttentionWeights(**fields("layers.attention", AttentionWeights._fields)),
+            mlp_norm=weights["layers.mlp_norm"],
+            mlp=MlpWeights(**fields("layers.mlp", MlpWeights._fields)),
         ),
         final_norm=weights["final_norm"],
         lm_head=lm_head,

@@ -28,7 +28,7 @@ def sample(
     position: Int[Tensor, "R"],
     token_ids: Int[Tensor, "V"] | None,
 ) -> Int[Tensor, "R"]:
-    """Sample a column of each row as `layers.sampling.draw` defines it; only where `has_sample_kernel`.
+    """Sample a column of each row as `layers.sampling.sample` defines it; only where `has_sample_kernel`.
 
     The argmax of logits / temperature + Gumbel noise of the counter (seed, position, token); the plain argmax where the
     temperature is 0. token_ids: the tokens of the columns, None for all tokens in order. A row's result depends on that

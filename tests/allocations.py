@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-from dispec.layers.types import KVCache, Weights, layers
+from dispec.layers.types import KVCache, Weights, unstack_layers
 
 
 def largest_allocation(call: Callable[[], object]) -> int:
@@ -32,6 +32,6 @@ def peak_allocation(call: Callable[[], object]) -> int:
 def smallest_matrix_or_cache(weights: Weights, kv_cache: KVCache) -> int:
     """Bytes of the smallest weight matrix or half of a layer's cache: what no step has a reason to copy."""
     tensors = tree_leaves(
-        (weights.embedding, layers(weights.blocks), weights.lm_head, kv_cache.keys[0], kv_cache.values[0])
+        (weights.embedding, unstack_layers(weights.layers), weights.lm_head, kv_cache.keys[0], kv_cache.values[0])
     )
     return min(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.dim() > 1)

@@ -7,8 +7,8 @@ import torch
 
 from dispec import ops
 from dispec.engine.loading.checkpoint import find_checkpoint
-from dispec.layers.decoding import decoder
-from dispec.layers.sampling import draw, greedy
+from dispec.layers.decoding import build_decoder
+from dispec.layers.sampling import greedy, sample
 from dispec.layers.steps import Vocabulary
 from dispec.layers.types import Sampling
 from dispec.layers.weights import load_weights
@@ -39,7 +39,7 @@ def single_steps(
             chosen = greedy(logits)
         else:
             temperature, seed = drawing
-            chosen = draw(logits, Sampling(temperature[rows], seed[rows], position), head_tokens)
+            chosen = sample(logits, Sampling(temperature[rows], seed[rows], position), head_tokens)
         for row, column in zip(rows, chosen.tolist(), strict=True):
             token = column if head_tokens is None else int(head_tokens[column])
             expected[row].append(token)
@@ -73,7 +73,7 @@ def test_tokens_and_pages_are_those_of_single_steps(tmp_path, family, allow_int8
     temperature = torch.tensor([0.0, 1.0, 2.0, 0.5])
     seed = torch.tensor([3, -(2**62), 2**40, 0])
     models = [PagedModel(weights, config, [list(prompt) for prompt in PROMPTS], block_size=16) for _ in range(2)]
-    one_call = decoder(weights, config, Vocabulary(columns, head_tokens), models[0].kv_cache, 40)
+    one_call = build_decoder(weights, config, Vocabulary(columns, head_tokens), models[0].kv_cache, 40)
     if one_call is None:
         pytest.skip("this CPU has neither AVX512-BF16 nor AVX2")
     for model in models:

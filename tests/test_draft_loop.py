@@ -10,7 +10,7 @@ from dispec import LLM, SamplingParams
 from dispec.engine.loading.draft_checkpoint import save_shared_draft
 from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 from dispec.engine.text.tokenizer import Tokenizer
-from dispec.layers.sampling import draw
+from dispec.layers.sampling import sample
 from dispec.layers.types import Sampling
 from tests.checkpoints import save_tiny
 from tests.small_engine import make, random_prompts
@@ -95,7 +95,8 @@ def test_draft_tokens_lie_where_the_steps_of_the_target_read_them(target, draft)
         run(depths)
         depth = max(depths.values())
         for row, (sequence, count) in enumerate(sorted(depths.items(), key=lambda item: -item[1])):
-            assert sequence.draft.token_ids == engine.runner.sampled[row * depth : row * depth + count].tolist()
+            on_device = engine.runner.previous_token_ids[row * depth : row * depth + count]
+            assert sequence.draft.token_ids == on_device.tolist()
             seen += count
 
     loop.run = watch
@@ -125,7 +126,7 @@ def test_a_head_of_some_tokens_draws_with_their_noise():
     kept = torch.randperm(500)[:60]
     hidden = torch.full_like(logits, -torch.inf)
     hidden[:, kept] = logits[:, kept]
-    assert torch.equal(kept[draw(logits[:, kept], sampling, kept)], draw(hidden, sampling))
+    assert torch.equal(kept[sample(logits[:, kept], sampling, kept)], sample(hidden, sampling))
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
@@ -150,9 +151,9 @@ def test_draft_tokens_of_one_call_are_those_of_the_loop(tmp_path, is_shared):
         if loop._decoder is None:
             pytest.skip("this CPU has neither AVX512-BF16 nor AVX2")
         weights = loop._runner.weights
-        for matrix in (weights.lm_head, weights.blocks.attention.qkv, weights.blocks.mlp.down):
+        for matrix in (weights.lm_head, weights.layers.attention.qkv, weights.layers.mlp.down):
             assert matrix.blocked.dtype is torch.int8
-        assert llm.engine.runner.weights.blocks.mlp.down.blocked.dtype is torch.bfloat16
+        assert llm.engine.runner.weights.layers.mlp.down.blocked.dtype is torch.bfloat16
         if not decodes:
             loop._decoder = None
         found.append(draft_tokens_of_each_step(llm, params))

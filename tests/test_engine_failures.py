@@ -30,14 +30,14 @@ def llm(request, directory) -> LLM:
 
 def fail_on(llm: LLM, is_poisoned) -> None:
     """Let a step fail in the middle of a launch if any of its sequences `is_poisoned`."""
-    choose = llm.engine.runner.sampler.choose
+    sample = llm.engine.runner.sampler.sample
 
     def failing(work, *arguments):
         if any(is_poisoned(item.sequence) for item in work):
             raise MemoryError("injected")
-        return choose(work, *arguments)
+        return sample(work, *arguments)
 
-    llm.engine.runner.sampler.choose = failing
+    llm.engine.runner.sampler.sample = failing
 
 
 def test_the_others_go_on_as_if_nothing_had_been(llm, directory):

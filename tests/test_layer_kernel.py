@@ -11,7 +11,7 @@ import torch
 from dispec import ops
 from dispec.layers import model
 from dispec.layers.config import ModelConfig, Shard
-from dispec.layers.decoding import decoder
+from dispec.layers.decoding import build_decoder
 from dispec.layers.steps import Vocabulary
 from dispec.layers.types import Batch, KVCache, Weights
 from dispec.layers.weights import dummy_weights
@@ -53,7 +53,7 @@ def random_weights(config: ModelConfig, *, allow_int8: bool = False, dtype: torc
     """Dummy weights with norms and biases that change the result."""
     weights = dummy_weights(config, dtype, torch.device("cpu"), pack=functools.partial(ops.pack, allow_int8=allow_int8))
     torch.manual_seed(1)
-    blocks, attention = weights.blocks, weights.blocks.attention
+    blocks, attention = weights.layers, weights.layers.attention
     for norm in (blocks.attention_norm, blocks.mlp_norm, attention.query_norm, attention.key_norm):
         if norm is not None:
             norm.uniform_(0.5, 1.5)
@@ -112,7 +112,7 @@ def test_bits_are_those_of_each_layer_in_turn(kind: str, allow_int8: bool) -> No
     for size, query_len in steps:
         batch, cache = uniform_step(config, size, query_len)
         other = KVCache(cache.keys.clone(), cache.values.clone())
-        gathered = decoder(weights, config, Vocabulary(config.vocab_size), cache)
+        gathered = build_decoder(weights, config, Vocabulary(config.vocab_size), cache)
         assert gathered is not None
         with torch.inference_mode():
             whole = model.hidden_states(weights, config, batch, cache, gathered)
@@ -125,16 +125,16 @@ def test_bits_are_those_of_each_layer_in_turn(kind: str, allow_int8: bool) -> No
 @needs_kernels
 def test_uniform_steps_are_one_call_and_ragged_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, calls = random_weights(CONFIG), []
-    layers, block = ops.decoder_layers, model.block
+    layers, layer = ops.decoder_layers, model.decoder_layer
     monkeypatch.setattr(ops, "decoder_layers", lambda *given: calls.append("layers") or layers(*given))
-    monkeypatch.setattr(model, "block", lambda *given: calls.append("block") or block(*given))
+    monkeypatch.setattr(model, "decoder_layer", lambda *given: calls.append("layer") or layer(*given))
     batch, cache = uniform_step(CONFIG, 2, 3)
-    gathered = decoder(weights, CONFIG, Vocabulary(CONFIG.vocab_size), cache)
+    gathered = build_decoder(weights, CONFIG, Vocabulary(CONFIG.vocab_size), cache)
     model.hidden_states(weights, CONFIG, batch, cache, gathered)
     assert calls == ["layers"]
     calls.clear()
     model.hidden_states(weights, CONFIG, batch._replace(query_len=None), cache, gathered)
-    assert calls == ["block"] * CONFIG.num_layers
+    assert calls == ["layer"] * CONFIG.num_layers
 
 
 @needs_kernels
@@ -149,7 +149,7 @@ def test_inputs_may_be_wider_integers_and_parts_of_larger_tensors() -> None:
         query_start=batch.query_start.long(),
         context_lens=batch.context_lens.repeat_interleave(2)[::2],
     )
-    gathered = decoder(weights, CONFIG, Vocabulary(CONFIG.vocab_size), cache)
+    gathered = build_decoder(weights, CONFIG, Vocabulary(CONFIG.vocab_size), cache)
     assert torch.equal(model.hidden_states(weights, CONFIG, wide, cache, gathered), expected)
 
 
@@ -169,4 +169,4 @@ def test_models_without_a_kernel_have_no_decoder(kind: str, monkeypatch: pytest.
     weights = random_weights(config, dtype=dtype)
     if kind == "a shard":
         config = replace(config, shard=Shard(0, 2, "ranks"))
-    assert decoder(weights, config, Vocabulary(config.vocab_size), empty_cache(config, dtype=dtype)) is None
+    assert build_decoder(weights, config, Vocabulary(config.vocab_size), empty_cache(config, dtype=dtype)) is None

@@ -13,7 +13,7 @@ from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.logits_processors import LogitsProcessors
 from dispec.layers.logit_processing import apply_penalties, apply_token_mask, apply_top_k_top_p
 from dispec.layers.logprobs import logprobs
-from dispec.layers.types import Edits, Filters
+from dispec.layers.types import Penalties, SamplingFilters
 
 VOCAB = 77  # neither a multiple of 32 nor of anything else
 PROMPT = [3, 9, 9, 40, 76, 3]
@@ -45,11 +45,11 @@ def process(logits: Tensor, states: list[LogitsProcessors], outputs: list[list[i
         mask = state.allowed_mask(len(output), output)
         if mask is not None:
             allowed[row] = torch.from_numpy(mask)
-    return apply_token_mask(apply_penalties(logits, Edits(*map(torch.from_numpy, filled))), allowed)
+    return apply_token_mask(apply_penalties(logits, Penalties(*map(torch.from_numpy, filled))), allowed)
 
 
-def filters(rows: int, top_k: int = VOCAB, top_p: float = 1.0, min_p: float = 0.0) -> Filters:
-    return Filters(torch.full((rows,), top_k), torch.full((rows,), top_p), torch.full((rows,), min_p))
+def filters(rows: int, top_k: int = VOCAB, top_p: float = 1.0, min_p: float = 0.0) -> SamplingFilters:
+    return SamplingFilters(torch.full((rows,), top_k), torch.full((rows,), top_p), torch.full((rows,), min_p))
 
 
 def expect_same_tokens(actual: Tensor, expected: Tensor) -> None:
@@ -172,7 +172,7 @@ def test_presence_and_frequency_follow_the_published_formula():
 def test_edit_takes_half_precision_infinities_and_no_entries():
     logits = logits_of(2).bfloat16()
     logits[1, 4] = -torch.inf
-    edits = Edits(
+    edits = Penalties(
         torch.tensor([4, VOCAB + 4, 0, 0]), torch.tensor([2.0, 2.0, 1.0, 1.0]), torch.tensor([0.5, 1.0, 0, 0])
     )
     expected = logits.float()
@@ -180,7 +180,7 @@ def test_edit_takes_half_precision_infinities_and_no_entries():
     actual = apply_penalties(logits, edits)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
-    nothing = Edits(torch.zeros(0, dtype=torch.int32), torch.zeros(0), torch.zeros(0))
+    nothing = Penalties(torch.zeros(0, dtype=torch.int32), torch.zeros(0), torch.zeros(0))
     assert torch.equal(apply_penalties(logits, nothing), logits.float())
 
 
@@ -291,10 +291,14 @@ def test_logprobs(dtype, count):
     chosen[:3] = logits.argmax(-1)[:3]
     result = logprobs(logits, chosen, count)
     exact = logits.double().log_softmax(-1)
-    torch.testing.assert_close(result.chosen.double(), exact.gather(1, chosen.long()[:, None])[:, 0], rtol=0, atol=5e-6)
-    torch.testing.assert_close(result.top.double(), exact.sort(descending=True).values[:, :count], rtol=0, atol=5e-6)
+    torch.testing.assert_close(
+        result.logprob.double(), exact.gather(1, chosen.long()[:, None])[:, 0], rtol=0, atol=5e-6
+    )
+    torch.testing.assert_close(
+        result.top_logprobs.double(), exact.sort(descending=True).values[:, :count], rtol=0, atol=5e-6
+    )
     for row, token in enumerate(chosen.tolist()):
         assert result.rank[row] == sum(value > logits[row, token] for value in logits[row]) + 1
         for column, likely in enumerate(result.top_token_ids[row].tolist()):
-            assert likely != token or result.top[row, column] == result.chosen[row]
+            assert likely != token or result.top_logprobs[row, column] == result.logprob[row]
     assert (result.rank[:3] == 1).all()

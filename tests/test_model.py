@@ -133,7 +133,7 @@ def test_attention_bias_of_llama(tmp_path):
     case = make_case(tmp_path, "llama", attention_bias=True)
     assert case.config.qkv_bias
     assert case.config.output_bias
-    assert case.weights.blocks.attention.output_bias.abs().max() > 0
+    assert case.weights.layers.attention.output_bias.abs().max() > 0
     (logits,) = PagedModel(case.weights, case.config, case.prompts).compute({0: 37})
     case.assert_close(0, 0, logits)
 

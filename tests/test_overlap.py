@@ -114,7 +114,7 @@ def test_the_device_feeds_a_token_that_the_host_has_not_seen(directory):
     sequence = llm.engine.add(prompt, greedy(8))
     for _ in range(3):
         llm.engine.step()
-    runner.sampled += torch.ones_like(runner.sampled)
+    runner.previous_token_ids += torch.ones_like(runner.previous_token_ids)
     while llm.engine.has_work:
         llm.engine.step()
     assert sequence.output_token_ids != expected, "the fed back token was not read"

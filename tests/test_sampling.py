@@ -5,8 +5,8 @@ import torch
 
 from dispec import ops
 from dispec.layers.logit_processing import apply_top_k_top_p
-from dispec.layers.sampling import draw, greedy
-from dispec.layers.types import Filters, Sampling
+from dispec.layers.sampling import greedy, sample
+from dispec.layers.types import Sampling, SamplingFilters
 from dispec.ops import reference, uniform_noise
 
 
@@ -32,7 +32,7 @@ def sampling(temperature, seeds, positions) -> Sampling:
 def test_greedy_rows_are_the_argmax_beside_sampled_ones():
     torch.manual_seed(0)
     logits = torch.randn(4, 100)
-    chosen = draw(logits, sampling([0.0, 1.0, 0.0, 5.0], [1, 2, 3, 4], [5, 6, 7, 8]))
+    chosen = sample(logits, sampling([0.0, 1.0, 0.0, 5.0], [1, 2, 3, 4], [5, 6, 7, 8]))
     assert torch.equal(chosen[[0, 2]], logits.argmax(-1)[[0, 2]])
     assert torch.equal(greedy(logits), logits.argmax(-1))
     assert torch.equal(greedy(logits.bfloat16()), logits.bfloat16().float().argmax(-1))
@@ -60,7 +60,7 @@ def test_restricted_draws_follow_what_is_left_of_the_softmax(top_k, top_p, min_p
     kept = kept[kept >= min_p * kept[0]]
     expected = torch.zeros(20)
     expected[order[: len(kept)]] = kept / kept.sum()
-    filters = Filters(torch.tensor([top_k]), torch.tensor([top_p]), torch.tensor([min_p]))
+    filters = SamplingFilters(torch.tensor([top_k]), torch.tensor([top_p]), torch.tensor([min_p]))
     restricted = apply_top_k_top_p(logits[None], torch.tensor([temperature]), filters)[0]
     expect_draws(logits, restricted, temperature, expected)
 
@@ -68,7 +68,7 @@ def test_restricted_draws_follow_what_is_left_of_the_softmax(top_k, top_p, min_p
 def expect_draws(logits: torch.Tensor, restricted: torch.Tensor, temperature: float, expected: torch.Tensor) -> None:
     """40,000 draws of restricted logits against the probabilities, by chi-square at 0.1 %."""
     draws = 40_000
-    chosen = draw(restricted.expand(draws, len(logits)), sampling(temperature, [99] * draws, list(range(draws))))
+    chosen = sample(restricted.expand(draws, len(logits)), sampling(temperature, [99] * draws, list(range(draws))))
     observed = torch.bincount(chosen, minlength=len(logits))
     assert (observed[expected == 0] == 0).all(), "drawn, but ruled out"
     expected = expected * draws
@@ -89,7 +89,7 @@ def test_a_token_of_minus_infinity_is_never_drawn_whatever_the_noise(monkeypatch
     )
     logits = torch.full((2, 40), -torch.inf)
     logits[0, 17], logits[1, [5, 30]] = -80.0, 3.0
-    assert draw(logits, sampling(1.0, [1, 2], [3, 4])).tolist() == [17, 5]
+    assert sample(logits, sampling(1.0, [1, 2], [3, 4])).tolist() == [17, 5]
 
 
 def test_a_token_of_minus_infinity_is_not_drawn_for_noise_of_its_own_making():
@@ -102,13 +102,13 @@ def test_a_token_of_minus_infinity_is_not_drawn_for_noise_of_its_own_making():
         logits[0, 17] = -80.0
         token_ids = torch.arange(40)
         token_ids[17], token_ids[5] = extremes[order]
-        assert draw(logits, sampling(1.0, [3], [4]), token_ids).tolist() == [17]
+        assert sample(logits, sampling(1.0, [3], [4]), token_ids).tolist() == [17]
     # The least noise there is, -2.8, against a token whose logit makes 0.7 less of its noise.
     row = sampling(1.0, [3], [4])
     token_ids = torch.tensor([int(extremes[0]), 7])
     least, other = reference.sampling_scores(torch.zeros(1, 2), *row, token_ids)[0]
     assert least == pytest.approx(-2.81, abs=0.01)
-    assert draw(torch.tensor([[0.0, float(least - 0.7 - other)]]), row, token_ids) == 0
+    assert sample(torch.tensor([[0.0, float(least - 0.7 - other)]]), row, token_ids) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -121,7 +121,7 @@ def test_draws_are_those_of_the_definition(dtype):
         seed = torch.randint(-(2**62), 2**62, (rows,))
         position = torch.randint(0, 100_000, (rows,), dtype=torch.int32)
         for token_ids in (None, torch.randperm(50_000)[:size]):
-            chosen = draw(logits, Sampling(temperature, seed, position), token_ids)
+            chosen = sample(logits, Sampling(temperature, seed, position), token_ids)
             values = reference.sampling_scores(logits, temperature, seed, position, token_ids)
             best = values.gather(1, chosen[:, None])[:, 0]
             torch.testing.assert_close(best, values.amax(-1), rtol=0, atol=3e-5)  # a near tie may fall either way
@@ -133,8 +133,8 @@ def test_tiny_temperatures_are_greedy_and_not_infinite():
     torch.manual_seed(0)
     logits = torch.rand(3, 50) * 20
     for temperature in (1e-6, 1e-30, 1e-44):
-        assert torch.equal(draw(logits, sampling(temperature, [1, 2, 3], [4, 5, 6])), greedy(logits))
-        filters = Filters(torch.tensor([5] * 3), torch.tensor([0.9] * 3), torch.tensor([0.1] * 3))
+        assert torch.equal(sample(logits, sampling(temperature, [1, 2, 3], [4, 5, 6])), greedy(logits))
+        filters = SamplingFilters(torch.tensor([5] * 3), torch.tensor([0.9] * 3), torch.tensor([0.1] * 3))
         restricted = apply_top_k_top_p(logits, torch.full((3,), temperature), filters)
         assert torch.equal(restricted.isfinite().sum(-1), torch.ones(3, dtype=torch.int64))
 

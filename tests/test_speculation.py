@@ -89,7 +89,7 @@ def test_a_rule_that_lets_wrong_guesses_stand_is_noticed(directory, other, plain
     prompts, params = random_prompts(8), mixed_params(8, max_tokens=30)
     expected = [[choice.token_ids for choice in one.choices] for one in plain.generate(prompts, params)]
     llm = speculating(directory, other)
-    monkeypatch.setattr("dispec.engine.execution.sampler._num_right", wrong)
+    monkeypatch.setattr("dispec.engine.execution.sampler_output.num_accepted", wrong)
     found = [[choice.token_ids for choice in one.choices] for one in llm.generate(prompts, params)]
     assert found != expected
 

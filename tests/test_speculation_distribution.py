@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dispec.layers.logit_processing import apply_penalties, apply_token_mask, apply_top_k_top_p
-from dispec.layers.sampling import draw
-from dispec.layers.types import Edits, Filters, Sampling
+from dispec.layers.sampling import sample
+from dispec.layers.types import Penalties, Sampling, SamplingFilters
 
 SIZE, COUNT = 24, 65536
 SETTINGS = {
@@ -78,14 +78,16 @@ def drawn(
         places = (torch.arange(COUNT)[:, None] * SIZE + torch.tensor(changed)).flatten()
         scales = torch.tensor([scale.get(token, 1.0) for token in changed])
         addends = torch.tensor([addend.get(token, 0.0) for token in changed])
-        rows = apply_penalties(rows, Edits(places, scales.repeat(COUNT), addends.repeat(COUNT)))
+        rows = apply_penalties(rows, Penalties(places, scales.repeat(COUNT), addends.repeat(COUNT)))
     if allowed is not None:
         word = sum(1 << token for token in allowed)
         rows = apply_token_mask(rows, torch.full((COUNT, 1), word, dtype=torch.int32))
     temperatures = torch.full((COUNT,), float(temperature))
     ones = torch.ones(COUNT)
-    rows = apply_top_k_top_p(rows, temperatures, Filters(torch.full((COUNT,), top_k), ones * top_p, ones * min_p))
-    return draw(rows, Sampling(temperatures, torch.arange(COUNT) + first_seed, torch.full((COUNT,), 77)))
+    rows = apply_top_k_top_p(
+        rows, temperatures, SamplingFilters(torch.full((COUNT,), top_k), ones * top_p, ones * min_p)
+    )
+    return sample(rows, Sampling(temperatures, torch.arange(COUNT) + first_seed, torch.full((COUNT,), 77)))
 
 
 def chi_square_is_passed(tokens: torch.Tensor, expected: np.ndarray) -> bool:

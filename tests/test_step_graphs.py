@@ -22,7 +22,7 @@ from dispec.layers.config import ModelConfig, Shard
 from dispec.layers.sharding import Sharding
 from dispec.layers.speculation import DraftState, draft_step
 from dispec.layers.steps import PreviousTokens, Vocabulary, decode_step, prefill_step
-from dispec.layers.types import Batch, Filters, KVCache, Sampling, Weights
+from dispec.layers.types import Batch, KVCache, Sampling, SamplingFilters, Weights
 from dispec.layers.weights import dummy_weights
 
 CONFIG = ModelConfig(
@@ -193,7 +193,7 @@ def test_draft_steps_are_one_graph(graphs: Graphs, dtype: torch.dtype, knows_som
     for sequences in (5, 2, 16):
         ones = torch.empty(sequences, device="cuda")
         sampling = Sampling(ones, integers(sequences).long(), integers(sequences).long())
-        filters = Filters(integers(sequences), ones, ones)
+        filters = SamplingFilters(integers(sequences), ones, ones)
         state = DraftState(
             batch(2 * sequences, sequences, sequences),
             *symbolic(

@@ -2,7 +2,7 @@
 
 import torch
 
-from dispec.engine.execution.input_buffers import StepShape, input_views, write_inputs
+from dispec.engine.execution.input_buffers import StepShape, host_views, input_views, write_inputs
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.scheduler_output import ScheduledSequence
 from dispec.engine.scheduling.sequence import Sequence
@@ -23,10 +23,11 @@ def prompt_of(length: int, block_table: list[int]) -> ScheduledSequence:
 
 
 def test_the_padding_of_a_ragged_step_is_nobodys_even_where_every_sequence_is_taken() -> None:
-    shape = StepShape(tokens=64, sequences=2, blocks=1, rows=2, query_len=None)
-    inputs = input_views(torch.zeros(sum(shape.field_sizes()), dtype=torch.int32), shape)
+    shape = StepShape(num_tokens=64, num_seqs=2, max_blocks_per_seq=1, num_sampled=2, query_len=None)
+    buffer = torch.zeros(shape.size, dtype=torch.int32)
+    inputs = input_views(buffer, shape)
     scheduled = (prompt_of(3, [5]), prompt_of(4, [7]))
-    assert write_inputs(inputs, scheduled, 16) == list(scheduled)
+    assert write_inputs(host_views(buffer, shape), scheduled, 16) == list(scheduled)
     batch = inputs.batch
     assert batch.query_start.tolist() == [0, 3, 7]
     assert batch.context_lens.tolist() == [3, 4]
@@ -36,36 +37,41 @@ def test_the_padding_of_a_ragged_step_is_nobodys_even_where_every_sequence_is_ta
 
 def test_a_uniform_step_with_a_row_for_each_token_selects_none() -> None:
     """Rows of a token whose logits are not wanted belong to no work; so do those of padding."""
-    shape = StepShape(tokens=9, sequences=3, blocks=2, rows=9, query_len=3)
-    inputs = input_views(torch.zeros(shape.size, dtype=torch.int32), shape)
+    shape = StepShape(num_tokens=9, num_seqs=3, max_blocks_per_seq=2, num_sampled=9, query_len=3)
+    buffer = torch.zeros(shape.size, dtype=torch.int32)
+    inputs = input_views(buffer, shape)
     prompt, verified = prompt_of(3, [5]), prompt_of(18, [7, 9])
     verified.sequence.draft.token_ids = [61, 62]
     verified = verified._replace(start=17, num_tokens=3, num_drafts=2)
-    sampled = write_inputs(inputs, (prompt, verified), 16)
+    sampled = write_inputs(host_views(buffer, shape), (prompt, verified), 16)
     assert sampled == [None, None, prompt, verified, verified, verified]
     batch, sampling = inputs.batch, inputs.sampling
     assert batch.logits_indices is None
     assert batch.token_ids.tolist() == [100, 101, 102, 117, 61, 62, 0, 0, 0]
     assert batch.query_start.tolist() == [0, 3, 6, 9]
     assert batch.context_lens.tolist() == [3, 20, 3]
-    assert sampling.position.tolist() == [0, 0, 3, 18, 19, 20, 0, 0, 0]
+    assert sampling.position.tolist() == [1, 2, 3, 18, 19, 20, 0, 0, 0]
     assert [round(value, 3) for value in sampling.temperature.tolist()] == [0, 0, 0.7, 0.7, 0.7, 0.7, 0, 0, 0]
     assert sampling.seed.tolist() == [0, 0, 5, 7, 7, 7, 0, 0, 0]
 
 
 def test_draft_tokens_on_the_device_are_read_where_they_lie() -> None:
-    shape = StepShape(tokens=3, sequences=1, blocks=2, rows=3, query_len=3)
-    inputs = input_views(torch.zeros(shape.size, dtype=torch.int32), shape)
+    shape = StepShape(num_tokens=3, num_seqs=1, max_blocks_per_seq=2, num_sampled=3, query_len=3)
+    buffer = torch.zeros(shape.size, dtype=torch.int32)
+    inputs = input_views(buffer, shape)
     scheduled = prompt_of(18, [7, 9])
     scheduled.sequence.draft.token_ids = [0, 0]  # so many, not yet known
-    write_inputs(inputs, (scheduled._replace(start=17, num_tokens=3, num_drafts=2),), 16, draft_rows={7: 10})
+    write_inputs(
+        host_views(buffer, shape), (scheduled._replace(start=17, num_tokens=3, num_drafts=2),), 16, draft_index={7: 10}
+    )
     assert inputs.batch.token_ids.tolist() == [117, 0, 0]
-    assert inputs.token_source.tolist() == [0, 11, 12]
+    assert inputs.previous_indices.tolist() == [0, 11, 12]
 
 
 def test_a_spare_sequence_of_a_ragged_step_is_empty() -> None:
-    shape = StepShape(tokens=8, sequences=4, blocks=1, rows=1, query_len=None)
-    inputs = input_views(torch.zeros(sum(shape.field_sizes()), dtype=torch.int32), shape)
-    write_inputs(inputs, (prompt_of(3, [5]),), 16)
+    shape = StepShape(num_tokens=8, num_seqs=4, max_blocks_per_seq=1, num_sampled=1, query_len=None)
+    buffer = torch.zeros(shape.size, dtype=torch.int32)
+    inputs = input_views(buffer, shape)
+    write_inputs(host_views(buffer, shape), (prompt_of(3, [5]),), 16)
     assert inputs.batch.query_start.tolist() == [0, 3, 3, 3, 3]
     assert inputs.batch.context_lens.tolist() == [3, 0, 0, 0]

@@ -31,7 +31,7 @@ def shapes(plan: ExecutionPlan, max_num_seqs: int, max_tokens: int) -> StepShape
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
         max_num_drafts=MAX_NUM_DRAFTS,
-        max_blocks=MAX_BLOCKS,
+        max_blocks_per_seq=MAX_BLOCKS,
         max_query_len=plan.max_query_len,
     )
 
@@ -68,15 +68,15 @@ def test_a_step_fits_its_shape_and_the_shape_the_buffers(
 ) -> None:
     max_num_seqs, max_tokens, exact = data.draw(cases(plan))
     found = shapes(plan, max_num_seqs, max_tokens)
-    shape = found.of(exact, is_compiled=is_compiled)
+    shape = found.padded(exact, is_compiled=is_compiled)
     assert fits(exact, shape)
     if shape.query_len is not None:
-        assert shape.tokens == shape.sequences * shape.query_len
+        assert shape.num_tokens == shape.num_seqs * shape.query_len
     if is_compiled:
-        assert shape.query_len is None or shape.rows == shape.tokens, "selecting rows is another graph"
-        assert min(shape.tokens, shape.sequences, shape.blocks, shape.rows) > 1, "the compiler would specialise"
+        assert shape.query_len is None or shape.num_sampled == shape.num_tokens, "selecting rows is another graph"
+        assert min(shape[:4]) > 1, "the compiler would specialise"
     assert shape.size <= found.largest.size
-    assert shape.rows <= found.largest.rows
+    assert shape.num_sampled <= found.largest.num_sampled
     if plan is CUDA and is_compiled:
         assert shape in found.recorded()
 
@@ -86,11 +86,11 @@ def test_a_step_fits_its_shape_and_the_shape_the_buffers(
 def test_recorded_shapes_fall_and_the_largest_has_room_for_all(max_num_seqs: int, max_tokens: int) -> None:
     found = shapes(CUDA, max_num_seqs, max(max_tokens, max_num_seqs))
     recorded = found.recorded()
-    assert [shape.tokens for shape in recorded] == sorted((shape.tokens for shape in recorded), reverse=True)
+    assert [shape.num_tokens for shape in recorded] == sorted((shape.num_tokens for shape in recorded), reverse=True)
     assert len(recorded) == len(set(recorded))
     for shape in (*recorded, TRACED_DECODE, TRACED_PREFILL):
         assert shape.size <= found.largest.size
-        assert shape.rows <= found.largest.rows
+        assert shape.num_sampled <= found.largest.num_sampled
 
 
 @pytest.mark.parametrize("most", [32, 48, 1000, 4096, 5000, 8192, 30_000])
@@ -120,8 +120,8 @@ def test_traced_sizes_differ_and_none_is_one() -> None:
     """Two that are equal would be one to the compiler."""
     decode, prefill = TRACED_DECODE, TRACED_PREFILL
     for shape in (decode, prefill):
-        sizes = [shape.tokens, shape.sequences, shape.blocks]
+        sizes = [shape.num_tokens, shape.num_seqs, shape.max_blocks_per_seq]
         assert len(set(sizes)) == len(sizes)
-        assert min(*sizes, shape.rows) > 1
-    assert decode.query_len == decode.tokens // decode.sequences > 1
-    assert prefill.rows not in (prefill.tokens, prefill.sequences, prefill.blocks)
+        assert min(*sizes, shape.num_sampled) > 1
+    assert decode.query_len == decode.num_tokens // decode.num_seqs > 1
+    assert prefill.num_sampled not in (prefill.num_tokens, prefill.num_seqs, prefill.max_blocks_per_seq)

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from dispec.engine.loading.checkpoint import find_checkpoint
 from dispec.layers.config import ModelConfig
 from dispec.layers.logit_processing import apply_top_k_top_p
-from dispec.layers.sampling import draw
+from dispec.layers.sampling import sample
 from dispec.layers.speculation import DraftState, draft_step
 from dispec.layers.steps import PreviousTokens, Vocabulary, decode_step, prefill_step
-from dispec.layers.types import Batch, Filters, KVCache, Sampling, Weights
+from dispec.layers.types import Batch, KVCache, Sampling, SamplingFilters, Weights
 from dispec.layers.weights import load_weights
 from tests.checkpoints import VOCAB_SIZE, save_tiny
 from tests.paged_model import PagedModel
@@ -145,7 +145,7 @@ def test_draft_steps_choose_what_plain_steps_do(tiny: Model, draws: str, knows_s
         sampling = Sampling(torch.tensor([0.8, 0.0, 1.2]), torch.tensor([5, 6, 7]), torch.tensor([37, 18, 33]))
     if draws == "filtered":
         top_k = torch.tensor([6, 2, len(known)])
-        filters = Filters(top_k, torch.tensor([0.9, 1.0, 0.5]), torch.tensor([0.0, 0.1, 0.0]))
+        filters = SamplingFilters(top_k, torch.tensor([0.9, 1.0, 0.5]), torch.tensor([0.0, 0.1, 0.0]))
     counts = [NUM_DRAFTS, 2, 1]
     room = [prompt + [0] * NUM_DRAFTS for prompt in PROMPTS]
 
@@ -161,7 +161,7 @@ def test_draft_steps_choose_what_plain_steps_do(tiny: Model, draws: str, knows_s
         else:
             if filters is not None:
                 found = apply_top_k_top_p(found, sampling.temperature, filters)
-            token_ids = draw(found, sampling._replace(position=sampling.position + step))
+            token_ids = sample(found, sampling._replace(position=sampling.position + step))
         for number, token in enumerate(token_ids.tolist()):
             plain.prompts[number][len(PROMPTS[number]) + step] = token
             expected[number].append(token)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dispec import LLM, SamplingParams
 from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 from dispec.layers.config import ModelConfig
-from dispec.layers.model import block, logits
+from dispec.layers.model import decoder_layer, logits
 from dispec.ops.cpu.library import has_packed_linear
 from tests import commands
 from tests.allocations import largest_allocation, smallest_matrix_or_cache
@@ -103,9 +103,9 @@ def test_ops_of_a_layer(kind, monkeypatch):
 
     def count(*args):
         with inner:
-            return block(*args)
+            return decoder_layer(*args)
 
-    monkeypatch.setattr("dispec.layers.model.block", count)
+    monkeypatch.setattr("dispec.layers.model.decoder_layer", count)
     with unchecked(), Calls() as whole:
         llm.engine.runner.run(found)
     expected = {} if kind == "decode" else OPS_PER_LAYER  # a decode's layers are one C++ call, of which torch sees none

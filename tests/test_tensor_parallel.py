@@ -19,7 +19,7 @@ from dispec.engine.options import EngineOptions
 from dispec.engine.sampling_params import SamplingParams
 from dispec.layers.config import ModelConfig, Shard
 from dispec.layers.sharding import Sharding
-from dispec.layers.types import layers
+from dispec.layers.types import unstack_layers
 from dispec.layers.weights import declare, load_weights
 from tests.checkpoints import save_tiny
 
@@ -100,7 +100,7 @@ def test_ranks_load_their_parts_of_every_weight(directory):
         load_weights(checkpoint.config, checkpoint.tensors(), torch.float32, torch.device("cpu"), shard=shard)
         for shard in shards
     ]
-    for layer, ranks in enumerate(zip(*(layers(rank.blocks) for rank in loaded), strict=True)):
+    for layer, ranks in enumerate(zip(*(unstack_layers(rank.layers) for rank in loaded), strict=True)):
         prefix = f"model.layers.{layer}"
         down = torch.cat([rank.mlp.down for rank in ranks], dim=1)
         assert torch.equal(down, whole[f"{prefix}.mlp.down_proj.weight"])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from dispec import ops
 from dispec.engine.loading.checkpoint import find_checkpoint
 from dispec.layers.config import ModelConfig, Shard
-from dispec.layers.types import Weights, layers
+from dispec.layers.types import Weights, unstack_layers
 from dispec.layers.weights import WeightsError, declare, dummy_weights, load_weights
 from dispec.ops.cpu.library import has_packed_linear
 from tests.allocations import peak_allocation
@@ -145,7 +145,7 @@ def test_fused_rows_stand_in_order(checkpoint):
     config, tensors = checkpoint
     weights = load(config, list(tensors.items()))
     parts = [tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"]
-    assert torch.equal(layers(weights.blocks)[1].attention.qkv, torch.cat(parts))
+    assert torch.equal(unstack_layers(weights.layers)[1].attention.qkv, torch.cat(parts))
 
 
 LAYOUTS = {
@@ -172,8 +172,8 @@ def test_layers_are_what_each_would_be_alone(checkpoint, layout):
     dtype, pack = layout
     weights = load_weights(config, iter(tensors.items()), dtype, CPU, pack=pack)
     x = torch.randn(3, config.hidden_size).to(dtype)
-    assert len(layers(weights.blocks)) == config.num_layers
-    for number, layer in enumerate(layers(weights.blocks)):
+    assert len(unstack_layers(weights.layers)) == config.num_layers
+    for number, layer in enumerate(unstack_layers(weights.layers)):
         prefix = f"model.layers.{number}"
         parts = [tensors[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "up")]
         alone = pack(torch.cat(parts).to(dtype))
@@ -268,7 +268,7 @@ def test_bfloat16_matrices_are_packed_and_the_tied_head_too(tmp_path):
     weights = load(found.config, list(found.tensors()), torch.bfloat16)
     packs = isinstance(ops.pack(torch.zeros(16, 16, dtype=torch.bfloat16)), ops.PackedWeight)
     assert isinstance(weights.lm_head, ops.PackedWeight) == packs
-    assert isinstance(layers(weights.blocks)[0].mlp.down, ops.PackedWeight) == packs
+    assert isinstance(unstack_layers(weights.layers)[0].mlp.down, ops.PackedWeight) == packs
     if has_packed_linear():
         assert weights.embedding is weights.lm_head
     table = dict(found.tensors())["model.embed_tokens.weight"].bfloat16()

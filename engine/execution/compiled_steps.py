@@ -1,4 +1,4 @@
-"""Every `torch.compile` call of the steps, and what the compiler must be told about their tensors."""
+"""Every `torch.compile` call of the steps, and the marks that the compiler needs on their tensors."""
 
 import threading
 import warnings
@@ -18,14 +18,14 @@ from dispec.layers.types import Batch
 
 
 class StepFunctions(NamedTuple):
-    """The steps of a model, compiled or not: functions of weights, batch, cache and previous tokens."""
+    """The steps of a model, compiled or not, as functions of weights, batch, cache and previous tokens."""
 
     decode: Callable[..., tuple[Tensor, Tensor]]
     prefill: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def eager_steps(config: ModelConfig, vocabulary: Vocabulary, decoder: ops.Decoder | None) -> StepFunctions:
-    """Return the steps of a model as they are. decoder: as in `layers.model.hidden_states`."""
+    """Return the steps of a model, not compiled. decoder: as in `layers.model.hidden_states`."""
 
     def decode(weights: Any, batch: Any, kv_cache: Any, previous: Any) -> tuple[Tensor, Tensor]:
         return decode_step(weights, config, vocabulary, batch, kv_cache, previous, decoder)
@@ -37,43 +37,40 @@ def eager_steps(config: ModelConfig, vocabulary: Vocabulary, decoder: ops.Decode
 
 
 def compiled_steps(config: ModelConfig, vocabulary: Vocabulary, *, replays: bool) -> StepFunctions:
-    """Return the steps of a model, each to be compiled as one graph when it is first called."""
+    """Return the steps of a model, each of which is compiled as one graph when it is first called."""
     eager = eager_steps(config, vocabulary, None)
-    return StepFunctions(*(compiled(function, replays=replays) for function in eager))
+    return StepFunctions(*(compile_function(function, replays=replays) for function in eager))
 
 
-def compiled(function: Callable[..., Any], *, replays: bool) -> Callable[..., Any]:
-    """Return a function to be compiled when it is first called.
-
-    replays: as CUDA graphs, one for each shape.
-    """
+def compile_function(function: Callable[..., Any], *, replays: bool) -> Callable[..., Any]:
+    """Return a function that is compiled when it is first called. replays: as CUDA graphs, one for each shape."""
     _configure()
     assert isinstance(function, FunctionType)
-    # The compiler keeps what it compiled with the function's code. A copy of its own goes with the engine.
-    own = FunctionType(
+    # The compiler keeps its graphs as long as the function's code object. A copy is freed with the engine.
+    copy = FunctionType(
         function.__code__.replace(),
         function.__globals__,
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    own.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(own, mode="reduce-overhead" if replays else None, fullgraph=True)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(copy, mode="reduce-overhead" if replays else None, fullgraph=True)
 
 
 def _configure() -> None:
-    # Each engine of a process, and each kind of sampling, is a graph of its own.
+    # Each engine of a process, and each kind of sampling, compiles another graph of the same function.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     from torch._inductor import config
 
-    # A graph for each shape is what is wanted.
+    # Recording a graph for each shape is intended.
     config.triton.cudagraph_dynamic_shape_warn_limit = None
-    # An engine may go from eager to compiled in the middle of an answer: both must round alike.
+    # An engine may change from eager to compiled steps during a request: both must round alike.
     config.emulate_precision_casts = True
 
 
-class _Graphs:
-    """The CUDA graphs of this process, which every thread may replay: torch keeps them for each thread apart."""
+class _CudaGraphs:
+    """The CUDA graphs of this process, replayed by any thread. torch keeps separate ones for each thread."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -81,7 +78,7 @@ class _Graphs:
         self._trees: tuple[Any, Any] | None = None
 
     def begin(self) -> None:
-        """Begin a replay: what earlier ones returned may be overwritten from now on."""
+        """Begin a replay, in a thread that shares the first thread's graphs."""
         if not getattr(self._adopted, "done", False):
             self._adopt()
         torch.compiler.cudagraph_mark_step_begin()
@@ -99,11 +96,11 @@ class _Graphs:
         self._adopted.done = True
 
 
-_graphs = _Graphs()
+_graphs = _CudaGraphs()
 
 
-def replaying() -> AbstractContextManager[object]:
-    """Return a lock to hold from the beginning of a replay until what it returned has been used.
+def replay_lock() -> AbstractContextManager[object]:
+    """Return the lock to hold from the beginning of a replay until its results were used.
 
     Engines in several threads share the graphs' memory.
     """
@@ -111,29 +108,28 @@ def replaying() -> AbstractContextManager[object]:
 
 
 def begin_replay() -> None:
-    """Begin a step that replays, or a chain of them in which one reads what the one before it returned.
+    """Begin a step that replays, or a chain of steps each of which reads the results of the one before it.
 
-    What earlier steps returned may be overwritten from now on: what must live on has been copied.
+    It may overwrite the results of earlier steps: those that are still needed must have been copied.
     """
     _graphs.begin()
 
 
 def mark_static(*values: object) -> None:
-    """Tell CUDA graphs that tensors never move: weights, KV cache, step inputs. Without it every replay copies them."""
+    """Mark tensors that never move: weights, KV cache, step inputs. Every replay would copy unmarked ones."""
     for tensor in torch.utils._pytree.tree_leaves(values):
         if isinstance(tensor, Tensor):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 def mark_dynamic(tensor: Tensor, *dims: int) -> None:
-    """Tell the compiler that dimensions vary. None may be 1 in the call that is traced."""
+    """Mark dimensions that vary. None of them may be 1 in the call that is traced."""
     for dim in dims:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def mark_inputs(batch: Batch, *others: Tensor, replays: bool) -> None:
-    """Mark the inputs of a step: their numbers of tokens, sequences, blocks and rows vary; a replay reads them where
-    they are."""
+    """Mark the inputs of a step: all their sizes vary, and a replay reads them in place."""
     mark_dynamic(batch.block_tables, 1)
     for tensor in (*batch, *others):
         if isinstance(tensor, Tensor):
@@ -142,16 +138,16 @@ def mark_inputs(batch: Batch, *others: Tensor, replays: bool) -> None:
         mark_static(batch, others)
 
 
-def first_cause(error: BaseException) -> str:
-    """Return what went wrong in one line: the compiler wraps it, and its own first line says nothing."""
+def root_cause(error: BaseException) -> str:
+    """Return the innermost error in one line: the first line of the compiler's own error gives no reason."""
     while inner := getattr(error, "inner_exception", None) or error.__cause__:
         error = inner
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{type(error).__name__}: {reason}"
 
 
-def warn_eager(reason: str) -> None:
-    """Warn that nothing is compiled."""
+def warn_about_eager_fallback(reason: str) -> None:
+    """Warn that steps run eagerly, with the reason."""
     warnings.warn(
         f"compilation failed, running eagerly and slower: {reason}"
         " (is a C++ compiler installed? `dispec env-check` tells; --compile off silences this)",

@@ -18,12 +18,11 @@ class ExecutionPlan:
     """The decisions that follow from device, dtype, kernels and options.
 
     device: "cpu" or "cuda". compile: when the steps are compiled: background, startup or off.
-    replays: compiled steps replay as CUDA graphs, in shapes that were recorded; a step is padded to the next one.
-    fuses_layers: the layers of a uniform step are one C++ call (`ops.decoder_layers`).
-    mixes: decodes and prompts share one pass; else each kind has its own.
+    replays: compiled steps replay as CUDA graphs of recorded shapes; each step is padded to the next larger shape.
+    fuses_layers: all layers of a uniform step are one C++ call (`ops.decoder_layers`).
+    mixes: decodes and prompts share one pass of the model; else each kind has its own.
     max_query_len: most tokens of a sequence in a uniform step; 0 where every step is ragged.
-    overlaps: a step is launched before the one before it was waited for.
-        The exception is a step whose number of draft tokens depends on what the step before it sampled.
+    overlaps: a step is launched while the previous one runs, unless its draft tokens depend on that one's samples.
     reads_device_tokens: steps read token ids that the host does not know yet: sampled ones, or a draft model's.
     """
 

@@ -1,134 +1,83 @@
 """From a step's logits to its tokens: only what a sequence of the step asks for is computed.
 
-    logits ─► edit ─► allow ─► restrict ─► draw ─► tokens        greedy steps take the model's own argmax
-        └───────────────────────────────────────► logprobs
+    logits ─► penalties ─► token mask ─► top-k, top-p, min-p ─► sample ─► tokens
+        └──────────────────────────────────────────────────────► logprobs
 
-Each function is compiled for several rows; a single row, as of a prompt's logprobs, runs eagerly.
+Greedy steps without penalties and masks take the model's own argmax. Functions are compiled for two rows or more; a
+single row, as of a prompt's logprobs, runs eagerly.
 """
 
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Series
-from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dispec.engine.execution.compiled_steps import compiled, mark_dynamic
+from dispec.engine.execution.compiled_steps import compile_function, mark_dynamic
+from dispec.engine.execution.sampler_output import SamplerOutput, first_rows
 from dispec.engine.sampling_params import MAX_LOGPROBS
 from dispec.engine.scheduling.scheduler_output import ScheduledSequence
-from dispec.engine.scheduling.sequence import SamplingFeatures, Sequence, TokenLogprobs
+from dispec.engine.scheduling.sequence import SamplingFeatures, Sequence
 from dispec.layers.logit_processing import apply_penalties, apply_token_mask, apply_top_k_top_p
 from dispec.layers.logprobs import logprobs
-from dispec.layers.sampling import draw, greedy
-from dispec.layers.types import Edits, Filters, Logprobs, Sampling
+from dispec.layers.sampling import greedy, sample
+from dispec.layers.types import Logprobs, Penalties, Sampling, SamplingFilters
 from dispec.ops import has_sample_kernel
 
-# Rows of logits of a prompt that exist at a time: 49152 of them in fp32 are 25 MB, 152064 are 78 MB.
+# Rows of a prompt's logits that exist at a time: of 49152 tokens in float32 they are 25 MB, of 152064 tokens 78 MB.
 _PROMPT_ROWS = 128
 
 
-@dataclass
-class SamplerOutput:
-    """The tokens that one launch sampled, on the device or on their way to the host.
-
-    sampled: the work whose next token each row of `tokens` and `logprobs` is. A work with draft tokens has a row for
-        each of their positions and one for the position after the last.
-    prompt_logprobs: of the tokens after those that a work computed.
-    """
-
-    sampled: list[ScheduledSequence | None]
-    tokens: Tensor | None = None
-    logprobs: Logprobs | None = None
-    prompt_logprobs: list[tuple[ScheduledSequence, Logprobs]] = field(default_factory=list)
-
-    def to_host(self) -> "SamplerOutput":
-        """Start the transfer of everything to memory that the host can read."""
-        return SamplerOutput(
-            self.sampled,
-            None if self.tokens is None else _to_host(self.tokens),
-            None if self.logprobs is None else Logprobs(*map(_to_host, self.logprobs)),
-            [(scheduled, Logprobs(*map(_to_host, found))) for scheduled, found in self.prompt_logprobs],
-        )
-
-    def read(
-        self,
-        token_ids: dict[int, list[int]],
-        token_logprobs: dict[int, list[TokenLogprobs]],
-        prompt_logprobs: dict[int, list[TokenLogprobs]],
-    ) -> None:
-        """Add what arrived to the dictionaries, by sequence id."""
-        if self.tokens is not None:
-            chosen = self.tokens.tolist()
-            wanted: list[tuple[int, int]] = []
-            wanting: list[int] = []
-            for first, scheduled in _first_rows(self.sampled):
-                sequence = scheduled.sequence
-                count = 1 + _num_right(scheduled.draft_token_ids if scheduled.num_drafts else [], chosen[first:])
-                token_ids[sequence.id] = chosen[first : first + count]
-                if sequence.params.logprobs is not None:
-                    wanted += [(row, sequence.params.logprobs) for row in range(first, first + count)]
-                    wanting += [sequence.id] * count
-            if self.logprobs is not None:
-                found = _token_logprobs(self.logprobs, chosen, wanted)
-                for sequence_id, value in zip(wanting, found, strict=True):
-                    token_logprobs.setdefault(sequence_id, []).append(value)
-        for scheduled, values in self.prompt_logprobs:
-            sequence, count = scheduled.sequence, len(values.chosen)
-            targets = sequence.token_ids[scheduled.start + 1 : scheduled.start + 1 + count]
-            top = sequence.params.prompt_logprobs or 0
-            prompt_logprobs[sequence.id] = list(_token_logprobs(values, targets, [(row, top) for row in range(count)]))
-
-
-class Functions(NamedTuple):
+class SamplerFunctions(NamedTuple):
     """The functions of sampling, compiled or not."""
 
     apply_penalties: Callable[..., Tensor]
     apply_token_mask: Callable[..., Tensor]
     apply_top_k_top_p: Callable[..., Tensor]
-    draw: Callable[..., Tensor]
+    sample: Callable[..., Tensor]
     greedy: Callable[..., Tensor]
     logprobs: Callable[..., Logprobs]
 
 
-_EAGER = Functions(apply_penalties, apply_token_mask, apply_top_k_top_p, draw, greedy, logprobs)
+_EAGER = SamplerFunctions(apply_penalties, apply_token_mask, apply_top_k_top_p, sample, greedy, logprobs)
 
 
-def compiled_functions(device: torch.device) -> Functions:
+def compiled_functions(device: torch.device) -> SamplerFunctions:
     """Return functions of which those that pass over the vocabulary many times are compiled when first called.
 
-    Before the first step, each of `calls_of_each` must have run.
+    Before the first step, each of `warm_up_calls` must have run.
     """
     functions = _EAGER._replace(
-        apply_top_k_top_p=compiled(apply_top_k_top_p, replays=False), logprobs=compiled(logprobs, replays=False)
+        apply_top_k_top_p=compile_function(apply_top_k_top_p, replays=False),
+        logprobs=compile_function(logprobs, replays=False),
     )
-    # A call of a compiled function costs the host five times what the single op does.
-    return functions if has_sample_kernel(device) else functions._replace(draw=compiled(draw, replays=False))
+    # A call of a compiled function takes the host five times as long as a call of the single op.
+    return (
+        functions if has_sample_kernel(device) else functions._replace(sample=compile_function(sample, replays=False))
+    )
 
 
-def calls_of_each(functions: Functions, logits: Tensor, sampling: Sampling) -> list[Callable[[], object]]:
-    """A call of every function; compiled ones are traced for any number of rows from two on."""
+def warm_up_calls(functions: SamplerFunctions, logits: Tensor, sampling: Sampling) -> list[Callable[[], object]]:
+    """Return a call of every function; compiled ones are traced for any number of rows from two on."""
     rows, vocab_size = logits.shape
-    device = logits.device
     logits = logits.float()
-    words = torch.zeros(rows, -(-vocab_size // 32), dtype=torch.int32, device=device)
-    place = torch.zeros(16, dtype=torch.int64, device=device)
-    edits = Edits(place, *(torch.zeros(16, device=device) for _ in range(2)))
-    ones = torch.ones(rows, device=device)
-    filters = Filters(torch.full_like(sampling.position, vocab_size), ones, torch.zeros_like(ones))
-    tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+    zeros = partial(torch.zeros, device=logits.device)
+    mask = zeros(rows, _num_words(vocab_size), dtype=torch.int32)
+    penalties = Penalties(zeros(16, dtype=torch.int64), zeros(16), zeros(16))
+    filters = SamplingFilters(torch.full_like(sampling.position, vocab_size), zeros(rows) + 1, zeros(rows))
+    token_ids = zeros(rows, dtype=torch.int64)
     if functions is not _EAGER:
-        for tensor in (logits, *sampling, words, tokens, *edits, *filters):
+        for tensor in (logits, *sampling, mask, token_ids, *penalties, *filters):
             mark_dynamic(tensor, 0)
     return [
-        partial(functions.draw, logits, sampling),
-        partial(functions.apply_penalties, logits, edits),
-        partial(functions.apply_token_mask, logits, words),
+        partial(functions.sample, logits, sampling),
+        partial(functions.apply_penalties, logits, penalties),
+        partial(functions.apply_token_mask, logits, mask),
         partial(functions.apply_top_k_top_p, logits, sampling.temperature, filters),
         partial(functions.greedy, logits),
-        partial(functions.logprobs, logits, tokens, _num_logprobs(vocab_size)),
+        partial(functions.logprobs, logits, token_ids, _num_logprobs(vocab_size)),
     ]
 
 
@@ -136,151 +85,154 @@ def _num_logprobs(vocab_size: int) -> int:
     return min(MAX_LOGPROBS, vocab_size)
 
 
-def write_filters(
-    sequences: Series[Sequence | None], num_columns: int, top_k: np.ndarray, top_p: np.ndarray, min_p: np.ndarray
+def _num_words(vocab_size: int) -> int:
+    """Return the number of int32 words of a token mask."""
+    return -(-vocab_size // 32)
+
+
+def write_sampling_filters(
+    sequences: list[Sequence | None], num_tokens: int, top_k: np.ndarray, top_p: np.ndarray, min_p: np.ndarray
 ) -> None:
-    """Write each row's top-k, top-p and min-p to the fields of `Filters`; rows without a sequence keep all tokens."""
-    top_k[:], top_p[:], min_p[:] = num_columns, 1.0, 0.0
+    """Write each row's top-k, top-p and min-p; rows without a sequence keep all `num_tokens` tokens."""
+    top_k[:], top_p[:], min_p[:] = num_tokens, 1.0, 0.0
     for row, sequence in enumerate(sequences):
         if sequence is not None and sequence.sampling_features & SamplingFeatures.TOP_K_TOP_P:
             params = sequence.params
             if params.top_k > 0:
-                top_k[row] = min(params.top_k, num_columns)
+                top_k[row] = min(params.top_k, num_tokens)
             top_p[row], min_p[row] = params.top_p, params.min_p
 
 
 class Sampler:
     """Samples the tokens of a launch.
 
-    head: logits of rows of hidden states. functions: eager, until compiled ones replace them.
+    compute_logits: of rows of hidden states, for prompt logprobs.
+    functions: eager, until compiled ones replace them.
     """
 
-    def __init__(self, device: torch.device, vocab_size: int, head: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, device: torch.device, vocab_size: int, compute_logits: Callable[[Tensor], Tensor]) -> None:
         self.device = device
         self.vocab_size = vocab_size
-        self._head = head
-        self._count = _num_logprobs(vocab_size)
+        self._compute_logits = compute_logits
+        self._num_logprobs = _num_logprobs(vocab_size)
         self.functions = _EAGER
 
-    def forget_compiled(self) -> None:
+    def use_eager_functions(self) -> None:
         """Run eagerly again."""
         self.functions = _EAGER
 
     def run_all(self, logits: Tensor, sampling: Sampling) -> None:
         """Run every function once on all rows of the logits."""
-        for call in calls_of_each(self.functions, logits, sampling):
+        for call in warm_up_calls(self.functions, logits, sampling):
             call()
 
-    def choose(
+    def sample(
         self,
         scheduled: tuple[ScheduledSequence, ...],
-        sampled: list[ScheduledSequence | None],
+        rows: list[ScheduledSequence | None],
         hidden: Tensor | None,
         logits: Tensor,
-        chosen: Tensor,
+        argmax: Tensor,
         sampling: Sampling,
     ) -> SamplerOutput:
-        """Return the next token of each work in `sampled`, in the launch's first rows.
+        """Return the next token of each of `rows`, the sequences of the first rows of the logits, [R, V].
 
-        hidden: of every token of `work`, [T, E], where the launch is ragged. chosen: the argmax of `logits`.
+        hidden: of every scheduled token, [T, E], where the step is ragged.
         """
-        choice = SamplerOutput(sampled)
-        if sampled:
-            sampling_features = 0
-            for item in sampled:
+        output = SamplerOutput(rows)
+        if rows:
+            features = 0
+            for item in rows:
                 if item is not None:
-                    sampling_features |= item.sequence.sampling_features
-            choice.tokens = self._tokens(sampling_features, sampled, logits, chosen, sampling)
-            if sampling_features & SamplingFeatures.LOGPROBS:
-                choice.logprobs = self._pick(len(logits)).logprobs(logits.float(), choice.tokens, self._count)
+                    features |= item.sequence.sampling_features
+            output.token_ids = self._token_ids(features, rows, logits, argmax, sampling)
+            if features & SamplingFeatures.LOGPROBS:
+                functions = self._functions_for(len(logits))
+                output.logprobs = functions.logprobs(logits.float(), output.token_ids, self._num_logprobs)
         if hidden is not None:
-            choice.prompt_logprobs = list(self._prompt_logprobs(scheduled, hidden))
-        return choice
+            output.prompt_logprobs = list(self._prompt_logprobs(scheduled, hidden))
+        return output
 
-    def _tokens(
+    def _token_ids(
         self,
-        sampling_features: int,
-        sampled: list[ScheduledSequence | None],
+        features: int,
+        rows: list[ScheduledSequence | None],
         logits: Tensor,
-        chosen: Tensor,
+        argmax: Tensor,
         sampling: Sampling,
     ) -> Tensor:
-        rows = len(logits)
-        functions = self._pick(rows)
-        if not sampling_features & (SamplingFeatures.RANDOM | SamplingFeatures.PENALTIES | SamplingFeatures.TOKEN_MASK):
-            return chosen
-        # The compiled functions take float32 alone.
-        if (
-            sampling_features
-            & (SamplingFeatures.PENALTIES | SamplingFeatures.TOKEN_MASK | SamplingFeatures.TOP_K_TOP_P)
-            or self.functions.draw is not draw
-        ):
+        num_rows = len(logits)
+        functions = self._functions_for(num_rows)
+        changed = features & (SamplingFeatures.PENALTIES | SamplingFeatures.TOKEN_MASK)
+        if not changed and not features & SamplingFeatures.RANDOM:
+            return argmax
+        # Compiled functions take float32 alone. The kernel of `sample` reads the model's dtype.
+        if changed or features & SamplingFeatures.TOP_K_TOP_P or self.functions.sample is not sample:
             logits = logits.float()
-        if sampling_features & SamplingFeatures.PENALTIES and (edits := self._edits(sampled)) is not None:
-            logits = functions.apply_penalties(logits, edits)
-        if sampling_features & SamplingFeatures.TOKEN_MASK and (words := self._allowed(sampled, rows)) is not None:
-            logits = functions.apply_token_mask(logits, words)
-        if not sampling_features & SamplingFeatures.RANDOM:
+        if features & SamplingFeatures.PENALTIES and (penalties := self._penalties(rows)) is not None:
+            logits = functions.apply_penalties(logits, penalties)
+        if features & SamplingFeatures.TOKEN_MASK and (mask := self._token_mask(rows, num_rows)) is not None:
+            logits = functions.apply_token_mask(logits, mask)
+        if not features & SamplingFeatures.RANDOM:
             return functions.greedy(logits)
-        if sampling_features & SamplingFeatures.TOP_K_TOP_P:
-            logits = functions.apply_top_k_top_p(logits, sampling.temperature, self._filters(sampled, rows))
-        return functions.draw(logits, sampling)
+        if features & SamplingFeatures.TOP_K_TOP_P:
+            logits = functions.apply_top_k_top_p(logits, sampling.temperature, self._filters(rows, num_rows))
+        return functions.sample(logits, sampling)
 
-    def _pick(self, rows: int) -> Functions:
-        return _EAGER if rows == 1 else self.functions
+    def _functions_for(self, num_rows: int) -> SamplerFunctions:
+        return _EAGER if num_rows == 1 else self.functions
 
-    def _edits(self, sampled: list[ScheduledSequence | None]) -> Edits | None:
-        """Return the changes of single logits by the rows' penalties and biases; None if there are none."""
-        places, scales, addends = [], [], []
-        for first, item in _first_rows(sampled):
+    def _penalties(self, rows: list[ScheduledSequence | None]) -> Penalties | None:
+        """Return the changes of single logits by penalties and biases; None if there are none."""
+        entries: list[tuple[np.ndarray, ...]] = []
+        for first, item in first_rows(rows):
             sequence = item.sequence
             if sequence.sampling_features & SamplingFeatures.PENALTIES:
                 assert sequence.logits_processors is not None
                 after_each = [*sequence.logits_processors.entries_ahead(sequence.token_ids, item.draft_token_ids)]
-                for row, (tokens, scale, addend) in enumerate(after_each[-item.num_sampled :], first):
-                    places.append(tokens + row * self.vocab_size)
-                    scales.append(scale)
-                    addends.append(addend)
-        size = sum(map(len, places))
+                for row, (token_ids, scale, addend) in enumerate(after_each[-item.num_sampled :], first):
+                    entries.append((token_ids + row * self.vocab_size, scale, addend))
+        size = sum(len(token_ids) for token_ids, _, _ in entries)
         if not size:
             return None
-        # A power of two, so that allocations are reused; never 1, which the compiler takes for a case of its own.
+        # A power of two, so that allocations are reused; never 1, on which the compiler specialises.
         padded = max(16, 1 << (size - 1).bit_length())
         neutral: tuple[np.ndarray, ...] = (
             np.zeros(padded, np.int64),
             np.ones(padded, np.float32),
             np.zeros(padded, np.float32),
         )
-        for array, parts in zip(neutral, (places, scales, addends), strict=True):
+        for array, parts in zip(neutral, zip(*entries, strict=True), strict=True):
             np.concatenate(parts, out=array[:size])
-        return Edits(*(self._upload(array) for array in neutral))
+        return Penalties(*map(self._upload, neutral))
 
-    def _allowed(self, sampled: list[ScheduledSequence | None], rows: int) -> Tensor | None:
+    def _token_mask(self, rows: list[ScheduledSequence | None], num_rows: int) -> Tensor | None:
         """Return bit masks of the tokens that each row may sample; None if these are all tokens."""
         masks = {}
-        for first, item in _first_rows(sampled):
+        for first, item in first_rows(rows):
             sequence = item.sequence
             if sequence.sampling_features & SamplingFeatures.TOKEN_MASK:
                 assert sequence.logits_processors is not None
-                # Tokens that the step itself computes count as generated, even before the host knows them.
-                generated = item.start + item.num_tokens - item.num_drafts - sequence.num_prompt_tokens
+                # Tokens that the step itself computes count as output, even before the host knows them.
+                num_output = item.start + item.num_tokens - item.num_drafts - sequence.num_prompt_tokens
                 for ahead in range(item.num_drafts + 1):
-                    guesses = item.draft_token_ids[: len(item.draft_token_ids) - item.num_drafts + ahead]
-                    token_ids = [*sequence.token_ids, *guesses] if guesses else sequence.token_ids
-                    mask = sequence.logits_processors.allowed_mask(generated + ahead, token_ids)
+                    drafts = item.draft_token_ids
+                    drafts = drafts[: len(drafts) - item.num_drafts + ahead]
+                    token_ids = [*sequence.token_ids, *drafts] if drafts else sequence.token_ids
+                    mask = sequence.logits_processors.allowed_mask(num_output + ahead, token_ids)
                     if mask is not None:
                         masks[first + ahead] = mask
         if not masks:
             return None
-        words = np.full((rows, -(-self.vocab_size // 32)), -1, np.int32)
+        words = np.full((num_rows, _num_words(self.vocab_size)), -1, np.int32)
         for row, mask in masks.items():
             words[row] = mask.view(np.int32)
         return self._upload(words)
 
-    def _filters(self, sampled: list[ScheduledSequence | None], rows: int) -> Filters:
-        filters = np.empty(rows, np.int32), np.empty(rows, np.float32), np.empty(rows, np.float32)
-        write_filters([None if item is None else item.sequence for item in sampled], self.vocab_size, *filters)
-        return Filters(*map(self._upload, filters))
+    def _filters(self, rows: list[ScheduledSequence | None], num_rows: int) -> SamplingFilters:
+        filters = np.empty(num_rows, np.int32), np.empty(num_rows, np.float32), np.empty(num_rows, np.float32)
+        write_sampling_filters([None if item is None else item.sequence for item in rows], self.vocab_size, *filters)
+        return SamplingFilters(*map(self._upload, filters))
 
     def _prompt_logprobs(
         self, scheduled: tuple[ScheduledSequence, ...], hidden: Tensor
@@ -288,52 +240,20 @@ class Sampler:
         first = 0
         for item in scheduled:
             sequence = item.sequence
-            # What follows the prompt's last token is no part of the prompt.
+            # The token after the prompt's last one belongs to the output.
             count = min(item.num_tokens, sequence.num_prompt_tokens - 1 - item.start)
             if sequence.sampling_features & SamplingFeatures.PROMPT_LOGPROBS and count > 0:
                 targets = self._upload(np.array(sequence.token_ids[item.start + 1 : item.start + 1 + count], np.int64))
-                parts = [
-                    self._logprobs_of(hidden[first + row : first + min(row + _PROMPT_ROWS, count)], targets[row:])
-                    for row in range(0, count, _PROMPT_ROWS)
-                ]
-                yield item, Logprobs(*map(torch.cat, zip(*parts, strict=True)))
+                parts = zip(hidden[first : first + count].split(_PROMPT_ROWS), targets.split(_PROMPT_ROWS), strict=True)
+                found: list[Any] = [self._logprobs(*part) for part in parts]
+                yield item, Logprobs(*map(torch.cat, zip(*found, strict=True)))
             first += item.num_tokens
 
-    def _logprobs_of(self, hidden: Tensor, targets: Tensor) -> Logprobs:
-        rows = len(hidden)
-        logits = self._head(hidden)
+    def _logprobs(self, hidden: Tensor, targets: Tensor) -> Logprobs:
+        logits = self._compute_logits(hidden).float()
         # A copy, because targets is a view with an offset, on which the compiler would guard.
-        return self._pick(rows).logprobs(logits.float(), targets[:rows].clone(), self._count)
+        return self._functions_for(len(hidden)).logprobs(logits, targets.clone(), self._num_logprobs)
 
     def _upload(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
-
-
-def _first_rows(sampled: list[ScheduledSequence | None]) -> Iterator[tuple[int, ScheduledSequence]]:
-    """Yield each work that samples, with the first of its rows."""
-    row = 0
-    while row < len(sampled):
-        scheduled = sampled[row]
-        if scheduled is not None:
-            yield row, scheduled
-        row += scheduled.num_sampled if scheduled is not None else 1
-
-
-def _num_right(drafts: list[int], chosen: list[int]) -> int:
-    """Return the number of accepted draft tokens: those before the first that differs from its position's sample."""
-    return next((index for index, draft in enumerate(drafts) if draft != chosen[index]), len(drafts))
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def _token_logprobs(values: Logprobs, token_ids: list[int], wanted: list[tuple[int, int]]) -> Iterator[TokenLogprobs]:
-    """Yield the logprobs of each wanted (row, count), with the row's `count` likeliest tokens."""
-    chosen, rank, top, top_ids = (value.tolist() for value in values)
-    for row, count in wanted:
-        likeliest = tuple(zip(top_ids[row][:count], top[row][:count], strict=True))
-        yield TokenLogprobs(token_ids[row], chosen[row], rank[row], likeliest)

@@ -74,7 +74,7 @@ class LogitsProcessors:
         self._num_seen = len(token_ids)
 
     def entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(tokens int64, scale float32, addend float32) of the logits to change, each token once, as `Edits` has them.
+        """(tokens int64, scale float32, addend float32) of the logits to change, each token once, as in `Penalties`.
 
         The arrays belong to this object and change with the next `advance`.
         """

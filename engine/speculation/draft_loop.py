@@ -18,23 +18,22 @@ from torch import Tensor
 from dispec import ops
 from dispec.engine.execution.compiled_steps import (
     begin_replay,
-    compiled,
-    first_cause,
+    compile_function,
     mark_inputs,
-    replaying,
-    warn_eager,
+    replay_lock,
+    root_cause,
+    warn_about_eager_fallback,
 )
-from dispec.engine.execution.input_buffers import StepShape, input_views, write_inputs
+from dispec.engine.execution.input_buffers import StepShape, host_views, input_views, write_inputs
 from dispec.engine.execution.model_runner import ModelRunner
 from dispec.engine.execution.pending_step import DeviceDrafts, write_drafts
-from dispec.engine.execution.sampler import write_filters
+from dispec.engine.execution.sampler import write_sampling_filters
 from dispec.engine.execution.step_shapes import sequence_sizes
 from dispec.engine.scheduling.scheduler_output import ScheduledSequence
 from dispec.engine.scheduling.sequence import SamplingFeatures, Sequence
-from dispec.layers.decoding import decoder
+from dispec.layers.decoding import build_decoder
 from dispec.layers.speculation import DraftState, draft_step
-from dispec.layers.steps import num_columns
-from dispec.layers.types import Filters, KVCache, Weights
+from dispec.layers.types import KVCache, SamplingFilters, Weights
 
 # Tokens of a sequence that the draft model may not have computed: an accepted draft token, and what followed it.
 LAST_TOKENS = 2
@@ -45,7 +44,7 @@ _DraftStep = Callable[[Weights, DraftState, KVCache], tuple[Tensor, DraftState]]
 _CHANGED = ("token_ids", "positions", "slot_mapping", "query_start", "context_lens", "logits_indices")
 _EXTRA_FIELDS = 4  # last_positions, top_k, top_p, min_p
 # No two sizes are equal, as in `engine.execution.step_shapes`.
-_TRACED = StepShape(tokens=6, sequences=3, blocks=5, rows=3, query_len=LAST_TOKENS)
+_TRACED = StepShape(num_tokens=6, num_seqs=3, max_blocks_per_seq=5, num_sampled=3, query_len=LAST_TOKENS)
 # One graph serves all sequences: all of them are sampled and filtered; neutral parameters change nothing.
 _TRACED_NEEDS = SamplingFeatures.RANDOM | SamplingFeatures.TOP_K_TOP_P
 
@@ -84,13 +83,13 @@ class DraftLoop:
             (torch.zeros_like(host, device=runner.device) if runner.is_cuda else host)
             for host in (self._host, self._host_extra)
         )
-        self._host_views = functools.lru_cache(256)(functools.partial(input_views, self._host))
+        self._host_views = functools.lru_cache(256)(functools.partial(host_views, self._host))
         self._device_state = functools.lru_cache(256)(self._state)
         self._eager_step = self._step = _bound_step(runner)
         self._decoder: ops.Decoder | None = None
         if runner.plan.fuses_layers:
             model = runner.weights, runner.config, runner.vocabulary, runner.kv_cache
-            self._decoder = decoder(*model, max_positions=max_model_len)
+            self._decoder = build_decoder(*model, max_positions=max_model_len)
 
     @torch.inference_mode()
     def run(self, depths: dict[Sequence, int]) -> DeviceDrafts | None:
@@ -108,7 +107,7 @@ class DraftLoop:
         if self._runner.is_cuda:
             started = torch.cuda.Event(enable_timing=True)
             started.record()
-            with replaying():
+            with replay_lock():
                 return DeviceDrafts(depths, self._loop(depths, sampling_features), started)
         if self._decoder is not None and not sampling_features & SamplingFeatures.TOP_K_TOP_P:
             write_drafts(
@@ -132,7 +131,7 @@ class DraftLoop:
                 yield
             self._step = step
         except Exception as error:  # a compiler can fail in any way; the engine works without one
-            warn_eager(first_cause(error))
+            warn_about_eager_fallback(root_cause(error))
 
     @torch.inference_mode()
     def _run_padding(self, step: _DraftStep, shape: StepShape) -> None:
@@ -156,7 +155,7 @@ class DraftLoop:
             widest = max(len(sequence.block_table) for sequence in depths)
             # A size of 1 would be another graph to the compiler.
             size = count if self._runner.plan.compile == "off" else max(2, count)
-            shape = self._shape(size)._replace(blocks=max(2, widest))
+            shape = self._shape(size)._replace(max_blocks_per_seq=max(2, widest))
         works = [
             ScheduledSequence(each, len(each.token_ids) - LAST_TOKENS, LAST_TOKENS, samples=True) for each in depths
         ]
@@ -164,13 +163,13 @@ class DraftLoop:
         write_inputs(self._host_views(shape), tuple(works), self._runner.block_size)
         last, top_k = self._host_extra[:2].numpy()
         top_p, min_p = self._host_extra[2:].view(torch.float32).numpy()
-        last[: shape.sequences] = 0
+        last[: shape.num_seqs] = 0
         last[:count] = [len(sequence.token_ids) + own - 2 for sequence, own in depths.items()]
         if sampling_features & SamplingFeatures.TOP_K_TOP_P:
-            size = shape.sequences
-            write_filters(
+            size = shape.num_seqs
+            write_sampling_filters(
                 list(depths),
-                num_columns(self._runner.vocabulary, self._runner.config),
+                self._runner.vocabulary.num_head_tokens(self._runner.config),
                 top_k[:size],
                 top_p[:size],
                 min_p[:size],
@@ -194,9 +193,9 @@ class DraftLoop:
     def _state(self, shape: StepShape, sampling_features: int) -> DraftState:
         """Return the inputs of a shape as the device reads them."""
         inputs = input_views(self._inputs, shape)
-        last, top_k = self._extra[:2, : shape.sequences]
-        top_p, min_p = self._extra[2:, : shape.sequences].view(torch.float32)
-        filters = Filters(top_k, top_p, min_p)
+        last, top_k = self._extra[:2, : shape.num_seqs]
+        top_p, min_p = self._extra[2:, : shape.num_seqs].view(torch.float32)
+        filters = SamplingFilters(top_k, top_p, min_p)
         plan = self._runner.plan
         if plan.compile != "off":
             mark_inputs(inputs.batch, *inputs.sampling, last, *filters, replays=plan.replays)
@@ -236,7 +235,7 @@ def _compiled_step(runner: ModelRunner) -> _DraftStep:
         assert following.sampling is not None
         return token_ids, following.sampling.position, *(getattr(following.batch, name) for name in _CHANGED)
 
-    run = compiled(changed, replays=runner.plan.replays)
+    run = compile_function(changed, replays=runner.plan.replays)
 
     def step(weights: Weights, state: DraftState, kv_cache: KVCache) -> tuple[Tensor, DraftState]:
         # Plain tensors, because the compiler of torch 2.11 returns a named tuple within another one broken.

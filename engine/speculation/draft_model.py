@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dispec.engine.execution.model_runner import ModelRunner
-from dispec.engine.execution.sampler import Functions
+from dispec.engine.execution.sampler import SamplerFunctions
 from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
 from dispec.engine.loading.draft_checkpoint import SharedDraft, find_shared_draft
 from dispec.engine.loading.model_source import SPECULATIVE_MODELS, find_source
@@ -74,7 +74,7 @@ class DraftModel:
         self._loop = loop
         self._max_num_batched_tokens = max_num_batched_tokens
 
-    def compile_pieces(self, sampler: Functions) -> Iterator[None]:
+    def compile_pieces(self, sampler: SamplerFunctions) -> Iterator[None]:
         """Compile the draft loop and the model's steps, one function at each `next`.
 
         sampler: the target's compiled functions.

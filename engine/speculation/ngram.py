@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Series
 from weakref import WeakKeyDictionary
 
-from dispec.engine.execution.sampler import Functions
+from dispec.engine.execution.sampler import SamplerFunctions
 from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence
 from dispec.engine.speculation.proposer import Proposal
@@ -60,6 +60,6 @@ class NgramProposer:
         """Do nothing: `prepare` has set the draft tokens."""
         return Proposal()
 
-    def compile_pieces(self, sampler: Functions) -> Iterator[None]:
+    def compile_pieces(self, sampler: SamplerFunctions) -> Iterator[None]:
         """Do nothing: there is no model to compile."""
         return iter(())

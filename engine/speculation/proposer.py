@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from dispec.engine.execution.pending_step import DeviceDrafts
-from dispec.engine.execution.sampler import Functions
+from dispec.engine.execution.sampler import SamplerFunctions
 from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence
 
@@ -39,6 +39,6 @@ class Proposer(Protocol):
         """Fill `draft.token_ids` of the step's sequences that have draft tokens."""
         ...
 
-    def compile_pieces(self, sampler: Functions) -> Iterator[None]:
+    def compile_pieces(self, sampler: SamplerFunctions) -> Iterator[None]:
         """Compile one function at each `next`. sampler: the target's compiled functions."""
         ...

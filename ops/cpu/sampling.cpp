@@ -1,5 +1,5 @@
 // Sampling from logits: the column of each row's largest logit, or of its largest logit / temperature + Gumbel noise
-// (Gumbel, 1954), as `layers.sampling.draw` defines it.
+// (Gumbel, 1954), as `layers.sampling.sample` defines it.
 //
 // Nothing as long as the vocabulary is written: noise is made for a share of a row at a time, and only the largest
 // value of each share is kept.

@@ -261,7 +261,7 @@ class EngineBuilder:
         head_tokens = None if draft.head_tokens is None else torch.tensor(draft.head_tokens, device=self._device)
         runner = self._make_runner(draft.config, weights, plan, head_tokens, is_draft=True)
         sizes = (options.max_num_seqs, options.num_speculative_tokens, plan.max_model_len)
-        return DraftModel(runner, DraftLoop(runner, target.sampled, *sizes), self._max_num_batched_tokens)
+        return DraftModel(runner, DraftLoop(runner, target.previous_token_ids, *sizes), self._max_num_batched_tokens)
 
     def _make_scheduler(self, plan: KVPlan) -> Scheduler:
         options = self._options

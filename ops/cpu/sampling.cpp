@@ -108,7 +108,7 @@ inline Floats log_one_less(Floats u) {
 struct Noise {
     uint32_t row, again;
 
-    // The hashes of a row's counter (seed, position), as in `layers.sampling.uniform_noise`.
+    // The hashes of a row's counter (seed, position), as in `ops.noise.uniform_noise`.
     Noise(int64_t seed, int32_t position) {
         row = mix(mix(uint32_t(seed)) ^ mix(uint32_t(seed >> 32) ^ 0x9E3779B9u) ^ uint32_t(position));
         again = mix(row ^ 0x5BD1E995u);

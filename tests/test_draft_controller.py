@@ -122,16 +122,13 @@ def test_costs_measured_while_other_work_delayed_drafts_are_corrected(num_slow):
     assert np.mean(np.array(machine.counts[-100:]) > 0) > 0.9
 
 
-def test_verification_that_becomes_expensive_ends_drafts_and_cheap_verification_starts_them_again():
-    controller = DraftController()
-    cheap = Machine(lambda size: 10.0 + 0.2 * (size - 1), 0.2)
-    cheap.run(controller, lambda _: 0.3, 500)
-    assert np.mean(np.array(cheap.counts[-300:]) > 0) > 0.9
-    expensive = Machine(lambda size: 10.0 + 4.0 * (size - 1), 0.2)
-    expensive.run(controller, lambda _: 0.3, 3000)
-    assert np.mean(expensive.counts[-500:]) < 0.2
-    cheap.run(controller, lambda _: 0.3, 3000)
-    assert np.mean(np.array(cheap.counts[-500:]) > 0) > 0.9
+def test_drafts_that_become_expensive_end_and_cheap_ones_start_again():
+    controller, machine = DraftController(), Machine(lambda size: 10.0 + 0.2 * (size - 1), 0.2)
+    for draft, pays in ((0.2, True), (8.0, False), (0.2, True)):
+        machine.draft = draft
+        machine.run(controller, lambda _: 0.4, 3000)
+        assert (np.mean(np.array(machine.counts[-500:]) > 0) > 0.9) == pays
+        assert (np.mean(np.array(machine.counts[-500:]) > 0) < 0.1) == (not pays)
 
 
 def test_a_machine_that_slows_down_and_recovers_changes_no_decision():

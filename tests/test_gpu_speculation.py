@@ -45,12 +45,12 @@ def of_few_tokens(params: list[SamplingParams]) -> list[SamplingParams]:
 @pytest.mark.parametrize(
     "options", [{}, {"async_scheduling": False}, {"enforce_eager": True}], ids=["overlapping", "waiting", "eager"]
 )
-@pytest.mark.parametrize("drafter", ["itself", "other"])
-def test_with_a_draft_model_tokens_are_those_without(drafter: str, options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("proposer", ["itself", "other"])
+def test_with_a_draft_model_tokens_are_those_without(proposer: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Draft tokens are read where the draft steps left them: the host could not mend a wrong row or a stale one."""
     save_tiny(tmp_path / "target", "qwen3", head_dim=64)
     save_tiny(tmp_path / "other", "qwen3", head_dim=64, num_hidden_layers=1, seed=7)
-    draft = tmp_path / ("target" if drafter == "itself" else "other")
+    draft = tmp_path / ("target" if proposer == "itself" else "other")
     given = prompts(11, vocab_size=VOCAB_SIZE)
     params = [replace(param, max_tokens=12 + index) for index, param in enumerate(mixed_params(11))]
     with make(tmp_path / "target", dtype="float32", enforce_eager=True) as plain:
@@ -65,13 +65,13 @@ def test_with_a_draft_model_tokens_are_those_without(drafter: str, options: dict
         proposed = sum(record.num_draft_tokens for record in engine.records)
     assert proposed
     # Rounding may differ between the draft's kernels and those that verify.
-    assert drafter == "other" or accepted > 0.9 * proposed
+    assert proposer == "other" or accepted > 0.9 * proposed
 
 
-@pytest.mark.parametrize("drafter", ["ngram", DRAFT], ids=["n-grams", "draft model"])
-def test_decoding_and_verification_are_one_graph(drafter: str | ModelConfig) -> None:
+@pytest.mark.parametrize("proposer", ["ngram", DRAFT], ids=["n-grams", "draft model"])
+def test_decoding_and_verification_are_one_graph(proposer: str | ModelConfig) -> None:
     """Over many batch sizes, draft lengths and every sampling feature; the first requests find all graphs recorded."""
-    with make(dtype="bfloat16", speculative_model=drafter) as llm:
+    with make(dtype="bfloat16", speculative_model=proposer) as llm:
         speculator = llm.engine.speculator
         assert speculator is not None
         before = num_graphs()
@@ -83,7 +83,7 @@ def test_decoding_and_verification_are_one_graph(drafter: str | ModelConfig) -> 
                 llm.generate(few_tokens(count), of_few_tokens(params))
                 proposed += sum(record.num_draft_tokens for record in llm.engine.records)
         assert proposed
-        expected = 2 + num_sampler_graphs(llm.engine) + (DRAFT_GRAPHS if drafter is DRAFT else 0)
+        expected = 2 + num_sampler_graphs(llm.engine) + (DRAFT_GRAPHS if proposer is DRAFT else 0)
         assert num_graphs() == before == expected
         expect_replayed()
 

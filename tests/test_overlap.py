@@ -170,13 +170,13 @@ def test_steps_overlap_while_a_draft_model_rests(directory, draft, expected):
     engine.scheduler.check()
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "draft model"])
-def test_speculation_changes_no_token_under_overlap(drafter, directory, draft, expected):
+@pytest.mark.parametrize("proposer", ["ngram", "draft model"])
+def test_speculation_changes_no_token_under_overlap(proposer, directory, draft, expected):
     """With the controller that decides by itself, preemption and chunks."""
     block_bytes = 2 * 3 * 3 * 16 * BLOCK_SIZE * 4
     llm = make(
         directory,
-        speculative_model=draft if drafter == "draft model" else drafter,
+        speculative_model=draft if proposer == "draft model" else proposer,
         kv_cache_memory=36 * block_bytes,
         max_num_seqs=12,
         max_num_batched_tokens=24,

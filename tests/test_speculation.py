@@ -1,4 +1,4 @@
-"""With speculation every answer is the one without it, token by token, whatever was asked for; only steps are fewer."""
+"""With speculation every answer is the one without it, token by token; only steps are fewer."""
 
 import json
 import random
@@ -22,7 +22,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    """A model of other weights, whose guesses are nearly always wrong."""
+    """A model of other weights, whose draft tokens are nearly always rejected."""
     found = tmp_path_factory.mktemp("other")
     save_tiny(found, "qwen3", num_hidden_layers=1, seed=7)
     return found
@@ -39,11 +39,11 @@ def speculating(directory, speculative_model, *, is_adaptive=False, **options) -
     return llm
 
 
-def stood(llm: LLM) -> int:
+def num_accepted(llm: LLM) -> int:
     return sum(sum(record.num_accepted_per_position) for record in llm.engine.records)
 
 
-def same(ours, expected) -> None:
+def assert_same(ours, expected) -> None:
     for one, other in zip(ours, expected, strict=True):
         assert [choice.token_ids for choice in one.choices] == [choice.token_ids for choice in other.choices]
         for choice, reference in zip(one.choices, other.choices, strict=True):
@@ -56,36 +56,38 @@ def same(ours, expected) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 16])
-@pytest.mark.parametrize("drafter", ["ngram", "itself", "other"])
+@pytest.mark.parametrize("proposer", ["ngram", "itself", "other"])
 @pytest.mark.parametrize("is_adaptive", [False, True])
-def test_answers_are_those_without(directory, other, plain, drafter, count, is_adaptive):
+def test_answers_are_those_without_speculation(directory, other, plain, proposer, count, is_adaptive):
     prompts = random_prompts(count)
     params = mixed_params(count, max_tokens=30)
     expected = plain.generate(prompts, params)
-    name = {"ngram": "ngram", "itself": directory, "other": other}[drafter]
+    name = {"ngram": "ngram", "itself": directory, "other": other}[proposer]
     llm = speculating(directory, name, is_adaptive=is_adaptive)
-    same(llm.generate(prompts, params), expected)
+    assert_same(llm.generate(prompts, params), expected)
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_usable
-    if drafter == "itself" and not is_adaptive:
-        # A model agrees with itself, at any temperature and after any edit: six tokens a step but for the ends.
+    if proposer == "itself" and not is_adaptive:
+        # A model agrees with itself, at any temperature and with any penalty: six tokens a step but for the ends.
         records = [record for record in llm.engine.records if record.num_drafts]
-        guesses = sum(record.num_draft_tokens for record in records)
-        assert stood(llm) == guesses
+        assert num_accepted(llm) == sum(record.num_draft_tokens for record in records)
         assert len(llm.engine.records) < 30
 
 
-def test_a_resting_controller_is_not_asked(directory, monkeypatch):
+def test_while_the_controller_rests_no_sequence_is_prepared(directory, monkeypatch):
     llm = speculating(directory, directory, is_adaptive=True)
-    controller, rested = llm.engine.speculator.controller, []
-    monkeypatch.setattr(controller, "choose", lambda *_: pytest.fail("nobody needs to know"))
-    monkeypatch.setattr(controller, "rests", lambda num_sequences: rested.append(num_sequences) or True)
+    speculator, num_sequences = llm.engine.speculator, []
+    monkeypatch.setattr(speculator.controller, "is_resting", lambda _: True)
+    monkeypatch.setattr(
+        speculator.controller, "choose", lambda candidates, number: num_sequences.append(number) or len(candidates)
+    )
+    monkeypatch.setattr(speculator.proposer, "prepare", lambda *_: pytest.fail("a sequence was prepared"))
     llm.generate(random_prompts(3), greedy())
     assert not any(record.num_planned_draft_tokens for record in llm.engine.records)
-    assert max(rested) == 3
+    assert max(num_sequences) == 3
 
 
 @pytest.mark.parametrize("wrong", [lambda drafts, chosen: len(drafts), lambda drafts, chosen: min(1, len(drafts))])
-def test_a_rule_that_lets_wrong_guesses_stand_is_noticed(directory, other, plain, wrong, monkeypatch):
+def test_accepting_wrong_draft_tokens_would_be_noticed(directory, other, plain, wrong, monkeypatch):
     prompts, params = random_prompts(8), mixed_params(8, max_tokens=30)
     expected = [[choice.token_ids for choice in one.choices] for one in plain.generate(prompts, params)]
     llm = speculating(directory, other)
@@ -94,17 +96,17 @@ def test_a_rule_that_lets_wrong_guesses_stand_is_noticed(directory, other, plain
     assert found != expected
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "itself"])
-def test_under_preemption_and_prefix_hits(directory, plain, drafter):
+@pytest.mark.parametrize("proposer", ["ngram", "itself"])
+def test_under_preemption_and_prefix_hits(directory, plain, proposer):
     prompts = [random_tokens(40), *random_prompts(6), random_tokens(40)]
     params = mixed_params(8, max_tokens=40)
     expected = plain.generate(prompts, params)
-    name = "ngram" if drafter == "ngram" else directory
-    memory = "512KiB" if drafter == "ngram" else "1MiB"  # a draft model has its part of each block
+    name = "ngram" if proposer == "ngram" else directory
+    memory = "512KiB" if proposer == "ngram" else "1MiB"  # a draft model has its part of each block
     llm = speculating(directory, name, kv_cache_memory=memory, max_model_len=160)
-    same(llm.generate(prompts, params), expected)
+    assert_same(llm.generate(prompts, params), expected)
     assert sum(record.num_preempted for record in llm.engine.records) > 0
-    same(llm.generate(prompts, params), expected)
+    assert_same(llm.generate(prompts, params), expected)
     assert sum(record.num_cached_tokens for record in llm.engine.records) > 0
     llm.engine.scheduler.check()
 
@@ -120,13 +122,15 @@ def test_stops_limits_and_choices(directory, plain):
         SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, prompt_logprobs=1),
     ]
     llm = speculating(directory, directory)
-    same(llm.generate([prompt] * len(cases), cases), plain.generate([prompt] * len(cases), cases))
-    assert stood(llm) > 0
-    same([llm.generate([prompt], case)[0] for case in cases], [plain.generate([prompt], case)[0] for case in cases])
+    assert_same(llm.generate([prompt] * len(cases), cases), plain.generate([prompt] * len(cases), cases))
+    assert num_accepted(llm) > 0
+    assert_same(
+        [llm.generate([prompt], case)[0] for case in cases], [plain.generate([prompt], case)[0] for case in cases]
+    )
 
 
 def test_vocabularies_may_be_padded_differently(directory, plain, tmp_path):
-    """Of two models that know the same tokens, either may have more rows than that."""
+    """Of two models with the same tokens, either may pad its vocabulary."""
     prompts, params = random_prompts(4), mixed_params(4)
     expected = plain.generate(prompts, params)
     vocab_size = plain.engine.config.vocab_size
@@ -143,7 +147,7 @@ def test_vocabularies_may_be_padded_differently(directory, plain, tmp_path):
         )
         llm.engine.speculator.is_adaptive = False
         llm.engine.runner.weights = plain.engine.runner.weights
-        same(llm.generate(prompts, params), expected)
+        assert_same(llm.generate(prompts, params), expected)
 
 
 def test_another_tokenizer_is_refused(directory, tmp_path):
@@ -161,7 +165,7 @@ def test_another_tokenizer_is_refused(directory, tmp_path):
         make(directory, speculative_model=tmp_path)
 
 
-def test_edits_ahead_leave_nothing_behind():
+def test_penalties_of_draft_tokens_are_not_kept():
     params = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2, logit_bias={3: 1.0})
     prompt, rng = [1, 2, 3], random.Random(0)
     for _ in range(50):
@@ -182,12 +186,12 @@ def test_edits_ahead_leave_nothing_behind():
 
 
 def entries(arrays) -> dict[int, tuple[float, float]]:
-    """By token, those that change nothing left out."""
+    """Return scale and addend by token, without those that change nothing."""
     found = {token: (scale, addend) for token, scale, addend in zip(*(a.tolist() for a in arrays), strict=True)}
     return {token: pair for token, pair in found.items() if pair != (1.0, 0.0)}
 
 
-def test_ngrams_are_the_latest_and_the_longest():
+def test_ngrams_follow_the_latest_of_the_longest_matches():
     rng = random.Random(1)
     index, tokens = NgramIndex(), []
     for _ in range(400):

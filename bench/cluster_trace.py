@@ -1,4 +1,4 @@
-"""Requests over time, for a simulated cluster and for a real server: made by a rule and a seed, or read from a file."""
+"""Requests over time for a simulated cluster or a real server: generated from a seed, or read from a file."""
 
 import json
 import random
@@ -9,7 +9,7 @@ VOCABULARY = 32000
 
 
 class Request(NamedTuple):
-    """arrival: seconds from the start. answer: the tokens that it gets, whoever computes them."""
+    """arrival: seconds from the start. answer: the tokens that the simulation samples."""
 
     arrival: float
     prompt: list[int]
@@ -21,21 +21,21 @@ def tokens(count: int, rng: random.Random) -> list[int]:
 
 
 def arrivals(kind: str, count: int, rate: float, rng: random.Random) -> list[float]:
-    """When `count` requests come, `rate` a second on average: "poisson", or "bursty" (gamma-distributed pauses with a
+    """Return `count` arrival times, `rate` a second on average: "poisson", or "bursty" (gamma-distributed pauses with a
     coefficient of variation of 3)."""
-    now, found = 0.0, []
+    shape = 1 / 9 if kind == "bursty" else 1.0
+    now, times = 0.0, []
     for _ in range(count):
-        shape = 1.0 if kind == "poisson" else 1 / 9
         now += rng.gammavariate(shape, 1 / (rate * shape))
-        found.append(now)
-    return found
+        times.append(now)
+    return times
 
 
 def make_trace(kind: str, count: int, rate: float, prompt_tokens: int, output_tokens: int, seed: int) -> list[Request]:
-    """Lengths are drawn from half to one and a half of the mean.
+    """Return requests with lengths from half to one and a half times the mean.
 
-    "multi-turn": conversations of four turns on one of eight shared system prompts; each turn's prompt is all that was
-    said before it, and comes 30 s after the one before on average. Raises ValueError for another kind.
+    "multi-turn": conversations of four turns on one of eight shared system prompts; each turn's prompt is the
+    conversation so far, and comes 30 s after the one before on average. Raises ValueError for an unknown kind.
     """
     if kind not in ("poisson", "bursty", "multi-turn"):
         raise ValueError(f"trace is {kind!r}, must be poisson, bursty, multi-turn or the path of a JSON lines file")
@@ -52,29 +52,28 @@ def make_trace(kind: str, count: int, rate: float, prompt_tokens: int, output_to
     systems = [tokens(prompt_tokens, rng) for _ in range(8)]
     found: list[Request] = []
     for at in arrivals("poisson", -(-count // 4), rate / 4, rng):
-        said, now = list(rng.choice(systems)), at
+        history, now = list(rng.choice(systems)), at
         for _ in range(4):
-            prompt, answer = said + tokens(about(prompt_tokens // 4 + 1), rng), tokens(about(output_tokens), rng)
+            prompt, answer = history + tokens(about(prompt_tokens // 4 + 1), rng), tokens(about(output_tokens), rng)
             found.append(Request(now, prompt, answer))
-            said, now = prompt + answer, now + rng.expovariate(1 / 30)
+            history, now = prompt + answer, now + rng.expovariate(1 / 30)
     return sorted(found)[:count]
 
 
 def read_trace(path: Path, seed: int) -> list[Request]:
-    """Lines of JSON with `arrival`, `prompt_tokens` and `output_tokens`; lines of the same `session` share the longest
-    prefix that their lengths allow. Raises ValueError with the line that cannot be read."""
+    """Read lines of JSON with `arrival`, `prompt_tokens` and `output_tokens`; lines of the same `session` share the
+    longest prefix that their lengths allow. Raises ValueError with the line that cannot be read."""
     rng, found = random.Random(seed), []
     sessions: dict[str, list[int]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            stated = json.loads(line)
-            arrival, size, output = float(stated["arrival"]), int(stated["prompt_tokens"]), int(stated["output_tokens"])
+            entry = json.loads(line)
+            arrival, size, output = float(entry["arrival"]), int(entry["prompt_tokens"]), int(entry["output_tokens"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: {error!r}") from error
         if size < 1 or output < 1:
             raise ValueError(f"{path}, line {number}: prompt_tokens and output_tokens must be at least 1")
-        session = str(stated.get("session", f"line {number}"))
-        said = sessions.setdefault(session, tokens(0, rng))
-        said += tokens(max(0, size - len(said)), rng)
-        found.append(Request(arrival, said[:size], tokens(output, rng)))
+        history = sessions.setdefault(str(entry.get("session", f"line {number}")), [])
+        history += tokens(max(0, size - len(history)), rng)
+        found.append(Request(arrival, history[:size], tokens(output, rng)))
     return sorted(found)

@@ -173,7 +173,7 @@ def test_it_says_what_has_become_of_the_engine_and_of_the_server(visit, checkpoi
         os.kill(engine, signal.SIGSTOP)
         view.say("Hello?")
         view.until_text("#state", "^stalled$")
-        view.until_text("#banner", "nothing moves.*not ended a step")
+        view.until_text("#banner", "no step ends.*not ended a step")
         os.kill(engine, signal.SIGCONT)
         view.until_text("#state", "^ready$")
         assert not view.page.locator("#banner").is_visible()
@@ -185,7 +185,7 @@ def test_it_says_what_has_become_of_the_engine_and_of_the_server(visit, checkpoi
         view.until_text("#state", "^unreachable$")  # it has left, with no restart to try
         assert server.process.wait(60) == 1
         port = int(server.url.rsplit(":", 1)[1])
-    view.until_text("#banner", "does not answer.*Last heard of at")
+    view.until_text("#banner", "does not answer.*Last event at")
     view.say("Anybody?")
     view.until_text("#messages", "The server does not answer")
     with serving(checkpoint, port=port):

@@ -1,11 +1,11 @@
-// Plotly charts of what the page has heard. Colours come from the style sheet, so that light and dark are one place.
+// Plotly charts of the server's events. Colours come from the style sheet, which has the light and the dark theme.
 
-export const SPAN = 120; // seconds of history that are shown
+export const SPAN = 120; // seconds of history
 
 const drawn = new Set();
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-// Plotly shows times as UTC: shifted, they are this clock's.
-const clock = (seconds) => new Date((seconds - new Date().getTimezoneOffset() * 60) * 1000).toISOString();
+// Plotly shows times as UTC: shifted, they are local times.
+const localTime = (seconds) => new Date((seconds - new Date().getTimezoneOffset() * 60) * 1000).toISOString();
 
 function layout(extra) {
   const axis = { gridcolor: color("line"), linecolor: color("line"), zeroline: false, fixedrange: true };
@@ -29,27 +29,27 @@ function draw(id, traces, extra) {
   window.Plotly.react(id, traces, layout(extra), { displayModeBar: false, responsive: true });
 }
 
-function overTime(id, now, traces, extra = {}) {
+function drawOverTime(id, now, traces, extra = {}) {
   draw(id, traces, {
     hovermode: "x unified",
-    xaxis: { type: "date", range: [clock(now - SPAN), clock(now)], nticks: 4, tickformat: "%H:%M:%S" },
+    xaxis: { type: "date", range: [localTime(now - SPAN), localTime(now)], nticks: 4, tickformat: "%H:%M:%S" },
     ...extra,
   });
 }
 
-const line = (x, y, name, shade, more = {}) => ({
-  x, y, name, type: "scatter", mode: "lines", line: { color: color(shade), width: 1.8 }, ...more,
+const line = (x, y, name, colorName, more = {}) => ({
+  x, y, name, type: "scatter", mode: "lines", line: { color: color(colorName), width: 1.8 }, ...more,
 });
-const area = (x, y, name, shade) => line(x, y, name, shade, {
-  stackgroup: "all", line: { color: color(shade), width: 0, shape: "hv" }, fillcolor: color(shade),
+const area = (x, y, name, colorName) => line(x, y, name, colorName, {
+  stackgroup: "all", line: { color: color(colorName), width: 0, shape: "hv" }, fillcolor: color(colorName),
 });
 
 export function drawHistory(seconds, now) {
-  const x = seconds.map((second) => clock(second.at));
+  const x = seconds.map((second) => localTime(second.at));
   const series = (name) => seconds.map((second) => second[name]);
   const rate = { hovertemplate: "%{y:.0f}" };
-  overTime("chart-out", now, [line(x, series("output"), "output", "decode", rate)], { yaxis: atLeast(seconds, ["output"], 10) });
-  overTime(
+  drawOverTime("chart-out", now, [line(x, series("output"), "output", "decode", rate)], { yaxis: atLeast(seconds, ["output"], 10) });
+  drawOverTime(
     "chart-in",
     now,
     [{ ...area(x, series("computed"), "computed", "prefill"), ...rate }, { ...area(x, series("cached"), "cached", "cached"), ...rate }],
@@ -58,18 +58,18 @@ export function drawHistory(seconds, now) {
   for (const [id, name] of [["chart-ttft", "ttft"], ["chart-gap", "gap"]]) {
     const milliseconds = (index) => seconds.map((second) => (second[name] ? second[name][index] * 1000 : null));
     const shown = { mode: "lines+markers", marker: { size: 3.5 }, hovertemplate: "%{y:.1f} ms" };
-    overTime(id, now, [line(x, milliseconds(1), "p95", "faint", shown), line(x, milliseconds(0), "median", "decode", shown)], {
+    drawOverTime(id, now, [line(x, milliseconds(1), "p95", "faint", shown), line(x, milliseconds(0), "median", "decode", shown)], {
       yaxis: seconds.some((second) => second[name]) ? {} : { range: [0, 100] },
     });
   }
-  overTime("chart-load", now, [area(x, series("running"), "running", "decode"), area(x, series("waiting"), "waiting", "queue")], {
+  drawOverTime("chart-load", now, [area(x, series("running"), "running", "decode"), area(x, series("waiting"), "waiting", "queue")], {
     yaxis: atLeast(seconds, ["running", "waiting"], 4),
   });
 }
 
-function atLeast(seconds, names, least) {
+function atLeast(seconds, names, minimum) {
   const highest = Math.max(0, ...seconds.map((second) => names.reduce((sum, name) => sum + second[name], 0)));
-  return highest < least ? { range: [0, least] } : {};
+  return highest < minimum ? { range: [0, minimum] } : {};
 }
 
 export function drawSteps(steps) {
@@ -88,23 +88,23 @@ export function drawSteps(steps) {
   });
 }
 
-// A cell stands for the same number of blocks everywhere; those in use come first, then cached ones, then free ones.
+// Each cell stands for the same number of blocks: first used blocks, then cached ones, then free ones.
 export function drawPool(pool, width) {
   const columns = Math.max(16, Math.min(64, Math.floor(width / 15)));
   const perCell = Math.max(1, Math.ceil(pool.total / (columns * 8)));
   const cells = Math.max(1, Math.ceil(pool.total / perCell));
   const rows = Math.ceil(cells / columns);
   const used = Math.min(cells, Math.ceil(pool.used / perCell));
-  const kept = Math.min(cells, Math.max(used, Math.ceil((pool.used + pool.cached) / perCell)));
-  const kind = (cell) => (cell >= cells ? null : cell < used ? 0 : cell < kept ? 1 : 2);
+  const usedOrCached = Math.min(cells, Math.max(used, Math.ceil((pool.used + pool.cached) / perCell)));
+  const kind = (cell) => (cell >= cells ? null : cell < used ? 0 : cell < usedOrCached ? 1 : 2);
   const z = Array.from({ length: rows }, (_, row) => Array.from({ length: columns }, (_, column) => kind(row * columns + column)));
   const shades = ["decode", "cached", "free"].map(color);
   const colorscale = shades.flatMap((shade, index) => [[index / 3, shade], [(index + 1) / 3, shade]]);
-  const nothing = { visible: false, showgrid: false };
+  const hidden = { visible: false, showgrid: false };
   document.getElementById("chart-pool").style.height = `${(rows * width) / columns}px`;
   draw("chart-pool", [{ z, type: "heatmap", zmin: -0.5, zmax: 2.5, colorscale, showscale: false, xgap: 2, ygap: 2, hoverinfo: "skip" }], {
     margin: { l: 0, r: 0, t: 0, b: 0 },
-    xaxis: nothing,
+    xaxis: hidden,
     yaxis: { ...nothing, autorange: "reversed" },
   });
   return perCell;
@@ -145,7 +145,7 @@ function label(request, narrow) {
   return `${time}  ${wide(request.prompt, 6)} in ${wide(request.output, 5)} out  ${reason} ${seconds} `;
 }
 
-export function forgetCharts() {
+export function purgeCharts() {
   for (const id of drawn) window.Plotly.purge(id);
   drawn.clear();
 }

@@ -1,10 +1,10 @@
-// The chat box. What the model says only ever becomes text nodes.
+// The chat box. The model's text only becomes text nodes.
 
-import { ask, events, Refused } from "./stream.js";
+import { request, events, HttpError } from "./stream.js";
 
 const element = (id) => document.getElementById(id);
 const history = [];
-let underWay = null;
+let running = null;
 let onUnauthorized = () => {};
 
 export function startChat(unauthorized) {
@@ -12,16 +12,16 @@ export function startChat(unauthorized) {
   const input = element("chat-input");
   element("chat-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (underWay) underWay.abort();
+    if (running) running.abort();
     else if (input.value.trim()) send(input.value.trim());
   });
   input.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
-    if (!underWay) element("chat-form").requestSubmit();
+    if (!running) element("chat-form").requestSubmit();
   });
   element("chat-clear").addEventListener("click", () => {
-    underWay?.abort();
+    running?.abort();
     history.length = 0;
     element("messages").replaceChildren();
     element("chat-clear").hidden = true;
@@ -31,42 +31,42 @@ export function startChat(unauthorized) {
 
 async function send(text) {
   const question = { role: "user", content: text };
-  const asked = add("message user", text);
-  const answer = add("message assistant", "");
-  const abort = (underWay = new AbortController());
+  const questionItem = addMessage("message user", text);
+  const answer = addMessage("message assistant", "");
+  const abort = (running = new AbortController());
   element("chat-input").value = "";
   element("chat-clear").hidden = false;
   showRunning(true);
-  const began = performance.now();
+  const start = performance.now();
   const result = { text: "", firstToken: null, usage: null, finishReason: null };
-  let problem = null;
+  let error = null;
   try {
     await receive([...history, question], abort.signal, result, (piece) => {
       result.firstToken ??= performance.now();
-      write(answer, piece);
+      appendText(answer, piece);
     });
-  } catch (error) {
-    problem = error;
+  } catch (caught) {
+    error = caught;
   }
-  underWay = underWay === abort ? null : underWay;
-  showRunning(underWay !== null);
-  const stopped = problem?.name === "AbortError";
-  if (problem && !stopped && result.text === "") {
-    // Nothing came: the question goes back to where it can be sent again.
+  running = running === abort ? null : running;
+  showRunning(running !== null);
+  const stopped = error?.name === "AbortError";
+  if (error && !stopped && result.text === "") {
+    // Without an answer the question returns to the input box.
     answer.remove();
-    asked.remove();
+    questionItem.remove();
     element("chat-input").value = text;
   }
-  if (problem && !stopped) add("message failed", explain(problem));
+  if (error && !stopped) addMessage("message failed", explain(error));
   if (result.text) {
     history.push(question, { role: "assistant", content: result.text });
-    add("note", describe(result, began, stopped));
+    addMessage("note", describe(result, start, stopped));
   }
-  if (problem instanceof Refused && problem.status === 401) onUnauthorized();
+  if (error instanceof HttpError && error.status === 401) onUnauthorized();
 }
 
 async function receive(messages, signal, result, onPiece) {
-  const models = await (await ask("/v1/models", { signal })).json();
+  const models = await (await request("/v1/models", { signal })).json();
   const body = {
     model: models.data[0].id,
     messages,
@@ -76,7 +76,7 @@ async function receive(messages, signal, result, onPiece) {
     stream_options: { include_usage: true },
   };
   const headers = { "Content-Type": "application/json" };
-  const response = await ask("/v1/chat/completions", { method: "POST", body: JSON.stringify(body), headers, signal });
+  const response = await request("/v1/chat/completions", { method: "POST", body: JSON.stringify(body), headers, signal });
   for await (const data of events(response)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
@@ -89,44 +89,44 @@ async function receive(messages, signal, result, onPiece) {
       onPiece(choice.delta.content);
     }
   }
-  throw new Error("The answer broke off: the server closed the connection.");
+  throw new Error("The answer is incomplete: the server closed the connection.");
 }
 
-function explain(problem) {
-  if (problem instanceof TypeError) return "The server does not answer.";
-  return problem.message;
+function explain(error) {
+  if (error instanceof TypeError) return "The server does not answer.";
+  return error.message;
 }
 
-function describe(result, began, stopped) {
+function describe(result, start, stopped) {
   const parts = [];
   const seconds = (performance.now() - result.firstToken) / 1000;
   const tokens = result.usage?.completion_tokens;
   if (tokens) parts.push(`${tokens} tokens`);
   if (tokens > 1 && seconds > 0) parts.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
-  parts.push(`first after ${Math.round(result.firstToken - began)} ms`);
+  parts.push(`first after ${Math.round(result.firstToken - start)} ms`);
   if (stopped) parts.push("stopped");
   if (result.finishReason === "length") parts.push("ended at the limit of tokens");
   return parts.join(" · ");
 }
 
-function add(className, text) {
+function addMessage(className, text) {
   const item = document.createElement("div");
   item.className = className;
-  write(item, text);
+  appendText(item, text);
   element("messages").append(item);
   item.scrollIntoView({ block: "nearest" });
   return item;
 }
 
-function write(item, text) {
+function appendText(item, text) {
   const box = element("messages");
   const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
   if (text) item.append(text);
   if (atEnd) box.scrollTop = box.scrollHeight;
 }
 
-function showRunning(running) {
+function showRunning(isRunning) {
   const button = element("chat-send");
-  button.textContent = running ? "Stop" : "Send";
-  button.classList.toggle("stop", running);
+  button.textContent = isRunning ? "Stop" : "Send";
+  button.classList.toggle("stop", isRunning);
 }

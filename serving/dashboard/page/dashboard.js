@@ -1,83 +1,83 @@
-// The page: hears what the server does once a second, keeps two minutes of it, and shows it.
+// The page: receives an event each second, keeps two minutes of them, and shows them.
 
-import { drawHistory, drawPool, drawRequests, drawSteps, forgetCharts, SPAN } from "./charts.js";
+import { drawHistory, drawPool, drawRequests, drawSteps, purgeCharts, SPAN } from "./charts.js";
 import { startChat } from "./chat.js";
-import { ask, events, hasKey, Refused, useKey } from "./stream.js";
+import { request, events, hasKey, HttpError, setKey } from "./stream.js";
 
 const STEPS = 80;
 const REQUESTS = 14;
-const SILENCE = 6000; // milliseconds without news after which the connection counts as lost
+const TIMEOUT = 6000; // milliseconds without data after which the connection counts as lost
 const THEMES = ["auto", "light", "dark"];
 
 const element = (id) => document.getElementById(id);
-const seen = { news: null, seconds: [], steps: [], requests: [], heard: null };
-let retry = 1;
+const shown = { last: null, seconds: [], steps: [], requests: [], receivedAt: null };
+let retrySeconds = 1;
 let wake = () => {};
 
-function keep(list, more, most) {
+function append(list, more, most) {
   list.push(...more);
   list.splice(0, list.length - most);
 }
 
-function take(news) {
-  if (news.first) {
-    seen.seconds.length = seen.steps.length = seen.requests.length = 0;
+function receive(update) {
+  if (update.first) {
+    shown.seconds.length = shown.steps.length = shown.requests.length = 0;
   }
-  seen.news = news;
-  seen.heard = new Date();
-  keep(seen.seconds, news.seconds, SPAN);
-  keep(seen.steps, news.steps, STEPS);
-  keep(seen.requests, news.requests, REQUESTS);
-  show();
+  shown.last = update;
+  shown.receivedAt = new Date();
+  append(shown.seconds, update.seconds, SPAN);
+  append(shown.steps, update.steps, STEPS);
+  append(shown.requests, update.requests, REQUESTS);
+  render();
 }
 
-function show() {
-  if (document.hidden || !seen.news) return;
-  showNumbers(seen.news);
+function render() {
+  if (document.hidden || !shown.last) return;
+  showNumbers(shown.last);
   if (!window.Plotly) {
     element("no-charts").hidden = false;
     document.querySelectorAll("figure:not(:has(#no-requests))").forEach((figure) => (figure.hidden = true));
     element("no-requests").hidden = false;
     return;
   }
-  drawHistory(seen.seconds, seen.news.now);
-  drawSteps(seen.steps);
-  const { pool } = seen.news;
+  drawHistory(shown.seconds, shown.last.now);
+  drawSteps(shown.steps);
+  const { pool } = shown.last;
   if (pool) {
     const perCell = drawPool(pool, element("chart-pool").clientWidth);
     element("pool-scale").textContent = `${pool.total} blocks of ${pool.block_size} tokens` + (perCell > 1 ? `, ${perCell} a cell` : "");
   }
-  element("no-requests").hidden = seen.requests.length > 0;
-  element("chart-requests").hidden = seen.requests.length === 0;
-  if (seen.requests.length) drawRequests([...seen.requests].reverse(), element("chart-requests").clientWidth);
+  element("no-requests").hidden = shown.requests.length > 0;
+  element("chart-requests").hidden = shown.requests.length === 0;
+  if (shown.requests.length) drawRequests([...shown.requests].reverse(), element("chart-requests").clientWidth);
 }
 
-const whole = (value) => Math.round(value).toLocaleString("en");
-const share = (value) => (value === null ? "–" : `${(100 * value).toFixed(0)} %`);
+const integer = (value) => Math.round(value).toLocaleString("en");
+const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(0)} %`);
 const duration = (seconds) =>
   seconds === undefined ? "–" : seconds >= 1 ? `${seconds.toFixed(2)} s` : `${(seconds * 1000).toFixed(seconds < 0.1 ? 1 : 0)} ms`;
 
-function showNumbers(news) {
+function showNumbers(update) {
   const text = (id, value) => (element(id).textContent = value);
-  const last = seen.seconds.slice(-3);
+  const last = shown.seconds.slice(-3);
   const mean = (name) => last.reduce((sum, second) => sum + second[name], 0) / Math.max(1, last.length);
-  text("out-rate", whole(mean("output")));
-  text("in-rate", whole(mean("computed") + mean("cached")));
-  text("ttft-median", duration(news.ttft?.[0]));
-  text("ttft-high", duration(news.ttft?.[1]));
-  text("gap-median", duration(news.gap?.[0]));
-  text("gap-high", duration(news.gap?.[1]));
-  text("running", whole(news.running));
-  text("waiting", whole(news.waiting));
-  text("hit-rate", share(news.hit_rate));
-  for (const name of ["used", "cached", "free"]) text(`pool-${name}`, news.pool ? whole(news.pool[name]) : "–");
-  element("speculation").hidden = !news.speculation;
-  if (news.speculation) {
-    text("acceptance", share(news.speculation.rate));
-    text("accepted-length", news.speculation.accepted_per_draft.toFixed(2));
+  text("out-rate", integer(mean("output")));
+  text("in-rate", integer(mean("computed") + mean("cached")));
+  text("ttft-median", duration(update.ttft?.[0]));
+  text("ttft-high", duration(update.ttft?.[1]));
+  text("gap-median", duration(update.gap?.[0]));
+  text("gap-high", duration(update.gap?.[1]));
+  text("running", integer(update.running));
+  text("waiting", integer(update.waiting));
+  text("hit-rate", percent(update.hit_rate));
+  for (const name of ["used", "cached", "free"]) text(`pool-${name}`, update.pool ? integer(update.pool[name]) : "–");
+  element("speculation").hidden = !update.speculation;
+  if (update.speculation) {
+    text("acceptance", percent(update.speculation.rate));
+    text("accepted-length", update.speculation.accepted_per_draft.toFixed(2));
   }
-  const { info } = news;
-  text("model", info ? [info.model, info.device, info.dtype, `${whole(info.max_model_len)} tokens of context`].join(" · ") : "");
+  const { info } = update;
+  text("model", info ? [info.model, info.device, info.dtype, `${integer(info.max_model_len)} tokens of context`].join(" · ") : "");
 }
 
 function showState(state, message) {
@@ -90,11 +90,11 @@ function showState(state, message) {
 
 function showServerState({ state, reason }) {
   const messages = {
-    loading: "The engine is loading the model; this page follows by itself.",
-    draining: "The server is shutting down: it finishes what is running and takes nothing new.",
-    restarting: "The engine died and is being started again.",
-    dead: "The engine is down and was started again too often: the server ends.",
-    stalled: "Work is pending, but nothing moves.",
+    loading: "The engine is loading the model; this page updates itself.",
+    draining: "The server is shutting down: it finishes running requests and accepts no new ones.",
+    restarting: "The engine died and is being restarted.",
+    dead: "The engine is dead after its last restart: the server ends.",
+    stalled: "Requests are pending, but no step ends.",
   };
   const message = messages[state] ?? "";
   showState(state, message && reason ? `${message} (${reason})` : message);
@@ -103,43 +103,43 @@ function showServerState({ state, reason }) {
 async function follow() {
   for (;;) {
     const abort = new AbortController();
-    let watchdog = setTimeout(() => abort.abort(), SILENCE);
-    const alive = () => {
+    let watchdog = setTimeout(() => abort.abort(), TIMEOUT);
+    const resetWatchdog = () => {
       clearTimeout(watchdog);
-      watchdog = setTimeout(() => abort.abort(), SILENCE);
+      watchdog = setTimeout(() => abort.abort(), TIMEOUT);
     };
     try {
-      const response = await ask("/dashboard/events", { signal: abort.signal });
+      const response = await request("/dashboard/events", { signal: abort.signal });
       element("key-form").hidden = true;
-      for await (const data of events(response, alive)) {
-        retry = 1;
-        const news = JSON.parse(data);
-        showServerState(news);
-        take(news);
+      for await (const data of events(response, resetWatchdog)) {
+        retrySeconds = 1;
+        const update = JSON.parse(data);
+        showServerState(update);
+        receive(update);
       }
-      lost();
+      showDisconnected();
     } catch (error) {
-      if (error instanceof Refused && error.status === 401) askForKey();
-      else if (error instanceof Refused) showState("unreachable", `The server refuses to tell: ${error.message}`);
-      else lost();
+      if (error instanceof HttpError && error.status === 401) requestKey();
+      else if (error instanceof HttpError) showState("unreachable", `The server rejects the request: ${error.message}`);
+      else showDisconnected();
     } finally {
       clearTimeout(watchdog);
       abort.abort();
     }
     await new Promise((resolve) => {
       wake = resolve;
-      if (element("key-form").hidden) setTimeout(resolve, retry * 1000);
+      if (element("key-form").hidden) setTimeout(resolve, retrySeconds * 1000);
     });
-    retry = Math.min(8, retry * 2);
+    retrySeconds = Math.min(8, retrySeconds * 2);
   }
 }
 
-function lost() {
-  const last = seen.heard ? ` Last heard of at ${seen.heard.toTimeString().slice(0, 8)}.` : "";
-  showState("unreachable", `The server does not answer.${last} Trying again by itself.`);
+function showDisconnected() {
+  const last = shown.receivedAt ? ` Last event at ${shown.receivedAt.toTimeString().slice(0, 8)}.` : "";
+  showState("unreachable", `The server does not answer.${last} The page retries.`);
 }
 
-function askForKey() {
+function requestKey() {
   showState("locked", "");
   element("key-error").hidden = !hasKey();
   element("key-form").hidden = false;
@@ -150,7 +150,7 @@ function applyTheme(theme) {
   const dark = theme === "dark" || (theme === "auto" && matchMedia("(prefers-color-scheme: dark)").matches);
   document.documentElement.dataset.theme = dark ? "dark" : "light";
   element("theme").textContent = theme;
-  show();
+  render();
 }
 
 function startTheme() {
@@ -169,12 +169,12 @@ element("curl").textContent =
   `  -d '{"messages": [{"role": "user", "content": "Say hello"}]}'`;
 element("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  useKey(element("key").value);
+  setKey(element("key").value);
   element("key").value = "";
   element("key-form").hidden = true;
   wake();
 });
-document.addEventListener("visibilitychange", show);
+document.addEventListener("visibilitychange", render);
 startTheme();
-startChat(askForKey);
+startChat(requestKey);
 follow();

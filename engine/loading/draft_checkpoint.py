@@ -1,10 +1,9 @@
-"""Draft models that borrow their target's embedding and head: only their layers are on disk.
+"""Draft models that share their target's embedding and head: only their layers are on disk.
 
-Such a draft is a directory with the `config.json` and `model.safetensors` of a model in Hugging Face's layout without
-embedding and head, and a `draft.json`:
+Such a draft is a directory in Hugging Face layout without the weights of embedding and head, with a `draft.json`:
 
     vocabulary   hash of the target's tokens and their ids
-    head_tokens  ids of the tokens that the draft can guess, in order; null if all of them
+    head_tokens  ids of the tokens that the draft can propose, in order; null for all
 """
 
 import hashlib
@@ -34,23 +33,23 @@ _BUILT_IN = Path(__file__).with_name("data") / DEFAULT_DRAFT
 
 @dataclass(frozen=True)
 class SharedDraft:
-    """A draft's own part, looked over but not read."""
+    """A draft's own part. Its weights are not read yet."""
 
     directory: Path
     config: ModelConfig
     head_tokens: tuple[int, ...] | None
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
-        """As `Checkpoint.tensors`."""
+        """Yield the draft's weights, as `Checkpoint.tensors`."""
         return read_safetensors(self.directory / _WEIGHTS)
 
     def borrowed(self, target: Weights, pack: Pack) -> dict[str, ops.Matrix]:
-        """Embedding and head by their names in `Weights`; rows of a head are packed anew."""
+        """Return embedding and head by their names in `Weights`. The rows of `head_tokens` are packed anew."""
         if self.head_tokens is None:
             return {"embedding": target.embedding, "lm_head": target.lm_head}
         rows = torch.tensor(self.head_tokens, device=target.rope_frequencies.device)
         readable = target.lm_head
-        # A tied head whose rows are not readable is a second copy of the embedding.
+        # A tied head without readable rows is a second copy of the embedding.
         if isinstance(readable, ops.PackedWeight) and not readable.has_readable_rows:
             readable = target.embedding
         head = ops.embedding(readable, rows, self.config.hidden_size)
@@ -58,10 +57,10 @@ class SharedDraft:
 
 
 def find_shared_draft(name: str | Path, tokenizer: Tokenizer | None, target: ModelConfig) -> SharedDraft | None:
-    """The draft of that name or in that directory; None if what is there is no such draft.
+    """Find the draft with a name or in a directory; None if it does not share its target's weights.
 
-    tokenizer: the target's; None if it has none. Raises CheckpointError for one that is not whole, ValueError for one
-    that was made for another target.
+    tokenizer: of the target, if it has one. Raises CheckpointError for an incomplete draft, ValueError for a draft of
+    another target.
     """
     directory = _BUILT_IN if name == DEFAULT_DRAFT else Path(name).expanduser()
     if not (directory / DRAFT_FILE).is_file():
@@ -74,10 +73,12 @@ def find_shared_draft(name: str | Path, tokenizer: Tokenizer | None, target: Mod
         head_tokens = about["head_tokens"] and tuple(map(int, about["head_tokens"]))
         fits = tokenizer is None or about["vocabulary"] == vocabulary_hash(tokenizer)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory} holds no draft that can be read ({error}): make it again") from error
+        raise CheckpointError(
+            f"{directory} has an invalid {DRAFT_FILE} or config.json ({error}): make it again"
+        ) from error
     if not fits or (config.hidden_size, config.vocab_size) != (target.hidden_size, target.vocab_size):
         raise ValueError(
-            f"speculative_model {str(name)!r} borrows embedding and head of the model that it was made for, which is"
+            f"speculative_model {str(name)!r} shares embedding and head with the model that it was made for, which is"
             " another one than this"
         )
     if head_tokens is not None and not all(0 <= token < config.vocab_size for token in head_tokens):
@@ -92,7 +93,7 @@ def save_shared_draft(
     head_tokens: list[int] | None,
     tokenizer: Tokenizer,
 ) -> None:
-    """Write a draft. config: as in a `config.json`; tensors: by their Hugging Face names, without those borrowed."""
+    """Write a draft. config: contents of `config.json`. tensors: its own weights, by their Hugging Face names."""
     directory.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / _WEIGHTS)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -101,5 +102,5 @@ def save_shared_draft(
 
 
 def vocabulary_hash(tokenizer: Tokenizer) -> str:
-    """Of all tokens and their ids."""
+    """Return a hash of all tokens and their ids."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.vocabulary.items())).encode()).hexdigest()

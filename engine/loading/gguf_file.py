@@ -1,4 +1,4 @@
-"""Read a GGUF file as if it were a Hugging Face checkpoint: the same config, tensor names and row order."""
+"""Read a GGUF file as a Hugging Face checkpoint: the same config, tensor names and row order."""
 
 import struct
 from collections.abc import Iterator
@@ -21,29 +21,26 @@ _ARCHITECTURES = {
 _ROPE_FACTORS = "rope_freqs.weight"
 
 _Type = gguf.GGMLQuantizationType
-# Elements. An embedding in float32 would be the largest thing that a start ever holds.
-_DEQUANTIZED_AT_ONCE = 2**21
+_MAX_DEQUANTIZED = 2**21  # elements at once: a whole embedding in float32 would set the peak memory of a start
 _UNQUANTIZED = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
 
-_LONGEST_ARRAY_READ = 1024  # more layers than any model has; what is longer is the vocabulary
+_MAX_ARRAY_READ = 1024  # more than any model has layers; longer arrays belong to the vocabulary
 
 
 class _Reader(gguf.GGUFReader):
-    """The reader of the gguf package, without two seconds of Python over a vocabulary that we seldom want.
+    """The gguf package's reader, which takes two seconds over a vocabulary that most starts do not need.
 
-    Should a later version of the package call this method something else, reading is slow again but right.
+    If a later version of the package renames `_get_field_parts`, reading is slow again but correct.
     """
 
-    # Where each array begins that was passed over, its items' type and their number; in the order of the fields.
-    passed_over: list[tuple[int, int, int]]
-
     def __init__(self, *args: Any) -> None:
-        self.passed_over = []
+        # Offset, item type and length of each array that was skipped, in the order of the fields.
+        self._skipped: list[tuple[int, int, int]] = []
         super().__init__(*args)
 
     def contents(self) -> dict[str, Any]:
-        """Every entry, the arrays that were passed over included."""
-        arrays = iter(self.passed_over)
+        """Return all entries, skipped arrays included."""
+        arrays = iter(self._skipped)
         return {
             name: self._array(*next(arrays)) if field.types == [gguf.GGUFValueType.ARRAY] else field.contents()
             for name, field in self.fields.items()
@@ -64,8 +61,8 @@ class _Reader(gguf.GGUFReader):
     def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
         if raw_type == gguf.GGUFValueType.ARRAY:
             item_type, count = struct.unpack_from("<IQ", self.data, orig_offs)
-            if count > _LONGEST_ARRAY_READ and item_type != gguf.GGUFValueType.ARRAY:
-                self.passed_over.append((int(orig_offs), item_type, count))
+            if count > _MAX_ARRAY_READ and item_type != gguf.GGUFValueType.ARRAY:
+                self._skipped.append((int(orig_offs), item_type, count))
                 return self._size_of_array(orig_offs, item_type, count), [], [], [gguf.GGUFValueType.ARRAY]
         return super()._get_field_parts(orig_offs, raw_type)
 
@@ -83,7 +80,7 @@ class _Reader(gguf.GGUFReader):
 class GgufFile:
     """An open GGUF file: its config, tokenizer entries and tensors.
 
-    Raises CheckpointError if the file cannot be read, UnsupportedModelError if it holds what we do not run.
+    Raises CheckpointError if the file cannot be read, UnsupportedModelError if this engine cannot run the model.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,13 +97,13 @@ class GgufFile:
             raise CheckpointError(f"{path} is not a complete model: {error}") from error
 
     def tokenizer_metadata(self) -> dict[str, Any]:
-        """The `tokenizer.*` entries, vocabulary included."""
+        """Return the `tokenizer.*` entries, vocabulary included."""
         return {name: value for name, value in self._reader.contents().items() if name.startswith("tokenizer.")}
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its Hugging Face name; a name we cannot map is left as it is in the file.
+        """Yield each weight with its Hugging Face name; an unknown name stays as in the file.
 
-        F32, F16 and BF16 tensors are views of the mapped file; quantised ones are dequantised to `dtype` one by one.
+        F32, F16 and BF16 tensors are views of the mapped file; quantised ones are dequantised to `dtype`.
         """
         names = self._hugging_face_names()
         for tensor in self._reader.tensors:
@@ -143,7 +140,7 @@ class GgufFile:
         if window := self._get("attention.sliding_window", 0):
             raise UnsupportedModelError(f"sliding-window attention ({window} tokens)")
         if self._metadata.get("split.count", 0) > 1:
-            raise UnsupportedModelError("a model in several GGUF files: join them with `llama-gguf-split --merge`")
+            raise UnsupportedModelError("a model in several GGUF files: merge them with `llama-gguf-split --merge`")
         kinds = {tensor.tensor_type: tensor for tensor in self._reader.tensors}
         for kind, tensor in kinds.items():
             try:
@@ -233,7 +230,7 @@ class GgufFile:
 
 def _open(path: Path) -> _Reader:
     try:
-        # Copy on write: torch wants writable memory; nobody's writes reach the file.
+        # Copy on write: torch needs writable memory, and writes must not reach the file.
         reader = _Reader(path, "c")
     except OSError as error:
         raise CheckpointError(f"cannot read {path} ({error.strerror}): check the path and its permissions") from error
@@ -247,18 +244,18 @@ def _open(path: Path) -> _Reader:
 
 
 def _to_torch(tensor: Any, dequantized: torch.dtype = torch.float32) -> Tensor:
-    data = np.asarray(tensor.data)  # sheds np.memmap, whose every slice costs microseconds
+    data = np.asarray(tensor.data)  # a slice of np.memmap costs microseconds
     dtype = _UNQUANTIZED.get(tensor.tensor_type)
     if dtype is not None:
         return torch.from_numpy(data).view(dtype)
     shape = tuple(reversed(tensor.shape.tolist()))
-    # The package works through 16 rows at a time, which is little when they are short. Rows are whole blocks, so
-    # four of them pass as one long row.
+    # The package dequantises 16 rows at a time, which is slow for short ones. Rows are whole blocks, so four of them
+    # can be passed as one.
     if data.shape[-1] <= 2048 and data.shape[0] % 4 == 0:
         data = data.reshape(-1, data.shape[-1] * 4)
     weight = torch.empty(shape, dtype=dequantized)
     rows = weight.view(len(data), -1)
-    step = max(1, _DEQUANTIZED_AT_ONCE // rows.shape[1])
+    step = max(1, _MAX_DEQUANTIZED // rows.shape[1])
     for first in range(0, len(data), step):
         part = torch.from_numpy(gguf.dequantize(data[first : first + step], tensor.tensor_type))
         rows[first : first + step] = part.view(-1, rows.shape[1])
@@ -266,11 +263,11 @@ def _to_torch(tensor: Any, dequantized: torch.dtype = torch.float32) -> Tensor:
 
 
 def _unpermute(weight: Tensor, heads: int) -> Tensor:
-    """From llama.cpp's interleaved rotation pairs (0, 1), (2, 3), … to halves (0, D/2), (1, D/2 + 1), …"""
+    """Reorder llama.cpp's interleaved rotation pairs (0, 1), (2, 3), … to halves (0, D/2), (1, D/2 + 1), …"""
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def _decimal(value: float) -> float:
-    """The shortest decimal that rounds to the float32 in the file: 9.999999747e-06 was written as 1e-05."""
+    """Return the shortest decimal that rounds to a float32: 1e-05 for 9.999999747e-06."""
     return float(str(np.float32(value)))

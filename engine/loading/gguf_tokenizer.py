@@ -1,24 +1,30 @@
 """The tokenizer of a GGUF file as Hugging Face files, by llama.cpp's rules for its `gpt2` and `llama` vocabularies."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from dispec.engine.loading.gguf_pre_tokenizers import BEGINS_WITH_BOS, IGNORES_MERGES, word_patterns
-from dispec.engine.loading.gguf_special_tokens import END_TEXTS, FILL_IN_ENDS, FILL_IN_MARKS, SHOWN_TEXTS
+from dispec.engine.loading.llama_cpp_rules import (
+    ADD_BOS,
+    END_TOKENS,
+    FIM_END_KEYS,
+    FIM_TOKENS,
+    IGNORE_MERGES,
+    VISIBLE_TOKENS,
+    word_patterns,
+)
 
 _GGML = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-# llama.cpp's ids where a SentencePiece vocabulary names none.
-_SENTENCEPIECE_ROLES = {"unk_token": 0, "bos_token": 1, "eos_token": 2}
+_SENTENCEPIECE_ROLES = {"unk_token": 0, "bos_token": 1, "eos_token": 2}  # of a `llama` vocabulary that names none
 
 
-class _Type(IntEnum):
+class _TokenType(IntEnum):
     NORMAL = 1
     UNKNOWN = 2
     CONTROL = 3
@@ -27,37 +33,38 @@ class _Type(IntEnum):
     BYTE = 6
 
 
-_HIDDEN = (_Type.UNKNOWN, _Type.CONTROL)
-_CUT_OUT_OF_TEXT = (*_HIDDEN, _Type.USER_DEFINED)
+_SPECIAL = (_TokenType.UNKNOWN, _TokenType.CONTROL)
+_ADDED = (*_SPECIAL, _TokenType.USER_DEFINED)
 
 
 class GgufTokenizer:
     """The tokenizer that the `tokenizer.*` entries of a GGUF file describe.
 
-    Raises ValueError, with the reason, for what llama.cpp refuses and for vocabularies that we cannot reproduce.
+    Raises ValueError, with the reason, for entries that llama.cpp refuses and vocabularies without a Hugging Face
+    equivalent.
     """
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self._metadata = metadata
-        self._kind = self._get("model")
-        if self._kind not in ("gpt2", "llama"):
-            raise ValueError(f"the vocabulary is {self._kind!r}, must be gpt2 or llama")
+        self._is_sentencepiece = self._get("model") == "llama"
+        if self._get("model") not in ("gpt2", "llama"):
+            raise ValueError(f"the vocabulary is {self._get('model')!r}, must be gpt2 or llama")
         if not (tokens := self._get("tokens", [])):
-            raise ValueError("it holds no tokens")
+            raise ValueError("it has no tokens")
         self.tokens = [text or f"[EMPTY_{index}]" for index, text in enumerate(tokens)]
         self.ids = {text: index for index, text in enumerate(self.tokens)}
         if len(self.ids) < len(self.tokens):
-            twice = next(text for index, text in enumerate(self.tokens) if self.ids[text] != index)
-            raise ValueError(f"two tokens are {twice!r}")
-        self._fill_in_marks = {
+            repeated = next(text for index, text in enumerate(self.tokens) if self.ids[text] != index)
+            raise ValueError(f"two tokens are {repeated!r}")
+        self._fim_ids = {
             key: self.ids[text]
-            for key, texts in FILL_IN_MARKS.items()
+            for key, texts in FIM_TOKENS.items()
             if self._id(key) is None and (text := next(filter(self.ids.__contains__, texts), None))
         }
         self.end_ids = self._find_end_ids()
         self.types = self._find_types()
-        usual = _SENTENCEPIECE_ROLES if self._kind == "llama" else {}
-        self.roles = {role: self._id(key, usual.get(role)) for role, key in _ROLES.items()}
+        defaults = _SENTENCEPIECE_ROLES if self._is_sentencepiece else {}
+        self.roles = {role: self._id(key, defaults.get(role)) for role, key in _ROLES.items()}
 
     def save(self, directory: Path) -> None:
         """Write `tokenizer.json`, its config, the chat templates, and the end tokens as a `generation_config.json`."""
@@ -66,15 +73,15 @@ class GgufTokenizer:
             "truncation": None,
             "padding": None,
             "added_tokens": [
-                {"id": token, "content": self.tokens[token], "special": kind in _HIDDEN, "normalized": False}
+                {"id": token, "content": self.tokens[token], "special": kind in _SPECIAL, "normalized": False}
                 | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
                 for token, kind in enumerate(self.types)
-                if kind in _CUT_OUT_OF_TEXT
+                if kind in _ADDED
             ],
             "post_processor": self._post_processor(),
-        } | (self._sentencepiece() if self._kind == "llama" else self._byte_level())
+        } | (self._sentencepiece() if self._is_sentencepiece else self._byte_level())
         text = json.dumps(contents, ensure_ascii=False)
-        tokenizers.Tokenizer.from_str(text)  # raises Exception with the reason if the parts do not fit together
+        tokenizers.Tokenizer.from_str(text)  # raises an exception with the reason if the parts do not fit together
         (directory / "tokenizer.json").write_text(text, encoding="utf-8")
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         named = {role: self.tokens[token] for role, token in self.roles.items() if token is not None}
@@ -86,35 +93,35 @@ class GgufTokenizer:
         return self._metadata.get(_GGML + key, default)
 
     def _id(self, key: str, default: int | None = None) -> int | None:
-        """A token by its role; one that is no token of the vocabulary is as good as not named."""
+        """Return the token with a role; the default if none is named or the vocabulary does not have it."""
         token = self._get(f"{key}_token_id")
         found = default if token is None or not 0 <= token < len(self.tokens) else int(token)
         return None if found is None or found >= len(self.tokens) else found
 
     def _find_end_ids(self) -> list[int]:
-        found = [self._id("eos", 2 if self._kind == "llama" else None), self._id("eot"), self._id("eom")]
-        found += [self._id(key, self._fill_in_marks.get(key)) for key in FILL_IN_ENDS]
-        found += sorted(token for text, token in self.ids.items() if text in END_TEXTS)
+        found = [self._id("eos", 2 if self._is_sentencepiece else None), self._id("eot"), self._id("eom")]
+        found += [self._id(key, self._fim_ids.get(key)) for key in FIM_END_KEYS]
+        found += sorted(token for text, token in self.ids.items() if text in END_TOKENS)
         ends = list(dict.fromkeys(token for token in found if token is not None))
-        return [token for token in ends if not self._goes_on_after(self.tokens[token], ends)]
-
-    def _goes_on_after(self, text: str, ends: Collection[int]) -> bool:
-        """Whether an end is none beside others: GPT-OSS ends a message with `<|end|>`, not its answer."""
-        others = {self.tokens[token] for token in ends}
-        if text == "<|end|>":
-            return {"<|return|>", "<|call|>"} <= others or ("<|flush|>" in others and "<|calls|>" in others)
-        return text == "</s>" and "<|tool_response>" in others
+        texts = {self.tokens[token] for token in ends}
+        not_ends = set()
+        # GPT-OSS ends a message with `<|end|>`, not its answer.
+        if {"<|return|>", "<|call|>"} <= texts or {"<|flush|>", "<|calls|>"} <= texts:
+            not_ends.add("<|end|>")
+        if "<|tool_response>" in texts:
+            not_ends.add("</s>")
+        return [token for token in ends if self.tokens[token] not in not_ends]
 
     def _find_types(self) -> list[int]:
         given = self._get("token_type")
-        types = [_Type.NORMAL] * len(self.tokens) if given is None else list(given)
+        types = [_TokenType.NORMAL] * len(self.tokens) if given is None else list(given)
         if len(types) < len(self.tokens):
             raise ValueError(f"it has {len(self.tokens)} tokens but {len(types)} token types")
-        for token in (*self._fill_in_marks.values(), *(self.ids[text] for text in END_TEXTS & self.ids.keys())):
-            types[token] = _Type.CONTROL
-        for text in SHOWN_TEXTS & self.ids.keys():
-            types[self.ids[text]] = _Type.USER_DEFINED
-        for text, kind in (("<|end|>", _Type.USER_DEFINED), ("</s>", _Type.NORMAL)):
+        for token in (*self._fim_ids.values(), *(self.ids[text] for text in END_TOKENS & self.ids.keys())):
+            types[token] = _TokenType.CONTROL
+        for text in VISIBLE_TOKENS & self.ids.keys():
+            types[self.ids[text]] = _TokenType.USER_DEFINED
+        for text, kind in (("<|end|>", _TokenType.USER_DEFINED), ("</s>", _TokenType.NORMAL)):
             if text in self.ids and self.ids[text] not in self.end_ids:
                 types[self.ids[text]] = kind
         return types
@@ -122,7 +129,7 @@ class GgufTokenizer:
     def _byte_level(self) -> dict[str, Any]:
         pairs = [pair.split(" ", 1) if pair[:1] != " " else [" ", pair[2:]] for pair in self._get("merges", [])]
         if not pairs:
-            raise ValueError("it holds no merges")
+            raise ValueError("it has no merges")
         name = self._get("pre") or "default"
         splits = [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -132,24 +139,23 @@ class GgufTokenizer:
         # Unused ids have no text: most only pad the vocabulary to a round number.
         merged = {part for pair in pairs for part in pair} | {"".join(pair) for pair in pairs}
         vocabulary = {
-            text: token for text, token in self.ids.items() if self.types[token] != _Type.UNUSED or text in merged
+            text: token for text, token in self.ids.items() if self.types[token] != _TokenType.UNUSED or text in merged
         }
         return {
             "normalizer": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, to_bytes]},
             "decoder": to_bytes,
-            "model": {"type": "BPE", "vocab": vocabulary, "merges": pairs, "ignore_merges": name in IGNORES_MERGES},
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": pairs, "ignore_merges": name in IGNORE_MERGES},
         }
 
     def _sentencepiece(self) -> dict[str, Any]:
-        begins_with_space = bool(self._get("add_space_prefix", True))
         normalizers: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
         decoders: list[dict[str, Any]] = [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
             {"type": "ByteFallback"},
             {"type": "Fuse"},
         ]
-        if begins_with_space:  # every text between two special tokens
+        if self._get("add_space_prefix", True):  # to each text between two special tokens
             normalizers.insert(0, {"type": "Prepend", "prepend": "▁"})
             decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
         unknown = self.roles["unk_token"]
@@ -168,24 +174,23 @@ class GgufTokenizer:
         }
 
     def _merges_by_score(self) -> list[tuple[str, str]]:
-        """Every way to put a token together out of two, the likelier tokens first."""
+        """Return each pair of tokens that makes a token, in falling order of the made token's score."""
         scores: Sequence[float] = self._get("scores") or [0.0] * len(self.tokens)
         if len(scores) < len(self.tokens):
             raise ValueError(f"it has {len(self.tokens)} tokens but {len(scores)} scores")
-        found: list[tuple[float, int, str, str]] = []
-        for token, text in enumerate(self.tokens):
-            if self.types[token] not in (_Type.NORMAL, _Type.UNUSED):
-                continue
-            for cut in range(1, len(text)):
-                left, right = text[:cut], text[cut:]
-                if left in self.ids and right in self.ids:
-                    found.append((-float(scores[token]), -cut, left, right))
+        found = [
+            (-float(scores[token]), -cut, text[:cut], text[cut:])
+            for token, text in enumerate(self.tokens)
+            if self.types[token] in (_TokenType.NORMAL, _TokenType.UNUSED)
+            for cut in range(1, len(text))
+            if text[:cut] in self.ids and text[cut:] in self.ids
+        ]
         found.sort(key=lambda merge: merge[:2])
         return [(left, right) for _, _, left, right in found]
 
     def _post_processor(self) -> dict[str, Any] | None:
-        usual = self._kind == "llama" or (self._get("pre") in BEGINS_WITH_BOS)
-        first = self.roles["bos_token"] if self._get("add_bos_token", usual) else None
+        adds_bos = self._get("add_bos_token", self._is_sentencepiece or self._get("pre") in ADD_BOS)
+        first = self.roles["bos_token"] if adds_bos else None
         last = self.roles["eos_token"] if self._get("add_eos_token", False) else None
         if first is None and last is None:
             return None

@@ -1,6 +1,6 @@
-"""Find the files of a model by its name, and read what needs no torch: its config, and whether its weights are there.
+"""Find the files of a model by its name, and check those that need no torch: the config and the list of weights.
 
-The server asks here before it starts a process, the engine before it opens the weights.
+The server checks a model before it starts a process, the engine before it opens the weights.
 """
 
 import difflib
@@ -19,22 +19,22 @@ from dispec.layers.config import ModelConfig, UnsupportedModelError, config_from
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SPECULATIVE_MODELS = (DEFAULT_MODEL, DEFAULT_DRAFT, "ngram")  # that have a name of their own
-DRAFT_FILE = "draft.json"  # of a draft model that borrows its target's embedding and head
+SPECULATIVE_MODELS = (DEFAULT_MODEL, DEFAULT_DRAFT, "ngram")  # names that are no path or hub id
+DRAFT_FILE = "draft.json"  # marks a draft model that shares its target's embedding and head
 
 _CONFIG = "config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
-_HUB_WEIGHTS = [WEIGHTS, "model-*.safetensors"]  # not the copies that some repositories keep in other layouts
+_HUB_WEIGHTS = [WEIGHTS, "model-*.safetensors"]  # without the copies in other layouts that some repositories have
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _TRUE = ("1", "ON", "YES", "TRUE")  # as the hub's client reads its variables
-_MOST_NEIGHBOURS = 1000
-_LEAST_LIKENESS = 0.7  # of two names, between 0 and 1: "smollm2-135m" is 0.74 like "smollm2"
+_MAX_DIRECTORY_ENTRIES = 1000  # read for a suggestion
+_MIN_SIMILARITY = 0.7  # of a suggested name: "smollm2-135m" and "smollm2" have 0.74
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is. path: of the directory or the file; for the built-in model and hub ids None."""
+    """The place of a model. path: of the directory or file; None for the built-in model and hub ids."""
 
     kind: Literal["built-in", "directory", "gguf", "hub"]
     name: str
@@ -42,9 +42,9 @@ class ModelSource:
 
 
 def find_source(model: str | Path, known: Iterable[str] = (DEFAULT_MODEL,)) -> ModelSource:
-    """Tell what a name stands for, without a network. known: names for the suggestion where there is nothing.
+    """Find what a name stands for, without network. known: names to suggest for a misspelt one.
 
-    Raises CheckpointError if nothing has that name.
+    Raises CheckpointError if there is no such model.
     """
     if model == DEFAULT_MODEL:
         return ModelSource("built-in", DEFAULT_MODEL)
@@ -68,9 +68,9 @@ def find_source(model: str | Path, known: Iterable[str] = (DEFAULT_MODEL,)) -> M
 
 
 def check_model(model: str | Path, *, without_weights: bool = False) -> None:
-    """Refuse a model that is not there, not supported or lacks files, as far as small files tell.
+    """Check that a model exists, is supported and has all files, as far as its small files tell.
 
-    Downloads the small files of a hub id that is not in the cache. Raises as `find_checkpoint`.
+    Downloads the small files of a hub id that is not in the cache. Raises the errors of `find_checkpoint`.
     """
     source = find_source(model)
     if source.kind == "hub":
@@ -87,19 +87,19 @@ def check_model(model: str | Path, *, without_weights: bool = False) -> None:
 
 
 def check_draft(model: str | Path, *, without_weights: bool = False) -> None:
-    """The same for what a `speculative_model` names."""
+    """Check a `speculative_model` as `check_model` does."""
     if model not in ("ngram", DEFAULT_DRAFT) and not (Path(model).expanduser() / DRAFT_FILE).is_file():
         find_source(model, SPECULATIVE_MODELS)
         check_model(model, without_weights=without_weights)
 
 
 def download_small_files(model: str) -> Path:
-    """Fetch everything of a hub id but the weights. Raises CheckpointError."""
+    """Download all files of a hub id but the weights. Raises CheckpointError."""
     return _download(model, _HUB_SMALL_FILES)
 
 
 def download_weights(model: str) -> Path:
-    """Fetch the weights of a hub id to where its small files are. Raises CheckpointError."""
+    """Download the weights of a hub id beside its small files. Raises CheckpointError."""
     return _download(model, _HUB_WEIGHTS)
 
 
@@ -130,12 +130,12 @@ def _download(model: str, patterns: list[str]) -> Path:
 
 
 def _suggestion(model: str | Path, known: Iterable[str] = (DEFAULT_MODEL,)) -> str:
-    """The closest name that there is, as a question in brackets; nothing if none is close."""
+    """Return the most similar name that exists, as a question in brackets; nothing if none is similar enough."""
     path = Path(model).expanduser()
     names = {name.lower(): name for name in (*known, *_hub_ids_in_cache())}
     neighbours = {name.lower(): str(path.parent / name) for name in _models_in(path.parent)}
     for wanted, candidates in ((str(model), names), (path.name, neighbours)):
-        for match in difflib.get_close_matches(wanted.lower(), candidates, n=1, cutoff=_LEAST_LIKENESS):
+        for match in difflib.get_close_matches(wanted.lower(), candidates, n=1, cutoff=_MIN_SIMILARITY):
             return f" (did you mean {candidates[match]}?)"
     return ""
 
@@ -143,7 +143,7 @@ def _suggestion(model: str | Path, known: Iterable[str] = (DEFAULT_MODEL,)) -> s
 def _models_in(directory: Path) -> Iterator[str]:
     try:
         with os.scandir(directory) as entries:
-            for entry in islice(entries, _MOST_NEIGHBOURS):
+            for entry in islice(entries, _MAX_DIRECTORY_ENTRIES):
                 if entry.name.endswith(".gguf") or os.path.isfile(os.path.join(entry.path, _CONFIG)):
                     yield entry.name
     except OSError:
@@ -163,9 +163,9 @@ def _hub_ids_in_cache() -> Iterator[str]:
 
 
 def read_config(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """The contents of config.json, raw and as the engine reads it.
+    """Return the contents of config.json, raw and parsed.
 
-    Raises CheckpointError if there is none or it makes no sense, UnsupportedModelError if the engine cannot run it.
+    Raises CheckpointError if it is missing or invalid, UnsupportedModelError if the engine cannot run the model.
     """
     path = directory / _CONFIG
     if not path.is_file():
@@ -187,7 +187,7 @@ def _parse_config(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
-    """The safetensors files of a directory. Raises CheckpointError if one is missing."""
+    """Return the safetensors files of a directory. Raises CheckpointError if one is missing."""
     if (directory / WEIGHTS).is_file():
         return (directory / WEIGHTS,)
     index = directory / INDEX

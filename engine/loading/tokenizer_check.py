@@ -1,7 +1,7 @@
-"""Whether a directory's `tokenizer.json` says all that transformers' `AutoTokenizer` makes of the tokenizer files.
+"""Check whether a directory's `tokenizer.json` alone gives the token ids of transformers' `AutoTokenizer`.
 
 Transformers 5 builds some classes anew from their vocabulary (`Qwen2Tokenizer`, `LlamaTokenizer`), and adds tokens that
-stand only in other files. This check takes some 50 ms where importing transformers takes four seconds.
+only other files name. The check takes 50 ms, importing transformers four seconds.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,8 +11,6 @@ from typing import Any
 import msgspec
 
 from dispec.engine.json_file import read_json
-
-_AddedToken = dict[str, Any]
 
 
 class _Model(msgspec.Struct):
@@ -24,9 +22,9 @@ class _Model(msgspec.Struct):
 
 
 class _TokenizerJson(msgspec.Struct):
-    """The parts of the file that are small."""
+    """The small parts of the file: decoding skips vocabulary and merges."""
 
-    added_tokens: list[_AddedToken] = []
+    added_tokens: list[dict[str, Any]] = []
     normalizer: Any = None
     pre_tokenizer: Any = None
     post_processor: Any = None
@@ -35,32 +33,34 @@ class _TokenizerJson(msgspec.Struct):
 
 
 _FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-# What `Qwen2Tokenizer` splits words by; tokenizer.json is not asked.
+_TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_GENERIC_CLASSES = (None, "PreTrainedTokenizer", "TokenizersBackend")
+# `Qwen2Tokenizer` splits words by this, and ignores the pattern in tokenizer.json.
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-def is_whole(directory: Path) -> bool:
-    """Whether `tokenizer.json` alone gives the ids of `AutoTokenizer`; False where that is not certain."""
+def is_self_contained(directory: Path) -> bool:
+    """Return whether `tokenizer.json` alone gives the ids of `AutoTokenizer`; False where that is not certain."""
     contents = _read(directory)
     if contents is None:
-        return True  # reading it will tell what is wrong
+        return True  # loading it reports what is wrong
     config = read_json(directory / "tokenizer_config.json")
     model = read_json(directory / "config.json")
     try:
         return (
             "auto_map" not in config
-            and _holds_the_tokens(contents, config, directory)
-            and _adds_what_is_asked(contents, config)
-            and _is_taken_as_it_is(contents, config, model)
+            and _has_all_tokens(contents, config, directory)
+            and _keeps_post_processor(contents, config)
+            and _keeps_class(contents, config, model)
         )
-    except (AttributeError, KeyError, TypeError, ValueError):  # of a shape that we do not know
+    except (AttributeError, KeyError, TypeError, ValueError):  # an unknown shape
         return False
 
 
 def added_token_id(directory: Path, text: str) -> int | None:
-    """The id of an added token of `tokenizer.json`; None if there is none of that text."""
+    """Return the id of an added token of `tokenizer.json`; None without one of that text."""
     contents = _read(directory)
     tokens = contents.added_tokens if contents is not None else []
     return next((token["id"] for token in tokens if token["content"] == text), None)
@@ -73,29 +73,26 @@ def _read(directory: Path) -> _TokenizerJson | None:
         return None
 
 
-def _holds_the_tokens(contents: _TokenizerJson, config: Mapping[str, Any], directory: Path) -> bool:
-    """Whether every token that another file names is an added token of tokenizer.json."""
-    held = {token["content"]: token for token in contents.added_tokens}
+def _has_all_tokens(contents: _TokenizerJson, config: Mapping[str, Any], directory: Path) -> bool:
+    """Return whether each token that another file names is an added token of tokenizer.json, with the same flags."""
+    added = {token["content"]: token for token in contents.added_tokens}
     for number, token in (config.get("added_tokens_decoder") or {}).items():
-        ours = held.get(token.get("content"))
+        ours = added.get(token.get("content"))
         if ours is None or ours["id"] != int(number):
             return False
         if any(ours.get(flag) != token.get(flag, ours.get(flag)) for flag in _FLAGS):
             return False
-    older = read_json(directory / "special_tokens_map.json")
-    if any(_texts(value) != _texts(config.get(key)) for key, value in older.items() if key.endswith("_token")):
-        return False
+    special_tokens_map = read_json(directory / "special_tokens_map.json")
+    for key, value in special_tokens_map.items():
+        if key.endswith("_token") and _texts(value) != _texts(config.get(key)):
+            return False
     named = [value for key, value in config.items() if key.endswith("_token") and not isinstance(value, bool)]
-    named += [files[key] for files in (config, older) for key in _MORE_TOKENS if key in files]
-    texts = {text for value in named for text in _texts(value)} | read_json(directory / "added_tokens.json").keys()
-    return texts <= held.keys()
-
-
-_MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+    named += [file[key] for file in (config, special_tokens_map) for key in _TOKEN_LISTS if key in file]
+    return _texts(named) | read_json(directory / "added_tokens.json").keys() <= added.keys()
 
 
 def _texts(value: Any) -> set[str]:
-    """The texts of a token, or of several, in any of the forms that they are written in."""
+    """Return the texts of a token, or of several, in any of the forms of these files."""
     if isinstance(value, str):
         return {value}
     if isinstance(value, dict):
@@ -103,8 +100,8 @@ def _texts(value: Any) -> set[str]:
     return {text for item in value for text in _texts(item)} if isinstance(value, Iterable) else set()
 
 
-def _adds_what_is_asked(contents: _TokenizerJson, config: Mapping[str, Any]) -> bool:
-    """Whether the file's own additions around a text stand: `add_bos_token` and `add_eos_token` replace them."""
+def _keeps_post_processor(contents: _TokenizerJson, config: Mapping[str, Any]) -> bool:
+    """Return whether the file's post-processor is used: `add_bos_token` and `add_eos_token` replace it."""
     if "add_bos_token" not in config and "add_eos_token" not in config:
         return True
     if config.get("add_bos_token") or config.get("add_eos_token"):
@@ -112,21 +109,21 @@ def _adds_what_is_asked(contents: _TokenizerJson, config: Mapping[str, Any]) -> 
     return not contents.post_processor or contents.post_processor.get("type") == "ByteLevel"
 
 
-def _is_taken_as_it_is(contents: _TokenizerJson, config: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
+def _keeps_class(contents: _TokenizerJson, config: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
+    """Return whether the tokenizer's class in transformers takes tokenizer.json as it is."""
     name = config.get("tokenizer_class") or model.get("tokenizer_class")
     name = name.removesuffix("Fast") if isinstance(name, str) else None
     family = model.get("model_type")
-    if family in ("qwen2", "qwen3") and name in (None, "Qwen2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend"):
-        if _is_that_of_qwen(contents, config):
-            return True
-        return family == "qwen3" and name in ("PreTrainedTokenizer", "TokenizersBackend")
+    if family in ("qwen2", "qwen3") and name in (*_GENERIC_CLASSES, "Qwen2Tokenizer"):
+        is_generic = family == "qwen3" and name in ("PreTrainedTokenizer", "TokenizersBackend")
+        return is_generic or _equals_qwen2(contents, config)
     if family == "llama" and name == "LlamaTokenizer":
-        return _is_byte_level(contents.pre_tokenizer) or _is_byte_level(contents.decoder)
-    return family == "llama" and name in (None, "PreTrainedTokenizer", "TokenizersBackend")
+        return _has_byte_level(contents.pre_tokenizer) or _has_byte_level(contents.decoder)
+    return family == "llama" and name in _GENERIC_CLASSES
 
 
-def _is_that_of_qwen(contents: _TokenizerJson, config: Mapping[str, Any]) -> bool:
-    """Whether `Qwen2Tokenizer`, which keeps only vocabulary, merges and additions, builds the same again."""
+def _equals_qwen2(contents: _TokenizerJson, config: Mapping[str, Any]) -> bool:
+    """Return whether `Qwen2Tokenizer`, which keeps only vocabulary, merges and added tokens, builds the same again."""
     splits = (contents.pre_tokenizer or {}).get("pretokenizers") or []
     return (
         [part.get("type") for part in splits] == ["Split", "ByteLevel"]
@@ -137,14 +134,14 @@ def _is_that_of_qwen(contents: _TokenizerJson, config: Mapping[str, Any]) -> boo
         and (contents.decoder or {}).get("type") == "ByteLevel"
         and not any(msgspec.to_builtins(contents.model).values())
         and not config.get("add_prefix_space")
-        # Its own defaults, which it would add.
+        # Its defaults, which it would add.
         and isinstance(config.get("eos_token"), str | dict)
         and any(token["content"] == "<|endoftext|>" and token["special"] for token in contents.added_tokens)
         and len(config.get("added_tokens_decoder") or contents.added_tokens) == len(contents.added_tokens)
     )
 
 
-def _is_byte_level(part: Any) -> bool:
+def _has_byte_level(part: Any) -> bool:
     if isinstance(part, dict):
-        return part.get("type") == "ByteLevel" or any(_is_byte_level(value) for value in part.values())
-    return isinstance(part, list) and any(_is_byte_level(item) for item in part)
+        return part.get("type") == "ByteLevel" or any(_has_byte_level(value) for value in part.values())
+    return isinstance(part, list) and any(_has_byte_level(item) for item in part)

@@ -1,7 +1,7 @@
-"""Bring a checkpoint's tokenizer into the one form that the engine reads: `tokenizer.json` and a chat template.
+"""Provide a checkpoint's tokenizer in the form that the engine reads: `tokenizer.json` and a chat template.
 
-Most checkpoints have it already. GGUF files are converted by llama.cpp's rules, other directories through transformers,
-each once and into the cache, so that later starts and the front process do without its four seconds of import.
+Most checkpoints have it. GGUF files are converted by llama.cpp's rules, other directories through transformers, once
+and into the cache: later starts and the server process avoid the four seconds of its import.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ from pathlib import Path
 from dispec.engine.errors import CheckpointError
 from dispec.engine.loading.gguf_file import GgufFile
 from dispec.engine.loading.gguf_tokenizer import GgufTokenizer
-from dispec.engine.loading.tokenizer_check import is_whole
+from dispec.engine.loading.tokenizer_check import is_self_contained
 from dispec.engine.machine.cache_directory import cache_path
 
-_CONVERSION = "2"  # part of the cache key: raise it when the conversion changes
+_CONVERSION_VERSION = "2"  # part of the cache key: raise it when the conversion changes
 _SOURCES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json"),
     *("special_tokens_map.json", "chat_template.jinja", "config.json", "generation_config.json"),
@@ -27,8 +27,11 @@ _SOURCES = (
 
 
 def directory_tokenizer(directory: Path) -> Path:
-    """The directory itself if its tokenizer.json is what `AutoTokenizer` makes of it, else a cached conversion."""
-    if (directory / "tokenizer.json").is_file() and is_whole(directory):
+    """Return the directory itself if its tokenizer.json equals `AutoTokenizer`, else a cached conversion.
+
+    Raises CheckpointError without tokenizer files, or if they cannot be converted.
+    """
+    if (directory / "tokenizer.json").is_file() and is_self_contained(directory):
         return directory
     sources = [directory / name for name in _SOURCES if (directory / name).is_file()]
     if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for path in sources):
@@ -43,7 +46,7 @@ def directory_tokenizer(directory: Path) -> Path:
 
 
 def gguf_tokenizer(file: GgufFile) -> Path:
-    """A directory with the tokenizer and chat template that the GGUF file carries, converted the first time."""
+    """Return a cached directory with the tokenizer and chat template of a GGUF file. Raises CheckpointError."""
     prepared = _cache_entry(file.path.stem, [file.path])
     if not prepared.is_dir():
         _convert(prepared, file.path.name, lambda target: GgufTokenizer(file.tokenizer_metadata()).save(target))
@@ -51,8 +54,8 @@ def gguf_tokenizer(file: GgufFile) -> Path:
 
 
 def _cache_entry(stem: str, sources: Iterable[Path], version: str = "") -> Path:
-    """A name that changes when a source does. Size and time stand for the contents: hashing gigabytes takes long."""
-    digest = hashlib.sha256(f"{_CONVERSION} {version}".encode())
+    """Return a path that changes when a source does, by size and time: hashing gigabytes of weights takes too long."""
+    digest = hashlib.sha256(f"{_CONVERSION_VERSION} {version}".encode())
     for path in sources:
         status = path.stat()
         digest.update(f"\0{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
@@ -65,8 +68,8 @@ def _through_transformers(directory: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(directory, trust_remote_code=False).save_pretrained(target)
     if not (target / "tokenizer.json").is_file():
         raise ValueError("it has no fast form")
-    if (suggested := directory / "generation_config.json").is_file():  # sampling, which is read beside the tokenizer
-        shutil.copy(suggested, target)
+    if (generation := directory / "generation_config.json").is_file():  # it is read beside the tokenizer
+        shutil.copy(generation, target)
 
 
 def _convert(prepared: Path, name: str, convert_into: Callable[[Path], None]) -> None:
@@ -77,10 +80,9 @@ def _convert(prepared: Path, name: str, convert_into: Callable[[Path], None]) ->
         raise CheckpointError(f"cannot write to the cache {prepared.parent}: {error.strerror}") from error
     try:
         convert_into(unfinished)
-        with contextlib.suppress(OSError):  # another process was first: its conversion is as good
+        with contextlib.suppress(OSError):  # another process was first, with the same result
             os.rename(unfinished, prepared)
-    # Every failure of a conversion (a broken file, a missing package, a new vocabulary) is reported alike.
-    except Exception as error:
+    except Exception as error:  # a broken file, a missing package, a new kind of vocabulary
         summary = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"the tokenizer of {name} could not be converted to tokenizer.json ({summary}): "

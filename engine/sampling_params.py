@@ -79,8 +79,7 @@ class SamplingParams:
         Series[Series[int]], Option("Lists of token ids; the last of each is never generated after the others.")
     ] = ()
     min_tokens: Annotated[
-        int,
-        Option("No stop string or token, end of sequence included, ends the output earlier.", ge=0, le=_MAX_INT),
+        int, Option("No stop string or token, end of sequence included, ends the output earlier.", ge=0, le=_MAX_INT)
     ] = 0
     # The HTTP API refuses a value beyond max_model_len, because clients rely on that; here it asks for all that fits.
     max_tokens: Annotated[

@@ -94,7 +94,7 @@ def invalid_field(name: str, problem: str) -> InvalidField:
 
 
 def check_fields(instance: object) -> None:
-    """Raise InvalidField for the first field whose value breaks its declaration.
+    """Raise InvalidField for the first field with a value that breaks its declaration.
 
     Numbers, texts and choices are checked; values of other types are for the class to check.
     """

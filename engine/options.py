@@ -43,8 +43,7 @@ class EngineOptions:
     ] = None
     gpu_memory_utilization: Annotated[float, Option("Share of a CUDA device's memory to use.", gt=0, le=1)] = 0.9
     max_model_len: Annotated[
-        int | None,
-        Option("Most tokens of a sequence, prompt and answer.", ge=2, le=2**24, default="the model's limit"),
+        int | None, Option("Most tokens of a sequence, prompt and answer.", ge=2, le=2**24, default="the model's limit")
     ] = None
     max_num_seqs: Annotated[int, Option("Most sequences that run at once.", ge=1, le=4096)] = 64
     max_num_batched_tokens: Annotated[
@@ -68,12 +67,10 @@ class EngineOptions:
         ),
     ] = True
     priority_aging: Annotated[
-        float,
-        Option("Seconds of waiting that make up for one step of priority.", gt=0, le=10**9, unit="seconds"),
+        float, Option("Seconds of waiting that make up for one step of priority.", gt=0, le=10**9, unit="seconds")
     ] = 60.0
     async_scheduling: Annotated[
-        bool | None,
-        Option("Prepare a step while the device runs the one before it.", default="on with CUDA"),
+        bool | None, Option("Prepare a step while the device runs the one before it.", default="on with CUDA")
     ] = None
     # 32 reads a third faster than 16 on CPU; smaller blocks share more.
     block_size: Annotated[Literal[16, 32, 64], Option("Tokens per KV block: 16, 32 or 64.")] = 32

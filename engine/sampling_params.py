@@ -76,11 +76,10 @@ class SamplingParams:
         Series[str], Option("Texts never to generate, as tokenised with and without a space before them.")
     ] = ()
     bad_words_token_ids: Annotated[
-        Series[Series[int]], Option("Lists of token ids whose last is never generated after those before it.")
+        Series[Series[int]], Option("Lists of token ids; the last of each is never generated after the others.")
     ] = ()
     min_tokens: Annotated[
-        int,
-        Option("No stop string or token, end of sequence included, ends the output earlier.", ge=0, le=_MAX_INT),
+        int, Option("No stop string or token, end of sequence included, ends the output earlier.", ge=0, le=_MAX_INT)
     ] = 0
     # The HTTP API refuses a value beyond max_model_len, because clients rely on that; here it asks for all that fits.
     max_tokens: Annotated[
@@ -89,7 +88,7 @@ class SamplingParams:
     seed: Annotated[
         int | None,
         Option(
-            "Makes sampling repeatable, whatever else is in the batch, up to the order of floating-point sums.",
+            "Makes sampling repeatable in any batch, up to the order of floating-point sums.",
             ge=-(2**63),
             le=2**63 - 1,
             default="random",

@@ -67,8 +67,7 @@ class ServerSettings:
     host: Annotated[str, Option("Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1"
     port: Annotated[int, Option("Port to listen on; 0 takes a free one.", ge=0, le=65535)] = 8000
     api_key: Annotated[
-        tuple[str, ...],
-        Option("Key that requests must carry, on every route.", default="all are open"),
+        tuple[str, ...], Option("Key that requests must carry, on every route.", default="all are open")
     ] = field(default=(), repr=False)
     allowed_origins: Annotated[
         tuple[str, ...],
@@ -88,19 +87,14 @@ class ServerSettings:
         bool, Option("Let those pages send what the browser keeps, such as the key typed in for the dashboard.")
     ] = False
     served_model_name: Annotated[
-        tuple[str, ...],
-        Option(
-            "Name of the model in requests; answers carry the first.",
-            default="its own name",
-        ),
+        tuple[str, ...], Option("Name of the model in requests; answers carry the first.", default="its own name")
     ] = ()
     generation_config: Annotated[
         Literal["auto", "none"],
         Option("auto takes what a request leaves open from the model's generation_config.json; none does not."),
     ] = "auto"
     allow_special_tokens_in_content: Annotated[
-        bool,
-        Option("Read special tokens that messages spell out as those tokens, unless a request says otherwise."),
+        bool, Option("Read special tokens that messages spell out as those tokens, unless a request says otherwise.")
     ] = False
     log_format: Annotated[LogFormat, Option("json, text, or auto: text on a terminal, otherwise JSON.")] = "auto"
     role: Annotated[
@@ -112,12 +106,10 @@ class ServerSettings:
         ),
     ] = "both"
     disaggregate: Annotated[
-        bool,
-        Option("Compute prompts and generate in processes of their own, on this machine.", group=_WORKERS),
+        bool, Option("Compute prompts and generate in processes of their own, on this machine.", group=_WORKERS)
     ] = False
     num_prefill_workers: Annotated[
-        int,
-        Option("Processes that compute prompts.", ge=1, le=64, aliases=("prefill",), group=_WORKERS),
+        int, Option("Processes that compute prompts.", ge=1, le=64, aliases=("prefill",), group=_WORKERS)
     ] = 1
     num_decode_workers: Annotated[
         int, Option("Processes that generate.", ge=1, le=64, aliases=("decode",), group=_WORKERS)
@@ -142,8 +134,7 @@ class ServerSettings:
         ),
     ] = ()
     max_queued_requests: Annotated[
-        int,
-        Option("Most choices that wait for the engine; further requests get 503.", ge=1, le=2**20, group=_LIMITS),
+        int, Option("Most choices that wait for the engine; further requests get 503.", ge=1, le=2**20, group=_LIMITS)
     ] = 1024
     max_queued_tokens: Annotated[
         int, Option("Most prompt tokens that wait for the engine.", ge=1, le=2**31, group=_LIMITS)

@@ -1,4 +1,4 @@
-"""What is refused before a server starts any process: options and models with which no engine could start."""
+"""Checks before a server starts any process: options and models with which no engine could start."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +11,9 @@ from dispec.serving.settings import ServerSettings
 
 
 def check_start(settings: ServerSettings, engine_options: Mapping[str, Any]) -> None:
-    """Raise ValueError, with the sentence that the engine itself would refuse them with.
+    """Raise ValueError, in the engine's own words, for options or a model with which an engine cannot start.
 
-    Only what needs neither torch nor large files is looked at: the engine process finds the rest.
+    The checks need neither torch nor large files; the engine process does the others.
     """
     moves_kv = settings.disaggregate or settings.role != "both"
     if moves_kv and engine_options.get("tensor_parallel_size", 1) != 1:
@@ -26,7 +26,7 @@ def check_start(settings: ServerSettings, engine_options: Mapping[str, Any]) -> 
         raise ValueError(
             f"kv_transfer_port is {port}, must be left out with disaggregate: each engine needs a port of its own"
         )
-    if settings.disaggregate:  # whose engines share the threads
+    if settings.disaggregate:  # the engines share the threads
         engine_options = worker_options(engine_options) | {"threads": engine_options.get("threads")}
     options = EngineOptions(**engine_options)
     without_weights = options.load_format == "dummy"

@@ -10,24 +10,24 @@ from dispec.serving.cli.option_groups import Debug
 
 
 def distill(
-    target: Annotated[str, Argument(help="The model to make a draft for: as --model elsewhere.")],
-    layers: Annotated[int, Option(help="Of the target's layers, that the draft begins with.")],
-    out: Annotated[Path, Option(help="Directory of the draft; what an earlier call began there goes on.")],
+    target: Annotated[str, Argument(help="Model to make a draft for, as --model of other commands.")],
+    layers: Annotated[int, Option(help="Number of the target's layers that the draft starts from.")],
+    out: Annotated[Path, Option(help="Directory of the draft; an interrupted run there is continued.")],
     prompts: Annotated[
-        Path | None, Option(help="Text file with a prompt in each line.", show_default="some of our own")
+        Path | None, Option(help="Text file with a prompt in each line.", show_default="a built-in set")
     ] = None,
-    tokens: Annotated[int, Option(help="Of answers that the target writes for the draft to learn from.")] = 1_000_000,
-    epochs: Annotated[int, Option(help="How often to train on each.")] = 3,
-    batch_tokens: Annotated[int, Option(help="Of a training step.")] = 4096,
-    learning_rate: Annotated[float, Option(help="At its highest.")] = 1e-3,
+    tokens: Annotated[int, Option(help="Tokens of answers that the target writes as training text.")] = 1_000_000,
+    epochs: Annotated[int, Option(help="Times to train on each token.")] = 3,
+    batch_tokens: Annotated[int, Option(help="Tokens of a training step.")] = 4096,
+    learning_rate: Annotated[float, Option(help="Highest learning rate.")] = 1e-3,
     own_embedding: Annotated[
         bool,
         Option("--own-embedding", help="Train embedding and head as well, instead of borrowing the target's."),
     ] = False,
     head_tokens: Annotated[
-        int, Option(help="How many tokens, the most frequent ones, a borrowed head can guess; 0 is all.")
+        int, Option(help="Number of tokens, the most frequent ones, that a borrowed head can propose; 0 is all.")
     ] = 8192,
-    max_tokens: Annotated[int, Option(help="Of an answer.")] = 256,
+    max_tokens: Annotated[int, Option(help="Most tokens of an answer.")] = 256,
     max_num_seqs: Annotated[int, Option(help="Answers that the target writes at once.")] = 32,
     device: Annotated[str | None, Option(help="cpu, cuda or cuda:N.", show_default="cuda if there is one")] = None,
     debug: Debug = False,

@@ -1,4 +1,4 @@
-"""A conversation in a terminal, or one question a line through a pipe."""
+"""`dispec chat`: a conversation in a terminal, or through a pipe with one question a line."""
 
 import re
 import sys
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from dispec.engine.api.llm import LLM
     from dispec.engine.api.outputs import Completion
 
-_COMMAND = re.compile(r"/[a-z]+")  # a whole line: a question may well begin with a path
+_COMMAND = re.compile(r"/[a-z]+")  # matches a whole line: a question may begin with a path
 
 
 class Turn(NamedTuple):
-    """A question and the answer to it, whole or as far as it came."""
+    """A question and its answer, which may have been stopped."""
 
     question: str
     answer: str
 
 
 def converse(llm: "LLM", params: SamplingParams, system: str | None = None) -> Iterator["Completion"]:
-    """Read questions and write answers until the input ends; yields each answer that was not stopped.
+    """Read questions and write answers until the input ends; yield each answer that was not stopped.
 
-    Raises ValueError if the model cannot hold a conversation.
+    Raises ValueError for a model without a chat template.
     """
     if not llm.tokenizer.has_chat_template:
         raise ValueError("the model has no chat template: use `dispec generate --raw`")
@@ -47,7 +47,7 @@ def converse(llm: "LLM", params: SamplingParams, system: str | None = None) -> I
                     turns, question, system, llm.chat_prompt, llm.engine.max_model_len, params.max_tokens
                 )
                 answer, completion = _answer(llm, prompt, params)
-            except ValueError as error:  # a question that is too long ends this turn, not the conversation
+            except ValueError as error:  # such as a question that is too long: the conversation goes on
                 say(f"error: {explain(error)[0]}")
                 continue
             if answer:
@@ -64,9 +64,9 @@ def fit(
     max_model_len: int,
     max_tokens: int,
 ) -> tuple[list[int], list[Turn]]:
-    """The prompt of a conversation and the turns that are in it: the oldest are left out until it fits.
+    """Return the prompt of a conversation and the turns that it holds, without the oldest ones that do not fit.
 
-    Room is kept for an answer of `max_tokens` or a quarter of the context, whichever is less. The question itself
+    Room is kept for an answer of `max_tokens` tokens, or of a quarter of the context if that is less. The question
     always stays, so that a prompt without turns may still be too long.
     """
     room = min(max_tokens, max_model_len // 4)
@@ -86,11 +86,11 @@ def fit(
 
 
 def _answer(llm: "LLM", prompt: list[int], params: SamplingParams) -> tuple[str, "Completion | None"]:
-    """Write an answer as it comes. Ctrl-C ends it: the text so far, and no completion."""
+    """Write an answer as it is generated; return its text and completion. After Ctrl-C there is no completion."""
     texts: list[str] = []
     completion = None
     try:
-        with closing(llm.stream(prompt, params)) as pieces:  # where Ctrl-C comes between two steps
+        with closing(llm.stream(prompt, params)) as pieces:
             for piece in pieces:
                 texts.append(piece.text)
                 print(piece.text, end="", flush=True)
@@ -106,11 +106,11 @@ def _answer(llm: "LLM", prompt: list[int], params: SamplingParams) -> tuple[str,
 
 
 def _read_line() -> str | None:
-    """The next line, or None when the user has left. A prompt shows, and lines can be edited, on a terminal."""
+    """Return the next line, or None at the end of the input. A terminal shows a prompt and edits lines."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return sys.stdin.readline() or None
     with suppress(ImportError):
-        import readline  # noqa: F401 (importing it is what gives `input` its editing and history)
+        import readline  # noqa: F401 (its import gives `input` editing and history)
     try:
         return input("> ")
     except (EOFError, KeyboardInterrupt):

@@ -41,7 +41,9 @@ app = typer.Typer(
 # A setting of each command, not of the group: the group's prefix would continue with the command's name, and an option
 # has the same variable in all commands.
 FROM_ENVIRONMENT = {"auto_envvar_prefix": "DISPEC"}
-System = Annotated[str | None, typer.Option(help="System message, for models whose chat template knows one.")]
+System = Annotated[
+    str | None, typer.Option(help="System message, for models with a place for it in their chat template.")
+]
 # One sequence at a time, for which fewer CUDA graphs are recorded.
 _ONE_AT_A_TIME = engine_group(max_num_seqs=1)
 
@@ -165,31 +167,29 @@ def serve(
 
 @app.command("env-check", context_settings=FROM_ENVIRONMENT)
 def env_check(
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Try what this machine can do, and tell which parts of DiSpec will work on it."""
-    import dispec.serving.cli.env_check as machine
+    """Probe this machine, and tell which parts of DiSpec will work on it."""
+    import dispec.serving.cli.env_check as report
 
     with reporting(quiet=True, debug=debug):
         findings = []
-        for finding in machine.findings():
+        for finding in report.findings():
             findings.append(finding)
             if not as_json:
-                print(machine.row(finding), flush=True)
-        features = machine.features(findings)
+                print(finding, flush=True)
+        features = report.features(findings)
         if as_json:
-            print(json.dumps(machine.as_json(findings, features), indent=2))
+            print(json.dumps(report.as_json(findings, features), indent=2))
         else:
-            print("\nwhat of DiSpec will work here")
-            for feature in features:
-                print(machine.feature_row(feature))
-        if not machine.can_run(features):
+            print("\nwhat of DiSpec will work here", *features, sep="\n")
+        if not report.can_run(features):
             raise typer.Exit(1)
 
 
 def summary(completion: "Completion") -> str:
-    """One line on how an answer came: how many tokens, how fast, and if a limit cut it off."""
+    """Return a line on an answer: how many tokens, how fast, and whether a limit cut it off."""
     count = len(completion.token_ids)
     parts = [f"{count} token{'' if count == 1 else 's'}"]
     if rate := completion.timing.tokens_per_second(count):
@@ -220,7 +220,7 @@ def run(args: list[str] | None) -> NoReturn:
 def _read_prompt(given: str) -> str:
     try:
         if given == "-":
-            # Almost every text that is piped ends in a newline that nobody meant as part of the question.
+            # Almost every piped text ends in a newline that is not part of the question.
             given = sys.stdin.buffer.read().decode().removesuffix("\n")
         given.encode()
     except UnicodeError as error:

@@ -1,4 +1,4 @@
-"""What a person sees beside the answer: log lines, warnings and errors, each one line on standard error."""
+"""Log lines, warnings and errors of a command, each one line on standard error."""
 
 import logging
 import os
@@ -14,10 +14,9 @@ import typer
 from dispec.serving.client.errors import EngineDied
 
 BAD_INPUT = 2
-INTERRUPTED = 130  # what shells report for a process that SIGINT ended
+INTERRUPTED = 130  # as shells report a process that SIGINT ended
 BROKEN_PIPE = 141  # the same for SIGPIPE
 
-# Loggers whose lines are for the user; those of libraries only speak up through warnings.
 _LOGGERS = ("dispec", "engine")
 
 
@@ -33,9 +32,9 @@ def say(line: str) -> None:
 
 @contextmanager
 def reporting(*, quiet: bool, debug: bool) -> Iterator[None]:
-    """Run a command: its log lines, warnings and errors become tidy lines, its errors an exit code.
+    """Run a command: write its log lines, warnings and errors as one line each, and turn errors into an exit code.
 
-    `quiet` keeps informative log lines back; `debug` shows where an error came from. Raises typer.Exit.
+    quiet: leave informative log lines out. debug: write the traceback of an error. Raises typer.Exit.
     """
     with warnings.catch_warnings(), _log_lines(logging.WARNING if quiet else logging.INFO):
         warnings.showwarning = _show_warning
@@ -48,7 +47,7 @@ def reporting(*, quiet: bool, debug: bool) -> Iterator[None]:
             say("interrupted")
             raise typer.Exit(INTERRUPTED) from error
         except BrokenPipeError as error:
-            # Whoever read our output has seen enough. The interpreter flushes once more as it ends: into nothing.
+            # The reader has closed the pipe. The interpreter flushes once more at exit, into /dev/null.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(BROKEN_PIPE) from error
         except Exception as error:
@@ -60,7 +59,7 @@ def reporting(*, quiet: bool, debug: bool) -> Iterator[None]:
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """An error as one sentence and the exit code that goes with it: 2 if the user gave something wrong, else 1."""
+    """Return an error as one sentence, and its exit code: 2 for invalid input, else 1."""
     text = " ".join(str(error).split())
     if isinstance(error, EngineDied):
         if error.is_bad_input:
@@ -68,7 +67,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"the engine could not go on: {text}", 1
     if isinstance(error, ValueError):
         return text or "the input is not valid", BAD_INPUT
-    # torch has its own class for CUDA and a plain RuntimeError for the CPU; neither is worth an import here.
+    # Torch raises a class of its own for CUDA and a RuntimeError for the CPU; the names avoid its import.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text:
         detail = f" ({text})" if text else ""
         return f"not enough memory{detail}: lower kv_cache_memory, max_model_len or max_num_seqs", 1

@@ -130,7 +130,7 @@ def test_the_openapi_document_and_its_page(served: Server) -> None:
     [
         ({"temperature": -1}, "temperature is -1.0, must be between 0 and 100"),
         ({"temperature": "hot"}, 'temperature is "hot", must be a number'),
-        ({"n": 129}, "n is 129, must be at most 128"),
+        ({"n": 129}, "n is 129, must be between 1 and 128"),
         ({"max_tokens": 0}, "max_tokens is 0, must be between 1 and 512"),
         ({"max_tokens": 513}, "max_tokens=513 cannot be greater than max_model_len=512"),
         ({"max_completion_tokens": 10**9}, "max_completion_tokens=1000000000 cannot be greater than max_model_len=512"),

@@ -7,11 +7,13 @@ from litestar import Request
 from msgspec import UNSET, UnsetType
 
 from dispec.engine.errors import InvalidField
+from dispec.engine.request_checks import check_priority
 from dispec.engine.sampling_params import SamplingParams
 from dispec.serving.api.context import ApiContext
 from dispec.serving.api.kv_transfer import Transfer, read_transfer
 from dispec.serving.api.prompts import Prompt
 from dispec.serving.api.protocol import (
+    MAX_REQUEST_ID,
     CompletionTokensDetails,
     PromptTokensDetails,
     SamplingRequest,
@@ -23,8 +25,6 @@ from dispec.serving.client.request_stream import ChoiceUpdate, GenerationRequest
 from dispec.serving.client.slo import Slo
 from dispec.serving.http.errors import ApiError
 
-_MAX_ID_LENGTH = 128
-_MAX_PRIORITY = 2**31 - 1
 _MAX_UNREAD = 64  # updates of all streams that wait for a slow reader
 
 
@@ -175,9 +175,7 @@ def start_generation(
         said = f"prompt holds {len(prompts)} prompts, must be at most {settings.max_queued_requests}"
         raise InvalidField("prompt", said)
     priority = body.priority or 0
-    if not -_MAX_PRIORITY - 1 <= priority <= _MAX_PRIORITY:
-        limits = f"must be between {-_MAX_PRIORITY - 1} and {_MAX_PRIORITY}"
-        raise InvalidField("priority", f"priority is {priority}, {limits}")
+    check_priority(priority)
     try:
         slo = settings.find_slo(body.slo)
     except ValueError as error:
@@ -198,8 +196,8 @@ def start_generation(
 def _request_id(request: Request, given: str | None) -> str:
     """Return the id of the request. The body's replaces the header's."""
     if given:
-        if len(given) > _MAX_ID_LENGTH or not given.isascii() or not given.isprintable() or " " in given:
-            limits = f"must be at most {_MAX_ID_LENGTH} printable ASCII characters"
+        if len(given) > MAX_REQUEST_ID or not given.isascii() or not given.isprintable() or " " in given:
+            limits = f"must be at most {MAX_REQUEST_ID} printable ASCII characters"
             raise InvalidField("request_id", f"request_id is {given!r:.50}, {limits}")
         request.scope["state"]["request_id"] = given
     return request.scope["state"]["request_id"]

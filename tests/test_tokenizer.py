@@ -358,7 +358,7 @@ def test_neither_torch_nor_transformers_is_imported():
     subprocess.run([sys.executable, "-c", check], cwd=root, check=True)
 
 
-def test_what_tokens_spell_within_a_text():
+def test_token_bytes_within_a_text():
     tokenizer = with_byte_fallback()
     spelled = [tokenizer.token_bytes(token).decode(errors="replace") for token in (0x41, 0xE2, *range(256, 267))]
     assert spelled == ["A", "\ufffd", " ", " Hello", " wor", "ld", "é", "\ufffd", "!", "  ", "😀", "<s>", "</s>"]

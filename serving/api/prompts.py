@@ -124,7 +124,7 @@ class Prompts:
         return await self.in_thread(lambda: self._encode(text, special))
 
     async def tokenize_bad_words(self, params: SamplingParams) -> SamplingParams:
-        """Return parameters whose bad words are token ids."""
+        """Return parameters with bad words as token ids."""
         if not params.bad_words:
             return params
         if len(params.bad_words) > MAX_BAD_WORDS:

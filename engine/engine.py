@@ -13,7 +13,7 @@ from dispec.engine.builder import EngineBuilder, compile_pieces
 from dispec.engine.errors import InvalidField
 from dispec.engine.execution.pending_step import PendingStep
 from dispec.engine.options import EngineOptions
-from dispec.engine.request_checks import check_params, check_prompt_length, check_token_ids
+from dispec.engine.request_checks import check_params, check_priority, check_prompt_length, check_token_ids
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.logits_processors import LogitsProcessors
 from dispec.engine.scheduling.scheduler_output import SchedulerOutput, TokenOutput
@@ -106,8 +106,7 @@ class Engine:
         """
         check_prompt_length(len(prompt), self.max_model_len)
         check_token_ids(prompt, self.config.vocab_size, "prompt")
-        if not -(2**31) <= priority < 2**31:
-            raise InvalidField("priority", f"priority is {priority}, must fit in 32 bits")
+        check_priority(priority)
         if (publish_as is not None or pull is not None) and self.kv_connector.transfer_engine is None:
             raise InvalidField(
                 "kv_transfer_params",

@@ -5,6 +5,8 @@ from collections.abc import Collection, Set
 from dispec.engine.errors import ContextOverflow, InvalidField
 from dispec.engine.sampling_params import SamplingParams
 
+MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
+
 
 def check_prompt_length(num_tokens: int, max_model_len: int, field: str = "prompt", name: str | None = None) -> None:
     """Raise InvalidField for an empty prompt, and ContextOverflow for one that leaves no room for an answer.
@@ -23,6 +25,12 @@ def check_token_ids(token_ids: Collection[int], vocab_size: int, field: str, nam
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         token_id = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
         raise InvalidField(field, f"{name or field} holds token id {token_id}, must be between 0 and {vocab_size - 1}")
+
+
+def check_priority(priority: int) -> None:
+    """Raise InvalidField for a priority that does not fit in 32 bits."""
+    if not MIN_PRIORITY <= priority <= MAX_PRIORITY:
+        raise InvalidField("priority", f"priority is {priority}, must be between {MIN_PRIORITY} and {MAX_PRIORITY}")
 
 
 def check_params(params: SamplingParams, stop_token_ids: Set[int], vocab_size: int) -> None:

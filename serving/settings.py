@@ -12,7 +12,6 @@ from dispec.serving.cluster.autoscaling import ScalingLimits
 from dispec.serving.http.cors import ANY, Cors, origin_as_sent
 from dispec.serving.observability.structured_log import LogFormat
 
-MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 MAX_STOPS = 4
 MAX_BAD_WORDS = 1024

@@ -49,7 +49,7 @@ def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 @pytest.fixture
 def client(served: Server) -> Iterator[OpenAI]:
-    """Whatever a test did, nothing of it is left in the engine."""
+    """A client; the engine is idle again after the test."""
     with OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client:
         yield client
     wait_for(served.is_idle, "an idle engine")

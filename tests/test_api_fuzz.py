@@ -158,7 +158,7 @@ FIELDS += [
 FIELDS += ["cache_salt", "add_generation_prompt", "continue_final_message", "return_token_ids", "skip_special_tokens"]
 
 
-def test_anything_in_any_field(served: Server) -> None:
+def test_random_values_in_fields(served: Server) -> None:
     rng = random.Random(4)
     statuses: set[int] = set()
     for number in range(300):
@@ -174,7 +174,7 @@ def test_anything_in_any_field(served: Server) -> None:
     assert statuses == {200, 400, 404}
 
 
-def test_headers_that_nobody_sends(served: Server) -> None:
+def test_malformed_headers(served: Server) -> None:
     for headers in (
         {"X-Request-ID": "x" * 10_000},
         {"X-Request-ID": ""},

@@ -21,7 +21,7 @@ pytest_plugins = ["tests.api_server"]
 # Prompts
 
 
-def test_templates_can_be_told_things(client: OpenAI, llm: LLM) -> None:
+def test_chat_template_arguments(client: OpenAI, llm: LLM) -> None:
     begun = [*MESSAGES, {"role": "assistant", "content": "The capital of"}]
     body = {"temperature": 0, "max_tokens": 6, "return_token_ids": True}
     answer = chat(client, begun, continue_final_message=True, add_generation_prompt=False, **body)
@@ -36,13 +36,13 @@ def test_templates_can_be_told_things(client: OpenAI, llm: LLM) -> None:
 @pytest.mark.parametrize(
     "arguments", [{"messages": []}, {"tools": 1}, {"x": [1]}, {"x": {"y": 1}}, {"__class__": 1}, {"a b": 1}]
 )
-def test_templates_can_not_be_told_everything(served: Server, arguments: dict[str, Any]) -> None:
+def test_reserved_chat_template_arguments_are_refused(served: Server, arguments: dict[str, Any]) -> None:
     answer = served.post("/v1/chat/completions", {"messages": MESSAGES, "chat_template_kwargs": arguments})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "chat_template_kwargs"
 
 
-def test_a_prompt_is_cut_at_the_side_that_was_asked_for(client: OpenAI, llm: LLM) -> None:
+def test_truncation_side(client: OpenAI, llm: LLM) -> None:
     ids = random_tokens(CONTEXT + 100)
     body = {"max_tokens": 1, "temperature": 0, "return_token_ids": True}
     answer = complete(client, ids, truncate_prompt_tokens=20, **body)
@@ -60,7 +60,7 @@ def test_a_prompt_is_cut_at_the_side_that_was_asked_for(client: OpenAI, llm: LLM
     assert chat(client, truncation_side="right", **body).prompt_token_ids == whole
 
 
-def test_a_prompt_that_was_seen_before_is_cached(client: OpenAI) -> None:
+def test_repeated_prompt_is_cached(client: OpenAI) -> None:
     ids = random_tokens(100, 77)
     counts = [
         complete(client, ids, max_tokens=1, cache_salt=salt).usage.prompt_tokens_details.cached_tokens
@@ -69,7 +69,7 @@ def test_a_prompt_that_was_seen_before_is_cached(client: OpenAI) -> None:
     assert counts == [0, 96, 0]
 
 
-def test_tokens_and_back(served: Server, llm: LLM) -> None:
+def test_tokenize_and_detokenize(served: Server, llm: LLM) -> None:
     text = "人工智能 is “fun” 😀"
     found = served.post("/tokenize", {"prompt": text, "return_token_strs": True}).json()
     assert found["tokens"] == llm.tokenizer.encode(text)
@@ -80,7 +80,7 @@ def test_tokens_and_back(served: Server, llm: LLM) -> None:
     assert served.post("/detokenize", {"tokens": [512]}).status_code == 400
 
 
-def test_the_short_form(served: Server, llm: LLM) -> None:
+def test_generate_route(served: Server, llm: LLM) -> None:
     body = {"prompt": "The quick", "max_new_tokens": 9, "temperature": 0, "priority": -1}
     expected = llm.generate("The quick", SamplingParams(temperature=0, max_tokens=9))[0]
     assert served.post("/generate", body).json() == {"text": expected.text, "num_tokens": len(expected.token_ids)}
@@ -89,7 +89,7 @@ def test_the_short_form(served: Server, llm: LLM) -> None:
 # What is served
 
 
-def test_what_is_served(client: OpenAI, served: Server) -> None:
+def test_model_routes(client: OpenAI, served: Server) -> None:
     (found,) = client.models.list().data
     assert found.id == "tiny"
     assert found.max_model_len == CONTEXT
@@ -130,7 +130,7 @@ def test_the_openapi_document_and_its_page(served: Server) -> None:
     [
         ({"temperature": -1}, "temperature is -1.0, must be between 0 and 100"),
         ({"temperature": "hot"}, 'temperature is "hot", must be a number'),
-        ({"n": 129}, "n is 129, must be at most 128"),
+        ({"n": 129}, "n is 129, must be between 1 and 128"),
         ({"max_tokens": 0}, "max_tokens is 0, must be between 1 and 512"),
         ({"max_tokens": 513}, "max_tokens=513 cannot be greater than max_model_len=512"),
         ({"max_completion_tokens": 10**9}, "max_completion_tokens=1000000000 cannot be greater than max_model_len=512"),
@@ -203,7 +203,7 @@ def test_a_prompt_beyond_the_context(client: OpenAI, served: Server, stream: boo
         assert phrase in found["message"]
 
 
-def test_more_tokens_than_the_context_has_are_refused_and_than_it_has_left_are_not(served: Server) -> None:
+def test_max_tokens_beyond_the_context_is_refused(served: Server) -> None:
     for path, field, body in (
         ("/v1/completions", "max_tokens", {"prompt": "x"}),
         ("/v1/chat/completions", "max_tokens", {"messages": MESSAGES}),
@@ -242,7 +242,7 @@ def test_the_param_of_an_error_is_null_for_a_whole_body(served: Server) -> None:
     ],
     ids=lambda value: f"{value}"[:20],
 )
-def test_prompts_that_are_none(served: Server, prompt: Any, said: str) -> None:
+def test_invalid_prompts(served: Server, prompt: Any, said: str) -> None:
     answer = served.post("/v1/completions", {"prompt": prompt})
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
@@ -295,7 +295,7 @@ def test_the_default_model(tmp_path: Path) -> None:
 # Many at once, and those that leave
 
 
-def test_64_at_once(served: Server, llm: LLM) -> None:
+def test_64_concurrent_requests(served: Server, llm: LLM) -> None:
     count = 64
     bodies: list[dict[str, Any]] = []
     for index in range(count):
@@ -336,7 +336,7 @@ def test_64_at_once(served: Server, llm: LLM) -> None:
 LONG = {"temperature": 1, "ignore_eos": True, "max_tokens": 400, "n": 4}
 
 
-def test_a_client_that_leaves_a_stream(served: Server, client: OpenAI) -> None:
+def test_disconnect_aborts_a_stream(served: Server, client: OpenAI) -> None:
     stream = chat(client, stream=True, **LONG)
     next(iter(stream))
     assert served.stats()["engine"]["running"] == 4
@@ -347,7 +347,7 @@ def test_a_client_that_leaves_a_stream(served: Server, client: OpenAI) -> None:
     assert line["completion_tokens"] < 4 * 400
 
 
-def test_a_client_that_does_not_wait_for_its_answer(served: Server) -> None:
+def test_disconnect_aborts_a_request(served: Server) -> None:
     async def leave() -> None:
         async with httpx.AsyncClient(base_url=served.url, timeout=None) as client:
             task = asyncio.create_task(client.post("/v1/chat/completions", json={"messages": MESSAGES, **LONG}))
@@ -363,7 +363,7 @@ def test_a_client_that_does_not_wait_for_its_answer(served: Server) -> None:
     assert line["completion_tokens"] < 4 * 400
 
 
-def test_the_log_tells_what_each_request_was(served: Server) -> None:
+def test_access_log_fields(served: Server) -> None:
     served.post("/v1/completions", {"prompt": "hello", "max_tokens": 3}, headers={"X-Request-ID": "in-the-log"})
 
     def logged() -> dict[str, Any] | None:

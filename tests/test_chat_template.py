@@ -121,7 +121,7 @@ def test_no_call_vanishes(tmp_path: Path) -> None:
         assert "weather" in with_template(tmp_path, only).apply_chat_template(messages)
 
 
-def test_what_a_template_drops_on_purpose_is_dropped(tmp_path: Path) -> None:
+def test_parts_that_a_template_drops_on_purpose_are_dropped(tmp_path: Path) -> None:
     tokenizer = with_template(tmp_path, ROLES)
     thought = [*user("Hi"), {"role": "assistant", "content": "<think>hm</think>"}, *user(" \n")]
     assert "hm" not in tokenizer.apply_chat_template(thought)
@@ -256,7 +256,7 @@ def test_special_tokens_in_messages_are_text(kind: str, tmp_path: Path) -> None:
     assert ours.encode(chat.plain, add_special_tokens=False) != ours.encode_chat(chat)
 
 
-def test_everything_that_reaches_a_prompt_is_text(tmp_path: Path) -> None:
+def test_tools_and_arguments_are_text(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, chat_template=QWEN_TOOLS + "{{ style }}")
     tokenizer = Tokenizer.from_directory(tmp_path)
     end = "<|im_end|>"

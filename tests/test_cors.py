@@ -30,7 +30,7 @@ class Blocked(Exception):
 
 
 class Browser:
-    """One that shows a page of `origin`, whose scripts use the server at `url`."""
+    """A browser with a page of `origin` that uses the server."""
 
     def __init__(self, http: httpx.Client, origin: str, credentials: bool = False) -> None:
         self._http = http
@@ -175,7 +175,7 @@ def _app(metrics: Any = None, **settings: Any) -> TestClient:
     return TestClient(create_app(client, ServerSettings(**settings), metrics or Metrics("tiny")))
 
 
-def test_without_the_option_nothing_is_said_to_any_origin() -> None:
+def test_no_cors_headers_without_allowed_origins() -> None:
     with _app() as http:
         for method, path in (("GET", "/version"), ("OPTIONS", "/v1/models"), ("GET", "/none")):
             answer = http.request(method, path, headers={"Origin": APP, "Access-Control-Request-Method": "GET"})
@@ -206,7 +206,7 @@ def test_credentials_methods_and_headers() -> None:
             Browser(http, OTHER).fetch("GET", "/version")
 
 
-def test_an_error_of_ours_is_seen_too() -> None:
+def test_cors_headers_of_internal_errors() -> None:
     with _app(_Broken(), allowed_origins=(APP,)) as http:
         answer = Browser(http, APP).fetch("GET", "/metrics")
         assert answer.status_code == 500

@@ -22,7 +22,7 @@ def pieces_of(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool = 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @given(data=st.data(), skip_special_tokens=st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_pieces_of_any_tokens_are_the_whole(vocabulary, data, skip_special_tokens):
+def test_pieces_of_random_tokens_join_to_the_decoded_text(vocabulary, data, skip_special_tokens):
     tokenizer = VOCABULARIES[vocabulary]
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=40))
     pieces = pieces_of(tokenizer, ids, skip_special_tokens)
@@ -46,7 +46,7 @@ def test_pieces_of_text_are_the_text_and_come_at_once(text):
 
 @given(contents=st.binary(max_size=24))
 @settings(max_examples=300, deadline=None)
-def test_pieces_of_any_bytes_are_the_whole(contents):
+def test_pieces_of_random_bytes_join_to_the_decoded_text(contents):
     for name in ("bytes", "wrapped", "fallback"):
         tokenizer = VOCABULARIES[name]
         if name == "fallback":
@@ -60,7 +60,7 @@ def test_pieces_of_any_bytes_are_the_whole(contents):
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @given(data=st.data(), skip_special_tokens=st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_pieces_after_a_prompt_are_what_the_whole_has_more(vocabulary, data, skip_special_tokens):
+def test_pieces_after_a_prompt_are_the_difference(vocabulary, data, skip_special_tokens):
     tokenizer = VOCABULARIES[vocabulary]
     tokens = st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=12)
     prompt, ids = data.draw(tokens), data.draw(tokens)

@@ -214,7 +214,7 @@ def test_tokenizer_is_converted_once(tmp_path, monkeypatch):
     tokenizer = Tokenizer.from_directory(checkpoint.directory)
     text = "The capital of France is König Paris 😀!\n\n<|im_end|>"
     assert tokenizer.encode(text) == tiny_tokenizer().encode(text).ids
-    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.special_tokens["eos_token"] == "<|im_end|>"
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
     assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     monkeypatch.setattr(GgufTokenizer, "save", lambda *_: pytest.fail("converted again"))
@@ -231,7 +231,7 @@ def test_words_are_split_as_the_vocabulary_expects(pre_tokenizer, starts, digits
     path = tmp_path / "tiny.gguf"
     save_tiny_gguf(path, tiny("llama"), pre_tokenizer=pre_tokenizer, bos_token_id=0)
     tokenizer = Tokenizer.from_directory(find_checkpoint(path).directory)
-    assert tokenizer.bos_token == "<|endoftext|>"
+    assert tokenizer.special_tokens["bos_token"] == "<|endoftext|>"
     assert (tokenizer.encode("Paris")[0] == 0) == starts
     assert 0 not in tokenizer.encode("Paris", add_special_tokens=False)
     words = [word for word, _ in tokenizer.backend.pre_tokenizer.pre_tokenize_str("1234")]

@@ -143,7 +143,7 @@ def test_what_stands_around_a_text(tmp_path):
     # The ids that llama.cpp takes where a SentencePiece file names none.
     silent = {key: value for key, value in sentencepiece().items() if not key.endswith("_token_id")}
     tokenizer = read(tmp_path, silent)
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert [tokenizer.special_tokens[f"{role}_token"] for role in ("bos", "eos")] == ["<s>", "</s>"]
     assert tokenizer.encode("the") == [1, 277]
 
 

@@ -30,14 +30,14 @@ def operations(served: Server, method: str) -> list[str]:
     return [path.replace("{model_id}", "tiny") for path, known in paths.items() if method in known]
 
 
-def test_every_post_route_is_looked_at(served: Server) -> None:
+def test_every_post_route_is_tested(served: Server) -> None:
     assert set(operations(served, "post")) == BODIES.keys()
 
 
 # HEAD
 
 
-def test_head_is_get_without_a_body(served: Server) -> None:
+def test_head_equals_get_without_a_body(served: Server) -> None:
     paths = [*operations(served, "get"), *PAGES, *DASHBOARD, "/v1/models/none", "/no/such/route", "/v1/completions"]
     assert len(paths) > 20
     statuses = set()
@@ -53,7 +53,7 @@ def test_head_is_get_without_a_body(served: Server) -> None:
     assert {200, 404, 405} < statuses
 
 
-def test_no_byte_follows_the_headers_of_a_head_answer(served: Server) -> None:
+def test_head_response_has_no_body_bytes(served: Server) -> None:
     """httpx would not show them: it knows that there are none."""
     address = urlsplit(served.url)
     with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
@@ -81,7 +81,7 @@ def test_head_of_a_stream_without_end_ends(served: Server) -> None:
     assert line["status"] == 200
 
 
-def test_allowed_methods_are_told(served: Server) -> None:
+def test_allow_header(served: Server) -> None:
     for path, allowed in (("/v1/models", {"GET", "HEAD", "OPTIONS"}), ("/v1/completions", {"POST", "OPTIONS"})):
         for method, status in (("OPTIONS", 204), ("DELETE", 405)):
             answer = served.request(method, path)
@@ -107,7 +107,7 @@ def test_allowed_methods_are_told(served: Server) -> None:
         "x",
     ],
 )
-def test_types_that_are_not_read(served: Server, path: str, kind: str) -> None:
+def test_unsupported_content_types(served: Server, path: str, kind: str) -> None:
     answer = served.post(path, content=json.dumps(BODIES[path]), headers={"Content-Type": kind})
     assert answer.status_code == 415
     error = answer.json()["error"]
@@ -117,7 +117,7 @@ def test_types_that_are_not_read(served: Server, path: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_encodings_that_are_not_read(served: Server, path: str) -> None:
+def test_unsupported_content_encodings(served: Server, path: str) -> None:
     body = json.dumps(BODIES[path]).encode()
     for coding, content in (("gzip", gzip.compress(body)), ("br", body), ("identity, gzip", body), ("zstd", body)):
         headers = {"Content-Type": "application/json", "Content-Encoding": coding}
@@ -128,7 +128,7 @@ def test_encodings_that_are_not_read(served: Server, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_types_that_are_read(served: Server, path: str) -> None:
+def test_supported_content_types(served: Server, path: str) -> None:
     body = json.dumps(BODIES[path])
     for kind in ("application/json", 'Application/JSON; Charset="UTF-8"', "application/vnd.api+json", None):
         headers = {} if kind is None else {"Content-Type": kind}

@@ -21,7 +21,7 @@ pytest_plugins = ["tests.api_server"]
 # Answers
 
 
-def test_a_chat_answers_as_the_engine_does(client: OpenAI, llm: LLM) -> None:
+def test_chat_completion_equals_the_engine_output(client: OpenAI, llm: LLM) -> None:
     answer = chat(client, temperature=0, max_tokens=24)
     expected = llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=24))
     assert answer.object == "chat.completion"
@@ -34,7 +34,7 @@ def test_a_chat_answers_as_the_engine_does(client: OpenAI, llm: LLM) -> None:
     assert answer.usage.total_tokens == len(expected.prompt_token_ids) + len(expected.token_ids)
 
 
-def test_a_stream_is_the_answer_in_pieces(client: OpenAI) -> None:
+def test_stream_concatenates_to_the_response(client: OpenAI) -> None:
     body = {"temperature": 1.0, "seed": 3, "max_tokens": 30, "n": 3}
     whole = chat(client, **body)
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}, **body))
@@ -52,12 +52,12 @@ def test_a_stream_is_the_answer_in_pieces(client: OpenAI) -> None:
         assert own[-1].finish_reason == whole.choices[index].finish_reason
 
 
-def test_without_being_asked_a_stream_tells_no_usage(client: OpenAI) -> None:
+def test_stream_has_no_usage_by_default(client: OpenAI) -> None:
     chunks = list(chat(client, stream=True, max_tokens=3, temperature=0))
     assert all(chunk.choices and chunk.usage is None for chunk in chunks)
 
 
-def test_usage_with_every_chunk(client: OpenAI) -> None:
+def test_continuous_usage_stats(client: OpenAI) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = list(chat(client, stream=True, stream_options=options, max_tokens=8, temperature=0, ignore_eos=True))
     counts = [chunk.usage.completion_tokens for chunk in chunks]
@@ -65,7 +65,7 @@ def test_usage_with_every_chunk(client: OpenAI) -> None:
     assert counts[-1] == 8
 
 
-def test_the_bytes_of_a_stream(served: Server) -> None:
+def test_stream_bytes(served: Server) -> None:
     body = {"prompt": "hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True, "stream": True}
     with served.stream("/v1/completions", body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -123,7 +123,7 @@ def test_max_completion_tokens_is_max_tokens(client: OpenAI) -> None:
         assert answer.choices[0].finish_reason == "length"
 
 
-def test_how_long_an_answer_gets_by_itself(client: OpenAI) -> None:
+def test_default_max_tokens(client: OpenAI) -> None:
     assert complete(client, "hello", temperature=0, ignore_eos=True).usage.completion_tokens == 16
     assert chat(client, temperature=0, ignore_eos=True).usage.total_tokens == CONTEXT
 
@@ -159,7 +159,7 @@ def test_nulls_and_unknown_fields_mean_nothing(served: Server) -> None:
         ("reasoning_effort", "low"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(client: OpenAI, field: str, value: Any) -> None:
+def test_unsupported_fields_are_refused_by_name(client: OpenAI, field: str, value: Any) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         chat(client, **{field: value})
     assert error.value.param == field
@@ -167,7 +167,7 @@ def test_what_is_not_supported_is_refused_by_name(client: OpenAI, field: str, va
     assert field in error.value.body["message"]
 
 
-def test_sampling_that_the_checkpoint_suggests(tmp_path: Path, model: Path) -> None:
+def test_sampling_defaults_of_the_checkpoint(tmp_path: Path, model: Path) -> None:
     stated = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": True, "repetition_penalty": "high"}
     (tmp_path / "generation_config.json").write_text(json.dumps(stated))
     assert generation_defaults(str(tmp_path)) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
@@ -194,7 +194,7 @@ def test_logprobs_of_a_chat(client: OpenAI, llm: LLM) -> None:
     assert all(entry.top_logprobs == [] for entry in streamed)
 
 
-def test_loglikelihoods_as_evaluation_harnesses_ask_for_them(client: OpenAI, llm: LLM) -> None:
+def test_loglikelihood_requests_of_evaluation_harnesses(client: OpenAI, llm: LLM) -> None:
     prompts = [random_tokens(20, 1), random_tokens(33, 2), llm.tokenizer.encode("What is the capital of France?")]
     answer = complete(client, prompts, echo=True, logprobs=1, max_tokens=1, temperature=0)
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=1, prompt_logprobs=1)
@@ -232,7 +232,7 @@ def test_echo(client: OpenAI, stream: bool) -> None:
         assert offsets[index][-5] == len(prompt)
 
 
-def test_the_prompt_alone(client: OpenAI) -> None:
+def test_prompt_without_output(client: OpenAI) -> None:
     answer = complete(client, "The quick brown fox", echo=True, logprobs=1, max_tokens=0)
     assert answer.choices[0].text == "The quick brown fox"
     assert len(answer.choices[0].logprobs.tokens) == answer.usage.prompt_tokens
@@ -275,7 +275,7 @@ def test_tokens_as_their_ids(client: OpenAI, llm: LLM, stream: bool) -> None:
     assert all(top.token.startswith("token_id:") for entry in entries for top in entry.top_logprobs)
 
 
-def test_nothing_impossible_is_written_as_infinity(served: Server) -> None:
+def test_impossible_logprobs_are_finite(served: Server) -> None:
     assert [finite(value) for value in (float("nan"), float("-inf"), -1e6, -2.5)] == [-9999.0] * 3 + [-2.5]
     body = {"prompt": "hello", "max_tokens": 4, "temperature": 0, "logprobs": 5, "allowed_token_ids": [50]}
     answer = served.post("/v1/completions", body)

@@ -179,7 +179,7 @@ def test_messages_that_some_templates_know(document: dict[str, Any], message: di
 
 
 @pytest.mark.parametrize("path", LEAST)
-def test_a_body_needs_what_is_required(served: Server, document: dict[str, Any], path: str) -> None:
+def test_required_fields(served: Server, document: dict[str, Any], path: str) -> None:
     judge = validator(document, request_schema(document, path))
     for body in ({}, [], None, "hello", 1):
         assert not judge.is_valid(body)
@@ -244,7 +244,7 @@ def test_answers_are_as_described(served: Server, document: dict[str, Any]) -> N
     assert validator(document, schema).is_valid(error)
 
 
-def test_every_route_has_a_place(document: dict[str, Any]) -> None:
+def test_every_route_has_a_tag(document: dict[str, Any]) -> None:
     tags = {tag["name"] for tag in document["tags"]}
     used = {path: op["tags"] for path, known in document["paths"].items() for op in known.values()}
     assert all(len(found) == 1 and found[0] in tags for found in used.values())

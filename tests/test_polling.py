@@ -45,7 +45,7 @@ class Site:
 
 
 @pytest.mark.parametrize("path", ["/health", "/live", "/ping", "/metrics", "/load", "/stats"])
-def test_polling_fills_no_log(caplog: pytest.LogCaptureFixture, path: str) -> None:
+def test_polling_is_not_logged(caplog: pytest.LogCaptureFixture, path: str) -> None:
     site = Site(caplog)
     site.ask(path, times=50)
     assert site.told() == []
@@ -63,7 +63,7 @@ def test_polling_fills_no_log(caplog: pytest.LogCaptureFixture, path: str) -> No
     assert site.told() == [(path, 500)]
 
 
-def test_two_pollers_of_which_one_has_no_key_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_repeated_failures_of_polling_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     site = Site(caplog, keys=("a-key",))
     site.ask("/health", times=50)
     assert site.told() == [("/health", 401)]

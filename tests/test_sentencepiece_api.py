@@ -85,7 +85,7 @@ def test_python_goes_on_after_a_prompt(model, theirs):
         ([1, 277], "<s> the F F", ["<s>", " the", " F", " F"], [0, 3, 7, 9]),
     ],
 )
-def test_offsets_are_places_in_the_text(prompt, text, tokens, offsets, served, theirs):
+def test_offsets_are_positions_in_the_text(prompt, text, tokens, offsets, served, theirs):
     answer = served.post("/v1/completions", body(theirs, prompt=prompt, echo=True, logprobs=1)).json()
     (choice,) = answer["choices"]
     assert choice["text"] == text

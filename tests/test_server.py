@@ -181,7 +181,7 @@ def test_every_option_is_listed() -> None:
         assert name in shown
 
 
-def test_what_cannot_start_says_why(model: Path) -> None:
+def test_start_errors_name_the_cause(model: Path) -> None:
     assert "there is no model at /no/such" in one_sentence(dispec("serve", "/no/such", "--port", "0"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = dispec("serve", "--port", str(taken.getsockname()[1]))
@@ -202,7 +202,7 @@ def test_it_listens_on_loopback_alone(guarded: Server) -> None:
     assert [(address.ip, address.port) for address in addresses] == [("127.0.0.1", httpx.URL(guarded.url).port)]
 
 
-def test_the_socket_says_its_protocol() -> None:
+def test_listening_socket_names_its_protocol() -> None:
     with serving_server.listen("localhost", 0) as listener:  # or asyncio lets each answer wait for 40 ms
         assert listener.proto == socket.IPPROTO_TCP
         assert listener.family == socket.AF_INET
@@ -244,7 +244,7 @@ def test_the_key_opens(guarded: Server) -> None:
     assert models.retrieve(root).id == root
     with pytest.raises(openai.NotFoundError):
         models.retrieve("tiny")
-    basic = base64.b64encode(f"anybody:{KEY}".encode()).decode()
+    basic = base64.b64encode(f"any:{KEY}".encode()).decode()
     page = httpx.get(f"{guarded.url}/dashboard", headers={"Authorization": f"Basic {basic}"})
     assert page.status_code == 200
     assert httpx.get(f"{guarded.url}/dashboard").headers["www-authenticate"].startswith("Basic ")
@@ -286,7 +286,7 @@ def test_a_header_or_trailer_without_end_is_not_kept(guarded: Server, beginning:
             connection.sendall(b"x" * 2**26)  # more than any buffer between us holds
 
 
-def test_a_full_queue_is_told_when_to_come_back(guarded: Server) -> None:
+def test_full_queue_has_retry_after(guarded: Server) -> None:
     with ThreadPoolExecutor(2) as threads, contextlib.ExitStack() as streams:
         running_one = streams.enter_context(guarded.stream("/v1/completions", LONG))
         lines = running_one.iter_lines()
@@ -305,7 +305,7 @@ def test_a_full_queue_is_told_when_to_come_back(guarded: Server) -> None:
     wait_for(guarded.is_idle)
 
 
-def test_who_leaves_the_queue_is_gone_at_once(guarded: Server) -> None:
+def test_disconnect_leaves_the_queue_at_once(guarded: Server) -> None:
     with guarded.stream("/v1/completions", LONG) as running_one:
         lines = running_one.iter_lines()
         next(lines)
@@ -315,7 +315,7 @@ def test_who_leaves_the_queue_is_gone_at_once(guarded: Server) -> None:
     wait_for(guarded.is_idle)
 
 
-def test_comments_break_the_silence_of_a_stream(guarded: Server) -> None:
+def test_keep_alive_comments(guarded: Server) -> None:
     engine = guarded.engine_process()
     with guarded.stream("/v1/completions", LONG) as stream:
         lines = stream.iter_lines()
@@ -329,7 +329,7 @@ def test_comments_break_the_silence_of_a_stream(guarded: Server) -> None:
     wait_for(guarded.is_idle)
 
 
-def test_what_a_request_leaves_open_is_the_checkpoints(guarded: Server) -> None:
+def test_checkpoint_defaults_apply_to_omitted_fields(guarded: Server) -> None:
     body = {"prompt": "hello", "max_tokens": 12}
     texts = {guarded.post("/v1/completions", body).json()["choices"][0]["text"] for _ in range(3)}
     assert len(texts) == 1  # its temperature is 0
@@ -378,7 +378,7 @@ def test_sigterm_lets_running_requests_finish(model: Path, tmp_path: Path) -> No
         with running_server.stream("/v1/completions", LONG | {"max_tokens": 600}) as stream:
             lines = stream.iter_lines()
             first = next(lines)
-            for member in (engine, process):  # as service managers do, who tell every process of a group
+            for member in (engine, process):  # as service managers signal every process of a group
                 member.send_signal(signal.SIGTERM)
             wait_for(lambda: running_server.get("/health").status_code == 503)
             refused = running_server.post("/v1/completions", {"prompt": "hello"})

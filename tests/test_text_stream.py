@@ -79,7 +79,7 @@ sizes = st.lists(st.integers(0, 6), max_size=12)
 @example(text="aab", stops=["aab", "b"], sizes=[], include=True)
 @example(text="abab", stops=["abac"], sizes=[3], include=False)
 @settings(max_examples=600, deadline=None)
-def test_pieces_end_at_the_first_stop_and_nothing_is_withheld_that_need_not_be(text, stops, sizes, include):
+def test_text_ends_at_the_first_stop_and_only_its_beginnings_are_held_back(text, stops, sizes, include):
     search = StopStrings(stops, include)
     arrived, returned = "", ""
     for chunk in split(text, sizes):
@@ -124,7 +124,7 @@ def test_beginnings_inside_beginnings(stop, lengths):
         (["anything", "", "else"], [], ["anything", "", "else", ""], None),
     ],
 )
-def test_what_comes_when(chunks, stops, pieces, matched):
+def test_pieces_of_chunks(chunks, stops, pieces, matched):
     search = StopStrings(stops, include=False)
     assert [*(search.add(chunk) for chunk in chunks), search.flush()] == pieces
     assert search.matched == matched
@@ -186,7 +186,7 @@ def test_a_stop_string_across_words():
     assert "".join(pieces) == "The lazy dog i"
 
 
-def test_what_becomes_certain_only_at_the_end_is_searched_too():
+def test_text_held_back_until_the_end_is_searched():
     half = by_bytes("a😀")[:-1]
     pieces, stream = stream_of(TOKENIZER, half, stop=("\ufffd",))
     assert (pieces[-1], stream.text, stream.stop_reason) == ("", "a", "\ufffd")

@@ -144,7 +144,7 @@ def test_ids_and_text_agree_with_transformers(tmp_path):
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
         assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids) == text
     assert ours.vocab_size == len(theirs)
-    assert (ours.bos_token, ours.eos_token, ours.pad_token) == (None, "<|im_end|>", "<|endoftext|>")
+    assert (ours.bos_token_id, ours.special_tokens["pad_token"]) == (None, "<|endoftext|>")
     assert (ours.bos_token_id, ours.eos_token_id) == (None, theirs.eos_token_id)
 
 
@@ -226,7 +226,7 @@ def test_old_forms_of_special_tokens(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<|endoftext|>"}}')
     tokenizer = Tokenizer.from_directory(tmp_path)
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_start|>")
+    assert [tokenizer.special_tokens[f"{role}_token"] for role in ("bos", "eos")] == ["<|endoftext|>", "<|im_start|>"]
     assert tokenizer.apply_chat_template(CONVERSATION).startswith("<|endoftext|><|start_header_id|>")
 
 
@@ -358,7 +358,7 @@ def test_neither_torch_nor_transformers_is_imported():
     subprocess.run([sys.executable, "-c", check], cwd=root, check=True)
 
 
-def test_what_tokens_spell_within_a_text():
+def test_token_bytes_within_a_text():
     tokenizer = with_byte_fallback()
     spelled = [tokenizer.token_bytes(token).decode(errors="replace") for token in (0x41, 0xE2, *range(256, 267))]
     assert spelled == ["A", "\ufffd", " ", " Hello", " wor", "ld", "é", "\ufffd", "!", "  ", "😀", "<s>", "</s>"]

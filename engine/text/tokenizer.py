@@ -176,24 +176,16 @@ class Tokenizer:
         return None if self._chat_template is None else self._chat_template.source
 
     @property
-    def bos_token(self) -> str | None:
-        return self.special_tokens.get("bos_token")
-
-    @property
-    def eos_token(self) -> str | None:
-        return self.special_tokens.get("eos_token")
-
-    @property
-    def pad_token(self) -> str | None:
-        return self.special_tokens.get("pad_token")
-
-    @property
     def bos_token_id(self) -> int | None:
-        return None if self.bos_token is None else self.backend.token_to_id(self.bos_token)
+        return self._id_of_role("bos_token")
 
     @property
     def eos_token_id(self) -> int | None:
-        return None if self.eos_token is None else self.backend.token_to_id(self.eos_token)
+        return self._id_of_role("eos_token")
+
+    def _id_of_role(self, role: str) -> int | None:
+        token = self.special_tokens.get(role)
+        return None if token is None else self.backend.token_to_id(token)
 
     @property
     def is_byte_level(self) -> bool:
@@ -210,10 +202,6 @@ class Tokenizer:
             return None
         match = _BYTE_TOKEN.fullmatch(self.id_to_token(token_id) or "")
         return int(match[1], 16) if match else None
-
-    def token_string(self, token_id: int) -> str:
-        """Return the same as `id_to_token`, but an empty text for unknown ids."""
-        return self.id_to_token(token_id) or ""
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the UTF-8 of a token within a text, perhaps a part of a character; empty for unknown ids.

@@ -74,7 +74,7 @@ def create_app(
         exception_handlers={Exception: handle_error},
         openapi_config=openapi.openapi_config(version(), bool(settings.api_key)),
         logging_config=None,
-        request_max_body_size=None,  # `serving.http.body` reads all bodies, and limits them
+        request_max_body_size=None,  # `serving.api.request_body` reads all bodies, and limits them
     )
     openapi.add_schemas(app, names, [slo.name for slo in settings.slo])
     # Around the application, because Litestar's own middleware does not run for unknown routes.

@@ -16,11 +16,10 @@ from dispec.engine.process.messages import EngineInfo
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.api.logprobs import TokenTexts
 from dispec.serving.api.prompts import Prompts
-from dispec.serving.api.request_body import decode_body
+from dispec.serving.api.request_body import read_body
 from dispec.serving.api.sampling import GENERATION_DEFAULTS
 from dispec.serving.client.engine_client import EngineClient
 from dispec.serving.client.errors import NotReady
-from dispec.serving.http.body import read_body
 from dispec.serving.http.errors import ApiError
 from dispec.serving.settings import ServerSettings
 
@@ -97,9 +96,8 @@ class ApiContext:
         return NotReady(self.client.is_ready()[1], _RETRY_SECONDS)
 
     async def body(self, request: Request, form: type[T]) -> T:
-        """Return the request's body as a struct. Raises ApiError or InvalidField."""
-        body = await read_body(request, self.settings.max_body_bytes, self.settings.tokenize_timeout)
-        return decode_body(body, form)
+        """Return the request's body as a struct. Raises as `read_body`."""
+        return await read_body(request, form, self.settings.max_body_bytes, self.settings.tokenize_timeout)
 
     @cached_property
     def version(self) -> str:

@@ -7,70 +7,71 @@ from litestar import Request
 from msgspec import UNSET, UnsetType
 
 from dispec.engine.errors import InvalidField
+from dispec.engine.request_checks import check_priority
 from dispec.engine.sampling_params import SamplingParams
 from dispec.serving.api.context import ApiContext
-from dispec.serving.api.kv_transfer import Transfer, read_transfer
+from dispec.serving.api.kv_transfer import read_transfer
 from dispec.serving.api.prompts import Prompt
 from dispec.serving.api.protocol import (
+    MAX_REQUEST_ID,
     CompletionTokensDetails,
     PromptTokensDetails,
     SamplingRequest,
     StreamOptions,
     Usage,
 )
-from dispec.serving.client.engine_client import EngineClient
 from dispec.serving.client.request_stream import ChoiceUpdate, GenerationRequest, RequestStream
-from dispec.serving.client.slo import Slo
 from dispec.serving.http.errors import ApiError
 
-_MAX_ID_LENGTH = 128
-_MAX_PRIORITY = 2**31 - 1
 _MAX_UNREAD = 64  # updates of all streams that wait for a slow reader
 
 
 class Generation:
-    """Starts at once, and must be aborted in the end.
-
-    Choices are numbered through all prompts. Raises Overloaded, NotReady, InvalidRequest or ContextOverflow, and
-    leaves nothing in the engine then.
-    """
+    """Starts at once, and must be aborted in the end. Choices are numbered through all prompts."""
 
     def __init__(
         self,
-        client: EngineClient,
-        request_id: str,
+        context: ApiContext,
+        request: Request,
+        body: SamplingRequest,
         prompts: Sequence[Prompt],
         params: SamplingParams,
-        *,
-        priority: int,
-        cache_salt: str | None,
-        timeout: float | None,
-        slo: Slo | None,
-        transfer: Transfer,
     ) -> None:
-        self.request_id = request_id
+        """Submit the prompts of a checked request to the engine.
+
+        Raises InvalidField, ContextOverflow, InvalidRequest, Overloaded or NotReady, and leaves nothing in the engine.
+        """
         self.prompts = prompts
         self.num_choices = params.n
-        self.transfer = transfer
         self.cached_tokens = 0
         self.accepted_tokens = self.rejected_tokens = 0  # of drafts
         self.completion_tokens = 0
         self._streams: list[RequestStream] = []
+        settings, info = context.settings, context.open_model().info
+        if len(prompts) > settings.max_queued_requests:
+            said = f"prompt holds {len(prompts)} prompts, must be at most {settings.max_queued_requests}"
+            raise InvalidField("prompt", said)
+        check_priority(body.priority or 0)
+        try:
+            slo = settings.find_slo(body.slo)
+        except ValueError as error:
+            raise InvalidField("slo", str(error)) from None
+        self.request_id = _request_id(request, body.request_id)
+        self.transfer = read_transfer(body.kv_transfer_params, info, settings.role, len(prompts))
         try:
             for index, prompt in enumerate(prompts):
-                name = request_id if len(prompts) == 1 else f"{request_id}-{index}"
-                request = GenerationRequest(
-                    name,
+                submitted = GenerationRequest(
+                    self.request_id if len(prompts) == 1 else f"{self.request_id}-{index}",
                     prompt.token_ids,
                     params,
-                    priority,
-                    cache_salt,
-                    timeout,
+                    body.priority or 0,
+                    body.cache_salt,
+                    settings.request_timeout,
                     slo,
-                    transfer.publish_as,
-                    transfer.pull,
+                    self.transfer.publish_as,
+                    self.transfer.pull,
                 )
-                self._streams.append(client.submit(request))
+                self._streams.append(context.client.submit(submitted))
         except BaseException:
             self.abort()
             raise
@@ -166,40 +167,11 @@ class StreamUsage:
         return None if self.at_end else UNSET
 
 
-def start_generation(
-    context: ApiContext, request: Request, body: SamplingRequest, prompts: Sequence[Prompt], params: SamplingParams
-) -> Generation:
-    """Hand the prompts of a checked request to the engine. Raises InvalidField, and as `Generation`."""
-    settings = context.settings
-    if len(prompts) > settings.max_queued_requests:
-        said = f"prompt holds {len(prompts)} prompts, must be at most {settings.max_queued_requests}"
-        raise InvalidField("prompt", said)
-    priority = body.priority or 0
-    if not -_MAX_PRIORITY - 1 <= priority <= _MAX_PRIORITY:
-        limits = f"must be between {-_MAX_PRIORITY - 1} and {_MAX_PRIORITY}"
-        raise InvalidField("priority", f"priority is {priority}, {limits}")
-    try:
-        slo = settings.find_slo(body.slo)
-    except ValueError as error:
-        raise InvalidField("slo", str(error)) from None
-    return Generation(
-        context.client,
-        _request_id(request, body.request_id),
-        prompts,
-        params,
-        priority=priority,
-        cache_salt=body.cache_salt,
-        timeout=settings.request_timeout,
-        slo=slo,
-        transfer=read_transfer(body.kv_transfer_params, context.open_model().info, settings.role, len(prompts)),
-    )
-
-
 def _request_id(request: Request, given: str | None) -> str:
     """Return the id of the request. The body's replaces the header's."""
     if given:
-        if len(given) > _MAX_ID_LENGTH or not given.isascii() or not given.isprintable() or " " in given:
-            limits = f"must be at most {_MAX_ID_LENGTH} printable ASCII characters"
+        if len(given) > MAX_REQUEST_ID or not given.isascii() or not given.isprintable() or " " in given:
+            limits = f"must be at most {MAX_REQUEST_ID} printable ASCII characters"
             raise InvalidField("request_id", f"request_id is {given!r:.50}, {limits}")
         request.scope["state"]["request_id"] = given
     return request.scope["state"]["request_id"]

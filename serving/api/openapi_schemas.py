@@ -3,68 +3,42 @@
 `tests/test_openapi.py` compares the schemas with the server's responses to bodies that they allow and forbid.
 """
 
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
 
 from dispec.serving.api.prompts import RESERVED_TEMPLATE_NAMES
 from dispec.serving.settings import MAX_PROMPTS
 
 Schema = dict[str, Any]
 
-MESSAGE = "RequestMessage"
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_PART: Schema = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "object",
-            "required": ["text"],
-            "properties": {"type": {"type": "string", "examples": ["text"]}, "text": {"type": "string"}},
-        },
-    ]
-}
-_CONTENT: Schema = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
-_TOOL_CALL: Schema = {
-    "type": "object",
-    "required": ["function"],
-    "properties": {
-        "id": {"type": "string"},
-        "type": {"type": "string", "examples": ["function"]},
-        "function": {
-            "type": "object",
-            "required": ["name"],
-            "properties": {
-                "name": {"type": "string"},
-                "arguments": {
-                    "anyOf": [{"type": "string", "contentMediaType": "application/json"}, {"type": "object"}],
-                },
-            },
-        },
-    },
-}
-_MESSAGE: Schema = {
-    "title": MESSAGE,
-    "description": "A turn of a conversation. Further fields go to the model's chat template as they are.",
-    "type": "object",
-    "required": ["role"],
-    "properties": {
-        "role": {
-            "anyOf": [
-                {"enum": list(_ROLES)},
-                {"type": "string", "description": "Another role, if the model's chat template knows it."},
-            ]
-        },
-        "content": {
-            "description": "A text, or text parts, which are joined by line breaks.",
-            "anyOf": [*_CONTENT["anyOf"], {"type": "null"}],
-        },
-        "tool_calls": {"anyOf": [{"type": "array", "items": _TOOL_CALL}, {"type": "null"}]},
-    },
-    "anyOf": [
-        {"required": ["content"], "properties": {"content": _CONTENT}},
-        {"required": ["content"], "properties": {"role": {"const": "assistant"}}},
-        {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
-    ],
-}
+_ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
+
+
+class TextPart(Struct, kw_only=True):
+    type: Annotated[str, Meta(examples=["text"])] = "text"
+    text: str
+
+
+class FunctionCall(Struct):
+    name: str
+    arguments: Annotated[str | dict[str, Any], Meta(description="An object, or its JSON.")] = ""
+
+
+class ToolCall(Struct, kw_only=True):
+    id: str = ""
+    type: Annotated[str, Meta(examples=["function"])] = "function"
+    function: FunctionCall
+
+
+class RequestMessage(Struct):
+    """A turn of a conversation. Further fields go to the model's chat template as they are."""
+
+    role: Annotated[str, Meta(examples=_ROLES, description="Others work if the model's chat template knows them.")]
+    content: Annotated[
+        str | list[str | TextPart] | None, Meta(description="A text, or text parts, which are joined by line breaks.")
+    ] = None
+    tool_calls: list[ToolCall] | None = None
 
 
 def _with(**fields: Any) -> Schema:
@@ -89,6 +63,15 @@ _OF_STREAMS = [
     {"anyOf": [_without("prompt_logprobs"), {"not": _with(stream=True)}]},
 ]
 _RULES: dict[str, list[Schema]] = {
+    "RequestMessage": [
+        {
+            "anyOf": [
+                {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+                {"required": ["content"], "properties": {"role": {"const": "assistant"}}},
+                {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
+            ]
+        }
+    ],
     "ChatRequest": [
         *_OF_STREAMS,
         _OPENS_OR_CONTINUES,
@@ -144,7 +127,6 @@ EXAMPLES: dict[str, dict[str, Schema]] = {
 
 def complete_schemas(schemas: dict[str, Schema], model_names: list[str], slo_names: list[str]) -> None:
     """Add the rules, and the names that depend on the server's options, to msgspec's schemas."""
-    schemas[MESSAGE] = _MESSAGE
     for name, rules in _RULES.items():
         schemas[name].setdefault("allOf", []).extend(rules)
     for name in EXAMPLES:

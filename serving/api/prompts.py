@@ -9,14 +9,13 @@ from dispec.engine.request_checks import check_prompt_length, check_token_ids
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.text.text_stream import tokenize_bad_words
 from dispec.engine.text.tokenizer import Tokenizer
-from dispec.serving.api.protocol import ChatRequest, PromptInput, SamplingRequest, TokenizeRequest
+from dispec.serving.api.protocol import MAX_ARGUMENT_NAME, ChatRequest, PromptInput, SamplingRequest, TokenizeRequest
 from dispec.serving.http.errors import ApiError
 from dispec.serving.settings import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_PROMPTS, MAX_TEMPLATE_ARGUMENTS
 
 T = TypeVar("T")
 
 _ARGUMENTS = "chat_template_kwargs"
-_MAX_ARGUMENT_NAME = 64  # characters
 RESERVED_TEMPLATE_NAMES = frozenset({
     "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template",
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -125,7 +124,7 @@ class Prompts:
         return await self.in_thread(lambda: self._encode(text, special))
 
     async def tokenize_bad_words(self, params: SamplingParams) -> SamplingParams:
-        """Return parameters whose bad words are token ids."""
+        """Return parameters with bad words as token ids."""
         if not params.bad_words:
             return params
         if len(params.bad_words) > MAX_BAD_WORDS:
@@ -198,7 +197,7 @@ def _template_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
         raise InvalidField(_ARGUMENTS, said)
     for name, value in arguments.items():
         is_free = name.isidentifier() and not name.startswith("_") and name not in RESERVED_TEMPLATE_NAMES
-        if not is_free or len(name) > _MAX_ARGUMENT_NAME:
+        if not is_free or len(name) > MAX_ARGUMENT_NAME:
             said = f"{_ARGUMENTS} holds {name!r:.70}, must be names of variables that a request may set"
             raise InvalidField(_ARGUMENTS, said)
         if value is not None and type(value) not in (str, int, float, bool):

@@ -8,47 +8,59 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from dispec.engine.option_fields import option_fields
+from dispec.engine.request_checks import MAX_PRIORITY, MIN_PRIORITY
+from dispec.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_LENGTH, SamplingParams
+from dispec.serving.settings import MAX_BAD_WORDS, MAX_STOPS, MAX_TEMPLATE_ARGUMENTS
+
 PromptInput = str | list[str | int | list[int]]
 
-
-def _limits(low: float | None = None, high: float | None = None, description: str = "") -> Meta:
-    """Describe limits in the OpenAPI document; `SamplingParams` checks them."""
-    limits = {name: value for name, value in (("minimum", low), ("maximum", high)) if value is not None}
-    return Meta(extra_json_schema=limits, description=description or None)
+MAX_REQUEST_ID = 128  # characters
+MAX_ARGUMENT_NAME = 64  # characters
 
 
-def _above(low: float, high: float, description: str = "") -> Meta:
-    """Describe limits of which the lower one is excluded."""
-    limits = {"exclusiveMinimum": low, "maximum": high}
-    return Meta(extra_json_schema=limits, description=description or None)
+def _limits(
+    ge: float | None = None, le: float | None = None, description: str = "", *, gt: float | None = None
+) -> Meta:
+    """Return the limits of a number for the OpenAPI document; msgspec does not check them."""
+    limits = {"minimum": ge, "exclusiveMinimum": gt, "maximum": le}
+    schema = {name: value for name, value in limits.items() if value is not None}
+    return Meta(extra_json_schema=schema, description=description or None)
 
 
-def _shape(**schema: Any) -> Meta:
-    """Describe values that are no numbers. A keyword of JSON Schema has no effect on values of other types."""
-    return Meta(extra_json_schema=schema)
+def _param(name: str) -> Meta:
+    """Return the help and the limits that `SamplingParams` declares for a field."""
+    option = option_fields(SamplingParams)[name].option
+    return _limits(option.ge, option.le, option.help, gt=option.gt)
+
+
+def _shape(description: str = "", **schema: Any) -> Meta:
+    """Return a schema for other values than numbers. A keyword has no effect on values of other types."""
+    return Meta(extra_json_schema=schema, description=description or None)
 
 
 _TOKENS = _shape(items={"type": "integer", "minimum": 0})
-_TEXT = {"type": "string", "minLength": 1, "maxLength": 1024}
-_STOP = _shape(minLength=1, maxLength=1024, items=_TEXT, maxItems=4)
+_TEXT = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+_STOP = _shape(minLength=1, maxLength=MAX_STOP_LENGTH, items=_TEXT, maxItems=MAX_STOPS)
 _BIASES = _shape(
     propertyNames={"pattern": "^(0|[1-9][0-9]{0,8})$"},
     additionalProperties={"minimum": -100, "maximum": 100},
-    maxProperties=1024,
+    maxProperties=MAX_LOGIT_BIAS,
 )
-_NAME = _shape(pattern="^[!-~]*$", maxLength=128)
-_NUM_KEPT = Meta(extra_json_schema={"minimum": -1, "not": {"const": 0}}, description="Keep so many; -1: what fits.")
-_SIDE = Meta(extra_json_schema={"enum": ["left", "right"]}, description="The side that is cut off; left if left out.")
-_AS_IDS = Meta(description="Write tokens of log-probabilities as `token_id:` and the id.")
-_PLAIN = Meta(
-    description="Read special tokens that messages spell out as those tokens, and not as text. The server's default:"
+_REQUEST_ID = _shape(pattern="^[!-~]*$", maxLength=MAX_REQUEST_ID)
+_NUM_KEPT = _shape("Keep so many; -1: what fits.", minimum=-1, **{"not": {"const": 0}})
+_SIDE = _shape("The side that is cut off; left if left out.", enum=["left", "right"])
+_AS_IDS = _shape("Write tokens of log-probabilities as `token_id:` and the id.")
+_PLAIN = _shape(
+    "Read special tokens that messages spell out as those tokens, and not as text. The server's default:"
     " --allow-special-tokens-in-content."
 )
+_PRIORITY = _limits(MIN_PRIORITY, MAX_PRIORITY, "Lower goes first.")
 # In `allOf`, because msgspec writes an "items" of its own. `serving.api.openapi_schemas` has the message.
 _MESSAGES = _shape(minItems=1, allOf=[{"items": {"$ref": "#/components/schemas/RequestMessage"}}])
 _ARGUMENTS = _shape(
-    maxProperties=32,
-    propertyNames={"pattern": "^[A-Za-z][A-Za-z0-9_]{0,63}$"},
+    maxProperties=MAX_TEMPLATE_ARGUMENTS,
+    propertyNames={"pattern": f"^[A-Za-z][A-Za-z0-9_]{{0,{MAX_ARGUMENT_NAME - 1}}}$"},
     additionalProperties={"type": ["string", "number", "boolean", "null"]},
 )
 
@@ -62,45 +74,45 @@ class SamplingRequest(Struct, kw_only=True):
     """The fields that chat and plain completions share."""
 
     model: str | None = None
-    max_tokens: Annotated[int | None, _limits(1, 2**31 - 1)] = None
-    n: Annotated[int | None, _limits(1, 128)] = None
-    temperature: Annotated[float | None, _limits(0, 100)] = None
-    top_p: Annotated[float | None, _above(0, 1)] = None
-    top_k: Annotated[int | None, _limits(-1, 2**31 - 1, "0 and -1 are off.")] = None
-    min_p: Annotated[float | None, _limits(0, 1)] = None
-    frequency_penalty: Annotated[float | None, _limits(-2, 2)] = None
-    presence_penalty: Annotated[float | None, _limits(-2, 2)] = None
-    repetition_penalty: Annotated[float | None, _above(0, 100, "1 is off.")] = None
+    max_tokens: Annotated[int | None, _param("max_tokens")] = None
+    n: Annotated[int | None, _param("n")] = None
+    temperature: Annotated[float | None, _param("temperature")] = None
+    top_p: Annotated[float | None, _param("top_p")] = None
+    top_k: Annotated[int | None, _param("top_k")] = None
+    min_p: Annotated[float | None, _param("min_p")] = None
+    frequency_penalty: Annotated[float | None, _param("frequency_penalty")] = None
+    presence_penalty: Annotated[float | None, _param("presence_penalty")] = None
+    repetition_penalty: Annotated[float | None, _param("repetition_penalty")] = None
     logit_bias: Annotated[dict[int, float] | None, _BIASES] = None
-    seed: Annotated[int | None, _limits(-(2**63), 2**63 - 1)] = None
+    seed: Annotated[int | None, _param("seed")] = None
     stop: Annotated[str | list[str] | None, _STOP] = None
     stop_token_ids: Annotated[list[int] | None, _TOKENS] = None
     include_stop_str_in_output: bool | None = None
-    min_tokens: Annotated[int | None, _limits(0, 2**31 - 1, "At most max_tokens.")] = None
+    min_tokens: Annotated[int | None, _param("min_tokens")] = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    bad_words: Annotated[list[str] | None, _shape(items=_TEXT, maxItems=1024)] = None
+    bad_words: Annotated[list[str] | None, _shape(items=_TEXT, maxItems=MAX_BAD_WORDS)] = None
     allowed_token_ids: Annotated[list[int] | None, _TOKENS, _shape(minItems=1)] = None
-    prompt_logprobs: Annotated[int | None, _limits(0, 20)] = None
+    prompt_logprobs: Annotated[int | None, _param("prompt_logprobs")] = None
     truncate_prompt_tokens: Annotated[int | None, _NUM_KEPT] = None
     truncation_side: Annotated[str | None, _SIDE] = None
     add_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: Annotated[int | None, _limits(-(2**31), 2**31 - 1, "Lower goes first.")] = None
-    slo: Annotated[str | None, Meta(description="The class of latency objectives that the request belongs to.")] = None
-    request_id: Annotated[str | None, _NAME] = None
+    priority: Annotated[int | None, _PRIORITY] = None
+    slo: Annotated[str | None, _shape("The class of latency objectives that the request belongs to.")] = None
+    request_id: Annotated[str | None, _REQUEST_ID] = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: Annotated[bool | None, _AS_IDS] = None
-    kv_transfer_params: Annotated[Any, Meta(description="By which routers split a request between workers.")] = None
+    kv_transfer_params: Annotated[Any, _shape("With which routers split a request between workers.")] = None
 
 
 class ChatRequest(SamplingRequest, kw_only=True):
     messages: Annotated[list[dict[str, Any]], _MESSAGES]
-    max_completion_tokens: Annotated[int | None, _limits(1, 2**31 - 1)] = None
+    max_completion_tokens: Annotated[int | None, _param("max_tokens")] = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, _limits(0, 20)] = None
+    top_logprobs: Annotated[int | None, _limits(0, MAX_LOGPROBS)] = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, _ARGUMENTS] = None
@@ -110,7 +122,7 @@ class ChatRequest(SamplingRequest, kw_only=True):
 class CompletionRequest(SamplingRequest, kw_only=True):
     prompt: Annotated[PromptInput, _shape(minItems=1, minLength=1)]
     max_tokens: Annotated[int | None, _limits(0, 2**31 - 1, "0 only with echo.")] = None
-    logprobs: Annotated[int | None, _limits(0, 20)] = None
+    logprobs: Annotated[int | None, _param("logprobs")] = None
     echo: bool | None = None
 
 
@@ -119,9 +131,9 @@ class GenerateRequest(Struct, kw_only=True):
 
     model: str | None = None
     prompt: Annotated[str | list[int], _shape(minItems=1, minLength=1)]
-    max_new_tokens: Annotated[int | None, _limits(1, 2**31 - 1)] = None
-    temperature: Annotated[float | None, _limits(0, 100)] = None
-    priority: Annotated[int | None, _limits(-(2**31), 2**31 - 1)] = None
+    max_new_tokens: Annotated[int | None, _param("max_tokens")] = None
+    temperature: Annotated[float | None, _param("temperature")] = None
+    priority: Annotated[int | None, _PRIORITY] = None
 
 
 class TokenizeRequest(Struct, kw_only=True):

@@ -1,12 +1,14 @@
-"""From the bytes of a body to a request, or to an error with the field, its value and the type that it must have."""
+"""Reads and decodes bodies. Errors name the field, its value and the type that it must have."""
 
+import asyncio
 import re
 from typing import Any, TypeVar
 
 import msgspec
+from litestar import Request
 
 from dispec.serving.api.request_fields import refuse_unsupported
-from dispec.serving.http.errors import ApiError
+from dispec.serving.http.errors import ApiError, ClientLeft
 
 T = TypeVar("T")
 
@@ -23,6 +25,70 @@ _VALIDATION = re.compile(r"(?P<what>.*?)(?: - at `(?P<key>key` in `)?\$(?P<path>
 _EXPECTED = re.compile(r"Expected `([^`]+)`")
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
 _MAX_SHOWN = 60  # characters of a value in an error
+_UNSUPPORTED = "unsupported_media_type"
+_DISCARDED_BYTES = 64 * 2**20  # read past the limit, because clients read no response before they have sent all
+
+
+async def read_body(request: Request, form: type[T], limit: int, timeout: float) -> T:
+    """Return the body as a struct.
+
+    Raises ApiError or InvalidField: status 415 for a body that is not plain JSON, 413 for more than `limit` bytes, 408
+    for a body that takes more than `timeout` seconds to arrive, 400 for any other mistake.
+    """
+    _check_content(request)
+    try:
+        async with asyncio.timeout(timeout):
+            body = await _read(request, limit)
+    except TimeoutError:
+        raise ApiError(408, f"the body took more than {timeout:g} s to arrive", code="timeout") from None
+    return decode_body(body, form)
+
+
+def _check_content(request: Request) -> None:
+    """Raise ApiError unless the body is JSON in UTF-8, not compressed."""
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise ApiError(
+            415,
+            f"the body's content encoding is {coding!r:.50}, must be left out: bodies are not decompressed",
+            code=_UNSUPPORTED,
+            headers={"Accept-Encoding": "identity"},
+        )
+    kind, options = request.content_type
+    charset = options.get("charset", "utf-8").lower()
+    if not kind:
+        # Command-line tools leave the type out. A web page must not, because its browser then sends no preflight.
+        is_json = "origin" not in request.headers
+    else:
+        is_json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+    if not is_json or charset not in ("utf-8", "utf8", "us-ascii"):
+        given = request.headers.get("content-type", "missing")
+        raise ApiError(
+            415,
+            f"the body's content type is {given:.100}, must be application/json in UTF-8",
+            code=_UNSUPPORTED,
+            headers={"Accept": "application/json"},
+        )
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        part: bytes = message.get("body", b"")  # type: ignore[assignment]
+        size += len(part)
+        if size <= limit:
+            parts.append(part)
+        else:
+            parts.clear()
+        if not message.get("more_body", False) or size > limit + _DISCARDED_BYTES:
+            break
+    if size > limit:
+        raise ApiError(413, f"the body holds {size} bytes or more, must be at most {limit}")
+    return b"".join(parts)
 
 
 def decode_body(body: bytes, form: type[T]) -> T:
@@ -93,7 +159,7 @@ def _explain(said: str, body: bytes) -> ApiError:
         return _wrong(field, f"{place} {must_be}")
     if not isinstance(value, dict) or not (found["key"] or path.endswith("[...]")):
         return _wrong(field, f"{place} is {format_value(value)}, {must_be}")
-    # An entry of `logit_bias`, the one field whose keys are data: msgspec does not name them.
+    # An entry of `logit_bias`, the one field with data as keys: msgspec does not name them.
     path = path.removesuffix("[...]")
     if found["key"]:
         key = next((key for key in value if not re.fullmatch(r"-?(0|[1-9]\d*)", key)), "")

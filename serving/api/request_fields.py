@@ -33,42 +33,21 @@ class RouteFields(NamedTuple):
 
 
 # Of chat and plain completions.
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json_object": (False,),
-    "guided_decoding_backend": (),
-    "guided_whitespace_pattern": (),
-    "regex": (),
-    "ebnf": (),
-    "grammar": (),
-    "json_schema": (),
-    "best_of": (1,),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "early_stopping": (False,),
-    "watermarking": (False,),
-    "logits_processors": (),
-    "logprob_token_ids": (),
-    "repetition_detection": (),
-    "thinking_token_budget": (-1,),  # no limit
-    "stream_interval": (1,),
-    "return_token_offsets": (False,),
-    "return_prompt_text": (False,),
-    "routed_experts_prompt_start": (0,),
-    "ec_transfer_params": (),
-    "vllm_xargs": (),
-    "lora_path": (),
-    "suffix": (),
-    "tools": (),
-    "tool_choice": ("none", "auto"),
-    "functions": (),
+_REFUSED: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    (
+        "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+        "guided_decoding_backend", "guided_whitespace_pattern", "regex", "ebnf", "grammar", "json_schema",
+        "logits_processors", "logprob_token_ids", "repetition_detection", "ec_transfer_params", "vllm_xargs",
+        "lora_path", "suffix", "tools", "functions",
+    ),
+    (),
+) | {
+    "response_format": ({"type": "text"},), "guided_json_object": (False,), "best_of": (1,),
+    "use_beam_search": (False,), "length_penalty": (1,), "early_stopping": (False,), "watermarking": (False,),
+    "thinking_token_budget": (-1,), "stream_interval": (1,), "return_token_offsets": (False,),
+    "return_prompt_text": (False,), "routed_experts_prompt_start": (0,), "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-}
+}  # fmt: skip
 _IGNORED = frozenset({
     "user", "session_id",  # of the caller
     "return_mm_kwargs",  # of routes that render prompts
@@ -77,21 +56,14 @@ _IGNORED = frozenset({
 
 _CHAT = RouteFields(
     _REFUSED
-    | {
-        "echo": (False,),
-        "audio": (),
-        "modalities": (["text"],),
-        "prediction": (),
-        "reasoning_effort": (),
-        "include_reasoning": (True,),
-        "verbosity": ("medium",),
-        "web_search_options": (),
-        "moderation": (),
-        "documents": (),
-        "chat_template": (),
-        "media_io_kwargs": (),
-        "mm_processor_kwargs": (),
-    },
+    | dict.fromkeys(
+        (
+            "audio", "prediction", "reasoning_effort", "web_search_options", "moderation", "documents",
+            "chat_template", "media_io_kwargs", "mm_processor_kwargs",
+        ),
+        (),
+    )
+    | {"echo": (False,), "modalities": (["text"],), "include_reasoning": (True,), "verbosity": ("medium",)},
     _IGNORED
     | {
         "metadata", "store", "service_tier", "safety_identifier",  # for the platform's own records

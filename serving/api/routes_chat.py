@@ -9,7 +9,7 @@ from msgspec import UNSET
 
 from dispec.engine.errors import InvalidField
 from dispec.serving.api.context import ServedModel, context_of
-from dispec.serving.api.generation import Generation, StreamUsage, start_generation
+from dispec.serving.api.generation import Generation, StreamUsage
 from dispec.serving.api.logprobs import chat_logprobs, prompt_logprobs
 from dispec.serving.api.openapi import describe
 from dispec.serving.api.protocol import (
@@ -39,7 +39,7 @@ async def chat_completions(request: Request) -> ASGIApp:
     prompt = await model.prompts.of_chat(body)
     params = sampling_params(body, model.defaults, len(prompt.token_ids), model.info.max_model_len)
     params = await model.prompts.tokenize_bad_words(params)
-    generation = start_generation(context, request, body, [prompt], params)
+    generation = Generation(context, request, body, [prompt], params)
     responses = _Responses(model, body, generation)
     if body.stream:
         return EventStream(generation, responses.events(), context.settings.keep_alive_seconds)

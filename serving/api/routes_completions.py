@@ -8,7 +8,7 @@ from litestar.types import ASGIApp
 from msgspec import UNSET
 
 from dispec.serving.api.context import ServedModel, context_of
-from dispec.serving.api.generation import Generation, StreamUsage, start_generation
+from dispec.serving.api.generation import Generation, StreamUsage
 from dispec.serving.api.logprobs import CompletionLogprobsBuilder, joined, prompt_logprobs
 from dispec.serving.api.openapi import describe
 from dispec.serving.api.prompts import Truncation
@@ -37,7 +37,7 @@ async def completions(request: Request) -> ASGIApp:
     longest = max(len(prompt.token_ids) for prompt in prompts)
     params = sampling_params(body, model.defaults, longest, model.info.max_model_len)
     params = await model.prompts.tokenize_bad_words(params)
-    generation = start_generation(context, request, body, prompts, params)
+    generation = Generation(context, request, body, prompts, params)
     responses = _Responses(model, body, generation)
     if body.stream:
         return EventStream(generation, responses.events(), context.settings.keep_alive_seconds)
@@ -64,7 +64,7 @@ async def generate(request: Request) -> ASGIApp:
         priority=short.priority,
     )
     params = sampling_params(body, model.defaults, len(prompt.token_ids), max_model_len)
-    generation = start_generation(context, request, body, [prompt], params)
+    generation = Generation(context, request, body, [prompt], params)
     (update,) = await abort_on_disconnect(request.scope, request.receive, generation, generation.collect())
     return JsonResponse(GenerateResponse(update.text, len(update.token_ids)))
 

@@ -27,7 +27,8 @@ async def tokenize(request: Request) -> ASGIApp:
     body = await context.body(request, TokenizeRequest)
     model.check_name(body.model)
     token_ids = await model.prompts.token_ids(body)
-    strings = list(map(model.prompts.tokenizer.token_string, token_ids)) if body.return_token_strs else None
+    token_of = model.prompts.tokenizer.id_to_token
+    strings = [token_of(token) or "" for token in token_ids] if body.return_token_strs else None
     return JsonResponse(TokenizeResponse(len(token_ids), model.info.max_model_len, token_ids, strings))
 
 
@@ -67,7 +68,7 @@ def tokenizer_configuration(tokenizer: Tokenizer, info: EngineInfo) -> dict[str,
     eos_token_id = tokenizer.eos_token_id
     if eos_token_id is None and info.eos_token_ids:  # only config.json names it
         eos_token_id = info.eos_token_ids[0]
-        tokens["eos_token"] = tokenizer.token_string(eos_token_id)
+        tokens["eos_token"] = tokenizer.id_to_token(eos_token_id)
     return {
         **config,
         **tokens,

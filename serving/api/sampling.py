@@ -7,7 +7,7 @@ from dispec.engine.errors import InvalidField
 from dispec.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from dispec.serving.api.protocol import ChatRequest, CompletionRequest
 from dispec.serving.api.request_body import format_value
-from dispec.serving.settings import MAX_CHOICES, MAX_STOPS, MAX_TOKEN_IDS
+from dispec.serving.settings import MAX_STOPS, MAX_TOKEN_IDS
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's
 
@@ -30,8 +30,6 @@ def sampling_params(
     """
     given = {name: value for name in _SAME_NAME if (value := getattr(request, name)) is not None}
     given = {**defaults, **given}
-    if (n := given.get("n", 1)) > MAX_CHOICES:
-        raise InvalidField("n", f"n is {format_value(n)}, must be at most {MAX_CHOICES}")
     for name in ("stop_token_ids", "allowed_token_ids"):
         if (count := len(given.get(name) or ())) > MAX_TOKEN_IDS:
             raise InvalidField(name, f"{name} holds {count} token ids, must be at most {MAX_TOKEN_IDS}")

@@ -1,4 +1,4 @@
-"""Cross-origin resource sharing: the origins whose web pages a browser lets use this server.
+"""Cross-origin resource sharing: the origins of the web pages that may use this server.
 
 Litestar's own middleware is not used: it runs after the check of keys, which a preflight does not carry; it replaces
 a response's `Vary` header; and it answers `*` to requests with credentials, which browsers refuse.

@@ -12,9 +12,9 @@ from dispec.serving.client.errors import (
     EngineDied,
     EngineFailed,
     InvalidRequest,
-    NotReady,
     Overloaded,
     RequestTimedOut,
+    Unavailable,
 )
 
 log = logging.getLogger("dispec.server")
@@ -85,27 +85,28 @@ class ClientLeft(ApiError):
 
 def to_api_error(error: BaseException) -> ApiError:
     """Return the response to an error. The message of an unexpected one is for the log alone."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, Overloaded):
-        return ApiError(503, str(error), code="overloaded", retry_after=error.retry_after)
-    if isinstance(error, NotReady):
-        return ApiError(503, str(error), code="not_ready", retry_after=error.retry_after)
-    if isinstance(error, RequestTimedOut):
-        return ApiError(504, str(error) or "the request took longer than the server allows")
-    if isinstance(error, EngineDied):
-        return ApiError(503, str(error) or "the engine died", code="engine_died", retry_after=5)
-    if isinstance(error, EngineFailed):
-        return ApiError(500, str(error) or "the engine failed at this request", code="engine_error")
-    if isinstance(error, HTTPException):  # some of which are ValueErrors
-        return _of_litestar(error)
-    if isinstance(error, ContextOverflow):
-        return ApiError(400, str(error), param=error.field, code="context_length_exceeded")
-    if isinstance(error, InvalidField | InvalidRequest):
-        return ApiError(400, str(error), param=error.field)
-    if isinstance(error, ValueError):
-        return ApiError(400, str(error))
-    return ApiError(500, f"internal error ({type(error).__name__}): the server's log says more", code="internal_error")
+    message = str(error)
+    match error:
+        case ApiError():
+            return error
+        case Unavailable():
+            code = "overloaded" if isinstance(error, Overloaded) else "not_ready"
+            return ApiError(503, message, code=code, retry_after=error.retry_after)
+        case RequestTimedOut():
+            return ApiError(504, message)
+        case EngineDied():
+            return ApiError(503, message, code="engine_died", retry_after=5)
+        case EngineFailed():
+            return ApiError(500, message, code="engine_error")
+        case HTTPException():  # some are ValueErrors
+            return _of_litestar(error)
+        case InvalidField() | InvalidRequest():
+            code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
+            return ApiError(400, message, param=error.field, code=code)
+        case ValueError():
+            return ApiError(400, message)
+    name = type(error).__name__
+    return ApiError(500, f"internal error ({name}): the server's log says more", code="internal_error")
 
 
 def _of_litestar(error: HTTPException) -> ApiError:

@@ -66,7 +66,7 @@ class LLM:
         options = EngineOptions(*model, **given)
         if options.compile == "background":
             raise ValueError("compile is 'background', which is for a server: an LLM is never idle, use startup or off")
-        self.engine = Engine(options, options.show_progress)
+        self.engine = Engine(options)
         checkpoint = self.engine.checkpoint
         self._tokenizer = None
         if checkpoint is not None:

@@ -79,9 +79,8 @@ class EngineParts:
 class EngineBuilder:
     """Builds the parts of one engine. Call `build` once, in the process's main thread."""
 
-    def __init__(self, options: EngineOptions, show_progress: bool = False) -> None:
+    def __init__(self, options: EngineOptions) -> None:
         self._options = options
-        self._show_progress = show_progress
         self._device = options.torch_device()
         self._dtype = DTYPES[options.dtype]
         self._phase_seconds: dict[str, float] = {}
@@ -198,7 +197,7 @@ class EngineBuilder:
         if self._options.load_format == "dummy" or checkpoint is None:
             return dummy_weights(config, self._dtype, self._device, self._options.seed, shard, pack)
         with tqdm(
-            desc="loading weights", unit="param", unit_scale=True, disable=not self._show_progress, leave=False
+            desc="loading weights", unit="param", unit_scale=True, disable=not self._options.show_progress, leave=False
         ) as bar:
             tensors = checkpoint.tensors(self._dtype)
             return load_weights(config, tensors, self._dtype, self._device, bar.update, borrowed, shard, pack)
@@ -295,7 +294,7 @@ class EngineBuilder:
     def _compile(self, runner: ModelRunner, speculator: Speculator | None) -> None:
         pieces = compile_pieces(runner, speculator)
         with self._phase("compile"):
-            for _ in tqdm(pieces, desc="compiling", unit="graph", disable=not self._show_progress, leave=False):
+            for _ in tqdm(pieces, desc="compiling", unit="graph", disable=not self._options.show_progress, leave=False):
                 pass
 
     @contextmanager

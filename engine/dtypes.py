@@ -1,4 +1,4 @@
-"""The dtypes that a model can be loaded in, by the names that options have for them."""
+"""The dtypes that a model can be loaded in, by their names in options."""
 
 import torch
 

@@ -44,10 +44,10 @@ class Engine:
     compiled_seconds: from the start to the first compiled step, if the engine answered eagerly before.
     """
 
-    def __init__(self, options: EngineOptions, show_progress: bool = False) -> None:
+    def __init__(self, options: EngineOptions) -> None:
         self._start_time = time.perf_counter()
         self.options = options
-        parts = EngineBuilder(options, show_progress).build()
+        parts = EngineBuilder(options).build()
         self.checkpoint = parts.checkpoint
         self.config = parts.config
         self.kv_plan = parts.kv_plan
@@ -234,7 +234,7 @@ class Engine:
                     priority=priority,
                     cache_salt=cache_salt,
                     slack=slack,
-                    logits_processors=processors if processors.edits or processors.masks else None,
+                    logits_processors=processors if processors.has_edits or processors.has_mask else None,
                 )
             )
         for choice in choices:

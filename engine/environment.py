@@ -1,4 +1,4 @@
-"""Whether this machine can run the engine, found out by trying: each probe does a small piece of the real work."""
+"""Probes of this machine: each does a small piece of the engine's work and reports whether it works."""
 
 import os
 import tempfile
@@ -39,7 +39,7 @@ _TINY = ModelConfig(
 
 
 class Outcome(NamedTuple):
-    """What came of trying something; `reason` is empty where it worked."""
+    """The outcome of a probe. reason: of a failure; empty otherwise."""
 
     works: bool
     reason: str
@@ -57,12 +57,12 @@ class Device(NamedTuple):
 
 
 def versions() -> dict[str, str | None]:
-    """Of torch and of the CUDA that it was built for, if it was."""
+    """Return the version of torch, and of the CUDA that it was built for, if any."""
     return {"torch": torch.__version__, "cuda": torch.version.cuda}
 
 
 def threads() -> int:
-    """CPU threads that an engine takes unless it is told otherwise."""
+    """Return the number of CPU threads that an engine takes by default."""
     return EngineOptions(model=_TINY, load_format="dummy").num_threads()
 
 
@@ -138,7 +138,7 @@ def try_bf16(device: str) -> Outcome:
 
 
 def try_cpu_kernels() -> Outcome:
-    """Build our C++ kernels, or find them built. An engine too builds them elsewhere if the cache cannot be written."""
+    """Build our C++ kernels, or find them built; in a temporary directory if the cache cannot be written."""
 
     def run() -> None:
         try:
@@ -151,7 +151,7 @@ def try_cpu_kernels() -> Outcome:
 
 
 def try_packed_bf16() -> Outcome:
-    """Multiply with a weight in the CPU's own layout, which is what makes small batches fast there."""
+    """Multiply with a weight in the CPU's packed layout, which makes small batches fast."""
 
     def run() -> None:
         x, weight = (_random(rows, 128, rows).to(torch.bfloat16) for rows in (4, 64))
@@ -193,7 +193,7 @@ def _random(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 @contextmanager
 def _empty_compile_cache() -> Iterator[None]:
-    """Have the compiler start with an empty cache, which is removed afterwards."""
+    """Give the compiler an empty cache, and remove it afterwards."""
     with tempfile.TemporaryDirectory(prefix="dispec-env-check-", ignore_cleanup_errors=True) as directory:
         changed = {"TORCHINDUCTOR_CACHE_DIR": directory, "TRITON_CACHE_DIR": directory}
         before = {name: os.environ.get(name) for name in changed}
@@ -227,7 +227,7 @@ def _attempt(run: Callable[[], object]) -> Outcome:
     try:
         with torch.inference_mode():
             run()
-    except Exception as error:  # anything at all can be wrong with a machine, and all of it is to be told
+    except Exception as error:  # a machine can fail in any way
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Outcome(False, first, time.perf_counter() - start)
     return Outcome(True, "", time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Errors that a user can cause. This file imports nothing, so that the front process shares it without torch."""
+"""Errors that a user can cause. This file imports nothing: the server process uses it without torch."""
 
 
 class CheckpointError(ValueError):
@@ -16,12 +16,12 @@ class InvalidField(ValueError):
 class ContextOverflow(InvalidField):
     """A prompt leaves no room in the context for an answer.
 
-    The sentence has the phrases by which clients know the error: vLLM's "this model's maximum context length is", which
-    LiteLLM looks for, and "prompt is too long", LangChain's.
+    The message has the phrases by which clients recognize the error: "this model's maximum context length is" (vLLM,
+    LiteLLM) and "prompt is too long" (LangChain).
     """
 
     def __init__(self, field: str, holds: str, max_model_len: int) -> None:
-        """`holds` says which part of the request is too long, and how long it is: "prompt has 600 tokens"."""
+        """holds: the part of the request that is too long and its length, as in "prompt has 600 tokens"."""
         limit = f"must be below max_model_len ({max_model_len})"
         known_as = f"the prompt is too long, this model's maximum context length is {max_model_len} tokens"
         super().__init__(field, f"{holds}, {limit}: {known_as}")

@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint, whose faults are told in one sentence."""
+"""JSON files of a checkpoint."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from dispec.engine.errors import CheckpointError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, empty where there is no file. Raises CheckpointError for anything else."""
+    """Return the object in a file, empty without a file. Raises CheckpointError for anything else."""
     if not path.is_file():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""A lock that threads get in the order in which they asked for it."""
+"""A lock that threads acquire in the order of asking."""
 
 import threading
 from collections import deque
@@ -6,21 +6,20 @@ from types import TracebackType
 
 
 class FairLock:
-    """A mutual exclusion lock without starvation.
+    """A mutual exclusion lock that passes from its holder to the thread that has waited longest.
 
-    A thread that takes a `threading.Lock` again right after its release nearly always gets it, even if others wait: a
-    thread that runs step after step would keep all others out. This lock passes from its holder to the thread that has
-    waited longest.
+    A thread that acquires a `threading.Lock` again right after its release nearly always gets it, even if others wait:
+    a thread that runs step after step would starve all others.
     """
 
     def __init__(self) -> None:
-        # Reentrant, because a generator that is collected while this is held may ask for the lock in the same thread.
+        # Reentrant, because a generator that is collected while it is held may acquire the lock in the same thread.
         self._state = threading.RLock()
         self._waiting: deque[threading.Lock] = deque()
         self._is_held = False
 
     def acquire(self, blocking: bool = True) -> bool:
-        """Take the lock; returns whether it was taken, which without `blocking` may not be so."""
+        """Acquire the lock, and return True; without `blocking`, return False if it is held."""
         with self._state:
             if not self._is_held:
                 self._is_held = True
@@ -42,7 +41,7 @@ class FairLock:
         return True
 
     def release(self) -> None:
-        """Pass the lock on."""
+        """Pass the lock to the thread that has waited longest, if one waits."""
         with self._state:
             if self._waiting:
                 self._waiting.popleft().release()

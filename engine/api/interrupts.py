@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps of the engine, and not amid one."""
+"""Ctrl-C at the end of an engine step instead of within one."""
 
 import signal
 import threading
@@ -9,9 +9,9 @@ from types import FrameType
 
 @contextmanager
 def deferred_interrupt() -> Iterator[None]:
-    """Raise the KeyboardInterrupt of a first Ctrl-C at the end of the block. A second one does not wait.
+    """Raise the KeyboardInterrupt of a first Ctrl-C at the end of the block, and that of a second one at once.
 
-    Where Ctrl-C has another handler than Python's own, or in another thread than the main one, nothing changes.
+    Nothing changes outside of the main thread, or where Ctrl-C has another handler than Python's own.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

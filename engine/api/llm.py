@@ -1,4 +1,4 @@
-"""The Python face of the engine: `LLM.generate`, `.chat`, `.stream`."""
+"""The Python API of the engine: `LLM.generate`, `.chat`, `.stream`."""
 
 import inspect
 from collections.abc import Callable, Generator, Mapping
@@ -25,10 +25,10 @@ _P = ParamSpec("_P")
 Messages = Series[Mapping[str, Any]]
 Params = SamplingParams | Series[SamplingParams] | None
 
-# Where a name belongs that was given to something else.
+# Where a name belongs that was passed to another function.
 _IN_PARAMS = {"params=SamplingParams({}=…)": field_names(SamplingParams)}
 _IN_LLM = {"LLM({}=…)": field_names(EngineOptions)}
-# What templates of other models declare.
+# Variables that templates of other models declare.
 _OF_TEMPLATES: tuple[str, ...] = ("enable_thinking", "thinking", "reasoning_effort", "documents")
 _IN_TEMPLATES = {"chat_template_kwargs={{{!r}: …}}": _OF_TEMPLATES}
 _TEMPLATE_ARGUMENTS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
@@ -50,7 +50,7 @@ def _with_parameters_of(
 
 
 class LLM:
-    """A model, ready to answer.
+    """A loaded model.
 
         with LLM("smollm2") as llm:
             llm.generate(["Once upon a time"], SamplingParams(max_tokens=64))[0].text
@@ -66,7 +66,7 @@ class LLM:
         options = EngineOptions(*model, **given)
         if options.compile == "background":
             raise ValueError("compile is 'background', which is for a server: an LLM is never idle, use startup or off")
-        self.engine = Engine(options, options.show_progress)
+        self.engine = Engine(options)
         checkpoint = self.engine.checkpoint
         self._tokenizer = None
         if checkpoint is not None:
@@ -74,7 +74,7 @@ class LLM:
         self._shared = SharedEngine(self.engine, self._tokenizer)
 
     def close(self) -> None:
-        """End what the engine has started: other processes, connections. Nothing can be asked afterwards."""
+        """End the processes and connections of the engine. Later calls raise RuntimeError."""
         self._shared.close()
 
     def __enter__(self) -> "LLM":
@@ -98,21 +98,22 @@ class LLM:
         use_tqdm: bool | None = None,
         **unknown: Any,
     ) -> list[Completion]:
-        """Continue one prompt or many; the completions in the prompts' order.
+        """Continue one prompt or many, and return the completions in the prompts' order.
 
-        A prompt is a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids`, and `cache_salt`
-        where its cached prefixes are for prompts of the same salt alone. `params` is one for all or one each. A
-        progress bar shows for eight prompts and more on a terminal, or as `use_tqdm` says. Raises ValueError, before
-        anything runs, if any prompt cannot be served.
+        prompts: each a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids` and optionally
+            `cache_salt`; a prompt shares cached prefixes only with prompts of the same salt.
+        params: one for all prompts, or one for each.
+        use_tqdm: show a progress bar; by default for eight prompts or more on a terminal.
+        Raises ValueError, before anything runs, if any prompt cannot be served.
         """
         refuse_unknown("generate", unknown, ("prompts", "params", "use_tqdm"), _IN_PARAMS | _IN_LLM)
         several = as_prompts(prompts)
         return self._generate(several, _one_each(params, len(several)), use_tqdm)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **unknown: Any) -> Generator[Piece]:
-        """Continue one prompt, yielding text as it becomes certain. Closing the iterator aborts the request.
+        """Continue one prompt and yield its tokens with their text.
 
-        The prompt begins to run when the iterator is first read.
+        The request starts when the iterator is first read. Closing the iterator aborts it.
         """
         refuse_unknown("stream", unknown, ("prompt", "params"), _IN_PARAMS | _IN_LLM)
         prompts = as_prompts(prompt)
@@ -138,9 +139,9 @@ class LLM:
         use_tqdm: bool | None = None,
         **template: Any,
     ) -> Completion | list[Completion]:
-        """Answer a conversation, or each of several, in the model's own chat template.
+        """Answer a conversation, or each of several, with the model's chat template.
 
-        `template` is as in `chat_prompt`, `params` and `use_tqdm` as in `generate`.
+        params, use_tqdm: as in `generate`. template: as in `chat_prompt`.
         """
         own = ("messages", "params", "use_tqdm", "allow_special_tokens_in_content")
         self._check_template_names("chat", template, own)
@@ -161,13 +162,12 @@ class LLM:
     def chat_prompt(
         self, messages: Messages, *, allow_special_tokens_in_content: bool = False, **template: Any
     ) -> list[int]:
-        """The token ids of a conversation in the model's chat template, ready for the assistant's turn.
+        """Return the token ids of a conversation in the model's chat template, up to the assistant's turn.
 
-        Special tokens that messages spell out are text, unless `allow_special_tokens_in_content`.
-
+        allow_special_tokens_in_content: special tokens spelled out in messages are special tokens, and not text.
         template: `tools`, `add_generation_prompt`, `continue_final_message`, and variables that the template declares,
-        such as `enable_thinking`; another name raises ValueError. `chat_template_kwargs` is a mapping of variables
-        that need not be declared, for calls that are to work with any template.
+            such as `enable_thinking`; another name raises ValueError. `chat_template_kwargs` is a mapping of variables
+            that need not be declared.
         """
         self._check_template_names("chat_prompt", template, ("messages", "allow_special_tokens_in_content"))
         more = template.pop("chat_template_kwargs", None) or {}
@@ -207,7 +207,7 @@ class LLM:
 
 
 def _one_each(params: Params, count: int) -> list[SamplingParams]:
-    """The parameters of each prompt. Raises ValueError for anything else than SamplingParams."""
+    """Return the parameters of each prompt. Raises ValueError for anything but SamplingParams."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if isinstance(params, Mapping):

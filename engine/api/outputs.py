@@ -1,4 +1,4 @@
-"""What a request gets back."""
+"""The results of a request: completions, and pieces of a stream."""
 
 from dataclasses import dataclass
 
@@ -7,22 +7,23 @@ from dispec.engine.scheduling.sequence import FinishReason, TokenLogprobs
 
 @dataclass(frozen=True)
 class Timing:
-    """When what happened to a request, in seconds from its arrival. `first_token` includes queueing and prefill."""
+    """Seconds from a request's arrival to its first token, queueing and prefill included, and to its end."""
 
     first_token: float
     finished: float
 
     def tokens_per_second(self, num_tokens: int) -> float:
-        """The rate of decoding after the first token; 0 where there was only one."""
+        """Return the rate of decoding after the first token; 0 for a single token."""
         elapsed = self.finished - self.first_token
         return (num_tokens - 1) / elapsed if num_tokens > 1 and elapsed > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One continuation. `text` leaves special tokens out (unless asked not to), `token_ids` has them.
+    """One continuation of a prompt.
 
-    stop_reason: the stop string or the one of `stop_token_ids` that ended it.
+    token_ids: with special tokens, which `text` has only without `skip_special_tokens`.
+    stop_reason: the stop string, or the one of `stop_token_ids`, that ended the choice.
     logprobs: of each of `token_ids`, where asked for.
     """
 
@@ -36,10 +37,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished request: `n` choices, the first of which can be read off directly.
+    """A finished request: its `n` choices, the first of which is also read from the properties.
 
-    prompt_logprobs: of each token of the prompt, where asked for; the first one's is None.
-    num_cached_tokens: prompt tokens whose keys and values were already in the cache.
+    prompt_logprobs: of each token of the prompt, where asked for; the first token's is None.
+    num_cached_tokens: prompt tokens that were found in the KV cache.
     """
 
     prompt_token_ids: list[int]
@@ -74,10 +75,9 @@ class Completion:
 
 @dataclass(frozen=True)
 class Piece:
-    """News of a streamed request: the text of one choice that has become certain, and on the very last piece the
-    whole completion.
+    """A token of a streamed request, with the text that it makes certain.
 
-    index: of the choice. finish_reason: on the choice's last piece.
+    index: of the choice. finish_reason: in the choice's last piece. completion: in the request's last piece.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""The forms in which `LLM` takes prompts, as one."""
+"""The forms of prompts that `LLM` takes, normalized to one."""
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Series
@@ -12,17 +12,17 @@ _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
 
 class PromptInput(NamedTuple):
-    """A prompt, as text or as token ids. `cache_salt`: only prompts of the same one share cached prefixes."""
+    """A prompt as text or token ids. cache_salt: prefixes are shared only with prompts of the same salt."""
 
     content: str | list[int]
     cache_salt: str | None = None
 
 
 def as_prompts(prompts: Prompt | Series[Prompt]) -> list[PromptInput]:
-    """One prompt or many as a list. One is a text, a list of token ids, or a mapping as vLLM takes it: with `prompt` or
-    `prompt_token_ids`, and perhaps `cache_salt`.
+    """Return one prompt or many as a list.
 
-    Raises ValueError if there is none, or naming the one that is something else.
+    A prompt is a text, a list of token ids, or a mapping as in vLLM: `prompt` or `prompt_token_ids`, and optionally
+    `cache_salt`. Raises ValueError for an empty list, or for the first item that is none of these.
     """
     if isinstance(prompts, str | Mapping):
         return [_as_prompt(prompts, "prompt")]
@@ -60,7 +60,7 @@ def _from_mapping(given: Mapping[str, Any], where: str) -> PromptInput:
         raise ValueError(f"{where}: prompt_token_ids is {type(token_ids).__name__}, must be a list of token ids")
     if salt is not None and not (isinstance(salt, str) and salt):
         raise ValueError(f"{where}: cache_salt is {salt!r:.50}, must be a text that is not empty")
-    # Beside token ids a text only says what they spell.
+    # Given both, the text only spells the token ids.
     content: Any = text if token_ids is None else list(token_ids)
     return PromptInput(content, salt)
 

@@ -1,73 +1,60 @@
-"""A request between its start and its completion: the engine's tokens in, pieces of text out."""
+"""A request between its start and its completion: tokens in, text out."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dispec.engine.api.outputs import Choice, Completion, Timing
-from dispec.engine.scheduling.sequence import Sequence, TokenLogprobs
+from dispec.engine.scheduling.scheduler_output import TokenOutput
+from dispec.engine.scheduling.sequence import Sequence
 from dispec.engine.text.text_stream import TextStream
 
 
 @dataclass
 class RunningChoice:
-    """One continuation of a prompt. `num_tokens` counts those before a stop string, which may be noticed later."""
+    """One continuation of a prompt. result: once it has ended, which may be before the sequence does."""
 
     sequence: Sequence
     text: TextStream
+    result: Choice | None = None
     num_tokens: int = 0
-    first_token: float = 0.0
-    finished: float = 0.0
+    first_token_seconds: float = 0.0
 
-    def take(self, token_id: int, ends: bool, is_last: bool) -> str:
-        """Note a token's arrival; the text that it makes certain. May find that a stop string ends the choice."""
-        now = time.perf_counter() - self.sequence.arrival_time
+    def process(self, output: TokenOutput) -> str:
+        """Return the text that a token makes certain, and set `result` if the token ends the choice."""
+        sequence, params = self.sequence, self.sequence.params
+        seconds = time.perf_counter() - sequence.arrival_time
+        self.first_token_seconds = self.first_token_seconds or seconds
         self.num_tokens += 1
-        self.first_token = self.first_token or now
-        self.finished = now
-        new = self.text.add(token_id, ends=ends)
-        return new + self.text.finish() if is_last else new
-
-    def choice(self) -> Choice:
-        sequence, reason = self.sequence, self.sequence.finish_reason
-        assert reason is not None
+        reason = output.finish_reason
+        text = self.text.add(output.token_id, ends=reason == "stop")
+        if reason is not None:
+            text += self.text.finish()
         stop_reason: str | int | None = self.text.stop_reason
-        last = sequence.token_ids[-1]
         if stop_reason is not None:
             reason = "stop"
-        elif reason == "stop" and last in sequence.params.stop_token_ids:
-            stop_reason = last
-        return Choice(
-            token_ids=sequence.output_token_ids[: self.num_tokens],
-            text=self.text.text,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            logprobs=self._logprobs(),
-            timing=Timing(self.first_token, self.finished),
-        )
+        elif reason == "stop" and output.token_id in params.stop_token_ids:
+            stop_reason = output.token_id
+        if reason is not None:
+            self.result = Choice(
+                token_ids=sequence.output_token_ids[: self.num_tokens],
+                text=self.text.text,
+                finish_reason=reason,
+                stop_reason=stop_reason,
+                logprobs=sequence.logprobs[: self.num_tokens] if params.logprobs is not None else None,
+                timing=Timing(self.first_token_seconds, seconds),
+            )
+        return text
 
-    def _logprobs(self) -> list[TokenLogprobs] | None:
-        return self.sequence.logprobs[: self.num_tokens] if self.sequence.params.logprobs is not None else None
 
-
-@dataclass
-class RunningRequest:
-    """A prompt with its choices, and those that have ended."""
-
-    choices: list[RunningChoice]
-    done: list[Choice | None] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.done = [None] * len(self.choices)
-
-    def completion(self) -> Completion | None:
-        """The whole, once every choice has ended."""
-        choices = tuple(choice for choice in self.done if choice is not None)
-        if len(choices) < len(self.choices):
-            return None
-        first = self.choices[0].sequence
-        return Completion(
-            prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
-            choices=choices,
-            prompt_logprobs=[None, *first.prompt_logprobs] if first.params.prompt_logprobs is not None else None,
-            num_cached_tokens=first.num_cached_tokens or 0,
-        )
+def completion_of(choices: list[RunningChoice]) -> Completion | None:
+    """Return the completion of a request; None while one of its choices runs."""
+    results = tuple(choice.result for choice in choices if choice.result is not None)
+    if len(results) < len(choices):
+        return None
+    first = choices[0].sequence
+    return Completion(
+        prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
+        choices=results,
+        prompt_logprobs=[None, *first.prompt_logprobs] if first.params.prompt_logprobs is not None else None,
+        num_cached_tokens=first.num_cached_tokens or 0,
+    )

@@ -13,7 +13,7 @@ from dispec.engine.api.fair_lock import FairLock
 from dispec.engine.api.interrupts import deferred_interrupt
 from dispec.engine.api.outputs import Piece
 from dispec.engine.api.prompts import PromptInput
-from dispec.engine.api.running_request import RunningChoice, RunningRequest
+from dispec.engine.api.running_request import RunningChoice, completion_of
 from dispec.engine.engine import Engine
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.scheduler_output import TokenOutput
@@ -23,38 +23,39 @@ from dispec.engine.text.tokenizer import Tokenizer
 
 @dataclass(eq=False)
 class _Call:
-    """Requests that one caller waits for, and their pieces in the order of arrival, each with its request's index.
+    """The requests of one caller, each a list of choices.
 
-    num_open: choices that have not ended. error: why there are no more pieces.
+    pieces: in the order of arrival, each with its request's index, until the caller reads them.
+    num_open: choices that have not ended.
+    error: the reason why no more pieces come.
     """
 
-    requests: list[RunningRequest] = field(default_factory=list)
+    requests: list[list[RunningChoice]] = field(default_factory=list)
     pieces: deque[tuple[int, Piece]] = field(default_factory=deque)
     num_open: int = 0
     error: RuntimeError | None = None
 
 
 class SharedEngine:
-    """Runs requests of several callers in one batch.
+    """Runs requests of several callers in one batch, without a thread of its own.
 
-    No thread of its own: a caller that waits for a piece runs a step, and every output of it goes to the call that it
-    belongs to. One thread at a time uses the engine, for one step, in the order in which they asked.
+    A caller that waits for a piece runs a step, and each output goes to the call of its request. One thread at a time
+    uses the engine, for one step, in the order of asking.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._lock = FairLock()
-        self._requests: dict[str, tuple[_Call, int]] = {}  # call, and index of the request in it, by request id
+        self._places: dict[str, tuple[_Call, int]] = {}  # call, and index of the request in it, by request id
         self._abandoned: deque[_Call] = deque()
         self._thread = threading.get_ident()
         self._is_closed = False
 
     def run(self, prompts: Series[PromptInput], params: Series[SamplingParams]) -> Generator[tuple[int, Piece]]:
-        """Start requests and yield each of their tokens as it comes, with its request's index. Closing the iterator
-        aborts what has not ended.
+        """Start requests and yield a piece for each of their tokens, with its request's index.
 
-        Raises ValueError, before anything runs, if a prompt cannot be served.
+        Closing the iterator aborts the requests. Raises ValueError, before anything runs, if a prompt cannot be served.
         """
         call = _Call()
         try:
@@ -79,31 +80,34 @@ class SharedEngine:
                 self._engine.close()
 
     def _start(self, call: _Call, prompts: Series[PromptInput], params: Series[SamplingParams]) -> None:
-        # Outside of the lock, as long texts take their time.
-        tokens = [self._tokenize(prompt, _where(index, prompts)) for index, prompt in enumerate(prompts)]
-        edited = [without_texts(param, self._tokenizer) for param in params]
+        # Outside of the lock, as long texts take long to tokenize.
+        token_ids = [self._tokenize(prompt, _name(index, prompts)) for index, prompt in enumerate(prompts)]
+        engine_params = [without_texts(param, self._tokenizer) for param in params]
         with deferred_interrupt(), self._lock:
             self._check_usable()
-            for index, (token_ids, prompt, param) in enumerate(zip(tokens, prompts, params, strict=True)):
+            for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
                 try:
-                    first = self._engine.add(token_ids, edited[index], cache_salt=prompt.cache_salt)
+                    first = self._engine.add(token_ids[index], engine_params[index], cache_salt=prompt.cache_salt)
                 except ValueError as error:
-                    raise ValueError(f"{_where(index, prompts)}{error}") from error
-                texts = [TextStream(self._tokenizer, param, token_ids) for _ in first.choices]
-                choices = [RunningChoice(*pair) for pair in zip(first.choices, texts, strict=True)]
-                call.requests.append(RunningRequest(choices))
-                call.num_open += len(choices)
-                self._requests[first.request_id] = (call, index)
+                    raise ValueError(f"{_name(index, prompts)}{error}") from error
+                call.requests.append(
+                    [
+                        RunningChoice(sequence, TextStream(self._tokenizer, param, token_ids[index]))
+                        for sequence in first.choices
+                    ]
+                )
+                call.num_open += len(first.choices)
+                self._places[first.request_id] = call, index
 
-    def _tokenize(self, prompt: PromptInput, where: str) -> list[int]:
+    def _tokenize(self, prompt: PromptInput, name: str) -> list[int]:
         if not isinstance(prompt.content, str):
             return prompt.content
         if self._tokenizer is None:
-            raise ValueError(f"{where}this model was made from a ModelConfig and has no tokenizer: pass token ids")
+            raise ValueError(f"{name}this model was made from a ModelConfig and has no tokenizer: pass token ids")
         return self._tokenizer.encode(prompt.content)
 
     def _step_for(self, call: _Call) -> None:
-        """Run a step, unless one of another thread has brought pieces for this call in the meantime."""
+        """Run a step, unless a step of another thread has brought pieces for this call in the meantime."""
         with deferred_interrupt(), self._lock:
             if call.pieces or call.error is not None:
                 return
@@ -113,35 +117,37 @@ class SharedEngine:
                 raise RuntimeError(
                     "the request was ended by something other than this LLM, which still waits for its tokens"
                 )
-            with self._as_made():
+            with self._thread_state():
                 outputs = self._engine.step()
             for output in outputs:
-                self._hand_over(output)
+                self._distribute(output)
             for sequence in self._engine.failed:
-                if sequence.request_id in self._requests:
-                    owner, _ = self._requests[sequence.request_id]
-                    owner.error = RuntimeError(f"the engine failed: {sequence.error}")
+                if sequence.request_id in self._places:
+                    failed_call, _ = self._places[sequence.request_id]
+                    failed_call.error = RuntimeError(f"the engine failed: {sequence.error}")
         self._abort_abandoned()
 
-    def _hand_over(self, output: TokenOutput) -> None:
-        if output.request_id not in self._requests:
+    def _distribute(self, output: TokenOutput) -> None:
+        """Append the piece of a token to its call."""
+        place = self._places.get(output.request_id)
+        if place is None:
             return
-        call, number = self._requests[output.request_id]
-        request = call.requests[number]
-        choice = request.choices[output.index]
-        finished = output.finish_reason
-        text = choice.take(output.token_id, ends=finished == "stop", is_last=finished is not None)
+        call, request_index = place
+        choices = call.requests[request_index]
+        choice = choices[output.index]
+        if choice.result is not None:
+            return  # a token after a stop string, of the same step
+        text = choice.process(output)
+        finish_reason = completion = None
         if choice.text.stop_reason is not None:
-            finished = "stop"
             self._engine.finish(choice.sequence, "stop")
-        completion = None
-        if finished is not None:
+        if choice.result is not None:
             call.num_open -= 1
-            request.done[output.index] = choice.choice()
-            completion = request.completion()
+            finish_reason = choice.result.finish_reason
+            completion = completion_of(choices)
             if completion is not None:
-                del self._requests[output.request_id]
-        call.pieces.append((number, Piece(text, output.token_id, output.index, finished, completion)))
+                del self._places[output.request_id]
+        call.pieces.append((request_index, Piece(text, output.token_id, output.index, finish_reason, completion)))
 
     def _abort_abandoned(self) -> None:
         """Abort the requests of abandoned calls, or leave that to the thread that has the lock."""
@@ -157,26 +163,26 @@ class SharedEngine:
     def _abort_calls(self) -> None:
         while self._abandoned:
             call = self._abandoned.popleft()
-            for request in call.requests:
-                if self._requests.pop(request.choices[0].sequence.request_id, None) is not None:
-                    for choice in request.choices:
+            for choices in call.requests:
+                if self._places.pop(choices[0].sequence.request_id, None) is not None:
+                    for choice in choices:
                         self._engine.abort(choice.sequence)
 
     def _check_usable(self) -> None:
         if self._is_closed:
             raise RuntimeError("this LLM is closed")
-        ranks = self._engine.options.tensor_parallel_size
-        if ranks > 1 and self._engine.device.type == "cuda" and threading.get_ident() != self._thread:
+        num_ranks = self._engine.options.tensor_parallel_size
+        if num_ranks > 1 and self._engine.device.type == "cuda" and threading.get_ident() != self._thread:
             raise RuntimeError(
-                f"tensor_parallel_size is {ranks}: on CUDA such an LLM answers in the thread that made it, whose"
-                " graphs it replays"
+                f"tensor_parallel_size is {num_ranks}: on CUDA such an LLM answers in the thread that made it alone,"
+                " because it replays that thread's graphs"
             )
 
-    def _as_made(self) -> AbstractContextManager[object]:
-        """What torch keeps for each thread, as it is in the one that made the engine."""
+    def _thread_state(self) -> AbstractContextManager[object]:
+        """Set what torch keeps for each thread as it is in the thread that made the engine."""
         torch.get_num_threads()  # a thread that has not called it has an OpenMP team of its own size
         return torch.cuda.device(self._engine.device) if self._engine.device.type == "cuda" else nullcontext()
 
 
-def _where(index: int, prompts: Series[PromptInput]) -> str:
+def _name(index: int, prompts: Series[PromptInput]) -> str:
     return f"prompts[{index}]: " if len(prompts) > 1 else ""

@@ -1,4 +1,4 @@
-"""The engine process's line to the front: messages both ways, and its log."""
+"""The engine process's channel to the frontend: messages both ways, and the log."""
 
 import logging
 import sys
@@ -10,31 +10,33 @@ from typing import Any
 import msgspec
 import zmq
 
-from dispec.engine.process.messages import FromEngine, FromFront, Log, encode
+from dispec.engine.process.messages import EngineMessage, FrontendMessage, Log, encode
 
 log = logging.getLogger("dispec")
 
 
 class Channel:
-    """The two sockets to the front. It belongs to the thread that made it."""
+    """The two sockets to the frontend. A channel belongs to the thread that made it."""
 
     def __init__(self, directory: str) -> None:
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)
         self._outbox = self._context.socket(zmq.PUSH)
         for socket in (self._inbox, self._outbox):
-            socket.setsockopt(zmq.RCVHWM, 0)  # what may be under way at once is bounded by the front's queue
+            socket.setsockopt(zmq.RCVHWM, 0)  # messages are bounded by the frontend's queue of requests
             socket.setsockopt(zmq.SNDHWM, 0)
         self._inbox.connect(f"ipc://{directory}/to-engine")
         self._outbox.connect(f"ipc://{directory}/to-front")
-        self._decoder = msgspec.msgpack.Decoder(FromFront)
+        self._decoder = msgspec.msgpack.Decoder(FrontendMessage)
 
-    def send(self, message: FromEngine) -> None:
+    def send(self, message: EngineMessage) -> None:
         self._outbox.send(encode(message))
 
-    def receive(self, *, wait: bool, wake_ups: Iterable[int] = ()) -> FromFront | None:
-        """The next message; None if there is none and it shall not `wait`, or when one of `wake_ups` becomes
-        readable."""
+    def receive(self, *, wait: bool, wake_ups: Iterable[int] = ()) -> FrontendMessage | None:
+        """Return the next message, or None when none has come.
+
+        wait: until a message comes or one of the file descriptors `wake_ups` becomes readable.
+        """
         if wait and wake_ups:
             poller = zmq.Poller()
             poller.register(self._inbox, zmq.POLLIN)
@@ -46,16 +48,16 @@ class Channel:
             data = self._inbox.recv(0 if wait else zmq.NOBLOCK)
         except zmq.Again:
             return None
-        message: FromFront = self._decoder.decode(data)
+        message: FrontendMessage = self._decoder.decode(data)
         return message
 
     def close(self) -> None:
-        """Leave when everything has been handed over, or after five seconds."""
+        """Close the sockets once all messages are delivered, or after five seconds."""
         self._context.destroy(linger=5000)
 
 
-class _LogToFront(logging.Handler):
-    """Hands log lines to the front, which knows where they go."""
+class _FrontendHandler(logging.Handler):
+    """Sends log lines to the frontend; those of other threads go to standard error."""
 
     def __init__(self, channel: Channel) -> None:
         super().__init__()
@@ -71,9 +73,9 @@ class _LogToFront(logging.Handler):
             print(text, file=sys.stderr)
 
 
-def log_to_front(channel: Channel) -> None:
+def log_to_frontend(channel: Channel) -> None:
     """Send log lines and warnings over the channel instead of writing them."""
-    handler = _LogToFront(channel)
+    handler = _FrontendHandler(channel)
     for name in ("dispec", "engine"):
         logger = logging.getLogger(name)
         logger.addHandler(handler)

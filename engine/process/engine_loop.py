@@ -1,7 +1,7 @@
 """The engine as a process: `python -m dispec.engine.process.engine_loop DIRECTORY`, a child of the server.
 
-The directory holds two sockets, one for each way. Standard input brings the options in its first line, and ends when
-the front does. Between two steps the engine reads whatever has arrived; without work it sleeps until something does.
+The directory holds two sockets, one for each direction. The first line of standard input brings the options; standard
+input ends with the server. The engine reads one message between two steps, and without work sleeps until one comes.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ import msgspec
 
 from dispec.engine.errors import InvalidField
 from dispec.engine.machine.cache_directory import remove_substitutes
-from dispec.engine.process.channel import Channel, log_to_front
-from dispec.engine.process.last_words import last_words
+from dispec.engine.process.channel import Channel, log_to_frontend
+from dispec.engine.process.crash_report import report_crash
 from dispec.engine.process.messages import (
-    EXIT_AFTER_LAST_WORDS,
+    EXIT_AFTER_CRASH_REPORT,
     Abort,
     Accepted,
     EngineInfo,
     Failed,
-    FromFront,
+    FrontendMessage,
     Inspect,
     Inspection,
     IsCompiled,
@@ -57,7 +57,7 @@ class _Request(NamedTuple):
 
 
 class EngineLoop:
-    """Serves what the channel brings with an engine, one step after another."""
+    """Serves the requests of a channel with an engine, one step after another."""
 
     def __init__(self, engine: "Engine", channel: Channel) -> None:
         self._engine = engine
@@ -68,7 +68,7 @@ class EngineLoop:
         self._is_compiled = engine.runner.is_compiled
 
     def run(self) -> None:
-        """Until the front says that it is enough."""
+        """Run steps and handle messages until `Shutdown`."""
         while self._is_running:
             engine = self._engine
             message = self._channel.receive(
@@ -84,7 +84,7 @@ class EngineLoop:
                 self._is_compiled = engine.runner.is_compiled
                 self._channel.send(IsCompiled(engine.compiled_seconds or 0.0))
 
-    def _handle(self, message: FromFront) -> None:
+    def _handle(self, message: FrontendMessage) -> None:
         match message:
             case Submit():
                 self._submit(message)
@@ -116,7 +116,7 @@ class EngineLoop:
         except ValueError as error:
             self._channel.send(Refused(message.request_id, str(error), getattr(error, "field", None)))
             return
-        except Exception as error:  # nothing was queued, so it is this request's trouble alone
+        except Exception as error:  # nothing was queued: no other request is affected
             log.exception("a request could not be queued")
             self._channel.send(Failed(message.request_id, f"{type(error).__name__}: {error}"))
             return
@@ -126,7 +126,7 @@ class EngineLoop:
     def _abort(self, message: Abort) -> None:
         request = self._requests.get(message.request_id)
         if request is None:
-            return  # it ended while the message was on its way
+            return  # ended while the message was on its way
         indices = range(len(request.choices)) if message.choice is None else (message.choice,)
         for index in indices:
             self._engine.finish(request.choices[index], message.reason)
@@ -182,7 +182,7 @@ class EngineLoop:
         )
 
 
-def _info(engine: "Engine") -> EngineInfo:
+def _engine_info(engine: "Engine") -> EngineInfo:
     from dispec.engine.execution.kv_cache_memory import weight_bytes
 
     checkpoint, plan, options = engine.checkpoint, engine.kv_plan, engine.options
@@ -210,51 +210,51 @@ def _info(engine: "Engine") -> EngineInfo:
 
 
 def _serve(start: Start, channel: Channel) -> None:
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     from tqdm import tqdm
 
-    from dispec.engine.engine import Engine  # takes seconds, and may fail, which the front shall hear
+    from dispec.engine.engine import Engine  # takes seconds, and may fail: that is reported
     from dispec.engine.options import EngineOptions
 
-    tqdm.monitor_interval = 0  # a thread that would wake the process for ever after
-    imported = time.perf_counter() - began
-    engine = Engine(EngineOptions(**start.options), start.show_progress)
+    tqdm.monitor_interval = 0  # its thread would wake the process periodically
+    imported = time.perf_counter() - start_time
+    engine = Engine(EngineOptions(**start.options))
     engine.phase_seconds = {"import": imported, **engine.phase_seconds}
-    channel.send(_info(engine))
+    channel.send(_engine_info(engine))
     EngineLoop(engine, channel).run()
     engine.close()  # the processes of other ranks do not outlive this one
 
 
-def _end_with_the_front(directory: str) -> None:
-    """Wait for the end of standard input, whatever the main thread does: compile, load, or a long step."""
+def _exit_with_frontend(directory: str) -> None:
+    """Exit at the end of standard input, also while the main thread compiles, loads, or runs a long step."""
     with contextlib.suppress(OSError):
         while os.read(0, 4096):
             pass
-    shutil.rmtree(directory, ignore_errors=True)  # the sockets, which nobody else is left to remove
+    shutil.rmtree(directory, ignore_errors=True)  # the server is gone and cannot remove its sockets
     remove_substitutes()
     os._exit(1)
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the front decides what becomes of us
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the server ends this process
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     directory = sys.argv[1]
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
-    threading.Thread(target=_end_with_the_front, args=(directory,), daemon=True).start()
+    threading.Thread(target=_exit_with_frontend, args=(directory,), daemon=True).start()
     channel = Channel(directory)
-    log_to_front(channel)
+    log_to_frontend(channel)
     code = 0
     try:
         _serve(start, channel)
     except Exception as error:
-        channel.send(last_words(error))
-        code = EXIT_AFTER_LAST_WORDS
+        channel.send(report_crash(error))
+        code = EXIT_AFTER_CRASH_REPORT
     channel.close()
     remove_substitutes()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # taking torch apart would only make a restart wait
+    os._exit(code)  # a regular exit would make a restart wait for torch
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the front process and the engine process say to each other: msgpack over a local socket, never pickle.
+"""Messages between the server (the frontend) and an engine process: msgpack over a local socket, never pickle.
 
-The front starts the engine with `Start` and sends `Submit`, `Resume`, `Abort`, `Inspect` and `Shutdown`; the engine
-answers with the rest. Times are seconds on the clock of `time.perf_counter`, which on Linux is one for all processes.
+The frontend starts the engine with `Start` and sends `FrontendMessage`s; the engine answers with `EngineMessage`s.
+Times are seconds on the clock of `time.perf_counter`, which on Linux is one for all processes.
 """
 
 from typing import Any, Literal
@@ -13,26 +13,24 @@ from dispec.engine.scheduling.scheduler_output import TokenOutput
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.engine.transfer.interface import RemoteBlocks
 
-EXIT_AFTER_LAST_WORDS = 70  # of an engine process that could send `Died`
+EXIT_AFTER_CRASH_REPORT = 70  # the exit code of an engine process that has sent a `CrashReport`
 
 
 class Start(msgspec.Struct):
-    """The first line of the engine's standard input, as JSON. `options` are the fields of `EngineOptions`.
+    """The first line of the engine's standard input, as JSON.
 
-    num_threads: for its steps; None takes a thread for each core.
+    options: the fields of `EngineOptions`. num_threads: of a step; None takes a thread for each core.
     """
 
     options: dict[str, Any]
-    show_progress: bool = False
     num_threads: int | None = None
 
 
 class Submit(msgspec.Struct, tag=True):
-    """A request, tokenised. `params` are the fields of `SamplingParams`, without texts (stop, bad_words).
+    """A tokenized request: the arguments of `Engine.add`.
 
-    slack: seconds that it can wait.
-    publish_as: compute the prompt and one token for another engine, under this transfer id.
-    pull: where the prompt's KV comes from. is_resumed: a `Resume` will follow, with the tokens that there are already.
+    params: the fields of `SamplingParams` without texts (`stop`, `bad_words`).
+    is_resumed: a `Resume` follows.
     """
 
     request_id: str
@@ -47,14 +45,14 @@ class Submit(msgspec.Struct, tag=True):
 
 
 class Resume(msgspec.Struct, tag=True):
-    """What each choice of a request has generated elsewhere; None for a choice that has ended."""
+    """The tokens that each choice of a request has generated in another engine; None for a choice that has ended."""
 
     request_id: str
     outputs: list[list[int] | None]
 
 
 class Abort(msgspec.Struct, tag=True):
-    """End a request, or one of its choices: because nobody wants it any more, or because its text holds a stop."""
+    """End a request, or one of its choices, which the client has left or a stop string ends."""
 
     request_id: str
     choice: int | None = None
@@ -66,15 +64,15 @@ class Inspect(msgspec.Struct, tag=True):
 
 
 class Shutdown(msgspec.Struct, tag=True):
-    """Leave, whatever is under way."""
+    """End the engine process, with requests under way or not."""
 
 
 class EngineInfo(msgspec.Struct, tag=True):
-    """The engine is ready, and this is what it serves.
+    """A description of the engine, which is ready.
 
     directory: of the checkpoint's tokenizer, for `Tokenizer.from_directory`; None for dummy weights.
-    engine_id, transfer_host, transfer_port: where other engines can pull KV from; None if they cannot.
-    transfer_block_bytes: of a block that is pulled, which is without a draft model's part.
+    engine_id, transfer_host, transfer_port: the address from which other engines pull KV blocks, if they can.
+    transfer_block_bytes: of a block that is pulled, without a draft model's part.
     compile: when steps are compiled: "off", "startup" or "background".
     compiled_seconds: from the engine's start to its first compiled step, if it answered eagerly before; else None.
     """
@@ -105,13 +103,13 @@ class EngineInfo(msgspec.Struct, tag=True):
 
 
 class Accepted(msgspec.Struct, tag=True):
-    """A request is in the queue."""
+    """A request was queued."""
 
     request_id: str
 
 
 class Refused(msgspec.Struct, tag=True):
-    """A request that cannot be served as it is; the engine goes on. `field` is the one that breaks a rule, if known."""
+    """A request cannot be served. field: the one that breaks a rule, if known."""
 
     request_id: str
     message: str
@@ -119,9 +117,10 @@ class Refused(msgspec.Struct, tag=True):
 
 
 class StepOutput(msgspec.Struct, tag=True):
-    """What a step gave.
+    """The tokens of a step.
 
-    started: when requests were scheduled for the first time; finished: when the step ended.
+    started: start times of requests that the step scheduled for the first time, by request id.
+    finished: time at the end of the step.
     """
 
     tokens: list[TokenOutput]
@@ -131,16 +130,16 @@ class StepOutput(msgspec.Struct, tag=True):
 
 
 class Failed(msgspec.Struct, tag=True):
-    """An error in the engine that ended this request and no other."""
+    """An error in the engine ended this request alone."""
 
     request_id: str
     message: str
 
 
 class Inspection(msgspec.Struct, tag=True):
-    """The books, as `Scheduler.check` proved them; `problem` where it could not.
+    """Counts of requests, of their choices and of KV blocks. problem: the assertion of `Scheduler.check` that failed.
 
-    num_requests: that have not ended; num_running and num_waiting count their choices.
+    num_requests: requests that have not ended; num_running and num_waiting count their choices.
     """
 
     num_requests: int
@@ -153,23 +152,23 @@ class Inspection(msgspec.Struct, tag=True):
 
 
 class IsCompiled(msgspec.Struct, tag=True):
-    """Steps are compiled from now on, `seconds` after the engine's start."""
+    """Steps are compiled from now on. seconds: since the engine's start."""
 
     seconds: float
 
 
 class Log(msgspec.Struct, tag=True):
-    """A line for the log, which the front writes. `level` is one of `logging`'s."""
+    """A line for the log, which the frontend writes. level: of `logging`."""
 
     level: int
     text: str
 
 
-class Died(msgspec.Struct, tag=True):
-    """The engine's last words: it could not start, or cannot go on.
+class CrashReport(msgspec.Struct, tag=True):
+    """The engine could not start, or cannot continue. It is the last message of its process.
 
-    error: the class of the exception; hint: what to do about it; traceback: where it came from, if that is of use.
-    is_bad_input: an option or a file that the user gave is at fault; then the message says all.
+    error: the class of the exception. hint: what to do. traceback: of an unexpected error.
+    is_bad_input: an option or a file that the user gave is at fault; the message says it all.
     """
 
     error: str
@@ -179,16 +178,16 @@ class Died(msgspec.Struct, tag=True):
     is_bad_input: bool = False
 
 
-FromFront = Submit | Resume | Abort | Inspect | Shutdown
-FromEngine = EngineInfo | Accepted | Refused | StepOutput | Failed | Inspection | IsCompiled | Log | Died
+FrontendMessage = Submit | Resume | Abort | Inspect | Shutdown
+EngineMessage = EngineInfo | Accepted | Refused | StepOutput | Failed | Inspection | IsCompiled | Log | CrashReport
 
 
-def encode(message: FromFront | FromEngine) -> bytes:
+def encode(message: FrontendMessage | EngineMessage) -> bytes:
     return msgspec.msgpack.encode(message)
 
 
 def encode_params(params: SamplingParams) -> dict[str, Any]:
-    """Fields that differ from their defaults, as plain values."""
+    """Return the fields that differ from their defaults, as plain values."""
     defaults = SamplingParams()
     found = {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
     changed = {name: value for name, value in found.items() if value != getattr(defaults, name)}

@@ -1,3 +1,3 @@
-"""Which sequences compute how many tokens in the next step. Loads no torch.
+"""Chooses the sequences and the number of their tokens in each step. Loads no torch.
 
-Reading order: `sequence`, `block_pool`, `scheduler_output`, `scheduler`."""
+Reading order: `sequence`, `scheduler_output`, `scheduler`, `kv_cache_manager`, `block_pool`."""

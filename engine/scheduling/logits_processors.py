@@ -1,10 +1,11 @@
-"""What a sequence's parameters do to its next logits: which are changed and by how much, and which are ruled out.
+"""The changes of a sequence's next logits by penalties and biases, and its mask of allowed tokens.
 
-This is the host's half, without torch: one `LogitsProcessors` for each sequence that needs one. The device's half is
-`layers.logit_processing`. State is updated token by token, so a step costs the same for sequences of any length.
+This is the host's half, without torch. The device's half is `layers.logit_processing`. State is updated token by token,
+so a step costs the same for sequences of any length.
 """
 
 from collections.abc import Iterator, Sequence, Set
+from copy import copy
 
 import numpy as np
 
@@ -14,8 +15,8 @@ from dispec.engine.sampling_params import SamplingParams
 class LogitsProcessors:
     """The edits and the mask of one sequence.
 
-    vocab_size: of the logits, padding included. stop_token_ids: all tokens that end the sequence; they are withheld
-    until there are `min_tokens`.
+    vocab_size: of the logits, padding included.
+    stop_token_ids: all tokens that end the sequence; they are masked before `min_tokens` tokens.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class LogitsProcessors:
         self._params = params
         self._vocab_size = vocab_size
         self._num_seen = len(prompt_token_ids)
-        # Entry i is of token _tokens[i], and _slots knows i by the token. The arrays have room to grow.
+        # Entry i of the arrays is for token _tokens[i], and _slots[token] is i. The arrays have room to grow.
         seen = np.unique(np.asarray(prompt_token_ids if params.repetition_penalty != 1 else (), np.int64))
         biased = np.array(list(params.logit_bias), np.int64)
         self._tokens = np.union1d(seen, biased)
@@ -38,7 +39,7 @@ class LogitsProcessors:
         self._slots = {token: slot for slot, token in enumerate(self._tokens.tolist())}
         self._output_counts: dict[int, int] = {}
 
-        # Bad words of several tokens, by the last but one, and for each the tokens before its last one and the last.
+        # Bad words of several tokens by their last but one, each as the tokens before its last one, and its last.
         self._endings: dict[int, list[tuple[list[int], int]]] = {}
         for words in params.bad_words_token_ids:
             if len(words) > 1:
@@ -51,30 +52,24 @@ class LogitsProcessors:
         self._last_mask: tuple[tuple[bool, set[int]], np.ndarray] | None = None
 
     @property
-    def edits(self) -> bool:
-        """Whether `entries` can ever hold anything."""
+    def has_edits(self) -> bool:
+        """Whether `entries` is ever not empty."""
         return self._params.penalizes or bool(self._params.logit_bias)
 
     @property
-    def masks(self) -> bool:
-        """Whether `allowed_mask` can ever rule out a token."""
+    def has_mask(self) -> bool:
+        """Whether `allowed_mask` ever masks a token."""
         return self._mask is not None or self._withholds_stops or bool(self._endings)
 
     def advance(self, token_ids: Sequence[int]) -> None:
-        """Take note of the tokens that are new since the last call. `token_ids`: all of the prompt and the output."""
-        params = self._params
-        if not params.penalizes:
-            return
-        for token in token_ids[self._num_seen :]:
-            slot = self._slot(token)
-            count = self._output_counts[token] = self._output_counts.get(token, 0) + 1
-            bias = params.logit_bias.get(token, 0.0)
-            self._scale[slot] = params.repetition_penalty
-            self._addend[slot] = bias - params.presence_penalty - params.frequency_penalty * count
-        self._num_seen = len(token_ids)
+        """Count the tokens that are new since the last call. token_ids: all of the prompt and the output."""
+        if self._params.penalizes:
+            for token in token_ids[self._num_seen :]:
+                self._count(token)
+            self._num_seen = len(token_ids)
 
     def entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(tokens int64, scale float32, addend float32) of the logits to change, each token once, as in `Penalties`.
+        """Return (tokens int64, scale float32, addend float32) of the logits to change, each token once, as in `Penalties`.
 
         The arrays belong to this object and change with the next `advance`.
         """
@@ -82,39 +77,27 @@ class LogitsProcessors:
         return self._tokens[:size], self._scale[:size], self._addend[:size]
 
     def entries_ahead(
-        self, token_ids: Sequence[int], drafts: Sequence[int]
+        self, token_ids: Sequence[int], draft_token_ids: Sequence[int]
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """`entries` after `token_ids`, and after each of the drafts that may follow; copies. No draft is remembered."""
+        """Yield `entries` after `token_ids` and after each draft token that follows. Draft tokens are not counted."""
         self.advance(token_ids)
-        kept = [(token, self._output_counts.get(token)) for token in dict.fromkeys(drafts)]
-        known = [
-            (slot, self._scale[slot], self._addend[slot])
-            for token in drafts
-            if (slot := self._slots.get(token)) is not None
-        ]
-        size = len(self._slots)
-        yield tuple(array.copy() for array in self.entries())  # type: ignore[misc]
-        for count in range(1, len(drafts) + 1):
-            self.advance([*token_ids, *drafts[:count]])
-            yield tuple(array.copy() for array in self.entries())  # type: ignore[misc]
-        if not drafts or not self._params.penalizes:
+        yield self.entries()
+        if not draft_token_ids:
             return
-        self._num_seen = len(token_ids)
-        for token in [token for token, slot in self._slots.items() if slot >= size]:
-            del self._slots[token]
-        for slot, scale, addend in known:
-            self._scale[slot], self._addend[slot] = scale, addend
-        for token, number in kept:
-            if number is None:
-                self._output_counts.pop(token, None)
-            else:
-                self._output_counts[token] = number
+        ahead = copy(self)
+        ahead._slots, ahead._output_counts = dict(self._slots), dict(self._output_counts)
+        ahead._tokens, ahead._scale, ahead._addend = self._tokens.copy(), self._scale.copy(), self._addend.copy()
+        for token in draft_token_ids:
+            if self._params.penalizes:
+                ahead._count(token)
+            tokens, scale, addend = ahead.entries()
+            yield tokens.copy(), scale.copy(), addend.copy()
 
     def allowed_mask(self, num_output_tokens: int, last_token_ids: Sequence[int]) -> np.ndarray | None:
-        """Return the tokens that may come next, in the layout of `apply_token_mask`; None if all may.
+        """Return the mask of tokens that may come next, in the layout of `apply_token_mask`; None if all may.
 
-        last_token_ids: the sequence's tokens, or as many of the last of them as bad words are long. Bad words match
-        the output only, not the prompt. The array is kept for later calls: it must not be written to.
+        last_token_ids: the sequence's tokens, or at least as many of the last ones as the longest bad word has. Bad
+        words match the output only, not the prompt. The array is cached: it must not be written to.
         """
         is_early = num_output_tokens < self._params.min_tokens
         mask = self._mask_at_first if is_early else self._mask
@@ -129,13 +112,21 @@ class LogitsProcessors:
         if not banned:
             return mask
         if self._last_mask is None or self._last_mask[0] != (is_early, banned):
-            copy = _mask(None, banned, self._vocab_size)
-            assert copy is not None
-            self._last_mask = (is_early, banned), copy if mask is None else copy & mask
+            own = _mask(None, banned, self._vocab_size)
+            assert own is not None
+            self._last_mask = (is_early, banned), own if mask is None else own & mask
         return self._last_mask[1]
 
+    def _count(self, token: int) -> None:
+        """Count an output token."""
+        params, slot = self._params, self._slot(token)
+        count = self._output_counts[token] = self._output_counts.get(token, 0) + 1
+        bias = params.logit_bias.get(token, 0.0)
+        self._scale[slot] = params.repetition_penalty
+        self._addend[slot] = bias - params.presence_penalty - params.frequency_penalty * count
+
     def _slot(self, token: int) -> int:
-        """Where the token's entry is; makes one if there is none."""
+        """Return the index of the token's entry, a new one if it has none."""
         slot = self._slots.setdefault(token, len(self._slots))
         if slot == len(self._tokens):
             room = max(16, slot)
@@ -147,10 +138,10 @@ class LogitsProcessors:
 
 
 def _mask(allowed: Sequence[int] | None, banned: Set[int], vocab_size: int) -> np.ndarray | None:
-    """One bit for each token that is allowed and not banned, in int32 words; None if that is all of them."""
+    """Return one bit for each token, set if it is allowed and not banned, in int32 words; None if all are set."""
     if allowed is None and not banned:
         return None
-    # Whole words; what is past the vocabulary is nobody's token.
+    # Whole words: the bits past the vocabulary are of no token.
     bits = np.full(-(-vocab_size // 32) * 32, allowed is None)
     if allowed is not None:
         bits[list(allowed)] = True

@@ -1,4 +1,4 @@
-"""The work that the scheduler gives the runner, and the results that come back."""
+"""What passes between the scheduler and the model runner, and the tokens that come of it."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Series
@@ -12,11 +12,11 @@ from dispec.engine.scheduling.sequence import FinishReason, Sequence, TokenLogpr
 
 
 class ScheduledSequence(NamedTuple):
-    """Tokens `start` … `start + num_tokens - 1` of a sequence, to be computed.
+    """Tokens `start` … `start + num_tokens - 1` of a sequence, to be computed in a step.
 
-    samples: whether the last of them is the sequence's last, so that the next token can be sampled.
-    num_drafts: how many of them, the last ones, are draft tokens: the first of the sequence's `draft.token_ids`. Then a
-        token is sampled before the first draft token and after each.
+    samples: whether they end with the sequence's last known token, so that the next token is sampled.
+    num_drafts: how many of them, the last ones, are draft tokens. A token is sampled before the first draft token and
+        after each.
     """
 
     sequence: Sequence
@@ -27,21 +27,21 @@ class ScheduledSequence(NamedTuple):
 
     @property
     def num_sampled(self) -> int:
-        """Number of positions that are sampled, after accepted and rejected draft tokens alike."""
+        """Number of positions that are sampled."""
         return self.num_drafts + 1 if self.samples else 0
 
     @property
     def draft_token_ids(self) -> list[int]:
-        """Draft tokens among those that it computes or follows, in order."""
+        """Draft tokens among the tokens up to the last computed one."""
         return self.sequence.draft.token_ids[: max(0, self.start + self.num_tokens - len(self.sequence.token_ids))]
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """What one pass of the model computes; empty when nothing can run.
+    """The work of one step; empty when nothing can run.
 
-    copies: (source, destination) blocks to copy before anything is computed.
-    num_cached_tokens: found in the cache by the sequences that this step admits.
+    copies: (source, destination) blocks to copy before the step.
+    num_cached_tokens: tokens of admitted sequences that were found in the cache.
     """
 
     scheduled_sequences: tuple[ScheduledSequence, ...]
@@ -56,10 +56,10 @@ class SchedulerOutput:
 
 
 class ModelRunnerOutput(NamedTuple):
-    """What a step sampled, by the id of each sequence that samples, with the logprobs that it asked for.
+    """The result of a step, by sequence id, for the sequences that sample or have prompt log-probabilities.
 
-    token_ids: the accepted draft tokens and the token after them.
-    prompt_logprobs: of each prompt token that follows one that the step computed.
+    token_ids: accepted draft tokens and the token after them. logprobs: of these tokens, where asked for.
+    prompt_logprobs: of each prompt token that follows a computed one.
     """
 
     token_ids: Mapping[int, Series[int]]

@@ -119,8 +119,8 @@ class Sequence:
         features = {
             SamplingFeatures.RANDOM: params.temperature > 0,
             SamplingFeatures.TOP_K_TOP_P: params.restricts,
-            SamplingFeatures.PENALTIES: processors is not None and processors.edits,
-            SamplingFeatures.TOKEN_MASK: processors is not None and processors.masks,
+            SamplingFeatures.PENALTIES: processors is not None and processors.has_edits,
+            SamplingFeatures.TOKEN_MASK: processors is not None and processors.has_mask,
             SamplingFeatures.LOGPROBS: params.logprobs is not None,
             SamplingFeatures.PROMPT_LOGPROBS: params.prompt_logprobs is not None,
         }

@@ -13,7 +13,14 @@ import msgspec
 import zmq
 
 from dispec.engine.machine.owned_directory import OwnedDirectory
-from dispec.engine.process.messages import EXIT_AFTER_LAST_WORDS, Died, FromEngine, FromFront, Start, encode
+from dispec.engine.process.messages import (
+    EXIT_AFTER_CRASH_REPORT,
+    CrashReport,
+    EngineMessage,
+    FrontendMessage,
+    Start,
+    encode,
+)
 from dispec.serving.client.errors import EngineDied
 
 _ENGINE_MODULE = "dispec.engine.process.engine_loop"
@@ -34,17 +41,17 @@ class SocketDirectory(OwnedDirectory):
 class EngineProcess:
     """Starts `engine.process.engine_loop` and reads its messages, in a thread, until it ends.
 
-    `on_message` gets each message but the last words, `on_exit` the reason why the process ended; both are called in
+    `on_message` gets each message but the crash report, `on_exit` the reason why the process ended; both are called in
     the reading thread. Everything else belongs to the thread that created the object. Raises EngineDied if the system
     cannot start another process.
     """
 
     def __init__(
-        self, start: Start, on_message: Callable[[FromEngine], None], on_exit: Callable[[EngineDied], None]
+        self, start: Start, on_message: Callable[[EngineMessage], None], on_exit: Callable[[EngineDied], None]
     ) -> None:
         self._on_message = on_message
         self._on_exit = on_exit
-        self._last_words: Died | None = None
+        self._crash_report: CrashReport | None = None
         with contextlib.ExitStack() as undo:
             try:
                 self._sockets = SocketDirectory()
@@ -67,7 +74,7 @@ class EngineProcess:
         self._outbox = self._socket(zmq.PUSH, f"ipc://{self._directory}/to-engine")
         # The thread that waits for the process wakes the reader through the socket that the process sends to.
         self._inbox = self._socket(zmq.PULL, f"ipc://{self._directory}/to-front", _EXIT_ADDRESS)
-        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._decoder = msgspec.msgpack.Decoder(EngineMessage)
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's; the engine multiplies no NumPy matrices
         if start.num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(start.num_threads)
@@ -85,7 +92,7 @@ class EngineProcess:
             self._stdin.write(msgspec.json.encode(start) + b"\n")
             self._stdin.flush()
 
-    def send(self, message: FromFront) -> None:
+    def send(self, message: FrontendMessage) -> None:
         """Send a message. One to a process that has ended is lost: `on_exit` reports the process."""
         with contextlib.suppress(zmq.Again):
             self._outbox.send(encode(message), zmq.NOBLOCK)
@@ -120,9 +127,9 @@ class EngineProcess:
         try:
             while data := self._inbox.recv():
                 self._take(data)
-            # Messages sent just before the end may still arrive, above all the last words.
-            timeout_ms = 5000 if self._process.returncode == EXIT_AFTER_LAST_WORDS else 100
-            while self._last_words is None and self._inbox.poll(timeout_ms):
+            # Messages sent just before the end may still arrive, above all the crash report.
+            timeout_ms = 5000 if self._process.returncode == EXIT_AFTER_CRASH_REPORT else 100
+            while self._crash_report is None and self._inbox.poll(timeout_ms):
                 self._take(self._inbox.recv())
             ending = self._ending()
         except Exception as error:  # a message of another version
@@ -133,17 +140,19 @@ class EngineProcess:
         self._on_exit(ending)
 
     def _take(self, data: bytes) -> None:
-        message: FromEngine = self._decoder.decode(data)
-        if isinstance(message, Died):
-            self._last_words = message
-            self._process.kill()  # it sends nothing after its last words
+        message: EngineMessage = self._decoder.decode(data)
+        if isinstance(message, CrashReport):
+            self._crash_report = message
+            self._process.kill()  # it sends nothing after its crash report
         else:
             self._on_message(message)
 
     def _ending(self) -> EngineDied:
-        if self._last_words is not None:
-            words = self._last_words
-            return EngineDied(words.message, words.hint, words.error, words.traceback, is_bad_input=words.is_bad_input)
+        if self._crash_report is not None:
+            report = self._crash_report
+            return EngineDied(
+                report.message, report.hint, report.error, report.traceback, is_bad_input=report.is_bad_input
+            )
         code = self._process.returncode
         if code >= 0:
             return EngineDied(f"the engine process ended with exit code {code}", "the log above may say why")

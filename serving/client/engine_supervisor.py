@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from dispec.engine.process.messages import EngineInfo, FromEngine, FromFront, Shutdown, Start
+from dispec.engine.process.messages import EngineInfo, EngineMessage, FrontendMessage, Shutdown, Start
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.client.engine_client import State
 from dispec.serving.client.engine_process import EngineProcess
@@ -55,7 +55,7 @@ class EngineSupervisor:
     def __init__(
         self,
         start: Start,
-        receive: Callable[[FromEngine], None],
+        receive: Callable[[EngineMessage], None],
         on_state: Callable[[State], None],
         on_death: Callable[[EngineDied], None],
         restarts: RestartPolicy,
@@ -104,7 +104,7 @@ class EngineSupervisor:
             await self._end(self._process, gently=self.state == "draining")
         self._set_state("dead")
 
-    def send(self, message: FromFront) -> None:
+    def send(self, message: FrontendMessage) -> None:
         if self._process is not None:
             self._process.send(message)
 
@@ -182,7 +182,7 @@ class EngineSupervisor:
             process.kill()
         await asyncio.wait((self._exit,))
 
-    def _receive_message(self, message: FromEngine) -> None:
+    def _receive_message(self, message: EngineMessage) -> None:
         if isinstance(message, EngineInfo):
             self.post(self._ready.set_result, message)
         else:

@@ -14,8 +14,8 @@ from dispec.engine.process.messages import (
     Abort,
     Accepted,
     EngineInfo,
+    EngineMessage,
     Failed,
-    FromEngine,
     Inspect,
     Inspection,
     IsCompiled,
@@ -66,7 +66,7 @@ class ProcessClient(EngineClient):
     ) -> None:
         super().__init__()
         self._supervisor = EngineSupervisor(
-            Start(engine_options, show_progress, num_threads),
+            Start({**engine_options, "show_progress": show_progress}, num_threads),
             receive=self._receive,
             on_state=lambda state: self._notify(lambda observer: observer.on_state(state)),
             on_death=self._fail_all,
@@ -238,7 +238,7 @@ class ProcessClient(EngineClient):
             timer.cancel()
         self._notify_finished(stream)
 
-    def _receive(self, message: FromEngine) -> None:
+    def _receive(self, message: EngineMessage) -> None:
         """In the reading thread: detokenize, then give the event loop the whole step at once."""
         if isinstance(message, StepOutput):
             self._supervisor.post(self._take_step, message, self._detokenize(message))
@@ -287,7 +287,7 @@ class ProcessClient(EngineClient):
             self._admission.prefill_throughput.observe(record)
             self._notify(lambda observer: observer.on_step(record, message.finished))
 
-    def _take(self, message: FromEngine) -> None:
+    def _take(self, message: EngineMessage) -> None:
         self._last_message = time.perf_counter()
         match message:
             case Accepted(request_id=key) if key in self._streams:

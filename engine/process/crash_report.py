@@ -1,20 +1,21 @@
-"""What an engine that cannot start or go on says about it: the error, and what to do."""
+"""The report of an engine that cannot start or continue: the error, and what to do."""
 
 import traceback
 
 from dispec.engine.errors import CheckpointError
-from dispec.engine.process.messages import Died
+from dispec.engine.process.messages import CrashReport
 
 _LESS_MEMORY = "lower kv_cache_memory, max_model_len or max_num_seqs"
 _LESS_DEVICE_MEMORY = (
-    "lower gpu_memory_utilization, max_num_seqs or max_num_batched_tokens, or see with nvidia-smi who else uses the GPU"
+    "lower gpu_memory_utilization, max_num_seqs or max_num_batched_tokens, or see with nvidia-smi which other processes"
+    " use the GPU"
 )
 
 
-def last_words(error: BaseException) -> Died:
-    """The engine's own error and a hint. Errors that nobody foresaw bring their traceback."""
+def report_crash(error: BaseException) -> CrashReport:
+    """Return the report of an error. An unexpected error brings its traceback."""
     message = " ".join(str(error).split()) or "no further message"
-    return Died(
+    return CrashReport(
         error=type(error).__name__,
         message=message if len(message) <= 1000 else f"{message[:1000]}…",
         hint=_hint(error, message),
@@ -24,7 +25,7 @@ def last_words(error: BaseException) -> Died:
 
 
 def _hint(error: BaseException, message: str) -> str:
-    # torch's own classes are known by their names: they cannot be imported where torch cannot.
+    # Classes of torch are compared by name: they cannot be imported where torch cannot.
     name = type(error).__name__
     if name == "OutOfMemoryError" or "CUDA out of memory" in message:
         return _LESS_DEVICE_MEMORY
@@ -36,7 +37,7 @@ def _hint(error: BaseException, message: str) -> str:
         return "`dispec serve` without a model serves the built-in one"
     if name == "TensorParallelError":
         return (
-            "the log above may say why; if nobody killed the process of that rank, the system ran out of memory: "
+            "the log above may say why; if that rank's process was not killed by hand, the system ran out of memory: "
             f"{_LESS_MEMORY}"
         )
     if isinstance(error, ValueError):

@@ -69,7 +69,7 @@ class LogitsProcessors:
             self._num_seen = len(token_ids)
 
     def entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (tokens int64, scale float32, addend float32) of the logits to change, each token once, as in `Penalties`.
+        """Return (tokens int64, scale float32, addend float32) of the logits to change: `Penalties`.
 
         The arrays belong to this object and change with the next `advance`.
         """

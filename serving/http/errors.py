@@ -101,8 +101,8 @@ def to_api_error(error: BaseException) -> ApiError:
         case HTTPException():  # some are ValueErrors
             return _of_litestar(error)
         case InvalidField() | InvalidRequest():
-            code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
-            return ApiError(400, message, param=error.field, code=code)
+            is_overflow = isinstance(error, ContextOverflow)
+            return ApiError(400, message, param=error.field, code="context_length_exceeded" if is_overflow else None)
         case ValueError():
             return ApiError(400, message)
     name = type(error).__name__

@@ -1,8 +1,8 @@
 """An engine without a model, to test the scheduler: its tokens are right only if its cache is.
 
-The KV cache is a dictionary from (block, offset) to what the token there is and follows. Each step writes its tokens
-through the sequences' block tables and reads every context back in the same way before it chooses, so a block that
-was shared, reused or copied wrongly gives another token, or none.
+The KV cache is a dictionary from (block, offset) to the token there and a hash of all tokens before it. Each step
+writes its tokens through the sequences' block tables and reads every context back before it samples, so that a block
+that was shared, reused or copied wrongly gives another token, or none.
 """
 
 import itertools
@@ -25,17 +25,17 @@ SIZE = 4  # tokens in a block, unless a test says otherwise
 
 
 def tokens(count: int, first: int = 0) -> list[int]:
-    """`count` tokens; other `first`, other prefixes."""
+    """Return `count` tokens; those of another `first` share no prefix."""
     return [first, *(position * position % 7 for position in range(1, count))][:count]
 
 
 def computed(step: SchedulerOutput) -> dict[int, int]:
-    """How many tokens the step computes, by sequence id."""
+    """Return the number of tokens that the step computes, by sequence id."""
     return {scheduled.sequence.id: scheduled.num_tokens for scheduled in step.scheduled_sequences}
 
 
 class Entry(NamedTuple):
-    """A token in the cache; `history` stands for it and everything before it."""
+    """A token in the cache. history: a hash of it and all tokens before it."""
 
     token_id: int
     position: int
@@ -48,7 +48,7 @@ def entry_after(previous: Entry | None, token_id: int) -> Entry:
 
 
 def entries_of(token_ids: Series[int]) -> list[Entry]:
-    """What the cache must hold of a sequence."""
+    """Return the cache entries of a sequence."""
     entries: list[Entry] = []
     for token_id in token_ids:
         entries.append(entry_after(entries[-1] if entries else None, token_id))
@@ -64,7 +64,7 @@ def logprob_after(entry: Entry, token_id: int) -> TokenLogprobs:
 
 
 def alone(sequence: Sequence) -> list[int]:
-    """The sequence's tokens if nobody else were there and memory had no end."""
+    """Return the sequence's output tokens as if it ran alone with unlimited memory."""
     same = replace(sequence, token_ids=sequence.token_ids[: sequence.num_prompt_tokens], choices=(), forks=[])
     same.finish_reason = None
     while same.finish_reason is None:
@@ -98,7 +98,7 @@ class FakeModel:
             end += scheduled.num_drafts
             context = [self._entry(sequence, position) for position in range(end)]
             assert [entry.position for entry in context] == list(range(end)), "read an entry of another position"
-            assert end < sequence.max_len, "computes a token that nobody will follow"
+            assert end < sequence.max_len, "computes a token at the sequence's end"
             if scheduled.samples and sequence.params.needs_last_token:
                 assert end - scheduled.num_drafts == len(sequence.token_ids), (
                     "chooses a token before the last one is known"
@@ -131,7 +131,7 @@ class FakeModel:
         written = {
             scheduled.sequence.block_table[scheduled.start // self._size] for scheduled in step.scheduled_sequences
         }
-        assert written >= {destination for _, destination in step.copies}, "copied a block that nobody writes to"
+        assert written >= {destination for _, destination in step.copies}, "copied a block that no sequence writes to"
 
     def _write(self, sequence: Sequence, start: int, num_tokens: int, num_drafts: int, holders: Counter[int]) -> None:
         previous = self._entry(sequence, start - 1) if start else None
@@ -157,7 +157,7 @@ class FakeModel:
 
 
 class FakeEngine:
-    """What `Engine` is, with a clock that ticks once for each request."""
+    """The loop of `Engine`, with a clock that ticks once for each request."""
 
     def __init__(
         self,
@@ -169,9 +169,9 @@ class FakeEngine:
         max_prefill_chunk: int | None = None,
         priority_aging: float = 60.0,
         enable_prefix_caching: bool = True,
-        guesses: random.Random | None = None,
+        drafts: random.Random | None = None,
     ) -> None:
-        self.guesses = guesses
+        self.drafts = drafts
         self.pool = BlockPool(num_blocks + 1, block_size, key=b"test")
         self.scheduler = Scheduler(
             self.pool,
@@ -228,7 +228,7 @@ class FakeEngine:
 
     def step(self, overlaps: bool = False) -> SchedulerOutput:
         """As `Engine.step`, with every invariant checked; the step that was scheduled."""
-        self._guess()
+        self._propose()
         step = self.scheduler.schedule()
         self._check(step)
         if step.scheduled_sequences:
@@ -248,20 +248,20 @@ class FakeEngine:
             steps.append(self.step(overlaps))
         return steps
 
-    def _guess(self) -> None:
-        """As `Speculator.plan`: up to four guesses, most of them right."""
-        if self.guesses is None:
+    def _propose(self) -> None:
+        """As `Speculator.plan`: up to four draft tokens, 70 % of which are accepted."""
+        if self.drafts is None:
             return
         for sequence in self.scheduler.running:
             sequence.draft.num_tokens = 0
             if sequence.num_pending_tokens or sequence.num_uncomputed_tokens != 1:
                 continue
-            sequence.draft.num_tokens, sequence.draft.token_ids = self.guesses.randrange(5), []
+            sequence.draft.num_tokens, sequence.draft.token_ids = self.drafts.randrange(5), []
             for _ in range(sequence.draft.num_tokens):
                 known = [*sequence.token_ids, *sequence.draft.token_ids]
-                right = next_token(entries_of(known), sequence.seed)
-                wrong = (right + 1) % VOCAB_SIZE
-                sequence.draft.token_ids.append(right if self.guesses.random() < 0.7 else wrong)
+                accepted = next_token(entries_of(known), sequence.seed)
+                rejected = (accepted + 1) % VOCAB_SIZE
+                sequence.draft.token_ids.append(accepted if self.drafts.random() < 0.7 else rejected)
 
     def _check(self, step: SchedulerOutput) -> None:
         scheduler = self.scheduler

@@ -1,4 +1,4 @@
-"""The engine on small checkpoints: what a batch computes equals what each prompt gets alone, whatever happens."""
+"""The engine on small checkpoints: each prompt of a batch gets the tokens that it gets alone."""
 
 import random
 

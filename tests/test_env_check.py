@@ -96,7 +96,7 @@ def test_plans_in_words(options, device, expected, monkeypatch) -> None:
 
 
 def test_a_plan_compiles_nothing_without_a_compiler(monkeypatch) -> None:
-    """An engine whose compiler fails runs eagerly, and its plan says so beforehand."""
+    """An engine with a compiler that fails runs eagerly, and its plan says so beforehand."""
     monkeypatch.setattr(EngineOptions, "torch_device", lambda options: torch.device("cuda", 0))
     assert {plan.compile for plan in plans("cuda:0", compiles=False).values()} == {"off"}
     assert {plan.compile for plan in plans("cuda:0", compiles=True).values()} == {"startup"}

@@ -33,7 +33,7 @@ def faulty_engine(monkeypatch):
 
 
 def has_gone(pid: int) -> bool:
-    """Whether a process has ended, though perhaps nobody has asked for its exit code."""
+    """Whether a process has ended, its exit code read or not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
@@ -131,7 +131,7 @@ def test_an_engine_that_stands_still_is_not_ready_until_it_moves_again(directory
                 stream.abort()
                 other.abort()
                 assert client.load == 0
-                # Nobody waits for an answer any more, but the engine still stands.
+                # No client waits for an answer any more, but the engine is still stopped.
                 await until(lambda: not client.is_ready()[0])
                 assert client.state == "ready"
             finally:

@@ -1,4 +1,4 @@
-"""The scheduler's rules one by one: who goes first, who gets memory. `tests/test_scheduler_traces.py` mixes them."""
+"""The scheduler's rules one by one: order and memory. `tests/test_scheduler_traces.py` mixes them."""
 
 from collections.abc import Iterable
 

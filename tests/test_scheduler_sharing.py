@@ -194,7 +194,7 @@ class TestForks:
             assert next_turn.output_token_ids == alone(next_turn)
 
     def test_one_that_has_more_blocks_than_it_needs_still_needs_one_to_copy_to(self) -> None:
-        """As after guesses that were wrong, when no block is free and another holds the one that is written to."""
+        """As after rejected draft tokens, when no block is free and another sequence holds the one to write to."""
         engine = FakeEngine(num_blocks=4)
         sequence = engine.add(tokens(2))
         pool = engine.scheduler.pool

@@ -1,4 +1,4 @@
-"""The scheduler under random traces: whatever happens, every sequence gets the tokens that it would get alone."""
+"""The scheduler under random traces: every sequence gets the tokens that it would get alone."""
 
 import random
 import sys
@@ -50,7 +50,7 @@ class Traces(RuleBasedStateMachine):
         more_tokens=st.integers(0, 8),
         max_prefill_chunk=st.none() | st.integers(1, 6),
         enable_prefix_caching=st.sampled_from([True, True, True, False]),
-        guesses=st.none() | st.integers(0, 999).map(random.Random),
+        drafts=st.none() | st.integers(0, 999).map(random.Random),
     )
     def start(self, num_blocks: int, block_size: int, max_num_seqs: int, more_tokens: int, **options: Any) -> None:
         self.engine = FakeEngine(
@@ -110,10 +110,9 @@ class Traces(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not self.requests or sys.exc_info()[0] is not None:  # a step has failed, which says more
             return
-        # In each step the running sequence that is first in rank computes a token at least, or waits for its last one.
-        # It keeps what it has computed unless one of better rank is admitted, which happens once for each, and nobody
-        # is admitted before the first in rank. So everybody pays for itself, for those that it waits for, which end,
-        # and for one that it pushes aside. Where each token must be known before the next, steps are twice as many.
+        # In each step the running sequence that is first in rank computes at least a token, or waits for its last one.
+        # It loses what it has computed only to a sequence of better rank, once for each. So the number of steps is at
+        # most three times the number of tokens, and twice that where each token must be known before the next.
         lengths = [request.max_len for request in self.alive]
         self.engine.run(overlaps=bool(len(lengths) % 2), limit=2 * 3 * sum(lengths) + 2)
         assert self.engine.num_used == 0

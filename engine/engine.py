@@ -16,9 +16,10 @@ from dispec.engine.options import EngineOptions
 from dispec.engine.request_checks import check_params, check_priority, check_prompt_length, check_token_ids
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.logits_processors import LogitsProcessors
-from dispec.engine.scheduling.scheduler_output import SchedulerOutput, TokenOutput
-from dispec.engine.scheduling.sequence import FinishReason, Sequence
+from dispec.engine.scheduling.scheduler_output import SchedulerOutput
+from dispec.engine.scheduling.sequence import Sequence
 from dispec.engine.scheduling.step_record import Kind, StepRecord
+from dispec.engine.scheduling.token_output import FinishReason, TokenOutput
 from dispec.engine.transfer.interface import RemoteBlocks
 from dispec.engine.transfer.kv_connector import KVConnector
 

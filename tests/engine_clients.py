@@ -15,8 +15,8 @@ from dispec import LLM
 from dispec.engine.api.outputs import Completion
 from dispec.engine.process.messages import Inspection
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.scheduling.sequence import TokenLogprobs
 from dispec.engine.scheduling.step_record import StepRecord
+from dispec.engine.scheduling.token_output import TokenLogprobs
 from dispec.serving.client.engine_client import EngineClient, EngineObserver, State
 from dispec.serving.client.process_client import ProcessClient
 from dispec.serving.client.request_stream import GenerationRequest, RequestStream, RequestSummary

@@ -17,8 +17,9 @@ from typing import NamedTuple
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.block_pool import BlockPool
 from dispec.engine.scheduling.scheduler import Scheduler
-from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput, SchedulerOutput, TokenOutput
-from dispec.engine.scheduling.sequence import Sequence, TokenLogprobs
+from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput, SchedulerOutput
+from dispec.engine.scheduling.sequence import Sequence
+from dispec.engine.scheduling.token_output import TokenLogprobs, TokenOutput
 
 VOCAB_SIZE = 8
 SIZE = 4  # tokens in a block, unless a test says otherwise

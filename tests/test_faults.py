@@ -29,7 +29,7 @@ LONG = greedy(400)
 
 @pytest.fixture
 def faulty_engine(monkeypatch):
-    monkeypatch.setattr(engine_process, "_SERVICE", "tests.faulty_service")
+    monkeypatch.setattr(engine_process, "_ENGINE_MODULE", "tests.faulty_service")
 
 
 def has_gone(pid: int) -> bool:
@@ -202,7 +202,7 @@ def unknown_architecture(directory: Path, tmp_path: Path) -> Path:
         (lambda *_: Path("/nowhere"), {}, "CheckpointError", "/nowhere", "give a model directory"),
         (broken_config, {}, "CheckpointError", "config.json", "give a model directory"),
         (unknown_architecture, {}, "UnsupportedModelError|CheckpointError", "MambaForCausalLM", "model"),
-        (lambda directory, _: directory, {"max_num_seqs": 0}, "ValueError", "max_num_seqs is 0", "--help"),
+        (lambda directory, _: directory, {"max_num_seqs": 0}, "InvalidField", "max_num_seqs is 0", "--help"),
         (lambda directory, _: directory, {"kv_cache_memory": 1}, "ValueError", "kv_cache_memory", "--help"),
         (lambda directory, _: directory, {"surprise": 1}, "ValueError", "surprise", "--help"),
     ],

@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from dispec import LLM, SamplingParams
-from dispec.engine.scheduling.sequence import TokenLogprobs
+from dispec.engine.scheduling.token_output import TokenLogprobs
 from tests.test_default_model import QUESTIONS, TEXTS
 
 OPTIONS = {"device": "cpu", "enforce_eager": True, "kv_cache_memory": "64MiB"}

@@ -16,7 +16,7 @@ from dispec.engine.api.shared_engine import SharedEngine
 from dispec.engine.engine import Engine
 from dispec.engine.options import EngineOptions
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.scheduling.sequence import TokenLogprobs
+from dispec.engine.scheduling.token_output import TokenLogprobs
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.engine.unknown_names import field_names, refuse_unknown
 from dispec.layers.config import ModelConfig

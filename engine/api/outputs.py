@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dispec.engine.scheduling.sequence import FinishReason, TokenLogprobs
+from dispec.engine.scheduling.token_output import FinishReason, TokenLogprobs
 
 
 @dataclass(frozen=True)

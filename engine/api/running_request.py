@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass
 
 from dispec.engine.api.outputs import Choice, Completion, Timing
-from dispec.engine.scheduling.scheduler_output import TokenOutput
 from dispec.engine.scheduling.sequence import Sequence
+from dispec.engine.scheduling.token_output import TokenOutput
 from dispec.engine.text.text_stream import TextStream
 
 

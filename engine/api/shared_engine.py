@@ -16,7 +16,7 @@ from dispec.engine.api.prompts import PromptInput
 from dispec.engine.api.running_request import RunningChoice, completion_of
 from dispec.engine.engine import Engine
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.scheduling.scheduler_output import TokenOutput
+from dispec.engine.scheduling.token_output import TokenOutput
 from dispec.engine.text.text_stream import TextStream, without_texts
 from dispec.engine.text.tokenizer import Tokenizer
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dispec.engine.scheduling.scheduler_output import ScheduledSequence
-from dispec.engine.scheduling.sequence import TokenLogprobs
+from dispec.engine.scheduling.token_output import TokenLogprobs
 from dispec.layers.types import Logprobs
 
 

@@ -39,9 +39,9 @@ from dispec.engine.process.messages import (
     Submit,
 )
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.scheduling.scheduler_output import TokenOutput
 from dispec.engine.scheduling.sequence import Sequence
 from dispec.engine.scheduling.step_record import StepRecord
+from dispec.engine.scheduling.token_output import TokenOutput
 
 if TYPE_CHECKING:
     from dispec.engine.engine import Engine

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import msgspec
 
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.scheduling.scheduler_output import TokenOutput
 from dispec.engine.scheduling.step_record import StepRecord
+from dispec.engine.scheduling.token_output import TokenOutput
 from dispec.engine.transfer.interface import RemoteBlocks
 
 EXIT_AFTER_CRASH_REPORT = 70  # the exit code of an engine process that has sent a `CrashReport`

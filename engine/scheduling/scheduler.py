@@ -21,10 +21,10 @@ from dispec.engine.scheduling.scheduler_output import (
     ModelRunnerOutput,
     ScheduledSequence,
     SchedulerOutput,
-    TokenOutput,
     last_token_output,
 )
-from dispec.engine.scheduling.sequence import FinishReason, Sequence, Status
+from dispec.engine.scheduling.sequence import Sequence, Status
+from dispec.engine.scheduling.token_output import FinishReason, TokenOutput
 
 
 @dataclass(slots=True)

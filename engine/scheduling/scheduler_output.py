@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-import msgspec
-
-from dispec.engine.scheduling.sequence import FinishReason, Sequence, TokenLogprobs
+from dispec.engine.scheduling.sequence import Sequence
+from dispec.engine.scheduling.token_output import TokenLogprobs, TokenOutput
 
 
 class ScheduledSequence(NamedTuple):
@@ -65,26 +64,6 @@ class ModelRunnerOutput(NamedTuple):
     token_ids: Mapping[int, Series[int]]
     logprobs: Mapping[int, Series[TokenLogprobs]] = MappingProxyType({})
     prompt_logprobs: Mapping[int, list[TokenLogprobs]] = MappingProxyType({})
-
-
-class TokenOutput(msgspec.Struct, array_like=True):
-    """A new token of one choice of a request, as the scheduler commits it and the server receives it.
-
-    index: of the choice. logprobs: of the token, where asked for.
-    num_cached_tokens, prompt_logprobs: of the prompt, with the choice's first token; the latter without the first
-        prompt token's.
-    num_accepted, num_rejected: draft tokens of the choice in this step, with the step's first token.
-    """
-
-    request_id: str
-    index: int
-    token_id: int
-    finish_reason: FinishReason | None = None
-    logprobs: TokenLogprobs | None = None
-    num_cached_tokens: int | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None
-    num_accepted: int = 0
-    num_rejected: int = 0
 
 
 def last_token_output(

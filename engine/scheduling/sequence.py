@@ -2,12 +2,10 @@
 
 import enum
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
 
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.logits_processors import LogitsProcessors
-
-FinishReason = Literal["stop", "length", "abort", "error"]
+from dispec.engine.scheduling.token_output import FinishReason, TokenLogprobs
 
 
 class Status(enum.Enum):
@@ -28,18 +26,6 @@ class SamplingFeatures(enum.IntFlag):
     TOKEN_MASK = 8
     LOGPROBS = 16
     PROMPT_LOGPROBS = 32
-
-
-class TokenLogprobs(NamedTuple):
-    """How probable a token was: natural log-probabilities of the model itself, before penalties and temperature.
-
-    rank: 1 for the likeliest token. top: the likeliest tokens with their log-probabilities, in descending order.
-    """
-
-    token_id: int
-    logprob: float
-    rank: int
-    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(slots=True)

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import msgspec
 
 from dispec.engine.scheduling.scheduler import Scheduler
-from dispec.engine.scheduling.scheduler_output import TokenOutput, last_token_output
-from dispec.engine.scheduling.sequence import Sequence, Status, TokenLogprobs
+from dispec.engine.scheduling.scheduler_output import last_token_output
+from dispec.engine.scheduling.sequence import Sequence, Status
+from dispec.engine.scheduling.token_output import TokenLogprobs, TokenOutput
 from dispec.engine.transfer.interface import Event, Pulled, PullFailed, Released, RemoteBlocks
 from dispec.engine.transfer.transfer_engine import TransferEngine
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
-from dispec.engine.scheduling.sequence import TokenLogprobs
+from dispec.engine.scheduling.token_output import TokenLogprobs
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.api.protocol import (
     ChatLogprob,

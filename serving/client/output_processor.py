@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.scheduling.scheduler_output import TokenOutput
+from dispec.engine.scheduling.token_output import TokenOutput
 from dispec.engine.text.text_stream import TextStream
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.client.request_stream import ChoiceUpdate

@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 import msgspec
 
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.scheduling.sequence import FinishReason, TokenLogprobs
+from dispec.engine.scheduling.token_output import FinishReason, TokenLogprobs
 from dispec.engine.transfer.interface import RemoteBlocks
 from dispec.serving.client.errors import EngineDied, EngineFailed, InvalidRequest, Overloaded, RequestTimedOut
 from dispec.serving.client.slo import Slo

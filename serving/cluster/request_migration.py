@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from dispec.engine.scheduling.sequence import FinishReason
+from dispec.engine.scheduling.token_output import FinishReason
 from dispec.engine.transfer.interface import RemoteBlocks
 from dispec.serving.client.errors import EngineDied, Unavailable
 from dispec.serving.client.process_client import ProcessClient

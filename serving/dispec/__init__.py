@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dispec.engine.api.outputs import Timing as Timing
     from dispec.engine.options import EngineOptions as EngineOptions
     from dispec.engine.sampling_params import SamplingParams as SamplingParams
-    from dispec.engine.scheduling.sequence import TokenLogprobs as TokenLogprobs
+    from dispec.engine.scheduling.token_output import TokenLogprobs as TokenLogprobs
 
 _MODULE_OF = {
     "LLM": "dispec.engine.api.llm",
@@ -26,7 +26,7 @@ _MODULE_OF = {
     "Timing": "dispec.engine.api.outputs",
     "EngineOptions": "dispec.engine.options",
     "SamplingParams": "dispec.engine.sampling_params",
-    "TokenLogprobs": "dispec.engine.scheduling.sequence",
+    "TokenLogprobs": "dispec.engine.scheduling.token_output",
 }
 
 __all__ = list(_MODULE_OF)

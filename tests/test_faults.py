@@ -30,6 +30,7 @@ LONG = greedy(400)
 @pytest.fixture
 def faulty_engine(monkeypatch):
     monkeypatch.setattr(engine_process, "_ENGINE_MODULE", "tests.faulty_service")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
 
 
 def has_gone(pid: int) -> bool:
@@ -290,7 +291,7 @@ def test_an_error_in_the_engine_fails_the_request_that_caused_it(directory, llm,
             assert client.state == "ready"
             [failed] = [summary for summary in recorder.summaries if summary.error]
             assert failed.finish_reasons == ("error", "error")
-            assert failed.output_tokens >= 3
+            assert failed.num_output_tokens >= 3
 
     asyncio.run(fail())
 

@@ -2,7 +2,7 @@
 
     seed | temperature | sample_position | token_ids | previous_indices | positions | slot_mapping | query_start | …
 
-Each field starts at a multiple of 16 bytes, because Inductor copies an input whose address is not.
+Each field starts at a multiple of 16 bytes, because Inductor copies inputs at other addresses.
 """
 
 import functools
@@ -157,7 +157,7 @@ def write_inputs(
 
     sampled_index, draft_index: by sequence id, the place of its next token and of its first draft token among the
         previous tokens on the device. They are read for tokens that the host does not know.
-    Returns the sequence of each sampled row, in order; None for a row whose sample is not used. Every sequence of a
+    Returns the sequence of each sampled row, in order; None for a row without use for its sample. Every sequence of a
     uniform step has a row, or every token; of a ragged step only sequences that sample. Each draft token has one more.
     """
     _write_token_ids(inputs, scheduled, sampled_index, draft_index)

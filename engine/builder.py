@@ -26,6 +26,7 @@ from dispec.engine.execution.kv_cache_memory import (
     weight_bytes,
 )
 from dispec.engine.execution.model_runner import ModelRunner
+from dispec.engine.execution.ranks import AllocateCache
 from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
 from dispec.engine.loading.draft_checkpoint import SharedDraft
 from dispec.engine.machine.cache_directory import writable_cache
@@ -237,7 +238,7 @@ class EngineBuilder:
     ) -> ModelRunner:
         options = self._options
         if self._ranks is not None:
-            self._ranks.allocate_cache(plan, self._max_num_batched_tokens)
+            self._ranks.send(AllocateCache(plan, self._max_num_batched_tokens))
         memory = shared_memory.tensor if shared_memory else None
         return ModelRunner(
             self._plan,

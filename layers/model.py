@@ -62,7 +62,7 @@ def hidden_states(
 
 
 def select_rows(x: Float[Tensor, "T E"], batch: Batch) -> Float[Tensor, "R E"]:
-    """Return the rows of the tokens whose logits the batch asks for."""
+    """Return the rows that `batch.logits_indices` selects."""
     if batch.logits_indices is None:
         return x
     # Unlike x[indices], a CPU selects a few rows in one thread: see `ops/cpu/thread_pool.cpp`.

@@ -16,7 +16,7 @@ _MLP_TILE = 64  # columns of the MLP that stay in one rank where there are enoug
 
 
 class Part(NamedTuple):
-    """Elements `start` to `stop` of a dimension, in a rank's dimension of `size` elements whose other ones are zero."""
+    """Elements `start` to `stop` of a dimension, as the first of the rank's `size` elements; the others are zero."""
 
     start: int
     stop: int

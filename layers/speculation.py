@@ -22,8 +22,8 @@ from dispec.layers.types import Batch, KVCache, Sampling, SamplingFilters, Weigh
 class DraftState(NamedTuple):
     """The inputs of the next draft token of each sequence. `batch` is uniform and selects the last token of each.
 
-    last_positions: of the last token of each sequence whose keys and values are computed. A sequence that has all its
-        draft tokens repeats this position, with the padding block as the target of its writes.
+    last_positions: of the last token of each sequence that gets keys and values. A sequence that has all its draft
+        tokens repeats this position, with the padding block as the target of its writes.
     sampling: None where all draft tokens are greedy.
     filters: None where no sequence filters. `top_k` counts the tokens that the head knows.
     """

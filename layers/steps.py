@@ -38,7 +38,7 @@ class Vocabulary(NamedTuple):
 class PreviousTokens(NamedTuple):
     """Token ids that earlier steps left on the device, and that the host may not know yet.
 
-    indices: 0 for a token whose id is in the batch, else 1 plus the place of its id in `token_ids`.
+    indices: 0 for a token that the batch has the id of, else 1 plus the place of its id in `token_ids`.
     """
 
     indices: Int[Tensor, "T"]

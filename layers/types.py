@@ -133,7 +133,7 @@ class Batch(NamedTuple):
     all its tokens up to and including them. Block 0 of the cache belongs to no sequence: padding tokens have slots in
     it.
 
-    logits_indices: the tokens whose logits are computed, None for all tokens.
+    logits_indices: the tokens that get logits, None for all tokens.
     query_len: the number of tokens of every sequence in a uniform step, so that T = B * query_len: 1 in decode, k + 1
         where k draft tokens are verified. None in a ragged step. Compiled steps derive it from the shapes, as a
         symbolic value, so that decode and verification are one graph.

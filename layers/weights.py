@@ -1,12 +1,12 @@
 """Every weight of a model, declared once: its place in `Weights`, its shape, and its names in a checkpoint.
 
-Loading, dummy weights and tests derive from `declare`. The weights of all layers are stacked in one tensor each, into
-whose slices a checkpoint is streamed.
+Loading, dummy weights and tests derive from `declare`. The weights of all layers are stacked in one tensor each; a
+checkpoint is streamed into its slices.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,13 +18,8 @@ from dispec.layers.sharding import Axis, Part, Sharding
 from dispec.layers.types import AttentionWeights, LayerWeights, MlpWeights, Weights
 
 Stack = ops.Matrix | tuple[ops.PackedWeight, ...]
-
-
-@runtime_checkable
-class Pack(Protocol):
-    """Lays a matrix out for `ops.linear`: `ops.pack`, or a partial application of it."""
-
-    def __call__(self, weight: Tensor, *, out: Tensor | None = None) -> ops.Matrix: ...
+# Lays a matrix out for `ops.linear`: `ops.pack`, or a partial application of it.
+Pack = Callable[..., ops.Matrix]
 
 
 class WeightsError(ValueError):
@@ -55,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One weight, whose sources are stacked along the first dimension.
+    """One weight: its sources, stacked along the first dimension.
 
     name: its path in `Weights`. layer: its place in the stack there, None for a weight outside of the layers.
     kind: a `matrix` is multiplied by and may be packed, a `table` is looked up by row, a `vector` is used elementwise.
@@ -152,7 +147,7 @@ def load_weights(
     tensors: (Hugging Face name, tensor) in any order.
     on_progress: is called with the number of elements of each tensor.
     borrowed: weights of another model, by their names in `Weights`, that are not among the tensors.
-    shard: the rank whose part of the model `config` is loaded.
+    shard: the rank that loads its part of the model `config`.
     Raises WeightsError for a tensor that is missing, unknown, repeated or of another shape.
     """
     sharding = Sharding(config, shard) if shard is not None else None
@@ -218,7 +213,7 @@ class _Stacks:
         return self._weights[spec.name][spec.layer]
 
     def add(self, spec: WeightSpec, tensor: Tensor) -> None:
-        """Add a weight whose values are complete."""
+        """Add a weight, once its values are complete."""
         if spec.layer is None:
             self._weights[spec.name] = self._pack(tensor) if spec.kind == "matrix" else tensor
         elif self._packs and spec.kind == "matrix":

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from dispec.engine.api.llm import LLM
 from dispec.engine.distributed import tensor_parallel
 from dispec.engine.distributed.tensor_parallel import TensorParallelError
+from dispec.engine.execution.ranks import ComputeLogits
 from dispec.engine.loading.checkpoint import find_checkpoint
 from dispec.engine.options import EngineOptions
 from dispec.engine.sampling_params import SamplingParams
@@ -198,7 +199,7 @@ def test_a_compiler_that_fails_amid_a_step_of_all_ranks_ends_them(directory, mon
     runner = llm.engine.runner
 
     def fail(*_):
-        with llm.engine._ranks.head(bytes(4 * llm.engine.config.hidden_size)):
+        with llm.engine._ranks.together(ComputeLogits(bytes(4 * llm.engine.config.hidden_size))):
             raise RuntimeError("no compiler here")
 
     try:

@@ -14,7 +14,7 @@ _COLLECTIVE_TIMEOUT = timedelta(seconds=300)  # of a rank that hangs; one that d
 
 
 def join_group(rank: int, size: int, device: torch.device, store: dist.TCPStore) -> Shard:
-    """Become a rank of the process group whose ranks meet at the store."""
+    """Become a rank of the process group that meets at the store."""
     store.set(ready_key(rank), "")
     if sys.platform == "linux":
         # Without it Gloo looks the host's name up, which need not resolve.

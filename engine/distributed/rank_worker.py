@@ -13,18 +13,12 @@ import msgspec
 import torch
 
 from dispec.engine.distributed.process_group import connect_store, join_group
-from dispec.engine.distributed.rank_messages import (
-    AllocateCache,
-    ComputeLogits,
-    CopyBlocks,
-    JoinGroup,
-    RunStep,
-    read_frame,
-)
+from dispec.engine.distributed.rank_messages import JoinGroup, read_message
 from dispec.engine.dtypes import DTYPES
 from dispec.engine.execution.execution_plan import plan_for
 from dispec.engine.execution.kv_cache_memory import allocate_kv_cache
 from dispec.engine.execution.model_runner import ModelRunner
+from dispec.engine.execution.ranks import AllocateCache, ComputeLogits, CopyBlocks, RunStep
 from dispec.engine.loading.checkpoint import find_checkpoint
 from dispec.engine.machine.cache_directory import remove_substitutes
 from dispec.engine.options import EngineOptions
@@ -80,8 +74,7 @@ def main() -> None:
     torch.set_num_threads(request.num_threads)
     make_runner = _join(request)
     runner: ModelRunner | None = None
-    while (received := read_frame(pipe)) is not None:
-        message, payload = received
+    while (message := read_message(pipe)) is not None:
         if isinstance(message, AllocateCache):
             runner = None  # frees its KV cache before the new one is allocated
             runner = make_runner(message)
@@ -90,10 +83,10 @@ def main() -> None:
         match message:
             case CopyBlocks(blocks):
                 runner.copy_blocks(blocks)
-            case RunStep(shape, is_compiled):
-                runner.run_inputs(shape, payload, is_compiled=is_compiled)
-            case ComputeLogits():
-                runner.compute_logits(payload)
+            case RunStep(shape, inputs, is_compiled):
+                runner.run_inputs(shape, inputs, is_compiled=is_compiled)
+            case ComputeLogits(hidden):
+                runner.compute_logits(hidden)
     remove_substitutes()
     os._exit(0)  # destroying the process group would wait for the engine, which may have been killed
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from typing import NoReturn
 
@@ -19,17 +19,8 @@ import torch
 import torch.distributed as dist
 
 from dispec.engine.distributed.process_group import connect_store, join_group, ready_key
-from dispec.engine.distributed.rank_messages import (
-    AllocateCache,
-    ComputeLogits,
-    CopyBlocks,
-    JoinGroup,
-    Message,
-    RunStep,
-    encode_frame,
-)
-from dispec.engine.execution.input_buffers import StepShape
-from dispec.engine.execution.kv_cache_memory import KVPlan
+from dispec.engine.distributed.rank_messages import JoinGroup, encode_frame
+from dispec.engine.execution.ranks import Message
 from dispec.engine.machine.torch_threads import set_threads
 from dispec.engine.options import EngineOptions
 from dispec.layers.config import ModelConfig
@@ -92,21 +83,27 @@ class TensorParallel:
         if any(follower.poll() is not None for follower in self._followers):
             self._fail(None)
 
-    def allocate_cache(self, plan: KVPlan, max_num_batched_tokens: int) -> None:
-        """Have every follower allocate its KV cache and step buffers."""
-        self._send(AllocateCache(plan, max_num_batched_tokens))
+    def send(self, message: Message) -> None:
+        """Send a message to every follower."""
+        if self._is_broken:
+            self._fail(None)
+        frame = encode_frame(message)
+        try:
+            for follower in self._followers:
+                assert follower.stdin is not None
+                follower.stdin.write(frame)
+                follower.stdin.flush()
+        except OSError as error:
+            self._fail(error)
 
-    def copy_blocks(self, blocks: tuple[tuple[int, int], ...]) -> None:
-        """Have every follower copy blocks, each from the first of a pair to the second."""
-        self._send(CopyBlocks(blocks))
-
-    def step(self, shape: StepShape, inputs: bytes, *, is_compiled: bool) -> AbstractContextManager[None]:
-        """Have every follower run the model while this rank does."""
-        return self._together(RunStep(shape, is_compiled), inputs)
-
-    def head(self, hidden: bytes) -> AbstractContextManager[None]:
-        """Have every follower compute logits while this rank does."""
-        return self._together(ComputeLogits(), hidden)
+    @contextmanager
+    def together(self, message: Message) -> Iterator[None]:
+        """Send a message for the time of a computation of this rank that takes part in the same sums."""
+        self.send(message)
+        try:
+            yield
+        except Exception as error:
+            self._fail(error)
 
     def close(self) -> None:
         """End the followers and leave the group."""
@@ -115,27 +112,6 @@ class TensorParallel:
         for pidfd in pidfds:
             os.close(pidfd)
         self._end()
-
-    @contextmanager
-    def _together(self, message: Message, payload: bytes) -> Iterator[None]:
-        self._send(message, payload)
-        try:
-            yield
-        except Exception as error:
-            self._fail(error)
-
-    def _send(self, message: Message, payload: bytes = b"") -> None:
-        """Send a message to every follower; they execute messages in order."""
-        if self._is_broken:
-            self._fail(None)
-        frame = encode_frame(message, payload)
-        try:
-            for follower in self._followers:
-                assert follower.stdin is not None
-                follower.stdin.write(frame)
-                follower.stdin.flush()
-        except OSError as error:
-            self._fail(error)
 
     def _wait_for_followers(self, store: dist.TCPStore) -> None:
         """Wait until all followers are ready. Joining a group does not notice that another rank has died."""

@@ -69,34 +69,10 @@ def _configure() -> None:
     config.emulate_precision_casts = True
 
 
-class _CudaGraphs:
-    """The CUDA graphs of this process, replayed by any thread. torch keeps separate ones for each thread."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self._adopted = threading.local()
-        self._trees: tuple[Any, Any] | None = None
-
-    def begin(self) -> None:
-        """Begin a replay, in a thread that shares the first thread's graphs."""
-        if not getattr(self._adopted, "done", False):
-            self._adopt()
-        torch.compiler.cudagraph_mark_step_begin()
-
-    def _adopt(self) -> None:
-        from torch._inductor import cudagraph_trees
-
-        local: Any = cudagraph_trees.local
-        if self._trees is None:
-            if not hasattr(local, "tree_manager_containers"):
-                local.tree_manager_containers = {}
-                local.tree_manager_locks = defaultdict(threading.Lock)
-            self._trees = local.tree_manager_containers, local.tree_manager_locks
-        local.tree_manager_containers, local.tree_manager_locks = self._trees
-        self._adopted.done = True
-
-
-_graphs = _CudaGraphs()
+# torch keeps CUDA graphs for each thread. All threads of this process replay those of the first one.
+_lock = threading.RLock()
+_thread = threading.local()
+_shared_trees: dict[str, Any] = {}
 
 
 def replay_lock() -> AbstractContextManager[object]:
@@ -104,7 +80,7 @@ def replay_lock() -> AbstractContextManager[object]:
 
     Engines in several threads share the graphs' memory.
     """
-    return _graphs.lock
+    return _lock
 
 
 def begin_replay() -> None:
@@ -112,7 +88,22 @@ def begin_replay() -> None:
 
     It may overwrite the results of earlier steps: those that are still needed must have been copied.
     """
-    _graphs.begin()
+    if not hasattr(_thread, "has_shared_trees"):
+        _share_trees()
+        _thread.has_shared_trees = True
+    torch.compiler.cudagraph_mark_step_begin()
+
+
+def _share_trees() -> None:
+    from torch._inductor import cudagraph_trees
+
+    local = cudagraph_trees.local
+    if not _shared_trees:
+        if not hasattr(local, "tree_manager_containers"):
+            local.tree_manager_containers = {}
+            local.tree_manager_locks = defaultdict(threading.Lock)
+        _shared_trees.update(containers=local.tree_manager_containers, locks=local.tree_manager_locks)
+    local.tree_manager_containers, local.tree_manager_locks = _shared_trees["containers"], _shared_trees["locks"]
 
 
 def mark_static(*values: object) -> None:

@@ -9,7 +9,7 @@ from dispec.engine.options import EngineOptions
 from dispec.ops.cpu.library import has_packed_linear
 from dispec.ops.paged_attention import has_cpu_kernel
 
-# Most tokens of a sequence in a uniform step on a CPU, whose attention kernel decodes up to as many.
+# Most tokens of a sequence in a uniform step on a CPU: the limit of its decode attention kernel.
 _CPU_QUERY_LEN = 16
 
 

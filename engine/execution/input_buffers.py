@@ -2,18 +2,18 @@
 
     seed | temperature | sample_position | token_ids | previous_indices | positions | slot_mapping | query_start | …
 
-Each field starts at a multiple of 16 bytes, because Inductor copies an input whose address is not.
+Each field starts at a multiple of 16 bytes, because Inductor copies inputs at other addresses.
 """
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
@@ -49,65 +49,78 @@ class StepShape(NamedTuple):
         return tuple(-(-size // _ALIGNMENT) * _ALIGNMENT for size in fields)
 
 
-class StepInputs(NamedTuple):
-    """The inputs of a step. previous_indices: as `indices` of `layers.steps.PreviousTokens`."""
-
-    batch: Batch
-    sampling: Sampling
-    previous_indices: Int[Tensor, "T"]
+Array = TypeVar("Array", Tensor, np.ndarray)
 
 
-def input_views(buffer: Tensor, shape: StepShape) -> StepInputs:
+@dataclass(frozen=True)
+class StepInputs(Generic[Array]):
+    """The inputs of a step, in the order of the buffer: numpy arrays on the host, tensors for the model.
+
+    Fields are those of `layers.types.Sampling`, `layers.steps.PreviousTokens` and `layers.types.Batch`.
+    """
+
+    seed: Array
+    temperature: Array
+    sample_position: Array
+    token_ids: Array
+    previous_indices: Array
+    positions: Array
+    slot_mapping: Array
+    query_start: Array
+    context_lens: Array
+    block_tables: Array
+    logits_indices: Array | None
+    query_len: int | None
+
+    @property
+    def batch(self: "StepInputs[Tensor]") -> Batch:
+        return Batch(
+            self.token_ids,
+            self.positions,
+            self.slot_mapping,
+            self.block_tables,
+            self.query_start,
+            self.context_lens,
+            self.logits_indices,
+        )
+
+    @property
+    def sampling(self: "StepInputs[Tensor]") -> Sampling:
+        return Sampling(self.temperature, self.seed, self.sample_position)
+
+
+def input_views(buffer: Tensor, shape: StepShape) -> StepInputs[Tensor]:
     """Return views of an int32 buffer as the inputs of a step.
 
     Each is a tensor with a storage of its own over the buffer's memory: the compiler guards on storage offsets, which
     would differ between shapes. A uniform step that samples at each of its tokens has no `logits_indices`.
     """
-    samples_all_tokens = shape.query_len is not None and shape.num_sampled == shape.num_tokens
+    num_tokens, num_seqs, max_blocks_per_seq, num_sampled, query_len = shape
     fields = buffer[: shape.size].split(shape.field_sizes())
     seed, temperature, sample_position, token_ids, previous, positions, slots, starts, contexts, tables, indices = (
         from_dlpack(to_dlpack(field)) for field in fields
     )
-    batch = Batch(
-        token_ids=token_ids[: shape.num_tokens],
-        positions=positions[: shape.num_tokens],
-        slot_mapping=slots[: shape.num_tokens],
-        block_tables=tables[: shape.num_seqs * shape.max_blocks_per_seq].view(shape.num_seqs, shape.max_blocks_per_seq),
-        query_start=starts[: shape.num_seqs + 1],
-        context_lens=contexts[: shape.num_seqs],
-        logits_indices=None if samples_all_tokens else indices[: shape.num_sampled],
-        query_len=shape.query_len,
+    return StepInputs(
+        seed=seed[: 2 * num_sampled].view(torch.int64),
+        temperature=temperature[:num_sampled].view(torch.float32),
+        sample_position=sample_position[:num_sampled],
+        token_ids=token_ids[:num_tokens],
+        previous_indices=previous[:num_tokens],
+        positions=positions[:num_tokens],
+        slot_mapping=slots[:num_tokens],
+        query_start=starts[: num_seqs + 1],
+        context_lens=contexts[:num_seqs],
+        block_tables=tables[: num_seqs * max_blocks_per_seq].view(num_seqs, max_blocks_per_seq),
+        logits_indices=None if query_len is not None and num_sampled == num_tokens else indices[:num_sampled],
+        query_len=query_len,
     )
-    sampling = Sampling(
-        temperature=temperature[: shape.num_sampled].view(torch.float32),
-        seed=seed[: 2 * shape.num_sampled].view(torch.int64),
-        position=sample_position[: shape.num_sampled],
-    )
-    return StepInputs(batch, sampling, previous[: shape.num_tokens])
 
 
-class HostInputs(NamedTuple):
-    """The inputs of a step as numpy arrays over a host buffer."""
-
-    token_ids: np.ndarray
-    positions: np.ndarray
-    slot_mapping: np.ndarray
-    block_tables: np.ndarray
-    query_start: np.ndarray
-    context_lens: np.ndarray
-    logits_indices: np.ndarray | None
-    previous_indices: np.ndarray
-    temperature: np.ndarray
-    seed: np.ndarray
-    sample_position: np.ndarray
-    query_len: int | None
-
-
-def host_views(buffer: Tensor, shape: StepShape) -> HostInputs:
+def host_views(buffer: Tensor, shape: StepShape) -> StepInputs[np.ndarray]:
     """Return `input_views` of a buffer on the host as numpy arrays."""
-    batch, sampling, previous_indices = input_views(buffer, shape)
-    fields = (*batch[:7], previous_indices, *sampling)
-    return HostInputs(*(None if field is None else field.numpy() for field in fields), batch.query_len)  # type: ignore
+    inputs = input_views(buffer, shape)
+    arrays = {name: field.numpy() for name, field in vars(inputs).items() if isinstance(field, Tensor)}
+    return StepInputs(**vars(inputs) | arrays)
 
 
 class HostBuffer:
@@ -119,7 +132,7 @@ class HostBuffer:
         self._views = functools.lru_cache(256)(functools.partial(host_views, self.flat))
         self._copied = torch.cuda.Event() if is_pinned else None
 
-    def zeroed(self, shape: StepShape) -> HostInputs:
+    def zeroed(self, shape: StepShape) -> StepInputs[np.ndarray]:
         """Wait until the device has read the buffer's last inputs, and return zeroed ones."""
         if self._copied is not None:
             self._copied.synchronize()
@@ -134,7 +147,7 @@ class HostBuffer:
 
 
 def write_inputs(
-    inputs: HostInputs,
+    inputs: StepInputs[np.ndarray],
     scheduled: tuple[ScheduledSequence, ...],
     block_size: int,
     sampled_index: Mapping[int, int] = MappingProxyType({}),
@@ -144,7 +157,7 @@ def write_inputs(
 
     sampled_index, draft_index: by sequence id, the place of its next token and of its first draft token among the
         previous tokens on the device. They are read for tokens that the host does not know.
-    Returns the sequence of each sampled row, in order; None for a row whose sample is not used. Every sequence of a
+    Returns the sequence of each sampled row, in order; None for a row without use for its sample. Every sequence of a
     uniform step has a row, or every token; of a ragged step only sequences that sample. Each draft token has one more.
     """
     _write_token_ids(inputs, scheduled, sampled_index, draft_index)
@@ -153,7 +166,7 @@ def write_inputs(
 
 
 def _write_token_ids(
-    inputs: HostInputs,
+    inputs: StepInputs[np.ndarray],
     scheduled: tuple[ScheduledSequence, ...],
     sampled_index: Mapping[int, int],
     draft_index: Mapping[int, int],
@@ -175,7 +188,7 @@ def _write_token_ids(
     inputs.token_ids[: len(token_ids)] = token_ids
 
 
-def _write_positions(inputs: HostInputs, scheduled: tuple[ScheduledSequence, ...], block_size: int) -> None:
+def _write_positions(inputs: StepInputs[np.ndarray], scheduled: tuple[ScheduledSequence, ...], block_size: int) -> None:
     """Write positions, block tables, slots, and where each sequence's tokens and context end."""
     query_start, context_lens = inputs.query_start, inputs.context_lens
     num_seqs, counts = len(scheduled), [item.num_tokens for item in scheduled]
@@ -201,7 +214,9 @@ def _write_positions(inputs: HostInputs, scheduled: tuple[ScheduledSequence, ...
         query_start[num_seqs + 1 :] = num_tokens
 
 
-def _write_sampling(inputs: HostInputs, scheduled: tuple[ScheduledSequence, ...]) -> list[ScheduledSequence | None]:
+def _write_sampling(
+    inputs: StepInputs[np.ndarray], scheduled: tuple[ScheduledSequence, ...]
+) -> list[ScheduledSequence | None]:
     """Write the tokens that are sampled after, and how. Return the sequence of each row."""
     rows: list[ScheduledSequence | None] = []
     tokens: list[int] = []

@@ -1,4 +1,4 @@
-"""How much memory the KV cache gets, and a ledger of where memory went."""
+"""The size of the KV cache, its allocation, and what other memory is taken or free."""
 
 import ctypes
 import sys
@@ -20,7 +20,7 @@ CPU_SHARE_OF_FREE = 0.25
 
 @dataclass(frozen=True)
 class KVPlan:
-    """How the KV cache is cut: `num_blocks` includes the one that takes padding."""
+    """The blocks of the KV cache. `num_blocks` includes the padding block. reason: what limits their number."""
 
     num_blocks: int
     block_size: int
@@ -79,7 +79,7 @@ def plan_kv_cache(
 
 
 def kv_cache_bytes(config: ModelConfig, plan: KVPlan, dtype: torch.dtype) -> int:
-    """Of the pages of all layers."""
+    """Return the bytes of the KV cache of all layers."""
     block = 2 * config.num_kv_heads * config.head_dim * plan.block_size * dtype.itemsize
     return config.num_layers * plan.num_blocks * block
 
@@ -91,9 +91,9 @@ def allocate_kv_cache(
     device: torch.device,
     memory: Tensor | None = None,
 ) -> KVCache:
-    """Zeroed pages of all layers. On CPU the kernel hands out the memory only as blocks are first written.
+    """Return a zeroed KV cache. On CPU the system provides memory only as blocks are first written.
 
-    memory: zeroed bytes to make them of, `kv_cache_bytes` of them, for others to read; None takes new ones.
+    memory: `kv_cache_bytes` zeroed bytes to use, which other processes can read; None allocates them.
     """
     num_blocks, block_size, heads, head_dim = plan.num_blocks, plan.block_size, config.num_kv_heads, config.head_dim
     keys = (config.num_layers, num_blocks, heads, head_dim, block_size)
@@ -101,15 +101,15 @@ def allocate_kv_cache(
     if device.type != "cpu":
         return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for shape in (keys, values)))
     if memory is None:
-        # numpy's zeros are calloc's: pages of the process that cost nothing until they are touched.
+        # numpy allocates zeros with calloc: pages take no memory until they are touched.
         memory = torch.from_numpy(np.zeros(kv_cache_bytes(config, plan, dtype), dtype=np.uint8))
-    # Storages of their own over the same memory: two inputs that share one are copied by the compiler.
+    # Two storages over the same memory: the compiler copies inputs that share one.
     halves = (from_dlpack(to_dlpack(half)) for half in memory[: kv_cache_bytes(config, plan, dtype)].chunk(2))
     return KVCache(*(half.view(dtype).view(shape) for half, shape in zip(halves, (keys, values), strict=True)))
 
 
 def free_memory(device: torch.device, utilization: float) -> int:
-    """Bytes that may still be taken: on CUDA up to `utilization` of the device, on CPU what the system has."""
+    """Return the free bytes: on CUDA up to `utilization` of the device, on CPU those of the system."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(0, free - int(total * (1 - utilization)))
@@ -117,19 +117,19 @@ def free_memory(device: torch.device, utilization: float) -> int:
 
 
 def weight_bytes(weights: Weights) -> int:
-    """Bytes of all weights; one that is used in two places, in the same layout, counts once."""
+    """Return the bytes of all weights. A tensor that is used in two places counts once."""
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(weights) if isinstance(leaf, Tensor)]
     return sum(leaf.numel() * leaf.element_size() for leaf in {id(leaf): leaf for leaf in leaves}.values())
 
 
 def return_freed_memory() -> None:
-    """Give what was freed back to the system: glibc keeps it, and loading frees much in small pieces."""
+    """Return freed memory to the system. glibc keeps it, and loading frees much in small pieces."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
 
 def format_bytes(size: float) -> str:
-    """Bytes as people read them: "1.5 GiB"."""
+    """Return bytes as text such as "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB"):
         if abs(size) < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -7,10 +7,11 @@ that a step runs only what it uses.
 
 import functools
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,6 @@ from dispec.engine.execution.compiled_steps import (
 from dispec.engine.execution.execution_plan import ExecutionPlan
 from dispec.engine.execution.input_buffers import (
     HostBuffer,
-    HostInputs,
     StepInputs,
     StepShape,
     input_views,
@@ -37,7 +37,7 @@ from dispec.engine.execution.input_buffers import (
 )
 from dispec.engine.execution.launches import split_step
 from dispec.engine.execution.pending_step import DeviceDrafts, PendingStep
-from dispec.engine.execution.ranks import Ranks
+from dispec.engine.execution.ranks import ComputeLogits, CopyBlocks, Ranks, RunStep
 from dispec.engine.execution.sampler import Sampler, SamplerFunctions, compiled_functions, warm_up_calls
 from dispec.engine.execution.sampler_output import SamplerOutput
 from dispec.engine.execution.step_shapes import TRACED_DECODE, TRACED_PREFILL, StepShapes
@@ -143,7 +143,7 @@ class ModelRunner:
         """
         if step.copies:
             if self._ranks is not None:
-                self._ranks.copy_blocks(step.copies)
+                self._ranks.send(CopyBlocks(step.copies))
             self.copy_blocks(step.copies)
         with replay_lock() if self.plan.replays else nullcontext():
             outputs = self._launch(step.scheduled_sequences, drafts)
@@ -243,7 +243,7 @@ class ModelRunner:
         self._compiled = compiled_steps(self.config, self.vocabulary, replays=self.plan.replays)
 
     @torch.inference_mode()
-    def _run_dummy(self, shape: StepShape, *, is_compiled: bool) -> tuple[_Outputs, StepInputs]:
+    def _run_dummy(self, shape: StepShape, *, is_compiled: bool) -> tuple[_Outputs, StepInputs[Tensor]]:
         """Run a step of padding only."""
         write_inputs(self._zeroed_inputs(shape), (), self.block_size)
         inputs = self._upload(shape)
@@ -256,38 +256,38 @@ class ModelRunner:
         outputs, inputs = self._run_dummy(self.shapes.padded(exact, is_compiled=False), is_compiled=False)
         self.sampler.run_all(outputs.logits, inputs.sampling)
 
-    def _zeroed_inputs(self, shape: StepShape) -> HostInputs:
+    def _zeroed_inputs(self, shape: StepShape) -> StepInputs[np.ndarray]:
         """Return zeroed inputs on the host for the next step."""
         self._hosts.reverse()
         return self._hosts[0].zeroed(shape)
 
-    def _upload(self, shape: StepShape) -> StepInputs:
+    def _upload(self, shape: StepShape) -> StepInputs[Tensor]:
         """Return the inputs that were written on the host as the device reads them."""
         if self.is_cuda:
             self._hosts[0].copy_to(self._inputs, shape.size)
         return self._device_inputs(shape)
 
-    def _marked_views(self, shape: StepShape) -> StepInputs:
+    def _marked_views(self, shape: StepShape) -> StepInputs[Tensor]:
         """Return a shape's inputs as the device reads them, with the marks that the compiler needs."""
         inputs = input_views(self._inputs, shape)
         if self.plan.compile != "off":
             mark_inputs(inputs.batch, *inputs.sampling, inputs.previous_indices, replays=self.plan.replays)
         return inputs
 
-    def _compute(self, shape: StepShape, inputs: StepInputs, *, is_compiled: bool) -> _Outputs:
+    def _compute(self, shape: StepShape, inputs: StepInputs[Tensor], *, is_compiled: bool) -> _Outputs:
         """Run the model, in all ranks."""
         if self._ranks is None:
             return self._forward(shape, inputs, is_compiled=is_compiled)
         payload = self._hosts[0].flat[: shape.size].numpy().tobytes()
-        with self._ranks.step(shape, payload, is_compiled=is_compiled):
+        with self._ranks.together(RunStep(shape, payload, is_compiled)):
             return self._forward(shape, inputs, is_compiled=is_compiled)
 
-    def _forward(self, shape: StepShape, inputs: StepInputs, *, is_compiled: bool) -> _Outputs:
+    def _forward(self, shape: StepShape, inputs: StepInputs[Tensor], *, is_compiled: bool) -> _Outputs:
         functions = self._compiled if is_compiled else self._eager
         previous = None
         if self.plan.reads_device_tokens:
             previous = PreviousTokens(inputs.previous_indices, self.previous_token_ids)
-        arguments = (self.weights, inputs.batch._replace(query_len=None), self.kv_cache, previous)
+        arguments = (self.weights, inputs.batch, self.kv_cache, previous)
         if is_compiled and self.plan.replays:
             begin_replay()
         if shape.query_len is not None:
@@ -296,9 +296,10 @@ class ModelRunner:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states, computed by all ranks."""
-        with nullcontext() if self._ranks is None else self._ranks.head(_to_bytes(hidden)):
+        together: AbstractContextManager[None] = nullcontext()
+        if self._ranks is not None:
+            together = self._ranks.together(
+                ComputeLogits(hidden.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+            )
+        with together:
             return head(hidden, self.weights, self.config, self.vocabulary)[0]
-
-
-def _to_bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes()

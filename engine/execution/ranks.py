@@ -1,28 +1,58 @@
-"""The other ranks of a tensor-parallel model, as the model runner sees them."""
+"""What the ranks of a tensor-parallel model do together, as messages from the first rank to the others."""
 
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
+import msgspec
+
 from dispec.engine.execution.input_buffers import StepShape
+from dispec.engine.execution.kv_cache_memory import KVPlan
+
+
+class AllocateCache(msgspec.Struct, tag=True):
+    """Allocate a KV cache and the buffers of steps, in place of earlier ones."""
+
+    plan: KVPlan
+    max_num_batched_tokens: int
+
+
+class CopyBlocks(msgspec.Struct, tag=True):
+    """Copy blocks, each from the first of a pair to the second."""
+
+    blocks: tuple[tuple[int, int], ...]
+
+
+class RunStep(msgspec.Struct, tag=True):
+    """Run the model on a step's inputs. is_compiled: with compiled functions."""
+
+    shape: StepShape
+    inputs: bytes
+    is_compiled: bool
+
+
+class ComputeLogits(msgspec.Struct, tag=True):
+    """Compute the logits of hidden states, [R, E] in the weights' dtype."""
+
+    hidden: bytes
+
+
+Message = AllocateCache | CopyBlocks | RunStep | ComputeLogits
 
 
 @runtime_checkable
 class Ranks(Protocol):
-    """Has every other rank compute what this rank computes (`engine.distributed.tensor_parallel`).
-
-    An exception inside of one of the context managers leaves the ranks in unknown states: it becomes a
-    TensorParallelError, `is_broken` becomes True, and nothing is computed afterwards.
-    """
+    """The other ranks (`engine.distributed.tensor_parallel`). They execute messages in order."""
 
     @property
     def is_broken(self) -> bool:
-        """Whether a rank has failed."""
+        """Whether a rank has failed, so that nothing can be computed any more."""
 
-    def copy_blocks(self, blocks: tuple[tuple[int, int], ...]) -> None:
-        """Copy KV cache blocks, each from the first of a pair to the second."""
+    def send(self, message: Message) -> None:
+        """Send a message to every other rank."""
 
-    def step(self, shape: StepShape, inputs: bytes, *, is_compiled: bool) -> AbstractContextManager[None]:
-        """Run the model on step inputs. is_compiled: with compiled functions."""
+    def together(self, message: Message) -> AbstractContextManager[None]:
+        """Send a message for the time of a computation of this rank that takes part in the same sums.
 
-    def head(self, hidden: bytes) -> AbstractContextManager[None]:
-        """Compute the logits of hidden states, [R, E] in the weights' dtype."""
+        If the computation fails, the other ranks may wait in a sum: the model is broken, and TensorParallelError is
+        raised.
+        """

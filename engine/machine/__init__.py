@@ -1,1 +1,1 @@
-"""What the machine offers to a process: cores, threads, directories for caches and temporary files."""
+"""The machine's resources: cores, threads, directories for caches and temporary files."""

@@ -1,4 +1,4 @@
-"""Where downloads, converted tokenizers and compiled code are kept. Imports no torch."""
+"""The directory of downloads, converted tokenizers and compiled code. Imports no torch."""
 
 import atexit
 import functools
@@ -17,13 +17,13 @@ _substitutes: list[OwnedDirectory] = []  # for cache directories that cannot be 
 
 
 def cache_directory() -> Path:
-    """Return the user's choice, `DISPEC_CACHE_DIR`, else the system's place for caches. It need not exist."""
+    """Return `DISPEC_CACHE_DIR`, else the system's directory for caches. It need not exist."""
     chosen = os.environ.get("DISPEC_CACHE_DIR")
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("dispec"))
 
 
 def check_writable(directory: Path) -> None:
-    """Make a directory and a file in it. Raises OSError where that fails, or where the disk is as good as full."""
+    """Make a directory and a file in it. Raise OSError if that fails, or if less than 64 MiB are free."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory):
         free = shutil.disk_usage(directory).free
@@ -32,10 +32,7 @@ def check_writable(directory: Path) -> None:
 
 
 def writable_cache() -> Path:
-    """Return the cache directory; where it cannot be written, a temporary one that is removed when the process ends.
-
-    Warns the first time that it has to do without.
-    """
+    """Return the cache directory; if it is not writable, a temporary one until the process ends, with a warning."""
     return _writable(cache_directory())
 
 
@@ -58,12 +55,12 @@ def _writable(directory: Path) -> Path:
 
 @atexit.register
 def remove_substitutes() -> None:
-    """Remove the temporary directories. A process that ends with `os._exit` has to call it."""
+    """Remove the temporary directories. A process that ends with `os._exit` must call it."""
     for substitute in _substitutes:
         substitute.remove()
 
 
 def cache_path(*parts: str) -> Path:
-    """Return where something is in the cache, or is to be written if it is not there yet."""
+    """Return the path of a cache entry: where it exists, else where it can be written."""
     kept = cache_directory().joinpath(*parts)
     return kept if kept.exists() else writable_cache().joinpath(*parts)

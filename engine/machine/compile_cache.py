@@ -1,4 +1,4 @@
-"""Where compiled code is kept. Imports nothing of the compiler."""
+"""The directory of compiled code. Imports nothing of the compiler."""
 
 import os
 import tempfile
@@ -12,10 +12,9 @@ from dispec.engine.machine.cache_directory import writable_cache
 def choose_compile_cache() -> Path:
     """Keep compiled code in the user's cache directory, unless TORCHINDUCTOR_CACHE_DIR names another.
 
-    Inductor writes its default, a temporary directory, into that variable as soon as it is asked for it, and processes
-    inherit it: that is no choice of the user's. Triton's kernels are kept beneath it, unless TRITON_CACHE_DIR names
-    another: Inductor moves them there once it generates code, which it does not where it finds some, so that a second
-    process would look elsewhere and compile them again.
+    Inductor sets that variable to its default, a temporary directory, and child processes inherit it: such a value is
+    replaced. Triton's kernels are kept in a sub-directory, unless TRITON_CACHE_DIR names another: Inductor sets that
+    variable only when it generates code, so a second process, which finds code, would compile the kernels again.
     """
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if chosen is None or _is_default(Path(chosen)):

@@ -1,4 +1,4 @@
-"""How many cores this process may use. Imports no torch."""
+"""The number of cores that this process may use. Imports no torch."""
 
 import math
 import os
@@ -7,21 +7,20 @@ from pathlib import Path
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Return the cores that the process may run on, or those of its cgroups' CPU quota if these are fewer; at least 1.
+    """Return the cores in the process's affinity mask, or in its cgroups' CPU quota if these are fewer; at least 1.
 
-    A quota counts in whole cores, rounded down: threads that share less than a core each are throttled together. root:
-    where /proc and /sys are.
+    A quota is rounded down to whole cores, because threads beyond it are throttled together. root: of /proc and /sys.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.floor(min([cores, *_quotas(root)])))
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """CPU quotas, in cores, of the process's cgroups and of all around them (Linux: admin-guide/cgroup-v2.rst)."""
+    """Yield CPU quotas, in cores, of the process's cgroups and their parents (Linux: admin-guide/cgroup-v2.rst)."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if not path:  # no line of a group
+        if not path:  # not a cgroup
             continue
         if not controllers:
             mounts, names = [root / "sys/fs/cgroup"], ["cpu.max"]
@@ -31,7 +30,7 @@ def _quotas(root: Path) -> Iterator[float]:
         else:
             continue
         for mount in mounts:
-            # In a container the mount may be the process's own group, and the path one that is not to be seen there.
+            # In a container the mount may be the process's own group, and the path does not exist.
             for group in (mount, *(mount.joinpath(*parts) for parts in _prefixes(path))):
                 words = " ".join(_read(group / name) for name in names).split()
                 if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):  # not "max", not -1

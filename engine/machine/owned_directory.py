@@ -1,7 +1,7 @@
-"""A temporary directory that goes with the process that made it.
+"""A temporary directory that lives as long as the process that made it.
 
-A process that is killed cannot remove its directory. So each is locked by its owner, and an owner that makes a new one
-removes those of its user that have the same prefix and are not locked any more.
+The process locks its directory. A killed process cannot remove its own: the next one with the same prefix removes the
+user's directories that nothing locks any more.
 """
 
 import fcntl
@@ -14,21 +14,21 @@ from pathlib import Path
 
 log = logging.getLogger("dispec")
 
-_SECONDS_TO_LOCK = 60.0  # a directory after it was made, however busy the machine is
+_SECONDS_TO_LOCK = 60.0  # a new directory, on a busy machine
 
 
 class OwnedDirectory:
-    """Exists until `remove` is called. parent: None is the system's place for temporary files."""
+    """A directory that exists until `remove` is called. parent: None is the system's directory for temporary files."""
 
     def __init__(self, prefix: str, parent: str | None = None) -> None:
         _remove_abandoned(prefix, parent or tempfile.gettempdir())
         self.path = tempfile.mkdtemp(prefix=prefix, dir=parent)
-        # Held by this process and none that it starts: descriptors are not inherited.
+        # Child processes do not inherit the descriptor, so the lock ends with this process.
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def remove(self) -> None:
-        """Doing it twice does nothing."""
+        """Remove the directory, if that was not done before."""
         if self._lock >= 0:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
@@ -36,7 +36,7 @@ class OwnedDirectory:
 
 
 def _remove_abandoned(prefix: str, parent: str) -> None:
-    """Remove the directories of this user whose owner is gone."""
+    """Remove this user's directories that no process locks."""
     for path in Path(parent).glob(f"{prefix}*"):
         try:
             directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -47,11 +47,11 @@ def _remove_abandoned(prefix: str, parent: str) -> None:
             if status.st_uid != os.getuid():
                 continue
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # An empty one may have been made this moment, and is about to be locked.
+            # An empty one may be new, and not locked yet.
             if os.listdir(directory) or time.time() - status.st_mtime > _SECONDS_TO_LOCK:
                 shutil.rmtree(path, ignore_errors=True)
-                log.info("removed %s, which a process that was killed had left behind", path)
-        except OSError:  # locked: its owner lives
+                log.info("removed %s, left behind by a killed process", path)
+        except OSError:  # locked
             continue
         finally:
             os.close(directory)

@@ -200,7 +200,7 @@ class DraftLoop:
         if plan.compile != "off":
             mark_inputs(inputs.batch, *inputs.sampling, last, *filters, replays=plan.replays)
         return DraftState(
-            inputs.batch._replace(query_len=None),
+            inputs.batch,
             last,
             inputs.sampling if sampling_features & SamplingFeatures.RANDOM else None,
             filters if sampling_features & SamplingFeatures.TOP_K_TOP_P else None,

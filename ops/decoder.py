@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dispec.ops.cpu import decoder as cpu_decoder
+from dispec.ops.cpu.attention import has_cpu_kernel
 from dispec.ops.cpu.linear import TILE
 from dispec.ops.linear import Matrix, PackedWeight, is_tiled
 from dispec.ops.norm import Norm
-from dispec.ops.paged_attention import has_cpu_kernel
 
 
 class DecoderLayers(NamedTuple):

@@ -57,11 +57,11 @@ def _write_kv_cpu(
 
 
 def _write_kv_cuda(
-    keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor, layer: int | None = None
+    keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor, layer: int | None = None
 ) -> None:
     from dispec.ops.triton.kv_cache import write_kv as kernel
 
-    kernel(*pages_of_layer(keys, values, layer), key, value, slot_mapping)
+    kernel(*pages_of_layer(keys, values, layer), key, value, slots)
 
 
 def _copy_blocks(keys: Tensor, values: Tensor, source: Tensor, destination: Tensor) -> None:

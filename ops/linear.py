@@ -103,10 +103,7 @@ def _fused(
         residual = residual.clone(memory_format=torch.contiguous_format)
         torch.ops.dispec.linear_residual(residual, x, weight, bias)
         return residual
-    if norm is None and not is_gated:
-        return torch.ops.dispec.skinny_linear(x, weight, bias)
-    norm_weight, eps = norm or (None, 0.0)
-    y = torch.ops.dispec.fused_linear(x, weight, bias, norm_weight, eps, is_gated)
+    y = torch.ops.dispec.fused_linear(x, weight, bias, *(norm or (None, 0.0)), is_gated)
     return y if residual is None else residual + y
 
 
@@ -139,24 +136,16 @@ def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from dispec.ops.triton.skinny_linear import linear as kernel
-
-    return kernel(x, weight, bias)
-
-
-def _fused_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, is_gated: bool
-) -> Tensor:
+def _fused_linear(*given: Any) -> Tensor:
     from dispec.ops.triton.linear import fused_linear as kernels
 
-    return kernels(x, weight, bias, None if norm is None else Norm(norm, eps), is_gated)
+    return kernels(*given)
 
 
-def _linear_residual(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _linear_residual(*given: Any) -> None:
     from dispec.ops.triton.linear import linear_residual as kernels
 
-    kernels(residual, x, weight, bias)
+    kernels(*given)
 
 
 def _fused_linear_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -180,11 +169,6 @@ register(
     " bool is_gated) -> Tensor",
     _tiled_linear_fake,
     cpu=cpu_linear.linear,
-)
-register(
-    "skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
-    cuda=_skinny_linear,
 )
 register(
     "fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float eps, bool is_gated) -> Tensor",

@@ -6,19 +6,15 @@ attention.
 """
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dispec.ops.cpu import attention as cpu_attention
 from dispec.ops.kv_cache import pages_of_layer
-from dispec.ops.registration import assume_constant_result, register
+from dispec.ops.registration import register
 
 # Head dimensions that the Triton kernels have launch configurations for; a CPU takes any.
 TRITON_HEAD_DIMS = (64, 80, 96, 128, 256)
-
-# Most query tokens of a sequence that the decode kernel computes, with our prefill kernel and with torch's attention.
-_MAX_DECODE_LEN, _MAX_DECODE_LEN_BEFORE_TORCH = 16, 256
 
 
 def paged_attention(
@@ -47,63 +43,6 @@ def paged_attention(
     )
 
 
-@assume_constant_result
-def has_cpu_kernel(dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
-    """Return whether a CPU reads KV caches of this kind in place, in steps of any shape."""
-    return cpu_attention.supports_cache(dtype, head_dim, block_size)
-
-
-def _paged_attention_cpu(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    block_tables: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    query_len: int | None,
-    scale: float,
-    layer: int | None = None,
-) -> Tensor:
-    keys, values = pages_of_layer(keys, values, layer)
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    block_size = keys.shape[3]
-    max_decode_len = 0
-    if cpu_attention.supports_cache(keys.dtype, keys.shape[2], block_size):
-        has_prefill = cpu_attention.has_prefill(keys.dtype)
-        max_decode_len = _MAX_DECODE_LEN if has_prefill else _MAX_DECODE_LEN_BEFORE_TORCH
-        cpu_attention.paged_attention(
-            query, keys, values, block_tables, query_start, context_lens, max_decode_len, scale, output
-        )
-        if has_prefill or (query_len is not None and query_len <= max_decode_len):
-            return output
-    starts, contexts = query_start.tolist(), context_lens.tolist()
-    for sequence, context in enumerate(contexts):
-        start, end = starts[sequence], starts[sequence + 1]
-        if end - start <= max_decode_len:
-            continue
-        if context == 0:
-            output[start:end] = 0
-            continue
-        blocks = block_tables[sequence, : -(-context // block_size)].long()
-        k = rearrange(keys[blocks], "p kv d bs -> kv (p bs) d")[:, :context]
-        v = rearrange(values[blocks], "p kv bs d -> kv (p bs) d")[:, :context]
-        output[start:end] = _attend(query[start:end], k, v, scale)
-    return output
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attend causally from the last tokens of one sequence. query: [q, H, D]; key and value: [KV, context, D]."""
-    queries, context = query.shape[0], key.shape[1]
-    q = rearrange(query, "q h d -> 1 h q d")
-    mask = None
-    if 1 < queries < context:
-        mask = torch.ones(queries, context, dtype=torch.bool).tril(context - queries)
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        q, key[None], value[None], attn_mask=mask, is_causal=queries == context, scale=scale, enable_gqa=True
-    )
-    return rearrange(attended, "1 h q d -> q h d")
-
-
 def _paged_attention_cuda(
     query: Tensor,
     keys: Tensor,
@@ -129,6 +68,6 @@ register(
     "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor block_tables, Tensor query_start,"
     " Tensor context_lens, SymInt? query_len, float scale, int? layer=None) -> Tensor",
     lambda query, *_: torch.empty_like(query, memory_format=torch.contiguous_format),
-    cpu=_paged_attention_cpu,
+    cpu=cpu_attention.paged_attention,
     cuda=_paged_attention_cuda,
 )

@@ -3,16 +3,17 @@
 All of it is one op in 16 bits on CUDA; on a CPU the projection is an op of its own.
 """
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dispec.ops.cpu import attention as cpu_attention
-from dispec.ops.kv_cache import pages_of_layer, write_kv
+from dispec.ops.kv_cache import write_kv
 from dispec.ops.linear import Matrix, is_fused, linear
 from dispec.ops.norm import Norm, rms_norm
-from dispec.ops.paged_attention import has_cpu_kernel
 from dispec.ops.registration import register
 
 Rotation = tuple[Float[Tensor, "T D2"], Float[Tensor, "T D2"]]
@@ -68,7 +69,7 @@ def rope_write(
     Queries and keys are normed per head first where there is a norm; both norms have the same `eps`.
     """
     kv_heads, head_dim, block_size = keys.shape[-3:]
-    if projected.device.type == "cpu" and has_cpu_kernel(keys.dtype, head_dim, block_size):
+    if projected.device.type == "cpu" and cpu_attention.has_cpu_kernel(keys.dtype, head_dim, block_size):
         query_weight, eps = query_norm or (None, 0.0)
         key_weight, _ = key_norm or (None, 0.0)
         return torch.ops.dispec.rope_write(
@@ -96,42 +97,10 @@ def _rope_cos_sin(positions: Tensor, frequencies: Tensor, factor: float) -> tupl
     return angles.cos() * factor, angles.sin() * factor
 
 
-def _qkv_rope_write(
-    x: Tensor,
-    qkv: Tensor,
-    bias: Tensor | None,
-    norm: Tensor,
-    eps: float,
-    cosine: Tensor,
-    sine: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slot_mapping: Tensor,
-    query_norm: Tensor | None,
-    key_norm: Tensor | None,
-    layer: int | None = None,
-) -> Tensor:
+def _qkv_rope_write(*given: Any) -> Tensor:
     from dispec.ops.triton.qkv_rope_write import qkv_rope_write as kernels
-    from dispec.ops.triton.rope_write import KVSlots
 
-    slots = KVSlots(*pages_of_layer(keys, values, layer), slot_mapping, cosine.contiguous(), sine.contiguous())
-    return kernels(x, qkv, bias, Norm(norm, eps), slots, query_norm, key_norm)
-
-
-def _rope_write(
-    projected: Tensor,
-    cosine: Tensor,
-    sine: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slot_mapping: Tensor,
-    query_norm: Tensor | None,
-    key_norm: Tensor | None,
-    eps: float,
-    layer: int | None = None,
-) -> Tensor:
-    pages = pages_of_layer(keys, values, layer)
-    return cpu_attention.rope_write(projected, cosine, sine, *pages, slot_mapping, query_norm, key_norm, eps)
+    return kernels(*given)
 
 
 def _rope_cos_sin_fake(positions: Tensor, frequencies: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -154,7 +123,7 @@ register(
     "rope_write(Tensor projected, Tensor cosine, Tensor sine, Tensor(a!) keys, Tensor(b!) values,"
     " Tensor slot_mapping, Tensor? query_norm, Tensor? key_norm, float eps, int? layer=None) -> Tensor",
     lambda projected, cosine, sine, keys, *_: _empty_queries(projected, projected.shape[1], keys),
-    cpu=_rope_write,
+    cpu=cpu_attention.rope_write,
 )
 register(
     "qkv_rope_write(Tensor x, Tensor qkv, Tensor? bias, Tensor norm, float eps, Tensor cosine, Tensor sine,"

@@ -39,12 +39,11 @@ class Product(NamedTuple):
 
 
 def products(shape: Shape) -> dict[str, Product]:
-    """The products of a layer that are `fused_linear`, or `linear_residual` if they add, those of a rank included."""
+    """Return the linear layers of a decoder layer: `linear_residual` if they add, else `fused_linear`."""
     attended = shape.heads * shape.head_dim
     return {
         "qkv": Product(shape.qkv, shape.hidden, has_norm=True, has_bias=True),  # where heads are normed
         "output": Product(shape.hidden, attended, adds=True),
-        "output of a rank": Product(shape.hidden, attended, has_bias=True),
         "gate_up": Product(2 * shape.intermediate, shape.hidden, has_norm=True, is_gated=True),
         "down": Product(shape.hidden, shape.intermediate, adds=True),
     }

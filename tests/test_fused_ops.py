@@ -50,7 +50,6 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The ops as on CUDA, the oracles as their kernels."""
     for name in ("linear", "rotary"):
         monkeypatch.setattr(importlib.import_module(f"dispec.ops.{name}"), "is_fused", lambda _: True)
-    monkeypatch.setattr(importlib.import_module("dispec.ops.paged_attention"), "has_cpu_kernel", lambda *_: True)
     library = torch.library.Library("dispec", "IMPL")
     library.impl("fused_linear", lambda *given: reference.linear(*given).to(given[0].dtype), "CPU")
     library.impl("linear_residual", linear_residual, "CPU")

@@ -276,7 +276,7 @@ def test_token_threshold_of_a_large_vocabulary(size: int) -> None:
     ("features", "columns"), [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960), (896, 896), (4096, 4096)]
 )
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 17, 32, 64, 65])
-def test_few_rows_linear(rows: int, features: int, columns: int, dtype: torch.dtype) -> None:
+def test_skinny_linear(rows: int, features: int, columns: int, dtype: torch.dtype) -> None:
     torch.manual_seed(rows)
     weight = (torch.randn(features, columns, device="cuda") * columns**-0.5).to(dtype)
     x = torch.randn(rows, columns + 64, device="cuda").to(dtype)[:, :columns]
@@ -285,9 +285,9 @@ def test_few_rows_linear(rows: int, features: int, columns: int, dtype: torch.dt
         expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
         torch.testing.assert_close(actual.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
         assert torch.equal(actual, ops.linear(x, weight, bias)), "the same product twice"
-    arguments = (x.contiguous(), weight, None)
+    arguments = (x.contiguous(), weight, None, None, 0.0, False)
     torch.library.opcheck(
-        torch.ops.dispec.skinny_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
+        torch.ops.dispec.fused_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
 
 

@@ -261,7 +261,7 @@ def test_rows_of_a_packed_product_may_lie_apart():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_of_a_sequence_does_not_depend_on_the_others(dtype):
     """Not in the last bit, over spans and pages, where the kernel reads them in place."""
-    if not cpu_attention.supports_cache(dtype, 64, 16):
+    if not cpu_attention.has_cpu_kernel(dtype, 64, 16):
         pytest.skip("torch does not promise it")
     torch.manual_seed(0)
     contexts = [1, 513, 1500, 37]
@@ -293,7 +293,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.dispec.write_kv.default, (keys, values, key, value, slots))
     pair = torch.tensor([1]), torch.tensor([3])
     torch.library.opcheck(torch.ops.dispec.copy_blocks.default, (keys[None], values[None], *pair))
-    if cpu_attention.supports_cache(keys.dtype, 64, 16):
+    if cpu_attention.has_cpu_kernel(keys.dtype, 64, 16):
         rotation = torch.rand(4, 32), torch.rand(4, 32)
         norm = torch.rand(64)
         given = (torch.randn(4, 9 * 64), *rotation, keys, values, slots, norm, norm, 1e-5)

@@ -22,7 +22,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dispec.ops.norm import Norm  # noqa: E402
 from dispec.ops.triton import (  # noqa: E402
     decode_attention,
     gated_linear,
@@ -286,7 +285,7 @@ def test_token_threshold(monkeypatch: pytest.MonkeyPatch, size: int, capability:
         (64, 128256, 4096, ["split_k_kernel"]),
     ],
 )
-def test_few_rows(
+def test_skinny_linear(
     monkeypatch: pytest.MonkeyPatch, rows: int, features: int, columns: int, kernels: list[str], has_bias: bool
 ) -> None:
     x = torch.empty(rows, columns, dtype=HALF, device="meta")
@@ -323,20 +322,20 @@ def layer_launches(
         return torch.empty(sizes, dtype=dtype, device="meta")
 
     def launch() -> None:
-        x, norm = floats(rows, shape.hidden), Norm(floats(shape.hidden), 1e-6)
+        x, norm = floats(rows, shape.hidden), floats(shape.hidden)
         rotation = [torch.empty(rows, shape.head_dim // 2, device="meta") for _ in range(2)]
         pages = cache(shape.head_dim, 16, shape.kv_heads, dtype)
-        slots = rope_write.KVSlots(*pages, integers(rows), *rotation)
         head_norm = floats(shape.head_dim) if has_norms else None
         bias = None if has_norms else floats(shape.qkv)
-        qkv_rope_write.qkv_rope_write(x, floats(shape.qkv, shape.hidden), bias, norm, slots, head_norm, head_norm)
+        given = (*rotation, *pages, integers(rows), head_norm, head_norm)
+        qkv_rope_write.qkv_rope_write(x, floats(shape.qkv, shape.hidden), bias, norm, 1e-6, *given)
         for name in ("output", "gate_up", "down"):
             features, columns, has_norm, adds, is_gated, _ = products(shape)[name]
             wide, weight = floats(rows, columns), floats(features, columns)
             if adds:
                 linear.linear_residual(x, wide, weight, None)
             else:
-                linear.fused_linear(wide, weight, None, norm if has_norm else None, is_gated)
+                linear.fused_linear(wide, weight, None, norm if has_norm else None, 1e-6, is_gated)
 
     return record(monkeypatch, capability, launch)
 

@@ -243,7 +243,7 @@ else:
         ],
     )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-    def test_few_rows(
+    def test_skinny_linear(
         dtype: torch.dtype, rows: int, features: int, columns: int, config: SkinnyGemmConfig, has_bias: bool
     ) -> None:
         wide = torch.randn(rows, columns + 16).to(dtype)
@@ -254,6 +254,6 @@ else:
         expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
         expect_equal(actual, expected.to(dtype))
 
-    def test_few_rows_leaves_to_torch_what_it_has_no_kernel_for() -> None:
+    def test_skinny_linear_without_a_configuration_is_torchs() -> None:
         x, weight = torch.randn(3, 8), torch.randn(5, 8)
         assert torch.equal(skinny_linear.linear(x, weight, None), torch.nn.functional.linear(x, weight))

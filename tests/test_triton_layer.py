@@ -62,9 +62,7 @@ else:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     from dispec.ops import reference
-    from dispec.ops.norm import Norm
     from dispec.ops.triton import linear, linear_residual, qkv_rope_write, rope_write
-    from dispec.ops.triton.rope_write import KVSlots
     from dispec.ops.triton.tuning import SkinnyGemmConfig
     from tests.layer_cases import (
         Shape,
@@ -122,16 +120,6 @@ else:
 
         return replace
 
-    def call(arguments: tuple) -> Tensor:
-        x, weight, bias, norm, eps, is_gated = arguments
-        return linear.fused_linear(x, weight, bias, None if norm is None else Norm(norm, eps), is_gated)
-
-    def project(arguments: tuple) -> Tensor:
-        x, qkv, bias, norm, eps, cosine, sine, keys, values, slot_mapping, *head_norms = arguments
-        return qkv_rope_write.qkv_rope_write(
-            x, qkv, bias, Norm(norm, eps), KVSlots(keys, values, slot_mapping, cosine, sine), *head_norms
-        )
-
     @both_types
     @pytest.mark.parametrize("name", products(SMALL))
     @pytest.mark.parametrize(
@@ -171,7 +159,7 @@ else:
             linear.linear_residual(added, *arguments[:3])
             expect_product(arguments, added, total)
         else:
-            expect_product(arguments, call(arguments))
+            expect_product(arguments, linear.fused_linear(*arguments))
 
     @both_types
     @pytest.mark.parametrize("has_head_norms", [True, False])
@@ -203,7 +191,7 @@ else:
             shape, rows, dtype=dtype, has_bias=not has_head_norms, has_head_norms=has_head_norms, seed=rows
         )
         arguments = projection.arguments()
-        expect_projection(projection, arguments, project(arguments))
+        expect_projection(projection, arguments, qkv_rope_write.qkv_rope_write(*arguments))
 
     @both_types
     @pytest.mark.parametrize("has_head_norms", [True, False])
@@ -221,7 +209,7 @@ else:
         monkeypatch.setattr(rope_write, "MIN_TILED_WRITE_TOKENS", 16)
         projection = make_projection(shape, rows, dtype=dtype, has_head_norms=has_head_norms, seed=rows)
         arguments = projection.arguments()
-        expect_projection(projection, arguments, project(arguments))
+        expect_projection(projection, arguments, qkv_rope_write.qkv_rope_write(*arguments))
 
     @pytest.mark.parametrize("is_gated", [False, True])
     def test_what_no_layer_asks_for_is_computed_too(
@@ -234,7 +222,7 @@ else:
             arguments = product_arguments(product, 3)
             x, weight, bias = arguments[:3]
             for strided in ((x.T.contiguous().T, weight), (x, weight.T.contiguous().T)):
-                expect_product(arguments, call((*strided, *arguments[2:])))
+                expect_product(arguments, linear.fused_linear(*strided, *arguments[2:]))
                 total = torch.zeros(3, product.features, dtype=x.dtype)
                 linear.linear_residual(total, *strided, bias)
                 expect_product((*arguments[:3], None, 0.0, False), total)
@@ -247,7 +235,7 @@ else:
         arguments = make_projection(SMALL, 2).arguments()
         arguments[0].mul_(1000)
         arguments[3].mul_(20)  # the product of the two is no float16
-        assert project(arguments).isfinite().all()
+        assert qkv_rope_write.qkv_rope_write(*arguments).isfinite().all()
 
     @pytest.mark.parametrize("config", [SUM, DOT])
     def test_pages_hold_the_very_bits_where_sums_are_exact(
@@ -265,7 +253,7 @@ else:
         sine.copy_(torch.tensor([[1.0], [0.0]]))
         projection = projection._replace(before=(*projection.before[:4], 0.0, cosine, sine))  # no eps
         arguments, expected = projection.arguments(), projection.arguments()
-        project(arguments)
+        qkv_rope_write.qkv_rope_write(*arguments)
         reference.qkv_rope_write(*expected)
         for index in (7, 8):
             assert torch.equal(arguments[index].nan_to_num(777.0), expected[index].nan_to_num(777.0))

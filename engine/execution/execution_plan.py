@@ -6,8 +6,8 @@ import torch
 
 from dispec.engine.dtypes import DTYPES
 from dispec.engine.options import EngineOptions
+from dispec.ops.cpu.attention import has_cpu_kernel
 from dispec.ops.cpu.library import has_packed_linear
-from dispec.ops.paged_attention import has_cpu_kernel
 
 # Most tokens of a sequence in a uniform step on a CPU: the limit of its decode attention kernel.
 _CPU_QUERY_LEN = 16

@@ -1,22 +1,26 @@
 """Attention over pages and writes to pages: see decode_attention.cpp, prefill_attention.cpp and rope_write.cpp."""
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from dispec.ops.cpu.library import DTYPE_NAMES, address, has_kernels, has_packed_linear, int32, kernel
+from dispec.ops.kv_cache import pages_of_layer
+from dispec.ops.registration import assume_constant_result
+
+# Most query tokens of a sequence that the decode kernel computes, with our prefill kernel and with torch's attention.
+_MAX_DECODE_LEN, _MAX_DECODE_LEN_BEFORE_TORCH = 16, 256
 
 
-def supports_cache(dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
-    """Return whether the kernels take KV caches of this kind."""
-    return (
-        dtype in DTYPE_NAMES
-        and all(size % 16 == 0 and size <= 256 for size in (head_dim, block_size))
-        and has_kernels()
-    )
+@assume_constant_result
+def has_cpu_kernel(dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
+    """Return whether the kernels read and write KV caches of this kind in place, in steps of any shape."""
+    sizes = (head_dim, block_size)
+    return dtype in DTYPE_NAMES and all(size % 16 == 0 and size <= 256 for size in sizes) and has_kernels()
 
 
 def has_prefill(dtype: torch.dtype) -> bool:
-    """Return whether `paged_attention` computes sequences of any number of query tokens; `supports_cache` must hold."""
+    """Return whether the kernels compute sequences of any number of query tokens; `has_cpu_kernel` must hold."""
     return dtype is torch.bfloat16 and has_packed_linear()  # both need AVX512-BF16 or AVX2
 
 
@@ -27,15 +31,60 @@ def paged_attention(
     block_tables: Tensor,
     query_start: Tensor,
     context_lens: Tensor,
+    query_len: int | None,
+    scale: float,
+    layer: int | None = None,
+) -> Tensor:
+    """Compute `ops.paged_attention`, without a kernel on gathered pages with torch's attention."""
+    keys, values = pages_of_layer(keys, values, layer)
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    head_dim, block_size = keys.shape[2:]
+    max_decode_len = 0
+    if has_cpu_kernel(keys.dtype, head_dim, block_size):
+        max_decode_len = _MAX_DECODE_LEN if has_prefill(keys.dtype) else _MAX_DECODE_LEN_BEFORE_TORCH
+        _call_kernel(query, keys, values, block_tables, query_start, context_lens, max_decode_len, scale, output)
+        if has_prefill(keys.dtype) or (query_len is not None and query_len <= max_decode_len):
+            return output
+    starts, contexts = query_start.tolist(), context_lens.tolist()
+    for sequence, context in enumerate(contexts):
+        start, end = starts[sequence], starts[sequence + 1]
+        if end - start <= max_decode_len:
+            continue
+        if context == 0:
+            output[start:end] = 0
+            continue
+        blocks = block_tables[sequence, : -(-context // block_size)].long()
+        k = rearrange(keys[blocks], "p kv d bs -> kv (p bs) d")[:, :context]
+        v = rearrange(values[blocks], "p kv bs d -> kv (p bs) d")[:, :context]
+        output[start:end] = _attend(query[start:end], k, v, scale)
+    return output
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend causally from the last tokens of one sequence. query: [q, H, D]; key and value: [KV, context, D]."""
+    queries, context = query.shape[0], key.shape[1]
+    q = rearrange(query, "q h d -> 1 h q d")
+    mask = None
+    if 1 < queries < context:
+        mask = torch.ones(queries, context, dtype=torch.bool).tril(context - queries)
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        q, key[None], value[None], attn_mask=mask, is_causal=queries == context, scale=scale, enable_gqa=True
+    )
+    return rearrange(attended, "1 h q d -> q h d")
+
+
+def _call_kernel(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
     max_decode_len: int,
     scale: float,
     output: Tensor,
 ) -> None:
-    """Compute `ops.paged_attention` into `output` [T, H, D].
-
-    Sequences of up to `max_decode_len` query tokens take the decode kernel. Longer ones take the prefill kernel where
-    `has_prefill`; elsewhere their rows of `output` are not written.
-    """
+    """Write `output` for sequences of up to `max_decode_len` query tokens, and where `has_prefill` for the others."""
     if query.stride(2) != 1 or query.stride(1) != query.shape[2]:
         query = query.contiguous()
     block_tables, query_start, context_lens = map(int32, (block_tables, query_start, context_lens))
@@ -70,8 +119,10 @@ def rope_write(
     query_norm: Tensor | None,
     key_norm: Tensor | None,
     eps: float,
+    layer: int | None = None,
 ) -> Tensor:
-    """Compute `ops.rope_write`; returns the queries [T, H, D]."""
+    """Compute `ops.rope_write`; return the queries [T, H, D]."""
+    keys, values = pages_of_layer(keys, values, layer)
     slot_mapping = int32(slot_mapping)
     if projected.stride(1) != 1:
         projected = projected.contiguous()

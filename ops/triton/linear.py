@@ -11,24 +11,28 @@ from dispec.ops.triton.norm_activation import rms_norm, silu_and_mul
 from dispec.ops.triton.tuning import MAX_FUSED_NORM_TOKENS, SkinnyGemmConfig, choose_fused_linear, describe
 
 
-def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, is_gated: bool) -> Tensor:
+def fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, is_gated: bool
+) -> Tensor:
     """Compute `ops.linear` in one kernel for few tokens; for more, with torch's GEMM between a norm and a gate kernel.
 
-    x: [T, K]; weight: [N, K]; bias: [N]. Returns [T, M], contiguous. The one kernel rounds once, at its end; on tensor
-    cores in bfloat16 it also rounds the rows that it norms, after the norm's weight.
+    x: [T, K]; weight: [N, K]; bias: [N]; norm: [K]. Returns [T, M], contiguous. The one kernel rounds once, at its end;
+    on tensor cores in bfloat16 it also rounds the rows that it norms, after the norm's weight.
     """
+    if norm is None and not is_gated:
+        return skinny_linear.linear(x, weight, bias)
     num_tokens, out_features = x.shape[0], weight.shape[0]
     if num_tokens == 0:
         return x.new_empty(0, out_features // 2 if is_gated else out_features)
     config = None if is_gated and bias is not None else _config(x, weight, norm is not None, is_gated)
-    x = x.contiguous()
-    if norm is not None and (config is None or num_tokens > MAX_FUSED_NORM_TOKENS):
-        x, norm = rms_norm(x, norm), None
+    x, rms = x.contiguous(), None if norm is None else Norm(norm, eps)
+    if rms is not None and (config is None or num_tokens > MAX_FUSED_NORM_TOKENS):
+        x, rms = rms_norm(x, rms), None
     if config is None:
         return silu_and_mul(linear(x, weight, bias)) if is_gated else skinny_linear.linear(x, weight, bias)
     if is_gated:
-        return gated_linear(x, weight, norm, config)
-    return norm_linear_residual(x, weight, bias, None, norm, config)
+        return gated_linear(x, weight, rms, config)
+    return norm_linear_residual(x, weight, bias, None, rms, config)
 
 
 def linear_residual(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

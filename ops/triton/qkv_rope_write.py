@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dispec.ops.kv_cache import pages_of_layer
 from dispec.ops.norm import Norm
 from dispec.ops.triton.linear import fused_linear
 from dispec.ops.triton.rope_write import KVSlots, rope_write
@@ -140,18 +141,25 @@ def qkv_rope_write(
     x: Tensor,
     qkv: Tensor,
     bias: Tensor | None,
-    norm: Norm,
-    slots: KVSlots,
+    norm: Tensor,
+    eps: float,
+    cosine: Tensor,
+    sine: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot_mapping: Tensor,
     query_norm: Tensor | None,
     key_norm: Tensor | None,
+    layer: int | None = None,
 ) -> Tensor:
     """Compute `ops.qkv_rope_write` in 16 bits: in one kernel for few tokens, else a GEMM and `rope_write`.
 
-    x: [T, E]; qkv: [(H + 2 KV) * D, E]; bias: [(H + 2 KV) * D]. Head norms have the `eps` of `norm`; they need whole
+    x: [T, E]; qkv: [(H + 2 KV) * D, E]; bias: [(H + 2 KV) * D]. All norms have the same `eps`. Head norms need whole
     heads, which no program of the one kernel has. Returns [T, H, D].
     """
+    slots = KVSlots(*pages_of_layer(keys, values, layer), slot_mapping, cosine.contiguous(), sine.contiguous())
     config = choose_fused_linear(describe(x.device), x.shape[0], *qkv.shape, has_norm=True)
     if config is None or query_norm is not None or not qkv.is_contiguous():
-        projected = fused_linear(x, qkv, bias, norm, is_gated=False)
-        return rope_write(projected, query_norm, key_norm, norm.eps, slots)
-    return fused_qkv_rope_write(x.contiguous(), qkv, bias, norm, slots, config)
+        projected = fused_linear(x, qkv, bias, norm, eps, is_gated=False)
+        return rope_write(projected, query_norm, key_norm, eps, slots)
+    return fused_qkv_rope_write(x.contiguous(), qkv, bias, Norm(norm, eps), slots, config)

@@ -1,6 +1,6 @@
-"""Transfers between engines of one process: blocks are copied from pages to pages, when and if a random number says so.
+"""A transfer engine within one process: it copies blocks between KV caches at random times, and fails at random.
 
-What was published is looked at when it is copied, not before: an engine that reuses a block too early is found out.
+Blocks are read when they are copied, not when they are published, so that a block reused too early shows.
 """
 
 import os
@@ -30,7 +30,7 @@ class _Pull:
 
 
 class Network:
-    """Who can reach whom. failure: the chance that a pull fails at any look; delay: that nothing happens at one."""
+    """The engines of a test. failure, delay: probability at each poll that a pull fails, or makes no progress."""
 
     def __init__(self, seed: int = 0, *, delay: float = 0.5, failure: float = 0.0) -> None:
         self.random = random.Random(seed)
@@ -50,7 +50,7 @@ class FakeTransferEngine:
         self._pulls: dict[str, _Pull] = {}
         self._withdrawn: dict[str, _Published] = {}
         self._events: list[Event] = []
-        self._bell = os.eventfd(0)
+        self._event_fd = os.eventfd(0)
         network.engines[engine_id] = self
 
     def publish(self, transfer_id: str, blocks: Sequence[int], *, payload: bytes | None = None) -> None:
@@ -76,7 +76,7 @@ class FakeTransferEngine:
 
     def poll(self) -> list[Event]:
         for pull in list(self._pulls.values()):
-            self._go_on(pull)
+            self._advance(pull)
         for transfer_id, published in list(self._published.items()):
             if published.is_released and (published.payload is not None or published.problem is not None):
                 del self._published[transfer_id]
@@ -85,12 +85,12 @@ class FakeTransferEngine:
         return events
 
     def fileno(self) -> int:
-        return self._bell
+        return self._event_fd
 
     def close(self) -> None:
-        os.close(self._bell)
+        os.close(self._event_fd)
 
-    def _go_on(self, pull: _Pull) -> None:
+    def _advance(self, pull: _Pull) -> None:
         network, transfer_id = self._network, pull.remote_blocks.transfer_id
         if network.random.random() < network.delay:
             return

@@ -91,7 +91,7 @@ def test_a_text_ends_at_tokens_that_are_known_by_their_text(tmp_path):
     assert sorted(ends(tmp_path, fim_pad_token_id=451)) == [0, 2, 451, 454]
 
 
-def test_the_end_of_a_message_is_no_end_beside_the_end_of_an_answer(tmp_path):
+def test_the_end_of_a_message_does_not_end_the_answer(tmp_path):
     tokens = [*gpt2()["tokens"][:450], "<|end|>", "<|return|>", "<|call|>"]
     harmony = gpt2(tokens=tokens, token_type=[CONTROL] * 3 + [NORMAL] * 447 + [CONTROL] * 3)
     tokenizer = read(tmp_path, harmony)
@@ -99,7 +99,7 @@ def test_the_end_of_a_message_is_no_end_beside_the_end_of_an_answer(tmp_path):
     assert tokenizer.decode([450, 451]) == "<|end|>"
 
 
-def test_an_end_that_is_none_beside_tool_responses_is_text(tmp_path):
+def test_an_end_token_beside_tool_responses_is_text(tmp_path):
     tokens = [*gpt2()["tokens"][:450], "</s>", "<|tool_response>"]
     entries = {"tokens": tokens, "token_type": [*[CONTROL] * 3, *[NORMAL] * 447, CONTROL, CONTROL]}
     assert 450 not in ends(tmp_path, **entries)
@@ -135,7 +135,7 @@ def test_sentencepiece(add_space_prefix, text, ids, tmp_path):
         assert tokenizer.decode(ids) == text
 
 
-def test_what_stands_around_a_text(tmp_path):
+def test_begin_and_end_tokens_are_added(tmp_path):
     assert read(tmp_path, gpt2()).encode("a") == [67]
     assert read(tmp_path, gpt2(add_bos_token=True, add_eos_token=True)).encode("a") == [1, 67, 0]
     assert read(tmp_path, gpt2(pre="llama-bpe")).encode("a") == [1, 67]
@@ -170,7 +170,7 @@ def test_named_templates(tmp_path):
         (sentencepiece(scores=[0.0]), "it has 290 tokens but 1 scores"),
     ],
 )
-def test_what_cannot_be_reproduced_is_refused(entries, told, tmp_path):
+def test_unsupported_vocabularies_are_refused(entries, told, tmp_path):
     with pytest.raises(ValueError, match=told):
         read(tmp_path, entries)
 

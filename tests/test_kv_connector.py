@@ -1,4 +1,4 @@
-"""A request that one engine begins and another ends gets the answer that one engine alone would give."""
+"""A request that one engine begins and another one continues gets the answer of a single engine."""
 
 import random
 from dataclasses import replace
@@ -27,23 +27,25 @@ def plain(directory) -> LLM:
 
 
 class Pair:
-    """A prefill engine and a decode engine. `front`: the first tokens are told to the decode engine by whoever reads
-    those of the prefill engine; otherwise they come with the blocks."""
+    """A prefill engine and a decode engine.
+
+    front: whether a frontend tells the decode engine the first tokens; otherwise they come with the blocks.
+    """
 
     def __init__(self, directory, network: Network, *, front: bool, **options) -> None:
         self.network, self.front = network, front
         self.prefill, self.decode = (make(directory, **options).engine for _ in range(2))
         for name, engine in (("p", self.prefill), ("d", self.decode)):
             engine.kv_connector.transfer_engine = FakeTransferEngine(network, name, engine.runner.kv_cache)
-        self.begun: dict[str, tuple[Sequence, Sequence]] = {}
+        self.requests: dict[str, tuple[Sequence, Sequence]] = {}
         self.is_told: set[str] = set()
 
     def add(self, name: str, prompt: list[int], params: SamplingParams, **others) -> Sequence:
-        begun = self.prefill.add(prompt, params, publish_as=name, **others)
+        sent = self.prefill.add(prompt, params, publish_as=name, **others)
         remote_blocks = RemoteBlocks("p", name, "127.0.0.1", 1)
-        going_on = self.decode.add(prompt, params, pull=remote_blocks, is_resumed=self.front, **others)
-        self.begun[name] = begun, going_on
-        return going_on
+        received = self.decode.add(prompt, params, pull=remote_blocks, is_resumed=self.front, **others)
+        self.requests[name] = sent, received
+        return received
 
     def step(self) -> None:
         for engine in (self.prefill, self.decode):
@@ -51,31 +53,31 @@ class Pair:
             if engine.has_work:
                 engine.step()
             engine.scheduler.check()
-        for name, (begun, going_on) in self.begun.items():
-            choices = begun.choices
+        for name, (sent, received) in self.requests.items():
+            choices = sent.choices
             if self.front and name not in self.is_told and all(choice.num_output_tokens for choice in choices):
                 self.is_told.add(name)
-                limit = going_on.params.max_tokens
+                limit = received.params.max_tokens
                 ended = [choice.finish_reason == "stop" or limit == 1 for choice in choices]
                 outputs = [None if end else choice.output_token_ids for choice, end in zip(choices, ended, strict=True)]
-                self.decode.resume(going_on, outputs)
+                self.decode.resume(received, outputs)
 
     def run(self) -> None:
         for _ in range(3000):
             self.step()
-            choices = [choice for _, going_on in self.begun.values() for choice in going_on.choices]
+            choices = [choice for _, received in self.requests.values() for choice in received.choices]
             if all(choice.status is Status.FINISHED for choice in choices) and not self.prefill.kv_connector.num_sends:
                 return
         raise AssertionError("some requests never ended")
 
     def answers(self) -> list[list[list[int]]]:
-        """Of each request, each choice: what the decode engine gave, or the prefill engine where it ended there."""
+        """Return the tokens of each choice of each request, from the engine where it ended."""
         return [
             [
                 late.output_token_ids or early.output_token_ids
-                for early, late in zip(begun.choices, going_on.choices, strict=True)
+                for early, late in zip(sent.choices, received.choices, strict=True)
             ]
-            for begun, going_on in self.begun.values()
+            for sent, received in self.requests.values()
         ]
 
     def assert_empty(self) -> None:
@@ -87,7 +89,7 @@ class Pair:
 
 
 def requests(count: int) -> list[tuple[list[int], SamplingParams]]:
-    """Prompts that share prefixes, or are full blocks, with every feature and some with several choices."""
+    """Return prompts with shared prefixes or of full blocks, with all features and some with several choices."""
     prompts = random_prompts(count - 4) + [random_tokens(size) for size in (16, 32, 48, 1)]
     params = mixed_params(count, max_tokens=12)
     shared = random_tokens(40, 99)
@@ -125,11 +127,11 @@ def test_answers_are_those_of_one_engine(directory, plain, front, failure, optio
     assert pair.answers() == [[choice.token_ids for choice in one.choices] for one in expected]
     pair.assert_empty()
     if not failure:
-        # One that ended with its first token is not asked for where that is known in time.
+        # A request that ended with its first token is not pulled if the frontend knows that in time.
         assert network.num_pulled >= sum(params.max_tokens > 1 or not front for _, params in work)
         assert pair.decode.kv_connector.totals.num_failed_receives == 0
         computed = sum(record.num_prompt_tokens for record in pair.decode.records)
-        assert computed == 0, "the decode engine computed what it was sent"
+        assert computed == 0, "the decode engine computed a prompt that it received"
 
 
 def test_logprobs_and_first_tokens_come_with_the_blocks(directory, plain):
@@ -137,19 +139,19 @@ def test_logprobs_and_first_tokens_come_with_the_blocks(directory, plain):
     params = SamplingParams(max_tokens=6, logprobs=2, prompt_logprobs=1, n=2, seed=4, temperature=1.0, ignore_eos=True)
     prompt = random_tokens(37)
     (expected,) = plain.generate([prompt], [params])
-    going_on = pair.add("one", prompt, params)
+    received = pair.add("one", prompt, params)
     pair.run()
-    assert [entry.logprob for entry in going_on.prompt_logprobs] == pytest.approx(
+    assert [entry.logprob for entry in received.prompt_logprobs] == pytest.approx(
         [entry.logprob for entry in expected.prompt_logprobs[1:]], abs=1e-4
     )
-    for choice, reference in zip(going_on.choices, expected.choices, strict=True):
+    for choice, reference in zip(received.choices, expected.choices, strict=True):
         assert [entry.token_id for entry in choice.logprobs] == reference.token_ids
         assert [entry.logprob for entry in choice.logprobs] == pytest.approx(
             [entry.logprob for entry in reference.logprobs], abs=1e-4
         )
 
 
-def test_only_blocks_that_are_not_there_move(directory):
+def test_cached_blocks_are_not_moved(directory):
     network = Network(3, delay=0.0)
     pair = Pair(directory, network, front=True)
     prompt = random_tokens(70)
@@ -162,7 +164,7 @@ def test_only_blocks_that_are_not_there_move(directory):
     assert network.num_blocks == 6
 
 
-def test_whatever_is_aborted_leaves_nothing(directory):
+def test_aborted_requests_leave_no_blocks(directory):
     pair = Pair(directory, Network(4, delay=0.7), front=True)
     rng = random.Random(5)
     for number, (prompt, params) in enumerate(requests(24)):
@@ -171,11 +173,11 @@ def test_whatever_is_aborted_leaves_nothing(directory):
             pair.step()
         if rng.random() < 0.5:
             name = f"t{rng.randint(0, number)}"
-            begun, going_on = pair.begun.pop(name, (None, None))
-            if begun is not None:
-                for choice in begun.choices:
+            sent, received = pair.requests.pop(name, (None, None))
+            if sent is not None:
+                for choice in sent.choices:
                     pair.prefill.abort(choice)
-                for choice in going_on.choices:
+                for choice in received.choices:
                     pair.decode.abort(choice)
     pair.run()
     for _ in range(50):
@@ -183,7 +185,7 @@ def test_whatever_is_aborted_leaves_nothing(directory):
     pair.assert_empty()
 
 
-def test_a_prompt_of_other_tokens_is_not_taken(directory, plain):
+def test_blocks_of_another_prompt_are_rejected(directory, plain):
     pair = Pair(directory, Network(6), front=False)
     params = greedy(5)
     mine, other = random_tokens(40, 1), random_tokens(40, 2)
@@ -195,8 +197,8 @@ def test_a_prompt_of_other_tokens_is_not_taken(directory, plain):
     assert pair.decode.kv_connector.totals.num_failed_receives == 1
 
 
-def test_tokens_that_are_known_need_no_transfer(directory, plain):
-    """An engine goes on where another one ended, from the tokens alone."""
+def test_a_request_resumes_from_its_tokens_alone(directory, plain):
+    """An engine resumes a request from its prompt and its output tokens."""
     engine: Engine = make(directory).engine
     params = SamplingParams(max_tokens=10, n=2, seed=3, temperature=1.0, logprobs=0, ignore_eos=True)
     prompt = random_tokens(33)

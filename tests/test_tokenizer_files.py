@@ -87,7 +87,7 @@ def test_config_files_beside_tokenizer_json_are_read(config, more, tmp_path):
         ("qwen2", {}, True),
     ],
 )
-def test_whole_files_are_read_where_they_are(model_type, config, is_qwen, tmp_path, cache):
+def test_self_contained_files_are_read_in_place(model_type, config, is_qwen, tmp_path, cache):
     directory = files(tmp_path / "model", model_type, config)
     if is_qwen:
         qwen_tokenizer().save(str(directory / "tokenizer.json"))
@@ -96,7 +96,7 @@ def test_whole_files_are_read_where_they_are(model_type, config, is_qwen, tmp_pa
 
 
 @pytest.mark.parametrize(("model_type", "name"), [("qwen2", "PreTrainedTokenizerFast"), ("qwen3", "Qwen2Tokenizer")])
-def test_a_class_that_splits_words_in_its_own_way(model_type, name, tmp_path):
+def test_a_class_with_its_own_word_pattern_causes_a_conversion(model_type, name, tmp_path):
     directory = files(tmp_path / "model", model_type, {"tokenizer_class": name})
     assert assert_same(directory) != directory
 
@@ -111,7 +111,7 @@ def test_sentencepiece(legacy, tmp_path):
     assert assert_same(directory, texts) != directory
 
 
-def test_the_model_ends_at_a_token_that_only_the_config_names(tmp_path):
+def test_an_end_token_of_the_tokenizer_config_alone(tmp_path):
     save_tiny(tmp_path / "model", "llama")
     config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
     (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<turn>"}))
@@ -135,5 +135,5 @@ def test_tokenizer_with_custom_code_is_refused(tmp_path):
 def test_published_tokenizers(package, tmp_path):
     published = published_tokenizer(package, tmp_path)
     found = assert_same(published, [*TEXTS, "The capital of", "日本語 👍 x == y", "</think>\n", "<|endoftext|>  a"])
-    is_whole = json.loads((published / "tokenizer_config.json").read_text())["tokenizer_class"] == "Qwen2Tokenizer"
-    assert (found == published) == is_whole
+    is_self_contained = json.loads((published / "tokenizer_config.json").read_text())["tokenizer_class"] == "Qwen2Tokenizer"
+    assert (found == published) == is_self_contained

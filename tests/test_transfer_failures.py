@@ -16,8 +16,8 @@ import msgspec
 import pytest
 import torch
 
-from dispec.engine.transfer import handshake
-from dispec.engine.transfer.connection import Connection
+from dispec.engine.transfer import handshake, shared_memory
+from dispec.engine.transfer.connection import Connection, SendQueue
 from dispec.engine.transfer.handshake import HandshakeRefused, Hello
 from dispec.engine.transfer.interface import Pulled, PullFailed, Released, RemoteBlocks
 from tests.transfer_peers import FINGERPRINT, PATIENCE, SECRET, Peer, peers
@@ -256,6 +256,27 @@ def test_a_source_that_is_silent_after_the_handshake_fails_the_pull() -> None:
         handshake.accept(connection, SECRET.encode(), hello(puller))
         assert "the source was silent for 0.3 s" in failure(puller)
         connection.close()
+
+
+def test_a_send_that_is_queued_after_closing_still_runs() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connection = Connection(socket.create_connection(listener.getsockname()), PATIENCE)
+        send_queue = SendQueue(connection, "test")
+        send_queue.close()
+        runs: list[Connection] = []
+        send_queue.put(runs.append)
+        assert runs == [connection]
+        connection.close()
+
+
+def test_a_handle_of_other_memory_is_refused(tmp_path: Path) -> None:
+    memory = shared_memory.allocate(4096)
+    process, descriptor, inode = shared_memory.export(memory)
+    assert shared_memory.map_read_only((process, descriptor, inode)).nbytes == 4096
+    with pytest.raises(ValueError, match="does not lead to sealed shared memory"):
+        shared_memory.map_read_only((process, descriptor, inode + 1))
+    with (tmp_path / "file").open("wb") as file, pytest.raises((OSError, ValueError)):
+        shared_memory.map_read_only((process, file.fileno(), os.fstat(file.fileno()).st_ino))
 
 
 def test_transfers_with_a_killed_process_end() -> None:

@@ -209,7 +209,7 @@ class World:
         self.puller_says(self.receiver.tick(self.now))
 
     def work(self) -> None:
-        """Whatever the threads have to do."""
+        """Let the threads run until they are idle."""
         while self.checks or self.checking or self.sends or self.copies or self.writing:
             self.check()
             self.send()

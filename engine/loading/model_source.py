@@ -183,7 +183,7 @@ def _parse_config(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
         raise UnsupportedModelError(f"{directory}: not supported: {error}") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         reason = str(error).removeprefix("config.json: ")
-        raise CheckpointError(f"{directory / _CONFIG} makes no sense ({reason}): download it again") from error
+        raise CheckpointError(f"{directory / _CONFIG} is invalid ({reason}): download it again") from error
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:

@@ -61,12 +61,7 @@ class _Challenge(msgspec.Struct, tag="_Challenge"):
     proof: Bytes32
 
 
-class _Response(msgspec.Struct, tag="_Answer"):
-    proof: Bytes32
-    hello: bytes
-
-
-class _Welcome(msgspec.Struct, tag="_Welcome"):
+class _SignedHello(msgspec.Struct, tag="_Answer"):
     proof: Bytes32
     hello: bytes
 
@@ -95,11 +90,8 @@ def connect(connection: Connection, secret: bytes, hello: Hello) -> Hello:
     challenge = _receive(connection, _Challenge)
     nonces = nonce + challenge.nonce
     _check(challenge.proof, secret, b"source", nonces, b"", "the source does not have our secret")
-    said = encode(hello)
-    connection.send(_Response(_sign(secret, b"puller", nonces, said), said))
-    welcome = _receive(connection, _Welcome)
-    _check(welcome.proof, secret, b"welcome", nonces, welcome.hello, "the source's welcome is forged")
-    return _decode_hello(welcome.hello)
+    connection.send(_signed(hello, secret, b"puller", nonces))
+    return _verified(_receive(connection, _SignedHello), secret, b"welcome", nonces, "the source's hello is forged")
 
 
 def accept(connection: Connection, secret: bytes, hello: Hello) -> Hello:
@@ -112,16 +104,14 @@ def accept(connection: Connection, secret: bytes, hello: Hello) -> Hello:
     nonce = secrets.token_bytes(NONCE_BYTES)
     nonces = greeting.nonce + nonce
     connection.send(_Challenge(nonce, _sign(secret, b"source", nonces, b"")))
-    response = connection.receive(msgspec.msgpack.Decoder(_Response).decode, MAX_HELLO_BYTES)
+    response = connection.receive(msgspec.msgpack.Decoder(_SignedHello).decode, MAX_HELLO_BYTES)
     try:
-        _check(response.proof, secret, b"puller", nonces, response.hello, "the puller does not have our secret")
-        peer = _decode_hello(response.hello)
+        peer = _verified(response, secret, b"puller", nonces, "the puller does not have our secret")
         _check_compatible(hello, peer)
     except HandshakeRefused as refused:
         connection.send(_Refusal(str(refused)))
         raise
-    said = encode(hello)
-    connection.send(_Welcome(_sign(secret, b"welcome", nonces, said), said))
+    connection.send(_signed(hello, secret, b"welcome", nonces))
     return peer
 
 
@@ -143,20 +133,26 @@ def _check_compatible(source: Hello, puller: Hello) -> None:
             raise HandshakeRefused(f"{name} differs: the source has {ours!s:.256}, the puller {theirs!s:.256}")
 
 
-def _decode_hello(said: bytes) -> Hello:
-    """Decode a peer's hello. Raises HandshakeRefused if it is invalid or of another version, which has other fields."""
+def _signed(hello: Hello, secret: bytes, role: bytes, nonces: bytes) -> _SignedHello:
+    encoded = encode(hello)
+    return _SignedHello(_sign(secret, role, nonces, encoded), encoded)
+
+
+def _verified(signed: _SignedHello, secret: bytes, role: bytes, nonces: bytes, problem: str) -> Hello:
+    """Decode a peer's hello. Raises HandshakeRefused if it is forged, invalid, or of another protocol version."""
+    _check(signed.proof, secret, role, nonces, signed.hello, problem)
     try:
-        if (version := msgspec.msgpack.decode(said, type=_Version).version) != PROTOCOL_VERSION:
+        if (version := msgspec.msgpack.decode(signed.hello, type=_Version).version) != PROTOCOL_VERSION:
             raise HandshakeRefused(f"protocol version is {version}, must be {PROTOCOL_VERSION}")
-        return msgspec.msgpack.decode(said, type=Hello)
+        return msgspec.msgpack.decode(signed.hello, type=Hello)
     except ValueError as error:
         raise HandshakeRefused(f"a hello is invalid: {error}") from None
 
 
-def _sign(secret: bytes, role: bytes, nonces: bytes, said: bytes) -> bytes:
-    return hmac.digest(secret, b"dispec-transfer 1 " + role + b"\0" + nonces + said, "sha256")
+def _sign(secret: bytes, role: bytes, nonces: bytes, hello: bytes) -> bytes:
+    return hmac.digest(secret, b"dispec-transfer 1 " + role + b"\0" + nonces + hello, "sha256")
 
 
-def _check(proof: bytes, secret: bytes, role: bytes, nonces: bytes, said: bytes, problem: str) -> None:
-    if not hmac.compare_digest(proof, _sign(secret, role, nonces, said)):
+def _check(proof: bytes, secret: bytes, role: bytes, nonces: bytes, hello: bytes, problem: str) -> None:
+    if not hmac.compare_digest(proof, _sign(secret, role, nonces, hello)):
         raise HandshakeRefused(problem)

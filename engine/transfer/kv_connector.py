@@ -29,18 +29,11 @@ from dispec.engine.transfer.transfer_engine import TransferEngine
 log = logging.getLogger("dispec")
 
 
-class FirstToken(msgspec.Struct, array_like=True):
-    """The first token of a choice. logprobs: None if not requested."""
-
-    token_id: int
-    logprobs: TokenLogprobs | None
-
-
 class Payload(msgspec.Struct, array_like=True):
-    """Sent after a prompt's blocks. prompt: digest of its tokens. tokens: one of each choice."""
+    """Sent after a prompt's blocks. prompt: digest of its tokens. tokens: the first one of each choice."""
 
     prompt: bytes
-    tokens: list[FirstToken]
+    tokens: list[tuple[int, TokenLogprobs | None]]
     prompt_logprobs: list[TokenLogprobs]
     num_cached_tokens: int
 
@@ -284,13 +277,13 @@ class KVConnector:
                         choice.append(token_id)
         elif payload is not None:
             state.first.prompt_logprobs = payload.prompt_logprobs
-            for choice, token in zip(state.choices, payload.tokens, strict=True):
+            for choice, (token_id, logprobs) in zip(state.choices, payload.tokens, strict=True):
                 choice.num_cached_tokens = payload.num_cached_tokens
                 if choice.status is not Status.FINISHED:
-                    choice.append(token.token_id)
-                    if token.logprobs is not None:
-                        choice.logprobs.append(token.logprobs)
-                    self._outputs.append(last_token_output(choice, token.logprobs))
+                    choice.append(token_id)
+                    if logprobs is not None:
+                        choice.logprobs.append(logprobs)
+                    self._outputs.append(last_token_output(choice, logprobs))
         for choice in state.running:
             if choice.finish_reason is not None:
                 self._scheduler.finish(choice, choice.finish_reason)
@@ -308,9 +301,7 @@ class KVConnector:
 
 def _payload(choices: tuple[Sequence, ...]) -> bytes:
     first = choices[0]
-    tokens = [
-        FirstToken(choice.output_token_ids[0], choice.logprobs[0] if choice.logprobs else None) for choice in choices
-    ]
+    tokens = [(choice.output_token_ids[0], choice.logprobs[0] if choice.logprobs else None) for choice in choices]
     payload = Payload(_digest(first), tokens, first.prompt_logprobs, first.num_cached_tokens or 0)
     return msgspec.msgpack.encode(payload)
 

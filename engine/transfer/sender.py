@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from dispec.engine.transfer.interface import MAX_PAYLOAD_BYTES, Released
 from dispec.engine.transfer.messages import MAX_BLOCKS, BlocksReady, PullDone, QueryBlocks, ReadBlocks, TransferEnded
 
-MAX_OPEN_QUERIES = 4096  # of one puller
 MAX_REMEMBERED = 65536  # ended transfers, so that a late query gets the reason
 
 
@@ -180,11 +179,7 @@ class Sender:
         transfer_id = query.transfer_id
         if transfer_id in self._ended:
             return [Send(peer, TransferEnded(transfer_id, self._ended[transfer_id]))]
-        transfer = self._transfers.get(transfer_id)
-        if transfer is None:
-            if sum(peer in other.queries for other in self._transfers.values()) >= MAX_OPEN_QUERIES:
-                return [Send(peer, TransferEnded(transfer_id, f"more than {MAX_OPEN_QUERIES} queries are open"))]
-            transfer = self._transfers[transfer_id] = _Transfer()
+        transfer = self._transfers.setdefault(transfer_id, _Transfer())
         if transfer.end_reason is not None:
             return [Send(peer, TransferEnded(transfer_id, transfer.end_reason))]
         self._renew(transfer, now)

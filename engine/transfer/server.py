@@ -1,7 +1,6 @@
 """Threads of the source: one accepts; for each puller, one receives and one sends."""
 
 import contextlib
-import functools
 import itertools
 import logging
 import os
@@ -39,8 +38,8 @@ class Server:
         self._listener = _listen(options.host, options.port)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self._lock = threading.Lock()
-        self._connections: set[Connection] = set()
-        self._threads: set[threading.Thread] = set()
+        self._acceptor = threading.Thread(target=self._accept, name="kv-accept", daemon=True)
+        self._serving: dict[Connection, threading.Thread] = {}
         self._send_queues: dict[int, SendQueue] = {}
         self._num_handshakes = 0
         self._peer_ids = itertools.count()
@@ -49,7 +48,7 @@ class Server:
     def start(self, hello: Hello, transports: Transports, sender: Sender, apply: Apply) -> None:
         """Serve pullers. Their messages go to `sender`."""
         self._hello, self._transports, self._sender, self._apply = hello, transports, sender, apply
-        self._start_thread(self._accept, "kv-accept")
+        self._acceptor.start()
 
     def send(self, peer: int, message: BlocksReady | TransferEnded | MemoryHandle) -> None:
         """Queue a message to a puller; nothing if it has disconnected."""
@@ -75,29 +74,16 @@ class Server:
     def close(self) -> None:
         """Close all connections and wait for the threads."""
         self._closing.set()
-        with self._lock:
-            for connection in self._connections:
-                connection.abort()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
+        if self._acceptor.is_alive():
+            self._acceptor.join()
         with self._lock:
-            threads = list(self._threads)
-        for thread in threads:
+            serving = dict(self._serving)
+        for connection, thread in serving.items():
+            connection.abort()
             thread.join()
         self._listener.close()
-
-    def _start_thread(self, run: Callable[[], None], name: str) -> None:
-        def run_and_forget() -> None:
-            try:
-                run()
-            finally:
-                with self._lock:
-                    self._threads.discard(thread)
-
-        thread = threading.Thread(target=run_and_forget, name=name, daemon=True)
-        with self._lock:  # `close` joins the threads that it finds, and only a started one can be joined
-            self._threads.add(thread)
-            thread.start()
 
     def _accept(self) -> None:
         while not self._closing.is_set():
@@ -113,17 +99,16 @@ class Server:
                 continue
             with self._lock:
                 is_full = (
-                    self._closing.is_set()
-                    or len(self._connections) >= self._options.max_connections
+                    len(self._serving) >= self._options.max_connections
                     or self._num_handshakes >= self._options.max_handshakes
                 )
                 if not is_full:
-                    self._connections.add(connection)
                     self._num_handshakes += 1
+                    thread = threading.Thread(target=self._serve, args=(connection,), name="kv-serve", daemon=True)
+                    self._serving[connection] = thread
+                    thread.start()
             if is_full:
                 connection.close()
-            else:
-                self._start_thread(functools.partial(self._serve, connection), "kv-serve")
 
     def _serve(self, connection: Connection) -> None:
         """Serve a connection. An error of its peer ends this connection and nothing else."""
@@ -134,9 +119,9 @@ class Server:
             if not self._closing.is_set():
                 log.debug("a puller's connection has ended: %s", error)
         finally:
-            with self._lock:
-                self._connections.discard(connection)
             connection.close()
+            with self._lock:
+                del self._serving[connection]
 
     def _authenticate(self, connection: Connection) -> None:
         try:

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from dispec.bench.distillation.distill import Recipe, distill, frequent_tokens
+from dispec.bench.distillation.distill import distill, frequent_tokens
+from dispec.bench.distillation.recipe import Recipe
 from dispec.bench.distillation.text import Text, read_prompts, read_text
 from dispec.engine.loading.draft_checkpoint import save_shared_draft
 from dispec.engine.options import EngineOptions

@@ -105,9 +105,8 @@ def check_fields(instance: object) -> None:
             continue
         if field.choices:
             if not any(value == choice and type(value) is type(choice) for choice in field.choices):
-                raise InvalidField(
-                    name, f"{name} is {value!r:.50}, must be one of {', '.join(map(str, field.choices))}"
-                )
+                choices = ", ".join(map(str, field.choices))
+                raise invalid_field(name, f"is {value!r:.50}, must be one of {choices}")
         elif len(field.types) == 1 and field.types[0] in _KINDS:
             kind, kind_name = _KINDS[field.types[0]]
             if not isinstance(value, kind) or isinstance(value, bool):
@@ -120,13 +119,16 @@ def check_fields(instance: object) -> None:
 
 
 def _check_limits(name: str, value: Any, option: Option) -> None:
-    low = option.ge is None or value >= option.ge  # comparisons with NaN are false
-    high = option.le is None or value <= option.le
-    if low and high and (option.gt is None or value > option.gt):
+    if (
+        (option.ge is None or value >= option.ge)  # comparisons with NaN are false
+        and (option.le is None or value <= option.le)
+        and (option.gt is None or value > option.gt)
+    ):
         return
-    limits = f"above {option.gt} and at most {option.le}"
-    if option.gt is None:
-        limits = f"between {option.ge} and {option.le}"
+    if option.gt is not None:
+        limits = f"above {option.gt} and at most {option.le}"
+    else:
+        limits = f"at least {option.ge}" if option.le is None else f"between {option.ge} and {option.le}"
     raise invalid_field(name, f"is {value}, must be {limits}{option.unit and f' {option.unit}'}")
 
 

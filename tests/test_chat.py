@@ -1,4 +1,4 @@
-"""`dispec chat`: what it remembers, what it forgets, and how it is left."""
+"""`dispec chat`: its memory of a conversation, and the ways to end it."""
 
 import contextlib
 import io
@@ -90,7 +90,7 @@ def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 @pytest.mark.parametrize("key", [b"\x03", b"\x04"], ids=["Ctrl-C", "Ctrl-D"])
-def test_leaving_at_the_prompt(tiny: str, key: bytes) -> None:
+def test_a_key_at_the_prompt_ends_the_conversation(tiny: str, key: bytes) -> None:
     import pty
 
     leader, follower = pty.openpty()

@@ -1,4 +1,4 @@
-"""The command line, as its users meet it: answers on standard output, everything else as lines on standard error."""
+"""The command line: answers on standard output, everything else as lines on standard error."""
 
 import dataclasses
 import inspect
@@ -37,7 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 # Answers
 
 
-def test_generate_answers_and_tells_how_fast() -> None:
+def test_generate_writes_an_answer_and_its_rate() -> None:
     question = "What is the capital of France?"
     with running(["generate", question, "--enforce-eager"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         out, err = (stream.decode() for stream in process.communicate())
@@ -71,7 +71,7 @@ def test_system_message_and_template_reach_the_model(tiny: str) -> None:
     assert len(answers) == 3
 
 
-def test_length_and_count_are_told(tiny: str) -> None:
+def test_a_limit_that_cuts_an_answer_off_is_reported(tiny: str) -> None:
     result = dispec("generate", "hello", *eager(tiny, "--max-tokens", "1", "--ignore-eos"))
     assert result.err.splitlines()[-1].startswith("1 token, first token after ")
     assert result.err.splitlines()[-1].endswith("cut off by max_tokens or max_model_len")
@@ -230,13 +230,13 @@ def test_debug_shows_where_an_error_came_from(monkeypatch: pytest.MonkeyPatch, b
         (EngineDied("no room", "lower it", "OSError"), "the engine could not go on: OSError: no room (hint: lower", 1),
     ],
 )
-def test_explanations(error: Exception, said: str, code: int) -> None:
+def test_errors_become_a_sentence_and_an_exit_code(error: Exception, said: str, code: int) -> None:
     sentence, exit_code = explain(error)
     assert sentence.startswith(said)
     assert exit_code == code
 
 
-def test_warnings_are_tidy_lines(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     with reporting(quiet=True, debug=False):
         warnings.warn("this\nand that", RuntimeWarning, stacklevel=1)
     assert capfd.readouterr().err == "warning: this and that\n"
@@ -249,7 +249,7 @@ def test_warnings_are_tidy_lines(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_interrupting_an_answer(tmp_path: Path) -> None:
-    save_tiny(tmp_path, "qwen3", max_position_embeddings=100_000)  # more to say than anybody waits for
+    save_tiny(tmp_path, "qwen3", max_position_embeddings=100_000)  # for an answer that outlasts the test
     args = ["generate", "hello", "--model", str(tmp_path), "--enforce-eager", "--ignore-eos", "--max-tokens", "90000"]
     with running(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -261,7 +261,7 @@ def test_interrupting_an_answer(tmp_path: Path) -> None:
     assert "Traceback" not in err.decode()
 
 
-def test_a_reader_that_leaves(tiny: str) -> None:
+def test_a_closed_pipe_ends_the_command(tiny: str) -> None:
     args = ["generate", "hello", *eager(tiny, "--ignore-eos", "--max-tokens", "400", "--quiet")]
     with running(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

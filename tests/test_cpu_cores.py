@@ -69,12 +69,6 @@ def test_affinity_counts(monkeypatch):
     assert EngineOptions(threads=5).num_threads() == 5
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1025])
-def test_a_number_out_of_range_is_refused(threads):
-    with pytest.raises(ValueError, match=f"threads is {threads}, must be between 1 and 1024"):
-        EngineOptions(threads=threads)
-
-
 _SERVE = """
 import json, sys
 import dispec.serving.server

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from dispec.bench.distillation.distill import Recipe, distill, frequent_tokens
+from dispec.bench.distillation.distill import distill, frequent_tokens
+from dispec.bench.distillation.recipe import Recipe
 from dispec.bench.distillation.text import Text, read_prompts, read_text
 from dispec.engine.loading.draft_checkpoint import save_shared_draft
 from dispec.engine.options import EngineOptions
@@ -74,7 +75,7 @@ def test_an_interrupted_training_goes_on_and_ends_where_it_would_have(target, dr
 
 def test_a_draft_of_another_target_is_refused(draft, tmp_path) -> None:
     save_tiny(tmp_path, "llama")
-    with pytest.raises(ValueError, match="borrows embedding and head of the model that it was made for"):
+    with pytest.raises(ValueError, match="shares embedding and head with the model that it was made for"):
         make(tmp_path, speculative_model=str(draft))
 
 

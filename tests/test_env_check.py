@@ -1,4 +1,4 @@
-"""`dispec env-check`: what it tries is tried, and what it concludes follows."""
+"""`dispec env-check`: its probes run, and its conclusions follow from them."""
 
 import json
 import subprocess

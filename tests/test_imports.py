@@ -1,4 +1,4 @@
-"""The house: imports point one way, no module is in a circle, and what needs no torch does not load it."""
+"""Imports point one way, without circles, and modules of the server process load no torch."""
 
 import ast
 import subprocess

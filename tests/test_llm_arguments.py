@@ -1,4 +1,4 @@
-"""What `LLM` is given wrongly is refused in one sentence, before anything runs; vLLM's forms are taken."""
+"""Invalid arguments of `LLM` are refused in one sentence, before anything runs; vLLM's forms of prompts work."""
 
 import re
 
@@ -30,7 +30,7 @@ def llm(directory) -> LLM:
 
 @pytest.fixture
 def unchecked():
-    """The tests' own type checker would refuse what a user may well pass."""
+    """Switch off the type checks of the tests, which refuse such arguments before our checks do."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

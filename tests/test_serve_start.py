@@ -1,4 +1,4 @@
-"""What `dispec serve` refuses: with the sentence and exit code of `generate`, and before any process is started."""
+"""`dispec serve` refuses options and models in the words of `generate`, before it starts a process."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def no_process() -> Iterator[None]:
 
 
 def refused(*args: str) -> str:
-    """The sentence with which both commands refuse these options; `serve` without a process."""
+    """Return the sentence with which both commands refuse these options; `serve` starts no process."""
     generated = dispec("generate", "hi", *args)
     with no_process():
         served = dispec("serve", "--port", "0", *args)

@@ -12,7 +12,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dispec.bench.distillation.models import chosen_layers, draft_of, transformers_model
+from dispec.bench.distillation.recipe import Recipe
 from dispec.bench.distillation.text import Text, read_text, write_text
 from dispec.engine.api.llm import LLM
 from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
@@ -34,36 +35,6 @@ _ROWS = {"cpu": 2048, "cuda": 8192}  # whose logits over the whole vocabulary ar
 _SHARE_OF_FREE = 0.5  # of the device's memory, that the target's states may take
 _SAYS_LOSS = 50  # steps from one look at the loss to the next: the device must be waited for
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a draft is made.
-
-    layers: of the target's. num_tokens: of answers that the target writes. epochs: how often each is trained on.
-    batch_tokens: of a step of the optimiser. learning_rate: at its highest. shares_embedding: borrow the target's
-    embedding and head, which are then not part of the draft. head_tokens: how many tokens a sharing draft can guess,
-    those that are the most frequent in the text; 0 is all. max_tokens: of an answer.
-    """
-
-    layers: int
-    num_tokens: int = 1_000_000
-    epochs: int = 3
-    batch_tokens: int = 4096
-    learning_rate: float = 1e-3
-    shares_embedding: bool = True
-    head_tokens: int = 8192
-    max_tokens: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "num_tokens", "epochs", "batch_tokens", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if self.head_tokens < 0:
-            raise ValueError(f"head_tokens is {self.head_tokens}, must be at least 0")
-        if not 0 < self.learning_rate <= 1:
-            raise ValueError(f"learning_rate is {self.learning_rate}, must be above 0 and at most 1")
 
 
 class Agreement(NamedTuple):
@@ -105,7 +76,7 @@ def distill(options: EngineOptions, recipe: Recipe, prompts: list[str], out: Pat
     text = list(read_text(out / _TEXT))
     tokenizer = Tokenizer.from_directory(checkpoint.directory)
     head_tokens = None
-    if recipe.shares_embedding and 0 < recipe.head_tokens < checkpoint.config.vocab_size:
+    if not recipe.own_embedding and 0 < recipe.head_tokens < checkpoint.config.vocab_size:
         head_tokens = frequent_tokens(text, recipe.head_tokens, checkpoint.eos_token_ids)
     training = Training(checkpoint, recipe, text, head_tokens, options.torch_device())
     agreement = training.run(out / _STATE)
@@ -145,7 +116,7 @@ class Training:
             )
         self.target = transformers_model(checkpoint, torch.bfloat16, device)
         self.draft = draft_of(self.target, recipe.layers)
-        if recipe.shares_embedding:
+        if not recipe.own_embedding:
             for weight in (self.draft.get_input_embeddings().weight, self.draft.get_output_embeddings().weight):
                 weight.requires_grad_(False)
         self._weights = [weight for weight in self.draft.parameters() if weight.requires_grad]
@@ -192,7 +163,7 @@ class Training:
     def save(self, out: Path, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
         """Write the draft as DiSpec loads it."""
         self.draft.config.dtype = "bfloat16"
-        if not self.recipe.shares_embedding:
+        if self.recipe.own_embedding:
             self.draft.to(torch.bfloat16).save_pretrained(out)
             for name in _TOKENIZER_FILES:
                 if (checkpoint.directory / name).is_file():
@@ -307,7 +278,7 @@ def _write_text(options: EngineOptions, recipe: Recipe, prompts: list[str], file
     """Have the target answer until there is enough, and let go of the engine."""
     written = sum(len(text.token_ids) - text.start for text in read_text(file))
     if written < recipe.num_tokens:
-        llm = LLM(**{field.name: getattr(options, field.name) for field in fields(options)}, show_progress=True)
+        llm = LLM(**{field.name: getattr(options, field.name) for field in fields(options)} | {"show_progress": True})
         write_text(llm, prompts, recipe.num_tokens, file, recipe.max_tokens)
         del llm
         gc.collect()

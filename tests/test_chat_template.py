@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from dispec import LLM
 from dispec.engine.errors import InvalidField
 from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.text.special_token_marker import SpecialTokenMarker
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.api.prompts import Prompts
 from dispec.serving.api.protocol import ChatRequest
@@ -213,10 +214,10 @@ def test_ids_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
         chat = ours.render_chat(messages)
         assert chat.mark is None
         assert ours.encode_chat(chat) == expected
-        assert ours._special_token_marker.encode(chat.plain, "\uf000", add_special_tokens=False) == expected
+        assert SpecialTokenMarker(ours.backend).encode(chat.plain, "\uf000", add_special_tokens=False) == expected
         with_bos = theirs.encode(chat.plain)
         assert ours.encode_chat(chat, add_special_tokens=True) == with_bos
-        assert ours._special_token_marker.encode(chat.plain, "\uf000", add_special_tokens=True) == with_bos
+        assert SpecialTokenMarker(ours.backend).encode(chat.plain, "\uf000", add_special_tokens=True) == with_bos
 
 
 @pytest.mark.parametrize("kind", KINDS)

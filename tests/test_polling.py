@@ -23,7 +23,7 @@ class Site:
         caplog.set_level(logging.INFO, "dispec.access")
         self.now, self.status = 0.0, 200
         self._caplog = caplog
-        self._gate = Middleware(self._answer, Keys(keys), 10_000, clock=lambda: self.now)
+        self._middleware = Middleware(self._answer, Keys(keys), 10_000, clock=lambda: self.now)
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": self.status, "headers": []})
@@ -35,7 +35,7 @@ class Site:
 
         for _ in range(times):
             scope: Any = {"type": "http", "method": "GET", "path": path, "headers": []}
-            asyncio.run(self._gate(scope, send, send))
+            asyncio.run(self._middleware(scope, send, send))
 
     def told(self) -> list[tuple[str, int]]:
         """Path and status of each line since the last call."""

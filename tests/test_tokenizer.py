@@ -11,7 +11,6 @@ import tokenizers
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import dispec.engine.text.tokenizer
 from dispec.engine.errors import CheckpointError
 from dispec.engine.loading.checkpoint import find_checkpoint
 from dispec.engine.text.tokenizer import Tokenizer
@@ -381,6 +380,7 @@ def test_bad_words_within_words_and_white_space():
     assert min(map(len, words)) > 1
 
 
-def test_alphabet_is_that_of_the_tokenizers_package():
-    assert set(dispec.engine.text.tokenizer._BYTE_OF) == set(pre_tokenizers.ByteLevel.alphabet())
-    assert sorted(dispec.engine.text.tokenizer._BYTE_OF.values()) == list(range(256))
+def test_tokens_of_the_byte_alphabet_are_single_bytes():
+    tokenizer = Tokenizer(tiny_tokenizer())
+    ids = [tokenizer.vocabulary[character] for character in pre_tokenizers.ByteLevel.alphabet()]
+    assert sorted(map(tokenizer.token_bytes, ids)) == [bytes([byte]) for byte in range(256)]

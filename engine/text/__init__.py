@@ -1,3 +1,3 @@
 """Text to token ids and back. Loads no torch: the server's own process tokenizes.
 
-Reading order: `tokenizer`, `chat_template`, `detokenizer`, `text_stream`."""
+Reading order: `tokenizer`, `detokenizer`, `text_stream`, `chat_messages`, `chat_template`, `special_token_marker`."""

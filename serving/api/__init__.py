@@ -1,1 +1,1 @@
-"""The OpenAI-compatible routes, their requests and answers."""
+"""The OpenAI-compatible API. Reading order: `routes_chat`, `prompts`, `sampling`, `generation`, `responses`."""

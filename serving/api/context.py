@@ -27,8 +27,6 @@ log = logging.getLogger("dispec.server")
 
 T = TypeVar("T")
 
-_RETRY_SECONDS = 5  # that a client is asked to wait for an engine that is not ready
-
 
 class ServedModel:
     """A loaded model."""
@@ -93,7 +91,7 @@ class ApiContext:
         return self.model()
 
     def _not_ready(self) -> NotReady:
-        return NotReady(self.client.is_ready()[1], _RETRY_SECONDS)
+        return NotReady(self.client.is_ready()[1])
 
     async def body(self, request: Request, form: type[T]) -> T:
         """Return the request's body as a struct. Raises as `read_body`."""

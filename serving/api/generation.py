@@ -13,15 +13,16 @@ from dispec.serving.api.context import ApiContext
 from dispec.serving.api.kv_transfer import read_transfer
 from dispec.serving.api.prompts import Prompt
 from dispec.serving.api.protocol import (
-    MAX_REQUEST_ID,
     CompletionTokensDetails,
     PromptTokensDetails,
     SamplingRequest,
     StreamOptions,
     Usage,
 )
+from dispec.serving.client.errors import RETRY_SECONDS
 from dispec.serving.client.request_stream import ChoiceUpdate, GenerationRequest, RequestStream
 from dispec.serving.http.errors import ApiError
+from dispec.serving.http.middleware import MAX_REQUEST_ID, REQUEST_ID
 
 _MAX_UNREAD = 64  # updates of all streams that wait for a slow reader
 
@@ -144,7 +145,7 @@ class Generation:
 
     def _count(self, update: ChoiceUpdate) -> ChoiceUpdate:
         if update.finish_reason == "abort":
-            raise ApiError(503, "the request was ended before it was done", code="aborted", retry_after=5)
+            raise ApiError(503, "the request was ended before it was done", code="aborted", retry_after=RETRY_SECONDS)
         self.completion_tokens += len(update.token_ids)
         self.cached_tokens += update.num_cached_tokens or 0
         self.accepted_tokens += update.num_accepted
@@ -170,7 +171,7 @@ class StreamUsage:
 def _request_id(request: Request, given: str | None) -> str:
     """Return the id of the request. The body's replaces the header's."""
     if given:
-        if len(given) > MAX_REQUEST_ID or not given.isascii() or not given.isprintable() or " " in given:
+        if not REQUEST_ID.fullmatch(given.encode()):
             limits = f"must be at most {MAX_REQUEST_ID} printable ASCII characters"
             raise InvalidField("request_id", f"request_id is {given!r:.50}, {limits}")
         request.scope["state"]["request_id"] = given

@@ -11,11 +11,11 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from dispec.engine.option_fields import option_fields
 from dispec.engine.request_checks import MAX_PRIORITY, MIN_PRIORITY
 from dispec.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_LENGTH, SamplingParams
+from dispec.serving.http.middleware import MAX_REQUEST_ID
 from dispec.serving.settings import MAX_BAD_WORDS, MAX_STOPS, MAX_TEMPLATE_ARGUMENTS
 
 PromptInput = str | list[str | int | list[int]]
 
-MAX_REQUEST_ID = 128  # characters
 MAX_ARGUMENT_NAME = 64  # characters
 
 

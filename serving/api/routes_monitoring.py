@@ -11,7 +11,6 @@ from dispec.serving.api.context import context_of
 from dispec.serving.api.openapi import describe
 from dispec.serving.api.responses import BytesResponse, JsonResponse
 from dispec.serving.client.errors import EngineDied, NotReady
-from dispec.serving.http.errors import ApiError
 
 _INSPECTION_SECONDS = 2.0  # /health tells why an engine does not answer
 
@@ -21,7 +20,7 @@ async def health(request: Request) -> ASGIApp:
     """Ready: 200, or 503 and the reason. An engine with work that ends no step is not ready."""
     is_ready, why = context_of(request).client.is_ready()
     if not is_ready:
-        raise ApiError(503, why, code="not_ready", retry_after=5)
+        raise NotReady(why)
     return JsonResponse({"status": "ready"})
 
 

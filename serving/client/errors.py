@@ -1,5 +1,7 @@
 """Errors between a request and its answer. Each message is a sentence for the client."""
 
+RETRY_SECONDS = 5  # that clients wait where the end of the trouble is not known
+
 
 class EngineFailed(Exception):
     """An error in the engine ended this request and no other."""
@@ -46,7 +48,7 @@ class InvalidRequest(ValueError):
 class Unavailable(Exception):
     """The request was not accepted. retry_after: seconds after which it may be."""
 
-    def __init__(self, message: str, retry_after: int) -> None:
+    def __init__(self, message: str, retry_after: int = RETRY_SECONDS) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 

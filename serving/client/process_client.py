@@ -170,7 +170,7 @@ class ProcessClient(EngineClient):
         if slo is None or stream.has_ended or stream.timing.started is not None:
             return
         self._notify(lambda observer: observer.on_shed(slo))
-        self._end(stream, Overloaded(f"the request waited for {slo.ttft:g} s, the target of {slo.name!r}", 5))
+        self._end(stream, Overloaded(f"the request waited for {slo.ttft:g} s, the target of {slo.name!r}"))
 
     def resume(self, stream: RequestStream, outputs: list[list[int] | None]) -> None:
         """Continue a request after the tokens that each choice has already; None is a choice that has ended."""

@@ -247,10 +247,10 @@ class WorkerPool(EngineClient):
 
     def _not_ready(self) -> NotReady:
         if not self._has_started:
-            return NotReady("the model is being loaded", 5)
+            return NotReady("the model is being loaded")
         if self._is_draining:
             return NotReady("the server is finishing its last requests", 10)
-        return NotReady("no engine is up: they are being restarted", 5)
+        return NotReady("no engine is up: they are being restarted")
 
 
 class _Forward(EngineObserver):

@@ -9,6 +9,7 @@ from litestar.exceptions import HTTPException
 
 from dispec.engine.errors import ContextOverflow, InvalidField
 from dispec.serving.client.errors import (
+    RETRY_SECONDS,
     EngineDied,
     EngineFailed,
     InvalidRequest,
@@ -95,7 +96,7 @@ def to_api_error(error: BaseException) -> ApiError:
         case RequestTimedOut():
             return ApiError(504, message)
         case EngineDied():
-            return ApiError(503, message, code="engine_died", retry_after=5)
+            return ApiError(503, message, code="engine_died", retry_after=RETRY_SECONDS)
         case EngineFailed():
             return ApiError(500, message, code="engine_error")
         case HTTPException():  # some are ValueErrors

@@ -27,7 +27,8 @@ from dispec.serving.http.errors import CLIENT_LEFT, ApiError
 
 log = logging.getLogger("dispec.access")
 
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # safe in headers and logs
+MAX_REQUEST_ID = 128  # characters
+REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,%d}" % MAX_REQUEST_ID)  # safe in headers and logs
 _POLLED_PATHS = frozenset({"/live", "/ping", "/health", "/metrics", "/load", "/stats"})
 _REPEAT_SECONDS = 60.0  # between two lines about the same failure of a polled path
 
@@ -61,7 +62,7 @@ class Middleware:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         state: dict[str, Any] = scope.setdefault("state", {})
-        state["request_id"] = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        state["request_id"] = given.decode() if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         status = CLIENT_LEFT  # unless there is a response
 
         async def send_with_id(message: Message) -> None:

@@ -135,5 +135,6 @@ def test_tokenizer_with_custom_code_is_refused(tmp_path):
 def test_published_tokenizers(package, tmp_path):
     published = published_tokenizer(package, tmp_path)
     found = assert_same(published, [*TEXTS, "The capital of", "日本語 👍 x == y", "</think>\n", "<|endoftext|>  a"])
-    is_self_contained = json.loads((published / "tokenizer_config.json").read_text())["tokenizer_class"] == "Qwen2Tokenizer"
+    configuration = json.loads((published / "tokenizer_config.json").read_text())
+    is_self_contained = configuration["tokenizer_class"] == "Qwen2Tokenizer"
     assert (found == published) == is_self_contained

@@ -104,9 +104,11 @@ class CompletionLogprobsBuilder:
         self._offset = len(text)
         return found
 
-    def of_output(self, entries: Iterable[TokenLogprobs], text: str) -> CompletionLogprobs:
-        """Return the lists of output tokens that make `text` certain, which may be less than their own texts."""
-        found = CompletionLogprobs([], [], [], [])
+    def of_output(
+        self, entries: Iterable[TokenLogprobs], text: str, prompt: CompletionLogprobs | None = None
+    ) -> CompletionLogprobs:
+        """Return the lists of `prompt` and of output tokens that make `text` certain, which may be less than theirs."""
+        found = prompt or CompletionLogprobs([], [], [], [])
         for entry in entries:
             self._add(found, entry.token_id, entry)
             length = self._texts.length_in_text(entry.token_id, self._skip_special_tokens)
@@ -129,16 +131,6 @@ class CompletionLogprobsBuilder:
         for token_id, value in (*entry.top[: self._count], (entry.token_id, entry.logprob)):
             top.setdefault(self._texts.of(token_id)[0], finite(value))
         return top
-
-
-def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionLogprobs:
-    """Return two pieces as one."""
-    return CompletionLogprobs(
-        first.text_offset + second.text_offset,
-        first.token_logprobs + second.token_logprobs,
-        first.tokens + second.tokens,
-        first.top_logprobs + second.top_logprobs,
-    )
 
 
 def prompt_logprobs(texts: TokenTexts, entries: Sequence[TokenLogprobs], count: int) -> PromptLogprobs:

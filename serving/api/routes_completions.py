@@ -9,7 +9,7 @@ from msgspec import UNSET
 
 from dispec.serving.api.context import ServedModel, context_of
 from dispec.serving.api.generation import Generation, StreamUsage
-from dispec.serving.api.logprobs import CompletionLogprobsBuilder, joined, prompt_logprobs
+from dispec.serving.api.logprobs import CompletionLogprobsBuilder, prompt_logprobs
 from dispec.serving.api.openapi import describe
 from dispec.serving.api.prompts import Truncation
 from dispec.serving.api.protocol import (
@@ -133,8 +133,7 @@ class _Responses:
             if body.logprobs is not None:
                 logprobs = builder.of_prompt(prompt_token_ids, first.prompt_logprobs or [], echo)
         if body.logprobs is not None:
-            of_output = builder.of_output(entries, update.text)
-            logprobs = of_output if logprobs is None else joined(logprobs, of_output)
+            logprobs = builder.of_output(entries, update.text, logprobs)
         choice = CompletionChoice(index, text, logprobs, update.finish_reason)
         if update.stop_reason is not None:
             choice.stop_reason = update.stop_reason

@@ -57,11 +57,7 @@ class Scheduler:
         priority_aging: float = 60.0,
         enable_prefix_caching: bool = True,
     ) -> None:
-        if max_num_batched_tokens < max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens ({max_num_batched_tokens}) is below max_num_seqs ({max_num_seqs}):"
-                " every running sequence needs a token a step"
-            )
+        assert max_num_batched_tokens >= max_num_seqs, "each running sequence takes a token of every step"
         self.pool = pool
         self.kv_cache = KVCacheManager(pool, enable_prefix_caching)
         self.max_num_seqs = max_num_seqs

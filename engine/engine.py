@@ -263,7 +263,7 @@ class Engine:
         return outputs
 
     def _launch(self, step: SchedulerOutput, start: float) -> None:
-        """Launch a step whose scheduling began at `start`."""
+        """Launch a step. start: time at which its scheduling began."""
         scheduled_at = time.perf_counter()
         draft_seconds = self.speculator.propose(step) if self.speculator is not None else 0.0
         for scheduled in step.scheduled_sequences:

@@ -1,5 +1,7 @@
 """Errors that a user can cause. This file imports nothing: the server process uses it without torch."""
 
+LESS_MEMORY_HINT = "lower kv_cache_memory, max_model_len or max_num_seqs"
+
 
 class CheckpointError(ValueError):
     """A model cannot be found, downloaded or read; the message is one sentence that names it and says what to do."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dispec.engine.sampling_params import SamplingParams
 from dispec.serving.client.engine_client import EngineClient, EngineObserver
 from dispec.serving.client.errors import InvalidRequest, NotReady, Overloaded, RequestTimedOut
 from tests.engine_clients import (
@@ -178,6 +179,21 @@ def test_an_abort_leaves_the_others_alone(loop, client, llm):
 
     answers = loop.run(abort_every_other())
     assert [answer[0].token_ids for answer in answers] == [completion.token_ids for completion in expected[1::2]]
+
+
+def test_aborting_a_request_after_one_of_its_choices_has_ended(loop, client):
+    stops = tuple(range(0, 512, 20))
+    params = SamplingParams(temperature=1.5, seed=0, n=8, max_tokens=400, ignore_eos=True, stop_token_ids=stops)
+
+    async def abort() -> None:
+        stream = ask(client, random_tokens(5), params)
+        async for update in stream:
+            if update.finish_reason is not None:
+                break
+        stream.abort()
+        assert_empty(await client.inspect())
+
+    loop.run(abort())
 
 
 def test_aborting_after_the_end_does_nothing(loop, client):

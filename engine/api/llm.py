@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, overload
 from tqdm import tqdm
 
 from dispec.engine.api.outputs import Choice, Completion, Piece, Timing
-from dispec.engine.api.prompts import Prompt, PromptInput, as_prompts
+from dispec.engine.api.prompts import Prompt, PromptInput, TokenizedPrompt, as_prompts
 from dispec.engine.api.shared_engine import SharedEngine
 from dispec.engine.engine import Engine
 from dispec.engine.options import EngineOptions
@@ -185,13 +185,19 @@ class LLM:
         known = (*own, *_TEMPLATE_ARGUMENTS, *sorted(self.tokenizer.template_variables))
         refuse_unknown(owner, given, known, _IN_PARAMS | _IN_LLM | _IN_TEMPLATES)
 
+    def _tokenize(self, prompts: list[PromptInput]) -> list[TokenizedPrompt]:
+        return [
+            TokenizedPrompt(self.tokenizer.encode(content) if isinstance(content, str) else content, cache_salt)
+            for content, cache_salt in prompts
+        ]
+
     def _generate(
         self, prompts: list[PromptInput], params: list[SamplingParams], use_tqdm: bool | None
     ) -> list[Completion]:
         disable = None if use_tqdm is None and len(prompts) >= 8 else not use_tqdm
         done: dict[int, Completion] = {}
         with (
-            closing(self._shared.run(prompts, params)) as pieces,
+            closing(self._shared.run(self._tokenize(prompts), params)) as pieces,
             tqdm(total=len(prompts), desc="generating", unit="prompt", disable=disable) as bar,
         ):
             for index, piece in pieces:
@@ -201,7 +207,7 @@ class LLM:
         return [done[index] for index in range(len(prompts))]
 
     def _stream(self, prompts: list[PromptInput], params: list[SamplingParams]) -> Generator[Piece]:
-        with closing(self._shared.run(prompts, params)) as pieces:
+        with closing(self._shared.run(self._tokenize(prompts), params)) as pieces:
             for _, piece in pieces:
                 yield piece
 

@@ -18,6 +18,13 @@ class PromptInput(NamedTuple):
     cache_salt: str | None = None
 
 
+class TokenizedPrompt(NamedTuple):
+    """A prompt as token ids."""
+
+    token_ids: list[int]
+    cache_salt: str | None = None
+
+
 def as_prompts(prompts: Prompt | Series[Prompt]) -> list[PromptInput]:
     """Return one prompt or many as a list.
 

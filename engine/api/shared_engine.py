@@ -12,7 +12,7 @@ import torch
 from dispec.engine.api.fair_lock import FairLock
 from dispec.engine.api.interrupts import deferred_interrupt
 from dispec.engine.api.outputs import Piece
-from dispec.engine.api.prompts import PromptInput
+from dispec.engine.api.prompts import TokenizedPrompt
 from dispec.engine.api.running_request import RunningChoice, completion_of
 from dispec.engine.engine import Engine
 from dispec.engine.sampling_params import SamplingParams
@@ -52,7 +52,7 @@ class SharedEngine:
         self._thread = threading.get_ident()
         self._is_closed = False
 
-    def run(self, prompts: Series[PromptInput], params: Series[SamplingParams]) -> Generator[tuple[int, Piece]]:
+    def run(self, prompts: Series[TokenizedPrompt], params: Series[SamplingParams]) -> Generator[tuple[int, Piece]]:
         """Start requests and yield a piece for each of their tokens, with its request's index.
 
         Closing the iterator aborts the requests. Raises ValueError, before anything runs, if a prompt cannot be served.
@@ -79,32 +79,24 @@ class SharedEngine:
                 self._is_closed = True
                 self._engine.close()
 
-    def _start(self, call: _Call, prompts: Series[PromptInput], params: Series[SamplingParams]) -> None:
-        # Outside of the lock, as long texts take long to tokenize.
-        token_ids = [self._tokenize(prompt, _name(index, prompts)) for index, prompt in enumerate(prompts)]
+    def _start(self, call: _Call, prompts: Series[TokenizedPrompt], params: Series[SamplingParams]) -> None:
         engine_params = [without_texts(param, self._tokenizer) for param in params]
         with deferred_interrupt(), self._lock:
             self._check_usable()
             for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
                 try:
-                    first = self._engine.add(token_ids[index], engine_params[index], cache_salt=prompt.cache_salt)
+                    first = self._engine.add(prompt.token_ids, engine_params[index], cache_salt=prompt.cache_salt)
                 except ValueError as error:
-                    raise ValueError(f"{_name(index, prompts)}{error}") from error
+                    name = f"prompts[{index}]: " if len(prompts) > 1 else ""
+                    raise ValueError(f"{name}{error}") from error
                 call.requests.append(
                     [
-                        RunningChoice(sequence, TextStream(self._tokenizer, param, token_ids[index]))
+                        RunningChoice(sequence, TextStream(self._tokenizer, param, prompt.token_ids))
                         for sequence in first.choices
                     ]
                 )
                 call.num_open += len(first.choices)
                 self._places[first.request_id] = call, index
-
-    def _tokenize(self, prompt: PromptInput, name: str) -> list[int]:
-        if not isinstance(prompt.content, str):
-            return prompt.content
-        if self._tokenizer is None:
-            raise ValueError(f"{name}this model was made from a ModelConfig and has no tokenizer: pass token ids")
-        return self._tokenizer.encode(prompt.content)
 
     def _step_for(self, call: _Call) -> None:
         """Run a step, unless a step of another thread has brought pieces for this call in the meantime."""
@@ -182,7 +174,3 @@ class SharedEngine:
         """Set what torch keeps for each thread as it is in the thread that made the engine."""
         torch.get_num_threads()  # a thread that has not called it has an OpenMP team of its own size
         return torch.cuda.device(self._engine.device) if self._engine.device.type == "cuda" else nullcontext()
-
-
-def _name(index: int, prompts: Series[PromptInput]) -> str:
-    return f"prompts[{index}]: " if len(prompts) > 1 else ""

@@ -2,10 +2,9 @@
 
 import traceback
 
-from dispec.engine.errors import CheckpointError
+from dispec.engine.errors import LESS_MEMORY_HINT, CheckpointError
 from dispec.engine.process.messages import CrashReport
 
-_LESS_MEMORY = "lower kv_cache_memory, max_model_len or max_num_seqs"
 _LESS_DEVICE_MEMORY = (
     "lower gpu_memory_utilization, max_num_seqs or max_num_batched_tokens, or see with nvidia-smi which other processes"
     " use the GPU"
@@ -30,7 +29,7 @@ def _hint(error: BaseException, message: str) -> str:
     if name == "OutOfMemoryError" or "CUDA out of memory" in message:
         return _LESS_DEVICE_MEMORY
     if isinstance(error, MemoryError) or "allocate memory" in message:
-        return _LESS_MEMORY
+        return LESS_MEMORY_HINT
     if isinstance(error, CheckpointError):
         return "give a model directory, a .gguf file or a hub id, or no model at all for the built-in one"
     if name == "UnsupportedModelError":
@@ -38,7 +37,7 @@ def _hint(error: BaseException, message: str) -> str:
     if name == "TensorParallelError":
         return (
             "the log above may say why; if that rank's process was not killed by hand, the system ran out of memory: "
-            f"{_LESS_MEMORY}"
+            f"{LESS_MEMORY_HINT}"
         )
     if isinstance(error, ValueError):
         return "change the option that it names; `dispec serve --help` lists them"

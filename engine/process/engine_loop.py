@@ -127,7 +127,7 @@ class EngineLoop:
         request = self._requests.get(message.request_id)
         if request is None:
             return  # ended while the message was on its way
-        indices = range(len(request.choices)) if message.choice is None else (message.choice,)
+        indices = list(request.unfinished) if message.choice is None else [message.choice]
         for index in indices:
             self._engine.finish(request.choices[index], message.reason)
             self._forget(message.request_id, index)

@@ -31,7 +31,7 @@ class KVCacheManager:
         """
         pool, num_tokens = self.pool, len(sequence.token_ids)
         cached = self.find_prefix(sequence)
-        # A prompt that is cached as a whole still computes its last token, whose logits give the next one.
+        # A prompt that is cached as a whole still computes its last token: its logits give the next one.
         num_computed = min(len(cached) * pool.block_size, num_tokens - 1)
         num_copies = num_computed < len(cached) * pool.block_size and not pool.num_unreferenced(cached[-1:])
         num_new = pool.num_blocks_for(num_tokens) - len(cached) + num_copies

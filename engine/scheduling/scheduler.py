@@ -57,11 +57,7 @@ class Scheduler:
         priority_aging: float = 60.0,
         enable_prefix_caching: bool = True,
     ) -> None:
-        if max_num_batched_tokens < max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens ({max_num_batched_tokens}) is below max_num_seqs ({max_num_seqs}):"
-                " every running sequence needs a token a step"
-            )
+        assert max_num_batched_tokens >= max_num_seqs, "each running sequence takes a token of every step"
         self.pool = pool
         self.kv_cache = KVCacheManager(pool, enable_prefix_caching)
         self.max_num_seqs = max_num_seqs
@@ -90,7 +86,7 @@ class Scheduler:
         self._enqueue(sequence)
 
     def add_remote(self, choices: Series[Sequence]) -> None:
-        """Register the choices of a request whose prompt another engine computes. Raises ValueError as `add`."""
+        """Register choices for which another engine computes the prompt. Raises ValueError as `add`."""
         self._check_size(choices[0])
         for choice in choices:
             choice.status = Status.WAITING_FOR_REMOTE_KV
@@ -332,7 +328,7 @@ class Scheduler:
         self._take(plan, sequence, num_tokens)
 
     def _take(self, plan: _StepPlan, sequence: Sequence, num_tokens: int, num_drafts: int = 0) -> None:
-        """Add a sequence, whose blocks are allocated, to the step."""
+        """Add a sequence with allocated blocks to the step."""
         start = sequence.num_computed_tokens
         samples = num_tokens - num_drafts == sequence.num_uncomputed_tokens
         sequence.num_computed_tokens = start + num_tokens

@@ -34,7 +34,7 @@ class SequenceDraft:
 
     num_tokens: most draft tokens that the next step may verify.
     token_ids: the draft tokens; placeholders while the device computes them.
-    num_computed_tokens: the sequence's first tokens whose keys and values the draft model has computed.
+    num_computed_tokens: number of the sequence's first tokens that the draft model has computed.
     """
 
     num_tokens: int = 0

@@ -15,9 +15,9 @@ class StepRecord(NamedTuple):
     num_drafts: sequences with draft tokens. num_draft_tokens: draft tokens that were verified.
     num_planned_draft_tokens: draft tokens that the controller planned, before blocks and the token budget limited them.
     num_accepted_per_position: accepted draft tokens, by their position in a draft.
-    num_received_prompts, num_failed_receives: prompts whose keys and values came, or failed to come, from another
-        engine since the previous step. num_received_blocks: blocks of the former.
-    num_sent_prompts: prompts whose last blocks were published for other engines in this step.
+    num_received_prompts, num_failed_receives: prompts for which another engine's keys and values came, or failed to
+        come, since the previous step. num_received_blocks: blocks of the former.
+    num_sent_prompts: prompts with their last blocks published for other engines in this step.
     num_sent_blocks: blocks that were published, those of unfinished prompts included.
     schedule, draft, launch, wait, commit: seconds of scheduling the step, proposing its draft tokens, launching it,
         waiting for its result and committing it.

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from dispec.engine.errors import LESS_MEMORY_HINT
 from dispec.serving.client.errors import EngineDied
 
 BAD_INPUT = 2
@@ -70,7 +71,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     # Torch raises a class of its own for CUDA and a RuntimeError for the CPU; the names avoid its import.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text:
         detail = f" ({text})" if text else ""
-        return f"not enough memory{detail}: lower kv_cache_memory, max_model_len or max_num_seqs", 1
+        return f"not enough memory{detail}: {LESS_MEMORY_HINT}", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
     if isinstance(error, ImportError):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
+from dispec.engine.errors import LESS_MEMORY_HINT
 from dispec.engine.machine.owned_directory import OwnedDirectory
 from dispec.engine.process.messages import (
     EXIT_AFTER_CRASH_REPORT,
@@ -158,7 +159,7 @@ class EngineProcess:
             return EngineDied(f"the engine process ended with exit code {code}", "the log above may say why")
         name = signal.Signals(-code).name
         if -code == signal.SIGKILL:
-            hint = "if it was not killed by hand, the system ran out of memory: lower kv_cache_memory or max_model_len"
+            hint = f"if it was not killed by hand, the system ran out of memory: {LESS_MEMORY_HINT}"
         else:
             hint = "the log above may say why"
         return EngineDied(f"the engine process was ended by {name}", hint)

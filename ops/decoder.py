@@ -152,7 +152,7 @@ def decode_tokens(
 
     Writes the keys and values of all tokens but the last new one. counts: in descending order; K is the first. Tokens
     beyond a sequence's count are 0. token_ids: the last tokens of each sequence; their keys and values are computed
-    too. context_lens: tokens of each sequence, these included. temperature, seed: as in `ops.sample`, whose position is
-    that of the next token; None where every token is greedy.
+    too. context_lens: tokens of each sequence, these included. temperature, seed: as in `ops.sample`, where the
+    position is that of the next token; None where every token is greedy.
     """
     return cpu_decoder.decode(decoder.model, counts, token_ids, block_tables, context_lens, temperature, seed)

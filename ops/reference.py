@@ -1,4 +1,4 @@
-"""Slow, obvious oracles: what each op means, one sequence and one token at a time, in float64 where it counts."""
+"""Slow, obvious oracles of the ops, one sequence and one token at a time, in float64 where rounding matters."""
 
 import math
 
@@ -16,6 +16,7 @@ def write_kv(
     value: Float[Tensor, "T KV D"],
     slot_mapping: Int[Tensor, "T"],
 ) -> None:
+    """Store each token's key and value at its slot."""
     block_size = keys.shape[3]
     for token, slot in enumerate(slot_mapping.tolist()):
         block, offset = divmod(slot, block_size)
@@ -29,6 +30,7 @@ def copy_blocks(
     source: Int[Tensor, "N"],
     destination: Int[Tensor, "N"],
 ) -> None:
+    """Copy each source block to its destination, layer by layer."""
     for old, new in zip(source.tolist(), destination.tolist(), strict=True):
         for layer_keys, layer_values in zip(keys, values, strict=True):
             layer_keys[new] = layer_keys[old]
@@ -44,7 +46,7 @@ def paged_attention(
     context_lens: Int[Tensor, "B"],
     scale: float,
 ) -> Float[Tensor, "T H D"]:
-    """Causal attention of each token over its own sequence's pages, with a softmax in float64.
+    """Attend causally from each token to its own sequence's pages, with a softmax in float64.
 
     Rows that belong to no sequence, and rows of a sequence with context 0, are zero.
     """
@@ -74,7 +76,7 @@ def linear(
     eps: float,
     is_gated: bool,
 ) -> Float[Tensor, "T M"]:
-    """`norm(x) @ weight.T + bias` in float64, if `is_gated` its second half gated by the first."""
+    """Return `norm(x) @ weight.T + bias` in float64; if `is_gated`, silu of its first half times its second."""
     y = _normed(x.double(), norm, eps) @ weight.double().T
     if bias is not None:
         y = y + bias.double()
@@ -98,7 +100,7 @@ def qkv_rope_write(
     query_norm: Float[Tensor, "D"] | None,
     key_norm: Float[Tensor, "D"] | None,
 ) -> Float[Tensor, "T H D"]:
-    """Queries in float64, of a projection that is rounded to the type of x. Pages have their own type."""
+    """Return rotated queries in float64 of a projection rounded to x's dtype; write keys and values to pages."""
 
     def rotate(y: Tensor) -> Tensor:
         first, second = y.chunk(2, dim=-1)
@@ -123,7 +125,7 @@ def sampling_scores(
     position: Int[Tensor, "R"],
     token_ids: Int[Tensor, "V"] | None,
 ) -> Float[Tensor, "R V"]:
-    """What each token is drawn by, in float64 but for the noise's uniform number: the largest of a row is its token."""
+    """Return each token's logit / temperature + Gumbel noise in float64; the largest of a row is sampled."""
     if token_ids is None:
         token_ids = torch.arange(logits.shape[1])
     uniform = uniform_noise(seed, position, token_ids).clamp(max=1 - 2.0**-24)
@@ -135,10 +137,10 @@ def sampling_scores(
     return values
 
 
-def rounded_to_8_bits(weight: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
-    """The nearest of the 255 multiples of a 127th of each row's largest magnitude, in float64.
+def quantized_to_int8(weight: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
+    """Round each row to multiples of a 127th of its largest magnitude; return them in float64.
 
-    Which one is nearest is decided in float32: between two that are equally near, rounding decides.
+    The quotient is rounded in float32, as in `ops.pack`: in float64 a tie could round differently.
     """
     rows = []
     for row in weight.float():
@@ -150,7 +152,7 @@ def rounded_to_8_bits(weight: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
 def token_threshold(
     weights: Float[Tensor, "R V"], top_k: Int[Tensor, "R"], top_p: Float[Tensor, "R"]
 ) -> Float[Tensor, "R"]:
-    """The last weight that is needed of each sorted row: first for top_k tokens, then for top_p of their sum."""
+    """Return the last weight of each sorted row that top_k tokens, and then top_p of their sum, need."""
     thresholds = torch.zeros_like(top_p)
     for row, (k, p) in enumerate(zip(top_k.tolist(), top_p.tolist(), strict=True)):
         ordered = weights[row].double().sort(descending=True).values

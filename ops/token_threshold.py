@@ -1,4 +1,4 @@
-"""Top-k and top-p as a threshold: the least weight of a row whose token may be sampled.
+"""Top-k and top-p as a threshold: tokens of at least that weight may be sampled.
 
 A threshold says the same as a sorted vocabulary with a mask and needs no sort: the Triton kernel bisects, the CPU sorts
 a short prefix. Tokens are compared by weight alone, so tokens of equal weight stay or go together.
@@ -30,7 +30,7 @@ def token_threshold(
 
 
 def _token_threshold_cpu(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Sort a prefix of every row, and more of the rows whose threshold is beyond it.
+    """Sort a prefix of every row, and more of a row where the threshold is beyond it.
 
     Both ways add the same numbers in the same order, so they give a row the same result.
     """

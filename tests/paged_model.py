@@ -1,4 +1,4 @@
-"""A model over a paged cache, driven by hand: what a test says is computed, and every row's logits come back."""
+"""A model over a paged cache without an engine: a test says which tokens to compute and gets the logits of each."""
 
 import random
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class PagedModel:
         )
 
     def compute(self, counts: dict[int, int], query_len: int | None = None) -> list[Tensor]:
-        """Compute the next `counts[s]` tokens of each sequence s in one step; their logits, sequence by sequence."""
+        """Compute the next `counts[s]` tokens of each sequence s in one step; return their logits by sequence."""
         width = max(2, *(len(table) for table in self.tables))
         token_ids, positions, slots, starts, contexts, tables = [], [], [], [0], [], []
         for sequence, count in counts.items():

@@ -1,4 +1,4 @@
-"""What ranks say to one another, between two processes, as it is and traced into one graph."""
+"""The collectives between two processes, eager and traced into one graph."""
 
 import os
 import subprocess
@@ -19,12 +19,12 @@ rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 group = dist.group.WORLD.group_name
 own = torch.arange(5) + 10 * rank
-said = {
+collective = {
     "broadcast": lambda x: ops.broadcast(x, group),
     "all_reduce": lambda x: ops.all_reduce(x.float(), group).long(),
     "all_gather_columns": lambda x: ops.all_gather_columns(x[None].float(), group, 2)[0].long(),
 }[sys.argv[3]]
-for function in (said, torch.compile(said, fullgraph=True, backend="aot_eager")):
+for function in (collective, torch.compile(collective, fullgraph=True, backend="aot_eager")):
     print(function(own).tolist(), own.tolist())
 dist.destroy_process_group()
 """
@@ -38,7 +38,7 @@ dist.destroy_process_group()
         ("all_gather_columns", [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]),
     ],
 )
-def test_all_ranks_hear_the_same_and_keep_their_own(tmp_path: Path, function: str, expected: list[int]) -> None:
+def test_all_ranks_get_the_same_result_and_keep_their_input(tmp_path: Path, function: str, expected: list[int]) -> None:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),

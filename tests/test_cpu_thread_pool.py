@@ -1,4 +1,4 @@
-"""The threads of the C++ kernels: the same bits from any number of them, from several callers, and after a fork."""
+"""The C++ thread pool: the same bits with any number of threads, from concurrent callers, and after a fork."""
 
 import os
 import subprocess
@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 
 pytestmark = pytest.mark.skipif(not has_packed_linear(), reason="this CPU has neither AVX512-BF16 nor AVX2")
 
-# Prints a digest of a product of many tiles, computed by as many threads as it is told, or by a forked process.
-_PRODUCT = """
+# Prints a digest of a linear layer of many tiles, computed by the given number of threads or in a forked process.
+_LINEAR = """
 import hashlib, os, sys, torch
 from dispec import ops
 torch.manual_seed(0)
@@ -39,7 +39,7 @@ print(first)
 
 def _digest(argument: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _PRODUCT, argument],
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _LINEAR, argument],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
@@ -54,7 +54,7 @@ def test_any_number_of_threads_and_a_forked_process_give_the_same_bits():
     assert [_digest(argument) for argument in ("2", "7", "fork")] == [alone] * 3
 
 
-def test_callers_at_the_same_time_do_not_disturb_each_other():
+def test_concurrent_callers_get_the_same_bits():
     torch.manual_seed(1)
     weights = [torch.randn(features, 64).bfloat16() for features in (100, 640, 2000)]
     inputs = [torch.randn(rows, 64).bfloat16() for rows in (1, 3, 40)]

@@ -31,7 +31,7 @@ GROUPS = [(14, 2), (12, 2), (9, 3), (4, 4), (8, 1), (32, 8), (16, 1)]
 def attention_in_float64(
     query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: list[int], contexts: list[int], scale: float
 ) -> Tensor:
-    """What the reference computes, one sequence at a time instead of one row at a time. Output: float64."""
+    """Compute `reference.paged_attention` by sequence instead of by token, in float64."""
     group, block_size = query.shape[1] // keys.shape[1], keys.shape[3]
     outputs = []
     for sequence, (length, context, q) in enumerate(
@@ -54,7 +54,7 @@ def attention_in_float64(
 def poisoned_cache(
     contexts: list[int], kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, columns: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(keys, values, block_tables): shuffled blocks, NaN past every context, table entries there out of range."""
+    """Return (keys, values, block_tables): shuffled blocks, NaN and table entries out of range past every context."""
     needed = [math.ceil(context / block_size) for context in contexts]
     columns = max([*needed, 1, columns])
     num_blocks = sum(needed) + 2
@@ -104,7 +104,7 @@ def compare(
     query = query_view(sum(lengths), heads, kv_heads, head_dim, dtype)
     lens = torch.tensor(contexts, dtype=torch.int32).cuda()
     scale = head_dim**-0.5
-    # The allocator gives the output a block of memory that was NaN a moment ago.
+    # The allocator gives the output memory that holds NaN.
     torch.full((sum(lengths), heads, head_dim), math.nan, dtype=dtype, device="cuda")
     actual = ops.paged_attention(
         query, keys, values, tables, starts(lengths), lens, lengths[0] if uniform else None, scale
@@ -284,7 +284,7 @@ def test_skinny_linear(rows: int, features: int, columns: int, dtype: torch.dtyp
         actual = ops.linear(x, weight, bias)
         expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
         torch.testing.assert_close(actual.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-        assert torch.equal(actual, ops.linear(x, weight, bias)), "the same product twice"
+        assert torch.equal(actual, ops.linear(x, weight, bias)), "two calls give the same bits"
     arguments = (x.contiguous(), weight, None, None, 0.0, False)
     torch.library.opcheck(
         torch.ops.dispec.fused_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
@@ -301,7 +301,7 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 17, 32, 64, 256])
 @pytest.mark.parametrize("name", SHAPES)
-def test_products_of_a_layer(name: str, rows: int, dtype: torch.dtype) -> None:
+def test_linear_of_a_layer(name: str, rows: int, dtype: torch.dtype) -> None:
     shape = SHAPES[name]
     for product in products(shape).values():
         arguments = product_arguments(product, rows, dtype, "cuda", seed=rows)
@@ -315,7 +315,7 @@ def test_products_of_a_layer(name: str, rows: int, dtype: torch.dtype) -> None:
         else:
             actual, again = (torch.ops.dispec.fused_linear(*arguments) for _ in range(2))
             expect_product(arguments, actual)
-        assert torch.equal(actual, again), "the same product twice"
+        assert torch.equal(actual, again), "two calls give the same bits"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -339,8 +339,8 @@ def test_projection_of_a_layer(name: str, rows: int, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("rows", [2, 8, 16, 32])
-def test_captured_products_share_their_counters(rows: int) -> None:
-    """A recorded chain of products, split ones among them, equals the products one by one, replay after replay."""
+def test_recorded_gemms_share_their_counters(rows: int) -> None:
+    """A recorded chain of GEMMs, some with split-K, equals the GEMMs one by one in every replay."""
     found, dtype = products(SHAPES["qwen"]), torch.bfloat16
     layers = [
         {name: product_arguments(found[name], rows, dtype, "cuda", seed) for name in ("gate_up", "down")}

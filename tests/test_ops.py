@@ -14,7 +14,7 @@ from dispec.ops.cpu.library import has_packed_linear
 
 @pytest.fixture(params=["C++", "torch"], autouse=True)
 def _implementation(request, monkeypatch):
-    """Each test runs with our own kernels and with what replaces them where they cannot be built."""
+    """Run each test with the C++ kernels and with torch's, which replace them where they cannot be built."""
     if request.param == "torch":
         monkeypatch.setattr(cpu_attention, "has_kernels", lambda: False)
         modules = (cpu_attention, sys.modules["dispec.ops.linear"], sys.modules[__name__])  # `ops.linear` is a function
@@ -93,7 +93,7 @@ def test_prefill_in_bfloat16(seed):
 
 
 def test_a_prefill_does_not_depend_on_its_neighbours():
-    """Not in the last bit, and neither on how many of its rows are computed in one call."""
+    """Nor on how many of its tokens are computed in one call, to the last bit."""
     if not cpu_attention.has_prefill(torch.bfloat16):
         pytest.skip("torch does not promise it")
     torch.manual_seed(0)
@@ -144,9 +144,9 @@ def test_copy_blocks():
     assert torch.equal(values, expected_values)
 
 
-def packed_and_meant(weight: torch.Tensor, allow_int8: bool) -> tuple[ops.Matrix, torch.Tensor]:
-    """What is packed, and the weight in float64 whose products it should give."""
-    meant = reference.rounded_to_8_bits(weight) if allow_int8 and has_packed_linear() else weight.double()
+def pack_with_expected(weight: torch.Tensor, allow_int8: bool) -> tuple[ops.Matrix, torch.Tensor]:
+    """Return a packed weight and the weight that it stands for in float64."""
+    meant = reference.quantized_to_int8(weight) if allow_int8 and has_packed_linear() else weight.double()
     return ops.pack(weight, allow_int8=allow_int8), meant
 
 
@@ -159,7 +159,7 @@ def test_packed_linear_rounds_once(rows, bias, allow_int8):
     weight[3] = 0
     weight[5] *= 1000
     offset = torch.randn(80).bfloat16() if bias else None
-    packed, weight = packed_and_meant(weight, allow_int8)
+    packed, weight = pack_with_expected(weight, allow_int8)
     exact = torch.nn.functional.linear(x.double(), weight.double(), offset.double() if bias else None)
     torch.testing.assert_close(ops.linear(x, packed, offset).double(), exact, atol=0.04, rtol=2**-7)
 
@@ -167,13 +167,13 @@ def test_packed_linear_rounds_once(rows, bias, allow_int8):
 @pytest.mark.parametrize("rows", [1, 13, 40])
 @pytest.mark.parametrize(("features", "columns"), [(192, 96), (70, 33), (96, 40)])
 @pytest.mark.parametrize("allow_int8", [False, True])
-def test_what_surrounds_a_packed_product(rows, features, columns, allow_int8):
+def test_norm_gate_and_residual_of_a_packed_linear(rows, features, columns, allow_int8):
     """Norm, gate and residual are those of separate operations in float32, each rounded where those would round."""
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, columns).bfloat16(), (torch.randn(features, columns) / columns**0.5).bfloat16()
     bias, residual = torch.randn(features).bfloat16(), torch.randn(rows, features).bfloat16()
     norm = ops.Norm(torch.rand(columns).bfloat16(), 1e-5)
-    packed, weight = packed_and_meant(weight, allow_int8)
+    packed, weight = pack_with_expected(weight, allow_int8)
     normed = torch.nn.functional.rms_norm(x.double(), (columns,), norm.weight.double(), norm.eps)
     product = normed @ weight.double().T + bias.double()
     given = ops.linear(x, packed, bias, norm=norm, residual=residual)
@@ -203,7 +203,7 @@ def test_argmax_is_torchs(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [16, 48, 64, 128])
 @pytest.mark.parametrize("has_norm", [False, True])
-def test_rotate_and_write(dtype, head_dim, has_norm):
+def test_rope_write(dtype, head_dim, has_norm):
     """Against complex multiplication in float64 and the oracle of the write."""
     torch.manual_seed(head_dim)
     tokens, heads, kv_heads, block_size = 9, 6, 2, 16
@@ -232,7 +232,7 @@ def test_rotate_and_write(dtype, head_dim, has_norm):
 
 
 @pytest.mark.parametrize("allow_int8", [False, True])
-def test_a_row_of_a_packed_product_does_not_depend_on_the_others(allow_int8):
+def test_a_row_of_a_packed_linear_does_not_depend_on_the_others(allow_int8):
     if not has_packed_linear():
         pytest.skip("oneDNN does not promise it")
     torch.manual_seed(0)
@@ -242,17 +242,17 @@ def test_a_row_of_a_packed_product_does_not_depend_on_the_others(allow_int8):
         assert torch.equal(ops.linear(x[:rows], packed), alone[:rows])
 
 
-def test_a_weight_is_rounded_row_by_row_however_many_it_has():
-    """Those that are packed apart, so as to take little memory, are no different."""
+def test_int8_quantizes_row_by_row():
+    """Rows of the second and third batch of quantized rows included."""
     if not has_packed_linear():
-        pytest.skip("only our tiles are of 8 bits")
+        pytest.skip("only tiles are quantized to int8")
     torch.manual_seed(0)
     weight = torch.randn(2 * 4096 + 33, 6).bfloat16()
     found = ops.linear(torch.eye(6).bfloat16(), ops.pack(weight, allow_int8=True)).T
-    assert torch.equal(found, reference.rounded_to_8_bits(weight).to(torch.float32).bfloat16())
+    assert torch.equal(found, reference.quantized_to_int8(weight).to(torch.float32).bfloat16())
 
 
-def test_rows_of_a_packed_product_may_lie_apart():
+def test_packed_linear_of_strided_rows():
     x, weight = torch.randn(6, 200).bfloat16(), torch.randn(40, 96).bfloat16()
     for view in (x[:, 7:103], x.T[:96, :5].T):
         assert torch.equal(ops.linear(view, ops.pack(weight)), ops.linear(view.contiguous(), ops.pack(weight)))
@@ -260,7 +260,7 @@ def test_rows_of_a_packed_product_may_lie_apart():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_of_a_sequence_does_not_depend_on_the_others(dtype):
-    """Not in the last bit, over spans and pages, where the kernel reads them in place."""
+    """To the last bit, over spans and pages."""
     if not cpu_attention.has_cpu_kernel(dtype, 64, 16):
         pytest.skip("torch does not promise it")
     torch.manual_seed(0)
@@ -306,7 +306,7 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize("allow_int8", [False, True])
-def test_opcheck_of_our_packed_product(allow_int8):
+def test_opcheck_of_the_tiled_linear(allow_int8):
     if not has_packed_linear():
         pytest.skip("this CPU has neither AVX512-BF16 nor AVX2")
     x, weight, bias = torch.randn(5, 96).bfloat16(), torch.randn(80, 96).bfloat16(), torch.randn(80).bfloat16()
@@ -320,7 +320,7 @@ def test_opcheck_of_our_packed_product(allow_int8):
     torch.library.opcheck(torch.ops.dispec.tiled_linear.default, gated)
 
 
-def test_opcheck_of_the_packed_product():
+def test_opcheck_of_the_packed_linear():
     # opcheck looks into the storage of its inputs, which a blocked tensor does not have; the op takes a plain
     # weight as well and gives the same result.
     x, weight, bias = torch.randn(5, 96).bfloat16(), torch.randn(80, 96).bfloat16(), torch.randn(80).bfloat16()

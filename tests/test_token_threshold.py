@@ -1,4 +1,4 @@
-"""The threshold of top_k and top_p on CPU against its oracle, and what has to hold of any threshold."""
+"""The threshold of top_k and top_p on a CPU against its oracle, and properties of any threshold."""
 
 import importlib
 
@@ -61,7 +61,7 @@ def test_no_rows_and_rows_of_nan():
     empty = torch.zeros(0)
     assert ops.token_threshold(torch.zeros(0, 9), empty.int(), empty).shape == (0,)
     broken = torch.full((2, 900), torch.nan)
-    ops.token_threshold(broken, torch.tensor([5, 400]), torch.tensor([0.5, 0.5]))  # ends, whatever comes out
+    ops.token_threshold(broken, torch.tensor([5, 400]), torch.tensor([0.5, 0.5]))  # must end; the result is unspecified
 
 
 def test_registration():

@@ -71,7 +71,7 @@ class Launch(NamedTuple):
 
 
 class Recorder:
-    """Stands in for a kernel and keeps what it is launched with."""
+    """Replace a kernel and record its launches."""
 
     def __init__(self, kernel: Any, launches: list[Launch]) -> None:
         self.kernel, self.launches = kernel, launches
@@ -126,7 +126,7 @@ def compile_launch(launch: Launch, capability: int) -> Any:
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers, stack and local bytes per thread, as the assembler recorded them in the binary."""
+    """Return registers, stack and local bytes of a thread, as the assembler recorded them in the binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -146,7 +146,7 @@ def check(launch: Launch, capability: int, widest_load: bool = True, spilled: in
     assert used["LOCAL"] == 0, "spills"
     assert shared <= SHARED_MEMORY[capability]
     if widest_load:
-        # Pages are read 16 bytes at a time, or the kernel is several times too slow.
+        # With loads of less than 16 bytes the kernel is several times slower.
         ptx = compiled.asm["ptx"]
         assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10|ld\.global[.\w:]*\.v4\.b32", ptx)
 
@@ -298,12 +298,12 @@ def test_skinny_linear(
 
 
 @pytest.mark.parametrize(("rows", "features"), [(16, 1536), (33, 17920), (65, 151936)])
-def test_what_torch_multiplies_faster_is_left_to_it(monkeypatch: pytest.MonkeyPatch, rows: int, features: int) -> None:
+def test_large_gemms_are_torchs(monkeypatch: pytest.MonkeyPatch, rows: int, features: int) -> None:
     x = torch.empty(rows, 1536, dtype=HALF, device="meta")
     assert not record(monkeypatch, 90, lambda: skinny_linear.linear(x, x.new_empty(features, 1536), None))
 
 
-# A layer's shape, and whether its heads are normed.
+# Shape of a layer, and whether it has head norms.
 MODELS = {
     "qwen2.5-1.5b": (Shape(1536, 12, 2, 128, 8960), False),
     "qwen2.5-0.5b": (Shape(896, 14, 2, 64, 4864), False),
@@ -315,7 +315,7 @@ MODELS = {
 def layer_launches(
     monkeypatch: pytest.MonkeyPatch, capability: int, rows: int, model: str, dtype: torch.dtype = HALF
 ) -> list[Launch]:
-    """All of a layer but its attention."""
+    """Return the launches of a layer without its attention."""
     shape, has_norms = MODELS[model]
 
     def floats(*sizes: int) -> torch.Tensor:
@@ -347,7 +347,7 @@ def test_layer(monkeypatch: pytest.MonkeyPatch, rows: int, model: str, capabilit
     launches = layer_launches(monkeypatch, capability, rows, model)
     projection = ["linear_residual_kernel", "rope_write_kernel"] if MODELS[model][1] else ["qkv_rope_write_kernel"]
     expected = [*projection, "linear_residual_kernel", "gated_linear_kernel", "linear_residual_kernel"]
-    if rows > 16:  # the other products are torch's
+    if rows > 16:  # the other GEMMs are torch's
         expected = ["rms_norm_kernel", "rope_write_kernel", "rms_norm_kernel", "gated_linear_kernel"]
     assert [launch.kernel.__name__ for launch in launches] == expected
     for launch in launches:
@@ -360,7 +360,7 @@ def test_float16_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("rows", [128, 600])
-def test_many_rows_are_multiplied_by_torch(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gemms_of_many_tokens_are_torchs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = layer_launches(monkeypatch, 90, rows, "qwen2.5-1.5b")
     expected = ["rms_norm_kernel", "rope_write_kernel", "rms_norm_kernel", "silu_and_mul_kernel"]
     assert [launch.kernel.__name__ for launch in launches] == expected

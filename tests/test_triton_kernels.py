@@ -24,7 +24,7 @@ if not INTERPRETED:
 
     def test_kernels_in_the_interpreter() -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        # One thread: the interpreter calls numpy on small arrays, where threads only get in each other's way.
+        # One thread: the interpreter calls numpy on small arrays, where more threads are slower.
         environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
         assert finished.returncode == 0, finished.stdout[-20000:] + finished.stderr[-5000:]
@@ -39,16 +39,16 @@ else:
     TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
     def query_view(num_tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-        """Queries as the model has them: a strided view of the fused projection's rows."""
+        """Return queries as in a model: a strided view of the fused projection."""
         rows = torch.randn(num_tokens, (heads + 2 * kv_heads) * head_dim).to(dtype)
         return rows[:, : heads * head_dim].view(num_tokens, heads, head_dim)
 
     def poisoned_cache(
         contexts: list[int], kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, spare_columns: int = 2
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(keys, values, block_tables): shuffled blocks, NaN wherever no sequence's context reaches.
+        """Return (keys, values, block_tables) with shuffled blocks, NaN past every context.
 
-        Table entries past the context point outside the cache: they must not be followed.
+        Table entries past the context point outside the cache and must not be read.
         """
         needed = [-(-context // block_size) for context in contexts]
         columns = max([*needed, 1]) + spare_columns
@@ -76,7 +76,7 @@ else:
 
     @pytest.fixture(autouse=True)
     def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-        """Whatever the launchers allocate is NaN, so that a row nobody writes is seen."""
+        """Fill what the launchers allocate with NaN, so that a row that is not written shows."""
         torch.manual_seed(0)
         empty = torch.empty
         monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
@@ -123,7 +123,7 @@ else:
         )
         expect_equal(actual, expected)
 
-    def test_decode_cuts_a_long_context_even_where_the_batch_fills_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_decode_splits_a_long_context_where_the_batch_fills_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(decode_attention, "MAX_SPLIT_POSITIONS", 64)
         contexts = [300, 5, 64, 65]
         keys, values, tables = poisoned_cache(contexts, 2, 64, 16, torch.float32)
@@ -181,7 +181,7 @@ else:
         lens = torch.tensor(contexts, dtype=torch.int32)
         actual = prefill_attention.prefill(query, keys, values, tables, starts(lengths), lens, 0.125)
         expected = reference.paged_attention(query, keys, values, tables, starts(lengths), lens, 0.125)
-        # Rows past the last sequence are padding: nobody has to write them.
+        # Rows past the last sequence are padding and may stay unwritten.
         expect_equal(actual[: sum(lengths)], expected[: sum(lengths)])
 
     @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])

@@ -26,8 +26,8 @@ if not INTERPRETED:
         halves = {half: tmp_path / f"{half}.txt" for half in ("bfloat16", "not bfloat16")}
         processes = {}
         with ExitStack() as stack:
-            for half, said in halves.items():  # each keeps one core busy for a minute
-                file = stack.enter_context(said.open("w"))
+            for half, log in halves.items():  # each keeps one core busy for a minute
+                file = stack.enter_context(log.open("w"))
                 started = subprocess.Popen([*command, half], env=environment, stdout=file, stderr=subprocess.STDOUT)
                 processes[half] = stack.enter_context(started)
             for process in processes.values():
@@ -37,13 +37,13 @@ if not INTERPRETED:
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
-        ("options", "said"),
+        ("options", "printed"),
         [
             (["--tokens", "2,8", "--minutes", "9"], ["2 tokens", "8 tokens"]),
             (["--tokens", "", "--sweep", "--sweep-tokens", "8", "--minutes", "0"], ["SkinnyGemmConfig", "torch alone"]),
         ],
     )
-    def test_the_benchmark_of_layers_runs_without_a_gpu(options: list[str], said: list[str]) -> None:
+    def test_the_benchmark_of_layers_runs_without_a_gpu(options: list[str], printed: list[str]) -> None:
         environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         finished = subprocess.run(
             [sys.executable, "-m", "dispec.bench.layer", "--device", "cpu", *options],
@@ -54,7 +54,7 @@ if not INTERPRETED:
             timeout=600,
         )
         assert finished.returncode == 0, finished.stderr[-5000:]
-        assert all(words in finished.stdout for words in said), finished.stdout
+        assert all(words in finished.stdout for words in printed), finished.stdout
         assert "Error" not in finished.stdout
 
 else:
@@ -77,7 +77,7 @@ else:
     WIDE = Shape(hidden=128, heads=3, kv_heads=1, head_dim=128, intermediate=80, block_size=32)
     ODD = Shape(hidden=80, heads=2, kv_heads=2, head_dim=80, intermediate=48)
 
-    # Block sizes that leave a rest of features and of columns, and more tiles than one; None for torch's product.
+    # Block sizes that leave a rest of features and of columns, and more tiles than one; None for torch's GEMM.
     SUM, WIDE_SUM = SkinnyGemmConfig(2, 64, 0, 2), SkinnyGemmConfig(8, 64, 0, 2)
     DOT, WIDE_DOT = SkinnyGemmConfig(16, 32, 1, 4, 3), SkinnyGemmConfig(64, 32, 1, 4, 3)
     SPLIT = SkinnyGemmConfig(16, 32, 3, 4, 3)
@@ -97,7 +97,7 @@ else:
 
     @pytest.fixture(autouse=True)
     def _bfloat16_dots(monkeypatch: pytest.MonkeyPatch) -> None:
-        """The interpreter keeps bfloat16 as integers, and its dot takes them for such."""
+        """Widen bfloat16 operands of a dot: the interpreter stores them as integers and would multiply those."""
         dot = InterpreterBuilder.create_dot
 
         def widened(self: InterpreterBuilder, a, b, *rest):  # type: ignore[no-untyped-def]
@@ -140,7 +140,7 @@ else:
             (SMALL, 0, None),
         ],
     )
-    def test_product(
+    def test_linear(
         shape: Shape,
         rows: int,
         config: SkinnyGemmConfig | None,
@@ -212,9 +212,7 @@ else:
         expect_projection(projection, arguments, qkv_rope_write.qkv_rope_write(*arguments))
 
     @pytest.mark.parametrize("is_gated", [False, True])
-    def test_what_no_layer_asks_for_is_computed_too(
-        is_gated: bool, choose: Callable[[SkinnyGemmConfig | None], None]
-    ) -> None:
+    def test_combinations_that_no_layer_uses(is_gated: bool, choose: Callable[[SkinnyGemmConfig | None], None]) -> None:
         """A norm and a bias together, a bias that is added, and a weight and rows that are strided."""
         for config in (SUM, DOT, None):
             choose(config)
@@ -228,17 +226,17 @@ else:
                 expect_product((*arguments[:3], None, 0.0, False), total)
 
     @pytest.mark.parametrize("config", [SUM, DOT])
-    def test_float16_keeps_rows_that_are_large_before_they_are_normed(
+    def test_float16_does_not_overflow_before_the_norm(
         config: SkinnyGemmConfig, choose: Callable[[SkinnyGemmConfig | None], None]
     ) -> None:
         choose(config)
         arguments = make_projection(SMALL, 2).arguments()
         arguments[0].mul_(1000)
-        arguments[3].mul_(20)  # the product of the two is no float16
+        arguments[3].mul_(20)  # their product is beyond float16
         assert qkv_rope_write.qkv_rope_write(*arguments).isfinite().all()
 
     @pytest.mark.parametrize("config", [SUM, DOT])
-    def test_pages_hold_the_very_bits_where_sums_are_exact(
+    def test_pages_are_exact_where_sums_are_exact(
         config: SkinnyGemmConfig, choose: Callable[[SkinnyGemmConfig | None], None]
     ) -> None:
         """Rows of ones and minus ones are their own norm, small integers sum without rounding, right angles turn so."""
@@ -258,7 +256,7 @@ else:
         for index in (7, 8):
             assert torch.equal(arguments[index].nan_to_num(777.0), expected[index].nan_to_num(777.0))
 
-    def test_split_products_leave_their_counters_as_they_found_them() -> None:
+    def test_split_gemms_reset_their_counters() -> None:
         arguments = product_arguments(products(SMALL)["down"], 2)
         x, weight = arguments[:2]
         results = [linear_residual.norm_linear_residual(x, weight, None, None, None, SPLIT) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Inputs of `token_threshold`, and what its results must be, for its CPU, interpreter and GPU tests."""
+"""Inputs and expected results of `token_threshold` for its CPU, interpreter and GPU tests."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def weights_of(logits: Tensor) -> Tensor:
 
 
 def cases(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(weights, top_k, top_p): every setting on peaked, flat, tied, masked, constant and nearly constant rows."""
+    """Return (weights, top_k, top_p): all settings on peaked, flat, tied, masked, constant, nearly constant rows."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(6, size, generator=generator)
     masked = noise[4] * 2
@@ -39,7 +39,7 @@ def cases(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def expect_thresholds(actual: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor) -> None:
-    """What the oracle says, or the next weight where rounding puts the sum on the other side of top_p."""
+    """Expect the oracle's threshold, or the next weight where rounding puts the sum on the other side of top_p."""
     expected = reference.token_threshold(weights, top_k, top_p)
     assert actual.dtype == torch.float32
     assert actual.shape == expected.shape

@@ -144,7 +144,7 @@ extern "C" void dispec_layers(const Model *model, const Step *step, const uint16
 }
 
 // counts [sequences], not rising: tokens to generate for each. token_ids [sequences, query_len]: the last tokens of
-// each sequence, whose keys and values are computed too. context_lens: tokens of each sequence, these included.
+// each sequence, which are computed too. context_lens: tokens of each sequence, these included.
 // temperature and seed [sequences], as `sample` takes them; temperature is null where all tokens are greedy. out
 // [sequences, counts[0]]; places past a sequence's count keep their values.
 extern "C" void dispec_decode(const Model *model, int64_t sequences, int64_t query_len, const int32_t *counts,

@@ -34,7 +34,7 @@ _BUILD_BYTES = 16 * 2**20  # free disk space that a build requires; objects and 
 _RETRY_SECONDS = 24 * 3600.0  # between a failed build and the next try
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
-# Types in whose names there are kernels.
+# Dtypes of kernels that exist for several, as in the kernels' names.
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 # Argument types of each kernel; all return nothing.
 _ATTENTION = [_POINTER, _NUMBER, *[_POINTER] * 3, _NUMBER, *[_POINTER] * 2, *[_NUMBER] * 6, ctypes.c_float, _POINTER]

@@ -42,7 +42,7 @@ template <typename T>
 void rope_write(const RopeWrite<T> &r, const AttentionShape &shape) {
     const int64_t d = shape.head_dim, heads = shape.heads, kv_heads = shape.kv_heads;
     const int64_t page = d * shape.block_size, all = heads + 2 * kv_heads;
-    // Slots are distinct except for padding, whose slots are never read.
+    // Slots are distinct, except that padding shares slots that are never read.
     const auto write = [&](int64_t begin, int64_t end) {
         for (int64_t index = begin; index < end; ++index) {
             const int64_t head = index / r.tokens, token = index % r.tokens;

@@ -132,7 +132,7 @@ MAX_DECODE_TILE_ROWS = {2: 64, 4: 16}
 TILED_WRITE_TOKENS = 16
 MIN_TILED_WRITE_TOKENS = 512
 
-# Most tokens whose norm is fused into the GEMM after it. More are normed once by a kernel before it.
+# Most tokens of a norm that is fused into the GEMM after it. More are normed once by a kernel before it.
 MAX_FUSED_NORM_TOKENS = 16
 
 # Elements of the output that one program sums the splits of, in split-K GEMMs.

@@ -19,7 +19,7 @@ from dispec.engine.scheduling.step_record import StepRecord
 from dispec.engine.scheduling.token_output import TokenLogprobs
 from dispec.serving.client.engine_client import EngineClient, EngineObserver, State
 from dispec.serving.client.process_client import ProcessClient
-from dispec.serving.client.request_stream import GenerationRequest, RequestStream, RequestSummary
+from dispec.serving.client.request_stream import GenerationRequest, RequestStream, RequestTiming
 from tests.checkpoints import save_tiny
 from tests.small_engine import OPTIONS, make, mixed_params, random_prompts
 
@@ -52,22 +52,34 @@ class Recorder(EngineObserver):
 
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
-        self.firsts: list[RequestSummary] = []
-        self.summaries: list[RequestSummary] = []
+        self.firsts: list[RequestStream] = []
+        self.finished: list[RequestStream] = []
         self.states: list[State] = []
 
     def on_step(self, record: StepRecord, finished: float) -> None:
         self.records.append(record)
 
-    def on_first_token(self, summary: RequestSummary) -> None:
-        assert len(self.firsts) >= len(self.summaries)
-        self.firsts.append(summary)
+    def on_first_token(self, stream: RequestStream) -> None:
+        assert len(self.firsts) >= len(self.finished)
+        self.firsts.append(stream)
 
-    def on_request_finished(self, summary: RequestSummary) -> None:
-        self.summaries.append(summary)
+    def on_request_finished(self, stream: RequestStream) -> None:
+        self.finished.append(stream)
 
     def on_state(self, state: State) -> None:
         self.states.append(state)
+
+
+def ended_request(
+    timing: RequestTiming, num_prompt_tokens: int = 10, request_id: str = "r", **fields: Any
+) -> RequestStream:
+    """Return a stream as observers get it. fields: its attributes."""
+    request = GenerationRequest(request_id, [1] * num_prompt_tokens, SamplingParams())
+    stream = RequestStream("0", request, lambda stream: None)
+    stream.timing = timing
+    for name, value in fields.items():
+        setattr(stream, name, value)
+    return stream
 
 
 def new_client(directory: Path, engine: dict[str, Any] | None = None, **settings: Any) -> ProcessClient:

@@ -8,12 +8,12 @@ import pytest
 
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.serving.client.request_stream import RequestSummary, RequestTiming
+from dispec.serving.client.request_stream import RequestTiming
 from dispec.serving.dashboard.dashboard_events import KVCacheInspector, dashboard_events
 from dispec.serving.dashboard.dashboard_state import REQUESTS, SPAN, STEPS, DashboardState
 from dispec.serving.dashboard.routes_dashboard import plotly_script
 from tests.checkpoints import save_tiny
-from tests.engine_clients import ask, generate, one_thread_each, running_client, until  # noqa: F401
+from tests.engine_clients import ask, ended_request, generate, one_thread_each, running_client, until  # noqa: F401
 from tests.running_server import PATIENCE, serving
 
 
@@ -43,7 +43,6 @@ def step(live: DashboardState, clock: Clock, **fields) -> None:
 def finish(live: DashboardState, number: int = 0, **fields) -> None:
     usual = {
         "request_id": f"r{number}",
-        "num_prompt_tokens": 10,
         "num_cached_tokens": 5,
         "num_output_tokens": 3,
         "finish_reasons": ("stop", "stop"),
@@ -51,7 +50,7 @@ def finish(live: DashboardState, number: int = 0, **fields) -> None:
         "gaps": [1.0, 1.0],
         "error": None,
     }
-    ended = RequestSummary(**usual | fields)
+    ended = ended_request(**usual | fields)
     if ended.timing.first_token is not None:
         live.on_first_token(ended)
     live.on_request_finished(ended)

@@ -85,12 +85,12 @@ def test_64_concurrent_requests_are_answered_as_in_one_process(loop, directory, 
     answers, recorder = loop.run(all_at_once())
     reasons = assert_same(expected, answers)
     assert reasons >= {("length", type(None)), ("stop", str), ("stop", int)}
-    assert len(recorder.summaries) == len(recorder.firsts) == 64
-    for summary in recorder.summaries:
-        assert summary.error is None
-        assert summary.timing.first_token <= summary.timing.finished
+    assert len(recorder.finished) == len(recorder.firsts) == 64
+    for stream in recorder.finished:
+        assert stream.error is None
+        assert stream.timing.first_token <= stream.timing.finished
     tokens = sum(len(answer.token_ids) for each in answers for answer in each)
-    assert sum(summary.num_output_tokens for summary in recorder.summaries) == tokens
+    assert sum(stream.num_output_tokens for stream in recorder.finished) == tokens
     # The prompts were computed once: what moved was not computed again.
     prompts = sum(len(prompt) for prompt, _ in requests)
     assert sum(record.num_prompt_tokens for record in recorder.records) <= prompts + 64 * 4

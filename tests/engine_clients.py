@@ -1,4 +1,4 @@
-"""Engine clients with real engine processes, for tests: started, asked, and looked over when the test is done."""
+"""Engine clients with real engine processes for tests, checked for left-over requests at the end."""
 
 import asyncio
 import time
@@ -28,7 +28,7 @@ PATIENCE = 120  # seconds after which a condition counts as never coming
 
 @pytest.fixture(autouse=True)
 def one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engine processes that share cores with others must not wait for one another's threads."""
+    """Engine processes on shared cores must not wait for one another's threads."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -48,7 +48,7 @@ def llm(directory):
 
 
 class Recorder(EngineObserver):
-    """Remembers what happened."""
+    """Records all notifications."""
 
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
@@ -91,7 +91,7 @@ def new_client(directory: Path, engine: dict[str, Any] | None = None, **settings
 async def running_client(
     directory: Path, engine: dict[str, Any] | None = None, **settings: Any
 ) -> AsyncIterator[ProcessClient]:
-    """A client that serves. Whatever the test did, an engine that still lives has nothing left of it."""
+    """Run a client, and check that the test left nothing in an engine that still lives."""
     client = new_client(directory, engine, **settings)
     await client.start()
     try:
@@ -111,7 +111,7 @@ def assert_empty(books: Inspection) -> None:
 async def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < deadline, "it never came"
+        assert time.monotonic() < deadline, "the condition never became true"
         await asyncio.sleep(0.002)
 
 
@@ -120,7 +120,7 @@ def ask(client: EngineClient, prompt: list[int], params: SamplingParams, **more:
 
 
 class Answer:
-    """What all updates of a choice said together."""
+    """The merged updates of a choice."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -158,7 +158,7 @@ async def generate(client: EngineClient, prompt: list[int], params: SamplingPara
 
 
 def many_requests(llm: LLM) -> list[tuple[list[int], SamplingParams]]:
-    """64 of every kind, with whatever can end or accompany an answer."""
+    """Return 64 requests of all kinds: with stop strings, stop tokens, logprobs, bad words and several choices."""
     prompts = random_prompts(64)
     params = mixed_params(64)
     for index in range(0, 64, 4):
@@ -177,7 +177,7 @@ def many_requests(llm: LLM) -> list[tuple[list[int], SamplingParams]]:
 
 
 def assert_same(expected: list[Completion], found: list[list[Answer]]) -> set[tuple[Any, type]]:
-    """Answers are those of `LLM`. Returns the ways in which they ended."""
+    """Check that answers are those of `LLM`; return the reasons for which they ended."""
     reasons = set()
     for completion, answers in zip(expected, found, strict=True):
         for choice, answer in zip(completion.choices, answers, strict=True):

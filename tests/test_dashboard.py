@@ -72,13 +72,13 @@ def test_a_view_holds_whole_seconds_and_the_next_what_is_new(live, clock) -> Non
     assert [(entry["prefill"], entry["decode"]) for entry in second["steps"]] == [(30, 10), (0, 3)]
     third = next(views)
     assert third["seconds"] == third["steps"] == third["requests"] == []
-    # Who comes later sees what was before.
+    # A page that opens later gets the whole window.
     late = next(live.views())
     assert late["seconds"] == [point]
     assert late["steps"] == second["steps"]
 
 
-def test_seconds_without_news_are_there_with_the_load_they_had(live, clock) -> None:
+def test_seconds_without_events_keep_the_load(live, clock) -> None:
     step(live, clock, num_tokens=3, num_running=3, num_waiting=1)
     clock.now += 4
     points = next(live.views())["seconds"]
@@ -87,7 +87,7 @@ def test_seconds_without_news_are_there_with_the_load_they_had(live, clock) -> N
     assert [later["at"] - earlier["at"] for earlier, later in itertools.pairwise(points)] == [1, 1, 1]
 
 
-def test_what_is_kept_is_bounded(live, clock) -> None:
+def test_the_window_is_bounded(live, clock) -> None:
     for number in range(3 * SPAN):
         step(live, clock, num_tokens=1)
         finish(live, number)
@@ -168,12 +168,12 @@ def test_events_of_a_real_engine(tmp_path, monkeypatch) -> None:
             stream.abort()
             while (event := await anext(events))["pool"]["used"] > 0:
                 pass
-            # No step came to say that it is over.
+            # No step reports the end of the last request.
             assert event["running"] == event["waiting"] == 0
             while not any(point["running"] == 0 for point in event["seconds"]):
                 event = await anext(events)
 
-            # A server that shuts down is not kept by who looks at it.
+            # An open page does not keep a server from shutting down.
             await client.drain()
             assert [event["state"] async for event in events] == ["draining"]
 

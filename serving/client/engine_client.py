@@ -72,7 +72,7 @@ class EngineClient(ABC):
 
     @abstractmethod
     def submit(self, request: GenerationRequest) -> RequestStream:
-        """Begin a request. Raises Overloaded, NotReady or InvalidRequest; the stream raises the engine's refusal."""
+        """Begin a request. Raises Overloaded, NotReady or InvalidField; the stream raises the engine's refusal."""
 
     @abstractmethod
     def is_ready(self) -> tuple[bool, str]:

@@ -18,8 +18,9 @@ class WorkerStatistics(EngineObserver):
 
     num_prompt_tokens: computed here; num_output_tokens: generated here, by requests that have ended. ttft: seconds from
     the engine's receipt of a request to its first token of it; itl: between its tokens; step: of a step.
-    num_received_prompts, num_failed_receives, num_sent_prompts: prompts whose KV came, did not come, and was published
-    for other engines; num_received_blocks and num_sent_blocks: blocks of these. num_used_blocks: by the last step.
+    num_received_prompts, num_failed_receives, num_sent_prompts: prompts with KV that came, that did not come, and that
+    was published for other engines; num_received_blocks and num_sent_blocks: their blocks. num_used_blocks: by the last
+    step.
     """
 
     def __init__(self) -> None:

@@ -180,7 +180,7 @@ class Metrics(EngineObserver):
         )
         transfers = self._family(
             "dispec_kv_transfers",
-            "Prompts whose keys and values came from another engine, or should have and were computed instead.",
+            "Prompts by KV transfer: received from another engine, or computed here because it failed.",
             "outcome",
         )
         self._arrived = transfers.labels(**self.labels, outcome="arrived")

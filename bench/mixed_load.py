@@ -1,4 +1,4 @@
-"""What long prompts do to answers that are under way: one engine for everything beside engines for either.
+"""The effect of long prompts on running answers: one engine against separate prefill and decode engines.
 
     dispec bench mixed-load
 
@@ -29,7 +29,7 @@ _VOCABULARY = 32000  # prompts are of token ids below this
 
 
 def ready_url(process: "subprocess.Popen[str]") -> str:
-    """The URL that a server writes when it is ready. Raises RuntimeError if it ends before."""
+    """Return the URL that a server prints when it is ready. Raises RuntimeError if it ends before."""
     assert process.stdout is not None
     for line in process.stdout:
         if found := re.search(r"API\s+(http\S+)/v1", line):
@@ -41,7 +41,7 @@ def ready_url(process: "subprocess.Popen[str]") -> str:
 def running_server(
     *options: str, environment: dict[str, str] | None = None
 ) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """A server that is ready: the process of its front, and its URL."""
+    """Start a server; yield its process and its URL when it is ready."""
     command = [sys.executable, "-m", "dispec", "serve", "--port", "0", *options]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -54,7 +54,7 @@ def running_server(
 
 
 async def load(url: str, streams: Load, prompts: Load, seed: int) -> tuple[list[Answer], list[Answer]]:
-    """Both loads at once."""
+    """Put both loads on the server at once."""
     model = served_model(url, None)
     clients = Client(url), Client(url)
     warm = Load(2, 64, 8, _VOCABULARY, concurrency=2)

@@ -1,7 +1,7 @@
-"""Load on a server that speaks OpenAI's completions: requests sent, and when the pieces of each answer came.
+"""Load on a server with OpenAI's completions API: sends requests, and records when the pieces of each answer arrive.
 
-What came is put away with its time, and read when all answers are there: on a machine with few cores, what the reading
-of JSON takes while the load lasts is taken from the server.
+Pieces are stored with their time and parsed when all answers have arrived: on a machine with few cores, parsing JSON
+during the load would take time from the server.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from dispec.bench.workload import random_tokens
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a server. Exactly one of `rate` (requests per second) and `concurrency` is set."""
+    """The requests of a run. Exactly one of `rate` (requests per second) and `concurrency` is set."""
 
     num_requests: int
     prompt_tokens: int
@@ -49,7 +49,7 @@ class Load:
 
 @dataclass
 class Answer:
-    """How one request went, in seconds of `time.perf_counter`. chunks: when each piece of text came."""
+    """Times of one request, in seconds of `time.perf_counter`. chunks: arrival of each piece of text."""
 
     arrival: float
     chunks: list[float] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Answer:
 
 
 class Connection(asyncio.Protocol):
-    """One request after another to a server, and what came of the last: `status`, `pieces` and when each came."""
+    """A connection for one request at a time, and the last answer: `status`, and `pieces` with their times."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -89,7 +89,7 @@ class Connection(asyncio.Protocol):
         self.is_open = True
 
     async def ask(self, request: bytes) -> None:
-        """Send a request; returns when its answer is there. Raises ConnectionError, or httptools.HttpParserError."""
+        """Send a request and wait for its answer. Raises ConnectionError, or httptools.HttpParserError."""
         self.status, self.pieces = 0, []
         self._parser = httptools.HttpResponseParser(self)
         self._end = asyncio.get_running_loop().create_future()
@@ -114,7 +114,7 @@ class Connection(asyncio.Protocol):
         if self._end is not None and not self._end.done():
             self._end.set_exception(error)
 
-    # What the parser finds
+    # Called by the parser
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
@@ -129,7 +129,7 @@ class Connection(asyncio.Protocol):
 
 
 class Client:
-    """Connections to a server, as many as there are requests at once, each used again and again."""
+    """A pool of kept-alive connections to a server, as many as there are concurrent requests."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         parts = urlsplit(url)
@@ -142,7 +142,7 @@ class Client:
         self._idle: list[Connection] = []
 
     async def ask(self, path: str, body: bytes) -> tuple[Answer, int, list[tuple[float, bytes]]]:
-        """Post a request: its answer, not read yet, with its status and its pieces."""
+        """Post a request; return its unparsed answer, status and pieces."""
         head = f"POST {self._prefix}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(body)}\r\n\r\n"
         answer = Answer(arrival=time.perf_counter())
         connection = None
@@ -173,7 +173,7 @@ class Client:
 
 
 def read(answer: Answer, status: int, pieces: list[tuple[float, bytes]]) -> Answer:
-    """Make the times of its pieces of text and the number of its tokens of what came, or an error."""
+    """Parse the pieces into times of text and the number of tokens, or an error."""
     if status != 200:
         answer.error = answer.error or f"{status} {b''.join(data for _, data in pieces).decode(errors='replace')[:120]}"
         return answer
@@ -186,7 +186,7 @@ def read(answer: Answer, status: int, pieces: list[tuple[float, bytes]]) -> Answ
 
 
 def _read_events(answer: Answer, pieces: list[tuple[float, bytes]]) -> str | None:
-    """Reads the server-sent events; returns what is wrong with them."""
+    """Parse the server-sent events; return what is wrong with them, or None."""
     rest, is_done = b"", False
     for moment, data in pieces:
         *lines, rest = (rest + data).split(b"\n")
@@ -206,14 +206,14 @@ def _read_events(answer: Answer, pieces: list[tuple[float, bytes]]) -> str | Non
                 answer.chunks.append(moment)
     answer.num_tokens = answer.num_tokens or len(answer.chunks)
     if not is_done:
-        return "broke off before [DONE]"
+        return "ended before [DONE]"
     return None if answer.chunks else "no text"
 
 
 async def run_load(
     client: Client, load: Load, model: str, seed: int, on_answer: Callable[[], object] = lambda: None
 ) -> list[Answer]:
-    """Put the load on the server; one answer for each request. Whatever goes wrong with one is its `error`."""
+    """Put the load on the server and return one answer for each request, with `error` where it failed."""
     path = "/v1/chat/completions" if load.chat else "/v1/completions"
     bodies = [json.dumps(load.body(prompt, model)).encode() for prompt in load.prompts(seed)]
     rng = random.Random(seed)

@@ -1,13 +1,12 @@
-"""Latencies, throughput and goodput of a server under load: any server that speaks OpenAI's completions.
+"""Latencies, throughput and goodput of any server with OpenAI's completions API under load.
 
     dispec serve &
     dispec bench serve --concurrency 1,8,16 --offline smollm2
     dispec bench serve --rate 2,4 --slo-ttft 0.5 --slo-tpot 0.05 --url http://127.0.0.1:8080
 
-With `--rate`, requests arrive as a Poisson process whether or not earlier ones have been answered; with
-`--concurrency`, so many are always under way. `--offline` runs the same prompts through `LLM.generate` at the same
-concurrency, in turns with the server, which sleeps meanwhile. The load generator runs on some core as well: its share
-of one stands in the results.
+With `--rate`, requests arrive as a Poisson process, whether or not earlier ones have been answered; with
+`--concurrency`, so many run at once. `--offline` runs the same prompts through `LLM.generate` at the same concurrency,
+in turns with the server, which sleeps meanwhile. The load generator takes a share of one core, which is in the results.
 """
 
 import statistics
@@ -32,7 +31,7 @@ KINDS = ("ttft", "itl", "e2e")
 
 @dataclass(frozen=True)
 class Objective:
-    """Seconds that an answer may take; None is no limit."""
+    """Limits of an answer in seconds; None is no limit."""
 
     ttft: float | None = None
     tpot: float | None = None
@@ -46,7 +45,7 @@ class Objective:
 
 
 def percentiles(values: list[float]) -> dict[str, float] | None:
-    """Mean and some percentiles of seconds."""
+    """Return the mean and some percentiles of seconds; None without values."""
     if not values:
         return None
     cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
@@ -54,7 +53,7 @@ def percentiles(values: list[float]) -> dict[str, float] | None:
 
 
 def summarize(answers: list[Answer], objective: Objective) -> dict[str, Any]:
-    """What there is to say about a run."""
+    """Return the figures of a run."""
     good = [answer for answer in answers if answer.error is None]
     seconds = max((answer.finished for answer in answers), default=0) - min(answer.arrival for answer in answers)
     tokens = sum(answer.num_tokens for answer in good)
@@ -76,7 +75,7 @@ def summarize(answers: list[Answer], objective: Objective) -> dict[str, Any]:
 
 
 def served_model(url: str, api_key: str | None) -> str:
-    """The first model that the server lists."""
+    """Return the first model that the server lists."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     response = httpx.get(f"{url.rstrip('/')}/v1/models", headers=headers, timeout=60)
     name: str = response.raise_for_status().json()["data"][0]["id"]
@@ -84,7 +83,7 @@ def served_model(url: str, api_key: str | None) -> str:
 
 
 async def serve_once(url: str, api_key: str | None, model: str, load: Load, seed: int) -> tuple[list[Answer], float]:
-    """One run against the server, after a request that warms it; the answers and our own share of a core."""
+    """Run a load after one warm-up request; return the answers and the load generator's share of a core."""
     client = Client(url, api_key)
     warm = Load(1, load.prompt_tokens, load.output_tokens, load.vocab_size, concurrency=1, chat=load.chat)
     await run_load(client, warm, model, seed=-1 - seed)
@@ -98,7 +97,7 @@ async def serve_once(url: str, api_key: str | None, model: str, load: Load, seed
 
 
 def offline_rate(model: str, options: dict[str, Any], load: Load) -> Callable[[int], float]:
-    """`LLM.generate` on a seed's prompts, `load.concurrency` at a time; gives output tokens per second."""
+    """Return a function that runs a seed's prompts through `LLM.generate` and returns output tokens per second."""
     from dispec.engine.api.llm import LLM
     from dispec.engine.sampling_params import SamplingParams  # torch: only where it is asked for
 
@@ -117,7 +116,7 @@ def offline_rate(model: str, options: dict[str, Any], load: Load) -> Callable[[i
 
 
 def cells(name: str, summary: dict[str, Any]) -> list[Any]:
-    """The summary as a row of the table."""
+    """Return the figures as a row of the table."""
 
     def milliseconds(kind: str) -> str:
         values = summary[kind]

@@ -1,4 +1,4 @@
-"""Engine clients with real engine processes, for tests: started, asked, and looked over when the test is done."""
+"""Engine clients with real engine processes for tests, checked for left-over requests at the end."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ from dispec.engine.scheduling.step_record import StepRecord
 from dispec.engine.scheduling.token_output import TokenLogprobs
 from dispec.serving.client.engine_client import EngineClient, EngineObserver, State
 from dispec.serving.client.process_client import ProcessClient
-from dispec.serving.client.request_stream import GenerationRequest, RequestStream, RequestSummary
+from dispec.serving.client.request_stream import GenerationRequest, RequestStream, RequestTiming
 from tests.checkpoints import save_tiny
 from tests.small_engine import OPTIONS, make, mixed_params, random_prompts
 
@@ -28,7 +28,7 @@ PATIENCE = 120  # seconds after which a condition counts as never coming
 
 @pytest.fixture(autouse=True)
 def one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engine processes that share cores with others must not wait for one another's threads."""
+    """Engine processes on shared cores must not wait for one another's threads."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -48,26 +48,38 @@ def llm(directory):
 
 
 class Recorder(EngineObserver):
-    """Remembers what happened."""
+    """Records all notifications."""
 
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
-        self.firsts: list[RequestSummary] = []
-        self.summaries: list[RequestSummary] = []
+        self.firsts: list[RequestStream] = []
+        self.finished: list[RequestStream] = []
         self.states: list[State] = []
 
     def on_step(self, record: StepRecord, finished: float) -> None:
         self.records.append(record)
 
-    def on_first_token(self, summary: RequestSummary) -> None:
-        assert len(self.firsts) >= len(self.summaries)
-        self.firsts.append(summary)
+    def on_first_token(self, stream: RequestStream) -> None:
+        assert len(self.firsts) >= len(self.finished)
+        self.firsts.append(stream)
 
-    def on_request_finished(self, summary: RequestSummary) -> None:
-        self.summaries.append(summary)
+    def on_request_finished(self, stream: RequestStream) -> None:
+        self.finished.append(stream)
 
     def on_state(self, state: State) -> None:
         self.states.append(state)
+
+
+def ended_request(
+    timing: RequestTiming, num_prompt_tokens: int = 10, request_id: str = "r", **fields: Any
+) -> RequestStream:
+    """Return a stream as observers get it. fields: its attributes."""
+    request = GenerationRequest(request_id, [1] * num_prompt_tokens, SamplingParams())
+    stream = RequestStream("0", request, lambda stream: None)
+    stream.timing = timing
+    for name, value in fields.items():
+        setattr(stream, name, value)
+    return stream
 
 
 def new_client(directory: Path, engine: dict[str, Any] | None = None, **settings: Any) -> ProcessClient:
@@ -79,7 +91,7 @@ def new_client(directory: Path, engine: dict[str, Any] | None = None, **settings
 async def running_client(
     directory: Path, engine: dict[str, Any] | None = None, **settings: Any
 ) -> AsyncIterator[ProcessClient]:
-    """A client that serves. Whatever the test did, an engine that still lives has nothing left of it."""
+    """Run a client, and check that the test left nothing in an engine that still lives."""
     client = new_client(directory, engine, **settings)
     await client.start()
     try:
@@ -99,7 +111,7 @@ def assert_empty(books: Inspection) -> None:
 async def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < deadline, "it never came"
+        assert time.monotonic() < deadline, "the condition never became true"
         await asyncio.sleep(0.002)
 
 
@@ -108,7 +120,7 @@ def ask(client: EngineClient, prompt: list[int], params: SamplingParams, **more:
 
 
 class Answer:
-    """What all updates of a choice said together."""
+    """The merged updates of a choice."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -146,7 +158,7 @@ async def generate(client: EngineClient, prompt: list[int], params: SamplingPara
 
 
 def many_requests(llm: LLM) -> list[tuple[list[int], SamplingParams]]:
-    """64 of every kind, with whatever can end or accompany an answer."""
+    """Return 64 requests of all kinds: with stop strings, stop tokens, logprobs, bad words and several choices."""
     prompts = random_prompts(64)
     params = mixed_params(64)
     for index in range(0, 64, 4):
@@ -165,7 +177,7 @@ def many_requests(llm: LLM) -> list[tuple[list[int], SamplingParams]]:
 
 
 def assert_same(expected: list[Completion], found: list[list[Answer]]) -> set[tuple[Any, type]]:
-    """Answers are those of `LLM`. Returns the ways in which they ended."""
+    """Check that answers are those of `LLM`; return the reasons for which they ended."""
     reasons = set()
     for completion, answers in zip(expected, found, strict=True):
         for choice, answer in zip(completion.choices, answers, strict=True):

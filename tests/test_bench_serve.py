@@ -49,8 +49,8 @@ def test_no_more_than_the_concurrency_is_under_way(server) -> None:
 def test_errors_are_counted_and_not_fatal(server) -> None:
     refused = put(server.url, Load(3, 4, 4, VOCAB_SIZE, concurrency=3), model="another")
     assert all(answer.error is not None and answer.error.startswith("404 ") for answer in refused)
-    nobody = put("http://127.0.0.1:9", Load(2, 4, 4, VOCAB_SIZE, rate=100.0))
-    summary = summarize(refused + nobody, Objective())
+    unreachable = put("http://127.0.0.1:9", Load(2, 4, 4, VOCAB_SIZE, rate=100.0))
+    summary = summarize(refused + unreachable, Objective())
     assert sum(summary["errors"].values()) == 5
     assert summary["errors"]["ConnectError"] == 2
     assert summary["output_tokens"] == summary["goodput_requests_per_second"] == 0

@@ -8,12 +8,12 @@ import pytest
 
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.serving.client.request_stream import RequestSummary, RequestTiming
+from dispec.serving.client.request_stream import RequestTiming
 from dispec.serving.dashboard.dashboard_events import KVCacheInspector, dashboard_events
 from dispec.serving.dashboard.dashboard_state import REQUESTS, SPAN, STEPS, DashboardState
 from dispec.serving.dashboard.routes_dashboard import plotly_script
 from tests.checkpoints import save_tiny
-from tests.engine_clients import ask, generate, one_thread_each, running_client, until  # noqa: F401
+from tests.engine_clients import ask, ended_request, generate, one_thread_each, running_client, until  # noqa: F401
 from tests.running_server import PATIENCE, serving
 
 
@@ -43,7 +43,6 @@ def step(live: DashboardState, clock: Clock, **fields) -> None:
 def finish(live: DashboardState, number: int = 0, **fields) -> None:
     usual = {
         "request_id": f"r{number}",
-        "num_prompt_tokens": 10,
         "num_cached_tokens": 5,
         "num_output_tokens": 3,
         "finish_reasons": ("stop", "stop"),
@@ -51,7 +50,7 @@ def finish(live: DashboardState, number: int = 0, **fields) -> None:
         "gaps": [1.0, 1.0],
         "error": None,
     }
-    ended = RequestSummary(**usual | fields)
+    ended = ended_request(**usual | fields)
     if ended.timing.first_token is not None:
         live.on_first_token(ended)
     live.on_request_finished(ended)
@@ -73,13 +72,13 @@ def test_a_view_holds_whole_seconds_and_the_next_what_is_new(live, clock) -> Non
     assert [(entry["prefill"], entry["decode"]) for entry in second["steps"]] == [(30, 10), (0, 3)]
     third = next(views)
     assert third["seconds"] == third["steps"] == third["requests"] == []
-    # Who comes later sees what was before.
+    # A page that opens later gets the whole window.
     late = next(live.views())
     assert late["seconds"] == [point]
     assert late["steps"] == second["steps"]
 
 
-def test_seconds_without_news_are_there_with_the_load_they_had(live, clock) -> None:
+def test_seconds_without_events_keep_the_load(live, clock) -> None:
     step(live, clock, num_tokens=3, num_running=3, num_waiting=1)
     clock.now += 4
     points = next(live.views())["seconds"]
@@ -88,7 +87,7 @@ def test_seconds_without_news_are_there_with_the_load_they_had(live, clock) -> N
     assert [later["at"] - earlier["at"] for earlier, later in itertools.pairwise(points)] == [1, 1, 1]
 
 
-def test_what_is_kept_is_bounded(live, clock) -> None:
+def test_the_window_is_bounded(live, clock) -> None:
     for number in range(3 * SPAN):
         step(live, clock, num_tokens=1)
         finish(live, number)
@@ -169,12 +168,12 @@ def test_events_of_a_real_engine(tmp_path, monkeypatch) -> None:
             stream.abort()
             while (event := await anext(events))["pool"]["used"] > 0:
                 pass
-            # No step came to say that it is over.
+            # No step reports the end of the last request.
             assert event["running"] == event["waiting"] == 0
             while not any(point["running"] == 0 for point in event["seconds"]):
                 event = await anext(events)
 
-            # A server that shuts down is not kept by who looks at it.
+            # An open page does not keep a server from shutting down.
             await client.drain()
             assert [event["state"] async for event in events] == ["draining"]
 

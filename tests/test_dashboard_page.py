@@ -36,7 +36,7 @@ def server(checkpoint):
 
 @pytest.fixture(scope="module")
 def browser():
-    # No name but the server's address leads anywhere.
+    # No host name resolves; only the server's address is reachable.
     arguments = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
@@ -45,7 +45,7 @@ def browser():
 
 
 class Visit:
-    """An open page, what it asked for, and what went wrong in it."""
+    """An open page, its requests, and its errors."""
 
     def __init__(self, browser, **context) -> None:
         self.context = browser.new_context(**context)
@@ -64,7 +64,7 @@ class Visit:
         return self.page.locator(selector).inner_text()
 
     def until(self, condition: str, argument: object = None) -> None:
-        """Wait until a JavaScript function gives something true."""
+        """Wait until a JavaScript function returns a true value."""
         self.page.wait_for_function(condition, arg=argument)
 
     def until_text(self, selector: str, pattern: str) -> None:
@@ -91,7 +91,7 @@ def visit(browser):
         visit.context.close()
 
 
-def test_numbers_move_under_load_and_nothing_is_asked_of_others(visit, server) -> None:
+def test_numbers_change_under_load_and_no_other_host_is_contacted(visit, server) -> None:
     view = visit()
     view.open(server.url)
     view.until_text("#state", "^ready$")
@@ -104,7 +104,7 @@ def test_numbers_move_under_load_and_nothing_is_asked_of_others(visit, server) -
             view.until_text(selector, r"^\d.* m?s$")
         before = view.text("#out-rate")
         view.until("(before) => document.querySelector('#out-rate').textContent !== before", before)
-        # What the charts were drawn from, and that something is drawn.
+        # The charts have data, and are drawn.
         for chart, trace in (("out", 0), ("in", 1), ("load", 0), ("ttft", 1), ("gap", 1), ("steps", 0), ("steps", 1)):
             view.until(
                 "([id, n]) => document.getElementById(id).data[n].y.some((y) => y > 0)", [f"chart-{chart}", trace]
@@ -123,7 +123,7 @@ def test_numbers_move_under_load_and_nothing_is_asked_of_others(visit, server) -
     assert view.problems == []
 
 
-def test_the_chat_box_answers_with_what_the_model_says_as_text(visit, server) -> None:
+def test_the_chat_box_shows_the_models_answer_as_text(visit, server) -> None:
     view = visit()
     view.open(server.url)
     view.page.locator("summary").click()
@@ -147,7 +147,7 @@ def test_the_chat_box_answers_with_what_the_model_says_as_text(visit, server) ->
     assert view.problems == []
 
 
-def test_an_answer_can_be_stopped_and_a_refusal_gives_the_question_back(visit, server) -> None:
+def test_an_answer_can_be_stopped_and_a_rejected_question_returns_to_the_input(visit, server) -> None:
     view = visit()
     view.open(server.url)
     view.page.locator("summary").click()
@@ -164,7 +164,7 @@ def test_an_answer_can_be_stopped_and_a_refusal_gives_the_question_back(visit, s
     assert view.page.locator(".message.user").count() == 1
 
 
-def test_it_says_what_has_become_of_the_engine_and_of_the_server(visit, checkpoint) -> None:
+def test_the_page_shows_the_states_of_engine_and_server(visit, checkpoint) -> None:
     view = visit()
     with serving(checkpoint, "--stall-seconds", "0.5", "--max-engine-restarts", "1") as server:
         view.open(server.url)
@@ -182,11 +182,11 @@ def test_it_says_what_has_become_of_the_engine_and_of_the_server(visit, checkpoi
         view.until_text("#banner", "being restarted")
         view.until_text("#state", "^ready$")
         os.kill(_children(server.process.pid)[0], signal.SIGKILL)
-        view.until_text("#state", "^unreachable$")  # it has left, with no restart to try
+        view.until_text("#state", "^unreachable$")  # the server has ended: no restart is left
         assert server.process.wait(60) == 1
         port = int(server.url.rsplit(":", 1)[1])
     view.until_text("#banner", "does not answer.*Last event at")
-    view.say("Anybody?")
+    view.say("Hello again")
     view.until_text("#messages", "The server does not answer")
     with serving(checkpoint, port=port):
         view.until_text("#state", "^ready$")
@@ -210,7 +210,7 @@ def test_with_a_key_the_browser_asks_for_it_and_the_page_works(visit, checkpoint
 
 
 def test_the_page_itself_asks_for_a_key_and_keeps_it_in_the_tab(visit, server) -> None:
-    """Where the page can be had without one, or the server has got another one since."""
+    """A key is needed though the page loaded without one: the server may have got a new key since."""
     view = visit()
 
     def guard(route) -> None:
@@ -262,7 +262,7 @@ def test_nothing_sticks_out_of_a_screen(visit, server, width) -> None:
     assert server.completion("a request to show", 5).status_code == 200
     view.page.wait_for_selector("#chart-requests .main-svg")
     assert view.page.evaluate("document.documentElement.scrollWidth") <= width
-    # The chat box is there without scrolling far.
+    # The chat box is visible without scrolling.
     assert view.page.locator("#chat-send").bounding_box()["y"] < 800
 
 

@@ -202,7 +202,7 @@ def test_aborting_after_the_end_does_nothing(loop, client):
         [answer] = await read(stream)
         stream.abort()
         assert answer.finish_reason == "length"
-        assert stream.summary().finish_reasons == ("length",)
+        assert stream.finish_reasons == ["length"]
 
     loop.run(abort_late())
 
@@ -266,16 +266,16 @@ def test_times_add_up_and_are_told(loop, client):
         timing = stream.timing
         assert timing.queue + timing.prefill + timing.decode == pytest.approx(timing.total, abs=1e-9)
         assert timing.arrival < timing.started < timing.first_token < timing.finished <= time.perf_counter()
-    assert len(recorder.summaries) == len(recorder.firsts) == 20
+    assert len(recorder.finished) == len(recorder.firsts) == 20
     assert sorted(first.timing.ttft for first in recorder.firsts) == pytest.approx(
         sorted(stream.timing.first_token - stream.timing.arrival for stream in streams)
     )
-    for summary in recorder.summaries:
-        assert (summary.request_id, summary.num_prompt_tokens, summary.num_output_tokens) == ("test", 60, 20)
-        assert summary.finish_reasons == ("length", "length")
-        assert len(summary.gaps) == 18
-        assert sum(summary.gaps) <= 2 * (summary.timing.finished - summary.timing.first_token)
-        assert summary.error is None
+    for stream in recorder.finished:
+        assert (stream.request.request_id, stream.num_prompt_tokens, stream.num_output_tokens) == ("test", 60, 20)
+        assert stream.finish_reasons == ["length", "length"]
+        assert len(stream.gaps) == 18
+        assert sum(stream.gaps) <= 2 * (stream.timing.finished - stream.timing.first_token)
+        assert stream.error is None
     assert sum(record.num_finished for record in recorder.records) == 40
     computed = sum(record.num_prompt_tokens + record.num_cached_tokens for record in recorder.records)
     assert computed >= 20 * 60
@@ -287,13 +287,13 @@ def test_an_observer_that_fails_breaks_nothing(loop, client):
         def on_step(self, record, finished):
             raise ZeroDivisionError
 
-        def on_request_finished(self, summary):
+        def on_request_finished(self, stream):
             raise ZeroDivisionError
 
     client.observers += [Broken(), recorder := Recorder()]
     [answer] = loop.run(generate(client, [1, 2], greedy(4)))
     assert len(answer.token_ids) == 4
-    assert len(recorder.summaries) == 1
+    assert len(recorder.finished) == 1
 
 
 def test_an_idle_engine_does_not_wake_up(loop, client):

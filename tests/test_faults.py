@@ -68,7 +68,7 @@ def test_killing_the_engine_fails_what_is_under_way_and_restarts_it(directory, l
                 ask(client, prompt, LONG)
             with pytest.raises(NotReady):
                 await client.inspect()
-            assert {summary.finish_reasons for summary in recorder.summaries} == {("error", "error"), ("error",)}
+            assert {tuple(stream.finish_reasons) for stream in recorder.finished} == {("error", "error"), ("error",)}
             await until(lambda: client.state == "ready")
             assert client.is_ready() == (True, "ready")
             assert client.info.pid != first_pid
@@ -289,8 +289,8 @@ def test_an_error_in_the_engine_fails_the_request_that_caused_it(directory, llm,
                 await read(failing)
             assert [(await read(stream))[0].token_ids for stream in streams] == expected
             assert client.state == "ready"
-            [failed] = [summary for summary in recorder.summaries if summary.error]
-            assert failed.finish_reasons == ("error", "error")
+            [failed] = [stream for stream in recorder.finished if stream.error]
+            assert failed.finish_reasons == ["error", "error"]
             assert failed.num_output_tokens >= 3
 
     asyncio.run(fail())

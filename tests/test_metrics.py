@@ -9,11 +9,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.serving.client.request_stream import RequestSummary, RequestTiming
+from dispec.serving.client.request_stream import RequestStream, RequestTiming
 from dispec.serving.observability.distribution import Distribution, geometric, percentiles
 from dispec.serving.observability.metrics import Metrics
 from tests.checkpoints import save_tiny
-from tests.engine_clients import ask, generate, one_thread_each, running_client, until  # noqa: F401
+from tests.engine_clients import ask, ended_request, generate, one_thread_each, running_client, until  # noqa: F401
 
 VLLM = """
 num_requests_running num_requests_waiting kv_cache_usage_perc prompt_tokens prompt_tokens_cached generation_tokens
@@ -42,17 +42,15 @@ def samples(metrics: Metrics) -> dict[str, float]:
     return found
 
 
-def summary(arrival=0.0, started=1.0, first_token=3.0, finished=7.0, **fields) -> RequestSummary:
+def ended(arrival=0.0, started=1.0, first_token=3.0, finished=7.0, **fields) -> RequestStream:
     usual = {
-        "request_id": "r",
-        "num_prompt_tokens": 10,
         "num_cached_tokens": 4,
         "num_output_tokens": 3,
         "finish_reasons": ("length",),
         "gaps": [1.5, 2.5],
         "error": None,
     }
-    return RequestSummary(timing=RequestTiming(arrival, started, first_token, finished), **usual | fields)
+    return ended_request(RequestTiming(arrival, started, first_token, finished), **usual | fields)
 
 
 def step(**fields) -> StepRecord:
@@ -60,11 +58,11 @@ def step(**fields) -> StepRecord:
     return StepRecord(**usual | fields)
 
 
-def finish(metrics: Metrics, ended: RequestSummary) -> None:
+def finish(metrics: Metrics, stream: RequestStream) -> None:
     """Notify the metrics as the client does in a request's life."""
-    if ended.timing.first_token is not None:
-        metrics.on_first_token(ended)
-    metrics.on_request_finished(ended)
+    if stream.timing.first_token is not None:
+        metrics.on_first_token(stream)
+    metrics.on_request_finished(stream)
 
 
 def test_the_names_are_all_there_and_no_others() -> None:
@@ -75,7 +73,7 @@ def test_the_names_are_all_there_and_no_others() -> None:
 
 def test_every_sample_says_which_model_and_engine() -> None:
     metrics = Metrics('a "model"')
-    finish(metrics, summary())
+    finish(metrics, ended())
     metrics.on_drafts(1, 3, [1, 0])
     labels = [sample.labels for family in families(metrics).values() for sample in family.samples]
     assert all((label["model_name"], label["engine"]) == ('a "model"', "0") for label in labels)
@@ -92,7 +90,7 @@ def test_queue_prefill_and_decode_add_up_whatever_became_of_the_request(cases) -
         arrival, *middle, finished = sorted(times)
         started = middle[0] if known > 2 else None
         first_token = middle[1] if known > 3 else None
-        finish(metrics, summary(arrival, started, first_token, finished))
+        finish(metrics, ended(arrival, started, first_token, finished))
     found = samples(metrics)
     total = sum(found[f"vllm:request_{phase}_time_seconds_sum"] for phase in ("queue", "prefill", "decode"))
     assert math.isclose(total, found["vllm:e2e_request_latency_seconds_sum"], rel_tol=1e-9, abs_tol=1e-6)
@@ -101,7 +99,7 @@ def test_queue_prefill_and_decode_add_up_whatever_became_of_the_request(cases) -
 
 def test_what_a_request_leaves_behind() -> None:
     metrics = Metrics("m")
-    finish(metrics, summary())
+    finish(metrics, ended())
     found = samples(metrics)
     expected = {
         "vllm:request_queue_time_seconds_sum": 1,
@@ -130,7 +128,7 @@ def test_a_request_that_never_started_counts_as_an_end_and_as_nothing_else() -> 
     metrics = Metrics("m")
     before = samples(metrics)
     failed = {"finish_reasons": ("error",), "num_output_tokens": 0, "gaps": [], "error": "refused"}
-    finish(metrics, summary(started=None, first_token=None, **failed))
+    finish(metrics, ended(started=None, first_token=None, **failed))
     after = samples(metrics)
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"dispec_requests_total", "vllm:request_success_total"}
@@ -138,7 +136,7 @@ def test_a_request_that_never_started_counts_as_an_end_and_as_nothing_else() -> 
 
 def test_ends_are_counted_by_choice_and_reason() -> None:
     metrics = Metrics("m")
-    finish(metrics, summary(finish_reasons=("stop", "stop", "length")))
+    finish(metrics, ended(finish_reasons=("stop", "stop", "length")))
     ends = {
         sample.labels["finished_reason"]: sample.value
         for sample in families(metrics)["vllm:request_success"].samples
@@ -185,7 +183,7 @@ def test_drafts_are_counted_by_position() -> None:
 def test_a_batched_histogram_says_what_one_that_takes_each_value_says(gaps) -> None:
     metrics = Metrics("m")
     for part in (gaps[:20], gaps[20:]):
-        finish(metrics, summary(gaps=part))
+        finish(metrics, ended(gaps=part))
     family = families(metrics)["vllm:inter_token_latency_seconds"]
     edges = [float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels]
     registry = prometheus_client.CollectorRegistry()

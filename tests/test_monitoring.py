@@ -34,7 +34,7 @@ def expressions() -> list[str]:
     return [target["expr"] for panel in panels() for target in panel["targets"]]
 
 
-def test_nobody_comes_in_without_a_password_of_the_operators_own() -> None:
+def test_grafana_requires_a_password_from_the_operator() -> None:
     services = load_yaml("compose.yaml")["services"]
     grafana = services["grafana"]["environment"]
     assert grafana["GF_AUTH_ANONYMOUS_ENABLED"] == "false"
@@ -50,7 +50,7 @@ def test_the_parts_find_each_other() -> None:
         for volume in service["volumes"]:
             source = volume.split(":")[0]
             assert not source.startswith(".") or (DIRECTORY / source).exists(), source
-        assert re.search(r":v?\d+\.\d+\.\d+$", service["image"])  # not whatever is the latest
+        assert re.search(r":v?\d+\.\d+\.\d+$", service["image"])  # a fixed version
     (source,) = load_yaml("grafana/provisioning/datasources/prometheus.yaml")["datasources"]
     assert {target["datasource"]["uid"] for panel in panels() for target in panel["targets"]} == {source["uid"]}
     assert f"--web.listen-address={source['url'].removeprefix('http://')}" in services["prometheus"]["command"]

@@ -1,4 +1,4 @@
-"""Objectives: who goes first, who is turned away, and what is said about it."""
+"""Service-level objectives: the order of waiting requests, load shedding, and its metrics."""
 
 import asyncio
 import math
@@ -45,9 +45,9 @@ def test_a_class_is_read_from_its_option():
         ServerSettings(slo=(FAST, FAST))
 
 
-def test_least_slack_goes_first_and_nobody_waits_for_ever():
-    """Random arrivals of three classes at a scheduler that is always too busy: everybody begins in the order of the
-    latest start, and whoever waits is overtaken only by those who came before its own latest start."""
+def test_least_slack_goes_first_and_no_request_starves():
+    """Random arrivals of three classes at an overloaded scheduler: sequences start in the order of their latest start,
+    and only those that arrived before its latest start overtake a waiting sequence."""
     rng = random.Random(1)
     scheduler = Scheduler(BlockPool(65, 4), 2, 8, enable_prefix_caching=False)
     slos = [FAST, Slo("slow", 3.0), None]
@@ -81,7 +81,7 @@ def test_least_slack_goes_first_and_nobody_waits_for_ever():
     assert any(begun.index(a) > begun.index(b) for a in begun for b in begun if a.arrival_time < b.arrival_time)
 
 
-def test_what_cannot_come_in_time_is_known_beforehand():
+def test_a_missed_target_is_predicted():
     assert can_meet_ttft(FAST, 100, 1000.0)
     assert not can_meet_ttft(FAST, 501, 1000.0)
     assert can_meet_ttft(FAST, 10**6, 0.0)  # the throughput is not known yet
@@ -93,7 +93,7 @@ def test_what_cannot_come_in_time_is_known_beforehand():
     assert admission.num_tokens_ahead(100.0) == 50
 
 
-def test_a_hopeless_request_costs_nothing_and_one_that_waited_too_long_ends(directory):
+def test_late_requests_are_rejected_at_arrival_or_when_their_time_has_passed(directory):
     async def overload():
         engine = {"max_num_seqs": 2, "max_num_batched_tokens": 32}
         async with running_client(directory, engine, has_slos=True) as client:

@@ -1,4 +1,4 @@
-"""Prompts in some processes, generating in others: nobody can tell from the answers, whatever dies on the way."""
+"""A pool with prefill and decode workers answers as one process does, also when workers die or are added."""
 
 import asyncio
 import os
@@ -47,7 +47,7 @@ def loop():
 async def running_pool(
     directory: Path, engine: dict[str, Any] | None = None, restarts: RestartPolicy | None = None, **counts: int
 ) -> AsyncIterator[WorkerPool]:
-    """A pool that serves; what the test leaves in it is found out."""
+    """Run a pool, and check that the test left no requests or blocks in it."""
     options = OPTIONS | {"model": str(directory), "kv_transfer_lease": 2.0} | (engine or {})
     limits = {"max_queued_requests": 1000, "max_queued_tokens": 1_000_000, "stall_seconds": 60.0, "restarts": restarts}
     pool = WorkerPool(options, **{"num_prefill": 1, "num_decode": 1, "num_cores": 2} | counts, **limits)
@@ -61,7 +61,7 @@ async def running_pool(
 
 
 async def until_empty(pool: WorkerPool) -> None:
-    """Blocks are given back when the other side has said so, a moment after a request's end."""
+    """Wait until no request and no block is left: blocks are freed when the receiver has read them."""
     while (await pool.inspect()).num_used_blocks or pool.load:
         await asyncio.sleep(0.01)
     assert_empty(await pool.inspect())
@@ -85,12 +85,12 @@ def test_64_concurrent_requests_are_answered_as_in_one_process(loop, directory, 
     answers, recorder = loop.run(all_at_once())
     reasons = assert_same(expected, answers)
     assert reasons >= {("length", type(None)), ("stop", str), ("stop", int)}
-    assert len(recorder.summaries) == len(recorder.firsts) == 64
-    for summary in recorder.summaries:
-        assert summary.error is None
-        assert summary.timing.first_token <= summary.timing.finished
+    assert len(recorder.finished) == len(recorder.firsts) == 64
+    for stream in recorder.finished:
+        assert stream.error is None
+        assert stream.timing.first_token <= stream.timing.finished
     tokens = sum(len(answer.token_ids) for each in answers for answer in each)
-    assert sum(summary.num_output_tokens for summary in recorder.summaries) == tokens
+    assert sum(stream.num_output_tokens for stream in recorder.finished) == tokens
     # The prompts were computed once: what moved was not computed again.
     prompts = sum(len(prompt) for prompt, _ in requests)
     assert sum(record.num_prompt_tokens for record in recorder.records) <= prompts + 64 * 4
@@ -122,7 +122,7 @@ def test_a_worker_that_is_killed_costs_no_request(loop, directory, llm, role):
     assert_same(expected[3:4], [again])
 
 
-def test_when_nobody_is_left_it_says_so(loop, directory):
+def test_a_request_fails_when_all_workers_are_dead(loop, directory):
     async def kill_all():
         async with running_pool(directory) as pool:
             stream = ask(pool, random_tokens(20), greedy(400))
@@ -137,7 +137,7 @@ def test_when_nobody_is_left_it_says_so(loop, directory):
     loop.run(kill_all())
 
 
-def test_whatever_is_given_up_leaves_nothing(loop, directory):
+def test_aborted_requests_leave_nothing(loop, directory):
     async def give_up():
         rng = random.Random(1)
         async with running_pool(directory, SMALL_STEPS, num_prefill=2, num_decode=2) as pool:
@@ -159,7 +159,7 @@ def test_whatever_is_given_up_leaves_nothing(loop, directory):
     loop.run(give_up())
 
 
-def test_what_one_engine_refuses_the_pool_refuses(loop, directory):
+def test_the_pool_rejects_what_one_engine_rejects(loop, directory):
     async def refuse():
         async with running_pool(directory) as pool:
             with pytest.raises(InvalidRequest, match="must be between 0"):
@@ -174,7 +174,7 @@ def test_what_one_engine_refuses_the_pool_refuses(loop, directory):
     loop.run(refuse())
 
 
-def test_a_pool_grows_and_shrinks_under_way_and_loses_nothing(loop, directory, llm):
+def test_a_pool_grows_and_shrinks_under_load_without_losing_requests(loop, directory, llm):
     prompts = random_prompts(30, longest=60)
     expected = llm.generate(prompts, greedy(80))
 
@@ -204,7 +204,7 @@ def test_a_pool_grows_and_shrinks_under_way_and_loses_nothing(loop, directory, l
     assert_same(expected, loop.run(scale()))
 
 
-def test_what_a_pool_sees_of_itself(loop, directory):
+def test_a_pool_observes_its_load(loop, directory):
     async def look():
         async with running_pool(directory, SMALL_STEPS) as pool:
             streams = [ask(pool, random_tokens(200, seed), greedy(150)) for seed in range(3)]
@@ -239,7 +239,7 @@ def test_an_engine_that_keeps_dying_is_replaced(loop, directory, monkeypatch):
     loop.run(kill_again_and_again())
 
 
-def test_a_pool_of_which_no_engine_can_be_had_is_dead(loop, directory, monkeypatch):
+def test_a_pool_without_living_engines_is_dead(loop, directory, monkeypatch):
     monkeypatch.setattr(worker_pool, "REPLACE_SECONDS", 1000.0)
 
     async def kill_one_after_the_other():
@@ -255,5 +255,5 @@ def test_a_pool_of_which_no_engine_can_be_had_is_dead(loop, directory, monkeypat
             await until(lambda: pool.state == "dead")
             assert recorder.states == ["dead"]
 
-    with pytest.raises(NotReady):  # from the look at what is left: no engine is
+    with pytest.raises(NotReady):  # from the check for left-over requests: no engine is ready
         loop.run(kill_one_after_the_other())

@@ -9,7 +9,7 @@ from typing import Literal
 from dispec.engine.process.messages import EngineInfo, Inspection
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.engine.text.tokenizer import Tokenizer
-from dispec.serving.client.request_stream import GenerationRequest, RequestStream, RequestSummary
+from dispec.serving.client.request_stream import GenerationRequest, RequestStream
 from dispec.serving.client.slo import Slo
 
 log = logging.getLogger("dispec")
@@ -26,10 +26,10 @@ class EngineObserver:
     def on_step(self, record: StepRecord, finished: float) -> None:
         """A step has ended, at `finished`."""
 
-    def on_first_token(self, summary: RequestSummary) -> None:
-        """A request has its first token; `summary` is of the request so far."""
+    def on_first_token(self, stream: RequestStream) -> None:
+        """A request has its first token."""
 
-    def on_request_finished(self, summary: RequestSummary) -> None:
+    def on_request_finished(self, stream: RequestStream) -> None:
         """A request has ended: completed, failed or aborted."""
 
     def on_shed(self, slo: Slo) -> None:
@@ -72,7 +72,7 @@ class EngineClient(ABC):
 
     @abstractmethod
     def submit(self, request: GenerationRequest) -> RequestStream:
-        """Begin a request. Raises Overloaded, NotReady or InvalidRequest; the stream raises the engine's refusal."""
+        """Begin a request. Raises Overloaded, NotReady or InvalidField; the stream raises the engine's refusal."""
 
     @abstractmethod
     def is_ready(self) -> tuple[bool, str]:
@@ -123,13 +123,10 @@ class EngineClient(ABC):
                 log.exception("an observer of the engine failed")
 
     def _notify_first_token(self, stream: RequestStream) -> None:
-        summary = stream.summary()
-        self._notify(lambda observer: observer.on_first_token(summary))
+        self._notify(lambda observer: observer.on_first_token(stream))
 
-    def _notify_finished(self, stream: RequestStream) -> RequestSummary:
-        """Report a request that was removed from `_streams`; returns its summary."""
-        summary = stream.summary()
-        self._notify(lambda observer: observer.on_request_finished(summary))
+    def _notify_finished(self, stream: RequestStream) -> None:
+        """Report a request that was removed from `_streams`."""
+        self._notify(lambda observer: observer.on_request_finished(stream))
         if not self._streams and self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
-        return summary

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from dispec.engine.errors import InvalidField
 from dispec.engine.process.messages import (
     Abort,
     Accepted,
@@ -117,10 +116,7 @@ class ProcessClient(EngineClient):
         """Begin a request; `make_stream` gets the arguments of `RequestStream`. Raises as `EngineClient.submit`."""
         if self.state != "ready":
             raise self._supervisor.not_ready()
-        try:
-            params = without_texts(request.params, self.tokenizer)
-        except InvalidField as error:
-            raise InvalidRequest(str(error), error.field) from None
+        params = without_texts(request.params, self.tokenizer)
         key = str(next(self._keys))
         num_tokens = len(request.prompt_token_ids)
         # A resumed request has waited already.
@@ -165,7 +161,7 @@ class ProcessClient(EngineClient):
             raise
 
     def _shed_late(self, stream: RequestStream) -> None:
-        """End a request whose TTFT target has passed before it was started."""
+        """End a request that missed its TTFT target in the queue."""
         slo = stream.request.slo
         if slo is None or stream.has_ended or stream.timing.started is not None:
             return

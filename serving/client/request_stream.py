@@ -1,10 +1,10 @@
-"""A request under way in the server process: what it asks for, its updates until it ends, and its summary."""
+"""A request in the server process: what it asks for, its updates until it ends, and its counts."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Self
 
 import msgspec
 
@@ -114,37 +114,14 @@ class RequestTiming:
         return next((time_ for time_ in (moment, self.finished) if time_ is not None), time.perf_counter())
 
 
-class RequestSummary(NamedTuple):
-    """A request that has ended, or has its first token.
-
-    finish_reasons: of its choices in order, "error" or "abort" where unfinished; error: why it failed, else None.
-    gaps: seconds between consecutive tokens of a choice.
-    """
-
-    request_id: str
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-    finish_reasons: tuple[FinishReason, ...]
-    timing: RequestTiming
-    gaps: list[float]
-    error: str | None
-    slo: Slo | None = None
-
-    @property
-    def met_slo(self) -> bool | None:
-        """Whether the request met its objective; None without one, or if the client aborted it."""
-        if self.slo is None or "abort" in self.finish_reasons:
-            return None
-        has_token = self.timing.first_token is not None and self.error is None
-        return self.slo.is_met(self.timing.ttft if has_token else None, self.gaps)
-
-
 class RequestStream(AsyncIterator[ChoiceUpdate]):
     """The updates of a request, for one reader. It ends after the last choice, or raises the error that ended the
     request: EngineFailed, EngineDied, RequestTimedOut, InvalidRequest, or Overloaded if it waited past its time.
 
     A reader that stops before the end must call `abort`. Everything here belongs to the event loop's thread.
+
+    finish_reasons: of the choices, "error" or "abort" where the engine did not end them; None for open ones.
+    gaps: seconds between consecutive tokens of a choice.
     """
 
     def __init__(self, key: str, request: GenerationRequest, on_abort: Callable[["RequestStream"], None]) -> None:
@@ -163,6 +140,19 @@ class RequestStream(AsyncIterator[ChoiceUpdate]):
         self._unread: dict[int, list[ChoiceUpdate]] = {}
         self._waiter: asyncio.Future[None] | None = None
         self._waits_for_end = False
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def met_slo(self) -> bool | None:
+        """Whether an ended request met its objective; None without one, or if the client aborted it."""
+        slo = self.request.slo
+        if slo is None or "abort" in self.finish_reasons:
+            return None
+        has_token = self.timing.first_token is not None and self.error is None
+        return slo.is_met(self.timing.ttft if has_token else None, self.gaps)
 
     @property
     def has_ended(self) -> bool:
@@ -203,19 +193,6 @@ class RequestStream(AsyncIterator[ChoiceUpdate]):
             if self.has_ended:
                 raise StopAsyncIteration
             await self._wait()
-
-    def summary(self) -> RequestSummary:
-        return RequestSummary(
-            request_id=self.request.request_id,
-            num_prompt_tokens=len(self.request.prompt_token_ids),
-            num_cached_tokens=self.num_cached_tokens,
-            num_output_tokens=self.num_output_tokens,
-            finish_reasons=tuple(reason or "error" for reason in self.finish_reasons),
-            timing=self.timing,
-            gaps=self.gaps,
-            error=None if self.error is None else str(self.error),
-            slo=self.request.slo,
-        )
 
     # Called by the client
 

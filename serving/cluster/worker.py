@@ -6,7 +6,7 @@ from typing import Literal
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.serving.client.engine_client import EngineObserver
 from dispec.serving.client.process_client import ProcessClient
-from dispec.serving.client.request_stream import RequestSummary
+from dispec.serving.client.request_stream import RequestStream
 from dispec.serving.observability.distribution import BETWEEN_TOKENS, FIRST_TOKEN, STEP, Distribution
 
 Role = Literal["prefill", "decode"]
@@ -18,8 +18,9 @@ class WorkerStatistics(EngineObserver):
 
     num_prompt_tokens: computed here; num_output_tokens: generated here, by requests that have ended. ttft: seconds from
     the engine's receipt of a request to its first token of it; itl: between its tokens; step: of a step.
-    num_received_prompts, num_failed_receives, num_sent_prompts: prompts whose KV came, did not come, and was published
-    for other engines; num_received_blocks and num_sent_blocks: blocks of these. num_used_blocks: by the last step.
+    num_received_prompts, num_failed_receives, num_sent_prompts: prompts with KV that came, that did not come, and that
+    was published for other engines; num_received_blocks and num_sent_blocks: their blocks. num_used_blocks: by the last
+    step.
     """
 
     def __init__(self) -> None:
@@ -39,13 +40,13 @@ class WorkerStatistics(EngineObserver):
         self.num_used_blocks = record.num_used_blocks
         self.step.add([record.seconds])
 
-    def on_first_token(self, summary: RequestSummary) -> None:
-        self.ttft.add([summary.timing.ttft])
+    def on_first_token(self, stream: RequestStream) -> None:
+        self.ttft.add([stream.timing.ttft])
 
-    def on_request_finished(self, summary: RequestSummary) -> None:
+    def on_request_finished(self, stream: RequestStream) -> None:
         self.num_requests += 1
-        self.num_output_tokens += summary.num_output_tokens
-        self.itl.add(summary.gaps)
+        self.num_output_tokens += stream.num_output_tokens
+        self.itl.add(stream.gaps)
 
 
 @dataclass(eq=False)

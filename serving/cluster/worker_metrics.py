@@ -77,7 +77,7 @@ class WorkerMetrics(Collector):
     def _transfers(self, workers: list[tuple[Worker, list[str]]]) -> Iterable[Metric]:
         transfers = CounterMetricFamily(
             "dispec_worker_kv_transfers",
-            "Prompts whose keys and values this engine got, failed to get, or published for others.",
+            "Prompts by KV transfer: received here, not received, or published for other engines.",
             labels=(*_LABELS, "outcome"),
         )
         num_bytes = CounterMetricFamily(

@@ -235,9 +235,9 @@ class WorkerPool(EngineClient):
 
     def _on_end(self, stream: MigratedStream) -> None:
         if self._streams.pop(stream.key, None) is not None:
-            met_slo = self._notify_finished(stream).met_slo
-            if met_slo is not None:
-                self._met_slos.append(met_slo)
+            if stream.met_slo is not None:
+                self._met_slos.append(stream.met_slo)
+            self._notify_finished(stream)
 
     def _notify_state(self) -> None:
         state = self.state

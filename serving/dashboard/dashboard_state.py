@@ -11,7 +11,7 @@ from typing import Any
 
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.serving.client.engine_client import EngineClient, EngineObserver
-from dispec.serving.client.request_stream import RequestSummary
+from dispec.serving.client.request_stream import RequestStream
 from dispec.serving.observability.distribution import Distribution, geometric, percentiles
 
 SPAN = 120  # seconds
@@ -90,14 +90,14 @@ class DashboardState(EngineObserver):
         if record.num_drafts:
             self.on_drafts(record.num_drafts, record.num_draft_tokens, record.num_accepted_per_position)
 
-    def on_first_token(self, summary: RequestSummary) -> None:
+    def on_first_token(self, stream: RequestStream) -> None:
         second = self._second()
-        second.prompt += summary.num_prompt_tokens
-        second.prompt_cached += summary.num_cached_tokens
-        second.first_tokens.add([summary.timing.ttft])
+        second.prompt += stream.num_prompt_tokens
+        second.prompt_cached += stream.num_cached_tokens
+        second.first_tokens.add([stream.timing.ttft])
 
-    def on_request_finished(self, summary: RequestSummary) -> None:
-        timing = summary.timing
+    def on_request_finished(self, stream: RequestStream) -> None:
+        timing = stream.timing
         second = self._second()
         if self._client is not None and not self._client.load:
             second.running = second.waiting = 0
@@ -105,12 +105,12 @@ class DashboardState(EngineObserver):
         self._requests.append(
             {
                 "number": self._num_requests,
-                "id": summary.request_id,
+                "id": stream.request.request_id,
                 "at": self._epoch + (timing.finished or self._clock()),
-                "prompt": summary.num_prompt_tokens,
-                "output": summary.num_output_tokens,
-                "reason": " ".join(dict.fromkeys(summary.finish_reasons)),
-                "error": summary.error,
+                "prompt": stream.num_prompt_tokens,
+                "output": stream.num_output_tokens,
+                "reason": " ".join(dict.fromkeys(reason for reason in stream.finish_reasons if reason)),
+                "error": None if stream.error is None else str(stream.error),
                 "queue": timing.queue,
                 "prefill": timing.prefill,
                 "decode": timing.decode,

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from dispec.engine.process.messages import EngineInfo
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.serving.client.engine_client import EngineClient, EngineObserver
-from dispec.serving.client.request_stream import RequestSummary
+from dispec.serving.client.request_stream import RequestStream
 from dispec.serving.client.slo import Slo
 from dispec.serving.observability.distribution import (
     BETWEEN_TOKENS,
@@ -69,34 +69,35 @@ class Metrics(EngineObserver):
             self._draft_replicas_desired.set(record.num_planned_draft_tokens)
             self._draft_replicas_actual.set(record.num_draft_tokens)
 
-    def on_first_token(self, summary: RequestSummary) -> None:
+    def on_first_token(self, stream: RequestStream) -> None:
         for counter in (self._prompt_tokens, self._prefix_queries):
-            counter.inc(summary.num_prompt_tokens)
+            counter.inc(stream.num_prompt_tokens)
         for counter in (self._prompt_tokens_cached, self._prefix_hits):
-            counter.inc(summary.num_cached_tokens)
+            counter.inc(stream.num_cached_tokens)
         for histogram in (self._first_token, self._ttft):
-            histogram.observe(summary.timing.ttft)
+            histogram.observe(stream.timing.ttft)
 
-    def on_request_finished(self, summary: RequestSummary) -> None:
+    def on_request_finished(self, stream: RequestStream) -> None:
         self._requests.inc()
-        for reason in summary.finish_reasons:
+        for reason in stream.finish_reasons:
             self._success.labels(**self.labels, finished_reason=reason).inc()
-        timing = summary.timing
+        timing = stream.timing
         if timing.started is None:
             return  # rejected, or aborted in the queue: it says nothing about the speed of requests
         for counter in (self._generation_tokens, self._tokens_generated):
-            counter.inc(summary.num_output_tokens)
-        self._request_generation_tokens.observe(summary.num_output_tokens)
-        self._request_prompt_tokens.observe(summary.num_prompt_tokens)
-        if summary.slo is not None and summary.met_slo is not None:
-            self._count_slo(summary.slo, "met" if summary.met_slo else "missed")
+            counter.inc(stream.num_output_tokens)
+        self._request_generation_tokens.observe(stream.num_output_tokens)
+        self._request_prompt_tokens.observe(stream.num_prompt_tokens)
+        slo, met_slo = stream.request.slo, stream.met_slo
+        if slo is not None and met_slo is not None:
+            self._count_slo(slo, "met" if met_slo else "missed")
         for phase, histogram in self._phases.items():
             histogram.observe(getattr(timing, phase))
         for histogram in (self._e2e, self._request_seconds):
             histogram.observe(timing.total)
-        self._gaps.distribution.add(summary.gaps)
-        if summary.gaps:
-            self._tpot.observe(sum(summary.gaps) / len(summary.gaps))
+        self._gaps.distribution.add(stream.gaps)
+        if stream.gaps:
+            self._tpot.observe(sum(stream.gaps) / len(stream.gaps))
 
     def on_shed(self, slo: Slo) -> None:
         self._count_slo(slo, "shed")
@@ -179,7 +180,7 @@ class Metrics(EngineObserver):
         )
         transfers = self._family(
             "dispec_kv_transfers",
-            "Prompts whose keys and values came from another engine, or should have and were computed instead.",
+            "Prompts by KV transfer: received from another engine, or computed here because it failed.",
             "outcome",
         )
         self._arrived = transfers.labels(**self.labels, outcome="arrived")

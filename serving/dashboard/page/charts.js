@@ -105,7 +105,7 @@ export function drawPool(pool, width) {
   draw("chart-pool", [{ z, type: "heatmap", zmin: -0.5, zmax: 2.5, colorscale, showscale: false, xgap: 2, ygap: 2, hoverinfo: "skip" }], {
     margin: { l: 0, r: 0, t: 0, b: 0 },
     xaxis: hidden,
-    yaxis: { ...nothing, autorange: "reversed" },
+    yaxis: { ...hidden, autorange: "reversed" },
   });
   return perCell;
 }

@@ -1,4 +1,4 @@
-"""A draft made from a tiny target: it learns, loads, changes no answer, and goes on where it was cut off."""
+"""A draft made from a tiny target: it loads, changes no answer, and its training can be interrupted and resumed."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def draft(target, tmp_path_factory):
     return out
 
 
-def test_a_draft_that_borrows_its_head_guesses_and_changes_nothing(target, draft) -> None:
+def test_a_draft_with_a_borrowed_head_changes_no_token(target, draft) -> None:
     prompts, params = random_prompts(6), greedy(24)
     expected = [completion.token_ids for completion in make(target).generate(prompts, params)]
     llm = make(target, speculative_model=str(draft))
@@ -48,7 +48,7 @@ def test_a_draft_that_borrows_its_head_guesses_and_changes_nothing(target, draft
     assert sum(record.num_draft_tokens for record in llm.engine.records) > 0
 
 
-def test_an_interrupted_training_goes_on_and_ends_where_it_would_have(target, draft, tmp_path, monkeypatch) -> None:
+def test_a_resumed_training_ends_like_an_uninterrupted_one(target, draft, tmp_path, monkeypatch) -> None:
     from dispec.bench.distillation.distill import Training
 
     step, count = Training._step, 0
@@ -79,7 +79,7 @@ def test_a_draft_of_another_target_is_refused(draft, tmp_path) -> None:
         make(tmp_path, speculative_model=str(draft))
 
 
-def test_random_weights_need_no_more_of_target_and_draft_than_their_shapes(target, tmp_path) -> None:
+def test_dummy_weights_need_configurations_alone(target, tmp_path) -> None:
     bare = shutil.copytree(target, tmp_path / "target", ignore=shutil.ignore_patterns("*.safetensors*"))
     config = json.loads((bare / "config.json").read_text()) | {"num_hidden_layers": 1, "layer_types": None}
     save_shared_draft(tmp_path / "draft", config, {}, [1, 2, 3], Tokenizer.from_directory(bare))
@@ -88,7 +88,7 @@ def test_random_weights_need_no_more_of_target_and_draft_than_their_shapes(targe
     assert len(llm.generate([[1, 2, 3]], greedy(8))[0].token_ids) == 8
 
 
-def test_what_makes_no_sense_is_refused(target, tmp_path) -> None:
+def test_invalid_settings_are_refused(target, tmp_path) -> None:
     with pytest.raises(ValueError, match="layers is 3, must be between 1 and 2"):
         distill(options(target), Recipe(layers=3), PROMPTS, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -99,12 +99,12 @@ def test_what_makes_no_sense_is_refused(target, tmp_path) -> None:
         read_prompts(tmp_path / "one")
 
 
-def test_a_line_that_was_cut_short_is_not_text(tmp_path) -> None:
+def test_an_unfinished_line_is_not_read(tmp_path) -> None:
     file = tmp_path / "text"
     file.write_text("[[1, 2, 3], 1, false]\n[[1, 2")
     assert list(read_text(file)) == [Text([1, 2, 3], 1, False)]
 
 
-def test_the_most_frequent_tokens_with_those_that_must_be() -> None:
+def test_frequent_tokens_include_those_that_are_always_kept() -> None:
     text = [Text([9, 9, 9, 5, 5, 4, 3], 3, False), Text([0, 7, 7, 7, 7], 1, True)]
     assert frequent_tokens(text, 3, (1,)) == [1, 4, 5]

@@ -90,11 +90,11 @@ def test_draft_tokens_lie_where_the_steps_of_the_target_read_them(target, draft)
     loop, seen = engine.speculator.proposer._loop, 0
     run = loop.run
 
-    def watch(depths):
+    def watch(num_drafts):
         nonlocal seen
-        run(depths)
-        depth = max(depths.values())
-        for row, (sequence, count) in enumerate(sorted(depths.items(), key=lambda item: -item[1])):
+        run(num_drafts)
+        depth = max(num_drafts.values())
+        for row, (sequence, count) in enumerate(sorted(num_drafts.items(), key=lambda item: -item[1])):
             on_device = engine.runner.previous_token_ids[row * depth : row * depth + count]
             assert sequence.draft.token_ids == on_device.tolist()
             seen += count

@@ -1,4 +1,4 @@
-"""What speculation emits has the target's distribution after every kind of processing, whoever guesses.
+"""Sampled tokens have the target's distribution after every kind of processing, whichever draft model proposes.
 
 The probabilities are worked out in NumPy, from the definitions of the parameters. 65,536 draws each, by chi-square.
 """
@@ -37,7 +37,7 @@ def draft_logits(name: str) -> np.ndarray:
 def probabilities(
     logits: np.ndarray, temperature=1.0, top_k=SIZE, top_p=1.0, min_p=0.0, scale=(), addend=(), allowed=None
 ):
-    """By the definitions, one token at a time."""
+    """Return the probabilities by the definitions of the parameters, one token at a time."""
     logits = logits.copy()
     for token, value in dict(scale).items():
         logits[token] = logits[token] / value if logits[token] > 0 else logits[token] * value
@@ -70,7 +70,7 @@ def drawn(
     addend=(),
     allowed=None,
 ):
-    """A token for each of `COUNT` seeds, as the engine chooses it."""
+    """Sample a token for each of `COUNT` seeds, as the engine does."""
     rows = torch.tensor(logits, dtype=torch.float32).expand(COUNT, SIZE).contiguous()
     scale, addend = dict(scale), dict(addend)
     changed = sorted({*scale, *addend})
@@ -91,7 +91,7 @@ def drawn(
 
 
 def chi_square_is_passed(tokens: torch.Tensor, expected: np.ndarray) -> bool:
-    """At 0.01 %, by the approximation of Wilson and Hilferty (1931). Tokens that cannot be must not be."""
+    """Test at 0.01 %, by the approximation of Wilson and Hilferty (1931). Impossible tokens fail it."""
     observed = np.bincount(tokens.numpy(), minlength=SIZE)
     possible = expected > 0
     if observed[~possible].any():
@@ -106,41 +106,43 @@ def chi_square_is_passed(tokens: torch.Tensor, expected: np.ndarray) -> bool:
 
 
 def speculate(setting: dict, draft: str, first_seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is emitted and what was guessed: the draft and the target choose with the same seed and position, and a
-    guess stands where it is the target's choice."""
-    guessed = drawn(draft_logits(draft), first_seed, **setting)
-    chosen = drawn(target_logits(), first_seed, **setting)
-    return torch.where(guessed == chosen, guessed, chosen), guessed
+    """Return the emitted tokens and the draft tokens, sampled with the same seeds and positions.
+
+    A draft token is accepted where it is the token that the target samples.
+    """
+    proposed = drawn(draft_logits(draft), first_seed, **setting)
+    sampled = drawn(target_logits(), first_seed, **setting)
+    return torch.where(proposed == sampled, proposed, sampled), proposed
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_what_is_emitted_has_the_targets_distribution(name, draft):
+def test_emitted_tokens_have_the_targets_distribution(name, draft):
     setting = SETTINGS[name]
     expected = probabilities(target_logits(), **setting)
-    emitted, guessed = speculate(setting, draft, first_seed=hash_of(name, draft))
+    emitted, proposed = speculate(setting, draft, first_seed=hash_of(name, draft))
     assert chi_square_is_passed(emitted, expected)
-    # And the guesses are the draft's own, of which so many must stand (arXiv:2408.07978).
+    # The draft tokens have the draft's distribution, and their acceptance rate has a lower bound (arXiv:2408.07978).
     own = probabilities(draft_logits(draft), **setting)
-    assert chi_square_is_passed(guessed, own)
+    assert chi_square_is_passed(proposed, own)
     distance = np.abs(expected - own).sum() / 2
-    stood = float((emitted == guessed).float().mean())
-    assert stood >= (1 - distance) / (1 + distance) - 4 * 0.5 / COUNT**0.5
-    assert stood <= 1 - distance + 4 * 0.5 / COUNT**0.5
-    assert stood == 1.0 or draft != "equal"
+    acceptance = float((emitted == proposed).float().mean())
+    assert acceptance >= (1 - distance) / (1 + distance) - 4 * 0.5 / COUNT**0.5
+    assert acceptance <= 1 - distance + 4 * 0.5 / COUNT**0.5
+    assert acceptance == 1.0 or draft != "equal"
 
 
 @pytest.mark.parametrize("draft", ["near", "far"])
 @pytest.mark.parametrize("name", ["temperature 1", "top-p", "all"])
-def test_a_rule_that_lets_possible_guesses_stand_does_not(name, draft):
-    """The same test fails if a guess stands because the target might have chosen it, too."""
+def test_accepting_any_possible_draft_token_would_be_noticed(name, draft):
+    """The same test fails if a draft token is accepted because the target might have sampled it."""
     setting = SETTINGS[name]
     expected = probabilities(target_logits(), **setting)
-    emitted, guessed = speculate(setting, draft, first_seed=hash_of(name, draft))
+    emitted, proposed = speculate(setting, draft, first_seed=hash_of(name, draft))
     possible = torch.tensor(expected > 0)
-    assert not chi_square_is_passed(torch.where(possible[guessed], guessed, emitted), expected)
+    assert not chi_square_is_passed(torch.where(possible[proposed], proposed, emitted), expected)
 
 
 def hash_of(*names: str) -> int:
-    """Other seeds for other tests, the same ones in every run."""
+    """Return a seed for each test, the same one in every run."""
     return sum(ord(letter) * 1_000_003**index for index, letter in enumerate("/".join(names))) % 2**40

@@ -1,8 +1,8 @@
 """Make a draft model: a few layers of the target, trained to predict what the target predicts on text of its own.
 
-The loss is the cross entropy of the target's distribution, at every token of its answers. What is asked of a draft is
-that its guesses stand, so that is what is measured, on answers to prompts that it has not seen: how often its likeliest
-token is the target's, and the mass that the two distributions share, which bounds how often drawn guesses can stand.
+The loss is the cross entropy of the target's distribution, at every token of its answers. Measured on answers to
+held-out prompts are the rate of equal likeliest tokens, and the probability mass that the two distributions share: a
+bound of the acceptance rate of sampled draft tokens.
 """
 
 import gc
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,42 +31,42 @@ from dispec.engine.options import EngineOptions
 from dispec.engine.text.tokenizer import Tokenizer
 
 _TEXT, _STATE = "distill-text.jsonl", "distill-state.pt"
-_ROWS = {"cpu": 2048, "cuda": 8192}  # whose logits over the whole vocabulary are held at once
-_SHARE_OF_FREE = 0.5  # of the device's memory, that the target's states may take
-_SAYS_LOSS = 50  # steps from one look at the loss to the next: the device must be waited for
+_LOGIT_ROWS = {"cpu": 2048, "cuda": 8192}  # positions whose logits are held at once
+_MAX_SHARE_OF_MEMORY = 0.5  # of the device's free memory, for the target's predictions
+_STEPS_PER_LOSS = 50  # reading the loss makes the host wait for the device
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Agreement(NamedTuple):
-    """On held-out text: how often the likeliest tokens are the same, and the mass that both distributions share."""
+    """On held-out text: the rate of equal likeliest tokens, and the probability mass that both distributions share."""
 
     greedy: float
     shared: float
 
 
-class _Target(NamedTuple):
-    """What the target predicts at each place of a text that is learned from: every epoch needs the same.
+class _Predictions(NamedTuple):
+    """The target's predictions at the positions of a text that are trained on, computed once for all epochs.
 
-    states: its last ones. normaliser: logarithm of the sum of its exponentiated logits, with which a probability needs
-    no other token's logit. best: its likeliest tokens.
+    states: last hidden states. log_sum: logsumexp of the logits, so that a probability needs one token's logit alone.
     """
 
     states: Float[Tensor, "R E"]
-    normaliser: Float[Tensor, "R"]
+    log_sum: Float[Tensor, "R"]
     best: Int[Tensor, "R"]
 
 
 class _Batch(NamedTuple):
-    """Answers side by side, padded to the right. is_target: at which places the next token is the target's own."""
+    """Texts side by side, padded to the right. is_trained: positions whose next token belongs to an answer."""
 
     token_ids: Int[Tensor, "B S"]
-    is_target: Tensor
+    is_trained: Bool[Tensor, "B S"]
 
 
 def distill(options: EngineOptions, recipe: Recipe, prompts: list[str], out: Path) -> Agreement:
-    """Make a draft for the model of `options` in the directory `out`, going on with what an earlier call began there.
+    """Make a draft for the model of `options` in the directory `out`, and return the last measurement.
 
-    Returns what was measured last. Raises ValueError, or what finding a model raises, before anything is written.
+    Resumes what an earlier call began there. Raises ValueError before anything is written if the recipe or the model
+    does not fit.
     """
     assert isinstance(options.model, str | Path)
     checkpoint = find_checkpoint(options.model)
@@ -74,26 +74,24 @@ def distill(options: EngineOptions, recipe: Recipe, prompts: list[str], out: Pat
     out.mkdir(parents=True, exist_ok=True)
     _write_text(options, recipe, prompts, out / _TEXT)
     text = list(read_text(out / _TEXT))
-    tokenizer = Tokenizer.from_directory(checkpoint.directory)
     head_tokens = None
     if not recipe.own_embedding and 0 < recipe.head_tokens < checkpoint.config.vocab_size:
         head_tokens = frequent_tokens(text, recipe.head_tokens, checkpoint.eos_token_ids)
     training = Training(checkpoint, recipe, text, head_tokens, options.torch_device())
     agreement = training.run(out / _STATE)
-    training.save(out, checkpoint, tokenizer)
+    training.save(out, checkpoint)
     return agreement
 
 
 def frequent_tokens(text: list[Text], count: int, always: tuple[int, ...]) -> list[int]:
-    """The `count` tokens that are the most frequent in the answers, `always` among them, by their ids."""
-    seen = Counter(token for one in text if not one.is_held_out for token in one.token_ids[one.start :])
-    for token in always:
-        seen[token] = 1 << 60
-    return sorted(token for token, _ in seen.most_common(count))
+    """Return the `count` most frequent tokens of the answers, those of `always` included, in ascending order."""
+    counts = Counter(token for one in text if not one.is_held_out for token in one.token_ids[one.start :])
+    counts.update(dict.fromkeys(always, 1 << 60))
+    return sorted(token for token, _ in counts.most_common(count))
 
 
 class Training:
-    """A draft that is being trained."""
+    """Trains a draft on text. head_tokens: the tokens of its head; None is the whole vocabulary."""
 
     def __init__(
         self,
@@ -106,14 +104,12 @@ class Training:
         self.recipe = recipe
         self.device = device
         self.head_tokens = head_tokens
-        self._kept = torch.tensor(head_tokens, device=device) if head_tokens is not None else None
+        self._head = torch.tensor(head_tokens, device=device) if head_tokens is not None else None
         answered = [one for one in text if len(one.token_ids) > one.start]
-        train = [number for number, one in enumerate(answered) if not one.is_held_out]
-        held_out = [number for number, one in enumerate(answered) if one.is_held_out]
+        train = [index for index, one in enumerate(answered) if not one.is_held_out]
+        held_out = [index for index, one in enumerate(answered) if one.is_held_out]
         if not train or not held_out:
-            raise ValueError(
-                f"num_tokens is {recipe.num_tokens}: too few for text to train on and text to measure with"
-            )
+            raise ValueError(f"num_tokens is {recipe.num_tokens}, too few for training and held-out text")
         self.target = transformers_model(checkpoint, torch.bfloat16, device)
         self.draft = draft_of(self.target, recipe.layers)
         if not recipe.own_embedding:
@@ -126,42 +122,42 @@ class Training:
         epochs = range(recipe.epochs)
         self._batches = [batch for epoch in epochs for batch in _packed(answered, train, recipe.batch_tokens, epoch)]
         self._held_out = _packed(answered, held_out, recipe.batch_tokens, 0)
-        self._rows = _ROWS[device.type]
-        self._of_text = self._predictions(answered)
+        self._logit_rows = _LOGIT_ROWS[device.type]
+        self._predictions = self._predict(answered)
 
     def run(self, state_file: Path) -> Agreement:
-        """Train from where `state_file` says an earlier run was, keeping it up to date. What was measured last."""
-        done = self._restore(state_file)
+        """Train from the state in `state_file`, if there is one, save it there, and return the last measurement."""
+        done = self._load_state(state_file)
         every = max(1, len(self._batches) // 10)
         agreement = self.measure()
         with tqdm(self._batches[done:], desc="training", initial=done, total=len(self._batches), disable=None) as bar:
-            self._say(bar, done, agreement)
+            self._report(bar, done, agreement)
             for members in bar:
                 loss = self._step(members, done)
                 done += 1
-                if done % _SAYS_LOSS == 0:
+                if done % _STEPS_PER_LOSS == 0:
                     bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
                 if done % every == 0 or done == len(self._batches):
                     agreement = self.measure()
-                    self._say(bar, done, agreement)
-                    self._keep(state_file, done)
+                    self._report(bar, done, agreement)
+                    self._save_state(state_file, done)
         return agreement
 
     @torch.no_grad()
     def measure(self) -> Agreement:
-        """On the text that is held out."""
+        """Measure the draft on the held-out text."""
         same, mass, count = torch.zeros((), device=self.device), torch.zeros((), device=self.device), 0
         for members in self._held_out:
-            theirs, ours = self._of_target(members), self._hidden(self.draft, self._batch(members))
-            for expected, logits, best in self._logits(theirs, ours):
-                guess = logits.argmax(-1)
-                same += (guess if self._kept is None else self._kept[guess]).eq(best).sum()
+            predicted, states = self._predicted(members), self._states(self.draft, self._batch(members))
+            for expected, logits, best in self._logits(predicted, states):
+                likeliest = logits.argmax(-1)
+                same += (likeliest if self._head is None else self._head[likeliest]).eq(best).sum()
                 mass += torch.minimum(expected, logits.softmax(-1)).sum()
                 count += len(expected)
         return Agreement(float(same) / count, float(mass) / count)
 
-    def save(self, out: Path, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
-        """Write the draft as DiSpec loads it."""
+    def save(self, out: Path, checkpoint: Checkpoint) -> None:
+        """Write the draft's checkpoint."""
         self.draft.config.dtype = "bfloat16"
         if self.recipe.own_embedding:
             self.draft.to(torch.bfloat16).save_pretrained(out)
@@ -174,108 +170,110 @@ class Training:
             name: value.cpu().bfloat16() for name, value in self.draft.state_dict().items() if name not in borrowed
         }
         config = json.loads(self.draft.config.to_json_string(use_diff=False))
-        config["architectures"] = [type(self.draft).__name__]  # which a model made from a config does not say
+        config["architectures"] = [type(self.draft).__name__]  # a model made from a config lacks it
+        tokenizer = Tokenizer.from_directory(checkpoint.directory)
         save_shared_draft(out, config, tensors, self.head_tokens, tokenizer)
 
     @torch.no_grad()
-    def _predictions(self, text: list[Text]) -> list[_Target]:
+    def _predict(self, text: list[Text]) -> list[_Predictions]:
         num_tokens = sum(len(one.token_ids) - one.start for one in text)
         size = num_tokens * self.target.config.hidden_size * torch.bfloat16.itemsize
         keeps_on = self.device
-        if self.device.type == "cuda" and size > _SHARE_OF_FREE * torch.cuda.mem_get_info(self.device)[0]:
+        if self.device.type == "cuda" and size > _MAX_SHARE_OF_MEMORY * torch.cuda.mem_get_info(self.device)[0]:
             keeps_on = torch.device("cpu")
         head = self.target.get_output_embeddings().weight
-        found: list[_Target | None] = [None] * len(text)
+        found: dict[int, _Predictions] = {}
         batches = _packed(text, range(len(text)), self.recipe.batch_tokens, 0)
-        for members in tqdm(batches, desc="what the target predicts", disable=None):
+        for members in tqdm(batches, desc="predictions of the target", disable=None):
             batch = self._batch(members)
-            states = self._hidden(self.target, batch).bfloat16()
-            logits = [(some @ head.T).float() for some in states.split(self._rows)]
-            of_all = _Target(
+            states = self._states(self.target, batch).bfloat16()
+            logits = [(some @ head.T).float() for some in states.split(self._logit_rows)]
+            of_batch = (
                 states.to(keeps_on),
                 torch.cat([some.logsumexp(-1) for some in logits]).to(keeps_on),
                 torch.cat([some.argmax(-1) for some in logits]).to(keeps_on),
             )
-            counts = batch.is_target.sum(1).tolist()
-            for number, *own in zip(members, *(tensor.split(counts) for tensor in of_all), strict=True):
-                found[number] = _Target(*own)
-        return [one for one in found if one is not None]
+            counts = batch.is_trained.sum(1).tolist()
+            for index, *own in zip(members, *(tensor.split(counts) for tensor in of_batch), strict=True):
+                found[index] = _Predictions(*own)
+        return [found[index] for index in range(len(text))]
 
-    def _of_target(self, members: tuple[int, ...]) -> _Target:
-        parts = zip(*(self._of_text[number] for number in members), strict=True)
-        return _Target(*(torch.cat(part).to(self.device) for part in parts))
+    def _predicted(self, members: tuple[int, ...]) -> _Predictions:
+        parts = zip(*(self._predictions[index] for index in members), strict=True)
+        return _Predictions(*(torch.cat(part).to(self.device) for part in parts))
 
     def _batch(self, members: tuple[int, ...]) -> _Batch:
-        tokens = [self._tokens[number] for number in members]
+        tokens = [self._tokens[index] for index in members]
         ends = torch.tensor([len(own) for own in tokens])
         token_ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-        places = torch.arange(token_ids.shape[1])
+        positions = torch.arange(token_ids.shape[1])
         starts = self._starts[list(members)]
-        return _Batch(token_ids, (places >= starts[:, None] - 1) & (places < ends[:, None] - 1))
+        return _Batch(token_ids, (positions >= starts[:, None] - 1) & (positions < ends[:, None] - 1))
 
     def _step(self, members: tuple[int, ...], number: int) -> Tensor:
         for group in self._optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * _schedule(number / len(self._batches))
-        theirs, ours = self._of_target(members), self._hidden(self.draft, self._batch(members))
-        # The logits of a few rows at a time, their gradient taken at once: all of them would fill the memory.
-        leaf = ours.detach().requires_grad_()
+        predicted, states = self._predicted(members), self._states(self.draft, self._batch(members))
+        # Logits and their gradients are computed for some positions at a time: all of them would fill the memory.
+        leaf = states.detach().requires_grad_()
         total = torch.zeros((), device=self.device)
-        for expected, logits, _ in self._logits(theirs, leaf):
-            loss = -(expected * logits.log_softmax(-1)).sum() / len(ours)
+        for expected, logits, _ in self._logits(predicted, leaf):
+            loss = -(expected * logits.log_softmax(-1)).sum() / len(states)
             loss.backward()
             total += loss.detach()
-        ours.backward(leaf.grad)
+        states.backward(leaf.grad)
         torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return total
 
-    def _hidden(self, model: Any, batch: _Batch) -> Float[Tensor, "R E"]:
-        """States of the places after which an answer goes on."""
+    def _states(self, model: Any, batch: _Batch) -> Float[Tensor, "R E"]:
+        """Return the last hidden states of the trained positions."""
         with torch.autocast(self.device.type, torch.bfloat16):
-            # Padding is to the right, where causal attention does not see it.
             states = model.model(input_ids=batch.token_ids.to(self.device), use_cache=False).last_hidden_state
-        # Places are counted on the host: to count them on the device, the host would have to wait for it.
-        places = batch.is_target.flatten().nonzero().squeeze(1).to(self.device, non_blocking=True)
-        return states.flatten(0, 1)[places].float()
+        # `nonzero` on the host, for on the device it makes the host wait.
+        indices = batch.is_trained.flatten().nonzero().squeeze(1).to(self.device, non_blocking=True)
+        return states.flatten(0, 1)[indices].float()
 
-    def _logits(self, theirs: _Target, ours: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """By rows: the target's probabilities of the tokens that the draft can guess, its logits, the target's best."""
+    def _logits(
+        self, predicted: _Predictions, draft_states: Float[Tensor, "R E"]
+    ) -> Iterator[tuple[Float[Tensor, "N V"], Float[Tensor, "N V"], Int[Tensor, "N"]]]:
+        """Yield the target's probabilities of the head's tokens, the draft's logits, the target's likeliest tokens."""
         heads = [model.get_output_embeddings().weight for model in (self.target, self.draft)]
-        if self._kept is not None:
-            heads = [head[self._kept] for head in heads]
+        if self._head is not None:
+            heads = [head[self._head] for head in heads]
         target_head, draft_head = (head.bfloat16() for head in heads)
-        rows = (tensor.split(self._rows) for tensor in (*theirs, ours))
-        for states, normaliser, best, mine in zip(*rows, strict=True):
+        parts = (tensor.split(self._logit_rows) for tensor in (*predicted, draft_states))
+        for states, log_sum, best, own_states in zip(*parts, strict=True):
             with torch.no_grad():
-                expected = ((states @ target_head.T).float() - normaliser[:, None]).exp()
-            yield expected, (mine.bfloat16() @ draft_head.T).float(), best
+                expected = ((states @ target_head.T).float() - log_sum[:, None]).exp()
+            yield expected, (own_states.bfloat16() @ draft_head.T).float(), best
 
-    def _say(self, bar: tqdm, done: int, agreement: Agreement) -> None:
+    def _report(self, bar: tqdm, done: int, agreement: Agreement) -> None:
         bar.write(
-            f"{done:6d} of {len(self._batches)} steps: on prompts not trained on, the draft's likeliest token is the"
-            f" target's {agreement.greedy:.1%} of the time; they share {agreement.shared:.1%} of the probability"
+            f"{done:6d} of {len(self._batches)} steps: {agreement.greedy:.1%} equal likeliest tokens and"
+            f" {agreement.shared:.1%} shared probability on held-out prompts"
         )
 
-    def _keep(self, file: Path, done: int) -> None:
+    def _save_state(self, file: Path, done: int) -> None:
         state = {"done": done, "draft": self.draft.state_dict(), "optimizer": self._optimizer.state_dict()}
         partial = file.with_suffix(".partial")
         torch.save(state | {"recipe": asdict(self.recipe)}, partial)
         partial.replace(file)
 
-    def _restore(self, file: Path) -> int:
+    def _load_state(self, file: Path) -> int:
         if not file.exists():
             return 0
         state = torch.load(file, map_location=self.device, weights_only=True)
         if state["recipe"] != asdict(self.recipe):
-            raise ValueError(f"{file} is of a training with other settings: remove it, or give those")
+            raise ValueError(f"{file} has settings {state['recipe']}, not those given: remove it or give the same ones")
         self.draft.load_state_dict(state["draft"])
         self._optimizer.load_state_dict(state["optimizer"])
         return int(state["done"])
 
 
 def _write_text(options: EngineOptions, recipe: Recipe, prompts: list[str], file: Path) -> None:
-    """Have the target answer until there is enough, and let go of the engine."""
+    """Let the target answer until there are `num_tokens` tokens, and free the engine."""
     written = sum(len(text.token_ids) - text.start for text in read_text(file))
     if written < recipe.num_tokens:
         llm = LLM(**{field.name: getattr(options, field.name) for field in fields(options)} | {"show_progress": True})
@@ -287,8 +285,7 @@ def _write_text(options: EngineOptions, recipe: Recipe, prompts: list[str], file
 
 
 def _packed(text: list[Text], members: Iterable[int], batch_tokens: int, seed: int) -> list[tuple[int, ...]]:
-    """Each of those texts once, in batches of about as many tokens and of texts of about the same length, in random
-    order."""
+    """Return shuffled batches of texts of similar length, with about `batch_tokens` tokens each. members: indices."""
     rng = random.Random(seed)
     order = sorted(members, key=lambda number: (len(text[number].token_ids), rng.random()))
     batches: list[list[int]] = [[]]
@@ -301,7 +298,7 @@ def _packed(text: list[Text], members: Iterable[int], batch_tokens: int, seed: i
 
 
 def _schedule(share: float) -> float:
-    """Of the learning rate, after so much of the training: up in the first 3 %, down along a cosine to 2 %."""
+    """Return the factor of the learning rate after a share of the training: 3 % linear warm-up, cosine decay to 2 %."""
     warm_up = 0.03
     if share < warm_up:
         return max(share, 1e-3) / warm_up

@@ -1,16 +1,14 @@
-"""A target and its draft as transformers' modules: what is trained is made of the target's own layers."""
+"""A target and its draft as models of transformers."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dispec.engine.loading.checkpoint import Checkpoint
 
 
 def transformers_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model of a checkpoint, on the device and in eval mode; a quantised one dequantised."""
+    """Return a checkpoint's model in eval mode, dequantised if it is quantised."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     options: dict[str, Any] = {}
@@ -22,9 +20,9 @@ def transformers_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch
 
 
 def chosen_layers(num_layers: int, wanted: int) -> list[int]:
-    """Layers of the target that a draft begins with: the first, the last, and others evenly between.
+    """Return the layers of the target that a draft starts from: the first, the last, and others evenly between.
 
-    Raises ValueError if the target does not have more than that.
+    Raises ValueError unless the target has more than `wanted` layers.
     """
     if not 1 <= wanted < num_layers:
         raise ValueError(f"layers is {wanted}, must be between 1 and {num_layers - 1}: the target has {num_layers}")
@@ -34,24 +32,13 @@ def chosen_layers(num_layers: int, wanted: int) -> list[int]:
 
 
 def draft_of(target: Any, num_layers: int) -> Any:
-    """A model of `num_layers` layers of the target, copied, in float32; embedding and head copied as well."""
+    """Return a float32 model of `num_layers` copied layers of the target, with its embedding, norm and head."""
     from transformers import AutoModelForCausalLM
 
     config = type(target.config)(**{**target.config.to_dict(), "num_hidden_layers": num_layers, "layer_types": None})
-    draft = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(next(target.parameters()).device)
-    layers = chosen_layers(target.config.num_hidden_layers, num_layers)
-    draft.load_state_dict(dict(_renumbered(target.state_dict(), layers)))
+    draft = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(target.device)
+    layers = target.model.layers
+    target.model.layers = torch.nn.ModuleList(layers[index] for index in chosen_layers(len(layers), num_layers))
+    draft.load_state_dict(target.state_dict())
+    target.model.layers = layers
     return draft
-
-
-def _renumbered(state: Mapping[str, Tensor], layers: list[int]) -> list[tuple[str, Tensor]]:
-    """The state with only those layers, numbered from 0."""
-    places = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(layers)}
-    found = []
-    for name, tensor in state.items():
-        if not name.startswith("model.layers."):
-            found.append((name, tensor))
-        for old, new in places.items():
-            if name.startswith(old):
-                found.append((new + name.removeprefix(old), tensor))
-    return found

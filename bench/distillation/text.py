@@ -1,8 +1,8 @@
-"""Text to train a draft on: what the target answers, to prompts that it is given and to prompts that it makes up.
+"""Text to train a draft on: the target's answers to given prompts and to prompts that it generates.
 
-What a draft will be asked to guess is its target's own text, so that and nothing else is what it learns from (sequence
-distillation, arXiv:1606.07947; for drafts arXiv:2310.08461). Prompts of the target's own come from letting it write
-what stands in its chat template's place for the user (Magpie, arXiv:2406.08464).
+A draft predicts its target's text, so it is trained on that text alone (sequence distillation, arXiv:1606.07947; for
+drafts arXiv:2310.08461). The target generates prompts by continuing its chat template at the user's place (Magpie,
+arXiv:2406.08464).
 """
 
 import json
@@ -17,14 +17,14 @@ from dispec.engine.sampling_params import SamplingParams
 
 SEED_PROMPTS = Path(__file__).with_name("data") / "seed_prompts.txt"
 
-_MARK = "\u2403"  # stands where the user's words go, and is in no template
-_HELD_OUT = 12  # one prompt in so many is never trained on
-_TEMPERATURES = (0.0, 0.7, 1.0, 1.0)  # of the first, second, ... answer to a given prompt; no more are asked for
-_OWN_TEMPERATURES = (0.0, 0.7, 0.0, 1.0)  # of answers to prompts of its own, in turns: most people ask for greedy ones
+_MARK = "\u2403"  # in the user's place; no template has it
+_HELD_OUT = 12  # one prompt in 12 is never trained on
+_TEMPERATURES = (0.0, 0.7, 1.0, 1.0)  # of the four answers to a given prompt
+_OWN_TEMPERATURES = (0.0, 0.7, 0.0, 1.0)  # of answers to generated prompts, in turns: greedy ones are most common
 
 
 class Text(NamedTuple):
-    """A prompt with its answer. The answer begins at `token_ids[start]`."""
+    """A prompt with its answer, which begins at `token_ids[start]`."""
 
     token_ids: list[int]
     start: int
@@ -32,7 +32,7 @@ class Text(NamedTuple):
 
 
 def read_prompts(file: Path) -> list[str]:
-    """A prompt from each line that is not empty. Raises ValueError if there are fewer than two."""
+    """Return a prompt from each line that is not empty. Raises ValueError if there are fewer than two."""
     prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(prompts) < 2:
         raise ValueError(f"{file} has {len(prompts)} prompts, must have at least 2: some are held out")
@@ -40,7 +40,7 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def read_text(file: Path) -> Iterator[Text]:
-    """What `write_text` has written so far; a line that was cut short by the end of a process is left out."""
+    """Yield the texts that `write_text` has written, without an unfinished last line."""
     if not file.exists():
         return
     with file.open(encoding="utf-8") as lines:
@@ -50,7 +50,7 @@ def read_text(file: Path) -> Iterator[Text]:
 
 
 def write_text(llm: LLM, prompts: list[str], num_tokens: int, file: Path, max_tokens: int = 256) -> None:
-    """Append answers to `file` until it holds `num_tokens` tokens of answers, going on where an earlier call ended."""
+    """Append answers to `file` until it holds `num_tokens` tokens of answers, those of earlier calls included."""
     _drop_unfinished_line(file)
     known = list(read_text(file))
     written = sum(len(text.token_ids) - text.start for text in known)
@@ -69,7 +69,7 @@ def write_text(llm: LLM, prompts: list[str], num_tokens: int, file: Path, max_to
 
 
 class _Question(NamedTuple):
-    """prompt: None if the target is to make one up."""
+    """A prompt, or None to let the target generate one, with the settings of its answer."""
 
     prompt: str | None
     temperature: float
@@ -77,7 +77,7 @@ class _Question(NamedTuple):
 
 
 def _question(number: int, prompts: list[str]) -> _Question:
-    """By turns one that is given and one that is not, as long as there are given ones."""
+    """Return question `number`: given and generated prompts in turns, as long as there are given ones."""
     num_given = len(_TEMPERATURES) * len(prompts)
     if number % 2 == 0 and number // 2 < num_given:
         round_, place = divmod(number // 2, len(prompts))
@@ -87,7 +87,7 @@ def _question(number: int, prompts: list[str]) -> _Question:
 
 
 def _answers(llm: LLM, prompts: list[str], number: int, max_tokens: int) -> list[Text]:
-    """Answers `number` and those after it."""
+    """Return the answers from `number` on, four batches of them."""
     numbers = range(number, number + 4 * llm.engine.options.max_num_seqs)
     questions = [_question(each, prompts) for each in numbers]
     own = iter(
@@ -107,7 +107,7 @@ def _answers(llm: LLM, prompts: list[str], number: int, max_tokens: int) -> list
 
 
 def _own_prompts(llm: LLM, seeds: list[int]) -> list[str]:
-    """What the target writes in the user's place."""
+    """Return a prompt that the target generates for each seed."""
     tokenizer = llm.tokenizer
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}])
     opening = tokenizer.encode(rendered[: rendered.index(_MARK)], add_special_tokens=False)

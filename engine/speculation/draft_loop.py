@@ -1,18 +1,18 @@
-"""Draft tokens of a draft model, one after another, without the host between two of them.
+"""The draft loop: a draft model samples several draft tokens without the host between two of them.
 
-The host writes the inputs of the first draft token; each further one follows on the device from the one before it, by
-`layers.speculation.draft_step`. On CUDA this step is compiled, a draft is a chain of CUDA graphs, and the target's step
-reads the draft tokens where the loop left them. On a CPU whose kernels run whole layers, a draft is one C++ call
-(`ops.decode_tokens`), unless top-k, top-p or min-p is used.
+The host writes the inputs of the first draft token; `layers.speculation.draft_step` computes each further one from the
+one before it. On CUDA this step is compiled, a draft is a chain of CUDA graphs, and the target's step reads the draft
+tokens from the device buffer to which the loop writes them. On a CPU whose kernels run whole layers, a draft is one C++
+call (`ops.decode_tokens`), unless top-k, top-p or min-p is used.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from dispec import ops
@@ -35,18 +35,24 @@ from dispec.layers.decoding import build_decoder
 from dispec.layers.speculation import DraftState, draft_step
 from dispec.layers.types import KVCache, SamplingFilters, Weights
 
-# Tokens of a sequence that the draft model may not have computed: an accepted draft token, and what followed it.
+# Tokens of a sequence that the draft model may not have computed: an accepted draft token and the token after it.
 LAST_TOKENS = 2
 
 _DraftStep = Callable[[Weights, DraftState, KVCache], tuple[Tensor, DraftState]]
 
-# What a step changes of its batch.
-_CHANGED = ("token_ids", "positions", "slot_mapping", "query_start", "context_lens", "logits_indices")
+_CHANGED_FIELDS = (
+    "token_ids",
+    "positions",
+    "slot_mapping",
+    "query_start",
+    "context_lens",
+    "logits_indices",
+)  # of a batch, by a step
 _EXTRA_FIELDS = 4  # last_positions, top_k, top_p, min_p
 # No two sizes are equal, as in `engine.execution.step_shapes`.
 _TRACED = StepShape(num_tokens=6, num_seqs=3, max_blocks_per_seq=5, num_sampled=3, query_len=LAST_TOKENS)
-# One graph serves all sequences: all of them are sampled and filtered; neutral parameters change nothing.
-_TRACED_NEEDS = SamplingFeatures.RANDOM | SamplingFeatures.TOP_K_TOP_P
+# One graph serves all sequences, because neutral sampling parameters change nothing.
+_TRACED_FEATURES = SamplingFeatures.RANDOM | SamplingFeatures.TOP_K_TOP_P
 
 
 def num_uncomputed_tokens(sequence: Sequence) -> int:
@@ -62,9 +68,9 @@ def can_loop(sequence: Sequence) -> bool:
 
 
 class DraftLoop:
-    """Drafts for sequences of which the draft model has computed all but the last two tokens.
+    """Draft loops for sequences of which the draft model has computed all but the last `LAST_TOKENS` tokens.
 
-    runner: of the draft model. sampled: the tokens that the target's steps read, on the device.
+    runner: of the draft model. sampled: the token ids that the target's steps read, on the device.
     """
 
     def __init__(
@@ -92,40 +98,39 @@ class DraftLoop:
             self._decoder = build_decoder(*model, max_positions=max_model_len)
 
     @torch.inference_mode()
-    def run(self, depths: dict[Sequence, int]) -> DeviceDrafts | None:
+    def run(self, num_drafts: dict[Sequence, int]) -> DeviceDrafts | None:
         """Draft the given number of tokens of each sequence.
 
         On CUDA, return drafts that the device is computing; else write them to the sequences' `draft.token_ids`.
         """
-        # Sequences with most draft tokens first: those that have all of theirs are then the last rows, left out.
-        depths = dict(sorted(depths.items(), key=lambda item: -item[1]))
+        # Sequences with most draft tokens come first: those with fewer are then the last rows.
+        num_drafts = dict(sorted(num_drafts.items(), key=lambda item: -item[1]))
         sampling_features = 0
-        for sequence in depths:
+        for sequence in num_drafts:
             sampling_features |= sequence.sampling_features
         if self._runner.plan.compile != "off" or self._runner.is_cuda:
-            sampling_features = _TRACED_NEEDS
+            sampling_features = _TRACED_FEATURES
         if self._runner.is_cuda:
             started = torch.cuda.Event(enable_timing=True)
             started.record()
             with replay_lock():
-                return DeviceDrafts(depths, self._loop(depths, sampling_features), started)
+                return DeviceDrafts(num_drafts, self._loop(num_drafts, sampling_features), started)
         if self._decoder is not None and not sampling_features & SamplingFeatures.TOP_K_TOP_P:
-            write_drafts(
-                depths, _decode(self._decoder, depths, draws=bool(sampling_features & SamplingFeatures.RANDOM))
-            )
+            is_random = bool(sampling_features & SamplingFeatures.RANDOM)
+            write_drafts(num_drafts, _decode(self._decoder, num_drafts, is_random=is_random))
         else:
-            write_drafts(depths, self._loop(depths, sampling_features))
+            write_drafts(num_drafts, self._loop(num_drafts, sampling_features))
         return None
 
     def compile(self) -> Iterator[None]:
-        """Compile the step and record its chains, for one number of sequences at each `next`.
+        """Compile the step and record its chain of graphs, for one number of sequences at each `next`.
 
-        The last `next` switches to what was compiled. If the compiler fails, warn and run eagerly.
+        The last `next` switches to the compiled step. If the compiler fails, warn and run eagerly.
         """
         try:
             step = _compiled_step(self._runner)
             for shape in (_TRACED, *map(self._shape, reversed(self._sizes))):
-                # A chain takes a call to warm its memory pool up, and one to be recorded.
+                # The first call of a chain warms its memory pool up, the second one records it.
                 for _ in range(2 if self._runner.plan.replays else 1):
                     self._run_padding(step, shape)
                 yield
@@ -138,52 +143,52 @@ class DraftLoop:
         self._host[: shape.size] = 0
         write_inputs(self._host_views(shape), (), self._runner.block_size)
         self._upload(shape)
-        self._draft(step, self._device_state(shape, _TRACED_NEEDS), self._max_num_drafts)
+        self._draft(step, self._device_state(shape, _TRACED_FEATURES), self._max_num_drafts)
         if self._runner.is_cuda:
             torch.cuda.synchronize(self._runner.device)  # before the next shape is written
 
     def _shape(self, size: int) -> StepShape:
-        # One more token than may be missing is computed again: a uniform step is that much faster.
+        # Every sequence computes `LAST_TOKENS` tokens, some of them again: a uniform step is faster.
         return StepShape(LAST_TOKENS * size, size, self._max_blocks, size, LAST_TOKENS)
 
-    def _loop(self, depths: dict[Sequence, int], sampling_features: int) -> Tensor:
-        """Return all draft tokens, a row for each sequence, as many columns as the deepest draft has."""
-        count, depth = len(depths), max(depths.values())
+    def _loop(self, num_drafts: dict[Sequence, int], sampling_features: int) -> Int[Tensor, "B K"]:
+        """Return the draft tokens. K: the largest number of draft tokens of a sequence."""
+        count, depth = len(num_drafts), max(num_drafts.values())
         if self._runner.is_cuda:
             shape = self._shape(next(size for size in self._sizes if size >= count))
         else:
-            widest = max(len(sequence.block_table) for sequence in depths)
-            # A size of 1 would be another graph to the compiler.
+            max_blocks = max(2, *(len(sequence.block_table) for sequence in num_drafts))
+            # The compiler specialises on a size of 1.
             size = count if self._runner.plan.compile == "off" else max(2, count)
-            shape = self._shape(size)._replace(max_blocks_per_seq=max(2, widest))
-        works = [
-            ScheduledSequence(each, len(each.token_ids) - LAST_TOKENS, LAST_TOKENS, samples=True) for each in depths
-        ]
+            shape = self._shape(size)._replace(max_blocks_per_seq=max_blocks)
+        scheduled = tuple(
+            ScheduledSequence(each, len(each.token_ids) - LAST_TOKENS, LAST_TOKENS, samples=True) for each in num_drafts
+        )
         self._host[: shape.size] = 0
-        write_inputs(self._host_views(shape), tuple(works), self._runner.block_size)
+        write_inputs(self._host_views(shape), scheduled, self._runner.block_size)
         last, top_k = self._host_extra[:2].numpy()
         top_p, min_p = self._host_extra[2:].view(torch.float32).numpy()
         last[: shape.num_seqs] = 0
-        last[:count] = [len(sequence.token_ids) + own - 2 for sequence, own in depths.items()]
+        last[:count] = [len(sequence.token_ids) + own - 2 for sequence, own in num_drafts.items()]
         if sampling_features & SamplingFeatures.TOP_K_TOP_P:
             size = shape.num_seqs
             write_sampling_filters(
-                list(depths),
+                list(num_drafts),
                 self._runner.vocabulary.num_head_tokens(self._runner.config),
                 top_k[:size],
                 top_p[:size],
                 min_p[:size],
             )
         self._upload(shape)
-        found = self._draft(
+        token_ids = self._draft(
             self._step,
             self._device_state(shape, sampling_features & (SamplingFeatures.RANDOM | SamplingFeatures.TOP_K_TOP_P)),
             depth,
         )
-        # Without padding: the target's steps may have less room than a padded chain returns.
-        kept = self._sampled[: count * depth]
-        kept.copy_(found[:count].flatten())
-        return kept.view(count, depth)
+        # Without padding rows, for which the buffer that the target's steps read may have no room.
+        sampled = self._sampled[: count * depth]
+        sampled.copy_(token_ids[:count].flatten())
+        return sampled.view(count, depth)
 
     def _upload(self, shape: StepShape) -> None:
         if self._runner.is_cuda:
@@ -207,14 +212,14 @@ class DraftLoop:
         )
 
     def _draft(self, step: _DraftStep, state: DraftState, depth: int) -> Tensor:
-        """Run a chain of steps; each reads what the one before it returned, which lives until the next chain begins."""
+        """Run a chain of steps, each on the state that the one before it returned. [B, depth]"""
         if self._runner.plan.replays and step is not self._eager_step:
             begin_replay()
-        found = []
+        draft_tokens = []
         for _ in range(depth):
             token_ids, state = step(self._runner.weights, state, self._runner.kv_cache)
-            found.append(token_ids)
-        return torch.stack(found, 1)
+            draft_tokens.append(token_ids)
+        return torch.stack(draft_tokens, 1)
 
 
 def _bound_step(runner: ModelRunner) -> _DraftStep:
@@ -227,57 +232,43 @@ def _bound_step(runner: ModelRunner) -> _DraftStep:
 
 
 def _compiled_step(runner: ModelRunner) -> _DraftStep:
-    """Return the step, to be compiled when it is first called, of states that sample and filter."""
+    """Return the step for states with sampling and filters, which is compiled when it is first called."""
     config, vocabulary = runner.config, runner.vocabulary
 
-    def changed(weights: Any, state: Any, kv_cache: Any) -> tuple[Any, ...]:
+    def changed_fields(weights: Any, state: Any, kv_cache: Any) -> tuple[Any, ...]:
         token_ids, following = draft_step(weights, config, vocabulary, state, kv_cache)
         assert following.sampling is not None
-        return token_ids, following.sampling.position, *(getattr(following.batch, name) for name in _CHANGED)
+        return token_ids, following.sampling.position, *(getattr(following.batch, name) for name in _CHANGED_FIELDS)
 
-    run = compile_function(changed, replays=runner.plan.replays)
+    run = compile_function(changed_fields, replays=runner.plan.replays)
 
     def step(weights: Weights, state: DraftState, kv_cache: KVCache) -> tuple[Tensor, DraftState]:
-        # Plain tensors, because the compiler of torch 2.11 returns a named tuple within another one broken.
+        # `run` returns plain tensors: the compiler of torch 2.11 breaks a named tuple within another one.
         token_ids, position, *fields = run(weights, state, kv_cache)
         assert state.sampling is not None
         return token_ids, state._replace(
-            batch=state.batch._replace(**dict(zip(_CHANGED, fields, strict=True))),
+            batch=state.batch._replace(**dict(zip(_CHANGED_FIELDS, fields, strict=True))),
             sampling=state.sampling._replace(position=position),
         )
 
     return step
 
 
-def _decode(decoder: ops.Decoder, depths: dict[Sequence, int], *, draws: bool) -> Tensor:
-    """Return all draft tokens, computed in one call. depths: in descending order."""
-    # One more token than was missing is computed again: a uniform step is that much faster.
-    query_len = LAST_TOKENS if any(num_uncomputed_tokens(sequence) > 1 for sequence in depths) else 1
+def _decode(decoder: ops.Decoder, num_drafts: dict[Sequence, int], *, is_random: bool) -> Int[Tensor, "B K"]:
+    """Return the draft tokens, computed in one call. num_drafts: in descending order."""
+    # Every sequence computes as many tokens, some of them again: a uniform step is faster.
+    query_len = LAST_TOKENS if any(num_uncomputed_tokens(sequence) > 1 for sequence in num_drafts) else 1
+    block_tables = np.zeros((len(num_drafts), max(2, *(len(each.block_table) for each in num_drafts))), np.int32)
+    for row, sequence in zip(block_tables, num_drafts, strict=True):
+        row[: len(sequence.block_table)] = sequence.block_table
     return ops.decode_tokens(
         decoder,
-        _int32(depths.values()),
-        _int32(chain.from_iterable(sequence.token_ids[-query_len:] for sequence in depths)).view(-1, query_len),
-        _block_tables(list(depths)),
-        _int32(len(sequence.token_ids) for sequence in depths),
-        _temperatures(depths) if draws else None,
-        _seeds(depths) if draws else None,
+        torch.tensor(list(num_drafts.values()), dtype=torch.int32),
+        torch.tensor([sequence.token_ids[-query_len:] for sequence in num_drafts], dtype=torch.int32),
+        torch.from_numpy(block_tables),
+        torch.tensor([len(sequence.token_ids) for sequence in num_drafts], dtype=torch.int32),
+        torch.tensor([sequence.params.temperature for sequence in num_drafts], dtype=torch.float32)
+        if is_random
+        else None,
+        torch.tensor([sequence.seed for sequence in num_drafts], dtype=torch.int64) if is_random else None,
     )
-
-
-def _block_tables(sequences: list[Sequence]) -> Tensor:
-    tables = np.zeros((len(sequences), max(2, *(len(sequence.block_table) for sequence in sequences))), np.int32)
-    for row, sequence in zip(tables, sequences, strict=True):
-        row[: len(sequence.block_table)] = sequence.block_table
-    return torch.from_numpy(tables)
-
-
-def _temperatures(sequences: Iterable[Sequence]) -> Tensor:
-    return torch.from_numpy(np.fromiter((sequence.params.temperature for sequence in sequences), np.float32))
-
-
-def _seeds(sequences: Iterable[Sequence]) -> Tensor:
-    return torch.from_numpy(np.fromiter((sequence.seed for sequence in sequences), np.int64))
-
-
-def _int32(values: Iterable[int]) -> Tensor:
-    return torch.from_numpy(np.fromiter(values, dtype=np.int32))

@@ -31,8 +31,7 @@ COMMANDS = {
     "scheduler": "milliseconds of scheduling a step, without a model",
 }
 
-
-# Typer's settings of a command whose options belong to the benchmark that it names.
+# Typer's settings of `dispec bench`, which passes its options on to the benchmark.
 PASSES_OPTIONS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
 
 

@@ -71,7 +71,7 @@ class ServerSettings:
     allowed_origins: Annotated[
         tuple[str, ...],
         Option(
-            "SCHEME://HOST[:PORT] whose web pages may use this server, * for all; also as a JSON list.",
+            "SCHEME://HOST[:PORT] of web pages that may use this server, * for all; also as a JSON list.",
             default="none",
             parse=_json_texts("allowed_origins"),
         ),

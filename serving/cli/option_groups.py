@@ -22,7 +22,7 @@ _IN_PYTHON_ALONE = ("seed", "show_progress")
 
 
 class OptionGroup(NamedTuple):
-    """Fields of a class that become options. defaults: where they differ from the class's, by name."""
+    """Fields of a class that become options. defaults: those of the command, where they differ from the class's."""
 
     cls: type
     title: str
@@ -47,17 +47,7 @@ def engine_group(**defaults: Any) -> OptionGroup:
 SAMPLING = OptionGroup(
     SamplingParams,
     "Sampling",
-    (
-        "max_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "stop",
-        "seed",
-        "ignore_eos",
-    ),
+    ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed", "ignore_eos"),
     {"max_tokens": 512, "temperature": 0.0},
 )
 SERVER = OptionGroup(ServerSettings, "Server", tuple(option_fields(ServerSettings)))

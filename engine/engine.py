@@ -16,6 +16,7 @@ from dispec.engine.options import EngineOptions
 from dispec.engine.request_checks import check_params, check_priority, check_prompt_length, check_token_ids
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.logits_processors import LogitsProcessors
+from dispec.engine.scheduling.scheduler import Scheduler
 from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence
 from dispec.engine.scheduling.step_record import Kind, StepRecord
@@ -274,8 +275,12 @@ class Engine:
                     choice.scheduled_time = start
         pending = self.runner.launch(step, self.speculator.device_drafts if self.speculator is not None else None)
         launch_seconds = time.perf_counter() - scheduled_at - draft_seconds
-        record = self._make_record(step)._replace(
-            started=start, schedule=scheduled_at - start, draft=draft_seconds, launch=launch_seconds
+        record = _make_record(step, self.scheduler)._replace(
+            num_planned_draft_tokens=self.speculator.num_planned if self.speculator is not None else 0,
+            started=start,
+            schedule=scheduled_at - start,
+            draft=draft_seconds,
+            launch=launch_seconds,
         )
         self._launched.append(_LaunchedStep(step, pending, record))
 
@@ -312,32 +317,6 @@ class Engine:
         self.records.append(record._replace(commit=time.perf_counter() - waited))
         return outputs
 
-    def _make_record(self, step: SchedulerOutput) -> StepRecord:
-        """Return a step's record, without its times."""
-        scheduled_sequences = step.scheduled_sequences
-        num_prompt_tokens = sum(
-            scheduled.num_tokens
-            for scheduled in scheduled_sequences
-            if scheduled.num_tokens > 1 + scheduled.num_drafts or scheduled.start < scheduled.sequence.num_prompt_tokens
-        )
-        prefill_kind: Kind = "prefill" if num_prompt_tokens == step.num_tokens else "mixed"
-        pool = self.scheduler.pool
-        return StepRecord(
-            kind=prefill_kind if num_prompt_tokens else "decode",
-            num_sequences=len(scheduled_sequences),
-            num_tokens=step.num_tokens,
-            num_prompt_tokens=num_prompt_tokens,
-            num_cached_tokens=step.num_cached_tokens,
-            num_preempted=step.num_preempted,
-            num_admitted=step.num_admitted,
-            num_running=len(self.scheduler.running),
-            num_waiting=self.scheduler.num_waiting,
-            num_used_blocks=pool.num_usable - pool.num_free,
-            num_drafts=sum(scheduled.num_drafts > 0 for scheduled in scheduled_sequences),
-            num_draft_tokens=sum(scheduled.num_drafts for scheduled in scheduled_sequences),
-            num_planned_draft_tokens=self.speculator.num_planned if self.speculator is not None else 0,
-        )
-
     def _isolate_failure(self, error: Exception) -> list[TokenOutput]:
         """After a failed step, run each of its sequences alone for one token, and end those that fail again.
 
@@ -367,3 +346,29 @@ class Engine:
             self.finish(sequence, "error")
         self.failed = failed
         return outputs
+
+
+def _make_record(step: SchedulerOutput, scheduler: Scheduler) -> StepRecord:
+    """Return a step's record, without its times."""
+    scheduled_sequences = step.scheduled_sequences
+    num_prompt_tokens = sum(
+        scheduled.num_tokens
+        for scheduled in scheduled_sequences
+        if scheduled.num_tokens > 1 + scheduled.num_drafts or scheduled.start < scheduled.sequence.num_prompt_tokens
+    )
+    prefill_kind: Kind = "prefill" if num_prompt_tokens == step.num_tokens else "mixed"
+    pool = scheduler.pool
+    return StepRecord(
+        kind=prefill_kind if num_prompt_tokens else "decode",
+        num_sequences=len(scheduled_sequences),
+        num_tokens=step.num_tokens,
+        num_prompt_tokens=num_prompt_tokens,
+        num_cached_tokens=step.num_cached_tokens,
+        num_preempted=step.num_preempted,
+        num_admitted=step.num_admitted,
+        num_running=len(scheduler.running),
+        num_waiting=scheduler.num_waiting,
+        num_used_blocks=pool.num_usable - pool.num_free,
+        num_drafts=sum(scheduled.num_drafts > 0 for scheduled in scheduled_sequences),
+        num_draft_tokens=sum(scheduled.num_drafts for scheduled in scheduled_sequences),
+    )

@@ -24,6 +24,15 @@ class KVCacheManager:
         """Whether a transfer to or from another engine holds blocks: they become free without a step here."""
         return bool(self._pinned or self._remote_blocks)
 
+    def check_fits(self, sequence: Sequence) -> None:
+        """Raise ValueError if the whole pool could not hold the sequence at its longest."""
+        num_blocks = self.pool.num_blocks_for(sequence.max_len)
+        if num_blocks > self.pool.num_usable:
+            raise ValueError(
+                f"a sequence of {sequence.max_len} tokens needs {num_blocks} KV blocks, the cache has"
+                f" {self.pool.num_usable}: raise kv_cache_memory or lower max_model_len"
+            )
+
     def admit(self, sequence: Sequence, num_running: int) -> bool:
         """Give a sequence without blocks the cached prefix of its tokens; False if the rest does not fit now.
 

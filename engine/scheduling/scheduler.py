@@ -81,13 +81,13 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence and its forks. Raises ValueError if the whole pool could not hold it at its longest."""
-        self._check_size(sequence)
+        self.kv_cache.check_fits(sequence)
         self._num_forks += len(sequence.forks)
         self._enqueue(sequence)
 
     def add_remote(self, choices: Series[Sequence]) -> None:
         """Register choices for which another engine computes the prompt. Raises ValueError as `add`."""
-        self._check_size(choices[0])
+        self.kv_cache.check_fits(choices[0])
         for choice in choices:
             choice.status = Status.WAITING_FOR_REMOTE_KV
         self.waiting_for_remote += choices
@@ -187,7 +187,7 @@ class Scheduler:
             if sequence.forks:
                 self._start_forks(sequence, holds_blocks)
             sequence.num_pending_tokens -= 1
-            self._append_tokens(scheduled, token_ids, result, outputs)
+            _append_tokens(scheduled, token_ids, result, outputs)
             if sequence.finish_reason is not None:
                 if sequence.status is Status.WAITING:
                     self.waiting.remove(sequence)
@@ -259,14 +259,6 @@ class Scheduler:
         assert ranks == sorted(ranks), "the queue is out of order"
         self.kv_cache.check((*self.running, *self._remote_ready))
 
-    def _check_size(self, sequence: Sequence) -> None:
-        num_blocks = self.pool.num_blocks_for(sequence.max_len)
-        if num_blocks > self.pool.num_usable:
-            raise ValueError(
-                f"a sequence of {sequence.max_len} tokens needs {num_blocks} KV blocks, the cache has"
-                f" {self.pool.num_usable}: raise kv_cache_memory or lower max_model_len"
-            )
-
     def _rank(self, sequence: Sequence) -> tuple[float, int]:
         return sequence.arrival_time + sequence.slack + sequence.priority * self.priority_aging, sequence.id
 
@@ -293,7 +285,7 @@ class Scheduler:
                 continue  # preempted for another one
             # Draft tokens take what the other sequences' own tokens leave, and preempt no sequence.
             if sequence.draft.num_tokens:
-                num_drafts = self._num_drafts(sequence, plan.budget - 1 - num_others)
+                num_drafts = _num_drafts(sequence, plan.budget - 1 - num_others)
                 if num_drafts and self.kv_cache.grow(sequence, 1 + num_drafts, plan.copies):
                     self._take(plan, sequence, 1 + num_drafts, num_drafts)
                     continue
@@ -304,13 +296,6 @@ class Scheduler:
             if sequence.status is Status.RUNNING:
                 num_tokens = min(sequence.num_uncomputed_tokens, self.max_prefill_chunk, plan.budget)
                 self._schedule_or_preempt(plan, sequence, num_tokens)
-
-    def _num_drafts(self, sequence: Sequence, budget: int) -> int:
-        """Return the number of draft tokens that the sequence's next step verifies; none is past its end."""
-        if sequence.num_pending_tokens:
-            return 0
-        num_left = sequence.max_len - len(sequence.token_ids) - 1
-        return max(0, min(sequence.draft.num_tokens, num_left, budget))
 
     def _schedule_or_preempt(self, plan: _StepPlan, sequence: Sequence, num_tokens: int) -> None:
         """Schedule a running sequence, and preempt those that are last in rank until there are blocks for it."""
@@ -336,26 +321,6 @@ class Scheduler:
         plan.scheduled[sequence] = ScheduledSequence(sequence, start, num_tokens, samples, num_drafts)
         plan.budget -= num_tokens
 
-    @staticmethod
-    def _append_tokens(
-        scheduled: ScheduledSequence, token_ids: Series[int], result: ModelRunnerOutput, outputs: list[TokenOutput]
-    ) -> None:
-        """Append sampled tokens up to the sequence's end, each with an output."""
-        sequence = scheduled.sequence
-        logprobs = result.logprobs[sequence.id] if sequence.params.logprobs is not None else None
-        num_accepted = len(token_ids) - 1 if scheduled.num_drafts else 0
-        num_rejected = scheduled.num_drafts - num_accepted
-        for index, token_id in enumerate(token_ids):
-            token_logprobs = None
-            if logprobs is not None:
-                token_logprobs = logprobs[index]
-                sequence.logprobs.append(token_logprobs)
-            sequence.append(token_id)
-            outputs.append(last_token_output(sequence, token_logprobs, num_accepted, num_rejected))
-            if sequence.finish_reason is not None:
-                return
-            num_accepted = num_rejected = 0  # they count once, with the step's first token
-
     def _start_forks(self, sequence: Sequence, holds_blocks: bool) -> None:
         """Run the forks of a sequence that has computed its prompt, or queue those without blocks or place."""
         for fork in sequence.forks:
@@ -379,3 +344,31 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.kv_cache.free(sequence)
         sequence.status = Status.FINISHED
+
+
+def _num_drafts(sequence: Sequence, budget: int) -> int:
+    """Return the number of draft tokens that the sequence's next step verifies; none is past its end."""
+    if sequence.num_pending_tokens:
+        return 0
+    num_left = sequence.max_len - len(sequence.token_ids) - 1
+    return max(0, min(sequence.draft.num_tokens, num_left, budget))
+
+
+def _append_tokens(
+    scheduled: ScheduledSequence, token_ids: Series[int], result: ModelRunnerOutput, outputs: list[TokenOutput]
+) -> None:
+    """Append sampled tokens up to the sequence's end, each with an output."""
+    sequence = scheduled.sequence
+    logprobs = result.logprobs[sequence.id] if sequence.params.logprobs is not None else None
+    num_accepted = len(token_ids) - 1 if scheduled.num_drafts else 0
+    num_rejected = scheduled.num_drafts - num_accepted
+    for index, token_id in enumerate(token_ids):
+        token_logprobs = None
+        if logprobs is not None:
+            token_logprobs = logprobs[index]
+            sequence.logprobs.append(token_logprobs)
+        sequence.append(token_id)
+        outputs.append(last_token_output(sequence, token_logprobs, num_accepted, num_rejected))
+        if sequence.finish_reason is not None:
+            return
+        num_accepted = num_rejected = 0  # they count once, with the step's first token

@@ -1,8 +1,8 @@
-"""What each technique is worth: every row has the techniques of the rows above it and one more.
+"""The gain of each technique: every row has the techniques of the rows above it and one more.
 
     dispec bench ablations --requests 16
 
-All rows answer the same requests, which come at once and begin with the same tokens, and take turns.
+All rows answer the same requests, in turns. The requests arrive at once and share a prefix.
 """
 
 from contextlib import ExitStack
@@ -19,7 +19,7 @@ from dispec.bench.rounds import take_turns
 from dispec.bench.workload import Workload
 from dispec.engine.dtypes import DTYPES
 
-# What the engine on a CPU computes with in the rows that go without.
+# The engine on a CPU, in the rows without packed weights and kernels.
 _PLAIN = {"DISPEC_PACKED_WEIGHTS": "off", "DISPEC_CPU_KERNELS": "off"}
 
 
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 def rows(is_cuda: bool, requests: int) -> list[Row]:
-    """The set-ups, each with one technique more than the one before."""
+    """Return the set-ups, each with one technique more than the one before."""
     options: dict[str, Any] = {"max_num_seqs": 1, "enable_prefix_caching": False, "speculative_model": None}
     environment: dict[str, str] = {}
     if is_cuda:
@@ -63,9 +63,9 @@ def rows(is_cuda: bool, requests: int) -> list[Row]:
 
 def main(
     model: Model = "smollm2",
-    requests: Annotated[int, typer.Option(min=2, help="That come at once.")] = 16,
-    shared_tokens: Annotated[int, typer.Option(min=0, help="With which all prompts begin.")] = 256,
-    own_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each prompt has for itself.")] = 64,
+    requests: Annotated[int, typer.Option(min=2, help="Requests that arrive at once.")] = 16,
+    shared_tokens: Annotated[int, typer.Option(min=0, help="Tokens of the shared prefix.")] = 256,
+    own_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt after the prefix.")] = 64,
     output_tokens: Annotated[int, typer.Option(min=1)] = 64,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     dtype: Dtype = "bfloat16",
@@ -73,7 +73,7 @@ def main(
     output: Output = None,
     plot: Plot = None,
 ) -> None:
-    """Tokens per second as techniques are added one by one."""
+    """Measure tokens per second as techniques are added one by one."""
     settings = dict(locals())
     chosen = choose_device(device)
     workload = Workload(requests, shared_tokens + own_tokens, output_tokens, shared_tokens)

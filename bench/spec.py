@@ -93,7 +93,7 @@ def compare(llm: LLM, speculator: Speculator, work: Work, output_tokens: int, ro
                 SamplingParams(temperature=work.temperature, max_tokens=output_tokens, seed=100 * round_ + number)
                 for number in range(len(batch))
             ]
-            # The group that comes first is a percent slower or faster, whichever it is.
+            # The order alternates: the place of a group changes its seconds by a percent.
             both = take_turns(llm, batch, params, [None, speculator] if round_ % 2 else [speculator, None])
             plain, speculative = both if round_ % 2 else reversed(both)
             if plain.tokens != speculative.tokens:

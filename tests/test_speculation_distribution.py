@@ -1,4 +1,4 @@
-"""Sampled tokens have the target's distribution after every kind of processing, whichever draft model proposes.
+"""Sampled tokens have the target's distribution after every kind of processing, with any draft model.
 
 The probabilities are worked out in NumPy, from the definitions of the parameters. 65,536 draws each, by chi-square.
 """

@@ -110,7 +110,7 @@ def count_launches(engine: Engine, num_steps: int) -> int:
 def num_sampler_graphs(engine: Engine) -> int:
     """Functions of the sampler that are compiled, each for any number of rows."""
     sampler = engine.runner.sampler
-    eager = Sampler(engine.device, engine.config.vocab_size, sampler._head).functions
+    eager = Sampler(engine.device, engine.config.vocab_size, sampler._compute_logits).functions
     return sum(one is not other for one, other in zip(sampler.functions, eager, strict=True))
 
 

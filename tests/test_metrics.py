@@ -3,7 +3,7 @@ import math
 
 import prometheus_client
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -82,6 +82,7 @@ def test_every_sample_says_which_model_and_engine() -> None:
 moments = st.floats(0, 1e6)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.lists(moments, min_size=4, max_size=4), st.sampled_from([2, 3, 4])), max_size=5))
 def test_queue_prefill_and_decode_add_up_whatever_became_of_the_request(cases) -> None:
     metrics = Metrics("m")
@@ -179,6 +180,7 @@ def test_drafts_are_counted_by_position() -> None:
 
 
 # On edges and beyond them, where an error would be one bucket.
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.floats(0, 5), st.sampled_from([0.001, 0.01, 2.0, 0.0])), max_size=60))
 def test_a_batched_histogram_says_what_one_that_takes_each_value_says(gaps) -> None:
     metrics = Metrics("m")
@@ -198,6 +200,7 @@ def test_a_batched_histogram_says_what_one_that_takes_each_value_says(gaps) -> N
     assert [(sample.labels.get("le"), sample.value) for sample in family.samples] == expected
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.001, 50), min_size=1, max_size=50), st.integers(0, 50))
 def test_percentiles_are_right_to_a_bucket(values, cut) -> None:
     edges = geometric(1e-3, 100, per_decade=40)

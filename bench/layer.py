@@ -1,6 +1,6 @@
 """Time the layers of a decode step on a CUDA device, and sweep the configurations of their GEMMs.
 
-    python -m dispec.bench.layer                   # `layers.block`, and its time by kernel
+    python -m dispec.bench.layer                   # `decoder_layer`, and its time by kernel
     python -m dispec.bench.layer --sweep           # other configurations of each GEMM
     TRITON_INTERPRET=1 python -m dispec.bench.layer --device cpu --tokens 2,8 --sweep    # checks the script
 

@@ -134,7 +134,7 @@ def decoder_layers(
 ) -> Float[Tensor, "T E"]:
     """Compute all layers of a step with few query tokens per sequence; write the tokens' keys and values.
 
-    The bits are those of `layers.block` for each layer in turn.
+    The bits are those of `layers.model.decoder_layer` for each layer in turn.
     """
     return cpu_decoder.layers(decoder.model, x, *rotation, slot_mapping, block_tables, query_start, context_lens)
 

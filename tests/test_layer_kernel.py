@@ -1,4 +1,4 @@
-"""All layers of a uniform step in one call give the very bits of `layers.block` for each layer in turn."""
+"""All layers of a uniform step in one call give the bits of `layers.model.decoder_layer` for each layer."""
 
 import functools
 import sys

@@ -1,4 +1,4 @@
-"""How steps run on a device: chosen once at start, shown in the start ledger and by `dispec env-check`."""
+"""How steps run on a device: chosen once at start, shown in the start log and by `dispec env-check`."""
 
 from dataclasses import dataclass
 

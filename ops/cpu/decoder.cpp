@@ -63,7 +63,7 @@ struct LayerScratch {
     }
 };
 
-// Compute one layer as `layers.block` does: x and out [tokens, hidden], which may be the same.
+// Compute one layer as `layers.model.decoder_layer` does: x and out [tokens, hidden], which may be the same.
 void compute_layer(const Layer &w, const Model &m, const Step &step, const AttentionShape &shape, LayerScratch &s,
                    const uint16_t *x, uint16_t *out) {
     const int64_t tokens = step.tokens, query_size = m.heads * m.head_dim;

@@ -133,7 +133,7 @@ class ServerSettings:
         ),
     ] = ()
     max_queued_requests: Annotated[
-        int, Option("Most choices that wait for the engine; further requests get 503.", ge=1, le=2**20, group=_LIMITS)
+        int, Option("Most requests that wait for the engine; further ones get 503.", ge=1, le=2**20, group=_LIMITS)
     ] = 1024
     max_queued_tokens: Annotated[
         int, Option("Most prompt tokens that wait for the engine.", ge=1, le=2**31, group=_LIMITS)

@@ -85,7 +85,7 @@ class LLM:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises ValueError for a model of dummy weights, which has none."""
+        """The model's tokenizer. Raises ValueError for a model that was made from a `ModelConfig`."""
         if self._tokenizer is None:
             raise ValueError("this model was made from a ModelConfig and has no tokenizer: pass token ids")
         return self._tokenizer

@@ -1,7 +1,8 @@
 """The engine as a process: `python -m dispec.engine.process.engine_loop DIRECTORY`, a child of the server.
 
 The directory holds two sockets, one for each direction. The first line of standard input brings the options; standard
-input ends with the server. The engine reads one message between two steps, and without work sleeps until one comes.
+input ends with the server. The engine handles all waiting messages before each step, and without work sleeps until one
+comes.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Messages between the server (the frontend) and an engine process: msgpack over a local socket, never pickle.
+"""Messages between the server (the frontend) and an engine process: msgpack over ZeroMQ, never pickle.
 
 The frontend starts the engine with `Start` and sends `FrontendMessage`s; the engine answers with `EngineMessage`s.
 Times are seconds on the clock of `time.perf_counter`, which on Linux is one for all processes.
@@ -70,7 +70,7 @@ class Shutdown(msgspec.Struct, tag=True):
 class EngineInfo(msgspec.Struct, tag=True):
     """A description of the engine, which is ready.
 
-    directory: of the checkpoint's tokenizer, for `Tokenizer.from_directory`; None for dummy weights.
+    directory: of the checkpoint's tokenizer, for `Tokenizer.from_directory`; None for a `ModelConfig`.
     engine_id, transfer_host, transfer_port: the address from which other engines pull KV blocks, if they can.
     transfer_block_bytes: of a block that is pulled, without a draft model's part.
     compile: when steps are compiled: "off", "startup" or "background".

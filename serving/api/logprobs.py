@@ -42,7 +42,7 @@ class TokenTexts:
         return known
 
     def _find(self, token_id: int) -> tuple[str, bytes]:
-        if self._tokenizer is None:  # dummy weights
+        if self._tokenizer is None:  # a model that was made from a `ModelConfig`
             return f"token_id:{token_id}", b""
         data = self._tokenizer.token_bytes(token_id)
         try:

@@ -78,7 +78,7 @@ class Prompts:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's. Raises ApiError for a model with dummy weights, which has none."""
+        """The model's. Raises ApiError for a model that was made from a `ModelConfig`."""
         if self._tokenizer is None:
             raise ApiError(400, "this model has no tokenizer: send token ids to /v1/completions")
         return self._tokenizer
@@ -136,7 +136,7 @@ class Prompts:
         return found
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """Return the result of `work`. Raises ApiError if it takes too long; the thread then goes on unheeded."""
+        """Return the result of `work`. Raises ApiError if it takes too long; the thread still runs to its end."""
         try:
             return await asyncio.wait_for(asyncio.to_thread(work), self._timeout)
         except TimeoutError:

@@ -31,8 +31,8 @@ class PrefillThroughput:
 class Admission:
     """Counts the requests that the engine has not started.
 
-    max_requests, max_tokens: most of them, and of their prompt tokens. A prompt longer than max_tokens is admitted when
-    no other request waits, or it never could be.
+    max_requests, max_tokens: most of them, and of their prompt tokens. A prompt longer than max_tokens is admitted only
+    while no other request waits.
     """
 
     def __init__(self, max_requests: int, max_tokens: int) -> None:

@@ -35,7 +35,8 @@ class ScalingLimits:
 class Observation(NamedTuple):
     """The current load of one role.
 
-    queued: waiting requests; running: requests in its workers; capacity: how many one worker takes at once.
+    queued, running: work that waits, and work that its workers have started, in any unit. capacity: of one worker, in
+        the same unit.
     kv_usage: share of KV blocks in use, of the fullest worker.
     attainment: share of the last requests that met their objectives; 1 without any.
     """
@@ -59,7 +60,7 @@ class Scaling:
 
 
 def pressure(seen: Observation, workers: int) -> float:
-    """Return how full a number of workers is: 1 is the most that they can take. Waiting requests count as running ones;
+    """Return how full a number of workers is: 1 is the most that they can take. Waiting work counts as running work;
     memory counts as full at 90 %."""
     work = (seen.queued + seen.running) / max(1, workers * seen.capacity)
     return max(work, seen.kv_usage / 0.9)

@@ -63,7 +63,7 @@ def test_a_queue_that_lasts_makes_it_grow_and_a_moment_does_not():
     assert max(blip) == 1
 
 
-def test_full_memory_makes_it_grow_though_nobody_waits():
+def test_full_memory_makes_it_grow_without_a_queue():
     assert run(lambda now, workers: Observation(0, 2, 16, 0.97 if workers < 3 else 0.6))[-1] == 3
 
 

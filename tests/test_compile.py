@@ -134,7 +134,7 @@ def test_a_draft_model_adds_its_steps_and_one_graph_of_its_loop():
     assert not counters["graph_break"]
 
 
-def test_a_second_start_finds_its_graphs_in_the_cache_whatever_memory_is_free():
+def test_a_second_start_finds_its_graphs_in_the_cache_with_other_free_memory():
     make("bfloat16")
     torch._dynamo.reset()
     counters.clear()

@@ -72,7 +72,7 @@ def test_chunked_prefill_equals_whole(directory, llm):
     assert [c.token_ids for c in chunked.generate(prompts, greedy())] == alone(llm, prompts, greedy())
 
 
-def test_preemption_changes_nothing_and_loses_nobody(directory, llm):
+def test_preemption_changes_no_output_and_loses_no_request(directory, llm):
     """A pool of nine blocks for eight sequences of up to seven: they take turns."""
     block_bytes = 2 * 3 * 3 * 16 * 16 * 4
     options = OPTIONS | {"kv_cache_memory": 10 * block_bytes, "block_size": 16}

@@ -229,7 +229,7 @@ def test_stop_strings_end_the_text_and_the_work(llm):
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_usable
 
 
-def test_the_same_tokens_whatever_else_is_in_the_batch(llm):
+def test_the_same_tokens_in_any_batch(llm):
     """The guarantee of the README, over every feature at once."""
     prompts, params = random_prompts(16), mixed_params(16)
     together = [c.token_ids for c in llm.generate(prompts, params)]

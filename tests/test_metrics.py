@@ -84,7 +84,7 @@ moments = st.floats(0, 1e6)
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.lists(moments, min_size=4, max_size=4), st.sampled_from([2, 3, 4])), max_size=5))
-def test_queue_prefill_and_decode_add_up_whatever_became_of_the_request(cases) -> None:
+def test_queue_prefill_and_decode_add_up_however_the_request_ended(cases) -> None:
     metrics = Metrics("m")
     for times, known in cases:
         # Sorted, and those that did not come (first token, start) unknown.

@@ -81,7 +81,7 @@ def expect_draws(logits: torch.Tensor, restricted: torch.Tensor, temperature: fl
 
 
 @pytest.mark.parametrize("noise", [1.0, 1 - 2.0**-24, 2.0**-33])
-def test_a_token_of_minus_infinity_is_never_drawn_whatever_the_noise(monkeypatch, kind, noise):
+def test_a_token_of_minus_infinity_is_never_sampled_at_any_noise(monkeypatch, kind, noise):
     if kind == "kernel":
         pytest.skip("the kernel makes its noise itself: see the next test")
     monkeypatch.setattr(

@@ -20,7 +20,7 @@ class TestOrder:
         added = [engine.add(tokens(5), priority=priority) for priority in (1, 0, 1, 0, -1)]
         assert order_of_first_work(engine.run()) == [added[index] for index in (4, 1, 3, 0, 2)]
 
-    def test_who_came_at_the_same_time_goes_in_order_of_adding(self) -> None:
+    def test_sequences_that_arrive_together_run_in_order_of_adding(self) -> None:
         engine = FakeEngine(max_num_seqs=1)
         added = [engine.add(tokens(5), arrival_time=0) for _ in range(4)]
         assert order_of_first_work(engine.run()) == added
@@ -32,7 +32,7 @@ class TestOrder:
         new = engine.add(tokens(5), priority=0, arrival_time=waited)
         assert order_of_first_work(engine.run()) == ([old, new] if goes_first else [new, old])
 
-    def test_those_who_run_go_on_whatever_is_admitted(self) -> None:
+    def test_running_sequences_go_on_beside_admitted_ones(self) -> None:
         engine = FakeEngine(max_num_seqs=4, max_num_batched_tokens=4)
         first = engine.add(tokens(4), max_tokens=20, priority=5)
         engine.step()
@@ -71,7 +71,7 @@ class TestOrder:
 
 
 class TestMemory:
-    def test_who_can_never_fit_is_refused_and_nothing_changes(self) -> None:
+    def test_a_sequence_that_can_never_fit_is_refused_and_nothing_changes(self) -> None:
         engine = FakeEngine(num_blocks=4)
         engine.max_model_len = 99
         with pytest.raises(ValueError, match=r"a sequence of 17 tokens needs 5 KV blocks, the cache has 4"):
@@ -83,7 +83,7 @@ class TestMemory:
 
     @pytest.mark.parametrize(("num_blocks", "is_admitted"), [(4, False), (5, True)])
     @pytest.mark.parametrize("prompt", [tokens(2 * SIZE, 1), tokens(2 * SIZE)])
-    def test_who_is_admitted_leaves_a_block_to_each_that_runs(
+    def test_an_admitted_sequence_leaves_a_block_to_each_running_one(
         self, num_blocks: int, is_admitted: bool, prompt: list[int]
     ) -> None:
         """A new prompt needs two blocks beside the other's; one that is all in use a copy, when that has grown."""

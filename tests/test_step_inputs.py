@@ -22,7 +22,7 @@ def prompt_of(length: int, block_table: list[int]) -> ScheduledSequence:
     return ScheduledSequence(sequence, 0, length, True)
 
 
-def test_the_padding_of_a_ragged_step_is_nobodys_even_where_every_sequence_is_taken() -> None:
+def test_the_padding_of_a_ragged_step_belongs_to_no_sequence_of_a_full_step() -> None:
     shape = StepShape(num_tokens=64, num_seqs=2, max_blocks_per_seq=1, num_sampled=2, query_len=None)
     buffer = torch.zeros(shape.size, dtype=torch.int32)
     inputs = input_views(buffer, shape)

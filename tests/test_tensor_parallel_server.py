@@ -95,5 +95,5 @@ def test_no_rank_outlives_the_server(together: Server, number: signal.Signals) -
     if number == signal.SIGKILL:
         _, left = psutil.wait_procs(family, PATIENCE)
         assert not left
-    # After an orderly end nobody has to wait for anything else.
+    # After an orderly end no process of the server is left.
     assert not any(one.is_running() for one in family)

@@ -36,7 +36,7 @@ from dispec.engine.options import EngineOptions
 from dispec.engine.scheduling.block_pool import BlockPool
 from dispec.engine.scheduling.scheduler import Scheduler
 from dispec.engine.speculation.draft_loop import DraftLoop
-from dispec.engine.speculation.draft_model import Draft, DraftModel, find_draft
+from dispec.engine.speculation.draft_model import Draft, DraftModelProposer, find_draft
 from dispec.engine.speculation.ngram import NgramProposer
 from dispec.engine.speculation.proposer import Proposer
 from dispec.engine.speculation.speculator import Speculator
@@ -256,12 +256,15 @@ class EngineBuilder:
             ranks=self._ranks,
         )
 
-    def _make_draft_model(self, draft: Draft, weights: Weights, plan: KVPlan, target: ModelRunner) -> DraftModel:
+    def _make_draft_model(
+        self, draft: Draft, weights: Weights, plan: KVPlan, target: ModelRunner
+    ) -> DraftModelProposer:
         options = self._options
         head_tokens = None if draft.head_tokens is None else torch.tensor(draft.head_tokens, device=self._device)
         runner = self._make_runner(draft.config, weights, plan, head_tokens, is_draft=True)
         sizes = (options.max_num_seqs, options.num_speculative_tokens, plan.max_model_len)
-        return DraftModel(runner, DraftLoop(runner, target.previous_token_ids, *sizes), self._max_num_batched_tokens)
+        loop = DraftLoop(runner, target.previous_token_ids, *sizes)
+        return DraftModelProposer(runner, loop, self._max_num_batched_tokens)
 
     def _make_scheduler(self, plan: KVPlan) -> Scheduler:
         options = self._options

@@ -37,6 +37,8 @@ class Candidate(NamedTuple):
 class DraftController:
     """Chooses the number of draft tokens per sequence of a step that only decodes.
 
+    A controller that decides not to draft rests: the decision holds for up to 32 steps with as many sequences.
+
     acceptance_rate: of all sequences together; a new sequence starts with it.
     pace: seconds of a step now, relative to its recorded cost. Costs are recorded divided by it: costs measured while
         other processes slowed the machine down then compare with earlier ones.
@@ -86,7 +88,7 @@ class DraftController:
         return acceptance_rate
 
     def is_resting(self, num_sequences: int) -> bool:
-        """Return whether a step in which so many sequences could have draft tokens is decided to have none."""
+        """Return whether an earlier decision not to draft still holds for a step with `num_sequences` decodes."""
         return self._num_resting_steps > 0 and self._num_resting_sequences == num_sequences
 
     def choose(self, candidates: Sequence[Candidate], num_sequences: int) -> int:
@@ -101,17 +103,18 @@ class DraftController:
         self._num_resting_steps = 0
         if not candidates:
             return 0
-        max_drafts, rates, missing, remaining = map(np.array, zip(*candidates, strict=True))
+        max_drafts, acceptance_rates, missing, remaining = map(np.array, zip(*candidates, strict=True))
         num_drafts = np.arange(max_drafts.max() + 1)
         is_drafted = (max_drafts[:, None] >= num_drafts) & (num_drafts > 0)
-        expected = num_sequences + (rates[:, None] ** num_drafts * is_drafted).sum(0).cumsum()
+        expected = num_sequences + (acceptance_rates[:, None] ** num_drafts * is_drafted).sum(0).cumsum()
         seconds = self._verify_seconds(num_sequences + is_drafted.sum(0).cumsum(), num_sequences)
         seconds += self._draft_seconds(len(candidates), len(num_drafts))
         catch_up = self._catch_up_seconds * float(missing.sum())
-        rate = expected / (seconds + catch_up / min(_HORIZON, max(1, remaining.max())) * (num_drafts > 0))
+        catch_up_per_step = catch_up / min(_HORIZON, max(1, remaining.max()))
+        tokens_per_second = expected / (seconds + catch_up_per_step * (num_drafts > 0))
         if self._num_drafts == 0:
-            rate[0] *= _MIN_GAIN
-        best = self._num_drafts = int(rate.argmax())
+            tokens_per_second[0] *= _MIN_GAIN
+        best = self._num_drafts = int(tokens_per_second.argmax())
         lost = seconds - seconds[best] / expected[best] * expected
         if best == 0:
             lost[1:] += catch_up / _PROBE_STEPS

@@ -62,7 +62,7 @@ def find_draft(options: EngineOptions, target: Checkpoint | None, config: ModelC
     return Draft(checkpoint.config, checkpoint)
 
 
-class DraftModel:
+class DraftModelProposer:
     """Proposes the tokens that a smaller model samples.
 
     A sequence's `draft.num_computed_tokens` counts the tokens that this model has computed; it computes the others

@@ -1,4 +1,4 @@
-"""The interface of what proposes draft tokens."""
+"""The interface of proposers, which supply draft tokens."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -12,12 +12,12 @@ from dispec.engine.scheduling.sequence import Sequence
 class Proposal(NamedTuple):
     """What proposing took.
 
-    num_drafts: draft tokens that a draft model computed one after another, per sequence; 0 without a draft model.
+    num_draft_steps: steps of the draft model, one for each draft token of a sequence; 0 without a draft model.
     device_drafts: draft tokens that the device has yet to compute.
     num_catch_up_tokens, catch_up_seconds: tokens that the draft model computed before its draft tokens.
     """
 
-    num_drafts: int = 0
+    num_draft_steps: int = 0
     device_drafts: DeviceDrafts | None = None
     num_catch_up_tokens: int = 0
     catch_up_seconds: float = 0.0

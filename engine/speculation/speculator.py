@@ -97,10 +97,10 @@ class Speculator:
         draft_seconds: of the device, for draft tokens that the host did not wait for.
         """
         drafted = [scheduled for scheduled in step.scheduled_sequences if scheduled.num_drafts]
-        if drafted and self._proposal.num_drafts:
+        if drafted and self._proposal.num_draft_steps:
             # The host's time counts only where the device's does not hide it.
             draft_seconds = draft_seconds if self._proposal.device_drafts is not None else self._draft_seconds
-            self.controller.observe_draft(len(drafted), self._proposal.num_drafts, draft_seconds)
+            self.controller.observe_draft(len(drafted), self._proposal.num_draft_steps, draft_seconds)
         for scheduled in step.scheduled_sequences:
             sequence = scheduled.sequence
             sequence.draft.num_computed_tokens = min(sequence.draft.num_computed_tokens, sequence.num_computed_tokens)

@@ -38,7 +38,8 @@ class Send:
 class Fetch:
     """Copy blocks into own ones: `Receiver.start_read` before the first byte is written, `Receiver.end_read` after all.
 
-    first: index in the transfer. source_blocks: block numbers in the source's cache. checksums: of the contents.
+    first: index in the transfer. source_blocks: block numbers in the source's cache. own_blocks: those in this engine's
+        cache. checksums: of the contents.
     """
 
     peer: PeerKey

@@ -100,8 +100,9 @@ class Engine:
         priority: lower goes first.
         cache_salt: the prompt shares cached prefixes only with prompts of the same salt.
         slack: seconds that the request can wait; the request with the least slack left goes first.
-        publish_as: compute the prompt and one token of each choice for another engine, which asks for this id.
-        pull: the place of the prompt's keys and values in another engine.
+        publish_as: compute the prompt and one token of each choice for another engine, which pulls under this id
+            (`do_remote_decode` of vLLM's `kv_transfer_params`).
+        pull: where another engine publishes the prompt's keys and values (`do_remote_prefill`).
         is_resumed: wait for `resume` and the tokens that were generated elsewhere.
         Raises ValueError, and changes nothing, if the request cannot be served; `publish_as` and `pull` need the option
         `kv_transfer`.
@@ -236,7 +237,7 @@ class Engine:
                     priority=priority,
                     cache_salt=cache_salt,
                     slack=slack,
-                    logits_processors=processors if processors.has_edits or processors.has_mask else None,
+                    logits_processors=processors if processors.has_penalties or processors.has_mask else None,
                 )
             )
         for choice in choices:

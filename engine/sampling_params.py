@@ -138,8 +138,8 @@ class SamplingParams:
             raise invalid_field("stop", f"holds {len(self.stop)} texts, must be at most {MAX_STOP_STRINGS}")
 
     @property
-    def restricts(self) -> bool:
-        """Whether tokens are sampled from a part of the vocabulary that depends on the probabilities."""
+    def filters_tokens(self) -> bool:
+        """Whether top-k, top-p or min-p filter the tokens that are sampled from."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     @property

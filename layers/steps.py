@@ -38,7 +38,8 @@ class Vocabulary(NamedTuple):
 class PreviousTokens(NamedTuple):
     """Token ids that earlier steps left on the device, and that the host may not know yet.
 
-    indices: 0 for a token that the batch has the id of, else 1 plus the place of its id in `token_ids`.
+    indices: for each token of the batch, 0 if `Batch.token_ids` has its id, else 1 plus the index of its id in
+        `token_ids` here.
     """
 
     indices: Int[Tensor, "T"]

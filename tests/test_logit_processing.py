@@ -220,7 +220,7 @@ def test_rows_of_a_batch_are_what_each_is_alone_and_what_the_definitions_say(row
         alone = process(logits[row : row + 1], [fresh], [output])[0]
         assert torch.equal(together[row], alone)
         torch.testing.assert_close(alone, by_definition(logits[row], params, prompt, output), rtol=1e-5, atol=1e-5)
-        assert fresh.has_edits or not len(fresh.entries()[0])
+        assert fresh.has_penalties or not len(fresh.entries()[0])
         assert fresh.has_mask or fresh.allowed_mask(len(output), output) is None
 
 

@@ -157,8 +157,9 @@ def write_inputs(
 
     sampled_index, draft_index: by sequence id, the place of its next token and of its first draft token among the
         previous tokens on the device. They are read for tokens that the host does not know.
-    Returns the sequence of each sampled row, in order; None for a row without use for its sample. Every sequence of a
-    uniform step has a row, or every token; of a ragged step only sequences that sample. Each draft token has one more.
+    Returns the sequence of each row of logits, in order; None for a row whose sample is not used. A sequence that
+    samples has a row, and one more for each draft token. In a uniform step the other sequences have a row, too; without
+    `logits_indices` every token has one.
     """
     _write_token_ids(inputs, scheduled, sampled_index, draft_index)
     _write_positions(inputs, scheduled, block_size)
@@ -217,7 +218,7 @@ def _write_positions(inputs: StepInputs[np.ndarray], scheduled: tuple[ScheduledS
 def _write_sampling(
     inputs: StepInputs[np.ndarray], scheduled: tuple[ScheduledSequence, ...]
 ) -> list[ScheduledSequence | None]:
-    """Write the tokens that are sampled after, and how. Return the sequence of each row."""
+    """Write the positions that are sampled from and their parameters. Return the sequence of each row."""
     rows: list[ScheduledSequence | None] = []
     tokens: list[int] = []
     end = 0

@@ -135,8 +135,9 @@ class Sampler:
         argmax: Tensor,
         sampling: Sampling,
     ) -> SamplerOutput:
-        """Return the next token of each of `rows`, the sequences of the first rows of the logits, [R, V].
+        """Return the token that each row of the logits, [R, V], samples.
 
+        rows: the sequence of each row, in order; the logits may have more rows, which are padding.
         hidden: of every scheduled token, [T, E], where the step is ragged.
         """
         output = SamplerOutput(rows)

@@ -42,8 +42,8 @@ class KVCacheManager:
         cached = self.find_prefix(sequence)
         # A prompt that is cached as a whole still computes its last token: its logits give the next one.
         num_computed = min(len(cached) * pool.block_size, num_tokens - 1)
-        num_copies = num_computed < len(cached) * pool.block_size and not pool.num_unreferenced(cached[-1:])
-        num_new = pool.num_blocks_for(num_tokens) - len(cached) + num_copies
+        needs_copy = num_computed < len(cached) * pool.block_size and not pool.num_unreferenced(cached[-1:])
+        num_new = pool.num_blocks_for(num_tokens) - len(cached) + needs_copy
         num_free = pool.num_free - pool.num_unreferenced(cached)
         if num_new + num_running > num_free and (num_running or self.holds_remote_blocks):
             return False

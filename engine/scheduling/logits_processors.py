@@ -13,7 +13,7 @@ from dispec.engine.sampling_params import SamplingParams
 
 
 class LogitsProcessors:
-    """The edits and the mask of one sequence.
+    """The penalties, biases and token mask of one sequence.
 
     vocab_size: of the logits, padding included.
     stop_token_ids: all tokens that end the sequence; they are masked before `min_tokens` tokens.
@@ -52,8 +52,8 @@ class LogitsProcessors:
         self._last_mask: tuple[tuple[bool, set[int]], np.ndarray] | None = None
 
     @property
-    def has_edits(self) -> bool:
-        """Whether `entries` is ever not empty."""
+    def has_penalties(self) -> bool:
+        """Whether `entries` can hold an entry: penalties or biases change logits."""
         return self._params.penalizes or bool(self._params.logit_bias)
 
     @property

@@ -125,7 +125,7 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Choose the next step's sequences and give them blocks: decodes, then prompts under way, then new ones.
 
-        The step's tokens count as computed from then on: commit every step, in order.
+        The step's tokens count as computed at once, so every step must be committed, in order.
         """
         plan = _StepPlan(self.max_num_batched_tokens)
         while self._remote_ready and len(self.running) < self.max_num_seqs:
@@ -145,7 +145,7 @@ class Scheduler:
             num_tokens = min(sequence.num_uncomputed_tokens, self.max_prefill_chunk, plan.budget)
             has_grown = self.kv_cache.grow(sequence, num_tokens, plan.copies)
             assert has_grown, "a sequence was admitted without room"
-            self._take(plan, sequence, num_tokens)
+            self._add_to_step(plan, sequence, num_tokens)
         return SchedulerOutput(
             tuple(plan.scheduled.values()),
             tuple(plan.copies.values()),
@@ -220,9 +220,9 @@ class Scheduler:
         self._release(sequence)
 
     def reset(self) -> list[Sequence]:
-        """Preempt all running sequences, and return them; steps that are not committed never happened.
+        """Preempt all running sequences, and return them. Steps under way are discarded: they must not be committed.
 
-        The sequences keep their tokens. A step that was under way must not be committed.
+        The sequences keep their tokens.
         """
         running = list(self.running)
         for sequence in running:
@@ -287,7 +287,7 @@ class Scheduler:
             if sequence.draft.num_tokens:
                 num_drafts = _num_drafts(sequence, plan.budget - 1 - num_others)
                 if num_drafts and self.kv_cache.grow(sequence, 1 + num_drafts, plan.copies):
-                    self._take(plan, sequence, 1 + num_drafts, num_drafts)
+                    self._add_to_step(plan, sequence, 1 + num_drafts, num_drafts)
                     continue
             self._schedule_or_preempt(plan, sequence, 1)
         for sequence in prefilling:
@@ -310,9 +310,9 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return
-        self._take(plan, sequence, num_tokens)
+        self._add_to_step(plan, sequence, num_tokens)
 
-    def _take(self, plan: _StepPlan, sequence: Sequence, num_tokens: int, num_drafts: int = 0) -> None:
+    def _add_to_step(self, plan: _StepPlan, sequence: Sequence, num_tokens: int, num_drafts: int = 0) -> None:
         """Add a sequence with allocated blocks to the step."""
         start = sequence.num_computed_tokens
         samples = num_tokens - num_drafts == sequence.num_uncomputed_tokens

@@ -14,8 +14,8 @@ class ScheduledSequence(NamedTuple):
     """Tokens `start` … `start + num_tokens - 1` of a sequence, to be computed in a step.
 
     samples: whether they end with the sequence's last known token, so that the next token is sampled.
-    num_drafts: how many of them, the last ones, are draft tokens. A token is sampled before the first draft token and
-        after each.
+    num_drafts: number of draft tokens among them, the last ones. The position before the first draft token and the
+        position of each are sampled from.
     """
 
     sequence: Sequence
@@ -31,7 +31,10 @@ class ScheduledSequence(NamedTuple):
 
     @property
     def draft_token_ids(self) -> list[int]:
-        """Draft tokens among the tokens up to the last computed one."""
+        """The sequence's draft tokens before the end of this step's tokens.
+
+        These are the draft tokens that a step verifies; in a step of the draft model, those that it has sampled so far.
+        """
         return self.sequence.draft.token_ids[: max(0, self.start + self.num_tokens - len(self.sequence.token_ids))]
 
 

@@ -104,8 +104,8 @@ class Sequence:
         params, processors = self.params, self.logits_processors
         features = {
             SamplingFeatures.RANDOM: params.temperature > 0,
-            SamplingFeatures.TOP_K_TOP_P: params.restricts,
-            SamplingFeatures.PENALTIES: processors is not None and processors.has_edits,
+            SamplingFeatures.TOP_K_TOP_P: params.filters_tokens,
+            SamplingFeatures.PENALTIES: processors is not None and processors.has_penalties,
             SamplingFeatures.TOKEN_MASK: processors is not None and processors.has_mask,
             SamplingFeatures.LOGPROBS: params.logprobs is not None,
             SamplingFeatures.PROMPT_LOGPROBS: params.prompt_logprobs is not None,

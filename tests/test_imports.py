@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Each room may import itself and the rooms before it. Modules of `dispec.engine` and `dispec.serving` that are in no
-# sub-package are rooms of their own.
-ROOMS = [
+# Each package may import itself and the packages before it. A module of `dispec.engine` or `dispec.serving` that is in
+# no sub-package counts as a package.
+PACKAGES = [
     "ops",
     "layers",
     "engine",
@@ -83,12 +83,12 @@ def is_within(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
 
-def room_of(name: str) -> str:
-    """The most specific room that a module is in."""
-    rooms = [room for room in ROOMS if is_within(name, room)]
-    found = max(rooms, key=len)
+def package_of(name: str) -> str:
+    """The most specific package that a module is in."""
+    packages = [package for package in PACKAGES if is_within(name, package)]
+    found = max(packages, key=len)
     if found in ("engine", "serving"):
-        assert name == found, f"{name} is in no room: add it to ROOMS"
+        assert name == found, f"{name} is in no package: add it to PACKAGES"
     return found
 
 
@@ -121,8 +121,8 @@ GRAPH = {name: own_imports(name) - {name} for name in FILES}
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_point_one_way(name: str) -> None:
-    allowed = ROOMS[: ROOMS.index(room_of(name)) + 1]
-    assert {found for found in GRAPH[name] if room_of(found) not in allowed} == set()
+    allowed = PACKAGES[: PACKAGES.index(package_of(name)) + 1]
+    assert {found for found in GRAPH[name] if package_of(found) not in allowed} == set()
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,4 +1,4 @@
-"""Builds what an engine consists of: loads the weights, plans the KV cache, and makes what runs steps."""
+"""Builds the parts of an engine: loads the weights, plans the KV cache, makes the model runner and the scheduler."""
 
 import functools
 import hashlib

@@ -30,7 +30,7 @@ _REMOTE_WAIT_SECONDS = 0.05  # before scheduling again, while transfers to other
 
 
 class _LaunchedStep(NamedTuple):
-    """A step that was launched and not yet committed. record: without what the commit adds."""
+    """A step that was launched and not yet committed. record: without the fields that the commit adds."""
 
     step: SchedulerOutput
     pending: PendingStep
@@ -325,7 +325,7 @@ class Engine:
         """
         self._launched.clear()
         suspects = self.scheduler.reset()
-        outputs = self._outputs  # what was committed before the failure stands
+        outputs = self._outputs  # tokens that were committed before the failure are kept
         failed = []
         for sequence in suspects:
             others = self.scheduler.isolate(sequence)

@@ -1,7 +1,7 @@
 """The first rank's side of tensor parallelism: several processes that run one model, each a part of every layer.
 
 The first rank is the engine, which alone schedules, samples and answers requests. The others (`rank_worker`) receive
-on standard input what the first rank's model computes, and compute the same. Sums over the ranks go through a process
+the first rank's step inputs on standard input, and compute the same. Sums over the ranks go through a process
 group of this machine: NCCL on CUDA, Gloo on CPU.
 """
 

@@ -1,4 +1,4 @@
-"""The size of the KV cache, its allocation, and what other memory is taken or free."""
+"""The size of the KV cache, its allocation, and other memory, in use or free."""
 
 import ctypes
 import sys

@@ -65,7 +65,7 @@ class ModelRunner:
     vocab_size: columns of the logits, if not the model's own: a draft model's are those of its target.
     head_tokens: the token of each row of the head, if these are not all tokens in order.
     ranks: the other ranks of a tensor-parallel model, if this is the first one.
-    previous_token_ids: what the last step sampled, or a draft model, for the next step to read on the device.
+    previous_token_ids: samples of the last step, or of a draft model, that the next step reads on the device.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the ranks of a tensor-parallel model do together, as messages from the first rank to the others."""
+"""Work that all ranks of a tensor-parallel model do together, as messages from the first rank to the others."""
 
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable

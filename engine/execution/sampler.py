@@ -1,4 +1,4 @@
-"""From a step's logits to its tokens: only what a sequence of the step asks for is computed.
+"""From a step's logits to its tokens: only features that a sequence of the step uses are computed.
 
     logits ─► penalties ─► token mask ─► top-k, top-p, min-p ─► sample ─► tokens
         └──────────────────────────────────────────────────────► logprobs

@@ -13,7 +13,7 @@ from dispec.layers.types import Logprobs
 
 @dataclass
 class SamplerOutput:
-    """What one launch sampled, on the device or being copied to the host.
+    """The samples of one launch, on the device or being copied to the host.
 
     rows: the sequence of each row of `token_ids`, [R], and `logprobs`. A sequence with draft tokens has a row for each
         of their positions and one for the position after the last. None where the sample is not used.

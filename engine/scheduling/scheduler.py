@@ -2,8 +2,8 @@
 
 A long prompt is computed in chunks under the step's token budget, beside the sequences that decode (Sarathi-Serve,
 arXiv:2403.02310). Prefixes that are still in the cache are not computed again. When blocks run out, the sequence that
-is last in rank is preempted: it frees its blocks and is computed again later, mostly from what it left in the cache.
-Its tokens stay.
+is last in rank is preempted: it frees its blocks and is computed again later, mostly from its cached blocks. It keeps
+its tokens.
 
 A sequence's rank is fixed: its arrival time, plus the seconds that it can wait (`Sequence.slack`), plus a delay for
 each step of priority. A lower priority number goes first, first come first served within it, and a sequence that has
@@ -164,7 +164,7 @@ class Scheduler:
             if sequence.status is Status.FINISHED:
                 continue  # ended while the step ran
             end = scheduled.start + scheduled.num_tokens
-            # A sequence that was preempted while the step ran has no blocks left, but its token stands.
+            # A sequence that was preempted while the step ran has no blocks left, but its token is kept.
             holds_blocks = sequence.status is Status.RUNNING and sequence.num_computed_tokens >= end
             token_ids = result.token_ids[sequence.id] if scheduled.samples else ()
             if scheduled.num_drafts:
@@ -283,7 +283,7 @@ class Scheduler:
             num_others -= 1
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for another one
-            # Draft tokens take what the other sequences' own tokens leave, and preempt no sequence.
+            # Draft tokens take the budget that is left by the other sequences' own tokens, and preempt no sequence.
             if sequence.draft.num_tokens:
                 num_drafts = _num_drafts(sequence, plan.budget - 1 - num_others)
                 if num_drafts and self.kv_cache.grow(sequence, 1 + num_drafts, plan.copies):

@@ -1,4 +1,4 @@
-"""What passes between the scheduler and the model runner, and the tokens that come of it."""
+"""Types between the scheduler and the model runner: scheduled sequences in, sampled tokens out."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Series

@@ -18,7 +18,7 @@ class Status(enum.Enum):
 
 
 class SamplingFeatures(enum.IntFlag):
-    """What sampling a sequence takes beyond the argmax. A step computes the features that its sequences need."""
+    """Features of sampling beyond the argmax. A step computes those that its sequences use."""
 
     RANDOM = 1
     TOP_K_TOP_P = 2

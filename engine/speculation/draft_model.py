@@ -2,7 +2,7 @@
 
 It samples as its target does: with the sequence's own random numbers, which depend on seed and position alone, and
 after the same penalties and filters. Where the two models agree, the draft token is the token that the target samples,
-at any temperature: Gumbel coupling (arXiv:2408.07978). What the target samples does not depend on the draft model.
+at any temperature: Gumbel coupling (arXiv:2408.07978). The target's samples do not depend on the draft model.
 """
 
 import time

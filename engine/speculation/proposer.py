@@ -10,7 +10,7 @@ from dispec.engine.scheduling.sequence import Sequence
 
 
 class Proposal(NamedTuple):
-    """What proposing took.
+    """The cost of a proposal, and its draft tokens on the device.
 
     num_draft_steps: steps of the draft model, one for each draft token of a sequence; 0 without a draft model.
     device_drafts: draft tokens that the device has yet to compute.

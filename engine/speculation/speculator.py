@@ -40,10 +40,9 @@ class Speculator:
         self._draft_seconds = 0.0  # of the last proposal on the host, without catching up
 
     def needs_result(self, running: Iterable[Sequence]) -> bool:
-        """Return whether the plan of the next step depends on what the step under way samples.
+        """Return whether the plan of the next step depends on the samples of the step under way.
 
-        It does not while only prompts are computed, nor while the controller has decided that several steps have no
-        draft tokens.
+        It does not while only prompts are computed or the controller rests.
         """
         num_decoding = sum(sequence.num_uncomputed_tokens == 1 for sequence in running)
         return num_decoding > 0 and not (self.is_adaptive and self.controller.is_resting(num_decoding))

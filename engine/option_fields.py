@@ -21,12 +21,12 @@ _KINDS: dict[Any, tuple[type, str]] = {int: (Integral, "an integer"), float: (Re
 
 @dataclass(frozen=True)
 class Option:
-    """What a field's type leaves out, as metadata of `Annotated`.
+    """The help, limits and flags of a field, as metadata of `Annotated`.
 
     help: one or two sentences. ge, le, gt: inclusive limits, exclusive lower limit; `unit` follows them in errors.
-    default: what a default of None amounts to. flags: instead of the field's name. aliases: earlier names of the field.
-    group: heading under which the help of the command line lists it. parse: makes the value from what the command line
-    gives, which is a text, or a list of texts for a tuple. Raises ValueError.
+    default: the meaning of a default of None. flags: instead of the field's name. aliases: earlier names of the field.
+    group: heading under which the help of the command line lists it. parse: makes the value from the command line's
+    text, or list of texts for a tuple. Raises ValueError.
     """
 
     help: str

@@ -95,7 +95,7 @@ class ModelConfig:
 
 
 class _Family(NamedTuple):
-    """What the architectures of a family have in common.
+    """The properties that the architectures of a family share.
 
     optional_bias: whether `attention_bias` adds biases to all four projections.
     defaults: of fields that a `config.json` leaves out, as in transformers' config classes.

@@ -1,4 +1,4 @@
-"""What is done to logits before sampling: penalties, token masks, top-k, top-p and min-p.
+"""Changes of logits before sampling: penalties, token masks, top-k, top-p and min-p.
 
 They apply in the order of this file, which is that of transformers' generation. All of it traces into one graph, and
 each row is processed by itself.

@@ -1,4 +1,4 @@
-"""Linear layers with weights in the layout that the device reads fastest, and what a layer computes around them.
+"""Linear layers with weights in the layout that the device reads fastest, with the norm, gate or residual around them.
 
 On a CPU with AVX512-BF16 or AVX2, bf16 weights are packed once into the tiles of `ops.cpu.linear`, on other CPUs into
 oneDNN's blocked layout: one token then takes the time of reading the weight, where the plain layout takes twice that.
@@ -108,12 +108,12 @@ def _fused(
 
 
 def is_fused(x: Tensor) -> bool:
-    """Return whether a linear layer is one op with what surrounds it, which chooses kernels by the number of tokens."""
+    """Return whether a linear layer and its norm, gate or residual are one op, which chooses kernels by token count."""
     return x.is_cuda and x.dtype.itemsize == 2
 
 
 def allocate_workspaces(device: torch.device) -> None:
-    """Allocate what ops keep on a device between calls; must precede the first compilation and recording there."""
+    """Allocate the buffers that ops keep on a device; must precede the first compilation and recording there."""
     if device.type == "cuda":
         from dispec.ops.triton.linear_residual import split_counters
 

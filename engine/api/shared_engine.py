@@ -171,6 +171,6 @@ class SharedEngine:
             )
 
     def _thread_state(self) -> AbstractContextManager[object]:
-        """Set what torch keeps for each thread as it is in the thread that made the engine."""
+        """Give this thread the torch settings of the thread that made the engine."""
         torch.get_num_threads()  # a thread that has not called it has an OpenMP team of its own size
         return torch.cuda.device(self._engine.device) if self._engine.device.type == "cuda" else nullcontext()

@@ -42,7 +42,7 @@ class ModelSource:
 
 
 def find_source(model: str | Path, known: Iterable[str] = (DEFAULT_MODEL,)) -> ModelSource:
-    """Find what a name stands for, without network. known: names to suggest for a misspelt one.
+    """Find the source of a named model, without network. known: names to suggest for a misspelt one.
 
     Raises CheckpointError if there is no such model.
     """

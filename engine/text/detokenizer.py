@@ -1,7 +1,7 @@
 """Incremental detokenisation: the text of a sequence while its tokens are generated.
 
 `tokenizers.DecodeStream` fails where `tests/test_detokenizer.py` says: it raises an exception for byte tokens that form
-no character, repeats the text of a prompt that ends within a character, keeps invalid bytes back for ever, and decodes
+no character, repeats the text of a prompt that ends within a character, never returns invalid bytes, and decodes
 a run of them again with each token (300 µs a token after 4,000 of them, against 0.3 µs here).
 """
 
@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from dispec.engine.text.tokenizer import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_MAX_SPLIT_TOKENS = 16  # that a character of a prompt is split over: three, and special tokens between them
+_MAX_SPLIT_TOKENS = 16  # most tokens of a prompt's last character: three, and special tokens between them
 
 
 class IncrementalDetokenizer(ABC):
     """The text of one sequence that continues a prompt.
 
-    The pieces that `add` and `finish` return are together what `tokenizer.decode` of prompt and output adds to that of
-    the prompt. Each piece is final, and comes with the token that makes it certain: only the beginning of a character
-    that is split over tokens is held back. The cost of a token does not depend on the length of the sequence.
+    Joined, the pieces that `add` and `finish` return are the text by which `tokenizer.decode` of prompt and output is
+    longer than that of the prompt. Each piece is final, and comes with the token that makes it certain: only the
+    beginning of a character that is split over tokens is held back. The cost of a token does not depend on the length
+    of the sequence.
     """
 
     @abstractmethod

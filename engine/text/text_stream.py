@@ -57,9 +57,10 @@ class StopStrings:
 class TextStream:
     """The text of one output, token by token, up to a stop string.
 
-    The pieces of `add` and `finish` are together what `tokenizer.decode` of prompt and output adds to that of the
-    prompt, cut at the first stop string. The text of the first `params.min_tokens` tokens is returned at once, and no
-    stop string begins in it. A character belongs to the token that completes it. Without a tokenizer all text is empty.
+    Joined, the pieces of `add` and `finish` are the text by which `tokenizer.decode` of prompt and output is longer
+    than that of the prompt, cut at the first stop string. The text of the first `params.min_tokens` tokens is returned
+    at once, and no stop string begins in it. A character belongs to the token that completes it. Without a tokenizer
+    all text is empty.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from dispec.layers.types import KVCache
 
 
 class _Storage(msgspec.Struct):
-    """What CUDA needs to open an allocation of another process; torch's `_share_cuda_`, field by field."""
+    """The arguments with which CUDA opens an allocation of another process; torch's `_share_cuda_`, field by field."""
 
     device: int
     handle: bytes

@@ -25,7 +25,7 @@ Positive = Annotated[int, msgspec.Meta(ge=1, lt=1 << 48)]
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """What a process says of itself.
+    """A process's description of itself and its KV cache.
 
     layer_bytes: of one block in one layer's keys, and again in its values. num_blocks: of the KV cache.
     host_id, user_id: the running kernel and user, which tell whether two processes share a host.

@@ -49,7 +49,7 @@ class KVBlocks(ABC):
 
     @abstractmethod
     def finish_receive(self, blocks: Sequence[int]) -> None:
-        """Write what the same thread's `receive_buffers` got into the cache."""
+        """Write the contents of the same thread's `receive_buffers` to the cache."""
 
     @abstractmethod
     def checksums(self, blocks: Sequence[int]) -> list[bytes]:

@@ -142,7 +142,7 @@ class KVConnector:
         self._receives.append(_ReceiveState(choices, remote_blocks, awaits_outputs))
 
     def resume(self, first: Sequence, outputs: list[list[int] | None]) -> None:
-        """Tell what each choice of a request with `awaits_outputs` has generated so far; None ends a choice."""
+        """Set the tokens of each choice of a request with `awaits_outputs`, generated elsewhere; None ends a choice."""
         state = next((state for state in self._receives if state.first is first), None)
         if state is None or state.outputs is not None:
             return  # the request has ended meanwhile
@@ -307,7 +307,7 @@ def _payload(choices: tuple[Sequence, ...]) -> bytes:
 
 
 def _decode_payload(encoded: bytes, choices: tuple[Sequence, ...]) -> Payload:
-    """Decode what came with a request's blocks. Raises ValueError if it is invalid or of another request."""
+    """Decode the payload of a request's blocks. Raises ValueError if it is invalid or of another request."""
     payload = msgspec.msgpack.decode(encoded, type=Payload)
     if payload.prompt != _digest(choices[0]):
         raise ValueError("the blocks are of another prompt")

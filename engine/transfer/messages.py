@@ -1,8 +1,8 @@
 """Messages between puller and source after the handshake, in msgpack.
 
-The puller connects. It queries which blocks are ready from an index on (a long poll: the answer comes with news), reads
-them, and says when it is done. Each request may be repeated: an answer that comes twice or late changes nothing. An
-index is a block's number within its transfer, a block number its place in the source's cache.
+The puller connects. It queries which blocks are ready from an index on (a long poll: the answer comes when more are
+ready), reads them, and reports when it is done. Each request may be repeated: an answer that comes twice or late
+changes nothing. An index is a block's number within its transfer, a block number its place in the source's cache.
 """
 
 from typing import Annotated

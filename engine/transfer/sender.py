@@ -39,7 +39,7 @@ Output = Send | SendBlocks | Released
 
 @dataclass
 class _Transfer:
-    """deadline: end of the lease; None while the engine may still publish. queries: those that wait for news."""
+    """deadline: end of the lease; None while the engine may still publish. queries: those that wait for blocks."""
 
     is_published: bool = False
     blocks: list[int] = field(default_factory=list)
@@ -225,7 +225,7 @@ class Sender:
             transfer.deadline = now + self._lease
 
     def _answer(self, peer: int, transfer: _Transfer, query: QueryBlocks) -> Send | None:
-        """Answer a query; None if there is no news for it."""
+        """Answer a query; None if nothing is ready that its puller does not know."""
         last = min(len(transfer.checksums), query.first + MAX_BLOCKS)
         is_end = transfer.payload is not None and last == len(transfer.checksums) == len(transfer.blocks)
         if last <= query.first and (not is_end or query.has_payload):

@@ -1,4 +1,4 @@
-"""Causal attention of a tile of query rows over pages: what the decode and the prefill kernel share.
+"""Causal attention of a tile of query rows over pages, in the decode and the prefill kernel.
 
 The running maximum and sum are those of online softmax (Milakov and Gimelshein, 2018) as FlashAttention-2
 arranges them (Dao, 2023): the accumulator is divided by the sum only once, at the end. Pages are addressed

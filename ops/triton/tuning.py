@@ -189,7 +189,7 @@ def choose_fused_linear(
     has_norm: bool = False,
     is_gated: bool = False,
 ) -> SkinnyGemmConfig | None:
-    """Return how to launch a layer's GEMM with what surrounds it in one kernel; None for torch's GEMM.
+    """Return how to launch a layer's GEMM in one kernel with its norm, gate or residual; None for torch's GEMM.
 
     has_norm: its input is normed. is_gated: half of its output features gate the others.
 

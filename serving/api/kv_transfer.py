@@ -41,7 +41,7 @@ class Transfer(msgspec.Struct):
 
 
 def read_transfer(given: Any, info: EngineInfo, role: Role, num_prompts: int) -> Transfer:
-    """Return what `kv_transfer_params` ask of this worker. Raises InvalidField."""
+    """Return the transfer that `kv_transfer_params` ask of this worker. Raises InvalidField."""
     if given is None:
         return Transfer()
     try:

@@ -39,7 +39,7 @@ class Truncation(NamedTuple):
 
     @classmethod
     def requested(cls, request: SamplingRequest) -> "Truncation | None":
-        """Return what a request asks for. Raises InvalidField for an unknown side."""
+        """Return the truncation that a request asks for, if any. Raises InvalidField for an unknown side."""
         side = request.truncation_side or "left"
         if side not in ("left", "right"):
             raise InvalidField("truncation_side", f"truncation_side is {side!r:.50}, must be left or right")

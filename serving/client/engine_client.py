@@ -18,7 +18,7 @@ State = Literal["loading", "ready", "draining", "restarting", "dead"]
 
 
 class EngineObserver:
-    """Gets what happens in an engine, in the event loop: each call must be quick. An exception is logged and ignored.
+    """Receives the events of an engine, in the event loop: each call must be quick. An exception is logged and ignored.
 
     Subclasses override the methods that they need.
     """

@@ -1,7 +1,7 @@
 """Service-level objectives: targets of request classes, and the order of waiting requests that follows from them.
 
 Waiting requests are ordered by the latest moment at which they can start and still meet their TTFT target (least slack
-first). That moment is fixed at arrival, so no request is overtaken for ever. All functions are pure.
+first). That moment is fixed at arrival, so no request starves. All functions are pure.
 """
 
 import math

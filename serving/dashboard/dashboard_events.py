@@ -1,4 +1,4 @@
-"""The events of the dashboard: once a second, the news for each open page."""
+"""The events of the dashboard: once a second, the changes for each open page."""
 
 import asyncio
 import os.path

@@ -125,7 +125,7 @@ class DashboardState(EngineObserver):
         second.accepted += sum(accepted_per_position)
 
     def views(self) -> Iterator[dict[str, Any]]:
-        """Yield the whole window to one page, then at each call what is new since the last."""
+        """Yield the whole window to one page, then at each call the changes since the last."""
         at, step, request, first = 0, 0, 0, True
         while True:
             current = self._second().at

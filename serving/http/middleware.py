@@ -122,7 +122,7 @@ class Middleware:
             return ApiError(431, f"the headers hold {size} bytes, must be at most {self._max_header_bytes}")
         is_cross_site = headers.get(b"sec-fetch-site") == b"cross-site"
         if method == "POST" and is_cross_site and not self._cors.allows(headers.get(b"origin")):
-            # A browser that can reach this server, and may know its key, sends what pages of any site make it send.
+            # A page of any site can make a browser send requests here, with the key if the browser keeps it.
             return ApiError(403, "pages of other sites may not use this server: --allowed-origins names those that may")
         return None
 

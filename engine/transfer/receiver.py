@@ -58,7 +58,7 @@ Output = Connect | Send | Fetch | Pulled | PullFailed
 class _Pull:
     """num_ready: blocks known to be ready, from the transfer's first; num_fetched, num_done: from index `skip` on.
 
-    progress_at: when something was last gained; query_at: when the next query is due.
+    progress_at: time of the last message or read that brought something new; query_at: time of the next query.
     """
 
     peer: PeerKey

@@ -1,6 +1,6 @@
 """Errors between a request and its answer. Each message is a sentence for the client."""
 
-RETRY_SECONDS = 5  # that clients wait where the end of the trouble is not known
+RETRY_SECONDS = 5  # that clients are told to wait where the time of recovery is unknown
 
 
 class EngineFailed(Exception):
@@ -54,7 +54,7 @@ class Unavailable(Exception):
 
 
 class Overloaded(Unavailable):
-    """The queue is full."""
+    """The queue is full, or a first token cannot come within its TTFT target."""
 
 
 class NotReady(Unavailable):

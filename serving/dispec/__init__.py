@@ -6,6 +6,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import dispec.engine  # noqa: F401  # sets the spin count of OpenMP's threads before torch is loaded
+
 if TYPE_CHECKING:
     from dispec.engine.api.llm import LLM as LLM
     from dispec.engine.api.llm import generate as generate

@@ -112,6 +112,6 @@ def test_the_threads_of_one_engine_are_no_default_for_the_next(tmp_path):
 def test_how_openmp_waits_is_for_the_user_to_say(given, expected):
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {name: value for name, value in os.environ.items() if name not in names} | given
-    code = "import os, dispec.engine; print(os.environ.get('GOMP_SPINCOUNT'))"
+    code = "import os, dispec; print(os.environ.get('GOMP_SPINCOUNT'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
     assert done.stdout.decode().strip() == expected

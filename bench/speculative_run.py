@@ -51,7 +51,7 @@ class SimulatedProposer:
         if proposal.device_drafts is not None:
             proposal.device_drafts.wait()
         for scheduled in step.scheduled_sequences:
-            sequence, count = scheduled.sequence, scheduled.num_drafts
+            sequence, count = scheduled.sequence, scheduled.num_draft_tokens
             if count:
                 rest = self.answers[sequence.id][len(sequence.token_ids) :][:count]
                 rest += [0] * (count - len(rest))
@@ -203,12 +203,12 @@ class Costs(NamedTuple):
     draft: dict[int, float]
 
 
-def measure_costs(llm: LLM, proposer: Proposer | None, prompts: list[list[int]], max_num_drafts: int) -> Costs:
+def measure_costs(llm: LLM, proposer: Proposer | None, prompts: list[list[int]], max_num_draft_tokens: int) -> Costs:
     """Measure steps of these sequences, in answers of a hundred tokens that accept all draft tokens."""
     params = [SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)] * len(prompts)
     plain = take_turns(llm, prompts, params, [None])[0]
     verify, draft = {}, {}
-    for count in range(1, max_num_drafts + 1):
+    for count in range(1, max_num_draft_tokens + 1):
         simulated = SimulatedProposer(proposer, 1.0, llm.engine.config.vocab_size, seed=0)
         run = take_turns(llm, prompts, params, [Speculator(count, simulated, is_adaptive=False)], plain.tokens)[0]
         full = [record for record in run.records if record.num_draft_tokens == count * len(prompts)][1:]
@@ -217,10 +217,10 @@ def measure_costs(llm: LLM, proposer: Proposer | None, prompts: list[list[int]],
     return Costs(statistics.median(record.seconds for record in plain.records), verify, draft)
 
 
-def predicted_speedup(acceptance: float, num_drafts: int, decode: float, verify: float, draft: float) -> float:
+def predicted_speedup(acceptance: float, num_draft_tokens: int, decode: float, verify: float, draft: float) -> float:
     """Return tokens per second with draft tokens over those without (arXiv:2211.17192, theorem 3.8).
 
     decode, verify, draft: seconds of a step without draft tokens, of one that verifies them, of proposing them.
     """
-    expected = sum(acceptance**position for position in range(num_drafts + 1))
+    expected = sum(acceptance**position for position in range(num_draft_tokens + 1))
     return expected * decode / (verify + draft)

@@ -210,7 +210,7 @@ class EngineBuilder:
         runner = self._make_runner(self._local_config, weights, KVPlan(2, options.block_size, 0, length, "probe"))
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
-        num_sampled = options.max_num_seqs * (1 + options.max_num_drafts)
+        num_sampled = options.max_num_seqs * (1 + options.max_num_draft_tokens)
         runner.run_padding(self._max_num_batched_tokens, num_sampled)
         torch.cuda.synchronize(self._device)
         peak = torch.cuda.max_memory_allocated(self._device) - before
@@ -248,7 +248,7 @@ class EngineBuilder:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=self._max_num_batched_tokens,
             max_model_len=plan.max_model_len,
-            max_num_drafts=0 if is_draft else options.max_num_drafts,
+            max_num_draft_tokens=0 if is_draft else options.max_num_draft_tokens,
             # A draft model decodes in its loop. Its other steps are ragged on CUDA, which needs no further graphs.
             max_query_len=0 if is_draft and self._device.type == "cuda" else None,
             vocab_size=self._config.vocab_size,

@@ -287,7 +287,7 @@ class Engine:
 
     def _overlaps(self, step: SchedulerOutput) -> bool:
         """Whether the next step may be scheduled before this one's result: not if that may reject draft tokens."""
-        return self.plan.overlaps and not any(scheduled.num_drafts for scheduled in step.scheduled_sequences)
+        return self.plan.overlaps and not any(scheduled.num_draft_tokens for scheduled in step.scheduled_sequences)
 
     def _commit(self, launched: _LaunchedStep) -> list[TokenOutput]:
         """Wait for a step and return its tokens."""
@@ -355,7 +355,8 @@ def _make_record(step: SchedulerOutput, scheduler: Scheduler) -> StepRecord:
     num_prompt_tokens = sum(
         scheduled.num_tokens
         for scheduled in scheduled_sequences
-        if scheduled.num_tokens > 1 + scheduled.num_drafts or scheduled.start < scheduled.sequence.num_prompt_tokens
+        if scheduled.num_tokens > 1 + scheduled.num_draft_tokens
+        or scheduled.start < scheduled.sequence.num_prompt_tokens
     )
     prefill_kind: Kind = "prefill" if num_prompt_tokens == step.num_tokens else "mixed"
     pool = scheduler.pool
@@ -370,6 +371,6 @@ def _make_record(step: SchedulerOutput, scheduler: Scheduler) -> StepRecord:
         num_running=len(scheduler.running),
         num_waiting=scheduler.num_waiting,
         num_used_blocks=pool.num_usable - pool.num_free,
-        num_drafts=sum(scheduled.num_drafts > 0 for scheduled in scheduled_sequences),
-        num_draft_tokens=sum(scheduled.num_drafts for scheduled in scheduled_sequences),
+        num_drafts=sum(scheduled.num_draft_tokens > 0 for scheduled in scheduled_sequences),
+        num_draft_tokens=sum(scheduled.num_draft_tokens for scheduled in scheduled_sequences),
     )

@@ -181,7 +181,7 @@ class EngineOptions:
             raise invalid_field(name, "is a ModelConfig, which has no weights to load: set load_format='dummy'")
 
     @property
-    def max_num_drafts(self) -> int:
+    def max_num_draft_tokens(self) -> int:
         """Most draft tokens of one sequence in a step; 0 without speculation."""
         return 0 if self.speculative_model is None else self.num_speculative_tokens
 

@@ -89,24 +89,24 @@ class FakeModel:
         logprobs: dict[int, list[TokenLogprobs]] = {}
         prompt_logprobs = {}
         for scheduled in step.scheduled_sequences:
-            self._write(scheduled.sequence, scheduled.start, scheduled.num_tokens, scheduled.num_drafts, holders)
+            self._write(scheduled.sequence, scheduled.start, scheduled.num_tokens, scheduled.num_draft_tokens, holders)
         for scheduled in step.scheduled_sequences:
             sequence, end = scheduled.sequence, scheduled.start + scheduled.num_tokens
-            end -= scheduled.num_drafts
+            end -= scheduled.num_draft_tokens
             assert scheduled.samples == (
                 end == len(sequence.token_ids) + sequence.num_pending_tokens - scheduled.samples
             )
-            end += scheduled.num_drafts
+            end += scheduled.num_draft_tokens
             context = [self._entry(sequence, position) for position in range(end)]
             assert [entry.position for entry in context] == list(range(end)), "read an entry of another position"
             assert end < sequence.max_len, "computes a token at the sequence's end"
             if scheduled.samples and sequence.params.needs_last_token:
-                assert end - scheduled.num_drafts == len(sequence.token_ids), (
+                assert end - scheduled.num_draft_tokens == len(sequence.token_ids), (
                     "chooses a token before the last one is known"
                 )
             if scheduled.samples:
                 chosen: list[int] = []
-                for known in range(end - scheduled.num_drafts, end + 1):
+                for known in range(end - scheduled.num_draft_tokens, end + 1):
                     chosen.append(next_token(context[:known], sequence.seed))
                     if known < end and chosen[-1] != scheduled.draft_token_ids[len(chosen) - 1]:
                         break
@@ -134,14 +134,16 @@ class FakeModel:
         }
         assert written >= {destination for _, destination in step.copies}, "copied a block that no sequence writes to"
 
-    def _write(self, sequence: Sequence, start: int, num_tokens: int, num_drafts: int, holders: Counter[int]) -> None:
+    def _write(
+        self, sequence: Sequence, start: int, num_tokens: int, num_draft_tokens: int, holders: Counter[int]
+    ) -> None:
         previous = self._entry(sequence, start - 1) if start else None
         for position in range(start, start + num_tokens):
             if position < len(sequence.token_ids):
                 token_id = sequence.token_ids[position]
             else:
                 ahead = position - len(sequence.token_ids)
-                if num_drafts:
+                if num_draft_tokens:
                     token_id = sequence.draft.token_ids[ahead]
                 else:
                     assert ahead == 0, "computes a token after one that is not known"
@@ -273,7 +275,7 @@ class FakeEngine:
         assert len({scheduled.sequence for scheduled in step.scheduled_sequences}) == len(step.scheduled_sequences)
         assert {scheduled.sequence for scheduled in step.scheduled_sequences} <= set(scheduler.running)
         assert all(
-            1 <= scheduled.num_tokens - scheduled.num_drafts <= scheduler.max_prefill_chunk
+            1 <= scheduled.num_tokens - scheduled.num_draft_tokens <= scheduler.max_prefill_chunk
             for scheduled in step.scheduled_sequences
         )
         assert all(

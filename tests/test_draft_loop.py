@@ -33,15 +33,15 @@ def draft_tokens_of_each_step(llm: LLM, params: list[SamplingParams]) -> list[li
     def watch(step: SchedulerOutput):
         # Some have fewer draft tokens than others, so that the loop must leave them out.
         works = tuple(
-            scheduled._replace(num_drafts=min(scheduled.num_drafts, 1 + scheduled.sequence.id % 4))
-            if scheduled.num_drafts
+            scheduled._replace(num_draft_tokens=min(scheduled.num_draft_tokens, 1 + scheduled.sequence.id % 4))
+            if scheduled.num_draft_tokens
             else scheduled
             for scheduled in step.scheduled_sequences
         )
         found = propose(replace(step, scheduled_sequences=works))
         seen.append([list(scheduled.sequence.draft.token_ids) for scheduled in works])
         for scheduled in step.scheduled_sequences:  # what is verified does not matter here
-            missing = scheduled.num_drafts - len(scheduled.sequence.draft.token_ids)
+            missing = scheduled.num_draft_tokens - len(scheduled.sequence.draft.token_ids)
             scheduled.sequence.draft.token_ids += [0] * missing
         return found
 
@@ -90,11 +90,11 @@ def test_draft_tokens_lie_where_the_steps_of_the_target_read_them(target, draft)
     loop, seen = engine.speculator.proposer._loop, 0
     run = loop.run
 
-    def watch(num_drafts):
+    def watch(num_draft_tokens):
         nonlocal seen
-        run(num_drafts)
-        depth = max(num_drafts.values())
-        for row, (sequence, count) in enumerate(sorted(num_drafts.items(), key=lambda item: -item[1])):
+        run(num_draft_tokens)
+        depth = max(num_draft_tokens.values())
+        for row, (sequence, count) in enumerate(sorted(num_draft_tokens.items(), key=lambda item: -item[1])):
             on_device = engine.runner.previous_token_ids[row * depth : row * depth + count]
             assert sequence.draft.token_ids == on_device.tolist()
             seen += count

@@ -131,9 +131,9 @@ class Resting(DraftController):
         return self.num_planned % 3 > 0
 
     def choose(self, candidates, num_sequences) -> int:
-        num_drafts = 0 if self.is_resting(num_sequences) else 2
+        num_draft_tokens = 0 if self.is_resting(num_sequences) else 2
         self.num_planned += 1
-        return num_drafts
+        return num_draft_tokens
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +151,8 @@ def test_steps_overlap_while_a_draft_model_rests(directory, draft, expected):
     launch = runner.launch
 
     def watched(step, *drafts):
-        num_drafts = sum(scheduled.num_drafts for scheduled in step.scheduled_sequences)
-        launched.append((num_drafts, [flight.record.num_draft_tokens for flight in engine._launched]))
+        num_draft_tokens = sum(scheduled.num_draft_tokens for scheduled in step.scheduled_sequences)
+        launched.append((num_draft_tokens, [flight.record.num_draft_tokens for flight in engine._launched]))
         return launch(step, *drafts)
 
     runner.launch = watched
@@ -160,7 +160,7 @@ def test_steps_overlap_while_a_draft_model_rests(directory, draft, expected):
     while engine.has_work:
         engine.step()
     assert [sequence.output_token_ids for sequence in sequences] == expected
-    verifying = [in_flight for num_drafts, in_flight in launched if num_drafts]
+    verifying = [in_flight for num_draft_tokens, in_flight in launched if num_draft_tokens]
     assert len(verifying) > 5
     assert not any(verifying), "the plan of draft tokens follows from what the step before sampled"
     behind = [in_flight for _, in_flight in launched if in_flight]

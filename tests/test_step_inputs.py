@@ -42,7 +42,7 @@ def test_a_uniform_step_with_a_row_for_each_token_selects_none() -> None:
     inputs = input_views(buffer, shape)
     prompt, verified = prompt_of(3, [5]), prompt_of(18, [7, 9])
     verified.sequence.draft.token_ids = [61, 62]
-    verified = verified._replace(start=17, num_tokens=3, num_drafts=2)
+    verified = verified._replace(start=17, num_tokens=3, num_draft_tokens=2)
     sampled = write_inputs(host_views(buffer, shape), (prompt, verified), 16)
     assert sampled == [None, None, prompt, verified, verified, verified]
     batch, sampling = inputs.batch, inputs.sampling
@@ -62,7 +62,10 @@ def test_draft_tokens_on_the_device_are_read_where_they_lie() -> None:
     scheduled = prompt_of(18, [7, 9])
     scheduled.sequence.draft.token_ids = [0, 0]  # so many, not yet known
     write_inputs(
-        host_views(buffer, shape), (scheduled._replace(start=17, num_tokens=3, num_drafts=2),), 16, draft_index={7: 10}
+        host_views(buffer, shape),
+        (scheduled._replace(start=17, num_tokens=3, num_draft_tokens=2),),
+        16,
+        draft_index={7: 10},
     )
     assert inputs.batch.token_ids.tolist() == [117, 0, 0]
     assert inputs.previous_indices.tolist() == [0, 11, 12]

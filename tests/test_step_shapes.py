@@ -30,7 +30,7 @@ def shapes(plan: ExecutionPlan, max_num_seqs: int, max_tokens: int) -> StepShape
         plan,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
-        max_num_drafts=MAX_NUM_DRAFTS,
+        max_num_draft_tokens=MAX_NUM_DRAFTS,
         max_blocks_per_seq=MAX_BLOCKS,
         max_query_len=plan.max_query_len,
     )

@@ -57,7 +57,7 @@ def _join(request: JoinGroup) -> Callable[[AllocateCache], ModelRunner]:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=message.max_num_batched_tokens,
             max_model_len=message.plan.max_model_len,
-            max_num_drafts=options.max_num_drafts,
+            max_num_draft_tokens=options.max_num_draft_tokens,
             vocab_size=config.vocab_size,
         )
 

@@ -55,7 +55,7 @@ def plan_for(options: EngineOptions, device: torch.device, head_dim: int) -> Exe
     compile = options.when_to_compile(device)
     has_draft_model = options.speculative_model not in (None, "ngram")
     overlaps = is_cuda if options.async_scheduling is None else options.async_scheduling
-    max_query_len = 1 + options.max_num_drafts
+    max_query_len = 1 + options.max_num_draft_tokens
     if not is_cuda:
         max_query_len = _CPU_QUERY_LEN if has_attention_kernel else 1
     return ExecutionPlan(

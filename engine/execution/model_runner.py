@@ -60,7 +60,7 @@ class _Outputs(NamedTuple):
 class ModelRunner:
     """Runs steps. Make it and compile it in the process's main thread: CUDA graphs are recorded there.
 
-    max_num_drafts: most draft tokens of one sequence that a step verifies.
+    max_num_draft_tokens: most draft tokens of one sequence that a step verifies.
     max_query_len: most tokens of a sequence in a uniform step, if not the plan's.
     vocab_size: columns of the logits, if not the model's own: a draft model's are those of its target.
     head_tokens: the token of each row of the head, if these are not all tokens in order.
@@ -78,7 +78,7 @@ class ModelRunner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
-        max_num_drafts: int = 0,
+        max_num_draft_tokens: int = 0,
         max_query_len: int | None = None,
         vocab_size: int | None = None,
         head_tokens: Tensor | None = None,
@@ -104,7 +104,7 @@ class ModelRunner:
             plan,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            max_num_drafts=max_num_drafts,
+            max_num_draft_tokens=max_num_draft_tokens,
             max_blocks_per_seq=max(2, -(-max_model_len // self.block_size)),
             max_query_len=self._max_query_len,
         )

@@ -13,32 +13,32 @@ from dispec.engine.scheduling.sequence import Sequence
 class DeviceDrafts:
     """Draft tokens that the device computes; the sequences' `draft.token_ids` hold placeholders until `wait`.
 
-    num_drafts: of each sequence, in the order of the rows of `token_ids`, [B, K].
+    num_draft_tokens: of each sequence, in the order of the rows of `token_ids`, [B, K].
     started: an event before the first draft token's computation.
     first_index: by sequence id, the place of its first draft token among the token ids that the target's step reads.
     """
 
-    def __init__(self, num_drafts: dict[Sequence, int], token_ids: Tensor, started: torch.cuda.Event) -> None:
+    def __init__(self, num_draft_tokens: dict[Sequence, int], token_ids: Tensor, started: torch.cuda.Event) -> None:
         num_columns = token_ids.shape[1]
-        self.first_index = {sequence.id: row * num_columns for row, sequence in enumerate(num_drafts)}
-        self._num_drafts = num_drafts
+        self.first_index = {sequence.id: row * num_columns for row, sequence in enumerate(num_draft_tokens)}
+        self._num_draft_tokens = num_draft_tokens
         self._token_ids = torch.empty_like(token_ids, device="cpu", pin_memory=True)
         self._token_ids.copy_(token_ids, non_blocking=True)
         self._started, self._ended = started, torch.cuda.Event(enable_timing=True)
         self._ended.record()
-        for sequence, count in num_drafts.items():
+        for sequence, count in num_draft_tokens.items():
             sequence.draft.token_ids = [0] * count
 
     def wait(self) -> float:
         """Write the draft tokens to their sequences, and return the seconds that they took the device."""
         self._ended.synchronize()
-        write_drafts(self._num_drafts, self._token_ids)
+        write_drafts(self._num_draft_tokens, self._token_ids)
         return 1e-3 * self._started.elapsed_time(self._ended)
 
 
-def write_drafts(num_drafts: dict[Sequence, int], token_ids: Tensor) -> None:
+def write_drafts(num_draft_tokens: dict[Sequence, int], token_ids: Tensor) -> None:
     """Set the sequences' `draft.token_ids` to the first tokens of their rows of `token_ids`, [B, K] on the host."""
-    for (sequence, count), row in zip(num_drafts.items(), token_ids.tolist(), strict=True):
+    for (sequence, count), row in zip(num_draft_tokens.items(), token_ids.tolist(), strict=True):
         sequence.draft.token_ids = row[:count]
 
 

@@ -215,10 +215,10 @@ class Sampler:
             if sequence.sampling_features & SamplingFeatures.TOKEN_MASK:
                 assert sequence.logits_processors is not None
                 # Tokens that the step itself computes count as output, even before the host knows them.
-                num_output = item.start + item.num_tokens - item.num_drafts - sequence.num_prompt_tokens
-                for ahead in range(item.num_drafts + 1):
+                num_output = item.start + item.num_tokens - item.num_draft_tokens - sequence.num_prompt_tokens
+                for ahead in range(item.num_draft_tokens + 1):
                     drafts = item.draft_token_ids
-                    drafts = drafts[: len(drafts) - item.num_drafts + ahead]
+                    drafts = drafts[: len(drafts) - item.num_draft_tokens + ahead]
                     token_ids = [*sequence.token_ids, *drafts] if drafts else sequence.token_ids
                     mask = sequence.logits_processors.allowed_mask(num_output + ahead, token_ids)
                     if mask is not None:

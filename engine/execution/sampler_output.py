@@ -46,7 +46,7 @@ class SamplerOutput:
             values = None if self.logprobs is None else [value.tolist() for value in self.logprobs]
             for first, item in first_rows(self.rows):
                 sequence = item.sequence
-                drafts = item.draft_token_ids if item.num_drafts else []
+                drafts = item.draft_token_ids if item.num_draft_tokens else []
                 end = first + 1 + num_accepted(drafts, sampled[first:])
                 token_ids[sequence.id] = sampled[first:end]
                 if values is not None and (count := sequence.params.logprobs) is not None:

@@ -39,13 +39,13 @@ class StepShapes:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        max_num_drafts: int,
+        max_num_draft_tokens: int,
         max_blocks_per_seq: int,
         max_query_len: int,
     ) -> None:
         self._plan = plan
         self._max_num_seqs = max_num_seqs
-        self._max_sampled = max_num_seqs * (1 + max_num_drafts)
+        self._max_sampled = max_num_seqs * (1 + max_num_draft_tokens)
         self._sequence_sizes = sequence_sizes(max_num_seqs)
         self._token_sizes = token_sizes(max_num_batched_tokens)
         self._max_blocks_per_seq = max_blocks_per_seq

@@ -167,8 +167,8 @@ class Scheduler:
             # A sequence that was preempted while the step ran has no blocks left, but its token is kept.
             holds_blocks = sequence.status is Status.RUNNING and sequence.num_computed_tokens >= end
             token_ids = result.token_ids[sequence.id] if scheduled.samples else ()
-            if scheduled.num_drafts:
-                num_rejected = scheduled.num_drafts + 1 - len(token_ids)
+            if scheduled.num_draft_tokens:
+                num_rejected = scheduled.num_draft_tokens + 1 - len(token_ids)
                 end -= num_rejected
                 if holds_blocks:
                     sequence.num_computed_tokens -= num_rejected
@@ -285,9 +285,9 @@ class Scheduler:
                 continue  # preempted for another one
             # Draft tokens take the budget that is left by the other sequences' own tokens, and preempt no sequence.
             if sequence.draft.num_tokens:
-                num_drafts = _num_drafts(sequence, plan.budget - 1 - num_others)
-                if num_drafts and self.kv_cache.grow(sequence, 1 + num_drafts, plan.copies):
-                    self._add_to_step(plan, sequence, 1 + num_drafts, num_drafts)
+                num_draft_tokens = _num_draft_tokens(sequence, plan.budget - 1 - num_others)
+                if num_draft_tokens and self.kv_cache.grow(sequence, 1 + num_draft_tokens, plan.copies):
+                    self._add_to_step(plan, sequence, 1 + num_draft_tokens, num_draft_tokens)
                     continue
             self._schedule_or_preempt(plan, sequence, 1)
         for sequence in prefilling:
@@ -312,13 +312,13 @@ class Scheduler:
                 return
         self._add_to_step(plan, sequence, num_tokens)
 
-    def _add_to_step(self, plan: _StepPlan, sequence: Sequence, num_tokens: int, num_drafts: int = 0) -> None:
+    def _add_to_step(self, plan: _StepPlan, sequence: Sequence, num_tokens: int, num_draft_tokens: int = 0) -> None:
         """Add a sequence with allocated blocks to the step."""
         start = sequence.num_computed_tokens
-        samples = num_tokens - num_drafts == sequence.num_uncomputed_tokens
+        samples = num_tokens - num_draft_tokens == sequence.num_uncomputed_tokens
         sequence.num_computed_tokens = start + num_tokens
         sequence.num_pending_tokens += samples
-        plan.scheduled[sequence] = ScheduledSequence(sequence, start, num_tokens, samples, num_drafts)
+        plan.scheduled[sequence] = ScheduledSequence(sequence, start, num_tokens, samples, num_draft_tokens)
         plan.budget -= num_tokens
 
     def _start_forks(self, sequence: Sequence, holds_blocks: bool) -> None:
@@ -346,7 +346,7 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
 
-def _num_drafts(sequence: Sequence, budget: int) -> int:
+def _num_draft_tokens(sequence: Sequence, budget: int) -> int:
     """Return the number of draft tokens that the sequence's next step verifies; none is past its end."""
     if sequence.num_pending_tokens:
         return 0
@@ -360,8 +360,8 @@ def _append_tokens(
     """Append sampled tokens up to the sequence's end, each with an output."""
     sequence = scheduled.sequence
     logprobs = result.logprobs[sequence.id] if sequence.params.logprobs is not None else None
-    num_accepted = len(token_ids) - 1 if scheduled.num_drafts else 0
-    num_rejected = scheduled.num_drafts - num_accepted
+    num_accepted = len(token_ids) - 1 if scheduled.num_draft_tokens else 0
+    num_rejected = scheduled.num_draft_tokens - num_accepted
     for index, token_id in enumerate(token_ids):
         token_logprobs = None
         if logprobs is not None:

@@ -14,20 +14,20 @@ class ScheduledSequence(NamedTuple):
     """Tokens `start` … `start + num_tokens - 1` of a sequence, to be computed in a step.
 
     samples: whether they end with the sequence's last known token, so that the next token is sampled.
-    num_drafts: number of draft tokens among them, the last ones. The position before the first draft token and the
-        position of each are sampled from.
+    num_draft_tokens: draft tokens among them, the last ones. The position before the first draft token and the position
+        of each are sampled from.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
     samples: bool
-    num_drafts: int = 0
+    num_draft_tokens: int = 0
 
     @property
     def num_sampled(self) -> int:
         """Number of positions that are sampled."""
-        return self.num_drafts + 1 if self.samples else 0
+        return self.num_draft_tokens + 1 if self.samples else 0
 
     @property
     def draft_token_ids(self) -> list[int]:

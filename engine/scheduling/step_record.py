@@ -12,7 +12,7 @@ class StepRecord(NamedTuple):
     num_prompt_tokens: tokens of prompts, and tokens that are computed again after a preemption.
     num_cached_tokens: tokens of admitted sequences that were found in the cache.
     num_used_blocks: KV blocks in use when the step was scheduled.
-    num_drafts: sequences with draft tokens, as in vLLM's metrics; `ScheduledSequence.num_drafts` counts tokens.
+    num_drafts: sequences with draft tokens, as in vLLM's metrics.
     num_draft_tokens: draft tokens that were verified.
     num_planned_draft_tokens: draft tokens that the controller planned, before blocks and the token budget limited them.
     num_accepted_per_position: accepted draft tokens, by their position in a draft.

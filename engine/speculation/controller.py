@@ -52,7 +52,7 @@ class DraftController:
         self._catch_up_seconds = 0.0  # per token
         self._last_kind: tuple[bool, int] | None = None
         self._largest_step = 0
-        self._num_drafts = 0  # last chosen
+        self._num_draft_tokens = 0  # last chosen
         self._probe, self._num_probe_steps, self._num_probes = 0, 0, 0
         self._credit = 0.0  # seconds that probes may lose
         self._num_resting_steps, self._num_resting_sequences = 0, 0
@@ -70,18 +70,20 @@ class DraftController:
         self._last_kind = kind
         self._largest_step = max(self._largest_step, num_tokens)
 
-    def observe_draft(self, num_sequences: int, num_drafts: int, seconds: float) -> None:
-        """Record a draft of `num_drafts` tokens for each of `num_sequences` sequences."""
-        self._draft.setdefault(num_drafts, StepCosts()).observe(num_sequences, seconds / self.pace)
+    def observe_draft(self, num_sequences: int, num_draft_tokens: int, seconds: float) -> None:
+        """Record a draft of `num_draft_tokens` tokens for each of `num_sequences` sequences."""
+        self._draft.setdefault(num_draft_tokens, StepCosts()).observe(num_sequences, seconds / self.pace)
 
     def observe_catch_up(self, num_tokens: int, seconds: float) -> None:
         """Record the draft model's computation of tokens that it had missed."""
         per_token = seconds / self.pace / num_tokens
         self._catch_up_seconds = (self._catch_up_seconds + per_token) / 2 if self._catch_up_seconds else per_token
 
-    def observe_acceptance(self, acceptance_rate: float, num_drafts: int, num_accepted: int) -> float:
+    def observe_acceptance(self, acceptance_rate: float, num_draft_tokens: int, num_accepted: int) -> float:
         """Return a sequence's acceptance rate after the verification of its draft tokens."""
-        for index in range(min(num_drafts, num_accepted + 1)):  # those after the first rejected one were not compared
+        for index in range(
+            min(num_draft_tokens, num_accepted + 1)
+        ):  # those after the first rejected one were not compared
             is_accepted = index < num_accepted
             acceptance_rate += _ACCEPTANCE_WEIGHT * (is_accepted - acceptance_rate)
             self.acceptance_rate += _ACCEPTANCE_WEIGHT / 10 * (is_accepted - self.acceptance_rate)
@@ -104,17 +106,17 @@ class DraftController:
         if not candidates:
             return 0
         max_drafts, acceptance_rates, missing, remaining = map(np.array, zip(*candidates, strict=True))
-        num_drafts = np.arange(max_drafts.max() + 1)
-        is_drafted = (max_drafts[:, None] >= num_drafts) & (num_drafts > 0)
-        expected = num_sequences + (acceptance_rates[:, None] ** num_drafts * is_drafted).sum(0).cumsum()
+        num_draft_tokens = np.arange(max_drafts.max() + 1)
+        is_drafted = (max_drafts[:, None] >= num_draft_tokens) & (num_draft_tokens > 0)
+        expected = num_sequences + (acceptance_rates[:, None] ** num_draft_tokens * is_drafted).sum(0).cumsum()
         seconds = self._verify_seconds(num_sequences + is_drafted.sum(0).cumsum(), num_sequences)
-        seconds += self._draft_seconds(len(candidates), len(num_drafts))
+        seconds += self._draft_seconds(len(candidates), len(num_draft_tokens))
         catch_up = self._catch_up_seconds * float(missing.sum())
         catch_up_per_step = catch_up / min(_HORIZON, max(1, remaining.max()))
-        tokens_per_second = expected / (seconds + catch_up_per_step * (num_drafts > 0))
-        if self._num_drafts == 0:
+        tokens_per_second = expected / (seconds + catch_up_per_step * (num_draft_tokens > 0))
+        if self._num_draft_tokens == 0:
             tokens_per_second[0] *= _MIN_GAIN
-        best = self._num_drafts = int(tokens_per_second.argmax())
+        best = self._num_draft_tokens = int(tokens_per_second.argmax())
         lost = seconds - seconds[best] / expected[best] * expected
         if best == 0:
             lost[1:] += catch_up / _PROBE_STEPS

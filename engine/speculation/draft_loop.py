@@ -74,11 +74,11 @@ class DraftLoop:
     """
 
     def __init__(
-        self, runner: ModelRunner, sampled: Tensor, max_num_seqs: int, max_num_drafts: int, max_model_len: int
+        self, runner: ModelRunner, sampled: Tensor, max_num_seqs: int, max_num_draft_tokens: int, max_model_len: int
     ):
         self._runner = runner
         self._sampled = sampled
-        self._max_num_drafts = max_num_drafts
+        self._max_num_draft_tokens = max_num_draft_tokens
         self._max_blocks = max(2, -(-max_model_len // runner.block_size))
         self._sizes = sequence_sizes(max_num_seqs)
         size = max(self._shape(self._sizes[-1]).size, _TRACED.size)
@@ -98,15 +98,15 @@ class DraftLoop:
             self._decoder = build_decoder(*model, max_positions=max_model_len)
 
     @torch.inference_mode()
-    def run(self, num_drafts: dict[Sequence, int]) -> DeviceDrafts | None:
+    def run(self, num_draft_tokens: dict[Sequence, int]) -> DeviceDrafts | None:
         """Draft the given number of tokens of each sequence.
 
         On CUDA, return drafts that the device is computing; else write them to the sequences' `draft.token_ids`.
         """
         # Sequences with most draft tokens come first: those with fewer are then the last rows.
-        num_drafts = dict(sorted(num_drafts.items(), key=lambda item: -item[1]))
+        num_draft_tokens = dict(sorted(num_draft_tokens.items(), key=lambda item: -item[1]))
         sampling_features = 0
-        for sequence in num_drafts:
+        for sequence in num_draft_tokens:
             sampling_features |= sequence.sampling_features
         if self._runner.plan.compile != "off" or self._runner.is_cuda:
             sampling_features = _TRACED_FEATURES
@@ -114,12 +114,12 @@ class DraftLoop:
             started = torch.cuda.Event(enable_timing=True)
             started.record()
             with replay_lock():
-                return DeviceDrafts(num_drafts, self._loop(num_drafts, sampling_features), started)
+                return DeviceDrafts(num_draft_tokens, self._loop(num_draft_tokens, sampling_features), started)
         if self._decoder is not None and not sampling_features & SamplingFeatures.TOP_K_TOP_P:
             is_random = bool(sampling_features & SamplingFeatures.RANDOM)
-            write_drafts(num_drafts, _decode(self._decoder, num_drafts, is_random=is_random))
+            write_drafts(num_draft_tokens, _decode(self._decoder, num_draft_tokens, is_random=is_random))
         else:
-            write_drafts(num_drafts, self._loop(num_drafts, sampling_features))
+            write_drafts(num_draft_tokens, self._loop(num_draft_tokens, sampling_features))
         return None
 
     def compile(self) -> Iterator[None]:
@@ -143,7 +143,7 @@ class DraftLoop:
         self._host[: shape.size] = 0
         write_inputs(self._host_views(shape), (), self._runner.block_size)
         self._upload(shape)
-        self._draft(step, self._device_state(shape, _TRACED_FEATURES), self._max_num_drafts)
+        self._draft(step, self._device_state(shape, _TRACED_FEATURES), self._max_num_draft_tokens)
         if self._runner.is_cuda:
             torch.cuda.synchronize(self._runner.device)  # before the next shape is written
 
@@ -151,29 +151,30 @@ class DraftLoop:
         # Every sequence computes `LAST_TOKENS` tokens, some of them again: a uniform step is faster.
         return StepShape(LAST_TOKENS * size, size, self._max_blocks, size, LAST_TOKENS)
 
-    def _loop(self, num_drafts: dict[Sequence, int], sampling_features: int) -> Int[Tensor, "B K"]:
+    def _loop(self, num_draft_tokens: dict[Sequence, int], sampling_features: int) -> Int[Tensor, "B K"]:
         """Return the draft tokens. K: the largest number of draft tokens of a sequence."""
-        count, depth = len(num_drafts), max(num_drafts.values())
+        count, depth = len(num_draft_tokens), max(num_draft_tokens.values())
         if self._runner.is_cuda:
             shape = self._shape(next(size for size in self._sizes if size >= count))
         else:
-            max_blocks = max(2, *(len(sequence.block_table) for sequence in num_drafts))
+            max_blocks = max(2, *(len(sequence.block_table) for sequence in num_draft_tokens))
             # The compiler specialises on a size of 1.
             size = count if self._runner.plan.compile == "off" else max(2, count)
             shape = self._shape(size)._replace(max_blocks_per_seq=max_blocks)
         scheduled = tuple(
-            ScheduledSequence(each, len(each.token_ids) - LAST_TOKENS, LAST_TOKENS, samples=True) for each in num_drafts
+            ScheduledSequence(each, len(each.token_ids) - LAST_TOKENS, LAST_TOKENS, samples=True)
+            for each in num_draft_tokens
         )
         self._host[: shape.size] = 0
         write_inputs(self._host_views(shape), scheduled, self._runner.block_size)
         last, top_k = self._host_extra[:2].numpy()
         top_p, min_p = self._host_extra[2:].view(torch.float32).numpy()
         last[: shape.num_seqs] = 0
-        last[:count] = [len(sequence.token_ids) + own - 2 for sequence, own in num_drafts.items()]
+        last[:count] = [len(sequence.token_ids) + own - 2 for sequence, own in num_draft_tokens.items()]
         if sampling_features & SamplingFeatures.TOP_K_TOP_P:
             size = shape.num_seqs
             write_sampling_filters(
-                list(num_drafts),
+                list(num_draft_tokens),
                 self._runner.vocabulary.num_head_tokens(self._runner.config),
                 top_k[:size],
                 top_p[:size],
@@ -254,21 +255,23 @@ def _compiled_step(runner: ModelRunner) -> _DraftStep:
     return step
 
 
-def _decode(decoder: ops.Decoder, num_drafts: dict[Sequence, int], *, is_random: bool) -> Int[Tensor, "B K"]:
-    """Return the draft tokens, computed in one call. num_drafts: in descending order."""
+def _decode(decoder: ops.Decoder, num_draft_tokens: dict[Sequence, int], *, is_random: bool) -> Int[Tensor, "B K"]:
+    """Return the draft tokens, computed in one call. num_draft_tokens: in descending order."""
     # Every sequence computes as many tokens, some of them again: a uniform step is faster.
-    query_len = LAST_TOKENS if any(num_uncomputed_tokens(sequence) > 1 for sequence in num_drafts) else 1
-    block_tables = np.zeros((len(num_drafts), max(2, *(len(each.block_table) for each in num_drafts))), np.int32)
-    for row, sequence in zip(block_tables, num_drafts, strict=True):
+    query_len = LAST_TOKENS if any(num_uncomputed_tokens(sequence) > 1 for sequence in num_draft_tokens) else 1
+    block_tables = np.zeros(
+        (len(num_draft_tokens), max(2, *(len(each.block_table) for each in num_draft_tokens))), np.int32
+    )
+    for row, sequence in zip(block_tables, num_draft_tokens, strict=True):
         row[: len(sequence.block_table)] = sequence.block_table
     return ops.decode_tokens(
         decoder,
-        torch.tensor(list(num_drafts.values()), dtype=torch.int32),
-        torch.tensor([sequence.token_ids[-query_len:] for sequence in num_drafts], dtype=torch.int32),
+        torch.tensor(list(num_draft_tokens.values()), dtype=torch.int32),
+        torch.tensor([sequence.token_ids[-query_len:] for sequence in num_draft_tokens], dtype=torch.int32),
         torch.from_numpy(block_tables),
-        torch.tensor([len(sequence.token_ids) for sequence in num_drafts], dtype=torch.int32),
-        torch.tensor([sequence.params.temperature for sequence in num_drafts], dtype=torch.float32)
+        torch.tensor([len(sequence.token_ids) for sequence in num_draft_tokens], dtype=torch.int32),
+        torch.tensor([sequence.params.temperature for sequence in num_draft_tokens], dtype=torch.float32)
         if is_random
         else None,
-        torch.tensor([sequence.seed for sequence in num_drafts], dtype=torch.int64) if is_random else None,
+        torch.tensor([sequence.seed for sequence in num_draft_tokens], dtype=torch.int64) if is_random else None,
     )

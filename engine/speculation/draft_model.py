@@ -94,18 +94,20 @@ class DraftModelProposer:
         """Fill `draft.token_ids` of the step's sequences that have draft tokens."""
         if step.copies:
             self._runner.run(SchedulerOutput((), step.copies))
-        num_drafts = {
-            scheduled.sequence: scheduled.num_drafts for scheduled in step.scheduled_sequences if scheduled.num_drafts
+        num_draft_tokens = {
+            scheduled.sequence: scheduled.num_draft_tokens
+            for scheduled in step.scheduled_sequences
+            if scheduled.num_draft_tokens
         }
-        if not num_drafts:
+        if not num_draft_tokens:
             return Proposal()
-        for sequence in num_drafts:
+        for sequence in num_draft_tokens:
             sequence.draft.token_ids = []
         started = time.perf_counter()
-        num_catch_up_tokens = self._catch_up(list(num_drafts))
+        num_catch_up_tokens = self._catch_up(list(num_draft_tokens))
         catch_up_seconds = time.perf_counter() - started
-        looping = {sequence: count for sequence, count in num_drafts.items() if can_loop(sequence)}
-        stepping = {sequence: count for sequence, count in num_drafts.items() if sequence not in looping}
+        looping = {sequence: count for sequence, count in num_draft_tokens.items() if can_loop(sequence)}
+        stepping = {sequence: count for sequence, count in num_draft_tokens.items() if sequence not in looping}
         num_steps = max(stepping.values(), default=0)
         for index in range(num_steps):
             self._run([sequence for sequence, count in stepping.items() if count > index])

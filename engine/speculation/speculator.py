@@ -22,14 +22,14 @@ from dispec.engine.speculation.proposer import Proposal, Proposer
 class Speculator:
     """Plans draft tokens before a step is scheduled, proposes them before it runs, and learns from its result.
 
-    max_num_drafts: most draft tokens of one sequence in a step.
+    max_num_draft_tokens: most draft tokens of one sequence in a step.
     is_adaptive: let the controller choose the number of draft tokens; else propose as many as possible.
     num_planned: draft tokens that the last plan asked for.
     device_drafts: draft tokens of the last proposal that the device has yet to compute.
     """
 
-    def __init__(self, max_num_drafts: int, proposer: Proposer, *, is_adaptive: bool = True) -> None:
-        self.max_num_drafts = max_num_drafts
+    def __init__(self, max_num_draft_tokens: int, proposer: Proposer, *, is_adaptive: bool = True) -> None:
+        self.max_num_draft_tokens = max_num_draft_tokens
         self.proposer = proposer
         self.is_adaptive = is_adaptive
         self.controller = DraftController()
@@ -58,9 +58,9 @@ class Speculator:
         available: dict[Sequence, int] = {}
         if not (self.is_adaptive and self.controller.is_resting(len(decoding))):
             for sequence in decoding:
-                if count := self.proposer.prepare(sequence, self.max_num_drafts):
+                if count := self.proposer.prepare(sequence, self.max_num_draft_tokens):
                     available[sequence] = count
-        limit = self.max_num_drafts
+        limit = self.max_num_draft_tokens
         if self.is_adaptive:
             candidates = [self._candidate(sequence, count) for sequence, count in available.items()]
             limit = self.controller.choose(candidates, len(decoding))
@@ -95,7 +95,7 @@ class Speculator:
         seconds: of the step without its proposal.
         draft_seconds: of the device, for draft tokens that the host did not wait for.
         """
-        drafted = [scheduled for scheduled in step.scheduled_sequences if scheduled.num_drafts]
+        drafted = [scheduled for scheduled in step.scheduled_sequences if scheduled.num_draft_tokens]
         if drafted and self._proposal.num_draft_steps:
             # The host's time counts only where the device's does not hide it.
             draft_seconds = draft_seconds if self._proposal.device_drafts is not None else self._draft_seconds
@@ -103,18 +103,18 @@ class Speculator:
         for scheduled in step.scheduled_sequences:
             sequence = scheduled.sequence
             sequence.draft.num_computed_tokens = min(sequence.draft.num_computed_tokens, sequence.num_computed_tokens)
-        num_accepted_per_position = [0] * self.max_num_drafts
+        num_accepted_per_position = [0] * self.max_num_draft_tokens
         for scheduled in drafted:
             sequence, num_accepted = scheduled.sequence, len(result.token_ids[scheduled.sequence.id]) - 1
             rate = self._acceptance_rates.get(sequence, self.controller.acceptance_rate)
             self._acceptance_rates[sequence] = self.controller.observe_acceptance(
-                rate, scheduled.num_drafts, num_accepted
+                rate, scheduled.num_draft_tokens, num_accepted
             )
             for position in range(num_accepted):
                 num_accepted_per_position[position] += 1
         num_tokens = {scheduled.num_tokens for scheduled in step.scheduled_sequences}
         if step.scheduled_sequences and all(
-            scheduled.samples and scheduled.num_tokens == 1 + scheduled.num_drafts
+            scheduled.samples and scheduled.num_tokens == 1 + scheduled.num_draft_tokens
             for scheduled in step.scheduled_sequences
         ):
             self.controller.observe_step(step.num_tokens, seconds, is_uniform=len(num_tokens) == 1)

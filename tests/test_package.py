@@ -166,3 +166,9 @@ def test_an_editable_install_beside_packages_of_the_same_names(sources: Path, pr
 def test_a_farm_of_links_beside_packages_of_the_same_names(project: Path) -> None:
     links = ROOT / ".ci/links"
     assert imported_from(project, python_path=links) == links / "dispec/engine/engine.py"
+
+
+def test_the_farm_holds_links_alone() -> None:
+    entries = sorted((ROOT / ".ci/links/dispec").iterdir())
+    assert [entry.name for entry in entries if not entry.is_symlink()] == []  # a copy would fall behind
+    assert {entry.name for entry in entries} >= {"__init__.py", "__main__.py", "py.typed", "engine", "serving"}

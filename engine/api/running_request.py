@@ -25,20 +25,12 @@ class RunningChoice:
         seconds = time.perf_counter() - sequence.arrival_time
         self.first_token_seconds = self.first_token_seconds or seconds
         self.num_tokens += 1
-        reason = output.finish_reason
-        text = self.text.add(output.token_id, ends=reason == "stop")
-        if reason is not None:
-            text += self.text.finish()
-        stop_reason: str | int | None = self.text.stop_reason
-        if stop_reason is not None:
-            reason = "stop"
-        elif reason == "stop" and output.token_id in params.stop_token_ids:
-            stop_reason = output.token_id
-        if reason is not None:
+        text, finish_reason, stop_reason = self.text.process(output.token_id, output.finish_reason)
+        if finish_reason is not None:
             self.result = Choice(
                 token_ids=sequence.output_token_ids[: self.num_tokens],
                 text=self.text.text,
-                finish_reason=reason,
+                finish_reason=finish_reason,
                 stop_reason=stop_reason,
                 logprobs=sequence.logprobs[: self.num_tokens] if params.logprobs is not None else None,
                 timing=Timing(self.first_token_seconds, seconds),

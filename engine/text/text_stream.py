@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from dispec.engine.errors import InvalidField
 from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.token_output import FinishReason
 from dispec.engine.text.detokenizer import make_detokenizer
 from dispec.engine.text.tokenizer import Tokenizer
 
@@ -54,6 +56,14 @@ class StopStrings:
         return any(stop.startswith(end) for stop in self._stop)
 
 
+class TextUpdate(NamedTuple):
+    """What a token brings. stop_reason: the stop string or stop token that ended the output."""
+
+    text: str
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+
+
 class TextStream:
     """The text of one output, token by token, up to a stop string.
 
@@ -71,6 +81,7 @@ class TextStream:
         )
         self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
         self._min_tokens = params.min_tokens
+        self._stop_token_ids = params.stop_token_ids
         self._num_tokens = 0
         self._pieces: list[str] = []
 
@@ -96,6 +107,19 @@ class TextStream:
         if self._detokenizer is None or self.stop_reason is not None:
             return ""
         return self._return(self._until_stop(self._detokenizer.finish()) + self._stops.flush())
+
+    def process(self, token_id: int, finish_reason: FinishReason | None) -> TextUpdate:
+        """Return what a token brings: its text, with the text held back where the output ends, and the end's reasons.
+
+        finish_reason: the engine's, which knows no stop strings.
+        """
+        text = self.add(token_id, ends=finish_reason == "stop")
+        if finish_reason is not None:
+            text += self.finish()
+        if self.stop_reason is not None:
+            return TextUpdate(text, "stop", self.stop_reason)
+        is_stop_token = finish_reason == "stop" and token_id in self._stop_token_ids
+        return TextUpdate(text, finish_reason, token_id if is_stop_token else None)
 
     def _until_stop(self, text: str) -> str:
         return self._stops.add(text) if self._num_tokens > self._min_tokens else text

@@ -22,7 +22,6 @@ class OutputProcessor:
         prompt_token_ids: Sequence[int] = (),
         is_continued: bool = False,
     ) -> None:
-        self._params = params
         self._is_continued = is_continued
         self._texts = [TextStream(tokenizer, params, prompt_token_ids) for _ in range(params.n)]
         self._has_ended = [False] * params.n
@@ -32,24 +31,16 @@ class OutputProcessor:
         index = token.index
         if self._has_ended[index]:
             return None
-        stream, reason = self._texts[index], token.finish_reason
-        if reason == "length" and self._is_continued:
-            reason = None
-        text = stream.add(token.token_id, ends=reason == "stop")
-        if reason is not None:
-            text += stream.finish()
-        stop_reason: str | int | None = stream.stop_reason
-        if stop_reason is not None:
-            reason = "stop"
-        elif reason == "stop" and token.token_id in self._params.stop_token_ids:
-            stop_reason = token.token_id
-        self._has_ended[index] = reason is not None
+        is_continued = token.finish_reason == "length" and self._is_continued
+        engine_reason = None if is_continued else token.finish_reason
+        text, finish_reason, stop_reason = self._texts[index].process(token.token_id, engine_reason)
+        self._has_ended[index] = finish_reason is not None
         return ChoiceUpdate(
             index,
             text,
             [token.token_id],
             [token.logprobs] if token.logprobs is not None else None,
-            reason,
+            finish_reason,
             stop_reason,
             token.prompt_logprobs if index == 0 else None,
             token.num_cached_tokens if index == 0 else None,

@@ -26,7 +26,7 @@ from dispec.layers.config import ModelConfig
 from dispec.layers.model import decoder_layer
 from dispec.layers.rope import rope_frequencies
 from dispec.layers.types import Batch, KVCache, LayerWeights, unstack_layers
-from dispec.layers.weights import dummy_weights
+from dispec.layers.weights import Packing, dummy_weights
 
 if TYPE_CHECKING:
     from dispec.ops.triton.tuning import SkinnyGemmConfig
@@ -74,7 +74,7 @@ class Step(NamedTuple):
 
 
 def make_stack(config: ModelConfig, num_blocks: int, device: torch.device, dtype: torch.dtype) -> Stack:
-    weights = dummy_weights(config, dtype, device, pack=lambda weight, **_: weight)
+    weights = dummy_weights(config, dtype, device, packing=Packing(keeps_plain=True))
     shape = (config.num_layers, num_blocks, config.num_kv_heads)
     keys = torch.randn(*shape, config.head_dim, BLOCK_SIZE, device=device, dtype=dtype)
     values = torch.randn(*shape, BLOCK_SIZE, config.head_dim, device=device, dtype=dtype)

@@ -1,6 +1,5 @@
 """Builds the parts of an engine: loads the weights, plans the KV cache, makes the model runner and the scheduler."""
 
-import functools
 import hashlib
 import logging
 import time
@@ -21,6 +20,7 @@ from dispec.engine.execution.kv_cache_memory import (
     format_bytes,
     free_memory,
     kv_cache_bytes,
+    kv_dtype,
     plan_kv_cache,
     return_freed_memory,
     weight_bytes,
@@ -29,6 +29,7 @@ from dispec.engine.execution.model_runner import ModelRunner
 from dispec.engine.execution.ranks import AllocateCache
 from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
 from dispec.engine.loading.draft_checkpoint import SharedDraft
+from dispec.engine.loading.quantization import packing_for, with_kernels
 from dispec.engine.machine.cache_directory import writable_cache
 from dispec.engine.machine.compile_cache import choose_compile_cache
 from dispec.engine.machine.torch_threads import set_threads
@@ -45,8 +46,8 @@ from dispec.engine.transfer.transfer_engine import TransferEngine
 from dispec.layers.config import ModelConfig, UnsupportedModelError
 from dispec.layers.sharding import Sharding, check_can_shard
 from dispec.layers.types import Weights
-from dispec.layers.weights import Pack, dummy_weights, load_weights
-from dispec.ops import Matrix, pack
+from dispec.layers.weights import Packing, dummy_weights, load_weights
+from dispec.ops import Matrix
 from dispec.ops.cpu.library import has_kernels, is_cached
 from dispec.ops.paged_attention import TRITON_HEAD_DIMS
 
@@ -131,7 +132,7 @@ class EngineBuilder:
             # Nothing here needs the weights' size: a context that cannot fit is refused before minutes of loading.
             self._plan_kv_cache(free_memory(self._device, options.gpu_memory_utilization))
         with self._phase("load"):
-            weights = self._load(self._checkpoint, self._config)
+            weights = self._load(self._checkpoint, self._config, packing_for(options, self._device))
             draft_weights = self._load_draft(weights) if self._draft is not None else None
             return_freed_memory()
         if has_kernels() and not is_cached():
@@ -180,28 +181,29 @@ class EngineBuilder:
 
     def _load_draft(self, target: Weights) -> Weights:
         assert self._draft is not None
-        int8_pack = functools.partial(pack, allow_int8=True)  # rounding only lowers the acceptance rate
+        packing = Packing(allow_int8=True)  # rounding only lowers the acceptance rate
         checkpoint = self._draft.checkpoint
-        borrowed = checkpoint.borrowed(target, int8_pack) if isinstance(checkpoint, SharedDraft) else None
-        return self._load(checkpoint, self._draft.config, borrowed, int8_pack, is_sharded=False)
+        borrowed = checkpoint.borrowed(target, packing) if isinstance(checkpoint, SharedDraft) else None
+        return self._load(checkpoint, self._draft.config, packing, borrowed, is_sharded=False)
 
     def _load(
         self,
         checkpoint: Checkpoint | SharedDraft | None,
         config: ModelConfig,
+        packing: Packing,
         borrowed: Mapping[str, Matrix] | None = None,
-        pack: Pack = pack,
         *,
         is_sharded: bool = True,
     ) -> Weights:
         shard = self._ranks.shard if self._ranks is not None and is_sharded else None
         if self._options.load_format == "dummy" or checkpoint is None:
-            return dummy_weights(config, self._dtype, self._device, self._options.seed, shard, pack)
+            return dummy_weights(config, self._dtype, self._device, self._options.seed, shard, packing)
         with tqdm(
             desc="loading weights", unit="param", unit_scale=True, disable=not self._options.show_progress, leave=False
         ) as bar:
-            tensors = checkpoint.tensors(self._dtype)
-            return load_weights(config, tensors, self._dtype, self._device, bar.update, borrowed, shard, pack)
+            tensors = checkpoint.tensors(self._dtype, self._options.quantization)
+            tensors = with_kernels(tensors, self._dtype, self._device)
+            return load_weights(config, tensors, self._dtype, self._device, bar.update, borrowed, shard, packing)
 
     def _measure_activations(self, weights: Weights) -> int:
         """Return the bytes that the largest step takes beside weights and cache, by running it on a one-block cache."""
@@ -224,7 +226,7 @@ class EngineBuilder:
             return None
         from dispec.engine.transfer.shared_memory import allocate
 
-        return allocate(kv_cache_bytes(self._config, plan, self._dtype))
+        return allocate(kv_cache_bytes(self._config, plan, kv_dtype(self._options)))
 
     def _make_runner(
         self,
@@ -244,7 +246,7 @@ class EngineBuilder:
             self._plan,
             config,
             weights,
-            allocate_kv_cache(config, plan, self._dtype, self._device, memory),
+            allocate_kv_cache(config, plan, kv_dtype(options), self._device, memory),
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=self._max_num_batched_tokens,
             max_model_len=plan.max_model_len,
@@ -291,7 +293,9 @@ class EngineBuilder:
                 lease_seconds=options.kv_transfer_lease,
             )
         )
-        fingerprint = f"{self._config} {runner.kv_cache.keys.dtype} {options.block_size} {options.seed}"
+        fingerprint = (
+            f"{self._config} {runner.kv_cache.keys.dtype} {options.quantization} {options.block_size} {options.seed}"
+        )
         transfer_engine.register(runner.kv_cache, hashlib.sha256(fingerprint.encode()).hexdigest(), shared_memory)
         return transfer_engine
 

@@ -32,6 +32,21 @@ class EngineOptions:
     ] = "smollm2"
     _: KW_ONLY
     dtype: Annotated[Dtype, Option("bfloat16, float16 (CUDA only) or float32.")] = "bfloat16"
+    quantization: Annotated[
+        Literal["native", "int4", "int8", "fp8", "off"] | None,
+        Option(
+            "Weights in fewer bits. int4, int8, fp8 (CUDA): round a checkpoint's matrices to these while loading."
+            " native: keep a quantised checkpoint as it is; off: dequantise it.",
+            default="native, but off for the built-in model",
+        ),
+    ] = None
+    quantization_group_size: Annotated[
+        Literal[32, 64, 128], Option("Columns that share a scale in quantization int4: 32, 64 or 128.")
+    ] = 32
+    kv_cache_dtype: Annotated[
+        Literal["auto", "int8", "fp8"],
+        Option("Of keys and values: auto is that of the model; int8 and fp8 (e4m3) take half the memory."),
+    ] = "auto"
     device: Annotated[str | None, Option("cpu, cuda or cuda:N.", default="cuda if there is one")] = None
     kv_cache_memory: Annotated[
         int | str | None,

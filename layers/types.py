@@ -8,20 +8,20 @@ P     blocks per sequence                    L     layers
 H     query heads                            NB    blocks in the KV cache
 KV    key/value heads                        BS    tokens per block (block size)
 D     head dimension                         R     rows of logits
-D2    half of D, the rotated pairs
+D2    half of D, the rotated pairs            DP    D, or D + 4 in a quantised KV cache
 ====  =====================================  ====  ==================================
 
 Each type is a named tuple of tensors and plain values, a pytree to torch.compile. Weights and cache are stacked by
 layer, which keeps a compiled step's inputs at about twenty tensors: its host time grows with their number.
 """
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from dispec.ops import Matrix, PackedWeight
+from dispec.ops import Matrix, layer_of
 
 
 class AttentionWeights(NamedTuple):
@@ -54,8 +54,8 @@ class LayerWeights(NamedTuple):
 class Weights(NamedTuple):
     """All weights of a model. Each `Matrix` is in the layout that `ops.pack` chose.
 
-    layers: every field has the layers as an additional first dimension, or is a tuple with a `PackedWeight` for each
-        layer where the layout cannot be stacked. `unstack_layers` returns one view for each layer.
+    layers: every field has the layers as an additional first dimension, or is a tuple with a matrix for each layer
+        where layouts differ or cannot be stacked. `unstack_layers` returns one view for each layer.
     embedding: the same object as `lm_head` where the two are tied and rows can be read from the packed layout.
     rope_frequencies: radians per position. They follow from the config, not from a checkpoint.
     """
@@ -83,19 +83,19 @@ def unstack_layers(stacked: LayerWeights) -> tuple[LayerWeights, ...]:
     )
 
 
-def _unstack(stacked: Matrix | tuple[PackedWeight, ...] | None, num_layers: int) -> tuple[Any, ...]:
+def _unstack(stacked: Matrix | tuple[Matrix, ...] | None, num_layers: int) -> tuple[Any, ...]:
     if stacked is None:
         return (None,) * num_layers
-    if isinstance(stacked, PackedWeight):
-        return tuple(PackedWeight(one, stacked.out_features) for one in stacked.blocked.unbind(0))
-    return stacked.unbind(0) if isinstance(stacked, Tensor) else stacked
+    if type(stacked) is tuple:
+        return stacked
+    return tuple(layer_of(cast(Matrix, stacked), layer) for layer in range(num_layers))
 
 
 class LayerKV(NamedTuple):
     """The KV cache of one layer: that of all layers and the layer's number, or its own tensors and None."""
 
-    keys: Float[Tensor, "*L NB KV D BS"]
-    values: Float[Tensor, "*L NB KV BS D"]
+    keys: Shaped[Tensor, "*L NB KV DP BS"]
+    values: Shaped[Tensor, "*L NB KV BS DP"]
     layer: int | None = None
 
 
@@ -106,8 +106,8 @@ class KVCache(NamedTuple):
     are innermost in keys, and the head dimension is innermost in values.
     """
 
-    keys: Float[Tensor, "L NB KV D BS"]
-    values: Float[Tensor, "L NB KV BS D"]
+    keys: Shaped[Tensor, "L NB KV DP BS"]
+    values: Shaped[Tensor, "L NB KV BS DP"]
 
     @property
     def block_size(self) -> int:

@@ -17,13 +17,32 @@ from dispec.layers.rope import rope_frequencies
 from dispec.layers.sharding import Axis, Part, Sharding
 from dispec.layers.types import AttentionWeights, LayerWeights, MlpWeights, Weights
 
-Stack = ops.Matrix | tuple[ops.PackedWeight, ...]
-# Lays a matrix out for `ops.linear`: `ops.pack`, or a partial application of it.
-Pack = Callable[..., ops.Matrix]
+Stack = ops.Matrix | tuple[ops.Matrix, ...]
 
 
 class WeightsError(ValueError):
     """A checkpoint's tensors do not match the model's declaration; the message names the tensor."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How plain matrices are quantised while they are loaded; None keeps them.
+
+    The head has at least 8 bits. allow_int8: as in `ops.pack`. keeps_plain: leave all matrices plain tensors.
+    """
+
+    quantization: ops.Quantization | None = None
+    allow_int8: bool = False
+    keeps_plain: bool = False
+
+    def pack(self, matrix: Tensor | ops.QuantizedTensor, *, is_head: bool = False, out: Tensor | None = None) -> Any:
+        """Return a matrix in the layout of `ops.pack`."""
+        if self.keeps_plain and isinstance(matrix, Tensor):
+            return matrix
+        quantization = self.quantization
+        if is_head and quantization is not None and quantization.kind == "int4":
+            quantization = ops.Quantization("int8")
+        return ops.pack(matrix, quantization, allow_int8=self.allow_int8, out=out)
 
 
 @dataclass(frozen=True)
@@ -132,13 +151,13 @@ def _declare_layer(config: ModelConfig, prefix: str) -> Iterator[WeightSpec]:
 
 def load_weights(
     config: ModelConfig,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | ops.QuantizedTensor]],
     dtype: torch.dtype,
     device: torch.device,
     on_progress: Callable[[int], None] = lambda _: None,
     borrowed: Mapping[str, ops.Matrix] | None = None,
     shard: Shard | None = None,
-    pack: Pack = ops.pack,
+    packing: Packing = Packing(),
 ) -> Weights:
     """Stream a checkpoint's tensors into place, and pack each matrix once all its sources are copied.
 
@@ -154,39 +173,89 @@ def load_weights(
     spec_of = {
         source.name: spec for spec in declare(config) if spec.name not in (borrowed or {}) for source in spec.sources
     }
-    stacks = _Stacks(config.num_layers, dtype, device, pack)
-    missing: dict[WeightSpec, dict[str, tuple[Source, Tensor]]] = {}
-    buffers: dict[WeightSpec, Tensor] = {}
+    stacks = _Stacks(config.num_layers, dtype, device, packing)
+    loading: dict[WeightSpec, _Loading] = {}
     for name, tensor in tensors:
         spec = spec_of.get(name)
         if spec is None:
             raise WeightsError(f"tensor {name!r} of the checkpoint has no place in a {config.architecture}")
-        if spec not in missing:
-            buffers[spec] = stacks.allocate(spec, spec.local_shape(sharding))
-            missing[spec] = {view[0].name: view for view in spec.views(buffers[spec], sharding)}
-        if name not in missing[spec]:
-            raise WeightsError(f"tensor {name!r} occurs twice in the checkpoint")
-        _copy_part(*missing[spec].pop(name), tensor, sharding)
+        if spec not in loading:
+            loading[spec] = _Loading(spec, sharding, stacks)
+        loading[spec].add(name, tensor)
         on_progress(tensor.numel())
-        if not missing[spec]:
-            stacks.add(spec, buffers.pop(spec))
-    absent = [name for name, spec in spec_of.items() if spec not in missing or name in missing[spec]]
+        if not loading[spec].missing:
+            stacks.add(spec, loading[spec].take())
+    absent = [name for name, spec in spec_of.items() if spec not in loading or name in loading[spec].missing]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise WeightsError(f"tensor {absent[0]!r}{more} is missing from the checkpoint")
-    return assemble(config, {**stacks.weights(), **(borrowed or {})}, device, pack)
+    return assemble(config, {**stacks.weights(), **(borrowed or {})}, device, packing)
+
+
+class _Loading:
+    """A weight of which some sources may be missing: quantised if all sources are and fit together, else plain.
+
+    missing: names of the sources that were not added yet.
+    """
+
+    def __init__(self, spec: WeightSpec, sharding: Sharding | None, stacks: "_Stacks") -> None:
+        self.missing = {source.name: source for source in spec.sources}
+        self._spec, self._sharding, self._stacks = spec, sharding, stacks
+        self._quantized: dict[str, ops.QuantizedTensor] = {}
+        self._plain: Tensor | None = None
+
+    def add(self, name: str, tensor: Tensor | ops.QuantizedTensor) -> None:
+        """Add the rank's part of a source. Raises WeightsError if it was added before or has another shape."""
+        if name not in self.missing:
+            raise WeightsError(f"tensor {name!r} occurs twice in the checkpoint")
+        source = self.missing.pop(name)
+        if tuple(tensor.shape) != source.shape:
+            raise WeightsError(
+                f"tensor {name!r} has shape {list(tensor.shape)}, the config calls for {list(source.shape)}"
+            )
+        if isinstance(tensor, ops.QuantizedTensor) and self._spec.kind != "vector":
+            part = source.part(self._sharding)
+            if part.stop - part.start == part.size:
+                self._quantized[name] = self._narrow(source, tensor, part).to(self._stacks.device)
+                return
+        self._copy(source, tensor)
+
+    def take(self) -> Tensor | ops.QuantizedTensor:
+        """Return the weight, once no source is missing."""
+        if len(self._quantized) == len(self._spec.sources):
+            parts = [self._quantized[source.name] for source in self._spec.sources]
+            if (whole := ops.concatenate(parts)) is not None:
+                self._quantized.clear()
+                return whole
+        for name, tensor in self._quantized.items():
+            (target,) = (view for source, view in self._views() if source.name == name)
+            target.copy_(tensor.dequantize())
+        self._quantized.clear()
+        assert self._plain is not None
+        plain, self._plain = self._plain, None
+        return plain
+
+    def _narrow(self, source: Source, tensor: ops.QuantizedTensor, part: Part) -> ops.QuantizedTensor:
+        try:
+            return tensor.narrow(source.dim, part.start, part.size)
+        except ValueError as error:
+            raise WeightsError(f"tensor {source.name!r} cannot be split over ranks: {error}") from None
+
+    def _views(self) -> Iterator[tuple[Source, Tensor]]:
+        if self._plain is None:
+            self._plain = self._stacks.allocate(self._spec, self._spec.local_shape(self._sharding))
+        return self._spec.views(self._plain, self._sharding)
+
+    def _copy(self, source: Source, tensor: Tensor | ops.QuantizedTensor) -> None:
+        (target,) = (view for one, view in self._views() if one is source)
+        _copy_part(source, target, tensor if isinstance(tensor, Tensor) else tensor.dequantize(), self._sharding)
 
 
 def _copy_part(source: Source, target: Tensor, tensor: Tensor, sharding: Sharding | None) -> None:
     """Copy a rank's part of a source, and zero the rest of the target.
 
-    Of a memory-mapped file only the part's rows are read; of its columns, whole pages. Raises WeightsError for a tensor
-    of another shape.
+    Of a memory-mapped file only the part's rows are read; of its columns, whole pages.
     """
-    if tuple(tensor.shape) != source.shape:
-        raise WeightsError(
-            f"tensor {source.name!r} has shape {list(tensor.shape)}, the config calls for {list(source.shape)}"
-        )
     part = source.part(sharding)
     count = part.stop - part.start
     target.narrow(source.dim, 0, count).copy_(tensor.narrow(source.dim, part.start, count))
@@ -196,45 +265,74 @@ def _copy_part(source: Source, target: Tensor, tensor: Tensor, sharding: Shardin
 class _Stacks:
     """Weights by their names in `Weights`, those of the layers stacked."""
 
-    def __init__(self, num_layers: int, dtype: torch.dtype, device: torch.device, pack: Pack) -> None:
+    def __init__(self, num_layers: int, dtype: torch.dtype, device: torch.device, packing: Packing) -> None:
+        self.device = device
         self._num_layers = num_layers
-        self._pack = pack
+        self._packing = packing
         self._like = torch.empty(2, 2, dtype=dtype, device=device)
-        self._packs = isinstance(pack(self._like), ops.PackedWeight)
+        self._packs = not isinstance(packing.pack(self._like), Tensor)
         self._weights: dict[str, Any] = {}
-        self._unstackable: dict[str, dict[int, ops.PackedWeight]] = {}
+        # Layers of matrices whose layouts differ between layers or cannot be stacked.
+        self._unstacked: dict[str, dict[int, ops.Matrix]] = {}
+        self._stacked: dict[str, set[int]] = {}
 
     def allocate(self, spec: WeightSpec, shape: tuple[int, ...]) -> Tensor:
         """Return uninitialised memory for a weight: its place in the stack, unless it is packed afterwards."""
-        if spec.layer is None or (self._packs and spec.kind == "matrix"):
+        if spec.layer is None or (self._packs and spec.kind == "matrix") or spec.name in self._unstacked:
+            return self._like.new_empty(shape)
+        if not isinstance(self._weights.get(spec.name, self._like), Tensor):
             return self._like.new_empty(shape)
         if spec.name not in self._weights:
             self._weights[spec.name] = self._like.new_empty((self._num_layers, *shape))
         return self._weights[spec.name][spec.layer]
 
-    def add(self, spec: WeightSpec, tensor: Tensor) -> None:
+    def add(self, spec: WeightSpec, weight: Tensor | ops.QuantizedTensor) -> None:
         """Add a weight, once its values are complete."""
+        packs = isinstance(weight, ops.QuantizedTensor) or (self._packs and spec.kind == "matrix")
         if spec.layer is None:
-            self._weights[spec.name] = self._pack(tensor) if spec.kind == "matrix" else tensor
-        elif self._packs and spec.kind == "matrix":
-            self._pack_layer(spec.name, spec.layer, tensor)
+            packs |= spec.kind == "matrix"
+            self._weights[spec.name] = self._packing.pack(weight, is_head=True) if packs else weight
+        elif isinstance(weight, ops.QuantizedTensor) or packs:
+            self._add_layer(spec.name, spec.layer, weight)
+        elif not self._is_in_stack(spec, weight):
+            self._add_unstacked(spec.name, spec.layer, weight)
+        else:
+            self._stacked.setdefault(spec.name, set()).add(spec.layer)
 
-    def _pack_layer(self, name: str, layer: int, matrix: Tensor) -> None:
-        if name not in self._weights:
-            packed = self._pack(matrix)
-            assert isinstance(packed, ops.PackedWeight)
-            if packed.blocked.is_mkldnn:
-                self._unstackable.setdefault(name, {})[layer] = packed
-                return
-            stack = packed.blocked.new_empty((self._num_layers, *packed.blocked.shape))
-            self._weights[name] = ops.PackedWeight(stack, packed.out_features)
-        self._pack(matrix, out=self._weights[name].blocked[layer])
+    def _is_in_stack(self, spec: WeightSpec, weight: Tensor) -> bool:
+        stack = self._weights.get(spec.name)
+        return isinstance(stack, Tensor) and stack[spec.layer].data_ptr() == weight.data_ptr()
+
+    def _add_layer(self, name: str, layer: int, matrix: Tensor | ops.QuantizedTensor) -> None:
+        stack = self._weights.get(name)
+        if isinstance(stack, ops.PackedWeight) and isinstance(matrix, Tensor):
+            self._packing.pack(matrix, out=stack.blocked[layer])
+            self._stacked[name].add(layer)
+            return
+        packed = self._packing.pack(matrix)
+        if stack is None and name not in self._unstacked:
+            stack = ops.empty_stack(packed, self._num_layers)
+            if stack is not None:
+                self._weights[name] = stack
+        if stack is None or not ops.is_alike(ops.layer_of(stack, layer), packed):
+            self._add_unstacked(name, layer, packed)
+            return
+        ops.copy_layer(packed, ops.layer_of(stack, layer))
+        self._stacked.setdefault(name, set()).add(layer)
+
+    def _add_unstacked(self, name: str, layer: int, matrix: ops.Matrix) -> None:
+        """Add a layer that does not fit in the stack, which is dissolved."""
+        layers = self._unstacked.setdefault(name, {})
+        if (stack := self._weights.pop(name, None)) is not None:
+            for other in self._stacked.pop(name, set()):
+                layers[other] = ops.clone(ops.layer_of(stack, other))
+        layers[layer] = matrix
 
     def weights(self) -> dict[str, Stack]:
         """Return all weights, once all were added."""
         layers = range(self._num_layers)
         return self._weights | {
-            name: tuple(packed[layer] for layer in layers) for name, packed in self._unstackable.items()
+            name: tuple(packed[layer] for layer in layers) for name, packed in self._unstacked.items()
         }
 
 
@@ -244,7 +342,7 @@ def dummy_weights(
     device: torch.device,
     seed: int = 0,
     shard: Shard | None = None,
-    pack: Pack = ops.pack,
+    packing: Packing = Packing(),
 ) -> Weights:
     """Return random weights of the real shapes, scaled so that activations neither vanish nor explode.
 
@@ -252,11 +350,11 @@ def dummy_weights(
     """
     sharding = Sharding(config, shard) if shard is not None else None
     generator = torch.Generator(device).manual_seed(seed)
-    stacks = _Stacks(config.num_layers, dtype, device, pack)
+    stacks = _Stacks(config.num_layers, dtype, device, packing)
     for spec in declare(config):
         # Nothing here refers to a weight while the next one is allocated.
         stacks.add(spec, _make_dummy(spec, stacks.allocate(spec, spec.local_shape(sharding)), sharding, generator))
-    return assemble(config, stacks.weights(), device, pack)
+    return assemble(config, stacks.weights(), device, packing)
 
 
 def _make_dummy(spec: WeightSpec, weight: Tensor, sharding: Sharding | None, generator: torch.Generator) -> Tensor:
@@ -276,12 +374,14 @@ def _fill_dummy(spec: WeightSpec, weight: Tensor, generator: torch.Generator) ->
     return weight.normal_(0.0, 0.5 * deviation, generator=generator)
 
 
-def assemble(config: ModelConfig, weights: Mapping[str, Any], device: torch.device, pack: Pack = ops.pack) -> Weights:
+def assemble(
+    config: ModelConfig, weights: Mapping[str, Any], device: torch.device, packing: Packing = Packing()
+) -> Weights:
     """Return the `Weights` of weights by their declared names."""
     embedding, lm_head = weights["embedding"], weights.get("lm_head")
     if lm_head is None:  # tied
-        lm_head = pack(embedding)
-        if isinstance(lm_head, ops.PackedWeight) and lm_head.has_readable_rows:
+        lm_head = embedding if isinstance(embedding, ops.QuantizedWeight) else packing.pack(embedding, is_head=True)
+        if not isinstance(lm_head, Tensor) and lm_head.has_readable_rows:
             embedding = lm_head
 
     def fields(prefix: str, names: tuple[str, ...]) -> dict[str, Any]:

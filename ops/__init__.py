@@ -13,31 +13,46 @@ from dispec.ops.linear import Matrix, PackedWeight, allocate_workspaces, linear,
 from dispec.ops.noise import uniform_noise
 from dispec.ops.norm import Norm, rms_norm
 from dispec.ops.paged_attention import paged_attention
+from dispec.ops.quantization import Kind, Quantization, QuantizedTensor, concatenate, quantize
+from dispec.ops.quantized_linear import QuantizedWeight, has_quantized_kernel
 from dispec.ops.rotary import qkv_rope_write, rope_cos_sin, rope_write
 from dispec.ops.sampling import argmax, has_sample_kernel, sample
+from dispec.ops.stacking import clone, copy_layer, empty_stack, is_alike, layer_of
 from dispec.ops.token_threshold import token_threshold
 
 __all__ = [
     "Decoder",
     "DecoderLayers",
+    "Kind",
     "Matrix",
     "Norm",
     "PackedWeight",
+    "Quantization",
+    "QuantizedTensor",
+    "QuantizedWeight",
     "all_gather_columns",
     "all_reduce",
     "allocate_workspaces",
     "argmax",
     "broadcast",
     "build_decoder",
+    "clone",
+    "concatenate",
     "copy_blocks",
+    "copy_layer",
     "decode_tokens",
     "decoder_layers",
     "embedding",
+    "empty_stack",
+    "has_quantized_kernel",
     "has_sample_kernel",
+    "is_alike",
+    "layer_of",
     "linear",
     "pack",
     "paged_attention",
     "qkv_rope_write",
+    "quantize",
     "rms_norm",
     "rope_cos_sin",
     "rope_write",

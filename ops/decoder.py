@@ -6,7 +6,7 @@ The functions are not registered ops: their steps are never traced, and the stru
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dispec.ops.cpu import decoder as cpu_decoder
@@ -14,6 +14,7 @@ from dispec.ops.cpu.attention import has_cpu_kernel
 from dispec.ops.cpu.linear import TILE
 from dispec.ops.linear import Matrix, PackedWeight, is_tiled
 from dispec.ops.norm import Norm
+from dispec.ops.quantized_linear import QuantizedWeight
 
 
 class DecoderLayers(NamedTuple):
@@ -29,8 +30,8 @@ class DecoderLayers(NamedTuple):
     mlp_norm: Float[Tensor, "L E"]
     gate_up: Matrix
     down: Matrix
-    keys: Float[Tensor, "L NB KV D BS"]
-    values: Float[Tensor, "L NB KV BS D"]
+    keys: Shaped[Tensor, "L NB KV DP BS"]
+    values: Shaped[Tensor, "L NB KV BS DP"]
 
 
 class Decoder(NamedTuple):
@@ -60,6 +61,7 @@ def build_decoder(
     if (
         not (isinstance(qkv, PackedWeight) and isinstance(gate_up, PackedWeight) and is_tiled(head))
         or not _has_kernel(qkv, layers)
+        or isinstance(embedding, QuantizedWeight)
         or not (embedding.has_readable_rows if isinstance(embedding, PackedWeight) else embedding.is_contiguous())
     ):
         return None
@@ -120,6 +122,7 @@ def _addresses(stacked: Matrix | None, num_layers: int) -> list[int | None]:
 
 
 def _tensor(matrix: Matrix) -> Tensor:
+    assert not isinstance(matrix, QuantizedWeight)
     return matrix.blocked if isinstance(matrix, PackedWeight) else matrix
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from dispec.ops.cpu import linear as cpu_linear
 from dispec.ops.cpu.library import has_packed_linear
 from dispec.ops.norm import Norm, rms_norm
+from dispec.ops.quantization import Quantization, QuantizedTensor, quantize
+from dispec.ops.quantized_linear import QuantizedWeight, pack_quantized, quantized_linear
 from dispec.ops.registration import register, returns_nothing
 
 # Tokens that oneDNN chooses its layout for. The layout for 32 is also the best or nearly the best for 1 and for
@@ -40,7 +42,7 @@ class PackedWeight(NamedTuple):
         return self.blocked.dim() == 4
 
 
-Matrix = Tensor | PackedWeight
+Matrix = Tensor | PackedWeight | QuantizedWeight
 
 
 def is_tiled(weight: Matrix) -> TypeGuard[PackedWeight]:
@@ -48,13 +50,24 @@ def is_tiled(weight: Matrix) -> TypeGuard[PackedWeight]:
     return isinstance(weight, PackedWeight) and weight.blocked.dim() > 2
 
 
-def pack(weight: Float[Tensor, "N K"], *, allow_int8: bool = False, out: Tensor | None = None) -> Matrix:
+def pack(
+    weight: Float[Tensor, "N K"] | QuantizedTensor,
+    quantization: Quantization | None = None,
+    *,
+    allow_int8: bool = False,
+    out: Tensor | None = None,
+) -> Matrix:
     """Return the weight in the layout that `linear` reads fastest on its device, which may be the weight itself.
 
-    allow_int8: quantize to int8 where that is faster; each weight then has an error of up to 1/254 of the largest in
-    its row. out: memory for the tiles, where weights like this one are packed into tiles. `DISPEC_PACKED_WEIGHTS=off`
-    keeps weights plain, to measure what packing gains.
+    quantization: to round a plain weight to; `has_quantized_kernel` must hold. allow_int8: quantize to int8 where that
+    is faster; each weight then has an error of up to 1/254 of the largest in its row. out: memory for the tiles, where
+    weights like this one are packed into tiles. `DISPEC_PACKED_WEIGHTS=off` keeps weights plain, to measure what
+    packing gains.
     """
+    if isinstance(weight, QuantizedTensor):
+        return pack_quantized(weight)
+    if quantization is not None:
+        return pack_quantized(quantize(weight, quantization))
     if weight.device.type != "cpu" or weight.dtype is not torch.bfloat16:
         return weight
     if os.environ.get("DISPEC_PACKED_WEIGHTS", "on") == "off":
@@ -83,6 +96,8 @@ def linear(
     """
     if isinstance(weight, Tensor) and is_fused(x):
         return _fused(x, weight, bias, norm, residual, is_gated)
+    if isinstance(weight, QuantizedWeight):
+        return quantized_linear(x, weight, bias, norm, residual, is_gated)
     if is_tiled(weight) and not (is_gated and weight.out_features % (2 * cpu_linear.TILE)):
         added = None if is_gated else residual
         y = torch.ops.dispec.tiled_linear(x, *weight, bias, *(norm or (None, 0.0)), added, is_gated)
@@ -120,7 +135,7 @@ def allocate_workspaces(device: torch.device) -> None:
         split_counters(torch.empty(0, device=device).device)  # with an index, as the tensors of a call have it
 
 
-def _linear(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
     if is_tiled(weight):
         return torch.ops.dispec.tiled_linear(x, weight.blocked, weight.out_features, bias, None, 0.0, None, False)
     if isinstance(weight, PackedWeight):

@@ -6,7 +6,7 @@ attention.
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dispec.ops.cpu import attention as cpu_attention
@@ -19,8 +19,8 @@ TRITON_HEAD_DIMS = (64, 80, 96, 128, 256)
 
 def paged_attention(
     query: Float[Tensor, "T H D"],
-    keys: Float[Tensor, "*L NB KV D BS"],
-    values: Float[Tensor, "*L NB KV BS D"],
+    keys: Shaped[Tensor, "*L NB KV DP BS"],
+    values: Shaped[Tensor, "*L NB KV BS DP"],
     block_tables: Int[Tensor, "B P"],
     query_start: Int[Tensor, "B+1"],
     context_lens: Int[Tensor, "B"],

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dispec.ops.cpu import attention as cpu_attention
-from dispec.ops.kv_cache import write_kv
+from dispec.ops.kv_cache import scale_rows, write_kv
 from dispec.ops.linear import Matrix, is_fused, linear
 from dispec.ops.norm import Norm, rms_norm
 from dispec.ops.registration import register
@@ -33,8 +33,8 @@ def qkv_rope_write(
     bias: Float[Tensor, "QKV"] | None,
     norm: Norm,
     rotation: Rotation,
-    keys: Float[Tensor, "*L NB KV D BS"],
-    values: Float[Tensor, "*L NB KV BS D"],
+    keys: Shaped[Tensor, "*L NB KV DP BS"],
+    values: Shaped[Tensor, "*L NB KV BS DP"],
     slot_mapping: Int[Tensor, "T"],
     query_norm: Norm | None = None,
     key_norm: Norm | None = None,
@@ -56,8 +56,8 @@ def qkv_rope_write(
 def rope_write(
     projected: Float[Tensor, "T QKV"],
     rotation: Rotation,
-    keys: Float[Tensor, "*L NB KV D BS"],
-    values: Float[Tensor, "*L NB KV BS D"],
+    keys: Shaped[Tensor, "*L NB KV DP BS"],
+    values: Shaped[Tensor, "*L NB KV BS DP"],
     slot_mapping: Int[Tensor, "T"],
     query_norm: Norm | None = None,
     key_norm: Norm | None = None,
@@ -68,7 +68,7 @@ def rope_write(
     projected: each token's query, key and value heads side by side. rotation: cosine and sine of the tokens' positions.
     Queries and keys are normed per head first where there is a norm; both norms have the same `eps`.
     """
-    kv_heads, head_dim, block_size = keys.shape[-3:]
+    kv_heads, head_dim, block_size = keys.shape[-3], keys.shape[-2] - scale_rows(keys.dtype), keys.shape[-1]
     if projected.device.type == "cpu" and cpu_attention.has_cpu_kernel(keys.dtype, head_dim, block_size):
         query_weight, eps = query_norm or (None, 0.0)
         key_weight, _ = key_norm or (None, 0.0)
@@ -109,7 +109,7 @@ def _rope_cos_sin_fake(positions: Tensor, frequencies: Tensor, *_: object) -> tu
 
 
 def _empty_queries(x: Tensor, qkv_size: int | torch.SymInt, keys: Tensor) -> Tensor:
-    kv_heads, head_dim = keys.shape[-3:-1]
+    kv_heads, head_dim = keys.shape[-3], keys.shape[-2] - scale_rows(keys.dtype)
     return x.new_empty(x.shape[0], qkv_size // head_dim - 2 * kv_heads, head_dim)
 
 

@@ -1,7 +1,5 @@
 """Tokens decoded in one call are those of single steps, and leave the same keys and values, to the last bit."""
 
-import functools
-
 import pytest
 import torch
 
@@ -11,7 +9,7 @@ from dispec.layers.decoding import build_decoder
 from dispec.layers.sampling import greedy, sample
 from dispec.layers.steps import Vocabulary
 from dispec.layers.types import Sampling
-from dispec.layers.weights import load_weights
+from dispec.layers.weights import Packing, load_weights
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_tiny
 from tests.paged_model import PagedModel
 
@@ -60,7 +58,7 @@ def test_tokens_and_pages_are_those_of_single_steps(tmp_path, family, allow_int8
         checkpoint.tensors(),
         torch.bfloat16,
         torch.device("cpu"),
-        pack=functools.partial(ops.pack, allow_int8=allow_int8),
+        packing=Packing(allow_int8=allow_int8),
     )
     head_tokens = None
     columns = VOCAB_SIZE - 100 if kind == "small vocabulary" else VOCAB_SIZE

@@ -16,7 +16,7 @@ from dispec import ops
 from dispec.layers.config import ModelConfig
 from dispec.layers.model import hidden_states
 from dispec.layers.types import Batch, KVCache, Weights
-from dispec.layers.weights import dummy_weights
+from dispec.layers.weights import Packing, dummy_weights
 from dispec.ops import reference
 from dispec.ops.kv_cache import pages_of_layer
 
@@ -110,7 +110,7 @@ def step(weights: Weights, batch: Batch, kv_cache: KVCache) -> Tensor:
 
 
 def test_decoding_and_verification_are_one_graph_that_copies_no_cache() -> None:
-    weights = dummy_weights(CONFIG, torch.bfloat16, torch.device("cpu"), pack=lambda weight, **_: weight)
+    weights = dummy_weights(CONFIG, torch.bfloat16, torch.device("cpu"), packing=Packing(keeps_plain=True))
     compiled = torch.compile(step, fullgraph=True)
 
     def run(batch: Batch, cache: KVCache) -> Tensor:

@@ -1,6 +1,5 @@
 """All layers of a uniform step in one call give the bits of `layers.model.decoder_layer` for each layer."""
 
-import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +13,7 @@ from dispec.layers.config import ModelConfig, Shard
 from dispec.layers.decoding import build_decoder
 from dispec.layers.steps import Vocabulary
 from dispec.layers.types import Batch, KVCache, Weights
-from dispec.layers.weights import dummy_weights
+from dispec.layers.weights import Packing, dummy_weights
 from dispec.ops.cpu.library import has_packed_linear
 
 BLOCK_SIZE = 16
@@ -51,7 +50,7 @@ def threads(request) -> Iterator[int]:
 
 def random_weights(config: ModelConfig, *, allow_int8: bool = False, dtype: torch.dtype = torch.bfloat16) -> Weights:
     """Dummy weights with norms and biases that change the result."""
-    weights = dummy_weights(config, dtype, torch.device("cpu"), pack=functools.partial(ops.pack, allow_int8=allow_int8))
+    weights = dummy_weights(config, dtype, torch.device("cpu"), packing=Packing(allow_int8=allow_int8))
     torch.manual_seed(1)
     blocks, attention = weights.layers, weights.layers.attention
     for norm in (blocks.attention_norm, blocks.mlp_norm, attention.query_norm, attention.key_norm):

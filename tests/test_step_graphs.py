@@ -23,7 +23,7 @@ from dispec.layers.sharding import Sharding
 from dispec.layers.speculation import DraftState, draft_step
 from dispec.layers.steps import PreviousTokens, Vocabulary, decode_step, prefill_step
 from dispec.layers.types import Batch, KVCache, Sampling, SamplingFilters, Weights
-from dispec.layers.weights import dummy_weights
+from dispec.layers.weights import Packing, dummy_weights
 
 CONFIG = ModelConfig(
     architecture="Qwen3ForCausalLM",
@@ -95,7 +95,7 @@ def model(config: ModelConfig, dtype: torch.dtype, shard: Shard | None = None) -
     def on_gpu(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
-    weights = dummy_weights(config, dtype, torch.device("cpu"), shard=shard, pack=lambda weight, **_: weight)
+    weights = dummy_weights(config, dtype, torch.device("cpu"), shard=shard, packing=Packing(keeps_plain=True))
     local = config if shard is None else Sharding(config, shard).local_config()
     shape = (local.num_layers, NUM_BLOCKS, local.num_kv_heads)
     keys, values = (*shape, local.head_dim, BLOCK_SIZE), (*shape, BLOCK_SIZE, local.head_dim)

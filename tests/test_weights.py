@@ -15,7 +15,7 @@ from dispec import ops
 from dispec.engine.loading.checkpoint import find_checkpoint
 from dispec.layers.config import ModelConfig, Shard
 from dispec.layers.types import Weights, unstack_layers
-from dispec.layers.weights import WeightsError, declare, dummy_weights, load_weights
+from dispec.layers.weights import Packing, WeightsError, declare, dummy_weights, load_weights
 from dispec.ops.cpu.library import has_packed_linear
 from tests.allocations import peak_allocation
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_tiny
@@ -149,10 +149,11 @@ def test_fused_rows_stand_in_order(checkpoint):
 
 
 LAYOUTS = {
-    "plain": (torch.float32, ops.pack),
-    "tiles": (torch.bfloat16, ops.pack),
-    "tiles of 8 bits": (torch.bfloat16, functools.partial(ops.pack, allow_int8=True)),
-    "oneDNN's": (torch.bfloat16, ops.pack),
+    "plain": (torch.float32, Packing()),
+    "tiles": (torch.bfloat16, Packing()),
+    "tiles of 8 bits": (torch.bfloat16, Packing(allow_int8=True)),
+    "int4": (torch.bfloat16, Packing(ops.Quantization("int4", 32))),
+    "oneDNN's": (torch.bfloat16, Packing()),
 }
 
 
@@ -169,14 +170,14 @@ def layout(request, monkeypatch):
 
 def test_layers_are_what_each_would_be_alone(checkpoint, layout):
     config, tensors = checkpoint
-    dtype, pack = layout
-    weights = load_weights(config, iter(tensors.items()), dtype, CPU, pack=pack)
+    dtype, packing = layout
+    weights = load_weights(config, iter(tensors.items()), dtype, CPU, packing=packing)
     x = torch.randn(3, config.hidden_size).to(dtype)
     assert len(unstack_layers(weights.layers)) == config.num_layers
     for number, layer in enumerate(unstack_layers(weights.layers)):
         prefix = f"model.layers.{number}"
         parts = [tensors[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "up")]
-        alone = pack(torch.cat(parts).to(dtype))
+        alone = packing.pack(torch.cat(parts).to(dtype))
         assert torch.equal(ops.linear(x, layer.mlp.gate_up), ops.linear(x, alone))
         if isinstance(alone, ops.PackedWeight) and not alone.blocked.is_mkldnn:
             assert torch.equal(layer.mlp.gate_up.blocked, alone.blocked)

@@ -16,10 +16,11 @@ from dispec.engine.distributed.process_group import connect_store, join_group
 from dispec.engine.distributed.rank_messages import JoinGroup, read_message
 from dispec.engine.dtypes import DTYPES
 from dispec.engine.execution.execution_plan import plan_for
-from dispec.engine.execution.kv_cache_memory import allocate_kv_cache
+from dispec.engine.execution.kv_cache_memory import allocate_kv_cache, kv_dtype
 from dispec.engine.execution.model_runner import ModelRunner
 from dispec.engine.execution.ranks import AllocateCache, ComputeLogits, CopyBlocks, RunStep
 from dispec.engine.loading.checkpoint import find_checkpoint
+from dispec.engine.loading.quantization import packing_for, with_kernels
 from dispec.engine.machine.cache_directory import remove_substitutes
 from dispec.engine.options import EngineOptions
 from dispec.layers.sharding import Sharding
@@ -41,14 +42,16 @@ def _join(request: JoinGroup) -> Callable[[AllocateCache], ModelRunner]:
         checkpoint = find_checkpoint(request.options["model"], without_weights=is_dummy)
     config = checkpoint.config if checkpoint is not None else request.config
     assert config is not None
+    packing = packing_for(options, device)
     if checkpoint is None or is_dummy:
-        weights = dummy_weights(config, dtype, device, options.seed, shard)
+        weights = dummy_weights(config, dtype, device, options.seed, shard, packing)
     else:
-        weights = load_weights(config, checkpoint.tensors(dtype), dtype, device, shard=shard)
+        tensors = with_kernels(checkpoint.tensors(dtype, options.quantization), dtype, device)
+        weights = load_weights(config, tensors, dtype, device, shard=shard, packing=packing)
     local = Sharding(config, shard).local_config()
 
     def make_runner(message: AllocateCache) -> ModelRunner:
-        kv_cache = allocate_kv_cache(local, message.plan, dtype, device)
+        kv_cache = allocate_kv_cache(local, message.plan, kv_dtype(options), device)
         return ModelRunner(
             plan_for(options, device, local.head_dim),
             local,

@@ -14,6 +14,7 @@ from dispec.engine.dtypes import DTYPES
 from dispec.engine.options import EngineOptions, parse_bytes
 from dispec.layers.config import ModelConfig
 from dispec.layers.types import KVCache, Weights
+from dispec.ops.kv_cache import scale_rows
 
 CPU_SHARE_OF_FREE = 0.25
 
@@ -46,9 +47,8 @@ def plan_kv_cache(
     the cache, or if the cache asked for does not fit in memory.
     """
     block_size = options.block_size
-    element = DTYPES[options.dtype].itemsize
-    numbers = sum(model.num_layers * model.num_kv_heads * model.head_dim for model in (config, draft) if model)
-    block_bytes = 2 * numbers * block_size * element
+    models = [model for model in (config, draft) if model]
+    block_bytes = sum(_block_bytes(model, block_size, kv_dtype(options)) for model in models)
     limit = min(model.max_position_embeddings for model in (config, draft) if model)
     if options.max_model_len is not None and options.max_model_len > limit:
         raise ValueError(f"max_model_len is {options.max_model_len}, the model's limit is {limit}")
@@ -80,8 +80,18 @@ def plan_kv_cache(
 
 def kv_cache_bytes(config: ModelConfig, plan: KVPlan, dtype: torch.dtype) -> int:
     """Return the bytes of the KV cache of all layers."""
-    block = 2 * config.num_kv_heads * config.head_dim * plan.block_size * dtype.itemsize
-    return config.num_layers * plan.num_blocks * block
+    return plan.num_blocks * _block_bytes(config, plan.block_size, dtype)
+
+
+def _block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    page = (config.head_dim + scale_rows(dtype)) * block_size * dtype.itemsize
+    return 2 * config.num_layers * config.num_kv_heads * page
+
+
+def kv_dtype(options: EngineOptions) -> torch.dtype:
+    """Return the dtype of keys and values."""
+    quantized = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+    return quantized.get(options.kv_cache_dtype) or DTYPES[options.dtype]
 
 
 def allocate_kv_cache(
@@ -95,9 +105,9 @@ def allocate_kv_cache(
 
     memory: `kv_cache_bytes` zeroed bytes to use, which other processes can read; None allocates them.
     """
-    num_blocks, block_size, heads, head_dim = plan.num_blocks, plan.block_size, config.num_kv_heads, config.head_dim
-    keys = (config.num_layers, num_blocks, heads, head_dim, block_size)
-    values = (config.num_layers, num_blocks, heads, block_size, head_dim)
+    pages = (config.num_layers, plan.num_blocks, config.num_kv_heads)
+    rows = config.head_dim + scale_rows(dtype)
+    keys, values = (*pages, rows, plan.block_size), (*pages, plan.block_size, rows)
     if device.type != "cpu":
         return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for shape in (keys, values)))
     if memory is None:

@@ -27,6 +27,7 @@ from dispec.engine.loading.tokenizer_check import added_token_id
 from dispec.engine.loading.tokenizer_files import directory_tokenizer, gguf_tokenizer
 from dispec.engine.text.tokenizer import Tokenizer, token_text
 from dispec.layers.config import ModelConfig, config_warnings
+from dispec.ops import QuantizedTensor
 
 __all__ = ["DEFAULT_MODEL", "Checkpoint", "CheckpointError", "find_checkpoint"]
 
@@ -51,8 +52,12 @@ class Checkpoint:
     files: tuple[Path, ...]
     has_only_head: bool = False
 
-    def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+    def tensors(
+        self, dtype: torch.dtype = torch.float32, quantization: str | None = "off"
+    ) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
         """Yield each weight with its Hugging Face name, in the dtype of the file.
+
+        quantization: as in `EngineOptions`: whether quantised weights stay quantised.
 
         The tensors are views of the mapped files (copy before writing), except quantised GGUF tensors, which are
         dequantised to `dtype`. Tensors that follow from the config (rotation tables, a tied `lm_head`) are left out.

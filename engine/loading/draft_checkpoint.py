@@ -25,7 +25,7 @@ from dispec.engine.loading.model_source import DRAFT_FILE
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.layers.config import ModelConfig, config_from_hugging_face
 from dispec.layers.types import Weights
-from dispec.layers.weights import Pack
+from dispec.layers.weights import Packing
 
 _WEIGHTS = "model.safetensors"
 _BUILT_IN = Path(__file__).with_name("data") / DEFAULT_DRAFT
@@ -39,21 +39,23 @@ class SharedDraft:
     config: ModelConfig
     head_tokens: tuple[int, ...] | None
 
-    def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+    def tensors(
+        self, dtype: torch.dtype = torch.float32, quantization: str | None = "off"
+    ) -> Iterator[tuple[str, Tensor]]:
         """Yield the draft's weights, as `Checkpoint.tensors`."""
         return read_safetensors(self.directory / _WEIGHTS)
 
-    def borrowed(self, target: Weights, pack: Pack) -> dict[str, ops.Matrix]:
+    def borrowed(self, target: Weights, packing: Packing) -> dict[str, ops.Matrix]:
         """Return embedding and head by their names in `Weights`. The rows of `head_tokens` are packed anew."""
         if self.head_tokens is None:
             return {"embedding": target.embedding, "lm_head": target.lm_head}
         rows = torch.tensor(self.head_tokens, device=target.rope_frequencies.device)
         readable = target.lm_head
         # A tied head without readable rows is a second copy of the embedding.
-        if isinstance(readable, ops.PackedWeight) and not readable.has_readable_rows:
+        if not isinstance(readable, Tensor) and not readable.has_readable_rows:
             readable = target.embedding
         head = ops.embedding(readable, rows, self.config.hidden_size)
-        return {"embedding": target.embedding, "lm_head": pack(head)}
+        return {"embedding": target.embedding, "lm_head": packing.pack(head, is_head=True)}
 
 
 def find_shared_draft(name: str | Path, tokenizer: Tokenizer | None, target: ModelConfig) -> SharedDraft | None:

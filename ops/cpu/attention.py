@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dispec.ops.cpu.library import DTYPE_NAMES, address, has_kernels, has_packed_linear, int32, kernel
-from dispec.ops.kv_cache import pages_of_layer
+from dispec.ops.kv_cache import LARGEST_CODE, codes_and_scales, pages_of_layer, scale_rows
 from dispec.ops.registration import assume_constant_result
 
 # Most query tokens of a sequence that the decode kernel computes, with our prefill kernel and with torch's attention.
@@ -38,7 +38,7 @@ def paged_attention(
     """Compute `ops.paged_attention`, without a kernel on gathered pages with torch's attention."""
     keys, values = pages_of_layer(keys, values, layer)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    head_dim, block_size = keys.shape[2:]
+    head_dim, block_size = keys.shape[-2] - scale_rows(keys.dtype), keys.shape[3]
     max_decode_len = 0
     if has_cpu_kernel(keys.dtype, head_dim, block_size):
         max_decode_len = _MAX_DECODE_LEN if has_prefill(keys.dtype) else _MAX_DECODE_LEN_BEFORE_TORCH
@@ -54,10 +54,21 @@ def paged_attention(
             output[start:end] = 0
             continue
         blocks = block_tables[sequence, : -(-context // block_size)].long()
-        k = rearrange(keys[blocks], "p kv d bs -> kv (p bs) d")[:, :context]
-        v = rearrange(values[blocks], "p kv bs d -> kv (p bs) d")[:, :context]
+        k, v = _gather(keys, values, blocks, query.dtype)
+        k = rearrange(k, "p kv d bs -> kv (p bs) d")[:, :context]
+        v = rearrange(v, "p kv bs d -> kv (p bs) d")[:, :context]
         output[start:end] = _attend(query[start:end], k, v, scale)
     return output
+
+
+def _gather(keys: Tensor, values: Tensor, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return some blocks, dequantised if the cache is quantised."""
+    if keys.dtype not in LARGEST_CODE:
+        return keys[blocks], values[blocks]
+    (keys, key_scales), (values, value_scales) = codes_and_scales(keys, values)
+    k = keys[blocks].float() * key_scales[blocks][:, :, None]
+    v = values[blocks].float() * value_scales[blocks][..., None]
+    return k.to(dtype), v.to(dtype)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

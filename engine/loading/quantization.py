@@ -1,0 +1,44 @@
+"""Which weights of a model are quantised, by options, checkpoint and device."""
+
+import logging
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from dispec.engine.dtypes import DTYPES
+from dispec.engine.options import EngineOptions
+from dispec.layers.weights import Packing
+from dispec.ops import Kind, Quantization, QuantizedTensor, has_quantized_kernel
+
+log = logging.getLogger("dispec")
+
+
+def packing_for(options: EngineOptions, device: torch.device) -> Packing:
+    """Return how a model's plain matrices are quantised while they are loaded.
+
+    Raises ValueError if the device or the dtype has no kernel for `options.quantization`.
+    """
+    if options.quantization not in ("int4", "int8", "fp8"):
+        return Packing()
+    kind: Kind = options.quantization
+    if not has_quantized_kernel(kind, device, DTYPES[options.dtype]):
+        raise ValueError(
+            f"quantization is {kind!r}, which has no kernel for {options.dtype} on this {device.type.upper()} device"
+        )
+    return Packing(Quantization(kind, options.quantization_group_size if kind == "int4" else None))
+
+
+def with_kernels(
+    tensors: Iterable[tuple[str, Tensor | QuantizedTensor]], dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
+    """Yield a checkpoint's tensors, those dequantised that have no kernel. One log line names each such kind."""
+    dequantized: set[Kind] = set()
+    for name, tensor in tensors:
+        if isinstance(tensor, QuantizedTensor) and not has_quantized_kernel(tensor.kind, device, dtype):
+            if tensor.kind not in dequantized:
+                dequantized.add(tensor.kind)
+                log.info("%s weights are dequantised: there is no kernel for %s on %s", tensor.kind, dtype, device.type)
+            yield name, tensor.dequantize(dtype)
+        else:
+            yield name, tensor

@@ -1,0 +1,145 @@
+"""Linear layers with quantised weights: a `QuantizedTensor` in the layout that the kernels of its device read."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dispec.ops.norm import Norm, rms_norm
+from dispec.ops.quantization import Kind, QuantizedTensor
+from dispec.ops.registration import register
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight [out_features, K] for `quantized_linear`; `read_rows` reads its rows. Layers can be stacked in one more
+    dimension of each tensor.
+
+    data: the codes, on a CPU with their scales and offsets.
+    scales, offsets: those that are not in `data`; offsets None where all are 0.
+    column_order, kind, group_size: as in `QuantizedTensor`.
+    """
+
+    data: Tensor
+    scales: Tensor | None
+    offsets: Tensor | None
+    column_order: Int[Tensor, "K"] | None
+    out_features: int
+    kind: Kind
+    group_size: int
+    has_offsets: bool
+
+    @property
+    def has_readable_rows(self) -> bool:
+        """Whether `embedding` takes the weight."""
+        return self.column_order is None
+
+
+def has_quantized_kernel(kind: Kind, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether `quantized_linear` has a kernel for a kind of weight and inputs of a dtype on a device."""
+    return dtype is torch.bfloat16 and (kind != "fp8" or device.type == "cuda")
+
+
+def pack_quantized(weight: QuantizedTensor) -> QuantizedWeight:
+    """Return the weight in the layout of its device, where `has_quantized_kernel` holds."""
+    return QuantizedWeight(
+        weight.codes,
+        weight.scales.half() if weight.kind != "fp8" else weight.scales,
+        None if weight.offsets is None else weight.offsets.half(),
+        None if weight.column_order is None else weight.column_order.int(),
+        weight.shape[0],
+        weight.kind,
+        min(weight.group_size, weight.shape[1]),
+        weight.offsets is not None,
+    )
+
+
+def quantized_linear(
+    x: Float[Tensor, "T K"],
+    weight: QuantizedWeight,
+    bias: Float[Tensor, "N"] | None,
+    norm: Norm | None,
+    residual: Float[Tensor, "T M"] | None,
+    is_gated: bool,
+) -> Float[Tensor, "T M"]:
+    """Compute `ops.linear`. Products are summed in float32 and rounded once; int4 and int8 weights are exact.
+
+    In fp8 each row of x is rounded to e4m3 first, with a scale of its own.
+    """
+    if weight.column_order is not None:
+        x = (x if norm is None else rms_norm(x, norm)).index_select(1, weight.column_order)
+        norm = None
+    data, scales, offsets, _, *layout = weight
+    return torch.ops.dispec.quantized_linear(
+        x, data, scales, offsets, *layout, bias, *(norm or (None, 0.0)), residual, is_gated
+    )
+
+
+def read_rows(weight: QuantizedWeight, indices: Int[Tensor, "T"], in_features: int) -> Float[Tensor, "T K"]:
+    """Return rows of a weight with `has_readable_rows`, in bfloat16."""
+    data, scales, offsets, _, _, kind, group_size, _ = weight
+    return torch.ops.dispec.read_quantized_rows(data, scales, offsets, indices, in_features, kind, group_size)
+
+
+def _dequantize(data: Tensor, scales: Tensor, offsets: Tensor | None, group_size: int) -> Tensor:
+    group = torch.arange(data.shape[1], device=data.device) // group_size
+    weight = data.float() * scales.float()[:, group]
+    return weight if offsets is None else weight + offsets.float()[:, group]
+
+
+def _quantized_linear(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    out_features: int,
+    kind: str,
+    group_size: int,
+    has_offsets: bool,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    is_gated: bool,
+) -> Tensor:
+    x = x if norm is None else rms_norm(x, Norm(norm, eps))
+    y = x.float() @ _dequantize(data, scales, offsets, group_size).T
+    y = (y if bias is None else y + bias.float()).to(x.dtype)
+    if is_gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = torch.nn.functional.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+def _read_rows(
+    data: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    indices: Tensor,
+    in_features: int,
+    kind: str,
+    group_size: int,
+) -> Tensor:
+    rows = None if offsets is None else offsets[indices]
+    return _dequantize(data[indices], scales[indices], rows, group_size).bfloat16()
+
+
+register(
+    "quantized_linear(Tensor x, Tensor data, Tensor? scales, Tensor? offsets, int out_features, str kind,"
+    " int group_size, bool has_offsets, Tensor? bias, Tensor? norm, float eps, Tensor? residual, bool is_gated)"
+    " -> Tensor",
+    lambda x, data, scales, offsets, out_features, *rest: x.new_empty(
+        x.shape[0], out_features // 2 if rest[-1] else out_features
+    ),
+    cpu=_quantized_linear,
+    cuda=_quantized_linear,
+)
+register(
+    "read_quantized_rows(Tensor data, Tensor? scales, Tensor? offsets, Tensor indices, int in_features, str kind,"
+    " int group_size) -> Tensor",
+    lambda data, scales, offsets, indices, in_features, *_: data.new_empty(
+        indices.shape[0], in_features, dtype=torch.bfloat16
+    ),
+    cpu=_read_rows,
+    cuda=_read_rows,
+)

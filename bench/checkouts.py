@@ -42,15 +42,19 @@ class Tree(NamedTuple):
 
 
 class VLLM(NamedTuple):
-    """vLLM in one process, its fastest way to run offline. site: the folder of its packages."""
+    """vLLM in one process, its fastest way to run offline.
+
+    site: the folder of its packages. config: added to the model's config.json, such as a `quantization_config`.
+    """
 
     python: str
     site: Path
+    config: Mapping[str, Any] = {}
 
     def start(self, model: str, options: Mapping[str, Any], cache: Path, patience: float) -> Worker:
         folder = cache / model
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(geometry(model) | {"torch_dtype": DTYPE}))
+        (folder / "config.json").write_text(json.dumps(geometry(model) | {"torch_dtype": DTYPE} | dict(self.config)))
         settings = {"model": str(folder), "load_format": "dummy", "dtype": DTYPE, **options}
         environment = _environment(cache) | {
             "PYTHONPATH": str(self.site),

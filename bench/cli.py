@@ -12,6 +12,7 @@ from dispec.serving.cli.console import reporting
 
 COMMANDS = {
     "throughput": "tokens per second beside transformers, vLLM and llama.cpp",
+    "formats": "tokens per second of quantised weights, beside llama.cpp's and vLLM's",
     "latency": "seconds to the first token and between tokens",
     "prefix": "time to first token with and without prefix sharing",
     "contention": "tokens per second beside busy processes, and in a server's first minute",
@@ -67,6 +68,8 @@ def _benchmark(name: str) -> Callable[..., None]:
     match name:
         case "throughput":
             from dispec.bench.throughput import main
+        case "formats":
+            from dispec.bench.formats import main
         case "latency":
             from dispec.bench.latency import main
         case "prefix":

@@ -6,7 +6,8 @@ First each workload with and without speculation; the two take turns of a few to
 are compared token by token. Then the costs: seconds of a step that decodes, of one that verifies, of the draft tokens.
 Last, with `--acceptance`, draft tokens that are accepted with a given probability: the draft model runs for what it
 costs, and its tokens are replaced by the known answer's or by wrong ones. Measured speed-ups stand beside those that
-follow from costs and acceptance (arXiv:2211.17192, theorem 3.8).
+follow from costs and acceptance (arXiv:2211.17192, theorem 3.8). Of shapes with random weights, such as qwen2.5-7b with
+a draft of qwen2.5-0.5b, this last part alone is measured.
 """
 
 import statistics
@@ -15,11 +16,13 @@ from typing import Annotated, NamedTuple
 import typer
 from tqdm import tqdm
 
+from dispec.bench.geometries import NAMES, model_config
 from dispec.bench.loading import Device, Dtype, EnforceEager, Model, load
 from dispec.bench.machine import choose_device, describe_machine
 from dispec.bench.report import Output, Plot, Report
 from dispec.bench.speculative_run import Costs, Run, SimulatedProposer, measure_costs, predicted_speedup, take_turns
-from dispec.bench.workload import sizes
+from dispec.bench.weight_formats import format_options
+from dispec.bench.workload import Workload, sizes
 from dispec.engine.api.llm import LLM
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.speculation.ngram import NgramProposer
@@ -152,6 +155,9 @@ def simulate(
 def main(
     model: Model = "smollm2",
     draft: Annotated[str | None, typer.Option(help="Draft model.", show_default="n-grams alone")] = None,
+    target_format: Annotated[
+        str, typer.Option(help="Of the target's weights, as in bench/weight_formats.py.", show_default="--dtype")
+    ] = "",
     num_speculative_tokens: Annotated[int, typer.Option(min=1, max=15)] = 5,
     concurrency: Annotated[str, typer.Option(help="Numbers of chats at once, for the draft model.")] = "1,16",
     acceptance: Annotated[str, typer.Option(help="Simulated acceptance rates.")] = "0.5,0.7,0.9",
@@ -179,12 +185,12 @@ def main(
     report = Report("spec", settings, describe_machine(choose_device(device)), columns, output, plot)
     llm = load(
         model,
-        dtype=dtype,
+        **({"dtype": dtype} | (format_options(target_format) if target_format else {})),
         device=device,
         max_num_seqs=max(widths),
         max_model_len=1024,
         enforce_eager=enforce_eager,
-        speculative_model=draft or "ngram",
+        speculative_model=model_config(draft) if draft in NAMES else draft or "ngram",
         enable_prefix_caching=False,  # in bf16, keys of an earlier run are not those that this one would compute
         num_speculative_tokens=num_speculative_tokens,
     )
@@ -196,7 +202,10 @@ def main(
         (Work("copying, n-gram", copies, 0.0, 1), NgramProposer()),
         (Work("chat, n-gram", list(_CHAT), 0.0, 1), NgramProposer()),
     ]
-    if draft_model is not None:
+    has_text = model not in NAMES
+    if not has_text:
+        works = []
+    elif draft_model is not None:
         for width in widths:
             several = list(_CHAT) if width == 1 else chats[:width]
             works.append((Work("chat, draft", several, 0.0, width), draft_model))
@@ -208,7 +217,10 @@ def main(
         print(f"{work.name}, c={work.concurrency}: share of drafts accepted up to each position: {text}", flush=True)
     for width in widths:
         size = max(1, len(_CHAT) // width) * width
-        prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in chats[:size]]
+        if has_text:
+            prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in chats[:size]]
+        else:
+            prompts = Workload(size).prompts(llm.engine.config.vocab_size)
         costs = measure_costs(llm, draft_model, prompts[:width], num_speculative_tokens)
         print(f"c={width}: a step takes {1e3 * costs.decode:.2f} ms; by draft tokens per sequence, verification takes")
         print(f"  {_milliseconds(costs.verify)} ms, the draft\n  {_milliseconds(costs.draft)} ms", flush=True)

@@ -1,0 +1,136 @@
+"""Tokens per second of one model in several weight formats, in turn, beside llama.cpp's and vLLM's formats.
+
+    dispec bench formats --formats bfloat16,int8,int4,native
+    dispec bench formats --peer-bin llama-batched-bench --gguf q8_0=model-q8_0.gguf --gguf q4_1=model-q4_1.gguf
+    dispec bench formats --model qwen2.5-7b --formats bfloat16,int4-128,fp8 --vllm-path /tmp/vllm/site --vllm gptq,fp8
+
+Each format is an engine in a process of its own. All are started, sleep, and take turns on the same prompts. The first
+format is the one that the others are compared with. vLLM runs the shapes of a named model with random weights.
+"""
+
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from dispec.bench.checkouts import VLLM
+from dispec.bench.contestants import Contestant, ContestantFailed, LlamaCpp, dispec_engine
+from dispec.bench.loading import Device, Model, config_of, useful_kv_memory
+from dispec.bench.machine import choose_device, describe_machine
+from dispec.bench.peers import PeerBin
+from dispec.bench.report import Output, Report
+from dispec.bench.rounds import NOISY, take_turns
+from dispec.bench.weight_formats import format_options
+from dispec.bench.workload import Workload, sizes
+
+# As vLLM reads them from config.json.
+VLLM_FORMATS: dict[str, dict[str, Any]] = {
+    "bfloat16": {},
+    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}},
+    "fp8": {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}},
+}
+
+
+def main(
+    model: Model = "smollm2",
+    formats: Annotated[str, typer.Option(help="Comma-separated; see bench/weight_formats.py.")] = "bfloat16,int8,int4",
+    concurrency: Annotated[str, typer.Option(help="Numbers of simultaneous requests.")] = "1,16,32",
+    prefill: Annotated[str, typer.Option(help="Lengths of single prompts to time; empty for none.")] = "512",
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each contestant; the median counts.")] = 3,
+    device: Device = None,
+    peer_bin: PeerBin = None,
+    gguf: Annotated[list[str] | None, typer.Option(help="llama.cpp: NAME=FILE; can be given several times.")] = None,
+    vllm_path: Annotated[Path | None, typer.Option(help="Directory of vLLM's packages.")] = None,
+    vllm: Annotated[str, typer.Option(help=f"vLLM's formats: {', '.join(VLLM_FORMATS)}.")] = "gptq",
+    minutes: Annotated[float, typer.Option(help="Begin no workload after this long.")] = 60.0,
+    output: Output = None,
+) -> None:
+    """Measure tokens per second of weight formats, beside llama.cpp's and vLLM's."""
+    settings = dict(locals())
+    end = time.monotonic() + 60 * minutes
+    names = [name.strip() for name in formats.split(",")]
+    options = {name: format_options(name) for name in names}
+    lengths = [int(length) for length in prefill.split(",") if length.strip()]
+    workloads = [Workload(size) for size in sizes(concurrency)] + [Workload(1, length, 1) for length in lengths]
+    peers = [f"llama.cpp {given.split('=', 1)[0]}" for given in gguf or []]
+    peers += [f"vllm {name.strip()}" for name in vllm.split(",")] if vllm_path is not None else []
+    columns = {"workload": ""} | {f"{name} tok/s": ".1f" for name in [*names, *peers]}
+    columns |= {f"{name} / {names[0]}": ".2fx" for name in names[1:]}
+    chosen = choose_device(device)
+    report = Report("formats", settings, describe_machine(chosen), columns, output)
+    with contextlib.ExitStack() as stack:
+        running: list[Contestant] = []
+
+        def add(contestant: Contestant) -> None:
+            contestant.versions = dict(contestant.versions)
+            report.versions |= contestant.versions
+            stack.callback(contestant.close)
+            running.append(contestant)
+            started = contestant.start_seconds
+            print(f"{contestant.name}: {'ready' if started is None else f'ready after {started:.0f} s'}", flush=True)
+
+        config = config_of(model)
+        longest, most = max(workload.tokens for workload in workloads) + 16, max(sizes(concurrency))
+        common = {"max_num_seqs": most, "max_model_len": longest}
+        memory = useful_kv_memory(config, most, longest, 2)
+        for name in names:
+            ours = {"device": device, "kv_cache_memory": memory}
+            add(dispec_engine(model, ours | common | options[name], name))
+        for given in gguf or []:
+            name, _, path = given.partition("=")
+            assert peer_bin is not None, "--gguf needs --peer-bin"
+            llama = LlamaCpp(peer_bin.absolute(), Path(path).absolute(), torch.get_num_threads())
+            llama.name = f"llama.cpp {name}"
+            add(llama)
+        if vllm_path is not None:
+            cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dispec-bench-formats-")))
+            theirs = common | {"enable_prefix_caching": False, "kv_cache_memory_bytes": 2 * memory}
+            for name in map(str.strip, vllm.split(",")):
+                try:
+                    peer = VLLM(sys.executable, vllm_path, VLLM_FORMATS[name]).start(model, theirs, cache / name, 400.0)
+                except ContestantFailed as error:
+                    print(error, flush=True)
+                    continue
+                peer.name = f"vllm {name}"
+                add(peer)
+        noisiest = 0.0
+        for workload in workloads:
+            if time.monotonic() > end:
+                print(f"{workload}: no time left", flush=True)
+                continue
+            is_prefill = workload.output_tokens == 1
+            counted = workload.concurrency * (workload.prompt_tokens if is_prefill else workload.output_tokens)
+            taken = take_turns(running, workload, config.vocab_size, rounds)
+            noisiest = max(noisiest, taken.others)
+            rates = {name: counted / taken.median(name) for name in taken.seconds}
+            label = f"prefill {workload.prompt_tokens}" if is_prefill else f"c={workload.concurrency}"
+            ratios = {name: rates[name] / rates[names[0]] for name in names[1:]}
+            report.add(
+                {
+                    "concurrency": workload.concurrency,
+                    "prompt_tokens": workload.prompt_tokens,
+                    "is_prefill": is_prefill,
+                },
+                {
+                    "tokens_per_second": rates,
+                    "ratio": ratios,
+                    "seconds": taken.seconds,
+                    "peak_bytes": {contestant.name: contestant.peak_bytes for contestant in running},
+                    "others_cores": taken.others,
+                },
+                [label, *(rates.get(name) for name in [*names, *peers]), *ratios.values()],
+            )
+            print(label, json.dumps({name: round(rate, 1) for name, rate in rates.items()}), flush=True)
+        if noisiest > NOISY:
+            print(f"not a quiet machine: other processes took up to {noisiest:.1f} cores during the runs")
+        report.finish()
+
+
+if __name__ == "__main__":
+    typer.run(main)

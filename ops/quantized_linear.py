@@ -1,6 +1,7 @@
 """Linear layers with quantised weights: a `QuantizedTensor` in the layout that the kernels of its device read."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -37,7 +38,13 @@ class QuantizedWeight(NamedTuple):
 
 def has_quantized_kernel(kind: Kind, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether `quantized_linear` has a kernel for a kind of weight and inputs of a dtype on a device."""
-    return dtype is torch.bfloat16 and (kind != "fp8" or device.type == "cuda")
+    return dtype is torch.bfloat16 and (kind != "fp8" or (device.type == "cuda" and _has_e4m3(device)))
+
+
+@functools.cache
+def _has_e4m3(device: torch.device) -> bool:
+    """Return whether a CUDA device converts from and to e4m3 and multiplies it: Ada and Hopper, not Ampere."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def pack_quantized(weight: QuantizedTensor) -> QuantizedWeight:
@@ -111,6 +118,17 @@ def _quantized_linear(
     return y if residual is None else residual + y
 
 
+def _quantized_linear_cuda(
+    x: Tensor, data: Tensor, scales: Tensor, offsets: Tensor | None, out_features: int, kind: str, *rest: Any
+) -> Tensor:
+    if kind == "fp8":
+        from dispec.ops.triton.fp8_linear import fp8_linear
+
+        _, _, bias, norm, eps, residual, is_gated = rest
+        return fp8_linear(x, data, scales, bias, None if norm is None else Norm(norm, eps), residual, is_gated)
+    return _quantized_linear(x, data, scales, offsets, out_features, kind, *rest)
+
+
 def _read_rows(
     data: Tensor,
     scales: Tensor,
@@ -121,7 +139,8 @@ def _read_rows(
     group_size: int,
 ) -> Tensor:
     rows = None if offsets is None else offsets[indices]
-    return _dequantize(data[indices], scales[indices], rows, group_size).bfloat16()
+    codes = data.view(torch.int8)[indices].view(data.dtype)  # torch indexes no e4m3 on some devices
+    return _dequantize(codes, scales[indices], rows, group_size).bfloat16()
 
 
 register(
@@ -132,7 +151,7 @@ register(
         x.shape[0], out_features // 2 if rest[-1] else out_features
     ),
     cpu=_quantized_linear,
-    cuda=_quantized_linear,
+    cuda=_quantized_linear_cuda,
 )
 register(
     "read_quantized_rows(Tensor data, Tensor? scales, Tensor? offsets, Tensor indices, int in_features, str kind,"

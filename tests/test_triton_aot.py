@@ -22,8 +22,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from dispec.ops.norm import Norm  # noqa: E402
 from dispec.ops.triton import (  # noqa: E402
     decode_attention,
+    fp8_linear,
     gated_linear,
     kv_cache,
     linear,
@@ -49,6 +51,7 @@ KERNELS = {
     kv_cache: ("write_kv_kernel",),
     norm_activation: ("rms_norm_kernel", "silu_and_mul_kernel"),
     linear: (),
+    fp8_linear: ("round_rows_kernel", "fp8_gemm_kernel"),
     prefill_attention: ("prefill_kernel",),
     rope_write: ("rope_write_kernel",),
     qkv_rope_write: ("qkv_rope_write_kernel",),
@@ -59,6 +62,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -366,3 +370,22 @@ def test_gemms_of_many_tokens_are_torchs(rows: int, monkeypatch: pytest.MonkeyPa
     assert [launch.kernel.__name__ for launch in launches] == expected
     for launch in launches:
         check(launch, 90, widest_load=launch.kernel.__name__ != "rope_write_kernel")
+
+
+# N and K of the weights of Qwen2.5-7B.
+FP8_SHAPES = {"qkv": (4608, 3584), "output": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)}
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32, 64])
+def test_fp8_linear(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    for name, (features, columns) in {**FP8_SHAPES, "head": (152064, 3584), "odd": (1000, 1001)}.items():
+        x = torch.empty(rows, columns, dtype=HALF, device="meta")
+        weight = torch.empty(features, columns, dtype=torch.float8_e4m3fn, device="meta")
+        norm = None if name in ("output", "down") else Norm(x.new_empty(columns), 1e-6)
+        added = x.new_empty(rows, features) if norm is None else None
+        bias = x.new_empty(features) if name in ("qkv", "odd") else None
+        given = (weight, torch.empty(features, 1, device="meta"), bias, norm, added, name == "gate_up")
+        rounding, gemm = record(monkeypatch, 90, lambda x=x, given=given: fp8_linear.fp8_linear(x, *given))
+        check(rounding, 90, widest_load=name != "odd")
+        compiled = check(gemm, 90, widest_load=name != "odd")
+        assert "wgmma.mma_async" in compiled.asm["ptx"]

@@ -214,3 +214,23 @@ def choose_fused_linear(
     if is_long:
         return SkinnyGemmConfig(64, 128, min(max(device.multiprocessors * 64 // out_features, 1), 12), 4, 5)
     return SkinnyGemmConfig(16, 512, 1, 4, 3)
+
+
+def choose_fp8_linear(
+    device: Device, num_tokens: int, out_features: int, in_features: int, *, is_gated: bool = False
+) -> SkinnyGemmConfig | None:
+    """Return how to launch a GEMM of e4m3 codes; None for torch's.
+
+    is_gated: half of its output features gate the others. From `python -m dispec.bench.fp8_kernels` on an H100 with the
+    shapes of Qwen2.5-7B.
+    """
+    if device.architecture == "fallback":
+        return SkinnyGemmConfig(64, 128, 1, 4, 3)
+    if out_features % 16 or in_features % 16:
+        return SkinnyGemmConfig(64, 128, 1, 4, 2)
+    if num_tokens > 64:
+        return None
+    tiles = out_features // 64
+    if is_gated or tiles >= 2 * device.multiprocessors:
+        return SkinnyGemmConfig(128, 128, 1, 4, 4)
+    return SkinnyGemmConfig(64, 128, max(min(2 * device.multiprocessors // max(tiles, 1), in_features // 512), 1), 4, 5)

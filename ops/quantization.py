@@ -191,7 +191,7 @@ def quantize(weight: Float[Tensor, "N K"], quantization: Quantization) -> Quanti
         part = slice(first, first + _ROWS)
         wide = torch.nn.functional.pad(weight[part].float(), (0, groups * size - columns)).unflatten(1, (groups, size))
         found = _scales(wide, kind)
-        divided = wide / torch.where(found == 0, 1.0, found)[..., None]
+        divided = wide / torch.where(found == 0, 1.0, found).unsqueeze(-1)
         if kind != "fp8":
             divided = divided.round().clamp(*_CODE_RANGE[kind])
         codes[part] = divided.flatten(1)[:, :columns].to(codes.dtype)

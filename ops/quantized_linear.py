@@ -1,6 +1,5 @@
 """Linear layers with quantised weights: a `QuantizedTensor` in the layout that the kernels of its device read."""
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -41,14 +40,18 @@ def has_quantized_kernel(kind: Kind, device: torch.device, dtype: torch.dtype) -
     return dtype is torch.bfloat16 and (kind != "fp8" or (device.type == "cuda" and _has_e4m3(device)))
 
 
-@functools.cache
 def _has_e4m3(device: torch.device) -> bool:
     """Return whether a CUDA device converts from and to e4m3 and multiplies it: Ada and Hopper, not Ampere."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def pack_quantized(weight: QuantizedTensor) -> QuantizedWeight:
-    """Return the weight in the layout of its device, where `has_quantized_kernel` holds."""
+    """Return the weight in the layout of its device, where `has_quantized_kernel` holds.
+
+    Raises ValueError if rows of e4m3 have several scales.
+    """
+    if weight.kind == "fp8" and weight.scales.shape[1] != 1:
+        raise ValueError(f"fp8 weights have one scale for each row, not one for every {weight.group_size} columns")
     return QuantizedWeight(
         weight.codes,
         weight.scales.half() if weight.kind != "fp8" else weight.scales,

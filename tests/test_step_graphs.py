@@ -24,6 +24,7 @@ from dispec.layers.speculation import DraftState, draft_step
 from dispec.layers.steps import PreviousTokens, Vocabulary, decode_step, prefill_step
 from dispec.layers.types import Batch, KVCache, Sampling, SamplingFilters, Weights
 from dispec.layers.weights import Packing, dummy_weights
+from dispec.ops import Quantization
 
 CONFIG = ModelConfig(
     architecture="Qwen3ForCausalLM",
@@ -91,11 +92,14 @@ def integers(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.int32, device="cuda")
 
 
-def model(config: ModelConfig, dtype: torch.dtype, shard: Shard | None = None) -> tuple[Weights, KVCache]:
+def model(
+    config: ModelConfig, dtype: torch.dtype, shard: Shard | None = None, quantization: Quantization | None = None
+) -> tuple[Weights, KVCache]:
     def on_gpu(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
-    weights = dummy_weights(config, dtype, torch.device("cpu"), shard=shard, packing=Packing(keeps_plain=True))
+    packing = Packing(quantization, keeps_plain=quantization is None)
+    weights = dummy_weights(config, dtype, torch.device("cpu"), shard=shard, packing=packing)
     local = config if shard is None else Sharding(config, shard).local_config()
     shape = (local.num_layers, NUM_BLOCKS, local.num_kv_heads)
     keys, values = (*shape, local.head_dim, BLOCK_SIZE), (*shape, BLOCK_SIZE, local.head_dim)
@@ -159,6 +163,18 @@ def test_decoding_and_verification_are_one_graph(graphs: Graphs, dtype: torch.dt
             "dispec.write_kv": CONFIG.num_layers,
             "dispec.paged_attention": CONFIG.num_layers,
         }
+
+
+def test_steps_with_fp8_weights_are_one_graph(graphs: Graphs) -> None:
+    weights, cache = model(CONFIG, torch.bfloat16, quantization=Quantization("fp8"))
+    step = graphs.compiled(lambda *inputs: decode_step(weights, CONFIG, VOCABULARY, inputs[0], cache, inputs[1]))
+    for sequences, query_len, rows in ((5, 3, 7), (2, 1, 2), (32, 1, 19)):
+        tokens = sequences * query_len
+        logits, _ = step(batch(tokens, sequences, rows), previous(tokens))
+        assert logits.shape == (rows, CONFIG.vocab_size)
+    calls = graphs.calls()
+    assert "dispec.quantized_linear" in assert_has_cuda_kernels(calls)
+    assert calls[torch.ops.dispec.quantized_linear] == 4 * CONFIG.num_layers + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -140,7 +140,8 @@ def resources(compiled: Any) -> dict[str, int]:
     return {name: int(size) for name, size in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
 
 
-def check(launch: Launch, capability: int, widest_load: bool = True, spilled: int = 0) -> None:
+def check(launch: Launch, capability: int, widest_load: bool = True, spilled: int = 0) -> Any:
+    """Return the compiled launch, which must not spill and fits the device."""
     compiled = compile_launch(launch, capability)
     used = resources(compiled)
     shared = compiled.metadata.shared
@@ -153,6 +154,7 @@ def check(launch: Launch, capability: int, widest_load: bool = True, spilled: in
         # With loads of less than 16 bytes the kernel is several times slower.
         ptx = compiled.asm["ptx"]
         assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10|ld\.global[.\w:]*\.v4\.b32", ptx)
+    return compiled
 
 
 def cache(head_dim: int, block_size: int, kv_heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -175,24 +175,35 @@ def fp8_linear(
     if config is None:
         config = choose_fp8_linear(describe(x.device), num_tokens, out_features, in_features, is_gated=is_gated)
     if config is not None:
-        return _gemm(x, codes, row_scales, weight, scales, bias, residual, is_gated, config)
-    y = scaled_mm(codes, row_scales, weight, scales, bias, x.dtype)
+        return fp8_gemm(codes, row_scales, weight, scales, bias, residual, is_gated, config)
+    y = scaled_mm(codes, row_scales, weight, scales, bias)
     if is_gated:
         y = silu_and_mul(y)
     return y if residual is None else y.add_(residual)
 
 
 def scaled_mm(
-    codes: Tensor, row_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+    codes: Tensor,
+    row_scales: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    use_fast_accum: bool = False,
 ) -> Tensor:
     """Return `(row_scales * codes) @ (scales * weight).T + bias` by torch, which needs N and K that 16 divides."""
     return torch._scaled_mm(
-        codes, weight.T, scale_a=row_scales[:, None], scale_b=scales.view(1, -1), bias=bias, out_dtype=dtype
+        codes,
+        weight.T,
+        scale_a=row_scales[:, None],
+        scale_b=scales.view(1, -1),
+        bias=bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=use_fast_accum,
     )
 
 
-def _gemm(
-    x: Tensor,
+def fp8_gemm(
     codes: Tensor,
     row_scales: Tensor,
     weight: Tensor,
@@ -202,20 +213,21 @@ def _gemm(
     is_gated: bool,
     config: SkinnyGemmConfig,
 ) -> Tensor:
+    """Return the product of e4m3 codes [T, K] and a weight [N, K] times their scales, around it as in `fp8_linear`."""
     (num_tokens, in_features), out_features = codes.shape, weight.shape[0]
     width = out_features // 2 if is_gated else out_features
-    output = torch.empty((num_tokens, width), dtype=x.dtype, device=x.device)
+    output = torch.empty((num_tokens, width), dtype=torch.bfloat16, device=codes.device)
     block_m = min(max(triton.next_power_of_2(num_tokens), 16), MAX_TOKENS)
     tiles_per_split, splits = split_evenly(in_features, config)
     grid = (triton.cdiv(2 * width if is_gated else width, config.block_n), splits, triton.cdiv(num_tokens, block_m))
     partial = output
     if splits > 1:
-        partial = torch.empty((splits, num_tokens, out_features), dtype=torch.float32, device=x.device)
+        partial = torch.empty((splits, num_tokens, out_features), dtype=torch.float32, device=codes.device)
         assert grid[0] * grid[2] <= MAX_COUNTERS
     fp8_gemm_kernel[grid](
         output,
         partial,
-        split_counters(x.device) if splits > 1 else scales,
+        split_counters(codes.device) if splits > 1 else scales,
         codes,
         row_scales,
         weight,

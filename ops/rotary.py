@@ -1,6 +1,6 @@
 """From hidden states to rotated queries and the KV cache: QKV projection, head norms, rotation and the cache write.
 
-All of it is one op in 16 bits on CUDA; on a CPU the projection is an op of its own.
+All of it is one op in 16 bits on CUDA. Of a quantised weight, or on a CPU, the projection is an op of its own.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dispec.ops.cpu import attention as cpu_attention
-from dispec.ops.kv_cache import scale_rows, write_kv
+from dispec.ops.kv_cache import pages_of_layer, scale_rows, write_kv
 from dispec.ops.linear import Matrix, is_fused, linear
 from dispec.ops.norm import Norm, rms_norm
 from dispec.ops.registration import register
@@ -69,7 +69,8 @@ def rope_write(
     Queries and keys are normed per head first where there is a norm; both norms have the same `eps`.
     """
     kv_heads, head_dim, block_size = keys.shape[-3], keys.shape[-2] - scale_rows(keys.dtype), keys.shape[-1]
-    if projected.device.type == "cpu" and cpu_attention.has_cpu_kernel(keys.dtype, head_dim, block_size):
+    on_cpu = projected.device.type == "cpu" and cpu_attention.has_cpu_kernel(keys.dtype, head_dim, block_size)
+    if on_cpu or is_fused(projected):
         query_weight, eps = query_norm or (None, 0.0)
         key_weight, _ = key_norm or (None, 0.0)
         return torch.ops.dispec.rope_write(
@@ -103,6 +104,25 @@ def _qkv_rope_write(*given: Any) -> Tensor:
     return kernels(*given)
 
 
+def _rope_write(
+    projected: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot_mapping: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+    layer: int | None = None,
+) -> Tensor:
+    from dispec.ops.triton.rope_write import KVSlots
+    from dispec.ops.triton.rope_write import rope_write as kernel
+
+    slots = KVSlots(*pages_of_layer(keys, values, layer), slot_mapping, cosine.contiguous(), sine.contiguous())
+    return kernel(projected.contiguous(), query_norm, key_norm, eps, slots)
+
+
 def _rope_cos_sin_fake(positions: Tensor, frequencies: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     shape = positions.shape[0], frequencies.shape[0]
     return frequencies.new_empty(shape), frequencies.new_empty(shape)
@@ -124,6 +144,7 @@ register(
     " Tensor slot_mapping, Tensor? query_norm, Tensor? key_norm, float eps, int? layer=None) -> Tensor",
     lambda projected, cosine, sine, keys, *_: _empty_queries(projected, projected.shape[1], keys),
     cpu=cpu_attention.rope_write,
+    cuda=_rope_write,
 )
 register(
     "qkv_rope_write(Tensor x, Tensor qkv, Tensor? bias, Tensor norm, float eps, Tensor cosine, Tensor sine,"

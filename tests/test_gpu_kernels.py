@@ -338,6 +338,19 @@ def test_projection_of_a_layer(name: str, rows: int, dtype: torch.dtype) -> None
         assert torch.equal(torch.ops.dispec.qkv_rope_write(*projection.arguments()), query)
 
 
+@pytest.mark.parametrize("has_head_norms", [False, True])
+@pytest.mark.parametrize("rows", [1, 17, 600])
+def test_rope_write_of_a_projection(rows: int, has_head_norms: bool) -> None:
+    projection = make_projection(
+        SHAPES["llama"], rows, dtype=torch.bfloat16, device="cuda", has_head_norms=has_head_norms, seed=rows
+    )
+    arguments = projection.arguments()
+    x, qkv, bias, norm, eps, *rotation, keys, values, slots, query_norm, key_norm = arguments
+    projected = torch.ops.dispec.fused_linear(x, qkv, bias, norm, eps, False)
+    query = torch.ops.dispec.rope_write(projected, *rotation, keys, values, slots, query_norm, key_norm, eps)
+    expect_projection(projection, arguments, query)
+
+
 @pytest.mark.parametrize("rows", [2, 8, 16, 32])
 def test_recorded_gemms_share_their_counters(rows: int) -> None:
     """A recorded chain of GEMMs, some with split-K, equals the GEMMs one by one in every replay."""

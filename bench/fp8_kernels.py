@@ -62,6 +62,12 @@ def candidates(layer: Layer) -> Iterator[tuple[int, int, int, int, int]]:
             yield from ((128, 128, splits, 4, 4), (128, 256, splits, 8, 3))
 
 
+def gemv_candidates(layer: Layer) -> Iterator[tuple[int, int]]:
+    """Yield configurations of one token: block_n, programs_per_multiprocessor."""
+    if layer.in_features <= 8192:
+        yield from itertools.product((2, 4, 8), (1, 2, 3, 4, 6, 8))
+
+
 def block_m(tokens: int) -> int:
     """Return the tokens of a program: steps with the same are compiled once."""
     return min(max(1 << (tokens - 1).bit_length(), 16), 64)
@@ -117,6 +123,7 @@ def over_weights(call: Callable[..., object], weights: list[Tensor]) -> float:
 def references(layer: Layer, tokens: int, weights: list[Tensor], scales: Tensor) -> Iterator[tuple[str, float]]:
     """Yield what is timed, and seconds: torch in both types, and the op with its rounding."""
     from dispec.ops.triton.fp8_linear import fp8_linear, round_rows, scaled_mm
+    from dispec.ops.triton.tuning import GemvConfig
 
     out_features, in_features = layer.out_features, layer.in_features
     x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
@@ -129,7 +136,10 @@ def references(layer: Layer, tokens: int, weights: list[Tensor], scales: Tensor)
         call = partial(scaled_mm, codes, row_scales, scales=scales, use_fast_accum=is_fast)
         yield f"scaled_mm fast={is_fast}", over_weights(call, weights)
     around: dict[str, Any] = {"bias": bias, "norm": norm, "residual": residual, "is_gated": layer.is_gated}
-    yield "op", over_weights(partial(fp8_linear, x, scales=scales, **around), weights)
+    op = partial(fp8_linear, x, scales=scales, **around)
+    yield "op", over_weights(op, weights)
+    for config in gemv_candidates(layer) if tokens == 1 else ():
+        yield f"op {config}", over_weights(partial(op, config=GemvConfig(*config)), weights)
     wide = [torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) for _ in weights[:3]]
     yield "bfloat16", over_weights(partial(torch.nn.functional.linear, x), wide)
 

@@ -56,8 +56,9 @@ def expected_rows(case: Fp8Case) -> tuple[Tensor, Tensor]:
     if case.norm is not None:
         rows = (rows * (rows.square().mean(1, keepdim=True) + case.norm.eps).rsqrt()).bfloat16().float()
         rows = (rows * case.norm.weight.cpu().float()).bfloat16().float()
-    scales = rows.abs().amax(1) / 448
-    return (rows / torch.where(scales == 0, 1.0, scales)[:, None]).to(torch.float8_e4m3fn), scales
+    largest = rows.abs().amax(1)
+    inverse = torch.full_like(largest, 448) / torch.where(largest == 0, 1.0, largest)
+    return (rows * inverse[:, None]).to(torch.float8_e4m3fn), largest / torch.full_like(largest, 448)
 
 
 def expect_fp8(case: Fp8Case, actual: Tensor) -> None:
@@ -82,6 +83,8 @@ def expect_fp8(case: Fp8Case, actual: Tensor) -> None:
     assert actual.dtype is torch.bfloat16
     assert actual.shape == expected.shape
     difference = (actual.double() - expected).abs()
-    # bfloat16 has steps of 2**-8; before a gate or a residual a GEMM of torch's rounds as well.
-    allowed = 1e-3 * sizes + 2**-7 * expected.abs() + 2**-7 * (0 if case.residual is None else case.residual.abs())
+    # Sums of squares in another order may round single elements of a normed row to the neighbouring code. bfloat16 has
+    # steps of 2**-8; before a gate or a residual a GEMM of torch's rounds as well.
+    rounded = expected.abs() + (0 if case.residual is None else case.residual.abs())
+    allowed = (1e-3 if case.norm is None else 4e-3) * sizes + 2**-7 * rounded
     assert (difference <= allowed + 1e-6).all(), f"{(difference - allowed).max()} beyond what rounding explains"

@@ -16,9 +16,25 @@ from dispec.ops.norm import Norm
 from dispec.ops.triton.linear_residual import MAX_COUNTERS, split_counters
 from dispec.ops.triton.norm_activation import silu_and_mul
 from dispec.ops.triton.skinny_gemm import split_evenly
-from dispec.ops.triton.tuning import SkinnyGemmConfig, choose_fp8_linear, describe
+from dispec.ops.triton.tuning import GemvConfig, SkinnyGemmConfig, choose_fp8_linear, describe
 
 MAX_TOKENS = 64  # of a program
+
+
+@triton.jit
+@no_type_check
+def _round_row(x, norm, eps, K: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr):
+    """Return the codes of a row [BLOCK] in e4m3, and its scale."""
+    column = tl.arange(0, BLOCK)
+    inside = column < K
+    kind = x.dtype.element_ty
+    wide = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        wide = (wide * tl.math.rsqrt(tl.sum(wide * wide, 0) / K + eps)).to(kind).to(tl.float32)
+        wide = (wide * tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
+    largest = tl.max(tl.abs(wide), 0)
+    inverse = tl.math.div_rn(448.0, tl.where(largest == 0, 1.0, largest))
+    return (wide * inverse).to(tl.float8e4nv), tl.math.div_rn(largest, 448.0)
 
 
 @triton.jit
@@ -26,19 +42,80 @@ MAX_TOKENS = 64  # of a program
 def round_rows_kernel(
     codes, scales, x, norm, x_stride, eps, K: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr
 ):
-    """Round one row of `norm(x)` [T, K] to e4m3, with its largest magnitude over 448 as its scale. Grid (T,)."""
+    """Round one row of `norm(x)` [T, K] to e4m3. Grid (T,)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < K
-    wide = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        kind = x.dtype.element_ty
-        wide = (wide * tl.math.rsqrt(tl.sum(wide * wide, 0) / K + eps)).to(kind).to(tl.float32)
-        wide = (wide * tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
-    scale = tl.math.div_rn(tl.max(tl.abs(wide), 0), 448.0)
-    rounded = tl.math.div_rn(wide, tl.where(scale == 0, 1.0, scale)).to(tl.float8e4nv)
-    tl.store(codes + row * K + column, rounded, mask=inside)
+    rounded, scale = _round_row(x + row * x_stride, norm, eps, K, BLOCK, HAS_NORM)
+    tl.store(codes + row * K + column, rounded, mask=column < K)
     tl.store(scales + row, scale)
+
+
+@triton.jit
+@no_type_check
+def _load_rows(weight, block, N, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, IS_GATED: tl.constexpr):
+    lane = tl.arange(0, BLOCK_N)
+    feature = block * BLOCK_N + lane
+    is_feature = feature < N
+    if IS_GATED:
+        feature = lane % 2 * (N // 2) + feature // 2
+    column = tl.arange(0, BLOCK)
+    # Each weight is read once, so it may leave the cache first.
+    return tl.load(
+        weight + feature[:, None].to(tl.int64) * K + column[None, :],
+        mask=is_feature[:, None] & (column[None, :] < K),
+        other=0.0,
+        eviction_policy="evict_first",
+    )
+
+
+@triton.jit
+@no_type_check
+def fp8_gemv_kernel(
+    output,
+    x,
+    norm,
+    weight,
+    weight_scales,
+    bias,
+    residual,
+    N,
+    eps,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ADDS: tl.constexpr,
+):
+    """Do what `round_rows_kernel` and `fp8_gemm_kernel` do for one token, without tensor cores. Grid (programs,).
+
+    A program rounds the token once, keeps it in registers, for which K must be small, and then takes every
+    `programs`-th block of BLOCK_N features. The next rows of the weight are loaded one iteration ahead.
+    """
+    block = tl.program_id(0)
+    tile = _load_rows(weight, block, N, K, BLOCK, BLOCK_N, IS_GATED)
+    codes, scale = _round_row(x, norm, eps, K, BLOCK, HAS_NORM)
+    row = codes.to(tl.float32)[None, :]
+    lane = tl.arange(0, BLOCK_N)
+    for at in range(block, tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        following = _load_rows(weight, at + tl.num_programs(0), N, K, BLOCK, BLOCK_N, IS_GATED)
+        result = tl.sum(tile.to(tl.float32) * row, 1)
+        feature = at * BLOCK_N + lane
+        source = lane % 2 * (N // 2) + feature // 2 if IS_GATED else feature
+        result *= tl.load(weight_scales + source, mask=feature < N, other=0.0) * scale
+        if HAS_BIAS:
+            result += tl.load(bias + source, mask=feature < N, other=0.0).to(tl.float32)
+        is_feature = feature < N
+        if IS_GATED:
+            gate, up = tl.split(tl.reshape(result, [BLOCK_N // 2, 2]))
+            result = gate / (1.0 + tl.exp(-gate)) * up
+            feature = at * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            is_feature = feature < N // 2
+        if ADDS:
+            result += tl.load(residual + feature, mask=is_feature, other=0.0).to(tl.float32)
+        tl.store(output + feature, result.to(output.dtype.element_ty), mask=is_feature)
+        tile = following
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -137,7 +214,6 @@ def round_rows(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
     num_tokens, in_features = x.shape
     codes = torch.empty((num_tokens, in_features), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(in_features)
     round_rows_kernel[(num_tokens,)](
         codes,
         scales,
@@ -146,11 +222,16 @@ def round_rows(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
         x.stride(0),
         0.0 if norm is None else norm.eps,
         K=in_features,
-        BLOCK=block,
         HAS_NORM=norm is not None,
-        num_warps=min(max(block // 512, 1), 32),
+        **_row_options(in_features),
     )
     return codes, scales
+
+
+def _row_options(in_features: int) -> dict[str, int]:
+    """Return how all kernels round a row: the order of its sums, and so its bits, follow from it."""
+    block = triton.next_power_of_2(in_features)
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 32)}
 
 
 def fp8_linear(
@@ -161,7 +242,7 @@ def fp8_linear(
     norm: Norm | None,
     residual: Tensor | None,
     is_gated: bool,
-    config: SkinnyGemmConfig | None = None,
+    config: SkinnyGemmConfig | GemvConfig | None = None,
 ) -> Tensor:
     """Compute `ops.linear` for a weight in e4m3 [N, K] with scales [N, 1] in float32.
 
@@ -171,9 +252,12 @@ def fp8_linear(
     (num_tokens, in_features), out_features = x.shape, weight.shape[0]
     if num_tokens == 0:
         return x.new_empty(0, out_features // 2 if is_gated else out_features)
-    codes, row_scales = round_rows(x if x.stride(1) == 1 else x.contiguous(), norm)
+    x = x if x.stride(1) == 1 else x.contiguous()
     if config is None:
         config = choose_fp8_linear(describe(x.device), num_tokens, out_features, in_features, is_gated=is_gated)
+    if isinstance(config, GemvConfig):
+        return fp8_gemv(x, weight, scales, bias, norm, residual, is_gated, config)
+    codes, row_scales = round_rows(x, norm)
     if config is not None:
         return fp8_gemm(codes, row_scales, weight, scales, bias, residual, is_gated, config)
     y = scaled_mm(codes, row_scales, weight, scales, bias)
@@ -201,6 +285,42 @@ def scaled_mm(
         out_dtype=torch.bfloat16,
         use_fast_accum=use_fast_accum,
     )
+
+
+def fp8_gemv(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    norm: Norm | None,
+    residual: Tensor | None,
+    is_gated: bool,
+    config: GemvConfig,
+) -> Tensor:
+    """Compute `fp8_linear` of one token, x [1, K]."""
+    out_features, in_features = weight.shape
+    output = torch.empty((1, out_features // 2 if is_gated else out_features), dtype=x.dtype, device=x.device)
+    blocks = triton.cdiv(out_features, config.block_n)
+    rounds = triton.cdiv(blocks, config.programs_per_multiprocessor * describe(x.device).multiprocessors)
+    fp8_gemv_kernel[(triton.cdiv(blocks, rounds),)](
+        output,
+        x,
+        x if norm is None else norm.weight,
+        weight,
+        scales,
+        output if bias is None else bias,
+        output if residual is None else residual.contiguous(),
+        out_features,
+        0.0 if norm is None else norm.eps,
+        K=in_features,
+        BLOCK_N=config.block_n,
+        IS_GATED=is_gated,
+        HAS_NORM=norm is not None,
+        HAS_BIAS=bias is not None,
+        ADDS=residual is not None,
+        **_row_options(in_features),
+    )
+    return output
 
 
 def fp8_gemm(

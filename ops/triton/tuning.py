@@ -50,6 +50,16 @@ class SkinnyGemmConfig(NamedTuple):
     num_stages: int = 1
 
 
+class GemvConfig(NamedTuple):
+    """How to launch a product with one token, without tensor cores.
+
+    block_n: output features of an iteration. programs_per_multiprocessor: programs that share all of them.
+    """
+
+    block_n: int
+    programs_per_multiprocessor: int
+
+
 class Device(NamedTuple):
     """The properties of a device that launches depend on."""
 
@@ -218,7 +228,7 @@ def choose_fused_linear(
 
 def choose_fp8_linear(
     device: Device, num_tokens: int, out_features: int, in_features: int, *, is_gated: bool = False
-) -> SkinnyGemmConfig | None:
+) -> SkinnyGemmConfig | GemvConfig | None:
     """Return how to launch a GEMM of e4m3 codes; None for torch's.
 
     is_gated: half of its output features gate the others. From `python -m dispec.bench.fp8_kernels` on an H100 with the
@@ -230,6 +240,8 @@ def choose_fp8_linear(
         return SkinnyGemmConfig(64, 128, 1, 4, 2)
     if num_tokens > 64:
         return None
+    if num_tokens == 1 and in_features <= 8192:
+        return GemvConfig(4, 4)
     tiles = out_features // 64
     if is_gated or tiles >= 2 * device.multiprocessors:
         return SkinnyGemmConfig(128, 128, 1, 4, 4)

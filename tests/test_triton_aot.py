@@ -40,7 +40,7 @@ from dispec.ops.triton import (  # noqa: E402
 from dispec.ops.triton.tuning import PREFILL, Device  # noqa: E402
 from tests.layer_cases import Shape, products  # noqa: E402
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may use
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that one program may use
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 KERNELS = {
@@ -95,7 +95,8 @@ class Recorder:
 
 def record(monkeypatch: pytest.MonkeyPatch, capability: int, launch: Callable[[], object]) -> list[Launch]:
     launches: list[Launch] = []
-    device = Device(f"sm_{capability}", 132 if capability == 90 else 108)
+    architecture = f"sm_{capability}"
+    device = Device(architecture if architecture in PREFILL else "fallback", 132 if capability == 90 else 108)
     for module, names in KERNELS.items():
         for name in names:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
@@ -394,3 +395,13 @@ def test_fp8_linear(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
         else:
             assert len(launches) == 2
             assert "wgmma.mma_async" in compiled[1].asm["ptx"]
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_fp8_linear_on_ada(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    x = torch.empty(rows, 3584, dtype=HALF, device="meta")
+    weight = torch.empty(4608, 3584, dtype=torch.float8_e4m3fn, device="meta")
+    given = weight, torch.empty(4608, 1, device="meta"), None, None, None, False
+    rounding, gemm = record(monkeypatch, 89, lambda: fp8_linear.fp8_linear(x, *given))
+    check(rounding, 89)
+    assert re.search(r"mma.sync.*e4m3", check(gemm, 89).asm["ptx"])

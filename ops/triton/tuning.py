@@ -234,12 +234,10 @@ def choose_fp8_linear(
     is_gated: half of its output features gate the others. From `python -m dispec.bench.fp8_kernels` on an H100 with the
     shapes of Qwen2.5-7B.
     """
-    if device.architecture == "fallback":
-        return SkinnyGemmConfig(64, 128, 1, 4, 3)
-    if out_features % 16 or in_features % 16:
-        return SkinnyGemmConfig(64, 128, 1, 4, 2)
-    if num_tokens > 64:
+    if num_tokens > 64 and out_features % 16 == in_features % 16 == 0:
         return None
+    if device.architecture == "fallback" or in_features % 16:
+        return SkinnyGemmConfig(64, 128, 1, 4, 3)
     if num_tokens == 1 and in_features <= 8192:
         return GemvConfig(4, 4)
     tiles = out_features // 64

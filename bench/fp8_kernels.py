@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
 from typing import Annotated, Any, NamedTuple
+from unittest import mock
 
 import torch
 import typer
@@ -97,12 +98,27 @@ def compile_candidate(layer: Layer, tokens: int, config: tuple[int, ...]) -> str
     return None
 
 
-def compile_all(layers: dict[str, Layer], tokens: list[int], processes: int) -> set[tuple[str, int, tuple[int, ...]]]:
+def compile_operations(layer: Layer, tokens: int) -> str | None:
+    """Do as `compile_candidate` for what `operations` yields."""
+    weight = torch.zeros(layer.out_features, layer.in_features, device="cuda", dtype=torch.float8_e4m3fn)
+    try:
+        for _, call in operations(layer, tokens):
+            call(weight=weight)
+    except Exception as error:
+        return f"{error!r:.200}"
+    return None
+
+
+def compile_all(layers: dict[str, Layer], tokens: list[int], processes: int) -> set[Any]:
     """Compile all candidates; return those that fail, as layer, block_m and configuration."""
-    failed: set[tuple[str, int, tuple[int, ...]]] = set()
+    failed: set[Any] = set()
     blocks = sorted({block_m(count) for count in tokens if count <= MAX_SWEPT_TOKENS})
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        compiling = {
+        compiling: dict[Any, Any] = {
+            pool.submit(compile_operations, layer, count): (name, count)
+            for (name, layer), count in itertools.product(layers.items(), tokens)
+        }
+        compiling |= {
             pool.submit(compile_candidate, layer, block, config): (name, block, config)
             for name, layer in layers.items()
             for block, config in itertools.product(blocks, candidates(layer))
@@ -110,7 +126,7 @@ def compile_all(layers: dict[str, Layer], tokens: list[int], processes: int) -> 
         for future in as_completed(compiling):
             if error := future.result():
                 failed.add(compiling[future])
-                print(json.dumps({"failed": compiling[future], "error": error}), file=sys.stderr)
+                print(json.dumps({"failed": compiling[future], "error": error}), file=sys.stderr, flush=True)
     return failed
 
 
@@ -120,28 +136,39 @@ def over_weights(call: Callable[..., object], weights: list[Tensor]) -> float:
     return seconds_per_call(calls * (24 // len(calls) + 1))
 
 
-def references(layer: Layer, tokens: int, weights: list[Tensor], scales: Tensor) -> Iterator[tuple[str, float]]:
-    """Yield what is timed, and seconds: torch in both types, and the op with its rounding."""
-    from dispec.ops.triton.fp8_linear import fp8_linear, round_rows, scaled_mm
-    from dispec.ops.triton.tuning import GemvConfig
+def operations(layer: Layer, tokens: int) -> Iterator[tuple[str, Callable[..., object]]]:
+    """Yield what is timed beside the candidates, as functions of the weight: torch's GEMM, and the op in variants."""
+    from dispec.ops.triton import fp8_linear as kernels
+    from dispec.ops.triton.tuning import GemvConfig, choose_fp8_linear, describe
 
     out_features, in_features = layer.out_features, layer.in_features
     x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
+    scales = torch.ones(out_features, 1, device="cuda")
     norm = Norm(torch.ones_like(x[0]), 1e-6) if layer.has_norm else None
-    bias = torch.randn(out_features, device="cuda", dtype=torch.bfloat16) if layer.has_bias else None
-    residual = x.new_zeros(tokens, out_features) if norm is None else None
-    codes, row_scales = round_rows(x, norm)
-    yield "round_rows", seconds_per_call([lambda: round_rows(x, norm)] * 24)
+    around: dict[str, Any] = {
+        "bias": torch.randn(out_features, device="cuda", dtype=torch.bfloat16) if layer.has_bias else None,
+        "norm": norm,
+        "residual": x.new_zeros(tokens, out_features) if norm is None else None,
+        "is_gated": layer.is_gated,
+    }
+
+    def op(tiles: int | None, weight: Tensor, config: Any = None) -> Tensor:
+        with mock.patch.object(kernels, "PREFETCHED_TILES", tiles):
+            return kernels.fp8_linear(x, weight, scales, **around, config=config)
+
+    codes, row_scales = kernels.round_rows(x, norm)
+    yield "round_rows", lambda weight: kernels.round_rows(x, norm)
     for is_fast in (False, True):
-        call = partial(scaled_mm, codes, row_scales, scales=scales, use_fast_accum=is_fast)
-        yield f"scaled_mm fast={is_fast}", over_weights(call, weights)
-    around: dict[str, Any] = {"bias": bias, "norm": norm, "residual": residual, "is_gated": layer.is_gated}
-    op = partial(fp8_linear, x, scales=scales, **around)
-    yield "op", over_weights(op, weights)
+        call = partial(kernels.scaled_mm, codes, row_scales, scales=scales, use_fast_accum=is_fast)
+        yield f"scaled_mm fast={is_fast}", call
+    yield "op", partial(kernels.fp8_linear, x, scales=scales, **around)
+    for tiles in (None, 0, 4, 8) if tokens <= 64 else ():
+        # What the table has for more than one token: a GEMM with a kernel before it.
+        count = max(tokens, 2)
+        chosen = choose_fp8_linear(describe(x.device), count, out_features, in_features, is_gated=layer.is_gated)
+        yield f"op {chosen} prefetched={tiles}", partial(op, tiles, config=chosen)
     for config in gemv_candidates(layer) if tokens == 1 else ():
-        yield f"op {config}", over_weights(partial(op, config=GemvConfig(*config)), weights)
-    wide = [torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) for _ in weights[:3]]
-    yield "bfloat16", over_weights(partial(torch.nn.functional.linear, x), wide)
+        yield f"op gemv {config}", partial(op, 0, config=GemvConfig(*config))
 
 
 def main(
@@ -167,8 +194,14 @@ def main(
             line |= {"us": round(seconds * 1e6, 2), "gbps": round(size / seconds / 1e9)}
             print(json.dumps(line), flush=True)
 
-        for what, seconds in references(layer, count, weights, scales[1]):
-            report(what, seconds)
+        for what, call in operations(layer, count):
+            try:
+                report(what, over_weights(call, weights))
+            except RuntimeError as error:  # e.g. a torch without the GEMM
+                print(json.dumps({"tokens": count, "layer": name, "what": what, "error": f"{error!r:.200}"}))
+        wide = [torch.randn(*weights[0].shape, device="cuda", dtype=torch.bfloat16) for _ in weights[:3]]
+        x = torch.randn(count, layer.in_features, device="cuda", dtype=torch.bfloat16)
+        report("bfloat16", over_weights(partial(torch.nn.functional.linear, x), wide))
         times = []
         for config in candidates(layer) if sweep and count <= MAX_SWEPT_TOKENS else ():
             if time.monotonic() > end:

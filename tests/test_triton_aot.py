@@ -85,7 +85,7 @@ class Recorder:
         assert all(size < 65536 for size in grid[1:])
 
         def launch(*positional: Any, **named: Any) -> None:
-            options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+            options = {name: named.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in named}
             arguments = dict(zip(self.kernel.arg_names, positional, strict=False)) | named
             assert arguments.keys() == set(self.kernel.arg_names)
             self.launches.append(Launch(self.kernel, arguments, options))

@@ -19,6 +19,7 @@ from dispec.ops.triton.skinny_gemm import split_evenly
 from dispec.ops.triton.tuning import GemvConfig, SkinnyGemmConfig, choose_fp8_linear, describe
 
 MAX_TOKENS = 64  # of a program
+PREFETCHED_TILES: int | None = 4
 
 
 @triton.jit
@@ -40,9 +41,20 @@ def _round_row(x, norm, eps, K: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.
 @triton.jit
 @no_type_check
 def round_rows_kernel(
-    codes, scales, x, norm, x_stride, eps, K: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr
+    codes,
+    scales,
+    x,
+    norm,
+    x_stride,
+    eps,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """Round one row of `norm(x)` [T, K] to e4m3. Grid (T,)."""
+    """Round one row of `norm(x)` [T, K] to e4m3. Grid (T,). With OVERLAPS the GEMM may begin now."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     rounded, scale = _round_row(x + row * x_stride, norm, eps, K, BLOCK, HAS_NORM)
@@ -141,11 +153,14 @@ def fp8_gemm_kernel(
     IS_GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ADDS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+    PREFETCHED: tl.constexpr,
 ):
     """Write `codes @ weight.T` times the scales, plus the bias, gated, plus the residual: BLOCK_N rows of the weight.
 
     Grid (ceil(N / BLOCK_N), SPLITS, ceil(T / BLOCK_M)). codes: [T, K] and weight: [N, K], e4m3. Splits are summed as in
-    `linear_residual_kernel`. With IS_GATED rows of the gate and of the up half of the weight alternate in a tile.
+    `linear_residual_kernel`. With IS_GATED rows of the gate and of the up half of the weight alternate in a tile. With
+    OVERLAPS the codes are still being computed: a program first asks for PREFETCHED tiles of its weight.
     """
     lane = tl.arange(0, BLOCK_N)
     if IS_GATED:
@@ -166,6 +181,18 @@ def fp8_gemm_kernel(
     # The tensor cores add e4m3 products with fewer bits than float32 has; sums of 128 are added in float32.
     exact: tl.constexpr = min(BLOCK_K, 128)
     first = tl.program_id(1) * tiles_per_split
+    if OVERLAPS:
+        line = weight + feature.to(tl.int64) * K + first * BLOCK_K
+        for index in tl.static_range(PREFETCHED * BLOCK_K // 128):
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+                "=r,l",
+                [tl.where(is_feature & (first * BLOCK_K + 128 * index < K), line + 128 * index, weight).to(tl.int64)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        tl.extra.cuda.gdc_wait()
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for tile in range(first, tl.minimum(first + tiles_per_split, tiles)):
         at = tile * BLOCK_K
@@ -223,9 +250,15 @@ def round_rows(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
         0.0 if norm is None else norm.eps,
         K=in_features,
         HAS_NORM=norm is not None,
+        OVERLAPS=_overlaps(x.device),
         **_row_options(in_features),
     )
     return codes, scales
+
+
+def _overlaps(device: torch.device) -> bool:
+    """Return whether a GEMM begins while the kernel before it runs (programmatic dependent launch)."""
+    return PREFETCHED_TILES is not None and describe(device).architecture == "sm_90"
 
 
 def _row_options(in_features: int) -> dict[str, int]:
@@ -340,7 +373,7 @@ def fp8_gemm(
     block_m = min(max(triton.next_power_of_2(num_tokens), 16), MAX_TOKENS)
     tiles_per_split, splits = split_evenly(in_features, config)
     grid = (triton.cdiv(2 * width if is_gated else width, config.block_n), splits, triton.cdiv(num_tokens, block_m))
-    partial = output
+    partial, overlaps = output, _overlaps(codes.device)
     if splits > 1:
         partial = torch.empty((splits, num_tokens, out_features), dtype=torch.float32, device=codes.device)
         assert grid[0] * grid[2] <= MAX_COUNTERS
@@ -365,7 +398,10 @@ def fp8_gemm(
         IS_GATED=is_gated,
         HAS_BIAS=bias is not None,
         ADDS=residual is not None,
+        OVERLAPS=overlaps,
+        PREFETCHED=PREFETCHED_TILES or 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **({"launch_pdl": True} if overlaps else {}),
     )
     return output

@@ -236,7 +236,9 @@ def choose_fp8_linear(
     """
     if num_tokens > 64 and out_features % 16 == in_features % 16 == 0:
         return None
-    if device.architecture == "fallback" or in_features % 16:
+    if in_features % 16:
+        return SkinnyGemmConfig(64, 64, 1, 8, 3)
+    if device.architecture == "fallback":
         return SkinnyGemmConfig(64, 128, 1, 4, 3)
     if num_tokens == 1 and in_features <= 8192:
         return GemvConfig(4, 4)

@@ -31,14 +31,16 @@ def make_fp8_case(
     is_gated: bool = False,
     device: str = "cpu",
 ) -> Fp8Case:
-    """Return a case on a device. Rows of x differ in size, and one is 0, to tell their scales apart."""
+    """Return a case on a device. Rows of x differ in size, one is 0 and one nearly, to tell their scales apart."""
     torch.manual_seed(tokens + features)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=device)
 
     x = normal(tokens, columns) * torch.logspace(-2, 2, tokens, device=device)[:, None]
-    x[tokens // 2 : tokens // 2 + (tokens > 2)] = 0
+    if tokens > 2:
+        x[tokens // 2] = 0
+        x[1] = 1e-37
     weight = normal(features, columns) * columns**-0.5 * torch.logspace(-1, 1, features, device=device)[:, None]
     return Fp8Case(
         x.bfloat16(),
@@ -56,8 +58,8 @@ def expected_rows(case: Fp8Case) -> tuple[Tensor, Tensor]:
     if case.norm is not None:
         rows = (rows * (rows.square().mean(1, keepdim=True) + case.norm.eps).rsqrt()).bfloat16().float()
         rows = (rows * case.norm.weight.cpu().float()).bfloat16().float()
-    largest = rows.abs().amax(1)
-    inverse = torch.full_like(largest, 448) / torch.where(largest == 0, 1.0, largest)
+    largest = rows.abs().amax(1).clamp(min=2.0**-100)
+    inverse = torch.full_like(largest, 448) / largest
     return (rows * inverse[:, None]).to(torch.float8_e4m3fn), largest / torch.full_like(largest, 448)
 
 

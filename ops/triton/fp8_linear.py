@@ -33,8 +33,8 @@ def _round_row(x, norm, eps, K: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.
     if HAS_NORM:
         wide = (wide * tl.math.rsqrt(tl.sum(wide * wide, 0) / K + eps)).to(kind).to(tl.float32)
         wide = (wide * tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
-    largest = tl.max(tl.abs(wide), 0)
-    inverse = tl.math.div_rn(448.0, tl.where(largest == 0, 1.0, largest))
+    largest = tl.maximum(tl.max(tl.abs(wide), 0), 2.0**-100)  # with a finite inverse
+    inverse = tl.math.div_rn(448.0, largest)
     return (wide * inverse).to(tl.float8e4nv), tl.math.div_rn(largest, 448.0)
 
 

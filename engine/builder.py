@@ -29,7 +29,7 @@ from dispec.engine.execution.model_runner import ModelRunner
 from dispec.engine.execution.ranks import AllocateCache
 from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
 from dispec.engine.loading.draft_checkpoint import SharedDraft
-from dispec.engine.loading.quantization import packing_for, with_kernels
+from dispec.engine.loading.quantization import packing_for, weights_format, with_kernels
 from dispec.engine.machine.cache_directory import writable_cache
 from dispec.engine.machine.compile_cache import choose_compile_cache
 from dispec.engine.machine.torch_threads import set_threads
@@ -316,7 +316,11 @@ class EngineBuilder:
         plan = parts.kv_plan
         weights = parts.runner.weights
         lines = [
-            ("weights", format_bytes(weight_bytes(weights)), self._options.dtype),
+            (
+                "weights",
+                format_bytes(weight_bytes(weights)),
+                weights_format(weights, self._options, parts.checkpoint),
+            ),
             (
                 "kv cache",
                 format_bytes(plan.num_blocks * plan.block_bytes),

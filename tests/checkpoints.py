@@ -1,6 +1,7 @@
 """Small random checkpoints in the forms that real ones have, made with transformers and the gguf package."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+_Type = gguf.GGMLQuantizationType
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 VOCAB_SIZE = 512
@@ -176,7 +179,7 @@ def save_tokenizer(directory: Path, **config: Any) -> None:
 def save_tiny_gguf(
     path: Path,
     model: PreTrainedModel,
-    quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    quantization: gguf.GGMLQuantizationType | Callable[[str], gguf.GGMLQuantizationType] = _Type.F32,
     metadata: dict[str, Any] | None = None,
     extra_tensors: dict[str, np.ndarray] | None = None,
     pre_tokenizer: str = "smollm",
@@ -185,7 +188,8 @@ def save_tiny_gguf(
 ) -> None:
     """Write a model as llama.cpp's converter does: its names, its row order of Llama's rotated projections.
 
-    `quantization` is of the matrices whose rows it can hold; vectors stay F32. `metadata` adds keys after the
+    `quantization` is of the matrices whose rows it can hold, or gives the type of each by its name in the file; vectors
+    stay F32. Types that the gguf package cannot write get random blocks. `metadata` adds keys after the
     architecture's name (`rope.scaling.type`); a value of None takes one out. `pre_tokenizer` is llama.cpp's name for
     how text is split into words. `tokenizer` replaces the tokenizer's entries, by their names after `tokenizer.ggml.`.
     """
@@ -225,16 +229,56 @@ def save_tiny_gguf(
             array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
-        kind = quantization
+        kind = quantization if isinstance(quantization, _Type) else quantization(gguf_name)
         if array.ndim == 1 or array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-            kind = gguf.GGMLQuantizationType.F32
-        writer.add_tensor(gguf_name, gguf.quantize(array, kind), raw_dtype=kind)
+            kind = _Type.F32
+        writer.add_tensor(gguf_name, _quantized(array, kind), raw_dtype=kind)
     for name, array in (extra_tensors or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def random_blocks(
+    shape: tuple[int, int], kind: gguf.GGMLQuantizationType, seed: int = 0, deviation: float = 1.0
+) -> np.ndarray:
+    """Blocks of a quantised type with every bit in use: rows of bytes for a matrix of about this standard deviation."""
+    random = np.random.default_rng(seed)
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = random.integers(0, 256, (shape[0] * shape[1] // block_size, block_bytes), dtype=np.uint8)
+
+    def scale(factors: np.ndarray) -> None:
+        for at, factor in zip(_FLOAT16_AT[kind], factors, strict=True):
+            blocks[:, at : at + 2] = factor.astype(np.float16).reshape(-1, 1).view(np.uint8)
+
+    factors = random.uniform(0.5, 1.5, (len(_FLOAT16_AT[kind]), len(blocks)))
+    factors[1:] *= -8 if kind in (_Type.Q4_1, _Type.Q5_1) else 8  # of the minimum, so that numbers are around 0
+    scale(factors)
+    scale(factors * deviation / gguf.dequantize(blocks, kind).std())
+    return blocks.reshape(shape[0], -1)
+
+
+# Where a block has float16 numbers: its scale, and that of its minima.
+_FLOAT16_AT = {
+    _Type.Q4_0: (0,),
+    _Type.Q4_1: (0, 2),
+    _Type.Q5_0: (0,),
+    _Type.Q5_1: (0, 2),
+    _Type.Q8_0: (0,),
+    _Type.Q2_K: (80, 82),
+    _Type.Q4_K: (0, 2),
+    _Type.Q5_K: (0, 2),
+    _Type.Q6_K: (208,),
+}
+
+
+def _quantized(array: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    try:
+        return gguf.quantize(array, kind)
+    except NotImplementedError:
+        return random_blocks(array.shape, kind, seed=array.size, deviation=float(array.std()))
 
 
 _GGUF_ARCHITECTURES = {

@@ -43,6 +43,7 @@ class Checkpoint:
 
     directory: of tokenizer and chat template, for `Tokenizer.from_directory`. files: with the weights.
     has_only_head: whether the files have the matrix of tied embeddings under the name of the head.
+    quantized_format: of its quantised weights, such as "gguf Q4_1 and Q8_0"; None if they are not quantised.
     """
 
     name: str
@@ -51,19 +52,30 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]
     files: tuple[Path, ...]
     has_only_head: bool = False
+    quantized_format: str | None = None
+    is_built_in: bool = False
+
+    def keeps_quantized(self, quantization: str | None) -> bool:
+        """Return whether quantised weights stay quantised under a `quantization` of `EngineOptions`."""
+        return quantization == "native" or (quantization is None and not self.is_built_in)
 
     def tensors(
         self, dtype: torch.dtype = torch.float32, quantization: str | None = "off"
     ) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
         """Yield each weight with its Hugging Face name, in the dtype of the file.
 
-        quantization: as in `EngineOptions`: whether quantised weights stay quantised.
+        quantization: as in `EngineOptions`: whether quantised weights stay quantised, or are dequantised to `dtype`.
 
-        The tensors are views of the mapped files (copy before writing), except quantised GGUF tensors, which are
-        dequantised to `dtype`. Tensors that follow from the config (rotation tables, a tied `lm_head`) are left out.
+        The tensors are views of the mapped files (copy before writing), except those of quantised weights. Tensors that
+        follow from the config (rotation tables, a tied `lm_head`) are left out.
         """
+        keeps_quantized = self.keeps_quantized(quantization)
         for file in self.files:
-            tensors = GgufFile(file).tensors(dtype) if file.suffix == ".gguf" else read_safetensors(file)
+            tensors: Iterator[tuple[str, Tensor | QuantizedTensor]]
+            if file.suffix == ".gguf":
+                tensors = GgufFile(file).tensors(dtype, keeps_quantized=keeps_quantized)
+            else:
+                tensors = read_safetensors(file)
             for name, tensor in tensors:
                 if name == _HEAD and self.has_only_head:
                     yield _EMBEDDING, tensor
@@ -86,7 +98,7 @@ def find_checkpoint(model: str | Path, *, without_weights: bool = False) -> Chec
     source = find_source(model)
     match source.kind:
         case "built-in":
-            return _open_gguf(default_model_file(), source.name)
+            return _open_gguf(default_model_file(), source.name, is_built_in=True)
         case "hub":
             # The small files first: an unsupported model is refused before gigabytes are downloaded.
             directory = download_small_files(source.name)
@@ -100,10 +112,18 @@ def find_checkpoint(model: str | Path, *, without_weights: bool = False) -> Chec
     return _open_directory(source.path, source.name, without_weights=without_weights)
 
 
-def _open_gguf(path: Path, name: str) -> Checkpoint:
+def _open_gguf(path: Path, name: str, *, is_built_in: bool = False) -> Checkpoint:
     file = GgufFile(path)
     directory = gguf_tokenizer(file)
-    return Checkpoint(name, file.config, directory, _generation_ends(directory), (path,))
+    return Checkpoint(
+        name,
+        file.config,
+        directory,
+        _generation_ends(directory),
+        (path,),
+        quantized_format=file.formats(),
+        is_built_in=is_built_in,
+    )
 
 
 def _open_directory(directory: Path, name: str, *, without_weights: bool) -> Checkpoint:

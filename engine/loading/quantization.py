@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from dispec.engine.dtypes import DTYPES
+from dispec.engine.loading.checkpoint import Checkpoint
 from dispec.engine.options import EngineOptions
+from dispec.layers.types import Weights
 from dispec.layers.weights import Packing
-from dispec.ops import Kind, Quantization, QuantizedTensor, has_quantized_kernel
+from dispec.ops import Kind, Quantization, QuantizedTensor, QuantizedWeight, has_quantized_kernel
 
 log = logging.getLogger("dispec")
 
@@ -42,3 +44,15 @@ def with_kernels(
             yield name, tensor.dequantize(dtype)
         else:
             yield name, tensor
+
+
+def weights_format(weights: Weights, options: EngineOptions, checkpoint: Checkpoint | None) -> str:
+    """Return the format of loaded weights in words, such as "bfloat16" or "gguf Q4_1 and Q8_0"."""
+    leaves = torch.utils._pytree.tree_leaves(weights, is_leaf=lambda leaf: isinstance(leaf, QuantizedWeight))
+    if not any(isinstance(leaf, QuantizedWeight) for leaf in leaves):
+        return options.dtype
+    if options.quantization == "int4":
+        return f"int4 in groups of {options.quantization_group_size}"
+    if options.quantization in ("int8", "fp8") or checkpoint is None:
+        return str(options.quantization)
+    return checkpoint.quantized_format or "quantised"

@@ -15,7 +15,10 @@ Forward = Callable[[Weights, ModelConfig, Batch, KVCache], Tensor]
 
 
 class PagedModel:
-    """Sequences with shuffled block tables in a cache whose unwritten slots are NaN. cache_dtype: None is the weights'."""
+    """Sequences with shuffled block tables in a cache whose unwritten slots are NaN.
+
+    cache_dtype: of keys and values, None for that of the weights.
+    """
 
     def __init__(
         self,

@@ -19,7 +19,11 @@ def has_cpu_kernel(dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
     The dtype of the activations is that of the cache or, where it is quantised, bfloat16 or float32.
     """
     sizes = (head_dim, block_size)
-    return (dtype in DTYPE_NAMES or dtype in CACHE_TYPES) and all(size % 16 == 0 and size <= 256 for size in sizes) and has_kernels()
+    return (
+        (dtype in DTYPE_NAMES or dtype in CACHE_TYPES)
+        and all(size % 16 == 0 and size <= 256 for size in sizes)
+        and has_kernels()
+    )
 
 
 def has_prefill(dtype: torch.dtype) -> bool:

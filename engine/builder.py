@@ -294,7 +294,8 @@ class EngineBuilder:
             )
         )
         fingerprint = (
-            f"{self._config} {runner.kv_cache.keys.dtype} {options.quantization} {options.block_size} {options.seed}"
+            f"{self._config} {options.dtype} {kv_dtype(options)} {options.quantization} {options.block_size}"
+            f" {options.seed}"
         )
         transfer_engine.register(runner.kv_cache, hashlib.sha256(fingerprint.encode()).hexdigest(), shared_memory)
         return transfer_engine
@@ -324,7 +325,8 @@ class EngineBuilder:
             (
                 "kv cache",
                 format_bytes(plan.num_blocks * plan.block_bytes),
-                f"{plan.num_blocks - 1} blocks of {plan.block_size} tokens = {plan.num_tokens} tokens; {plan.reason}",
+                f"{str(kv_dtype(self._options)).removeprefix('torch.')}, {plan.num_blocks - 1} blocks of"
+                f" {plan.block_size} tokens = {plan.num_tokens} tokens; {plan.reason}",
             ),
         ]
         if activation_bytes:

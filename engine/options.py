@@ -45,7 +45,7 @@ class EngineOptions:
     ] = 32
     kv_cache_dtype: Annotated[
         Literal["auto", "int8", "fp8"],
-        Option("Of keys and values: auto is that of the model; int8 and fp8 (e4m3) take half the memory."),
+        Option("Of keys and values: auto is that of the model; int8 and fp8 (e4m3) take half the memory of bfloat16."),
     ] = "auto"
     device: Annotated[str | None, Option("cpu, cuda or cuda:N.", default="cuda if there is one")] = None
     kv_cache_memory: Annotated[

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from dispec.ops.cpu import decoder as cpu_decoder
 from dispec.ops.cpu.attention import has_cpu_kernel
+from dispec.ops.cpu.library import CACHE_TYPES
 from dispec.ops.cpu.linear import TILE
+from dispec.ops.kv_cache import scale_rows
 from dispec.ops.linear import Matrix, PackedWeight, is_tiled
 from dispec.ops.norm import Norm
 from dispec.ops.quantized_linear import QuantizedWeight
@@ -66,7 +68,8 @@ def build_decoder(
     ):
         return None
     cosine, sine = (part.contiguous() for part in rotation)
-    num_layers, _, kv_heads, head_dim, block_size = layers.keys.shape
+    num_layers, _, kv_heads, rows, block_size = layers.keys.shape
+    head_dim = rows - scale_rows(layers.keys.dtype)
     by_layer = zip(*(_addresses(field, num_layers) for field in layers), strict=True)
     c_layers = [cpu_decoder.Layer(**dict(zip(layers._fields, addresses, strict=True))) for addresses in by_layer]
     model = cpu_decoder.Model(
@@ -76,6 +79,7 @@ def build_decoder(
         kv_heads=kv_heads,
         head_dim=head_dim,
         block_size=block_size,
+        cache_type=CACHE_TYPES.get(layers.keys.dtype, 0),
         vocab=embedding.out_features if isinstance(embedding, PackedWeight) else len(embedding),
         embedding_is_tiled=isinstance(embedding, PackedWeight),
         embedding=_tensor(embedding).data_ptr(),
@@ -100,6 +104,7 @@ def build_decoder(
 def _has_kernel(qkv: PackedWeight, layers: DecoderLayers) -> bool:
     """Return whether all weights are in tiles of one dtype, and the pages of a size with a kernel."""
     matrices = (qkv, layers.output, layers.gate_up, layers.down)
+    rows, block_size = layers.keys.shape[3:]
     return (
         all(
             isinstance(matrix, PackedWeight)
@@ -109,8 +114,8 @@ def _has_kernel(qkv: PackedWeight, layers: DecoderLayers) -> bool:
         )
         and isinstance(layers.gate_up, PackedWeight)
         and layers.gate_up.out_features % (2 * TILE) == 0
-        and layers.keys.dtype is torch.bfloat16
-        and has_cpu_kernel(layers.keys.dtype, layers.keys.shape[3], layers.keys.shape[4])
+        and layers.attention_norm.dtype is torch.bfloat16
+        and has_cpu_kernel(layers.keys.dtype, rows - scale_rows(layers.keys.dtype), block_size)
     )
 
 

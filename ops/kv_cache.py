@@ -45,7 +45,7 @@ def codes_and_scales(
 def quantize_heads(x: Float[Tensor, "T KV D"], dtype: torch.dtype) -> tuple[Tensor, Float[Tensor, "T KV"]]:
     """Return each head's codes and scale: the largest magnitude over the largest code, and 0 where all is 0."""
     largest = x.float().abs().amax(dim=-1)
-    inverse = torch.where(largest > 0, LARGEST_CODE[dtype] / largest, 0.0)
+    inverse = LARGEST_CODE[dtype] / largest.clamp(min=2**-100)  # so that it is finite
     codes = x.float() * inverse[..., None]
     return (codes.round() if dtype is torch.int8 else codes).to(dtype), largest / LARGEST_CODE[dtype]
 

@@ -9,12 +9,16 @@ from torch import Tensor
 from dispec.layers import model
 from dispec.layers.config import ModelConfig
 from dispec.layers.types import Batch, KVCache, Weights
+from dispec.ops.kv_cache import scale_rows
 
 Forward = Callable[[Weights, ModelConfig, Batch, KVCache], Tensor]
 
 
 class PagedModel:
-    """Sequences with shuffled block tables in a cache whose unwritten slots are NaN."""
+    """Sequences with shuffled block tables in a cache whose unwritten slots are NaN.
+
+    cache_dtype: of keys and values, None for that of the weights.
+    """
 
     def __init__(
         self,
@@ -24,6 +28,7 @@ class PagedModel:
         block_size: int = 16,
         forward: Forward = model.forward,
         seed: int = 0,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.weights, self.config, self.prompts, self.block_size, self.forward = (
             weights,
@@ -38,10 +43,14 @@ class PagedModel:
         random.Random(seed).shuffle(numbers)
         self.tables = [[numbers.pop() for _ in range(count)] for count in blocks_each]
         shape = (config.num_layers, sum(blocks_each) + 4, config.num_kv_heads)
-        dtype = weights.final_norm.dtype
+        dtype = cache_dtype or weights.final_norm.dtype
+        rows = config.head_dim + scale_rows(dtype)
+        # All ones are NaN in every floating-point type, and in the scales of int8.
         self.kv_cache = KVCache(
-            torch.full((*shape, config.head_dim, block_size), torch.nan, dtype=dtype),
-            torch.full((*shape, block_size, config.head_dim), torch.nan, dtype=dtype),
+            *(
+                torch.full((*shape, *page), -1, dtype=torch.int8).repeat_interleave(dtype.itemsize, -1).view(dtype)
+                for page in ((rows, block_size), (block_size, rows))
+            )
         )
 
     def compute(self, counts: dict[int, int], query_len: int | None = None) -> list[Tensor]:

@@ -50,6 +50,17 @@ def single_steps(
 @pytest.mark.parametrize("query_len", [1, 2])
 @pytest.mark.parametrize("kind", ["greedy", "drawn", "some tokens", "small vocabulary"])
 def test_tokens_and_pages_are_those_of_single_steps(tmp_path, family, allow_int8, query_len, kind):
+    compare_with_single_steps(tmp_path, family, allow_int8, query_len, kind)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("query_len", [1, 2])
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn])
+def test_tokens_and_pages_of_a_quantised_cache(tmp_path, family, query_len, cache_dtype):
+    compare_with_single_steps(tmp_path, family, False, query_len, "drawn", cache_dtype)
+
+
+def compare_with_single_steps(tmp_path, family, allow_int8, query_len, kind, cache_dtype=None):
     save_tiny(tmp_path, family, **FITTING)
     checkpoint = find_checkpoint(tmp_path)
     config = checkpoint.config
@@ -70,7 +81,9 @@ def test_tokens_and_pages_are_those_of_single_steps(tmp_path, family, allow_int8
         weights = weights._replace(lm_head=ops.pack(head, allow_int8=allow_int8))
     temperature = torch.tensor([0.0, 1.0, 2.0, 0.5])
     seed = torch.tensor([3, -(2**62), 2**40, 0])
-    models = [PagedModel(weights, config, [list(prompt) for prompt in PROMPTS], block_size=16) for _ in range(2)]
+    models = [
+        PagedModel(weights, config, [list(prompt) for prompt in PROMPTS], cache_dtype=cache_dtype) for _ in range(2)
+    ]
     one_call = build_decoder(weights, config, Vocabulary(columns, head_tokens), models[0].kv_cache, 40)
     if one_call is None:
         pytest.skip("this CPU has neither AVX512-BF16 nor AVX2")
@@ -93,4 +106,4 @@ def test_tokens_and_pages_are_those_of_single_steps(tmp_path, family, allow_int8
     assert [tokens[:count] for tokens, count in zip(found.tolist(), COUNTS, strict=True)] == expected
     assert len({tuple(tokens) for tokens in expected}) == len(expected)
     for one, other in zip(models[0].kv_cache, models[1].kv_cache, strict=True):
-        assert torch.equal(one[:, 1:].nan_to_num(7), other[:, 1:].nan_to_num(7))
+        assert torch.equal(one[:, 1:].view(torch.uint8), other[:, 1:].view(torch.uint8))

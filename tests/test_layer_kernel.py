@@ -15,6 +15,7 @@ from dispec.layers.steps import Vocabulary
 from dispec.layers.types import Batch, KVCache, Weights
 from dispec.layers.weights import Packing, dummy_weights
 from dispec.ops.cpu.library import has_packed_linear
+from dispec.ops.kv_cache import LARGEST_CODE, codes_and_scales, scale_rows
 
 BLOCK_SIZE = 16
 CONFIG = ModelConfig(
@@ -64,13 +65,33 @@ def random_weights(config: ModelConfig, *, allow_int8: bool = False, dtype: torc
 
 def empty_cache(config: ModelConfig, num_blocks: int = 2, dtype: torch.dtype = torch.bfloat16) -> KVCache:
     shape = (config.num_layers, num_blocks, config.num_kv_heads)
+    rows = config.head_dim + scale_rows(dtype)
     return KVCache(
-        torch.zeros(*shape, config.head_dim, BLOCK_SIZE, dtype=dtype),
-        torch.zeros(*shape, BLOCK_SIZE, config.head_dim, dtype=dtype),
+        torch.zeros(*shape, rows, BLOCK_SIZE, dtype=dtype),
+        torch.zeros(*shape, BLOCK_SIZE, rows, dtype=dtype),
     )
 
 
-def uniform_step(config: ModelConfig, size: int, query_len: int) -> tuple[Batch, KVCache]:
+def fill(cache: KVCache, written: torch.Tensor) -> None:
+    """Fill the slots `written` with random numbers and all others with NaN."""
+    at = written // BLOCK_SIZE, written % BLOCK_SIZE
+    parts = [(cache.keys, (1, 4, 0, 2, 3)), (cache.values, (1, 3, 0, 2, 4))]
+    if cache.keys.dtype in LARGEST_CODE:
+        parts = []
+        for keys, values in zip(*cache, strict=True):
+            for codes, scales in codes_and_scales(keys, values):
+                codes.view(torch.uint8).random_(0, 127)
+                parts.append((scales, (0, 2, 1)))
+    for pages_of, order in parts:
+        there = pages_of.normal_().permute(order)
+        kept = there[at]
+        pages_of.fill_(torch.nan)
+        there[at] = kept / 60 if cache.keys.dtype in LARGEST_CODE else kept
+
+
+def uniform_step(
+    config: ModelConfig, size: int, query_len: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Batch, KVCache]:
     """The last `query_len` tokens of `size` sequences in shuffled pages, which are NaN where nothing is written yet."""
     contexts = torch.tensor([CONTEXTS[row % len(CONTEXTS)] for row in range(size)])
     pages = -(-contexts // BLOCK_SIZE)
@@ -79,13 +100,8 @@ def uniform_step(config: ModelConfig, size: int, query_len: int) -> tuple[Batch,
     every = torch.arange(tables.shape[1] * BLOCK_SIZE).expand(size, -1)
     slots = tables.gather(1, every // BLOCK_SIZE) * BLOCK_SIZE + every % BLOCK_SIZE
     own = (every >= contexts[:, None] - query_len) & (every < contexts[:, None])
-    cache = empty_cache(config, len(numbers) + 1)
-    written = slots[every < contexts[:, None] - query_len]
-    for pages_of, order in ((cache.keys, (1, 4, 0, 2, 3)), (cache.values, (1, 3, 0, 2, 4))):
-        there = pages_of.normal_().permute(order)
-        kept = there[written // BLOCK_SIZE, written % BLOCK_SIZE]
-        pages_of.fill_(torch.nan)
-        there[written // BLOCK_SIZE, written % BLOCK_SIZE] = kept
+    cache = empty_cache(config, len(numbers) + 1, dtype)
+    fill(cache, slots[every < contexts[:, None] - query_len])
     batch = Batch(
         token_ids=torch.randint(config.vocab_size, (size * query_len,)),
         positions=every[own],
@@ -109,16 +125,30 @@ def test_bits_are_those_of_each_layer_in_turn(kind: str, allow_int8: bool) -> No
     steps = [(size, query_len) for size in (1, 2, 3) for query_len in range(1, 17)]
     steps += [(size, query_len) for size in (7, 33) for query_len in (1, 2, 5, 16)]
     for size, query_len in steps:
-        batch, cache = uniform_step(config, size, query_len)
-        other = KVCache(cache.keys.clone(), cache.values.clone())
-        gathered = build_decoder(weights, config, Vocabulary(config.vocab_size), cache)
-        assert gathered is not None
-        with torch.inference_mode():
-            whole = model.hidden_states(weights, config, batch, cache, gathered)
-            parts = model.hidden_states(weights, config, batch, other)
-        assert whole.isfinite().all()
-        for one, two in ((whole, parts), (cache.keys, other.keys), (cache.values, other.values)):
-            assert torch.equal(one.view(torch.int16), two.view(torch.int16)), (size, query_len)
+        compare_with_each_layer(config, weights, size, query_len)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("dtype", LARGEST_CODE)
+def test_bits_are_those_of_each_layer_in_turn_with_a_quantised_cache(kind: str, dtype: torch.dtype) -> None:
+    for size, query_len in ((1, 1), (3, 1), (2, 5), (7, 2), (3, 16)):
+        compare_with_each_layer(CONFIGS[kind], random_weights(CONFIGS[kind]), size, query_len, dtype)
+
+
+def compare_with_each_layer(
+    config: ModelConfig, weights: Weights, size: int, query_len: int, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    batch, cache = uniform_step(config, size, query_len, dtype)
+    other = KVCache(cache.keys.clone(), cache.values.clone())
+    gathered = build_decoder(weights, config, Vocabulary(config.vocab_size), cache)
+    assert gathered is not None
+    with torch.inference_mode():
+        whole = model.hidden_states(weights, config, batch, cache, gathered)
+        parts = model.hidden_states(weights, config, batch, other)
+    assert whole.isfinite().all()
+    for one, two in ((whole, parts), (cache.keys, other.keys), (cache.values, other.values)):
+        assert torch.equal(one.view(torch.uint8), two.view(torch.uint8)), (size, query_len)
 
 
 @needs_kernels

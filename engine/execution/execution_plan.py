@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from dispec.engine.dtypes import DTYPES
+from dispec.engine.execution.kv_cache_memory import kv_dtype
 from dispec.engine.options import EngineOptions
 from dispec.ops.cpu.attention import has_cpu_kernel
 from dispec.ops.cpu.library import has_packed_linear
@@ -51,7 +52,7 @@ def plan_for(options: EngineOptions, device: torch.device, head_dim: int) -> Exe
     """Choose how the steps of a model with such heads run."""
     dtype = DTYPES[options.dtype]
     is_cuda = device.type == "cuda"
-    has_attention_kernel = is_cuda or has_cpu_kernel(dtype, head_dim, options.block_size)
+    has_attention_kernel = is_cuda or has_cpu_kernel(kv_dtype(options), head_dim, options.block_size)
     compile = options.when_to_compile(device)
     has_draft_model = options.speculative_model not in (None, "ngram")
     overlaps = is_cuda if options.async_scheduling is None else options.async_scheduling

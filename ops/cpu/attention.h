@@ -38,6 +38,13 @@ struct QueryRows {
     }
 };
 
+// The factors of sixteen tokens' codes, from `offset` on, as `load` returns codes; 1 in a page without scales.
+template <typename Element>
+inline Floats code_factors(const Element *page, const AttentionShape &shape, int64_t offset) {
+    if constexpr (!IS_QUANTIZED<Element>) return splat(1.0f);
+    else return load(scales_of(page, shape) + offset) * (std::is_same_v<Element, e4m3> ? 256.0f : 1.0f);
+}
+
 // Scores of sixteen positions, -infinity from the `visible`-th on.
 inline Floats masked(Floats scores, int64_t visible) {
     return LANE < int32_t(std::clamp<int64_t>(visible, 0, LANES)) ? scores : splat(-INFINITY);

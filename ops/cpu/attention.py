@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dispec.ops.cpu.library import DTYPE_NAMES, address, has_kernels, has_packed_linear, int32, kernel
+from dispec.ops.cpu.library import CACHE_TYPES, DTYPE_NAMES, address, has_kernels, has_packed_linear, int32, kernel
 from dispec.ops.kv_cache import LARGEST_CODE, codes_and_scales, pages_of_layer, scale_rows
 from dispec.ops.registration import assume_constant_result
 
@@ -14,13 +14,20 @@ _MAX_DECODE_LEN, _MAX_DECODE_LEN_BEFORE_TORCH = 16, 256
 
 @assume_constant_result
 def has_cpu_kernel(dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
-    """Return whether the kernels read and write KV caches of this kind in place, in steps of any shape."""
+    """Return whether the kernels read and write KV caches of a dtype and sizes in place, in steps of any shape.
+
+    The dtype of the activations is that of the cache or, where it is quantised, bfloat16 or float32.
+    """
     sizes = (head_dim, block_size)
-    return dtype in DTYPE_NAMES and all(size % 16 == 0 and size <= 256 for size in sizes) and has_kernels()
+    return (
+        (dtype in DTYPE_NAMES or dtype in CACHE_TYPES)
+        and all(size % 16 == 0 and size <= 256 for size in sizes)
+        and has_kernels()
+    )
 
 
 def has_prefill(dtype: torch.dtype) -> bool:
-    """Return whether the kernels compute sequences of any number of query tokens; `has_cpu_kernel` must hold."""
+    """Return whether the kernels compute queries of a dtype in any number; `has_cpu_kernel` must hold."""
     return dtype is torch.bfloat16 and has_packed_linear()  # both need AVX512-BF16 or AVX2
 
 
@@ -41,9 +48,9 @@ def paged_attention(
     head_dim, block_size = keys.shape[-2] - scale_rows(keys.dtype), keys.shape[3]
     max_decode_len = 0
     if has_cpu_kernel(keys.dtype, head_dim, block_size):
-        max_decode_len = _MAX_DECODE_LEN if has_prefill(keys.dtype) else _MAX_DECODE_LEN_BEFORE_TORCH
+        max_decode_len = _MAX_DECODE_LEN if has_prefill(query.dtype) else _MAX_DECODE_LEN_BEFORE_TORCH
         _call_kernel(query, keys, values, block_tables, query_start, context_lens, max_decode_len, scale, output)
-        if has_prefill(keys.dtype) or (query_len is not None and query_len <= max_decode_len):
+        if has_prefill(query.dtype) or (query_len is not None and query_len <= max_decode_len):
             return output
     starts, contexts = query_start.tolist(), context_lens.tolist()
     for sequence, context in enumerate(contexts):
@@ -99,8 +106,7 @@ def _call_kernel(
     if query.stride(2) != 1 or query.stride(1) != query.shape[2]:
         query = query.contiguous()
     block_tables, query_start, context_lens = map(int32, (block_tables, query_start, context_lens))
-    _, kv_heads, head_dim, block_size = keys.shape
-    kernel("paged_attention", keys.dtype)(
+    kernel("paged_attention", query.dtype)(
         query.data_ptr(),
         query.stride(0),
         keys.data_ptr(),
@@ -112,12 +118,16 @@ def _call_kernel(
         len(context_lens),
         max_decode_len,
         query.shape[1],
-        kv_heads,
-        head_dim,
-        block_size,
+        *_layout(keys),
         scale,
         output.data_ptr(),
     )
+
+
+def _layout(keys: Tensor) -> tuple[int, int, int, int]:
+    """Return the number of key heads, the head dimension, the block size and the `CacheType` of a layer's pages."""
+    _, kv_heads, rows, block_size = keys.shape
+    return kv_heads, rows - scale_rows(keys.dtype), block_size, CACHE_TYPES.get(keys.dtype, 0)
 
 
 def rope_write(
@@ -138,11 +148,11 @@ def rope_write(
     if projected.stride(1) != 1:
         projected = projected.contiguous()
     cosine, sine = cosine.contiguous(), sine.contiguous()
-    _, kv_heads, head_dim, block_size = keys.shape
+    kv_heads, head_dim, *_ = layout = _layout(keys)
     num_tokens, size = projected.shape
     heads = size // head_dim - 2 * kv_heads
     query = torch.empty(num_tokens, heads, head_dim, dtype=projected.dtype)
-    kernel("rope_write", keys.dtype)(
+    kernel("rope_write", projected.dtype)(
         projected.data_ptr(),
         projected.stride(0),
         address(query_norm),
@@ -153,9 +163,7 @@ def rope_write(
         slot_mapping.data_ptr(),
         num_tokens,
         heads,
-        kv_heads,
-        head_dim,
-        block_size,
+        *layout,
         query.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),

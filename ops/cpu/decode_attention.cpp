@@ -6,7 +6,6 @@
 // sequence's result depend neither on its neighbours nor on the number of threads.
 #include "attention.h"
 
-#include <type_traits>
 #include <vector>
 
 #include "thread_pool.h"
@@ -26,10 +25,14 @@ struct Scratch {
 
 // Add one page to the sums of ROWS rows. Pages lie anywhere, so the hardware does not prefetch the next one: it is
 // fetched while this one is read. start: position of the page's first token. count: positions of the page in the span.
-template <typename T, int ROWS>
-void add_page(Scratch &s, const T *keys, const T *values, const T *next_keys, const T *next_values,
-              const AttentionShape &shape, int64_t start, int64_t count) {
+template <typename Element, int ROWS>
+void add_page(Scratch &s, const Element *keys, const Element *values, const Element *next_keys,
+              const Element *next_values, const AttentionShape &shape, int64_t start, int64_t count) {
     for (int64_t offset = 0; offset < shape.block_size; offset += LANES) {
+        if constexpr (IS_QUANTIZED<Element>) {
+            __builtin_prefetch(scales_of(next_keys, shape) + offset);
+            __builtin_prefetch(scales_of(next_values, shape) + offset);
+        }
         Floats scores[ROWS] = {};
         for (int64_t d = 0; d < shape.head_dim; ++d) {
             const Floats key = load(keys + d * shape.block_size + offset);
@@ -37,16 +40,19 @@ void add_page(Scratch &s, const T *keys, const T *values, const T *next_keys, co
 #pragma GCC unroll 8
             for (int row = 0; row < ROWS; ++row) scores[row] += s.query[row][d] * key;
         }
+        const Floats factors = code_factors(keys, shape, offset);
         // Unrolled like the loop above: otherwise the scores live in memory.
 #pragma GCC unroll 8
         for (int row = 0; row < ROWS; ++row)
-            store(s.weights[row] + offset, masked(scores[row], s.visible[row] - start - offset));
+            store(s.weights[row] + offset, masked(scores[row] * factors, s.visible[row] - start - offset));
     }
     float kept[ROWS];
     for (int row = 0; row < ROWS; ++row) {
         float *weights = s.weights[row];
         kept[row] = online_softmax(weights, shape.block_size, s.maximum[row], s.total[row],
-                                   [=](int64_t i, Floats x) { store(weights + i, x); });
+                                   [=](int64_t i, Floats x) {
+                                       store(weights + i, x * code_factors(values, shape, i));
+                                   });
     }
     for (int64_t d = 0; d < shape.head_dim; d += LANES) {
         Floats sums[ROWS];
@@ -66,15 +72,16 @@ void add_page(Scratch &s, const T *keys, const T *values, const T *next_keys, co
 // Partial results of a row: its maximum, its sum of weights and its weighted sums.
 int64_t partial_size(const AttentionShape &shape) { return shape.head_dim + 2; }
 
-template <typename T>
+template <typename T, typename E>
 void run_task(const DecodeTask &task, const Attention<T> &a, const AttentionShape &shape, float *partials) {
-    using AddPage = void (*)(Scratch &, const T *, const T *, const T *, const T *, const AttentionShape &, int64_t,
+    using AddPage = void (*)(Scratch &, const E *, const E *, const E *, const E *, const AttentionShape &, int64_t,
                              int64_t);
-    constexpr AddPage ADD[MAX_ROWS + 1] = {nullptr,        add_page<T, 1>, add_page<T, 2>, add_page<T, 3>,
-                                           add_page<T, 4>, add_page<T, 5>, add_page<T, 6>};
+    constexpr AddPage ADD[MAX_ROWS + 1] = {nullptr,        add_page<E, 1>, add_page<E, 2>, add_page<E, 3>,
+                                           add_page<E, 4>, add_page<E, 5>, add_page<E, 6>};
     static thread_local Scratch s;
     const QueryRows<T> rows{a, shape, task.sequence, task.head, task.first_row};
-    const int64_t d = shape.head_dim, page_size = d * shape.block_size;
+    const E *keys = (const E *)a.keys, *values = (const E *)a.values;
+    const int64_t d = shape.head_dim, size = page_size<E>(shape);
     for (int64_t row = 0; row < task.num_rows; ++row) {
         const T *query = rows.query(row);
         for (int64_t i = 0; i < d; ++i) {
@@ -87,12 +94,12 @@ void run_task(const DecodeTask &task, const Attention<T> &a, const AttentionShap
     }
     const int32_t *blocks = rows.blocks();
     const auto page_at = [&](int64_t start) {
-        return (blocks[start / shape.block_size] * shape.kv_heads + task.head) * page_size;
+        return (blocks[start / shape.block_size] * shape.kv_heads + task.head) * size;
     };
     for (int64_t start = task.begin; start < task.end; start += shape.block_size) {
         const int64_t page = page_at(start), after = start + shape.block_size;
         const int64_t next = after < task.end ? page_at(after) : page;
-        ADD[task.num_rows](s, a.keys + page, a.values + page, a.keys + next, a.values + next, shape, start,
+        ADD[task.num_rows](s, keys + page, values + page, keys + next, values + next, shape, start,
                            std::min(shape.block_size, task.end - start));
     }
     for (int64_t row = 0; row < task.num_rows; ++row) {
@@ -157,9 +164,11 @@ void decode_attention(const Attention<T> &a, DecodePlan &plan, const AttentionSh
     const DecodeTask *tasks = plan.tasks.data();
     float *partials = plan.partials.data();
     const int64_t count = plan.tasks.size(), size = partial_size(shape);
-    parallel_for(count, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) run_task(tasks[i], a, shape, partials);
-    }, Schedule::TASKS);
+    with_element<T>(shape.cache_type, [&](auto element) {
+        parallel_for(count, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) run_task<T, decltype(element)>(tasks[i], a, shape, partials);
+        }, Schedule::TASKS);
+    });
     if (plan.partials.empty()) return;
     parallel_for(count, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
@@ -193,13 +202,14 @@ void paged_attention(const Attention<T> &attention, const AttentionShape &shape,
 }  // namespace
 
 #define PAGED_ATTENTION(name, T)                                                                                      \
-    extern "C" void name(const T *query, int64_t query_stride, const T *keys, const T *values,                        \
+    extern "C" void name(const T *query, int64_t query_stride, const void *keys, const void *values,                  \
                          const int32_t *block_tables, int64_t table_stride, const int32_t *query_start,               \
                          const int32_t *context_lens, int64_t sequences, int64_t max_decode_len, int64_t heads,       \
-                         int64_t kv_heads, int64_t head_dim, int64_t block_size, float scale, T *output) {            \
+                         int64_t kv_heads, int64_t head_dim, int64_t block_size, CacheType cache_type, float scale,   \
+                         T *output) {                                                                                 \
         paged_attention(Attention<T>{query, query_stride, keys, values, block_tables, table_stride, query_start,      \
                                      context_lens, sequences, scale, output},                                         \
-                        AttentionShape{heads, kv_heads, head_dim, block_size}, max_decode_len);                       \
+                        AttentionShape{heads, kv_heads, head_dim, block_size, cache_type}, max_decode_len);           \
     }
 
 PAGED_ATTENTION(dispec_paged_attention_bfloat16, bfloat16)

@@ -20,14 +20,16 @@ struct Layer {
     const void *output;
     const uint16_t *output_bias, *mlp_norm;
     const void *gate_up, *down;
-    bfloat16 *keys, *values;
+    void *keys, *values;
 };
 
 // embedding [vocab, hidden] in bf16, plain or in tiles. head: a weight [head_rows, hidden]; its first `columns` outputs
 // may be sampled. head_tokens [columns]: their tokens, null where they are all tokens in order. cosine and sine
 // [positions, head_dim / 2].
 struct Model {
-    int64_t hidden, intermediate, heads, kv_heads, head_dim, block_size, vocab, embedding_is_tiled;
+    int64_t hidden, intermediate, heads, kv_heads, head_dim, block_size;
+    CacheType cache_type;
+    int64_t vocab, embedding_is_tiled;
     const uint16_t *embedding;
     int64_t num_layers, layers_are_int8;
     const Layer *layers;
@@ -90,7 +92,7 @@ void compute_layer(const Layer &w, const Model &m, const Step &step, const Atten
 
 void compute_layers(const Model &m, const Step &step, const uint16_t *x, uint16_t *out) {
     static thread_local LayerScratch scratch;
-    const AttentionShape shape{m.heads, m.kv_heads, m.head_dim, m.block_size};
+    const AttentionShape shape{m.heads, m.kv_heads, m.head_dim, m.block_size, m.cache_type};
     scratch.resize(m, step.tokens);
     scratch.plan.make(step.query_start, step.context_lens, step.sequences, step.tokens, shape);
     for (const Layer *layer = m.layers; layer < m.layers + m.num_layers; ++layer) {

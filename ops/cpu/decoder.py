@@ -39,6 +39,7 @@ class Model(ctypes.Structure):
         ("kv_heads", _NUMBER),
         ("head_dim", _NUMBER),
         ("block_size", _NUMBER),
+        ("cache_type", _NUMBER),
         ("vocab", _NUMBER),
         ("embedding_is_tiled", _NUMBER),
         ("embedding", _POINTER),

@@ -2,6 +2,7 @@
 // done.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -33,17 +34,48 @@ void linear(const Linear &linear);
 // Copy rows of a packed bf16 weight [n, k]: out [count, k].
 void unpack_rows(const uint16_t *packed, const int32_t *indices, int64_t count, int64_t k, uint16_t *out);
 
+// The elements of the KV cache: those of the activations, or codes with a scale for each token of each head.
+enum class CacheType : int64_t { ACTIVATIONS, INT8, E4M3 };
+
 // head_dim and block_size are multiples of 16 up to 256.
 struct AttentionShape {
     int64_t heads, kv_heads, head_dim, block_size;
+    CacheType cache_type;
 };
+
+// Call f with an element of the KV cache; T is the type of the activations.
+template <typename T, typename Function>
+void with_element(CacheType type, const Function &f) {
+    switch (type) {
+        case CacheType::ACTIVATIONS: return f(T{});
+        case CacheType::INT8: return f(int8_t{});
+        case CacheType::E4M3: return f(e4m3{});
+    }
+}
+
+// Element is quantised if a byte. A page [head_dim, block_size] or [block_size, head_dim] of a key head is then followed
+// by the scales of its tokens, float32 [block_size].
+template <typename Element>
+constexpr bool IS_QUANTIZED = sizeof(Element) == 1;
+
+template <typename Element>
+int64_t page_size(const AttentionShape &shape) {
+    return (shape.head_dim + (IS_QUANTIZED<Element> ? sizeof(float) : 0)) * shape.block_size;
+}
+
+template <typename Element>
+auto scales_of(Element *page, const AttentionShape &shape) {
+    return (std::conditional_t<std::is_const_v<Element>, const float, float> *)(page +
+                                                                               shape.head_dim * shape.block_size);
+}
 
 constexpr int64_t MAX_HEAD_DIM = 256;
 constexpr int64_t MAX_BLOCK_SIZE = 256;
 
 // projected: queries, keys and values of all heads side by side, tokens `stride` elements apart. query_norm and
 // key_norm [head_dim] may be null. cosine and sine [tokens, head_dim / 2]. query [tokens, heads, head_dim] receives the
-// queries, keys [blocks, kv_heads, head_dim, block_size] and values [blocks, kv_heads, block_size, head_dim] the rest.
+// queries, the pages of keys [blocks, kv_heads, head_dim, block_size] and values [blocks, kv_heads, block_size, head_dim]
+// the rest.
 template <typename T>
 struct RopeWrite {
     const T *projected;
@@ -53,7 +85,8 @@ struct RopeWrite {
     const float *cosine, *sine;
     const int32_t *slot_mapping;
     int64_t tokens;
-    T *query, *keys, *values;
+    T *query;
+    void *keys, *values;
 };
 
 template <typename T>
@@ -66,7 +99,7 @@ template <typename T>
 struct Attention {
     const T *query;
     int64_t query_stride;
-    const T *keys, *values;
+    const void *keys, *values;
     const int32_t *block_tables;
     int64_t table_stride;
     const int32_t *query_start, *context_lens;

@@ -36,9 +36,11 @@ _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 # Dtypes of kernels that exist for several, as in the kernels' names.
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+# `CacheType` of kernels.h for keys and values that are quantised; 0 for those in the dtype of the activations.
+CACHE_TYPES = {torch.int8: 1, torch.float8_e4m3fn: 2}
 # Argument types of each kernel; all return nothing.
-_ATTENTION = [_POINTER, _NUMBER, *[_POINTER] * 3, _NUMBER, *[_POINTER] * 2, *[_NUMBER] * 6, ctypes.c_float, _POINTER]
-_ROPE_WRITE = [_POINTER, _NUMBER, _POINTER, _POINTER, ctypes.c_float, *[_POINTER] * 3, *[_NUMBER] * 5, *[_POINTER] * 3]
+_ATTENTION = [_POINTER, _NUMBER, *[_POINTER] * 3, _NUMBER, *[_POINTER] * 2, *[_NUMBER] * 7, ctypes.c_float, _POINTER]
+_ROPE_WRITE = [_POINTER, _NUMBER, _POINTER, _POINTER, ctypes.c_float, *[_POINTER] * 3, *[_NUMBER] * 6, *[_POINTER] * 3]
 _ARGMAX = [_POINTER, *[_NUMBER] * 3, _POINTER]
 _SAMPLE = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 5]
 _SIGNATURES = {

@@ -28,6 +28,7 @@ struct alignas(64) Scratch {
     Input query[MAX_TASK_ROWS * MAX_HEAD_DIM];
     float scores[TILE_ROWS * SPAN];
     Input weights[TILE_ROWS * SPAN];
+    float key_factors[SPAN], value_factors[SPAN];  // of each position's codes; the key's times the attention scale
     float maximum[MAX_TASK_ROWS], total[MAX_TASK_ROWS];
     int64_t visible[MAX_TASK_ROWS];
 };
@@ -36,39 +37,38 @@ struct Task {
     int64_t sequence, head, first_row, num_rows;
 };
 
-// Store the elements of both, alternating.
-inline void put_paired(uint16_t *to, Halves first, Halves second) {
-    const Words both = __builtin_convertvector(first, Words) | (__builtin_convertvector(second, Words) << 16);
+// Store the elements of both in bf16, alternating. bf16 holds them exactly, as it does all of int8 and of e4m3.
+inline void put_paired(uint16_t *to, Floats first, Floats second) {
+    const Words both = (Words)first >> 16 | (Words)second;
     std::memcpy(to, &both, sizeof both);
-}
-
-inline Halves sixteen(const bfloat16 *at) {
-    Halves x;
-    std::memcpy(&x, at, sizeof x);
-    return x;
 }
 
 inline int64_t padded(int64_t dimensions) { return (dimensions + TILE - 1) / TILE * TILE; }
 
-// Copy positions [start, start + count) of one key head into tiles. Values past `count` are zeros: the page may hold
-// NaN there, which a weight of zero does not remove.
+// Copy positions [start, start + count) of one key head into tiles. Values and their factors past `count` are zeros: the
+// page may hold NaN there, which a weight of zero does not remove.
+template <typename Element>
 void copy_span(Scratch &s, const Attention<bfloat16> &a, const AttentionShape &shape, const int32_t *blocks,
                int64_t head, int64_t start, int64_t count) {
     const int64_t size = shape.block_size, d = shape.head_dim;
     for (int64_t offset = 0; offset < count; offset += 16) {
-        const int64_t page = (blocks[(start + offset) / size] * shape.kv_heads + head) * size * d;
+        const int64_t page = (blocks[(start + offset) / size] * shape.kv_heads + head) * page_size<Element>(shape);
         const int64_t within = (start + offset) % size;
-        const bfloat16 *keys = a.keys + page + within, *values = a.values + page + within * d;
+        const Element *key_page = (const Element *)a.keys + page, *value_page = (const Element *)a.values + page;
+        const Element *keys = key_page + within, *values = value_page + within * d;
         uint16_t *to = s.keys + offset / TILE * d * TILE + offset % TILE * 2;
         for (int64_t i = 0; i < d; i += 2)
-            put_paired(to + i * TILE, sixteen(keys + i * size), sixteen(keys + (i + 1) * size));
+            put_paired(to + i * TILE, load(keys + i * size), load(keys + (i + 1) * size));
         const int64_t here = std::min<int64_t>(16, count - offset);
+        store(s.key_factors + offset, code_factors(key_page, shape, within) * a.scale);
+        store(s.value_factors + offset, code_factors(value_page, shape, within));
+        std::fill(s.value_factors + offset + here, s.value_factors + offset + 16, 0.0f);
         for (int64_t i = 0; i < padded(d); i += 16) {
             uint16_t *at = s.values + i / TILE * SPAN * TILE + offset * TILE + i % TILE * 2;
             for (int64_t position = 0; position < 16; position += 2) {
-                const bfloat16 *from = values + position * d + i;
-                put_paired(at + position * TILE, i < d && position < here ? sixteen(from) : Halves{},
-                           i < d && position + 1 < here ? sixteen(from + d) : Halves{});
+                const Element *from = values + position * d + i;
+                put_paired(at + position * TILE, i < d && position < here ? load(from) : Floats{},
+                           i < d && position + 1 < here ? load(from + d) : Floats{});
             }
         }
     }
@@ -76,7 +76,7 @@ void copy_span(Scratch &s, const Attention<bfloat16> &a, const AttentionShape &s
 
 // Add a span to the sums of a group of ROWS rows, at least one of which attends to a position of it.
 template <int ROWS>
-void add_span(Scratch &s, int64_t first, int64_t start, int64_t count, int64_t d, float scale) {
+void add_span(Scratch &s, int64_t first, int64_t start, int64_t count, int64_t d) {
     const auto nothing = [](int64_t) {};
     count = std::min(count, s.visible[first + ROWS - 1] - start);  // the last row attends to the most positions
     for (int64_t at = 0; at < count; at += TILE) {
@@ -85,15 +85,15 @@ void add_span(Scratch &s, int64_t first, int64_t start, int64_t count, int64_t d
         for (int row = 0; row < ROWS; ++row) {
             const int64_t visible = s.visible[first + row] - start - at;
             float *to = s.scores + row * SPAN + at;
-            store(to, masked(scores[row][0] * scale, visible));
-            store(to + LANES, masked(scores[row][1] * scale, visible - LANES));
+            store(to, masked(scores[row][0] * load(s.key_factors + at), visible));
+            store(to + LANES, masked(scores[row][1] * load(s.key_factors + at + LANES), visible - LANES));
         }
     }
     float kept[ROWS];
     for (int row = 0; row < ROWS; ++row) {
         Input *weights = s.weights + row * SPAN;
         kept[row] = online_softmax(s.scores + row * SPAN, count, s.maximum[first + row], s.total[first + row],
-                                   [=](int64_t i, Floats x) { put(weights + i, x); });
+                                   [&](int64_t i, Floats x) { put(weights + i, x * load(s.value_factors + i)); });
     }
     const int64_t even = count + count % 2, stride = padded(d);
     for (int64_t at = 0; at < stride; at += TILE) {
@@ -111,7 +111,7 @@ void add_span(Scratch &s, int64_t first, int64_t start, int64_t count, int64_t d
     }
 }
 
-using AddSpan = void (*)(Scratch &, int64_t, int64_t, int64_t, int64_t, float);
+using AddSpan = void (*)(Scratch &, int64_t, int64_t, int64_t, int64_t);
 
 template <int... ROWS>
 constexpr std::array<AddSpan, 1 + sizeof...(ROWS)> spans(std::integer_sequence<int, ROWS...>) {
@@ -120,6 +120,7 @@ constexpr std::array<AddSpan, 1 + sizeof...(ROWS)> spans(std::integer_sequence<i
 
 constexpr auto ADD = spans(std::make_integer_sequence<int, TILE_ROWS>());
 
+template <typename Element>
 void run_task(const Task &task, const Attention<bfloat16> &a, const AttentionShape &shape) {
     static thread_local std::unique_ptr<Scratch> scratch;
     if (!scratch) scratch.reset(new Scratch);
@@ -136,10 +137,10 @@ void run_task(const Task &task, const Attention<bfloat16> &a, const AttentionSha
     const int64_t visible = s.visible[task.num_rows - 1], groups = (task.num_rows + TILE_ROWS - 1) / TILE_ROWS;
     for (int64_t start = 0; start < visible; start += SPAN) {
         const int64_t count = std::min(SPAN, visible - start);
-        copy_span(s, a, shape, rows.blocks(), task.head, start, count);
+        copy_span<Element>(s, a, shape, rows.blocks(), task.head, start, count);
         for (int64_t i = 0; i < groups; ++i) {
             const int64_t first = task.num_rows * i / groups, last = task.num_rows * (i + 1) / groups;
-            if (s.visible[last - 1] > start) ADD[last - first](s, first, start, count, d, a.scale);
+            if (s.visible[last - 1] > start) ADD[last - first](s, first, start, count, d);
         }
     }
     for (int64_t row = 0; row < task.num_rows; ++row) rows.finish(row, s.sums + row * padded(d), s.total[row]);
@@ -166,8 +167,10 @@ void prefill_attention(const Attention<bfloat16> &a, const AttentionShape &shape
                 tasks.push_back({b, head, first, rows * (chunk + 1) / chunks - first});
             }
     }
-    parallel_for(tasks.size(), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) run_task(tasks[i], a, shape);
-    }, Schedule::TASKS);
+    with_element<bfloat16>(shape.cache_type, [&](auto element) {
+        parallel_for(tasks.size(), [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) run_task<decltype(element)>(tasks[i], a, shape);
+        }, Schedule::TASKS);
+    });
 }
 #endif

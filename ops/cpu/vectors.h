@@ -4,17 +4,26 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
 
 constexpr int LANES = 16;
 constexpr Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 struct bfloat16 {
     uint16_t bits;
+};
+
+// An 8-bit float of 4 exponent bits with bias 7 and 3 mantissa bits (arXiv:2209.05433).
+struct e4m3 {
+    uint8_t bits;
 };
 
 inline Floats splat(float x) { return Floats{} + x; }
@@ -29,6 +38,47 @@ inline Floats load(const bfloat16 *at) {
     Halves x;
     std::memcpy(&x, at, sizeof x);
     return (Floats)(__builtin_convertvector(x, Words) << 16);
+}
+
+// GCC converts vectors of bytes to longer ones piece by piece; these instructions convert them at once.
+inline Floats load(const int8_t *at) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));
+#elif defined(__AVX2__)
+    const auto eight = [at](int64_t i) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(at + i))));
+    };
+    const __m256 halves[2] = {eight(0), eight(8)};
+    Floats x;
+    std::memcpy(&x, halves, sizeof x);
+    return x;
+#else
+    Bytes x;
+    std::memcpy(&x, at, sizeof x);
+    return __builtin_convertvector(__builtin_convertvector(x, Ints), Floats);
+#endif
+}
+
+// A 256th of each value: sign, exponent and mantissa moved to their places in float16, whose bias is larger by 8.
+inline Floats load(const e4m3 *at) {
+#if defined(__AVX2__) && defined(__F16C__)
+    const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)at));
+    const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(int16_t(0xbfff)));
+#ifdef __AVX512F__
+    return (Floats)_mm512_cvtph_ps(halves);
+#else
+    const __m256 found[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+                             _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+    Floats x;
+    std::memcpy(&x, found, sizeof x);
+    return x;
+#endif
+#else
+    Bytes x;
+    std::memcpy(&x, at, sizeof x);
+    const Words codes = (Words)__builtin_convertvector(x, Ints);
+    return (Floats)((codes & 0x7f) << 20 | (codes & 0x80000000)) * 0x1p112f;  // in float32 the bias is larger by 120
+#endif
 }
 
 inline float scalar(float x) { return x; }

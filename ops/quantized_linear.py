@@ -37,7 +37,9 @@ class QuantizedWeight(NamedTuple):
 
 def has_quantized_kernel(kind: Kind, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether `quantized_linear` has a kernel for a kind of weight and inputs of a dtype on a device."""
-    return dtype is torch.bfloat16 and (kind != "fp8" or (device.type == "cuda" and _has_e4m3(device)))
+    if kind == "fp8":
+        return dtype is torch.bfloat16 and device.type == "cuda" and _has_e4m3(device)
+    return dtype is torch.bfloat16 or (dtype is torch.float16 and device.type == "cuda")
 
 
 def _has_e4m3(device: torch.device) -> bool:
@@ -52,10 +54,18 @@ def pack_quantized(weight: QuantizedTensor) -> QuantizedWeight:
     """
     if weight.kind == "fp8" and weight.scales.shape[1] != 1:
         raise ValueError(f"fp8 weights have one scale for each row, not one for every {weight.group_size} columns")
+    data, scales, offsets = weight.codes, weight.scales, weight.offsets
+    if weight.kind != "fp8" and data.is_cuda:
+        from dispec.ops.triton.quantized_linear import pack_codes, pack_scales
+
+        data = pack_codes(data, weight.kind, weight.group_size)
+        scales, offsets = pack_scales(scales), None if offsets is None else pack_scales(offsets)
+    elif weight.kind != "fp8":
+        scales, offsets = scales.half(), None if offsets is None else offsets.half()
     return QuantizedWeight(
-        weight.codes,
-        weight.scales.half() if weight.kind != "fp8" else weight.scales,
-        None if weight.offsets is None else weight.offsets.half(),
+        data,
+        scales,
+        offsets,
         None if weight.column_order is None else weight.column_order.int(),
         weight.shape[0],
         weight.kind,
@@ -122,14 +132,27 @@ def _quantized_linear(
 
 
 def _quantized_linear_cuda(
-    x: Tensor, data: Tensor, scales: Tensor, offsets: Tensor | None, out_features: int, kind: str, *rest: Any
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    out_features: int,
+    kind: str,
+    group_size: int,
+    has_offsets: bool,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    is_gated: bool,
 ) -> Tensor:
-    if kind == "fp8":
-        from dispec.ops.triton.fp8_linear import fp8_linear
+    from dispec.ops.triton.fp8_linear import fp8_linear
+    from dispec.ops.triton.quantized_linear import quantized_linear as integer_linear
 
-        _, _, bias, norm, eps, residual, is_gated = rest
-        return fp8_linear(x, data, scales, bias, None if norm is None else Norm(norm, eps), residual, is_gated)
-    return _quantized_linear(x, data, scales, offsets, out_features, kind, *rest)
+    rest = (bias, None if norm is None else Norm(norm, eps), residual, is_gated)
+    if kind == "fp8":
+        return fp8_linear(x, data, scales, *rest)
+    return integer_linear(x, data, scales, offsets, out_features, kind, group_size, *rest)
 
 
 def _read_rows(
@@ -144,6 +167,14 @@ def _read_rows(
     rows = None if offsets is None else offsets[indices]
     codes = data.view(torch.int8)[indices].view(data.dtype)  # torch indexes no e4m3 on some devices
     return _dequantize(codes, scales[indices], rows, group_size).bfloat16()
+
+
+def _read_rows_cuda(data: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    if data.dtype is not torch.int16:
+        return _read_rows(data, scales, *rest)
+    from dispec.ops.triton.quantized_linear import read_rows as read
+
+    return read(data, scales, *rest).bfloat16()
 
 
 register(
@@ -163,5 +194,5 @@ register(
         indices.shape[0], in_features, dtype=torch.bfloat16
     ),
     cpu=_read_rows,
-    cuda=_read_rows,
+    cuda=_read_rows_cuda,
 )

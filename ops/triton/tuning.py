@@ -60,6 +60,21 @@ class GemvConfig(NamedTuple):
     programs_per_multiprocessor: int
 
 
+class QuantizedGemmConfig(NamedTuple):
+    """How to launch a GEMM with int4 or int8 weights.
+
+    block_n: output features of a program; 0 selects torch's GEMM with a dequantised weight. splits: programs that share
+    the columns. block_m, min_block_m: most and fewest tokens of a tile.
+    """
+
+    block_n: int
+    splits: int
+    num_warps: int
+    num_stages: int
+    block_m: int = 64
+    min_block_m: int = 16
+
+
 class Device(NamedTuple):
     """The properties of a device that launches depend on."""
 
@@ -246,3 +261,16 @@ def choose_fp8_linear(
     if is_gated or tiles >= 2 * device.multiprocessors:
         return SkinnyGemmConfig(128, 128, 1, 4, 4)
     return SkinnyGemmConfig(64, 128, max(min(2 * device.multiprocessors // max(tiles, 1), in_features // 512), 1), 4, 5)
+
+
+def choose_quantized_linear(
+    device: Device, num_tokens: int, out_features: int, in_features: int, kind: str
+) -> QuantizedGemmConfig:
+    """Return how to launch a GEMM with int4 or int8 weights."""
+    if num_tokens > 256:
+        return QuantizedGemmConfig(0, 1, 4, 1)
+    if num_tokens > 64:
+        return QuantizedGemmConfig(128, 1, 8, 4, 128)
+    tiles = max(out_features // 64, 1)
+    splits = min(max(8 * device.multiprocessors // tiles, 1), 8, max(in_features // 512, 1))
+    return QuantizedGemmConfig(64, splits, 2, 5)

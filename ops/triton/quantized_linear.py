@@ -1,0 +1,412 @@
+"""GEMMs with int4 and int8 weights in 16 bits: few tokens take as long as reading the weight.
+
+Layout of a weight [N, K]: int16 words of 4 codes (int4) or 2 (int8), [ceil(N / 16), blocks, 16, WORDS]. A block holds
+the columns of WORDS words, and code i of word j is that of column `i * WORDS + j` of the block: the words of a tile,
+shifted, are a tile of neighbouring columns, already in the registers that a tensor core reads. Two words share a
+register, so that an instruction unpacks two codes. int4 codes are stored plus 8, int8 codes as they are; rows and
+columns are padded with zeros. Scales and offsets: float16 [G, 16 * ceil(N / 16)].
+
+The tensor cores multiply the codes themselves, exact in 16 bits, with the weight as the left operand, because its rows
+fill a tile and those of `x` may not. The scale of a group multiplies its sums in float32. Where the weight's rows make
+too few programs, the columns are split as well; the last program of a tile sums the parts in a fixed order.
+"""
+
+import os
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dispec.ops.norm import Norm
+from dispec.ops.triton.linear_residual import MAX_COUNTERS, split_counters
+from dispec.ops.triton.norm_activation import rms_norm, silu_and_mul
+from dispec.ops.triton.tuning import QuantizedGemmConfig, choose_quantized_linear, describe
+
+ROWS = 16  # of a weight that are neighbours in memory: a block of them is 1 KiB
+CODES = {"int4": 4, "int8": 2}  # of a word
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEQUANTIZED_BYTES = 64 * 2**20  # at a time, for torch's GEMM
+
+
+@triton.jit
+@no_type_check
+def _unpack(words, INDEX: tl.constexpr, CODES: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Return code INDEX of each word as DTYPE.
+
+    A code in the low bits of a number's mantissa is 128 (bfloat16) or 1024 (float16) plus the code, and subtracting
+    that is exact: 3 instructions for the two codes of a register. ASSEMBLY: False in the interpreter, which has none.
+    """
+    SHIFT: tl.constexpr = INDEX * (16 // CODES)
+    if not ASSEMBLY:
+        HALF: tl.constexpr = 8 if CODES == 4 else 128
+        # int8 codes have their sign bit, which the mask leaves in place of 128.
+        codes = ((((words >> SHIFT) & (2 * HALF - 1)) ^ (0 if CODES == 4 else HALF)) - HALF).to(DTYPE)
+    elif CODES == 4 and DTYPE.is_bf16():
+        codes = tl.inline_asm_elementwise(
+            f"""{{ .reg .b32 t, one, base; mov.b32 one, 0x3F803F80; mov.b32 base, 0xC308C308; shr.u32 t, $1, {SHIFT};
+            lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA; fma.rn.bf16x2 $0, t, one, base; }}""",
+            "=r,r", [words], tl.bfloat16, True, 2,
+        )  # fmt: skip
+    elif CODES == 4:
+        codes = tl.inline_asm_elementwise(
+            f"""{{ .reg .b32 t, base; mov.b32 base, 0x64086408; shr.u32 t, $1, {SHIFT};
+            lop3.b32 t, t, 0x000F000F, 0x64006400, 0xEA; sub.rn.f16x2 $0, t, base; }}""",
+            "=r,r", [words], tl.float16, True, 2,
+        )  # fmt: skip
+    elif DTYPE.is_bf16():  # the sign bit of the code turns 128 into 256, of which minus 128 remains
+        codes = tl.inline_asm_elementwise(
+            f"""{{ .reg .b32 t, u, minus; mov.b32 minus, 0xBF80BF80; shr.u32 t, $1, {SHIFT};
+            lop3.b32 u, t, 0x00800080, 0x43004300, 0xEA; lop3.b32 t, t, 0x007F007F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $0, u, minus, t; }}""",
+            "=r,r", [words], tl.bfloat16, True, 2,
+        )  # fmt: skip
+    else:
+        codes = tl.inline_asm_elementwise(
+            f"""{{ .reg .b32 t, base; mov.b32 base, 0x64806480; shr.u32 t, $1, {SHIFT};
+            lop3.b32 t, t, 0x00FF00FF, 0x64806480, 0x6A; sub.rn.f16x2 $0, t, base; }}""",
+            "=r,r", [words], tl.float16, True, 2,
+        )  # fmt: skip
+    return codes
+
+
+@triton.jit
+@no_type_check
+def _load_scales(
+    pointers, block, groups, stride, SCALES: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, CODES: tl.constexpr
+):
+    """Return the scales or offsets of a block, SCALES tensors. Past the last group: those of the last."""
+    loaded = ()
+    for index in tl.static_range(SCALES):
+        column = block * (CODES * WORDS) + index * WORDS
+        loaded += (tl.load(pointers + tl.minimum(column // GROUP, groups - 1) * stride),)
+    return loaded
+
+
+@triton.jit(do_not_specialize=["num_tokens", "K", "blocks", "blocks_per_split", "groups"])
+@no_type_check
+def quantized_linear_kernel(
+    output,
+    partial,
+    counters,
+    x,
+    words,
+    scales,
+    offsets,
+    bias,
+    residual,
+    num_tokens,
+    N,
+    K,
+    x_stride,
+    scale_stride,
+    blocks,
+    blocks_per_split,
+    groups,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WORDS: tl.constexpr,
+    CODES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    SCALES: tl.constexpr,
+    GROUP: tl.constexpr,
+    IS_ROW: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ADDS: tl.constexpr,
+    GATED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Compute BLOCK_N features of BLOCK_M tokens over one split of the columns.
+
+    Grid (ceil(T / BLOCK_M), ceil(N / BLOCK_N), SPLITS). SCALES: 1 for a block of columns, or one for the
+    columns of each code of its words. IS_ROW: a row of the weight is one group. GATED: the first half of a tile
+    are rows of the gate, the second the same rows of the up half, and BLOCK_N / 2 features come out. With several
+    splits `partial` is [SPLITS, T, N] in float32; `counters` is zero before and after.
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    lane = tl.arange(0, BLOCK_N)
+    if GATED:
+        pair = tl.program_id(1) * (BLOCK_N // 2) + lane % (BLOCK_N // 2)
+        is_feature = pair < N // 2
+        feature = tl.where(is_feature, pair + lane // (BLOCK_N // 2) * (N // 2), 0)
+    else:
+        feature = tl.program_id(1) * BLOCK_N + lane
+        is_feature = feature < N
+        feature = tl.where(is_feature, feature, 0)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_token = row < num_tokens
+    word = tl.arange(0, WORDS)
+    first = tl.program_id(2) * blocks_per_split
+    last = tl.minimum(first + blocks_per_split, blocks)
+    at_row = (feature // 16).to(tl.int64) * blocks * (16 * WORDS) + feature % 16 * WORDS
+    tiles = words + at_row[:, None] + word[None, :]
+    inputs = x + row[:, None].to(tl.int64) * x_stride + word[None, :]
+    scales += feature
+    offsets += feature
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    ones = tl.full([BLOCK_N, WORDS], 1.0, DTYPE)
+    # The scales of the next block are loaded one iteration ahead.
+    scale = _load_scales(scales, first, groups, scale_stride, SCALES, GROUP, WORDS, CODES)
+    offset = scale
+    if HAS_OFFSETS:
+        offset = _load_scales(offsets, first, groups, scale_stride, SCALES, GROUP, WORDS, CODES)
+    for block in range(first, last):
+        # Each weight is read once, so it may leave the cache first.
+        tile = tl.load(tiles + block * (16 * WORDS), eviction_policy="evict_first")
+        following, following_offset = scale, offset
+        if not IS_ROW:
+            following = _load_scales(scales, block + 1, groups, scale_stride, SCALES, GROUP, WORDS, CODES)
+            if HAS_OFFSETS:
+                following_offset = _load_scales(offsets, block + 1, groups, scale_stride, SCALES, GROUP, WORDS, CODES)
+        for index in tl.static_range(CODES):
+            if IS_ROW:
+                part, part_sums = total, sums
+            elif index * SCALES % CODES == 0:
+                part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                part_sums = part
+            column = (block * CODES + index) * WORDS
+            inside = is_token[:, None]
+            if not EVEN_K:
+                inside &= column + word[None, :] < K
+            right = tl.trans(tl.load(inputs + column, mask=inside, other=0.0))
+            part = tl.dot(_unpack(tile, index, CODES, DTYPE, ASSEMBLY), right, part)
+            if HAS_OFFSETS:
+                part_sums = tl.dot(ones, right, part_sums)
+            if IS_ROW:
+                total, sums = part, part_sums
+            elif (index + 1) * SCALES % CODES == 0:
+                total += part * scale[index * SCALES // CODES].to(tl.float32)[:, None]
+                if HAS_OFFSETS:
+                    total += part_sums * offset[index * SCALES // CODES].to(tl.float32)[:, None]
+        scale, offset = following, following_offset
+    if IS_ROW:
+        total *= scale[0].to(tl.float32)[:, None]
+        if HAS_OFFSETS:
+            total += sums * offset[0].to(tl.float32)[:, None]
+    result = tl.trans(total)
+    at = row[:, None].to(tl.int64) * N + feature[None, :]
+    mask = is_token[:, None] & is_feature[None, :]
+    if SPLITS > 1:
+        size = num_tokens.to(tl.int64) * N
+        tl.store(partial + tl.program_id(2) * size + at, result, mask=mask)
+        tl.debug_barrier()  # all threads store their part before one of them counts it
+        counter = counters + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(counter, 1, sem="acq_rel") != SPLITS - 1:
+            return
+        tl.store(counter, 0)
+        result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for split in tl.static_range(SPLITS):
+            result += tl.load(partial + split * size + at, mask=mask, other=0.0, cache_modifier=".cg")
+    if HAS_BIAS:
+        result += tl.load(bias + feature).to(tl.float32)[None, :]
+    if GATED:
+        gate, up = tl.split(tl.trans(tl.reshape(result, [BLOCK_M, 2, BLOCK_N // 2]), 0, 2, 1))
+        result = gate / (1.0 + tl.exp(-gate)) * up
+        pair = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        at = row[:, None].to(tl.int64) * (N // 2) + pair[None, :]
+        mask = is_token[:, None] & (pair[None, :] < N // 2)
+    if ADDS:
+        result += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(output + at, result.to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+@no_type_check
+def dequantize_kernel(
+    output,
+    words,
+    scales,
+    offsets,
+    first_row,
+    K,
+    scale_stride,
+    blocks,
+    group_size,
+    WORDS: tl.constexpr,
+    CODES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+):
+    """Write one block of 16 rows of the weight to `output` [rows, K], whose first row is `first_row`.
+
+    Grid (rows / 16, blocks).
+    """
+    DTYPE: tl.constexpr = output.dtype.element_ty
+    lane = tl.arange(0, 16)
+    word = tl.arange(0, WORDS)
+    start = first_row // 16 + tl.program_id(0)
+    block = tl.program_id(1)
+    tiles = words + (start.to(tl.int64) * blocks + block) * (16 * WORDS) + lane[:, None] * WORDS + word[None, :]
+    tile = tl.load(tiles)
+    rows = output + (tl.program_id(0) * 16 + lane[:, None]).to(tl.int64) * K
+    for index in tl.static_range(CODES):
+        column = (block * CODES + index) * WORDS
+        at = tl.minimum(column, K - 1) // group_size * scale_stride + start * 16 + lane
+        value = _unpack(tile, index, CODES, DTYPE, ASSEMBLY).to(tl.float32)
+        value *= tl.load(scales + at).to(tl.float32)[:, None]
+        if HAS_OFFSETS:
+            value += tl.load(offsets + at).to(tl.float32)[:, None]
+        tl.store(rows + column + word[None, :], value.to(DTYPE), mask=column + word[None, :] < K)
+
+
+def block_words(kind: str, group_size: int, in_features: int) -> int:
+    """Return the words of a block: as many as divide a group, so that the columns of a code have one scale."""
+    widest = 128 // CODES[kind]
+    if group_size >= in_features:
+        return widest
+    return max(size for size in (16, 32, 64) if size <= widest and group_size % size == 0)
+
+
+def pack_codes(codes: Tensor, kind: str, group_size: int) -> Tensor:
+    """Return the words [ceil(N / 16), blocks, 16, WORDS] of codes [N, K]."""
+    (rows, columns), per_word = codes.shape, CODES[kind]
+    size, bits = block_words(kind, group_size, columns), 16 // per_word
+    blocks = triton.cdiv(columns, size * per_word)
+    result = codes.new_empty((triton.cdiv(rows, ROWS), blocks, ROWS, size), dtype=torch.int16)
+    step = 1024  # rows at a time, which bounds the temporary memory
+    for first in range(0, rows, step):
+        part = codes[first : first + step]
+        pad = (0, blocks * size * per_word - columns, 0, -len(part) % ROWS)
+        part = torch.nn.functional.pad(part, pad).view(-1, ROWS, blocks, per_word, size).int()
+        if kind == "int4":
+            part += 8
+        word = part[:, :, :, 0] & (1 << bits) - 1
+        for index in range(1, per_word):
+            word |= (part[:, :, :, index] & (1 << bits) - 1) << bits * index
+        result[first // ROWS : first // ROWS + len(part)] = word.to(torch.int16).transpose(1, 2)
+    return result
+
+
+def pack_scales(scales: Tensor) -> Tensor:
+    """Return scales or offsets [N, G] as float16 [G, 16 * ceil(N / 16)]."""
+    return torch.nn.functional.pad(scales.half().T, (0, -len(scales) % ROWS)).contiguous()
+
+
+def read_rows(
+    words: Tensor, scales: Tensor, offsets: Tensor | None, indices: Tensor, in_features: int, kind: str, group_size: int
+) -> Tensor:
+    """Return rows [T, in_features] of a packed weight, in float32."""
+    bits = 16 // CODES[kind]
+    shifts = torch.arange(0, 16, bits, device=words.device, dtype=torch.int32)[:, None]
+    rows = words[indices // ROWS, :, indices % ROWS].int()  # [T, blocks, WORDS]
+    codes = (rows[:, :, None] >> shifts & (1 << bits) - 1).flatten(1)[:, :in_features]
+    codes = codes - 8 if kind == "int4" else (codes ^ 128) - 128
+    group = torch.arange(in_features, device=words.device) // group_size
+    values = codes.float() * scales.T[indices].float()[:, group]
+    return values if offsets is None else values + offsets.T[indices].float()[:, group]
+
+
+def quantized_linear(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    out_features: int,
+    kind: str,
+    group_size: int,
+    bias: Tensor | None,
+    norm: Norm | None,
+    residual: Tensor | None,
+    is_gated: bool,
+    config: QuantizedGemmConfig | None = None,
+) -> Tensor:
+    """Compute `ops.linear` for a packed weight. config: replaces the table's choice in tests and tuning.
+
+    For many tokens the weight is dequantised, rounded to the type of x, and torch multiplies.
+    """
+    num_tokens, in_features = x.shape
+    features = out_features // 2 if is_gated else out_features
+    if num_tokens == 0:
+        return x.new_empty(0, features)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if norm is not None:
+        x = rms_norm(x, norm)
+    if config is None:
+        config = choose_quantized_linear(describe(x.device), num_tokens, out_features, in_features, kind)
+    if config.block_n == 0:
+        y = _multiply_dequantized(x, words, scales, offsets, out_features, kind, group_size)
+        y = y if bias is None else y.add_(bias)
+        y = silu_and_mul(y) if is_gated else y
+        return y if residual is None else y.add_(residual)
+    size, per_word = words.shape[3], CODES[kind]
+    blocks = words.shape[1]
+    blocks_per_split = triton.cdiv(blocks, config.splits)
+    splits = triton.cdiv(blocks, blocks_per_split)
+    block_m = min(max(triton.next_power_of_2(num_tokens), config.min_block_m), config.block_m)
+    grid = (triton.cdiv(num_tokens, block_m), triton.cdiv(features, config.block_n // (2 if is_gated else 1)), splits)
+    output = torch.empty((num_tokens, features), dtype=x.dtype, device=x.device)
+    partial = output
+    if splits > 1:
+        partial = torch.empty((splits, num_tokens, out_features), dtype=torch.float32, device=x.device)
+        assert grid[0] * grid[1] <= MAX_COUNTERS
+    is_row = group_size >= in_features
+    quantized_linear_kernel[grid](
+        output,
+        partial,
+        split_counters(x.device) if splits > 1 else output,
+        x,
+        words,
+        scales,
+        scales if offsets is None else offsets,
+        scales if bias is None else bias,
+        output if residual is None else residual,
+        num_tokens,
+        out_features,
+        in_features,
+        x.stride(0),
+        scales.shape[1],
+        blocks,
+        blocks_per_split,
+        scales.shape[0],
+        BLOCK_M=block_m,
+        BLOCK_N=config.block_n,
+        WORDS=size,
+        CODES=per_word,
+        ASSEMBLY=not INTERPRETED,
+        SCALES=1 if is_row or group_size % (size * per_word) == 0 else per_word,
+        GROUP=1 if is_row else group_size,
+        IS_ROW=is_row,
+        HAS_OFFSETS=offsets is not None,
+        HAS_BIAS=bias is not None,
+        ADDS=residual is not None,
+        GATED=is_gated,
+        EVEN_K=in_features % (size * per_word) == 0,
+        SPLITS=splits,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return output
+
+
+def _multiply_dequantized(
+    x: Tensor, words: Tensor, scales: Tensor, offsets: Tensor | None, out_features: int, kind: str, group_size: int
+) -> Tensor:
+    (num_tokens, in_features), blocks = x.shape, words.shape[1]
+    output = torch.empty((num_tokens, out_features), dtype=x.dtype, device=x.device)
+    step = max(DEQUANTIZED_BYTES // (2 * in_features) // 128 * 128, 128)
+    rows = min(step, words.shape[0] * ROWS)
+    dequantized = torch.empty((rows, in_features), dtype=x.dtype, device=x.device)
+    for first in range(0, out_features, step):
+        count = min(step, out_features - first)
+        dequantize_kernel[(triton.cdiv(count, ROWS), blocks)](
+            dequantized,
+            words,
+            scales,
+            scales if offsets is None else offsets,
+            first,
+            in_features,
+            scales.shape[1],
+            blocks,
+            group_size,
+            WORDS=words.shape[3],
+            CODES=CODES[kind],
+            ASSEMBLY=not INTERPRETED,
+            HAS_OFFSETS=offsets is not None,
+            num_warps=1,
+        )
+        torch.mm(x, dequantized[:count].T, out=output[:, first : first + count])
+    return output

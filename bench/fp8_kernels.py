@@ -167,8 +167,10 @@ def operations(layer: Layer, tokens: int) -> Iterator[tuple[str, Callable[..., o
         count = max(tokens, 2)
         chosen = choose_fp8_linear(describe(x.device), count, out_features, in_features, is_gated=layer.is_gated)
         yield f"op {chosen} prefetched={tiles}", partial(op, tiles, config=chosen)
+    if tokens == 1:
+        yield "op without overlap", partial(op, None)
     for config in gemv_candidates(layer) if tokens == 1 else ():
-        yield f"op gemv {config}", partial(op, 0, config=GemvConfig(*config))
+        yield f"op gemv {config}", partial(op, 4, config=GemvConfig(*config))
 
 
 def main(

@@ -52,9 +52,10 @@ def round_rows_kernel(
     HAS_NORM: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Round one row of `norm(x)` [T, K] to e4m3. Grid (T,). With OVERLAPS the GEMM may begin now."""
+    """Round one row of `norm(x)` [T, K] to e4m3. Grid (T,)."""
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     rounded, scale = _round_row(x + row * x_stride, norm, eps, K, BLOCK, HAS_NORM)
@@ -64,20 +65,50 @@ def round_rows_kernel(
 
 @triton.jit
 @no_type_check
-def _load_rows(weight, block, N, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, IS_GATED: tl.constexpr):
-    lane = tl.arange(0, BLOCK_N)
-    feature = block * BLOCK_N + lane
-    is_feature = feature < N
+def _prefetch(pointers, mask, valid):
+    """Ask for lines of 128 bytes to be read into the L2 cache; `valid` points to any memory."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [tl.where(mask, pointers, valid).to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+@no_type_check
+def _source_rows(feature, N, IS_GATED: tl.constexpr):
+    """Return the weight's rows for features, of which gates and ups alternate."""
     if IS_GATED:
-        feature = lane % 2 * (N // 2) + feature // 2
+        feature = feature % 2 * (N // 2) + feature // 2
+    return feature
+
+
+@triton.jit
+@no_type_check
+def _load_rows(weight, block, N, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, IS_GATED: tl.constexpr):
+    feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK)
     # Each weight is read once, so it may leave the cache first.
     return tl.load(
-        weight + feature[:, None].to(tl.int64) * K + column[None, :],
-        mask=is_feature[:, None] & (column[None, :] < K),
+        weight + _source_rows(feature, N, IS_GATED)[:, None].to(tl.int64) * K + column[None, :],
+        mask=(feature[:, None] < N) & (column[None, :] < K),
         other=0.0,
         eviction_policy="evict_first",
     )
+
+
+@triton.jit
+@no_type_check
+def _prefetch_rows(
+    weight, block, N, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, IS_GATED: tl.constexpr
+):
+    feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    line = 128 * tl.arange(0, (BLOCK + 127) // 128)
+    pointers = weight + _source_rows(feature, N, IS_GATED)[:, None].to(tl.int64) * K + line[None, :]
+    _prefetch(pointers, (feature[:, None] < N) & (line[None, :] < K), weight)
 
 
 @triton.jit
@@ -99,6 +130,7 @@ def fp8_gemv_kernel(
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ADDS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Do what `round_rows_kernel` and `fp8_gemm_kernel` do for one token, without tensor cores. Grid (programs,).
 
@@ -106,6 +138,11 @@ def fp8_gemv_kernel(
     `programs`-th block of BLOCK_N features. The next rows of the weight are loaded one iteration ahead.
     """
     block = tl.program_id(0)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        _prefetch_rows(weight, block, N, K, BLOCK, BLOCK_N, IS_GATED)
+        _prefetch_rows(weight, block + tl.num_programs(0), N, K, BLOCK, BLOCK_N, IS_GATED)
+        tl.extra.cuda.gdc_wait()
     tile = _load_rows(weight, block, N, K, BLOCK, BLOCK_N, IS_GATED)
     codes, scale = _round_row(x, norm, eps, K, BLOCK, HAS_NORM)
     row = codes.to(tl.float32)[None, :]
@@ -114,7 +151,7 @@ def fp8_gemv_kernel(
         following = _load_rows(weight, at + tl.num_programs(0), N, K, BLOCK, BLOCK_N, IS_GATED)
         result = tl.sum(tile.to(tl.float32) * row, 1)
         feature = at * BLOCK_N + lane
-        source = lane % 2 * (N // 2) + feature // 2 if IS_GATED else feature
+        source = _source_rows(feature, N, IS_GATED)
         result *= tl.load(weight_scales + source, mask=feature < N, other=0.0) * scale
         if HAS_BIAS:
             result += tl.load(bias + source, mask=feature < N, other=0.0).to(tl.float32)
@@ -160,7 +197,7 @@ def fp8_gemm_kernel(
 
     Grid (ceil(N / BLOCK_N), SPLITS, ceil(T / BLOCK_M)). codes: [T, K] and weight: [N, K], e4m3. Splits are summed as in
     `linear_residual_kernel`. With IS_GATED rows of the gate and of the up half of the weight alternate in a tile. With
-    OVERLAPS the codes are still being computed: a program first asks for PREFETCHED tiles of its weight.
+    OVERLAPS a program first asks for PREFETCHED tiles of its weight, while the codes are still being computed.
     """
     lane = tl.arange(0, BLOCK_N)
     if IS_GATED:
@@ -184,14 +221,8 @@ def fp8_gemm_kernel(
     if OVERLAPS:
         line = weight + feature.to(tl.int64) * K + first * BLOCK_K
         for index in tl.static_range(PREFETCHED * BLOCK_K // 128):
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-                "=r,l",
-                [tl.where(is_feature & (first * BLOCK_K + 128 * index < K), line + 128 * index, weight).to(tl.int64)],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+            inside = is_feature & (first * BLOCK_K + 128 * index < K)
+            _prefetch(line + 128 * index, inside, weight)
         tl.extra.cuda.gdc_wait()
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for tile in range(first, tl.minimum(first + tiles_per_split, tiles)):
@@ -250,15 +281,20 @@ def round_rows(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
         0.0 if norm is None else norm.eps,
         K=in_features,
         HAS_NORM=norm is not None,
-        OVERLAPS=_overlaps(x.device),
         **_row_options(in_features),
+        **_overlap_options(x.device),
     )
     return codes, scales
 
 
-def _overlaps(device: torch.device) -> bool:
-    """Return whether a GEMM begins while the kernel before it runs (programmatic dependent launch)."""
-    return PREFETCHED_TILES is not None and describe(device).architecture == "sm_90"
+def _overlap_options(device: torch.device) -> dict[str, bool]:
+    """Return whether a kernel starts while the one before it ends (programmatic dependent launch).
+
+    Until its `gdc_wait` a kernel reads and writes nothing, it only asks for weights to be read into the cache.
+    """
+    if PREFETCHED_TILES is None or describe(device).architecture != "sm_90":
+        return {"OVERLAPS": False}
+    return {"OVERLAPS": True, "launch_pdl": True}
 
 
 def _row_options(in_features: int) -> dict[str, int]:
@@ -352,6 +388,7 @@ def fp8_gemv(
         HAS_BIAS=bias is not None,
         ADDS=residual is not None,
         **_row_options(in_features),
+        **_overlap_options(x.device),
     )
     return output
 
@@ -373,7 +410,7 @@ def fp8_gemm(
     block_m = min(max(triton.next_power_of_2(num_tokens), 16), MAX_TOKENS)
     tiles_per_split, splits = split_evenly(in_features, config)
     grid = (triton.cdiv(2 * width if is_gated else width, config.block_n), splits, triton.cdiv(num_tokens, block_m))
-    partial, overlaps = output, _overlaps(codes.device)
+    partial = output
     if splits > 1:
         partial = torch.empty((splits, num_tokens, out_features), dtype=torch.float32, device=codes.device)
         assert grid[0] * grid[2] <= MAX_COUNTERS
@@ -398,10 +435,9 @@ def fp8_gemm(
         IS_GATED=is_gated,
         HAS_BIAS=bias is not None,
         ADDS=residual is not None,
-        OVERLAPS=overlaps,
         PREFETCHED=PREFETCHED_TILES or 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **({"launch_pdl": True} if overlaps else {}),
+        **_overlap_options(codes.device),
     )
     return output

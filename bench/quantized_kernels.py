@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dispec.bench.kernels import COLD_BYTES, seconds_per_call
 from dispec.ops.quantization import Kind
+from dispec.ops.triton import quantized_linear as kernel
 from dispec.ops.triton.quantized_linear import block_words, quantized_linear
 from dispec.ops.triton.tuning import QuantizedGemmConfig, choose_quantized_linear, describe
 
@@ -146,7 +147,7 @@ def compile_share(index: int, count: int) -> None:
             try:
                 call(case, config, x, *make_weights(case, 1)[0])
             except Exception as error:
-                print(f"{case} {config}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                print(f"{case} {config}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
 
 
 def time_case(case: Case, deadline: float) -> dict[str, object]:
@@ -169,9 +170,12 @@ def time_case(case: Case, deadline: float) -> dict[str, object]:
         try:
             timed.append((microseconds(config), config))
         except Exception as error:
-            print(f"{case} {config}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            print(f"{case} {config}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
     timed.sort()
-    dequantized = microseconds(QuantizedGemmConfig(0, 1, 4, 1)) if case.tokens > 32 else None
+    dequantized = {}
+    for mebibytes in (16, 64, 512) if case.tokens > 32 else ():
+        kernel.DEQUANTIZED_BYTES = mebibytes * 2**20
+        dequantized[mebibytes] = round(microseconds(QuantizedGemmConfig(0, 1, 4, 1)), 2)
     chosen = choose_quantized_linear(device, case.tokens, features, columns, case.kind)
     table = microseconds(None)
     del weights

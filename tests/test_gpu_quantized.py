@@ -7,7 +7,7 @@ import torch
 
 from dispec import ops
 from dispec.ops import reference
-from tests.test_triton_quantized import random_weight
+from tests.quantized_cases import random_weight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,7 +63,7 @@ def test_linear(kind: ops.Kind, dtype: torch.dtype, shape: tuple[int, int, int |
     torch.manual_seed(0)
     chance = random.Random(f"{kind} {dtype} {shape}")
     ops.allocate_workspaces(torch.device("cuda"))
-    for tokens in (1, 2, 7, 16, 31, 64, 100, 300, 700):
+    for tokens in (1, 7, 16, 31, 64, 100, 300):
         is_gated = shape[0] % 2 == 0 and chance.random() < 0.5
         compare(kind, tokens, shape, dtype, chance.random() < 0.4, is_gated, chance.random() < 0.5)
 

@@ -3,29 +3,20 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from dispec.ops.quantization import QuantizedTensor
+from dispec.ops.quantization import Kind, QuantizedTensor
+from tests.quantized_cases import random_weight
 
 triton = pytest.importorskip("triton")
 numpy = pytest.importorskip("numpy")
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
     pytest.skip("the interpreter of this Triton needs numpy before 2.4", allow_module_level=True)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def random_weight(kind: str, rows: int, columns: int, group: int | None, has_offsets: bool) -> QuantizedTensor:
-    """A weight with codes of the whole range, whose scales and offsets are exact in float16."""
-    largest = 8 if kind == "int4" else 128
-    size = min(group or columns, columns)
-    groups = -(-columns // size)
-    scales = (torch.rand(rows, groups) + 0.5).half().float() / largest
-    offsets = (torch.randn(rows, groups) / 4).half().float() if has_offsets else None
-    codes = torch.randint(-largest, largest, (rows, columns), dtype=torch.int8)
-    return QuantizedTensor(kind, codes, scales, offsets, size)
 
 
 if not INTERPRETED:
@@ -48,7 +39,7 @@ else:
     @pytest.fixture(autouse=True)
     def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
         """Fill what the launchers allocate with NaN, so that a row that is not written shows."""
-        empty = torch.empty
+        empty: Callable[..., Tensor] = torch.empty
 
         def poisoned(*size: object, **options: object) -> Tensor:
             tensor = empty(*size, **options)
@@ -77,7 +68,7 @@ else:
     )
     @pytest.mark.parametrize("config", [ONE, SPLIT, TORCH], ids=["one", "split", "torch"])
     def test_linear(
-        kind: str,
+        kind: Kind,
         tokens: int,
         features: int,
         columns: int,
@@ -105,7 +96,7 @@ else:
 
     @pytest.mark.parametrize("kind", ["int4", "int8"])
     @pytest.mark.parametrize("group", [16, 48, 64, None])
-    def test_read_rows(kind: str, group: int | None) -> None:
+    def test_read_rows(kind: Kind, group: int | None) -> None:
         weight = random_weight(kind, 37, 150, group, has_offsets=True)
         indices = torch.tensor([36, 0, 17, 17])
         actual = read_rows(*packed(weight), indices, 150, kind, weight.group_size)

@@ -55,6 +55,7 @@ CHECKS = [
     _tests("gpu_speculation", 3),
     _tests("transfer_gpu"),
     _tests("gpu_kernels", 5),
+    _tests("gpu_quantized", 8),
     _tests("gpu_tensor_parallel"),  # skipped on a single GPU
     Part(
         "memcheck",

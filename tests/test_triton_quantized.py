@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ else:
     @pytest.fixture(autouse=True)
     def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
         """Fill what the launchers allocate with NaN, so that a row that is not written shows."""
-        empty = torch.empty
+        empty: Callable[..., Tensor] = torch.empty
 
         def poisoned(*size: object, **options: object) -> Tensor:
             tensor = empty(*size, **options)

@@ -29,7 +29,7 @@ from dispec.engine.execution.model_runner import ModelRunner
 from dispec.engine.execution.ranks import AllocateCache
 from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
 from dispec.engine.loading.draft_checkpoint import SharedDraft
-from dispec.engine.loading.quantization import packing_for, weights_format, with_kernels
+from dispec.engine.loading.quantization import draft_packing, packing_for, weights_format, with_kernels
 from dispec.engine.machine.cache_directory import writable_cache
 from dispec.engine.machine.compile_cache import choose_compile_cache
 from dispec.engine.machine.torch_threads import set_threads
@@ -181,7 +181,7 @@ class EngineBuilder:
 
     def _load_draft(self, target: Weights) -> Weights:
         assert self._draft is not None
-        packing = Packing(allow_int8=True)  # rounding only lowers the acceptance rate
+        packing = draft_packing(self._device, self._dtype)
         checkpoint = self._draft.checkpoint
         borrowed = checkpoint.borrowed(target, packing) if isinstance(checkpoint, SharedDraft) else None
         return self._load(checkpoint, self._draft.config, packing, borrowed, is_sharded=False)

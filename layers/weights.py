@@ -28,11 +28,10 @@ class WeightsError(ValueError):
 class Packing:
     """How plain matrices are quantised while they are loaded; None keeps them.
 
-    The head has at least 8 bits. allow_int8: as in `ops.pack`. keeps_plain: leave all matrices plain tensors.
+    The head has at least 8 bits. keeps_plain: leave all matrices plain tensors.
     """
 
     quantization: ops.Quantization | None = None
-    allow_int8: bool = False
     keeps_plain: bool = False
 
     def pack(self, matrix: Tensor | ops.QuantizedTensor, *, is_head: bool = False, out: Tensor | None = None) -> Any:
@@ -42,7 +41,7 @@ class Packing:
         quantization = self.quantization
         if is_head and quantization is not None and quantization.kind == "int4":
             quantization = ops.Quantization("int8")
-        return ops.pack(matrix, quantization, allow_int8=self.allow_int8, out=out)
+        return ops.pack(matrix, quantization, out=out)
 
 
 @dataclass(frozen=True)

@@ -3,35 +3,43 @@
 The functions are not registered ops: their steps are never traced, and the structure holds addresses, gathered once.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dispec.ops.cpu import decoder as cpu_decoder
+from dispec.ops.cpu import quantized_linear as cpu_quantized_linear
 from dispec.ops.cpu.attention import has_cpu_kernel
-from dispec.ops.cpu.library import CACHE_TYPES
+from dispec.ops.cpu.library import CACHE_TYPES, WeightKind
+from dispec.ops.cpu.library import Matrix as CMatrix
 from dispec.ops.cpu.linear import TILE
 from dispec.ops.kv_cache import scale_rows
 from dispec.ops.linear import Matrix, PackedWeight, is_tiled
 from dispec.ops.norm import Norm
 from dispec.ops.quantized_linear import QuantizedWeight
+from dispec.ops.stacking import layer_of
+
+_MATRICES = ("qkv", "output", "gate_up", "down")
 
 
 class DecoderLayers(NamedTuple):
-    """The weights and the KV cache of all layers, stacked. All norms of a model have the same `eps`."""
+    """The weights and the KV cache of all layers, stacked; matrices may be a tuple with one for each layer.
+
+    All norms of a model have the same `eps`.
+    """
 
     attention_norm: Float[Tensor, "L E"]
-    qkv: Matrix
+    qkv: Matrix | tuple[Matrix, ...]
     qkv_bias: Float[Tensor, "L QKV"] | None
     query_norm: Float[Tensor, "L D"] | None
     key_norm: Float[Tensor, "L D"] | None
-    output: Matrix
+    output: Matrix | tuple[Matrix, ...]
     output_bias: Float[Tensor, "L E"] | None
     mlp_norm: Float[Tensor, "L E"]
-    gate_up: Matrix
-    down: Matrix
+    gate_up: Matrix | tuple[Matrix, ...]
+    down: Matrix | tuple[Matrix, ...]
     keys: Shaped[Tensor, "L NB KV DP BS"]
     values: Shaped[Tensor, "L NB KV BS DP"]
 
@@ -59,76 +67,95 @@ def build_decoder(
     sampled. rotation: cosine and sine of all positions that `decode_tokens` may reach. scale: multiplies attention
     scores.
     """
-    qkv, gate_up = layers.qkv, layers.gate_up
-    if (
-        not (isinstance(qkv, PackedWeight) and isinstance(gate_up, PackedWeight) and is_tiled(head))
-        or not _has_kernel(qkv, layers)
-        or isinstance(embedding, QuantizedWeight)
-        or not (embedding.has_readable_rows if isinstance(embedding, PackedWeight) else embedding.is_contiguous())
-    ):
-        return None
-    cosine, sine = (part.contiguous() for part in rotation)
     num_layers, _, kv_heads, rows, block_size = layers.keys.shape
     head_dim = rows - scale_rows(layers.keys.dtype)
-    by_layer = zip(*(_addresses(field, num_layers) for field in layers), strict=True)
-    c_layers = [cpu_decoder.Layer(**dict(zip(layers._fields, addresses, strict=True))) for addresses in by_layer]
+    fields = {name: _of_layers(field, num_layers) for name, field in layers._asdict().items()}
+    by_layer = [{name: field[layer] for name, field in fields.items()} for layer in range(num_layers)]
+    if not (_has_readable_rows(embedding) and _is_tiled(head) and all(map(_has_kernel, by_layer))):
+        return None
+    first = by_layer[0]
+    assert not isinstance(head, Tensor)
+    cosine, sine = (part.contiguous() for part in rotation)
+    c_layers = [
+        cpu_decoder.Layer(**{name: _c_field(name, field) for name, field in layer.items()}) for layer in by_layer
+    ]
     model = cpu_decoder.Model(
         hidden=len(final_norm.weight),
-        intermediate=gate_up.out_features // 2,
-        heads=qkv.out_features // head_dim - 2 * kv_heads,
+        intermediate=first["gate_up"].out_features // 2,
+        heads=first["qkv"].out_features // head_dim - 2 * kv_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         block_size=block_size,
         cache_type=CACHE_TYPES.get(layers.keys.dtype, 0),
-        vocab=embedding.out_features if isinstance(embedding, PackedWeight) else len(embedding),
-        embedding_is_tiled=isinstance(embedding, PackedWeight),
-        embedding=_tensor(embedding).data_ptr(),
+        vocab=len(embedding) if isinstance(embedding, Tensor) else embedding.out_features,
+        embedding=_c_matrix(embedding),
         num_layers=num_layers,
-        layers_are_int8=qkv.blocked.dtype is torch.int8,
         layers=(cpu_decoder.Layer * num_layers)(*c_layers),
         final_norm=final_norm.weight.data_ptr(),
         head_rows=head.out_features,
-        head_is_int8=head.blocked.dtype is torch.int8,
         columns=num_columns,
-        head=head.blocked.data_ptr(),
+        head=_c_matrix(head),
         head_tokens=None if head_tokens is None else head_tokens.data_ptr(),
         cosine=cosine.data_ptr(),
         sine=sine.data_ptr(),
         eps=final_norm.eps,
         scale=scale,
     )
-    read = (embedding, head, head_tokens, final_norm.weight, cosine, sine, *layers)
-    return Decoder(model, tuple(_tensor(field) for field in read if field is not None))
+    weights = [embedding, head, *(field for layer in by_layer for field in layer.values() if field is not None)]
+    read = (*map(_tensor, weights), head_tokens, final_norm.weight, cosine, sine)
+    return Decoder(model, tuple(tensor for tensor in read if tensor is not None))
 
 
-def _has_kernel(qkv: PackedWeight, layers: DecoderLayers) -> bool:
-    """Return whether all weights are in tiles of one dtype, and the pages of a size with a kernel."""
-    matrices = (qkv, layers.output, layers.gate_up, layers.down)
-    rows, block_size = layers.keys.shape[3:]
+def _of_layers(stacked: Matrix | tuple[Matrix, ...] | None, num_layers: int) -> tuple[Any, ...]:
+    if stacked is None:
+        return (None,) * num_layers
+    if type(stacked) is tuple:
+        return stacked
+    return tuple(layer_of(cast(Matrix, stacked), layer) for layer in range(num_layers))
+
+
+def _has_kernel(layer: dict[str, Any]) -> bool:
+    """Return whether all weights of a layer are in tiles, and the pages of a size with a kernel."""
+    keys = layer["keys"]
+    rows, block_size = keys.shape[2:]
     return (
-        all(
-            isinstance(matrix, PackedWeight)
-            and isinstance(matrix.blocked, Tensor)  # oneDNN's layout has a tensor for each layer
-            and matrix.blocked.dtype is qkv.blocked.dtype
-            for matrix in matrices
-        )
-        and isinstance(layers.gate_up, PackedWeight)
-        and layers.gate_up.out_features % (2 * TILE) == 0
-        and layers.attention_norm.dtype is torch.bfloat16
-        and has_cpu_kernel(layers.keys.dtype, rows - scale_rows(layers.keys.dtype), block_size)
+        all(_is_tiled(layer[name]) for name in _MATRICES)
+        and layer["gate_up"].out_features % (2 * TILE) == 0
+        and layer["attention_norm"].dtype is torch.bfloat16
+        and has_cpu_kernel(keys.dtype, rows - scale_rows(keys.dtype), block_size)
     )
 
 
-def _addresses(stacked: Matrix | None, num_layers: int) -> list[int | None]:
-    """Return the address of each layer's part."""
-    if stacked is None:
-        return [None] * num_layers
-    return [layer.data_ptr() for layer in _tensor(stacked)]
+def _is_tiled(weight: Any) -> bool:
+    if isinstance(weight, QuantizedWeight):
+        return weight.column_order is None and weight.data.device.type == "cpu"
+    return is_tiled(weight)
+
+
+def _has_readable_rows(embedding: Matrix) -> bool:
+    if isinstance(embedding, Tensor):
+        return embedding.is_contiguous()
+    return embedding.has_readable_rows and _is_tiled(embedding)
 
 
 def _tensor(matrix: Matrix) -> Tensor:
-    assert not isinstance(matrix, QuantizedWeight)
+    if isinstance(matrix, QuantizedWeight):
+        return matrix.data
     return matrix.blocked if isinstance(matrix, PackedWeight) else matrix
+
+
+def _c_matrix(matrix: Matrix) -> CMatrix:
+    if isinstance(matrix, QuantizedWeight):
+        return cpu_quantized_linear.matrix(matrix.data, matrix.kind, matrix.group_size, matrix.has_offsets)
+    kind = WeightKind.BFLOAT16 if isinstance(matrix, PackedWeight) else WeightKind.PLAIN
+    return CMatrix(_tensor(matrix).data_ptr(), kind)
+
+
+def _c_field(name: str, field: Matrix | None) -> CMatrix | int | None:
+    if name in _MATRICES:
+        assert field is not None
+        return _c_matrix(field)
+    return None if field is None else _tensor(field).data_ptr()
 
 
 def decoder_layers(

@@ -27,7 +27,7 @@ _ONEDNN_TOKENS = 32
 
 
 class PackedWeight(NamedTuple):
-    """A weight [out_features, K] in a layout for `linear`: tiles of bf16 (4 dimensions) or int8 (3), or oneDNN's (2).
+    """A weight [out_features, K] in a layout for `linear`: tiles of bf16 (4 dimensions) or oneDNN's (2).
 
     It is a type of its own because tracing does not see the layout of a tensor. Tiles of several layers can be stacked
     in one more dimension; oneDNN's layout cannot.
@@ -38,7 +38,7 @@ class PackedWeight(NamedTuple):
 
     @property
     def has_readable_rows(self) -> bool:
-        """Whether `embedding` takes the weight: only tiles of bf16."""
+        """Whether `embedding` takes the weight: only tiles."""
         return self.blocked.dim() == 4
 
 
@@ -54,15 +54,13 @@ def pack(
     weight: Float[Tensor, "N K"] | QuantizedTensor,
     quantization: Quantization | None = None,
     *,
-    allow_int8: bool = False,
     out: Tensor | None = None,
 ) -> Matrix:
     """Return the weight in the layout that `linear` reads fastest on its device, which may be the weight itself.
 
-    quantization: to round a plain weight to; `has_quantized_kernel` must hold. allow_int8: quantize to int8 where that
-    is faster; each weight then has an error of up to 1/254 of the largest in its row. out: memory for the tiles, where
-    weights like this one are packed into tiles. `DISPEC_PACKED_WEIGHTS=off` keeps weights plain, to measure what
-    packing gains.
+    quantization: to round a plain weight to; `has_quantized_kernel` must hold. out: memory for the tiles, where
+    weights like this one are packed into tiles of bf16. `DISPEC_PACKED_WEIGHTS=off` keeps weights plain, to measure
+    what packing gains.
     """
     if isinstance(weight, QuantizedTensor):
         return pack_quantized(weight)
@@ -73,7 +71,7 @@ def pack(
     if os.environ.get("DISPEC_PACKED_WEIGHTS", "on") == "off":
         return weight
     if has_packed_linear():
-        return PackedWeight((cpu_linear.pack_int8 if allow_int8 else cpu_linear.pack)(weight, out), weight.shape[0])
+        return PackedWeight(cpu_linear.pack(weight, out), weight.shape[0])
     if not _packs_bfloat16():
         return weight
     return PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight, _ONEDNN_TOKENS), weight.shape[0])

@@ -1,11 +1,13 @@
 """Linear layers with quantised weights: a `QuantizedTensor` in the layout that the kernels of its device read."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dispec.ops.cpu import quantized_linear as cpu_quantized_linear
+from dispec.ops.cpu.library import has_packed_linear
 from dispec.ops.norm import Norm, rms_norm
 from dispec.ops.quantization import Kind, QuantizedTensor
 from dispec.ops.registration import register
@@ -39,6 +41,8 @@ def has_quantized_kernel(kind: Kind, device: torch.device, dtype: torch.dtype) -
     """Return whether `quantized_linear` has a kernel for a kind of weight and inputs of a dtype on a device."""
     if kind == "fp8":
         return dtype is torch.bfloat16 and device.type == "cuda" and _has_e4m3(device)
+    if device.type == "cpu":
+        return dtype is torch.bfloat16 and has_packed_linear()
     return dtype is torch.bfloat16 or (dtype is torch.float16 and device.type == "cuda")
 
 
@@ -54,23 +58,22 @@ def pack_quantized(weight: QuantizedTensor) -> QuantizedWeight:
     """
     if weight.kind == "fp8" and weight.scales.shape[1] != 1:
         raise ValueError(f"fp8 weights have one scale for each row, not one for every {weight.group_size} columns")
+    column_order = None if weight.column_order is None else weight.column_order.int()
+    group_size = min(weight.group_size, weight.shape[1])
+    layout = (column_order, weight.shape[0], weight.kind, group_size, weight.offsets is not None)
     data, scales, offsets = weight.codes, weight.scales, weight.offsets
-    if weight.kind != "fp8" and data.is_cuda:
-        from dispec.ops.triton.quantized_linear import pack_codes, pack_scales
+    if weight.kind == "fp8":
+        return QuantizedWeight(data, scales, offsets, *layout)
+    if not data.is_cuda:
+        packed = cpu_quantized_linear.pack(weight.kind, data, scales, offsets, group_size)
+        return QuantizedWeight(packed, None, None, *layout)
+    from dispec.ops.triton.quantized_linear import pack_codes, pack_scales
 
-        data = pack_codes(data, weight.kind, weight.group_size)
-        scales, offsets = pack_scales(scales), None if offsets is None else pack_scales(offsets)
-    elif weight.kind != "fp8":
-        scales, offsets = scales.half(), None if offsets is None else offsets.half()
     return QuantizedWeight(
-        data,
-        scales,
-        offsets,
-        None if weight.column_order is None else weight.column_order.int(),
-        weight.shape[0],
-        weight.kind,
-        min(weight.group_size, weight.shape[1]),
-        weight.offsets is not None,
+        pack_codes(data, weight.kind, weight.group_size),
+        pack_scales(scales),
+        None if offsets is None else pack_scales(offsets),
+        *layout,
     )
 
 
@@ -97,38 +100,8 @@ def quantized_linear(
 
 def read_rows(weight: QuantizedWeight, indices: Int[Tensor, "T"], in_features: int) -> Float[Tensor, "T K"]:
     """Return rows of a weight with `has_readable_rows`, in bfloat16."""
-    data, scales, offsets, _, _, kind, group_size, _ = weight
-    return torch.ops.dispec.read_quantized_rows(data, scales, offsets, indices, in_features, kind, group_size)
-
-
-def _dequantize(data: Tensor, scales: Tensor, offsets: Tensor | None, group_size: int) -> Tensor:
-    group = torch.arange(data.shape[1], device=data.device) // group_size
-    weight = data.float() * scales.float()[:, group]
-    return weight if offsets is None else weight + offsets.float()[:, group]
-
-
-def _quantized_linear(
-    x: Tensor,
-    data: Tensor,
-    scales: Tensor,
-    offsets: Tensor | None,
-    out_features: int,
-    kind: str,
-    group_size: int,
-    has_offsets: bool,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    is_gated: bool,
-) -> Tensor:
-    x = x if norm is None else rms_norm(x, Norm(norm, eps))
-    y = x.float() @ _dequantize(data, scales, offsets, group_size).T
-    y = (y if bias is None else y + bias.float()).to(x.dtype)
-    if is_gated:
-        gate, up = y.chunk(2, dim=-1)
-        y = torch.nn.functional.silu(gate) * up
-    return y if residual is None else residual + y
+    data, scales, offsets, _, _, *layout = weight
+    return torch.ops.dispec.read_quantized_rows(data, scales, offsets, indices, in_features, *layout)
 
 
 def _quantized_linear_cuda(
@@ -157,24 +130,22 @@ def _quantized_linear_cuda(
 
 def _read_rows(
     data: Tensor,
-    scales: Tensor,
+    scales: Tensor | None,
     offsets: Tensor | None,
     indices: Tensor,
     in_features: int,
     kind: str,
     group_size: int,
+    has_offsets: bool,
 ) -> Tensor:
-    rows = None if offsets is None else offsets[indices]
-    codes = data.view(torch.int8)[indices].view(data.dtype)  # torch indexes no e4m3 on some devices
-    return _dequantize(codes, scales[indices], rows, group_size).bfloat16()
-
-
-def _read_rows_cuda(data: Tensor, scales: Tensor, *rest: Any) -> Tensor:
-    if data.dtype is not torch.int16:
-        return _read_rows(data, scales, *rest)
+    if scales is None:
+        return cpu_quantized_linear.read_rows(data, indices, in_features, kind, group_size, has_offsets)
+    if kind == "fp8":
+        codes = data.view(torch.int8)[indices].view(data.dtype)  # torch indexes no e4m3 on some devices
+        return (codes.float() * scales[indices]).bfloat16()
     from dispec.ops.triton.quantized_linear import read_rows as read
 
-    return read(data, scales, *rest).bfloat16()
+    return read(data, scales, offsets, indices, in_features, kind, group_size).bfloat16()
 
 
 register(
@@ -184,15 +155,15 @@ register(
     lambda x, data, scales, offsets, out_features, *rest: x.new_empty(
         x.shape[0], out_features // 2 if rest[-1] else out_features
     ),
-    cpu=_quantized_linear,
+    cpu=cpu_quantized_linear.linear,
     cuda=_quantized_linear_cuda,
 )
 register(
     "read_quantized_rows(Tensor data, Tensor? scales, Tensor? offsets, Tensor indices, int in_features, str kind,"
-    " int group_size) -> Tensor",
+    " int group_size, bool has_offsets) -> Tensor",
     lambda data, scales, offsets, indices, in_features, *_: data.new_empty(
         indices.shape[0], in_features, dtype=torch.bfloat16
     ),
     cpu=_read_rows,
-    cuda=_read_rows_cuda,
+    cuda=_read_rows,
 )

@@ -137,18 +137,6 @@ def sampling_scores(
     return values
 
 
-def quantized_to_int8(weight: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
-    """Round each row to multiples of a 127th of its largest magnitude; return them in float64.
-
-    The quotient is rounded in float32, as in `ops.pack`: in float64 a tie could round differently.
-    """
-    rows = []
-    for row in weight.float():
-        unit = row.abs().max() / 127
-        rows.append(row.double() if unit == 0 else (row / unit).round().double() * unit.double())
-    return torch.stack(rows)
-
-
 def token_threshold(
     weights: Float[Tensor, "R V"], top_k: Int[Tensor, "R"], top_p: Float[Tensor, "R"]
 ) -> Float[Tensor, "R"]:

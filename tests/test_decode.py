@@ -46,21 +46,21 @@ def single_steps(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("allow_int8", [False, True])
+@pytest.mark.parametrize("quantization", [None, ops.Quantization("int4", 32)])
 @pytest.mark.parametrize("query_len", [1, 2])
 @pytest.mark.parametrize("kind", ["greedy", "drawn", "some tokens", "small vocabulary"])
-def test_tokens_and_pages_are_those_of_single_steps(tmp_path, family, allow_int8, query_len, kind):
-    compare_with_single_steps(tmp_path, family, allow_int8, query_len, kind)
+def test_tokens_and_pages_are_those_of_single_steps(tmp_path, family, quantization, query_len, kind):
+    compare_with_single_steps(tmp_path, family, quantization, query_len, kind)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("query_len", [1, 2])
 @pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn])
 def test_tokens_and_pages_of_a_quantised_cache(tmp_path, family, query_len, cache_dtype):
-    compare_with_single_steps(tmp_path, family, False, query_len, "drawn", cache_dtype)
+    compare_with_single_steps(tmp_path, family, None, query_len, "drawn", cache_dtype)
 
 
-def compare_with_single_steps(tmp_path, family, allow_int8, query_len, kind, cache_dtype=None):
+def compare_with_single_steps(tmp_path, family, quantization, query_len, kind, cache_dtype=None):
     save_tiny(tmp_path, family, **FITTING)
     checkpoint = find_checkpoint(tmp_path)
     config = checkpoint.config
@@ -69,7 +69,7 @@ def compare_with_single_steps(tmp_path, family, allow_int8, query_len, kind, cac
         checkpoint.tensors(),
         torch.bfloat16,
         torch.device("cpu"),
-        packing=Packing(allow_int8=allow_int8),
+        packing=Packing(quantization),
     )
     head_tokens = None
     columns = VOCAB_SIZE - 100 if kind == "small vocabulary" else VOCAB_SIZE
@@ -78,7 +78,7 @@ def compare_with_single_steps(tmp_path, family, allow_int8, query_len, kind, cac
         head_tokens = torch.randperm(VOCAB_SIZE)[:70]
         columns = len(head_tokens)
         head = torch.randn(columns, config.hidden_size).bfloat16()
-        weights = weights._replace(lm_head=ops.pack(head, allow_int8=allow_int8))
+        weights = weights._replace(lm_head=ops.pack(head, quantization))
     temperature = torch.tensor([0.0, 1.0, 2.0, 0.5])
     seed = torch.tensor([3, -(2**62), 2**40, 0])
     models = [

@@ -49,9 +49,11 @@ def threads(request) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def random_weights(config: ModelConfig, *, allow_int8: bool = False, dtype: torch.dtype = torch.bfloat16) -> Weights:
+def random_weights(
+    config: ModelConfig, quantization: ops.Quantization | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Weights:
     """Dummy weights with norms and biases that change the result."""
-    weights = dummy_weights(config, dtype, torch.device("cpu"), packing=Packing(allow_int8=allow_int8))
+    weights = dummy_weights(config, dtype, torch.device("cpu"), packing=Packing(quantization))
     torch.manual_seed(1)
     blocks, attention = weights.layers, weights.layers.attention
     for norm in (blocks.attention_norm, blocks.mlp_norm, attention.query_norm, attention.key_norm):
@@ -61,6 +63,29 @@ def random_weights(config: ModelConfig, *, allow_int8: bool = False, dtype: torc
         if bias is not None:
             bias.normal_()
     return weights
+
+
+def with_offsets(matrix: torch.Tensor, quantization: ops.Quantization) -> ops.Matrix:
+    """A matrix quantised with random offsets."""
+    quantized = ops.quantize(matrix, quantization)
+    return ops.pack(replace(quantized, offsets=torch.randn_like(quantized.scales) * 0.01))
+
+
+def quantized_weights(config: ModelConfig) -> Weights:
+    """Weights whose kinds differ between matrices, and in one matrix between layers."""
+    weights = random_weights(config, ops.Quantization("int4", 32))
+    layers, num_layers = weights.layers, config.num_layers
+    query_size = config.num_heads * config.head_dim
+    down = torch.randn(num_layers, config.hidden_size, config.intermediate_size).bfloat16() * 0.05
+    output = torch.randn(num_layers, config.hidden_size, query_size).bfloat16() * 0.05
+    down_layers = (
+        ops.pack(down[0]),
+        ops.pack(down[1], ops.Quantization("int4", 16)),
+        with_offsets(down[2], ops.Quantization("int8", 48)),
+    )
+    output_layers = tuple(with_offsets(matrix, ops.Quantization("int8")) for matrix in output)
+    attention, mlp = layers.attention._replace(output=output_layers), layers.mlp._replace(down=down_layers)
+    return weights._replace(layers=layers._replace(attention=attention, mlp=mlp))
 
 
 def empty_cache(config: ModelConfig, num_blocks: int = 2, dtype: torch.dtype = torch.bfloat16) -> KVCache:
@@ -117,11 +142,11 @@ def uniform_step(
 
 @needs_kernels
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("allow_int8", [False, True])
+@pytest.mark.parametrize("is_quantized", [False, True])
 @pytest.mark.usefixtures("threads")
-def test_bits_are_those_of_each_layer_in_turn(kind: str, allow_int8: bool) -> None:
+def test_bits_are_those_of_each_layer_in_turn(kind: str, is_quantized: bool) -> None:
     config = CONFIGS[kind]
-    weights = random_weights(config, allow_int8=allow_int8)
+    weights = quantized_weights(config) if is_quantized else random_weights(config)
     steps = [(size, query_len) for size in (1, 2, 3) for query_len in range(1, 17)]
     steps += [(size, query_len) for size in (7, 33) for query_len in (1, 2, 5, 16)]
     for size, query_len in steps:
@@ -182,7 +207,9 @@ def test_inputs_may_be_wider_integers_and_parts_of_larger_tensors() -> None:
     assert torch.equal(model.hidden_states(weights, CONFIG, wide, cache, gathered), expected)
 
 
-@pytest.mark.parametrize("kind", ["float32", "plain weights", "oneDNN's layout", "head size", "MLP size", "a shard"])
+@pytest.mark.parametrize(
+    "kind", ["float32", "plain weights", "oneDNN's layout", "head size", "MLP size", "a shard", "reordered columns"]
+)
 def test_models_without_a_kernel_have_no_decoder(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, dtype = CONFIG, torch.bfloat16
     if kind == "float32":
@@ -196,6 +223,12 @@ def test_models_without_a_kernel_have_no_decoder(kind: str, monkeypatch: pytest.
     elif kind == "MLP size":
         config = replace(CONFIG, intermediate_size=80)
     weights = random_weights(config, dtype=dtype)
+    if kind == "reordered columns":
+        reordered = ops.pack(torch.randn(config.hidden_size, config.intermediate_size), ops.Quantization("int4"))
+        assert isinstance(reordered, ops.QuantizedWeight)
+        reordered = reordered._replace(column_order=torch.randperm(config.intermediate_size).int())
+        down = (*(ops.layer_of(weights.layers.mlp.down, layer) for layer in range(config.num_layers - 1)), reordered)
+        weights = weights._replace(layers=weights.layers._replace(mlp=weights.layers.mlp._replace(down=down)))
     if kind == "a shard":
         config = replace(config, shard=Shard(0, 2, "ranks"))
     assert build_decoder(weights, config, Vocabulary(config.vocab_size), empty_cache(config, dtype=dtype)) is None

@@ -144,36 +144,28 @@ def test_copy_blocks():
     assert torch.equal(values, expected_values)
 
 
-def pack_with_expected(weight: torch.Tensor, allow_int8: bool) -> tuple[ops.Matrix, torch.Tensor]:
-    """Return a packed weight and the weight that it stands for in float64."""
-    meant = reference.quantized_to_int8(weight) if allow_int8 and has_packed_linear() else weight.double()
-    return ops.pack(weight, allow_int8=allow_int8), meant
-
-
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("allow_int8", [False, True])
-def test_packed_linear_rounds_once(rows, bias, allow_int8):
+def test_packed_linear_rounds_once(rows, bias):
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(80, 96).bfloat16()
     weight[3] = 0
     weight[5] *= 1000
     offset = torch.randn(80).bfloat16() if bias else None
-    packed, weight = pack_with_expected(weight, allow_int8)
+    packed = ops.pack(weight)
     exact = torch.nn.functional.linear(x.double(), weight.double(), offset.double() if bias else None)
     torch.testing.assert_close(ops.linear(x, packed, offset).double(), exact, atol=0.04, rtol=2**-7)
 
 
 @pytest.mark.parametrize("rows", [1, 13, 40])
 @pytest.mark.parametrize(("features", "columns"), [(192, 96), (70, 33), (96, 40)])
-@pytest.mark.parametrize("allow_int8", [False, True])
-def test_norm_gate_and_residual_of_a_packed_linear(rows, features, columns, allow_int8):
+def test_norm_gate_and_residual_of_a_packed_linear(rows, features, columns):
     """Norm, gate and residual are those of separate operations in float32, each rounded where those would round."""
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, columns).bfloat16(), (torch.randn(features, columns) / columns**0.5).bfloat16()
     bias, residual = torch.randn(features).bfloat16(), torch.randn(rows, features).bfloat16()
     norm = ops.Norm(torch.rand(columns).bfloat16(), 1e-5)
-    packed, weight = pack_with_expected(weight, allow_int8)
+    packed = ops.pack(weight)
     normed = torch.nn.functional.rms_norm(x.double(), (columns,), norm.weight.double(), norm.eps)
     product = normed @ weight.double().T + bias.double()
     given = ops.linear(x, packed, bias, norm=norm, residual=residual)
@@ -231,25 +223,14 @@ def test_rope_write(dtype, head_dim, has_norm):
     assert torch.equal(values, expected_values)
 
 
-@pytest.mark.parametrize("allow_int8", [False, True])
-def test_a_row_of_a_packed_linear_does_not_depend_on_the_others(allow_int8):
+def test_a_row_of_a_packed_linear_does_not_depend_on_the_others():
     if not has_packed_linear():
         pytest.skip("oneDNN does not promise it")
     torch.manual_seed(0)
-    x, packed = torch.randn(70, 97).bfloat16(), ops.pack(torch.randn(83, 97).bfloat16(), allow_int8=allow_int8)
+    x, packed = torch.randn(70, 97).bfloat16(), ops.pack(torch.randn(83, 97).bfloat16())
     alone = torch.cat([ops.linear(row, packed) for row in x.split(1)])
     for rows in (2, 11, 12, 13, 25, 70):
         assert torch.equal(ops.linear(x[:rows], packed), alone[:rows])
-
-
-def test_int8_quantizes_row_by_row():
-    """Rows of the second and third batch of quantized rows included."""
-    if not has_packed_linear():
-        pytest.skip("only tiles are quantized to int8")
-    torch.manual_seed(0)
-    weight = torch.randn(2 * 4096 + 33, 6).bfloat16()
-    found = ops.linear(torch.eye(6).bfloat16(), ops.pack(weight, allow_int8=True)).T
-    assert torch.equal(found, reference.quantized_to_int8(weight).to(torch.float32).bfloat16())
 
 
 def test_packed_linear_of_strided_rows():
@@ -305,18 +286,17 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.dispec.paged_attention.default, case)
 
 
-@pytest.mark.parametrize("allow_int8", [False, True])
-def test_opcheck_of_the_tiled_linear(allow_int8):
+def test_opcheck_of_the_tiled_linear():
     if not has_packed_linear():
         pytest.skip("this CPU has neither AVX512-BF16 nor AVX2")
     x, weight, bias = torch.randn(5, 96).bfloat16(), torch.randn(80, 96).bfloat16(), torch.randn(80).bfloat16()
     for offset in (None, bias):
-        plain = (x, ops.pack(weight, allow_int8=allow_int8).blocked, 80, offset, None, 0.0, None, False)
+        plain = (x, ops.pack(weight).blocked, 80, offset, None, 0.0, None, False)
         torch.library.opcheck(torch.ops.dispec.tiled_linear.default, plain)
     norm, residual = torch.randn(96).bfloat16(), torch.randn(5, 80).bfloat16()
-    fused = (x, ops.pack(weight, allow_int8=allow_int8).blocked, 80, bias, norm, 1e-5, residual, False)
+    fused = (x, ops.pack(weight).blocked, 80, bias, norm, 1e-5, residual, False)
     torch.library.opcheck(torch.ops.dispec.tiled_linear.default, fused)
-    gated = (x, ops.pack(weight[:64], allow_int8=allow_int8).blocked, 64, None, norm, 1e-5, None, True)
+    gated = (x, ops.pack(weight[:64]).blocked, 64, None, norm, 1e-5, None, True)
     torch.library.opcheck(torch.ops.dispec.tiled_linear.default, gated)
 
 

@@ -151,7 +151,7 @@ def test_fused_rows_stand_in_order(checkpoint):
 LAYOUTS = {
     "plain": (torch.float32, Packing()),
     "tiles": (torch.bfloat16, Packing()),
-    "tiles of 8 bits": (torch.bfloat16, Packing(allow_int8=True)),
+    "int8": (torch.bfloat16, Packing(ops.Quantization("int8"))),
     "int4": (torch.bfloat16, Packing(ops.Quantization("int4", 32))),
     "oneDNN's": (torch.bfloat16, Packing()),
 }

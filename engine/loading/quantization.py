@@ -31,6 +31,16 @@ def packing_for(options: EngineOptions, device: torch.device) -> Packing:
     return Packing(Quantization(kind, options.quantization_group_size if kind == "int4" else None))
 
 
+def draft_packing(device: torch.device, dtype: torch.dtype) -> Packing:
+    """Return how the matrices of a draft model are quantised: to int8 on a CPU, where that halves the time of a step.
+
+    Rounding only lowers the acceptance rate.
+    """
+    if device.type == "cpu" and has_quantized_kernel("int8", device, dtype):
+        return Packing(Quantization("int8"))
+    return Packing()
+
+
 def with_kernels(
     tensors: Iterable[tuple[str, Tensor | QuantizedTensor]], dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:

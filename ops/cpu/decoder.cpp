@@ -15,27 +15,27 @@ namespace {
 // The weights of a layer, as `Linear` and `RopeWrite` take them, and its KV cache. Biases and head norms may be null.
 struct Layer {
     const uint16_t *attention_norm;
-    const void *qkv;
+    Matrix qkv;
     const uint16_t *qkv_bias, *query_norm, *key_norm;
-    const void *output;
+    Matrix output;
     const uint16_t *output_bias, *mlp_norm;
-    const void *gate_up, *down;
+    Matrix gate_up, down;
     void *keys, *values;
 };
 
-// embedding [vocab, hidden] in bf16, plain or in tiles. head: a weight [head_rows, hidden]; its first `columns` outputs
-// may be sampled. head_tokens [columns]: their tokens, null where they are all tokens in order. cosine and sine
-// [positions, head_dim / 2].
+// embedding: a weight [vocab, hidden], which may be plain. head: a weight [head_rows, hidden] in tiles; its first
+// `columns` outputs may be sampled. head_tokens [columns]: their tokens, null where they are all tokens in order. cosine
+// and sine [positions, head_dim / 2].
 struct Model {
     int64_t hidden, intermediate, heads, kv_heads, head_dim, block_size;
     CacheType cache_type;
-    int64_t vocab, embedding_is_tiled;
-    const uint16_t *embedding;
-    int64_t num_layers, layers_are_int8;
+    int64_t vocab;
+    Matrix embedding;
+    int64_t num_layers;
     const Layer *layers;
     const uint16_t *final_norm;
-    int64_t head_rows, head_is_int8, columns;
-    const void *head;
+    int64_t head_rows, columns;
+    Matrix head;
     const int64_t *head_tokens;
     const float *cosine, *sine;
     float eps, scale;
@@ -70,11 +70,10 @@ void compute_layer(const Layer &w, const Model &m, const Step &step, const Atten
                    const uint16_t *x, uint16_t *out) {
     const int64_t tokens = step.tokens, query_size = m.heads * m.head_dim;
     const int64_t qkv_size = (m.heads + 2 * m.kv_heads) * m.head_dim;
-    const bool is_int8 = m.layers_are_int8 != 0;
     uint16_t *normed = s.normed.data(), *middle = s.middle.data(), *gated = s.gated.data();
     bfloat16 *projected = (bfloat16 *)s.projected.data(), *query = (bfloat16 *)s.query.data();
     bfloat16 *attended = (bfloat16 *)s.attended.data();
-    linear({x, m.hidden, w.attention_norm, m.eps, normed, w.qkv, is_int8, w.qkv_bias, nullptr, s.projected.data(),
+    linear({x, m.hidden, w.attention_norm, m.eps, normed, w.qkv, w.qkv_bias, nullptr, s.projected.data(),
             tokens, qkv_size, m.hidden, false});
     rope_write(RopeWrite<bfloat16>{projected, qkv_size, (bfloat16 *)w.query_norm, (bfloat16 *)w.key_norm, m.eps,
                                    step.cosine, step.sine, step.slot_mapping, tokens, query, w.keys, w.values},
@@ -82,11 +81,11 @@ void compute_layer(const Layer &w, const Model &m, const Step &step, const Atten
     decode_attention(Attention<bfloat16>{query, query_size, w.keys, w.values, step.block_tables, step.table_stride,
                                          step.query_start, step.context_lens, step.sequences, m.scale, attended},
                      s.plan, shape);
-    linear({s.attended.data(), query_size, nullptr, 0, nullptr, w.output, is_int8, w.output_bias, x, middle, tokens,
+    linear({s.attended.data(), query_size, nullptr, 0, nullptr, w.output, w.output_bias, x, middle, tokens,
             m.hidden, query_size, false});
-    linear({middle, m.hidden, w.mlp_norm, m.eps, normed, w.gate_up, is_int8, nullptr, nullptr, gated, tokens,
+    linear({middle, m.hidden, w.mlp_norm, m.eps, normed, w.gate_up, nullptr, nullptr, gated, tokens,
             2 * m.intermediate, m.hidden, true});
-    linear({gated, m.intermediate, nullptr, 0, nullptr, w.down, is_int8, nullptr, middle, out, tokens, m.hidden,
+    linear({gated, m.intermediate, nullptr, 0, nullptr, w.down, nullptr, middle, out, tokens, m.hidden,
             m.intermediate, false});
 }
 
@@ -133,11 +132,6 @@ void write_inputs(const Model &m, StepScratch &s, int64_t b, int64_t query_len, 
     }
 }
 
-void embed(const Model &m, const int32_t *token_ids, int64_t tokens, uint16_t *x) {
-    if (m.embedding_is_tiled) return unpack_rows(m.embedding, token_ids, tokens, m.hidden, x);
-    for (int64_t i = 0; i < tokens; ++i) std::copy_n(m.embedding + token_ids[i] * m.hidden, m.hidden, x + i * m.hidden);
-}
-
 }  // namespace
 
 // x and out [tokens, hidden], which may be the same.
@@ -168,12 +162,12 @@ extern "C" void dispec_decode(const Model *model, int64_t sequences, int64_t que
         const int64_t tokens = active * q;
         s.query_start[active] = int32_t(tokens);
         uint16_t *x = s.x.data(), *logits = s.logits.data();
-        embed(m, s.token_ids.data(), tokens, x);
+        read_rows(m.embedding, s.token_ids.data(), tokens, m.hidden, x);
         compute_layers(m, {tokens, active, s.cosine.data(), s.sine.data(), s.slot_mapping.data(), block_tables,
                            table_stride, s.query_start.data(), s.context_lens.data()}, x, x);
         // The head reads the last token of each sequence.
         linear({x + (q - 1) * m.hidden, q * m.hidden, m.final_norm, m.eps, s.normed.data(), m.head,
-                m.head_is_int8 != 0, nullptr, nullptr, logits, active, m.head_rows, m.hidden, false});
+                nullptr, nullptr, logits, active, m.head_rows, m.hidden, false});
         int64_t *columns = s.columns.data();
         if (temperature)
             sample((bfloat16 *)logits, m.head_rows, active, m.columns, temperature, seed, s.context_lens.data(),

@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from dispec.ops.cpu.library import address, int32, kernel
+from dispec.ops.cpu.library import Matrix, address, int32, kernel
 
 _NUMBER, _POINTER, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
@@ -15,15 +15,15 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         ("attention_norm", _POINTER),
-        ("qkv", _POINTER),
+        ("qkv", Matrix),
         ("qkv_bias", _POINTER),
         ("query_norm", _POINTER),
         ("key_norm", _POINTER),
-        ("output", _POINTER),
+        ("output", Matrix),
         ("output_bias", _POINTER),
         ("mlp_norm", _POINTER),
-        ("gate_up", _POINTER),
-        ("down", _POINTER),
+        ("gate_up", Matrix),
+        ("down", Matrix),
         ("keys", _POINTER),
         ("values", _POINTER),
     )
@@ -41,16 +41,13 @@ class Model(ctypes.Structure):
         ("block_size", _NUMBER),
         ("cache_type", _NUMBER),
         ("vocab", _NUMBER),
-        ("embedding_is_tiled", _NUMBER),
-        ("embedding", _POINTER),
+        ("embedding", Matrix),
         ("num_layers", _NUMBER),
-        ("layers_are_int8", _NUMBER),
         ("layers", ctypes.POINTER(Layer)),
         ("final_norm", _POINTER),
         ("head_rows", _NUMBER),
-        ("head_is_int8", _NUMBER),
         ("columns", _NUMBER),
-        ("head", _POINTER),
+        ("head", Matrix),
         ("head_tokens", _POINTER),
         ("cosine", _POINTER),
         ("sine", _POINTER),

@@ -7,13 +7,22 @@
 
 #include "vectors.h"
 
-#if defined(__AVX512BF16__) || (defined(__AVX2__) && defined(__FMA__))
+#if defined(__AVX512BF16__) || (defined(__AVX2__) && defined(__FMA__) && defined(__F16C__))
 #define DISPEC_TILES  // packed weights and prefill attention; on other CPUs the library lacks them
 #endif
 
+enum WeightKind : int64_t { PLAIN, BFLOAT16, INT4, INT8 };
+
+// A weight [n, k]. PLAIN: bf16, row by row. All others: in tiles, see tiles.h. group_size: columns that share a scale,
+// and has_offsets, both of int4 and int8. It has the fields of the structure of the same name in library.py.
+struct Matrix {
+    const void *data;
+    int64_t kind, group_size, has_offsets;
+};
+
 // out [rows, n] = norm(x) [rows, k] @ weight.T + bias + residual [rows, n], in bf16. x: rows `x_stride` elements apart.
-// norm [k], bias [n] and residual may be null. packed: the weight in tiles, see tiles.h. normed: room for rows * k + 2
-// elements where there is a norm. If `is_gated`, n is a multiple of 64, the first half of the features gates the
+// norm [k], bias [n] and residual may be null. weight: in tiles. normed: room for rows * k + 2 elements where there is
+// a norm. If `is_gated`, n is a multiple of 64, the first half of the features gates the
 // second, there is no residual, and out is [rows, n / 2].
 struct Linear {
     const uint16_t *x;
@@ -21,8 +30,7 @@ struct Linear {
     const uint16_t *norm;
     float eps;
     uint16_t *normed;
-    const void *packed;
-    bool is_int8;
+    Matrix weight;
     const uint16_t *bias, *residual;
     uint16_t *out;
     int64_t rows, n, k;
@@ -31,8 +39,8 @@ struct Linear {
 
 void linear(const Linear &linear);
 
-// Copy rows of a packed bf16 weight [n, k]: out [count, k].
-void unpack_rows(const uint16_t *packed, const int32_t *indices, int64_t count, int64_t k, uint16_t *out);
+// Read rows of a weight [n, k]: out [count, k] in bf16.
+void read_rows(const Matrix &weight, const int32_t *indices, int64_t count, int64_t k, uint16_t *out);
 
 // The elements of the KV cache: those of the activations, or codes with a scale for each token of each head.
 enum class CacheType : int64_t { ACTIVATIONS, INT8, E4M3 };

@@ -6,6 +6,7 @@ OpenMP call, for the number of threads, stays unresolved at link time and finds 
 
 import contextlib
 import ctypes
+import enum
 import functools
 import hashlib
 import os
@@ -45,8 +46,9 @@ _ARGMAX = [_POINTER, *[_NUMBER] * 3, _POINTER]
 _SAMPLE = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 5]
 _SIGNATURES = {
     "dispec_pack": [_POINTER, _POINTER, _NUMBER, _NUMBER],
-    "dispec_unpack_rows": [_POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER],
-    "dispec_linear": [_POINTER, _NUMBER, _POINTER, ctypes.c_float, _POINTER, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 4],
+    "dispec_pack_quantized": [_POINTER, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 4],
+    "dispec_read_rows": [_POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER],
+    "dispec_linear": [_POINTER, _NUMBER, _POINTER, ctypes.c_float, *[_POINTER] * 4, *[_NUMBER] * 4],
     "dispec_layers": [_POINTER] * 4,
     "dispec_decode": [_POINTER, *[_NUMBER] * 2, *[_POINTER] * 3, _NUMBER, *[_POINTER] * 4],
     **{f"dispec_paged_attention_{dtype}": _ATTENTION for dtype in DTYPE_NAMES.values()},
@@ -54,6 +56,21 @@ _SIGNATURES = {
     **{f"dispec_argmax_{dtype}": _ARGMAX for dtype in DTYPE_NAMES.values()},
     **{f"dispec_sample_{dtype}": _SAMPLE for dtype in DTYPE_NAMES.values()},
 }
+
+
+class WeightKind(enum.IntEnum):
+    """`WeightKind` of kernels.h."""
+
+    PLAIN = 0
+    BFLOAT16 = 1
+    INT4 = 2
+    INT8 = 3
+
+
+class Matrix(ctypes.Structure):
+    """`Matrix` of kernels.h. Its address is valid as long as the tensor lives."""
+
+    _fields_ = (("data", _POINTER), ("kind", _NUMBER), ("group_size", _NUMBER), ("has_offsets", _NUMBER))
 
 
 @functools.cache

@@ -1,14 +1,14 @@
-"""GEMMs with weights packed into tiles of 32 output features, in bf16 or int8: see linear.cpp."""
+"""GEMMs with weights packed into tiles of 32 output features: see linear.cpp."""
+
+import ctypes
 
 import torch
-from jaxtyping import BFloat16, Int8
+from jaxtyping import BFloat16
 from torch import Tensor
 
-from dispec.ops.cpu.library import address, int32, kernel
+from dispec.ops.cpu.library import Matrix, WeightKind, address, int32, kernel
 
 TILE = 32
-
-_QUANTIZED_ROWS = 128 * TILE  # at a time, which bounds the temporary memory
 
 
 def pack(
@@ -22,31 +22,6 @@ def pack(
     return packed
 
 
-def pack_int8(
-    weight: BFloat16[Tensor, "N K"], out: Int8[Tensor, "tiles elements 32"] | None = None
-) -> Int8[Tensor, "tiles elements 32"]:
-    """Return the weight in tiles of integers from -127 to 127, with a factor for each row.
-
-    Half the bytes, and so half the time of a GEMM of few tokens. A row's factor is its largest magnitude over 127. A
-    tile has an even number of columns of elements, followed by the float32 factors; missing rows and columns are zeros.
-    """
-    out_features, in_features = weight.shape
-    elements = in_features + in_features % 2 + torch.float32.itemsize
-    packed = torch.empty(-(-out_features // TILE), elements, TILE, dtype=torch.int8) if out is None else out
-    for part, tiles in zip(weight.split(_QUANTIZED_ROWS), packed.split(_QUANTIZED_ROWS // TILE), strict=True):
-        tiles.copy_(_int8_tiles(part))
-    return packed
-
-
-def _int8_tiles(weight: BFloat16[Tensor, "N K"]) -> Int8[Tensor, "tiles elements 32"]:
-    out_features, in_features = weight.shape
-    wide = torch.nn.functional.pad(weight.float(), (0, in_features % 2, 0, -out_features % TILE))
-    factors = (wide.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    numbers = (wide / factors[:, None]).round().to(torch.int8)
-    tiles = numbers.unflatten(0, (-1, TILE)).transpose(1, 2)
-    return torch.cat((tiles, factors.view(torch.int8).view(len(tiles), -1, TILE)), dim=1)
-
-
 def linear(
     x: Tensor,
     packed: Tensor,
@@ -57,7 +32,22 @@ def linear(
     residual: Tensor | None,
     is_gated: bool,
 ) -> Tensor:
-    """Compute `ops.linear`: [T, M]. The bits of a row depend on that row alone."""
+    """Compute `ops.linear` with tiles of bf16: [T, M]. The bits of a row depend on that row alone."""
+    matrix = Matrix(packed.data_ptr(), WeightKind.BFLOAT16)
+    return multiply(x, matrix, out_features, bias, norm, eps, residual, is_gated)
+
+
+def multiply(
+    x: Tensor,
+    weight: Matrix,
+    out_features: int,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    is_gated: bool,
+) -> Tensor:
+    """Compute `ops.linear` with a weight in tiles. If `is_gated`, out_features is a multiple of 64."""
     num_tokens, in_features = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -69,8 +59,7 @@ def linear(
         x.stride(0),
         address(norm),
         eps,
-        packed.data_ptr(),
-        packed.dtype is torch.int8,
+        ctypes.byref(weight),
         address(bias),
         address(residual),
         output.data_ptr(),
@@ -84,7 +73,12 @@ def linear(
 
 def unpack_rows(packed: Tensor, indices: Tensor, in_features: int) -> Tensor:
     """Return rows [T, in_features] of a packed bf16 weight."""
+    return read_rows(Matrix(packed.data_ptr(), WeightKind.BFLOAT16), indices, in_features)
+
+
+def read_rows(weight: Matrix, indices: Tensor, in_features: int) -> Tensor:
+    """Return rows [T, in_features] of a weight, in bfloat16."""
     indices = int32(indices)
     output = torch.empty(len(indices), in_features, dtype=torch.bfloat16)
-    kernel("unpack_rows")(packed.data_ptr(), indices.data_ptr(), len(indices), in_features, output.data_ptr())
+    kernel("read_rows")(ctypes.byref(weight), indices.data_ptr(), len(indices), in_features, output.data_ptr())
     return output

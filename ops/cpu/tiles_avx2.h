@@ -18,16 +18,23 @@ constexpr int64_t PART = 16;
 
 inline void put(Input *to, Floats x) { store(to, x); }
 
-// One element of a pair, of eight outputs.
-inline __m256 eight_of(const uint16_t *pair, int eight, int element) {
-    const __m256i both = _mm256_load_si256((const __m256i *)pair + eight);
+// One element of a pair of a tile, of eight outputs.
+inline __m256 eight_of(const uint16_t *tile, int64_t pair, int eight, int element) {
+    const __m256i both = _mm256_load_si256((const __m256i *)pair_of(tile, pair) + eight);
     return _mm256_castsi256_ps(element ? _mm256_and_si256(both, _mm256_set1_epi32(int32_t(0xffff0000)))
                                        : _mm256_slli_epi32(both, 16));
 }
 
-inline __m256 eight_of(const int8_t *pair, int eight, int element) {
-    const __m128i bytes = _mm_loadl_epi64((const __m128i *)(pair + element * TILE + 8 * eight));
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+inline __m256 eight_of(const int8_t *tile, int64_t pair, int eight, int element) {
+    const __m256i both = _mm256_cvtepi16_epi32(_mm_load_si128((const __m128i *)pair_of(tile, pair) + eight));
+    return _mm256_cvtepi32_ps(element ? _mm256_srai_epi32(both, 8)
+                                      : _mm256_srai_epi32(_mm256_slli_epi32(both, 24), 24));
+}
+
+inline __m256 eight_of(const Int4 *tile, int64_t pair, int eight, int element) {
+    const __m256i words = _mm256_load_si256((const __m256i *)pair_of(tile, pair / 2 * 2) + eight % 2);
+    const int at = 16 * element + 8 * int(pair % 2) + 4 * (eight / 2);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sll_epi32(words, _mm_cvtsi32_si128(28 - at)), 28));
 }
 
 // Add to outputs 8 * FIRST to 8 * (FIRST + WIDTH) of a tile.
@@ -42,14 +49,14 @@ inline void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride,
 #pragma GCC unroll 4
         for (int i = 0; i < WIDTH; ++i) found[row][i] = _mm256_loadu_ps((const float *)sums[row] + 8 * (FIRST + i));
     for (int64_t pair = 0; pair < pairs; ++pair) {
-        const Weight *at = tile + pair * TILE * 2;
+        const Weight *at = pair_of(tile, pair);
         constexpr int64_t BYTES = WIDTH * PAIR<Weight> / 4;
         for (int64_t i = 0; i < BYTES; i += 64)
             _mm_prefetch((const char *)at + FIRST * PAIR<Weight> / 4 + i + AHEAD, _MM_HINT_T0);
         // One element of all columns, then the other: the live values fit into the registers.
 #pragma GCC unroll 2
         for (int element = 0; element < 2; ++element) {
-            const auto column = [&](int i) { return eight_of(at, FIRST + i, element); };
+            const auto column = [&](int i) { return eight_of(tile, pair, FIRST + i, element); };
             const auto spread = [&](int row) { return _mm256_broadcast_ss(x + row * stride + 2 * pair + element); };
             if constexpr (WIDTH > ROWS) {
                 __m256 spreads[ROWS];
@@ -81,21 +88,49 @@ inline void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride,
         for (int i = 0; i < WIDTH; ++i) _mm256_storeu_ps((float *)sums[row] + 8 * (FIRST + i), found[row][i]);
 }
 
+// Write `pairs` pairs as a tile of bf16, in which integers are exact.
+template <typename Weight>
+inline void unpack_pairs(const Weight *codes, int64_t pairs, uint16_t *to) {
+    for (int64_t pair = 0; pair < pairs; ++pair)
+        for (int eight = 0; eight < 4; ++eight, to += 16) {
+            const auto element = [&](int i) { return _mm256_castps_si256(eight_of(codes, pair, eight, i)); };
+            _mm256_store_si256((__m256i *)to, _mm256_or_si256(_mm256_srli_epi32(element(0), 16), element(1)));
+        }
+}
+
 // sums [rows][32] += x [rows, k] times the tile; x's rows are `stride` elements apart, with a zero after an odd number.
+// unpacked: where the tile is written in bf16; may be null.
 template <int ROWS, typename Weight, typename Fetch>
 inline void multiply_add(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const Weight *tile, int64_t k,
-                        Fetch) {
+                        Fetch, uint16_t *unpacked = nullptr) {
     const int64_t pairs = (k + 1) / 2;
+    if (unpacked) unpack_pairs(tile, pairs, unpacked);
     if constexpr (ROWS <= 3) {
         add_columns<ROWS, 0, 4>(sums, x, stride, tile, pairs);
     } else {
         for (int64_t pair = 0; pair < pairs; pair += PART) {
-            const Weight *at = tile + pair * TILE * 2;
+            const Weight *at = pair_of(tile, pair);
             const int64_t count = std::min(PART, pairs - pair);
             add_columns<ROWS, 0, 2>(sums, x + 2 * pair, stride, at, count);
             add_columns<ROWS, 2, 2>(sums, x + 2 * pair, stride, at, count);
         }
     }
+}
+
+// Sixteen float16.
+inline Floats load_halves(const uint16_t *at) {
+    alignas(64) float halves[LANES];
+    for (int i = 0; i < 2; ++i)
+        _mm256_store_ps(halves + 8 * i, _mm256_cvtph_ps(_mm_load_si128((const __m128i *)at + i)));
+    return load(halves);
+}
+
+// x * y + z, rounded once.
+inline Floats fma(Floats x, Floats y, Floats z) {
+    FloatHalves a{x}, b{y}, c{z};
+    for (int i = 0; i < 2; ++i)
+        c.half[i] = (EightFloats)_mm256_fmadd_ps((__m256)a.half[i], (__m256)b.half[i], (__m256)c.half[i]);
+    return c.whole;
 }
 
 // Write the first `width` of sixteen sums to `to`, rounded; with `residual`, add it and round again.

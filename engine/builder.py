@@ -30,6 +30,7 @@ from dispec.engine.execution.ranks import AllocateCache
 from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
 from dispec.engine.loading.draft_checkpoint import SharedDraft
 from dispec.engine.loading.quantization import draft_packing, packing_for, weights_format, with_kernels
+from dispec.engine.loading.quantization_config import refuse_second_quantization
 from dispec.engine.machine.cache_directory import writable_cache
 from dispec.engine.machine.compile_cache import choose_compile_cache
 from dispec.engine.machine.torch_threads import set_threads
@@ -104,6 +105,7 @@ class EngineBuilder:
             else:
                 self._checkpoint = find_checkpoint(options.model, without_weights=options.load_format == "dummy")
                 self._config = self._checkpoint.config
+                refuse_second_quantization(options.quantization, self._checkpoint.quantization)
             self._draft = find_draft(options, self._checkpoint, self._config)
             check_can_shard(self._config, options.tensor_parallel_size)
         if self._device.type == "cuda":

@@ -191,9 +191,6 @@ def _required(raw: Mapping[str, Any], field: str) -> Any:
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    quantization = raw.get("quantization_config")
-    if quantization:
-        raise UnsupportedModelError(f"quantization scheme {quantization.get('quant_method', quantization)!r}")
     sliding = [kind for kind in raw.get("layer_types") or [] if kind != "full_attention"]
     if sliding or raw.get("use_sliding_window"):
         raise UnsupportedModelError(f"sliding-window layers ({sliding[0] if sliding else 'use_sliding_window'})")

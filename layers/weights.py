@@ -4,6 +4,7 @@ Loading, dummy weights and tests derive from `declare`. The weights of all layer
 checkpoint is streamed into its slices.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from dispec.layers.config import ModelConfig, Shard
 from dispec.layers.rope import rope_frequencies
 from dispec.layers.sharding import Axis, Part, Sharding
 from dispec.layers.types import AttentionWeights, LayerWeights, MlpWeights, Weights
+
+log = logging.getLogger("dispec")
 
 Stack = ops.Matrix | tuple[ops.Matrix, ...]
 
@@ -174,6 +177,7 @@ def load_weights(
     }
     stacks = _Stacks(config.num_layers, dtype, device, packing)
     loading: dict[WeightSpec, _Loading] = {}
+    num_dequantized = 0
     for name, tensor in tensors:
         spec = spec_of.get(name)
         if spec is None:
@@ -184,6 +188,11 @@ def load_weights(
         on_progress(tensor.numel())
         if not loading[spec].missing:
             stacks.add(spec, loading[spec].take())
+            num_dequantized += loading[spec].is_dequantized
+    if num_dequantized:
+        log.info(
+            "%d matrices are dequantised: their parts are not quantised or split over ranks alike", num_dequantized
+        )
     absent = [name for name, spec in spec_of.items() if spec not in loading or name in loading[spec].missing]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
@@ -194,12 +203,14 @@ def load_weights(
 class _Loading:
     """A weight of which some sources may be missing: quantised if all sources are and fit together, else plain.
 
-    missing: names of the sources that were not added yet.
+    missing: names of the sources that were not added yet. is_dequantized: whether quantised sources did not fit
+        together in the weight that was taken, or not in the rank's part.
     """
 
     def __init__(self, spec: WeightSpec, sharding: Sharding | None, stacks: "_Stacks") -> None:
         self.missing = {source.name: source for source in spec.sources}
         self._spec, self._sharding, self._stacks = spec, sharding, stacks
+        self.is_dequantized = False
         self._quantized: dict[str, ops.QuantizedTensor] = {}
         self._plain: Tensor | None = None
 
@@ -217,6 +228,7 @@ class _Loading:
             if part.stop - part.start == part.size:
                 self._quantized[name] = self._narrow(source, tensor, part).to(self._stacks.device)
                 return
+            self.is_dequantized = True
         self._copy(source, tensor)
 
     def take(self) -> Tensor | ops.QuantizedTensor:
@@ -226,6 +238,7 @@ class _Loading:
             if (whole := ops.concatenate(parts)) is not None:
                 self._quantized.clear()
                 return whole
+        self.is_dequantized |= bool(self._quantized)
         for name, tensor in self._quantized.items():
             (target,) = (view for source, view in self._views() if source.name == name)
             target.copy_(tensor.dequantize())

@@ -31,6 +31,6 @@ def check_start(settings: ServerSettings, engine_options: Mapping[str, Any]) -> 
     options = EngineOptions(**engine_options)
     without_weights = options.load_format == "dummy"
     if not isinstance(options.model, ModelConfig):
-        check_model(options.model, without_weights=without_weights)
+        check_model(options.model, without_weights=without_weights, quantization=options.quantization)
     if options.speculative_model is not None and not isinstance(options.speculative_model, ModelConfig):
         check_draft(options.speculative_model, without_weights=without_weights)

@@ -211,7 +211,6 @@ def test_qwen2_ignores_the_window_it_does_not_use():
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"architectures": None}, "architectures"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
         ({"use_sliding_window": True}, "sliding"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
         ({"hidden_act": "gelu"}, "gelu"),

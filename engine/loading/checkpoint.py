@@ -23,6 +23,9 @@ from dispec.engine.loading.model_source import (
     read_config,
     weight_files,
 )
+from dispec.engine.loading.quantization_config import QuantizationConfig, quantization_config
+from dispec.engine.loading.quantized_checkpoint import read_quantized
+from dispec.engine.loading.quantized_layout import find_quantized, read_headers
 from dispec.engine.loading.tokenizer_check import added_token_id
 from dispec.engine.loading.tokenizer_files import directory_tokenizer, gguf_tokenizer
 from dispec.engine.text.tokenizer import Tokenizer, token_text
@@ -44,6 +47,7 @@ class Checkpoint:
     directory: of tokenizer and chat template, for `Tokenizer.from_directory`. files: with the weights.
     has_only_head: whether the files have the matrix of tied embeddings under the name of the head.
     quantized_format: of its quantised weights, such as "gguf Q4_1 and Q8_0"; None if they are not quantised.
+    quantization: how the matrices of safetensors files are quantised.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Checkpoint:
     has_only_head: bool = False
     quantized_format: str | None = None
     is_built_in: bool = False
+    quantization: QuantizationConfig | None = None
 
     def keeps_quantized(self, quantization: str | None) -> bool:
         """Return whether quantised weights stay quantised under a `quantization` of `EngineOptions`."""
@@ -69,21 +74,35 @@ class Checkpoint:
         The tensors are views of the mapped files (copy before writing), except those of quantised weights. Tensors that
         follow from the config (rotation tables, a tied `lm_head`) are left out.
         """
-        keeps_quantized = self.keeps_quantized(quantization)
-        for file in self.files:
-            tensors: Iterator[tuple[str, Tensor | QuantizedTensor]]
-            if file.suffix == ".gguf":
-                tensors = GgufFile(file).tensors(dtype, keeps_quantized=keeps_quantized)
-            else:
-                tensors = read_safetensors(file)
-            for name, tensor in tensors:
-                if name == _HEAD and self.has_only_head:
-                    yield _EMBEDDING, tensor
-                elif not self._is_redundant(name):
-                    yield name, tensor
+        for name, tensor in self._all_tensors(dtype, keeps_quantized=self.keeps_quantized(quantization)):
+            if name == _HEAD and self.has_only_head:
+                yield _EMBEDDING, tensor
+            elif not self._is_redundant(name, tensor):
+                yield name, tensor
 
-    def _is_redundant(self, name: str) -> bool:
-        return name.endswith("rotary_emb.inv_freq") or (self.config.tie_embeddings and name == _HEAD)
+    def _all_tensors(
+        self, dtype: torch.dtype, *, keeps_quantized: bool
+    ) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
+        if self.quantization is not None:
+            yield from read_quantized(
+                self.files, self.quantization, _open_safetensors, dtype=dtype, keeps_quantized=keeps_quantized
+            )
+            return
+        for file in self.files:
+            if file.suffix == ".gguf":
+                yield from GgufFile(file).tensors(dtype, keeps_quantized=keeps_quantized)
+            else:
+                yield from read_safetensors(file)
+
+    def _is_redundant(self, name: str, tensor: Tensor | QuantizedTensor) -> bool:
+        if name.endswith("rotary_emb.inv_freq") or (self.config.tie_embeddings and name == _HEAD):
+            return True
+        if self.quantization is None or not name.endswith("_proj.bias"):
+            return False
+        # Packages that quantise give each matrix a bias, which is 0 where the model has none.
+        assert isinstance(tensor, Tensor)
+        has_bias = self.config.output_bias if name.endswith("o_proj.bias") else self.config.qkv_bias
+        return (not has_bias or ".mlp." in name) and not tensor.any()
 
 
 def find_checkpoint(model: str | Path, *, without_weights: bool = False) -> Checkpoint:
@@ -132,16 +151,27 @@ def _open_directory(directory: Path, name: str, *, without_weights: bool) -> Che
     file_of = _check_names(files, directory)
     for warning in config_warnings(raw):
         log.warning("%s: %s", directory / "config.json", warning)
-    if config.tie_embeddings and _HEAD in file_of and _EMBEDDING in file_of and not _is_tied(file_of):
+    quantization = quantization_config(raw)
+    quantized = find_quantized(read_headers(files), quantization) if files and quantization is not None else {}
+    if config.tie_embeddings and _EMBEDDING in file_of and (_HEAD in quantized or not _is_tied(file_of)):
         log.warning("%s: tie_word_embeddings is true, but %s differs: it is not tied", directory, _HEAD)
         config = replace(config, tie_embeddings=False)
-    has_only_head = config.tie_embeddings and _HEAD in file_of and _EMBEDDING not in file_of
+    has_only_head = config.tie_embeddings and _HEAD in {*file_of, *quantized} and _EMBEDDING not in file_of
     prepared = directory_tokenizer(directory)
     # The end tokens of both tokenizer and generation config, as in vLLM: a chat model often names the end of a turn in
     # one and the end of a text in the other.
     ends = _generation_ends(directory) or _eos_token_ids(raw, directory / "config.json")
     eos_token_ids = tuple(dict.fromkeys((*_tokenizer_eos(prepared), *ends)))
-    return Checkpoint(name, config, prepared, eos_token_ids, files, has_only_head)
+    return Checkpoint(
+        name,
+        config,
+        prepared,
+        eos_token_ids,
+        files,
+        has_only_head,
+        quantized_format=None if quantization is None else quantization.describe(),
+        quantization=quantization,
+    )
 
 
 def _check_names(files: tuple[Path, ...], directory: Path) -> dict[str, Path]:
@@ -164,7 +194,9 @@ def _check_names(files: tuple[Path, ...], directory: Path) -> dict[str, Path]:
 
 
 def _is_tied(file_of: Mapping[str, Path]) -> bool:
-    """Return whether embedding and head are equal, as in files that hold a tied matrix twice."""
+    """Return whether there is one matrix, or embedding and head are equal, as in files that hold it twice."""
+    if _HEAD not in file_of:
+        return True
     with _open_safetensors(file_of[_EMBEDDING]) as one, _open_safetensors(file_of[_HEAD]) as other:
         embedding, head = one.get_slice(_EMBEDDING), other.get_slice(_HEAD)
         if embedding.get_shape() != head.get_shape():

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from dispec.engine.errors import CheckpointError
 from dispec.engine.json_file import read_json
 from dispec.engine.loading.default_model import DEFAULT_DRAFT, DEFAULT_MODEL
+from dispec.engine.loading.quantization_config import quantization_config, refuse_second_quantization
+from dispec.engine.loading.quantized_layout import find_quantized, read_headers
 from dispec.layers.config import ModelConfig, UnsupportedModelError, config_from_hugging_face
 
 WEIGHTS = "model.safetensors"
@@ -67,10 +69,11 @@ def find_source(model: str | Path, known: Iterable[str] = (DEFAULT_MODEL,)) -> M
     )
 
 
-def check_model(model: str | Path, *, without_weights: bool = False) -> None:
+def check_model(model: str | Path, *, without_weights: bool = False, quantization: str | None = None) -> None:
     """Check that a model exists, is supported and has all files, as far as its small files tell.
 
-    Downloads the small files of a hub id that is not in the cache. Raises the errors of `find_checkpoint`.
+    Downloads the small files of a hub id that is not in the cache. quantization: the option of this name. Raises the
+    errors of `find_checkpoint`, ValueError if the model cannot be quantised so.
     """
     source = find_source(model)
     if source.kind == "hub":
@@ -78,12 +81,17 @@ def check_model(model: str | Path, *, without_weights: bool = False) -> None:
 
         cached = try_to_load_from_cache(source.name, _CONFIG)
         directory = Path(cached).parent if isinstance(cached, str) else download_small_files(source.name)
-        read_config(directory)
+        raw, _ = read_config(directory)
+        refuse_second_quantization(quantization, quantization_config(raw))
     elif source.kind == "directory":
         assert source.path is not None
-        read_config(source.path)
+        raw, _ = read_config(source.path)
+        quantized = quantization_config(raw)
+        refuse_second_quantization(quantization, quantized)
         if not without_weights:
-            weight_files(source.path)
+            files = weight_files(source.path)
+            if quantized is not None:
+                find_quantized(read_headers(files), quantized)
 
 
 def check_draft(model: str | Path, *, without_weights: bool = False) -> None:
@@ -178,6 +186,7 @@ def read_config(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 def _parse_config(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
     try:
+        quantization_config(raw)
         return config_from_hugging_face(raw)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{directory}: not supported: {error}") from None

@@ -1,6 +1,8 @@
 """Tokens per second of one model in several weight formats, in turn, beside llama.cpp's and vLLM's formats.
 
     dispec bench formats --formats bfloat16,int8,int4,native
+    dispec bench formats --formats bfloat16,bfloat16+kv-int8,bfloat16+kv-fp8 --concurrency 8 --prompt-tokens 4096 \
+        --decode-only --prefill ""    # the KV cache at a long context
     dispec bench formats --peer-bin llama-batched-bench --gguf q8_0=model-q8_0.gguf --gguf q4_1=model-q4_1.gguf
     dispec bench formats --model qwen2.5-7b --formats bfloat16,int4-128,fp8 --vllm-path /tmp/vllm/site --vllm gptq,fp8
 
@@ -41,6 +43,9 @@ def main(
     model: Model = "smollm2",
     formats: Annotated[str, typer.Option(help="Comma-separated; see bench/weight_formats.py.")] = "bfloat16,int8,int4",
     concurrency: Annotated[str, typer.Option(help="Numbers of simultaneous requests.")] = "1,16,32",
+    prompt_tokens: int = 128,
+    output_tokens: int = 128,
+    decode_only: Annotated[bool, typer.Option(help="Leave out the prompts' time.")] = False,
     prefill: Annotated[str, typer.Option(help="Lengths of single prompts to time; empty for none.")] = "512",
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each contestant; the median counts.")] = 3,
     device: Device = None,
@@ -57,7 +62,8 @@ def main(
     names = [name.strip() for name in formats.split(",")]
     options = {name: format_options(name) for name in names}
     lengths = [int(length) for length in prefill.split(",") if length.strip()]
-    workloads = [Workload(size) for size in sizes(concurrency)] + [Workload(1, length, 1) for length in lengths]
+    workloads = [Workload(size, prompt_tokens, output_tokens) for size in sizes(concurrency)]
+    workloads += [Workload(1, length, 1) for length in lengths]
     peers = [f"llama.cpp {given.split('=', 1)[0]}" for given in gguf or []]
     peers += [f"vllm {name.strip()}" for name in vllm.split(",")] if vllm_path is not None else []
     columns = {"workload": ""} | {f"{name} tok/s": ".1f" for name in [*names, *peers]}
@@ -106,7 +112,7 @@ def main(
                 continue
             is_prefill = workload.output_tokens == 1
             counted = workload.concurrency * (workload.prompt_tokens if is_prefill else workload.output_tokens)
-            taken = take_turns(running, workload, config.vocab_size, rounds)
+            taken = take_turns(running, workload, config.vocab_size, rounds, decode_only and not is_prefill)
             noisiest = max(noisiest, taken.others)
             rates = {name: counted / taken.median(name) for name in taken.seconds}
             label = f"prefill {workload.prompt_tokens}" if is_prefill else f"c={workload.concurrency}"

@@ -237,6 +237,33 @@ else:
         # Rows past the last sequence are padding and may stay unwritten.
         expect_equal(actual[: sum(lengths)], expected[: sum(lengths)])
 
+    @quantized_types
+    @pytest.mark.parametrize(
+        ("tokens_per_program", "head_dim", "dtype"), [(1, 80, torch.float32), (16, 64, torch.float16)]
+    )
+    def test_writes_have_the_bits_of_torchs(
+        monkeypatch: pytest.MonkeyPatch,
+        tokens_per_program: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        cache_dtype: torch.dtype,
+    ) -> None:
+        monkeypatch.setattr(kv_cache, "TILED_WRITE_TOKENS", tokens_per_program)
+        monkeypatch.setattr(kv_cache, "MIN_TILED_WRITE_TOKENS", tokens_per_program)
+        tokens, block_size = 19, 16
+        rows = (torch.randn(tokens, 3, 2, head_dim) * torch.logspace(-3, 3, tokens)[:, None, None, None]).to(dtype)
+        rows[0, 1], rows[1, 1, :, 5:] = 0, 0.5
+        rows[2, 1] = torch.arange(head_dim).fmod(64) * 2 - 63.5  # ties: the largest is 127 halves
+        rows[2, 2, :, -1] = 448  # and every e4m3 is its own code
+        slots = torch.randperm(5 * block_size)[:tokens]
+        before = torch.randint(256, (2, 5, 2, (head_dim + 4) * block_size), dtype=torch.uint8).view(cache_dtype)
+        found, expected = before.clone(), before.clone()
+        for pages, write in ((found, kv_cache.write_kv), (expected, write_kv_on_cpu)):
+            keys, values = pages.view(2, 5, 2, -1, block_size)
+            write(keys, values.view(5, 2, block_size, -1), rows[:, 1], rows[:, 2], slots)
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+        assert not torch.equal(found.view(torch.uint8), before.view(torch.uint8))
+
     @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
     @pytest.mark.parametrize(
         ("head_dim", "block_size", "dtype"),

@@ -30,7 +30,8 @@ def largest_code(dtype: tl.constexpr):
 @no_type_check
 def quantize(x, largest, dtype: tl.constexpr):
     """Return the codes of rows x [T, D] with the largest magnitudes [T]: bit by bit `ops.kv_cache.quantize_heads`."""
-    inverse = tl.where(largest > 0, tl.div_rn(tl.full(largest.shape, largest_code(dtype), tl.float32), largest), 0.0)
+    finite = tl.maximum(largest, 2.0**-100, tl.PropagateNan.ALL)
+    inverse = tl.div_rn(tl.full(largest.shape, 1.0, tl.float32), finite) * largest_code(dtype)  # as torch divides
     codes = x.to(tl.float32) * inverse[:, None]
     if dtype == tl.int8:
         # Half to even by comparisons: a sum or a difference would be fused with the product above, which then is not

@@ -2,6 +2,9 @@
 
     python -m dispec.bench.kernels            # the configurations in the tables of ops.triton.tuning
     python -m dispec.bench.kernels --sweep    # candidate configurations; prints lines to copy into the tables
+    python -m dispec.bench.kernels --caches   # decode over caches in bfloat16, int8 and e4m3 beside each other
+
+--sweep takes --cache-dtype int8 or e4m3.
 
 Calls are timed inside a CUDA graph, as the engine runs them, decode over enough copies of the KV cache that none is
 still in the L2 cache. GB/s counts the keys and values of the contexts (for writes the tokens' keys and values, read and
@@ -22,7 +25,9 @@ import torch
 from torch import Tensor
 
 from dispec import ops
+from dispec.ops.kv_cache import LARGEST_CODE, scale_rows
 
+CACHE_DTYPES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
 COLD_BYTES = 256 * 2**20  # of KV cache or weights to read before the same again: several L2 caches
 
 
@@ -41,6 +46,8 @@ GEOMETRIES = [
 SWEPT = {64: GEOMETRIES[0], 128: GEOMETRIES[1], 256: Geometry("gemma-2-9b", 16, 8, 256)}
 
 # Name, context of each sequence, queries of each sequence.
+CACHE_GEOMETRIES = [GEOMETRIES[1], Geometry("qwen2.5-7b", 28, 4, 128)]
+CACHE_STEPS = [("1 x 32k", [32768]), ("8 x 8k", [8192] * 8), ("64 x 1k", [1024] * 64)]
 DECODE_STEPS = [
     ("1 x 1k", [1024], 1),
     ("1 x 32k", [32768], 1),
@@ -72,19 +79,37 @@ class Step(NamedTuple):
 
 
 def make_step(
-    geometry: Geometry, contexts: list[int], lengths: list[int], block_size: int, dtype: torch.dtype, cold: bool
+    geometry: Geometry,
+    contexts: list[int],
+    lengths: list[int],
+    block_size: int,
+    dtype: torch.dtype,
+    cold: bool,
+    cache_dtype: torch.dtype | None = None,
 ) -> Step:
+    """Make the arguments of a step, with random keys and values, or random codes that stand for numbers of their size.
+
+    cold: with so many copies of the cache that none is in the L2 cache.
+    """
     _, heads, kv_heads, head_dim = geometry
     needed = [math.ceil(context / block_size) for context in contexts]
     num_blocks = sum(needed) + 1
     shuffled = (torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(0)) + 1).split(needed)
     tables = torch.nn.utils.rnn.pad_sequence(list(shuffled), batch_first=True).to(torch.int32).cuda()
-    cache_bytes = sum(contexts) * kv_heads * head_dim * 2 * dtype.itemsize
+    cache_dtype = cache_dtype or dtype
+    rows_of_page = head_dim + scale_rows(cache_dtype)
+    cache_bytes = sum(contexts) * kv_heads * rows_of_page * 2 * cache_dtype.itemsize
     copies = min(max(COLD_BYTES // cache_bytes, 2), 64) if cold else 1
     caches = []
     for _ in range(copies):
-        keys = torch.randn(num_blocks, kv_heads, head_dim, block_size, dtype=dtype, device="cuda")
-        caches.append((keys, torch.randn_like(keys).view(num_blocks, kv_heads, block_size, head_dim)))
+        if cache_dtype in LARGEST_CODE:
+            pages = torch.randint(0x70, (2, num_blocks, kv_heads, rows_of_page, block_size), device="cuda")
+            pages = pages.to(torch.uint8)
+            pages.flatten(3)[..., head_dim * block_size :].copy_(torch.tensor([0, 0, 0, 60]).repeat(block_size))
+            keys, values = pages.view(cache_dtype)
+        else:
+            keys, values = torch.randn(2, num_blocks, kv_heads, head_dim, block_size, dtype=dtype, device="cuda")
+        caches.append((keys, values.view(num_blocks, kv_heads, block_size, rows_of_page)))
     rows = torch.randn(sum(lengths), heads + 2 * kv_heads, head_dim, dtype=dtype, device="cuda")
     visible = sum(
         length * (context - length) + length * (length + 1) // 2
@@ -142,6 +167,20 @@ def time_decode(step: Step, query_len: int, config: object = None) -> float:
     return seconds_per_call([partial(call, *pair) for pair in step.caches] * (40 // len(step.caches) + 1))
 
 
+def time_caches(block_sizes: list[int], dtype: torch.dtype) -> None:
+    """Time decode over each dtype of the cache; print also how much faster than with that of the model it is."""
+    copy = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: copy {copy / 1e9:.0f} GB/s (read and written)")
+    for geometry, block_size, (name, contexts) in itertools.product(CACHE_GEOMETRIES, block_sizes, CACHE_STEPS):
+        plain = 0.0
+        for cache_dtype in (dtype, *CACHE_DTYPES.values()):
+            step = make_step(geometry, contexts, [1] * len(contexts), block_size, dtype, True, cache_dtype)
+            seconds = time_decode(step, 1)
+            plain = plain or seconds
+            title = f"{geometry.name} BS={block_size} {name} {str(cache_dtype).removeprefix('torch.')}"
+            report(f"{title} ({plain / seconds:.2f} x)", seconds, step.cache_bytes, step.operations, copy)
+
+
 def time_prefill(step: Step, config: object = None) -> float:
     from dispec.ops.triton.prefill_attention import prefill
     from dispec.ops.triton.tuning import PrefillConfig
@@ -160,7 +199,7 @@ def time_prefill(step: Step, config: object = None) -> float:
 
 def report(name: str, seconds: float, moved: float, operations: float, copy: float) -> None:
     print(
-        f"{name:<48} {seconds * 1e6:9.1f} us {moved / seconds / 1e9:8.0f} GB/s {moved / seconds / copy:6.1%} of copy"
+        f"{name:<56} {seconds * 1e6:9.1f} us {moved / seconds / 1e9:8.0f} GB/s {moved / seconds / copy:6.1%} of copy"
         f" {operations / seconds / 1e12:7.1f} TFLOP/s",
         flush=True,
     )
@@ -216,7 +255,9 @@ def candidates(path: str, head_dim: int) -> list[tuple[int, ...]]:
     return [*wide, *narrow, (32, 64, 4, 5), (16, 64, 4, 5)]
 
 
-def sweep_steps(path: str, head_dim: int, block_size: int, dtype: torch.dtype, tiny: bool) -> list[tuple[str, Step]]:
+def sweep_steps(
+    path: str, head_dim: int, block_size: int, dtype: torch.dtype, cache_dtype: torch.dtype | None, tiny: bool
+) -> list[tuple[str, Step]]:
     geometry = SWEPT[head_dim]
     if path == "decode":
         shapes = [(name, contexts, [1] * len(contexts)) for name, contexts, _ in DECODE_STEPS[1:4]]
@@ -228,7 +269,7 @@ def sweep_steps(path: str, head_dim: int, block_size: int, dtype: torch.dtype, t
         if tiny:
             shapes = [("", [64], [64])]
     return [
-        (name, make_step(geometry, contexts, lengths, block_size, dtype, cold=path == "decode" and not tiny))
+        (name, make_step(geometry, contexts, lengths, block_size, dtype, path == "decode" and not tiny, cache_dtype))
         for name, contexts, lengths in shapes
     ]
 
@@ -248,19 +289,37 @@ def run_candidate(path: str, step: Step, candidate: tuple[int, ...]) -> float | 
 
 
 def compile_candidate(
-    path: str, head_dim: int, block_size: int, dtype: torch.dtype, candidate: tuple[int, ...]
+    path: str,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
+    candidate: tuple[int, ...],
 ) -> None:
     """Compile a candidate into Triton's cache on disk, in a process of its own."""
-    ((_, step),) = sweep_steps(path, head_dim, block_size, dtype, tiny=True)
+    ((_, step),) = sweep_steps(path, head_dim, block_size, dtype, cache_dtype, tiny=True)
     run_candidate(path, step, candidate)
 
 
-def sweep(block_size: int, dtype: torch.dtype, head_dims: list[int], processes: int) -> None:
-    searches = list(itertools.product(("decode", "prefill"), head_dims))
+def sweep(
+    block_size: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
+    head_dims: list[int],
+    paths: list[str],
+    processes: int,
+) -> None:
+    searches = list(itertools.product(paths, head_dims))
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         compiling = [
             pool.submit(
-                compile_candidate, path, head_dim, block_size, dtype, (*candidate, 2) if path == "decode" else candidate
+                compile_candidate,
+                path,
+                head_dim,
+                block_size,
+                dtype,
+                cache_dtype,
+                (*candidate, 2) if path == "decode" else candidate,
             )
             for path, head_dim in searches
             for candidate in candidates(path, head_dim)
@@ -269,7 +328,7 @@ def sweep(block_size: int, dtype: torch.dtype, head_dims: list[int], processes: 
             if error := future.exception():
                 print(f"a candidate did not compile: {error!r:.200}")
     for path, head_dim in searches:
-        steps = sweep_steps(path, head_dim, block_size, dtype, tiny=False)
+        steps = sweep_steps(path, head_dim, block_size, dtype, cache_dtype, tiny=False)
         shapes = candidates(path, head_dim)
         if path == "decode":
             shapes = [(*shape, programs) for shape in shapes for programs in (1, 2, 3, 4)]
@@ -278,7 +337,7 @@ def sweep(block_size: int, dtype: torch.dtype, head_dims: list[int], processes: 
             measured = [run_candidate(path, step, candidate) for _, step in steps]
             if None not in measured:
                 times[candidate] = [seconds for seconds in measured if seconds is not None]
-        print(f"\n{path}, padded head dim {head_dim}, {dtype}, BS={block_size}")
+        print(f"\n{path}, padded head dim {head_dim}, {dtype}, cache {cache_dtype or dtype}, BS={block_size}")
         for column, (name, step) in enumerate(steps):
             best = min(times, key=lambda candidate: times[candidate][column])
             seconds = times[best][column]
@@ -295,6 +354,9 @@ def sweep(block_size: int, dtype: torch.dtype, head_dims: list[int], processes: 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="try candidate configurations")
+    parser.add_argument("--caches", action="store_true", help="compare dtypes of the cache")
+    parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of a sweep; the dtype of the model if not given")
+    parser.add_argument("--paths", nargs="+", choices=["decode", "prefill"], default=["decode", "prefill"])
     parser.add_argument("--block-size", type=int, nargs="+", default=[16, 64], help="BS; a sweep takes the first")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--head-dim", type=int, nargs="+", choices=[64, 128, 256], default=[64, 128])
@@ -305,7 +367,10 @@ def main() -> int:
         return 1
     dtype = getattr(torch, arguments.dtype)
     if arguments.sweep:
-        sweep(arguments.block_size[0], dtype, arguments.head_dim, arguments.processes)
+        cache_dtype = CACHE_DTYPES.get(arguments.cache_dtype)
+        sweep(arguments.block_size[0], dtype, cache_dtype, arguments.head_dim, arguments.paths, arguments.processes)
+    elif arguments.caches:
+        time_caches(arguments.block_size, dtype)
     else:
         time_tables(arguments.block_size, dtype)
     return 0

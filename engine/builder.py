@@ -111,6 +111,12 @@ class EngineBuilder:
         if self._device.type == "cuda":
             choose_compile_cache()  # before the first kernel of ours is compiled
             torch.cuda.set_device(self._device)  # Triton launches on the current device
+            capability = torch.cuda.get_device_capability(self._device)
+            if options.kv_cache_dtype == "fp8" and capability < (8, 9):
+                raise ValueError(
+                    f"kv_cache_dtype is 'fp8', which needs CUDA compute capability 8.9, the device has"
+                    f" {capability[0]}.{capability[1]}: use 'int8'"
+                )
             if self._config.head_dim not in TRITON_HEAD_DIMS:
                 raise UnsupportedModelError(
                     f"head_dim {self._config.head_dim} on CUDA: the kernels are made for {TRITON_HEAD_DIMS}"

@@ -108,6 +108,8 @@ def _write_kv_cuda(
 
 
 def _copy_blocks(keys: Tensor, values: Tensor, source: Tensor, destination: Tensor) -> None:
+    if keys.dtype in LARGEST_CODE:  # torch has no indexed assignment of e4m3
+        keys, values = keys.view(torch.uint8), values.view(torch.uint8)
     keys[:, destination] = keys[:, source]
     values[:, destination] = values[:, source]
 

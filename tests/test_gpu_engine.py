@@ -91,6 +91,42 @@ def test_compiled_is_close_to_eager_in_half_precision(dtype: str, head_norms: bo
         expect_close_logprobs(compiled.generate(prompts(6), params), expected)
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_a_quantized_cache_equals_that_of_a_cpu(kv_cache_dtype: str, tmp_path: Path) -> None:
+    """In float32, where codes differ only at ties."""
+    save_tiny(tmp_path, "qwen3", head_dim=64)
+    given = prompts(9, vocab_size=VOCAB_SIZE)
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=3)
+    options = {"dtype": "float32", "kv_cache_dtype": kv_cache_dtype}
+    with make(tmp_path, device="cpu", enforce_eager=True, **options) as cpu:
+        expected = cpu.generate(given, params)
+    with make(tmp_path, **options) as llm:
+        assert llm.engine.runner.is_compiled
+        found = llm.generate(given, params)
+        expect_replayed()
+    expect_close_logprobs(found, expected, 0.02)
+    equal = sum(ours == theirs for ours, theirs in zip(token_ids(found), token_ids(expected), strict=True))
+    assert equal >= len(given) - 2
+
+
+@pytest.mark.parametrize("head_norms", [False, True])
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_a_quantized_cache_in_bfloat16(kv_cache_dtype: str, head_norms: bool) -> None:
+    """Compiled is close to eager, and to a cache that is not quantised."""
+    config = replace(CONFIG, qkv_bias=not head_norms, qk_norm=head_norms)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=3)
+    with make(config, enforce_eager=True) as plain:
+        precise = plain.generate(prompts(6), params)
+    with make(config, enforce_eager=True, kv_cache_dtype=kv_cache_dtype) as eager:
+        expected = eager.generate(prompts(6), params)
+    with make(config, kv_cache_dtype=kv_cache_dtype) as compiled:
+        assert compiled.engine.runner.is_compiled
+        found = compiled.generate(prompts(6), params)
+        expect_replayed()
+    expect_close_logprobs(found, expected)
+    expect_close_logprobs(found, precise, 0.15)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_padding_of_a_prefill_step_changes_nothing(dtype: str) -> None:
     """Prompts beside the sizes that graphs are recorded for, at them, and over the budget of a step."""
@@ -125,10 +161,11 @@ def test_a_step_of_as_many_prompts_as_there_may_be_sequences(monkeypatch: pytest
     assert found[0] == found[1]
 
 
-def test_answers_that_one_engine_begins_another_ends() -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_answers_that_one_engine_begins_another_ends(kv_cache_dtype: str) -> None:
     """Keys and values move between the caches of two engines on one device."""
     given, params = prompts(8, longest=200), mixed_params(8, max_tokens=12)
-    options = {"dtype": "float32", "kv_transfer": "tcp"}
+    options = {"dtype": "float32", "kv_transfer": "tcp", "kv_cache_dtype": kv_cache_dtype}
     with make(enforce_eager=True, **options) as first, make(**options) as second:
         expected = token_ids(first.generate(given, params))
         engines = (first.engine, second.engine)

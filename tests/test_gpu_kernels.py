@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dispec import ops
 from dispec.ops import reference
+from dispec.ops.kv_cache import codes_and_scales, quantize_heads, scale_rows
 from tests.layer_cases import (
     Shape,
     expect_product,
@@ -75,6 +76,24 @@ def poisoned_cache(
     return keys, values, tables.cuda()
 
 
+def quantized(keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the pages quantised by torch on the host. NaN stays NaN: its scale is."""
+    num_blocks, kv_heads, head_dim, block_size = keys.shape
+    rows = head_dim + scale_rows(dtype)
+    pages = (
+        torch.zeros(num_blocks, kv_heads, rows, block_size, dtype=dtype),
+        torch.zeros(num_blocks, kv_heads, block_size, rows, dtype=dtype),
+    )
+    key, value = keys.cpu().permute(0, 3, 1, 2).flatten(0, 1), values.cpu().permute(0, 2, 1, 3).flatten(0, 1)
+    ops.write_kv(*pages, key, value, torch.arange(num_blocks * block_size))
+    return pages[0].cuda(), pages[1].cuda()
+
+
+def dequantized(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    (keys, key_scales), (values, value_scales) = codes_and_scales(keys, values)
+    return keys.double() * key_scales[:, :, None], values.double() * value_scales[..., None]
+
+
 def query_view(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
     rows = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device="cuda").to(dtype)
     return rows[:, : heads * head_dim].view(tokens, heads, head_dim)
@@ -99,16 +118,19 @@ def compare(
     dtype: torch.dtype,
     uniform: bool,
     columns: int = 0,
+    cache_dtype: torch.dtype | None = None,
 ) -> None:
     keys, values, tables = poisoned_cache(contexts, kv_heads, head_dim, block_size, dtype, columns)
+    pages = (keys, values)
+    if cache_dtype is not None:
+        pages = quantized(keys, values, cache_dtype)
+        keys, values = dequantized(*pages)
     query = query_view(sum(lengths), heads, kv_heads, head_dim, dtype)
     lens = torch.tensor(contexts, dtype=torch.int32).cuda()
     scale = head_dim**-0.5
     # The allocator gives the output memory that holds NaN.
     torch.full((sum(lengths), heads, head_dim), math.nan, dtype=dtype, device="cuda")
-    actual = ops.paged_attention(
-        query, keys, values, tables, starts(lengths), lens, lengths[0] if uniform else None, scale
-    )
+    actual = ops.paged_attention(query, *pages, tables, starts(lengths), lens, lengths[0] if uniform else None, scale)
     expect_close(actual, attention_in_float64(query, keys, values, tables, lengths, contexts, scale))
 
 
@@ -139,6 +161,113 @@ def test_ragged(head_dim: int, dtype: torch.dtype) -> None:
         lengths[chance.randrange(len(lengths))] = 130
         contexts = [length + chance.choice([0, 0, 1, 64, chance.randint(0, 500)]) for length in lengths]
         compare(lengths, contexts, heads, kv_heads, head_dim, chance.choice([16, 32, 64]), dtype, False)
+
+
+quantized_types = pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "e4m3"])
+
+
+@quantized_types
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_quantized_caches(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    chance = random.Random(f"quantized {head_dim} {dtype} {cache_dtype}")
+    torch.manual_seed(head_dim)
+    for _ in range(3):
+        heads, kv_heads = chance.choice(GROUPS)
+        block_size, query_len = chance.choice([16, 32, 64]), chance.choice([1, 1, 2, 5, 16])
+        lengths = [query_len] * chance.choice([1, 3, 20])
+        contexts = [chance.choice([0, query_len, 63 + query_len, chance.randint(query_len, 700)]) for _ in lengths]
+        columns = chance.choice([0, 128, 2048])
+        shape = (heads, kv_heads, head_dim, block_size, dtype)
+        compare(lengths, contexts, *shape, True, columns, cache_dtype)
+        lengths = [chance.choice([0, 1, 16, 130, chance.randint(1, 300)]) for _ in range(6)]
+        contexts = [length + chance.choice([0, 1, 64, chance.randint(0, 500)]) for length in lengths]
+        compare(lengths, contexts, *shape, False, 0, cache_dtype)
+
+
+@quantized_types
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_long_quantized_contexts(block_size: int, cache_dtype: torch.dtype) -> None:
+    shape = (12, 2, 128, block_size, torch.bfloat16)
+    compare([1], [32_000], *shape, True, 0, cache_dtype)
+    compare([5] * 2, [20_001, 37], *shape, True, 0, cache_dtype)
+    compare([600, 1], [9_000, 9_000], *shape, False, 0, cache_dtype)
+    compare([2_100], [2_100], *shape, False, 0, cache_dtype)
+
+
+@quantized_types
+@pytest.mark.parametrize("tokens", [1, 37, 600])
+@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 16), (80, 32), (128, 16), (256, 64)])
+def test_write_quantized(head_dim: int, block_size: int, tokens: int, cache_dtype: torch.dtype) -> None:
+    """Codes and scales have the bits of torch's on the host; all else keeps its bits."""
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        num_blocks = tokens // block_size + 5
+        rows = torch.randn(tokens, 7, 2, head_dim, device="cuda").mul(torch.rand(tokens, 7, 2, 1, device="cuda").exp2())
+        rows = rows.to(dtype)
+        rows[0, 5, 0], rows[0, 6, 1, :3] = 0, 0.5
+        page = (head_dim + 4) * block_size
+        before = torch.randint(256, (2, num_blocks, 2, page), dtype=torch.uint8)
+        keys, values = (half.clone().cuda().view(cache_dtype) for half in before)
+        keys, values = keys.view(num_blocks, 2, -1, block_size), values.view(num_blocks, 2, block_size, -1)
+        slots = torch.randperm(num_blocks * block_size, device="cuda")[:tokens]
+        expected = [half.clone().view(cache_dtype) for half in before]
+        expected = [expected[0].view_as(keys), expected[1].view_as(values)]
+        ops.write_kv(*expected, rows[:, 5].cpu(), rows[:, 6].cpu(), slots.cpu())
+        ops.write_kv(keys, values, rows[:, 5], rows[:, 6], slots)
+        assert torch.equal(keys.cpu().view(torch.uint8), expected[0].view(torch.uint8))
+        assert torch.equal(values.cpu().view(torch.uint8), expected[1].view(torch.uint8))
+
+
+@quantized_types
+@pytest.mark.parametrize("has_head_norms", [False, True])
+@pytest.mark.parametrize("rows", [1, 8, 33, 600])
+def test_projection_to_a_quantized_cache(rows: int, has_head_norms: bool, cache_dtype: torch.dtype) -> None:
+    """What is written are the codes of the keys and values that a cache in bfloat16 receives."""
+    from dispec.ops.triton.rope_write import KVSlots, rope_write
+
+    torch.manual_seed(rows)
+    heads, kv_heads, head_dim, block_size = 12, 2, 128, 16
+    projected = torch.randn(rows, (heads + 2 * kv_heads) * head_dim, device="cuda").bfloat16()
+    norm = (1 + 0.2 * torch.randn(head_dim, device="cuda")).bfloat16() if has_head_norms else None
+    angles = 100 * torch.rand(rows, head_dim // 2, device="cuda")
+    num_blocks = rows // block_size + 3
+    slots = torch.randperm(num_blocks * block_size, device="cuda")[:rows].int()
+    plain = torch.zeros(2, num_blocks, kv_heads, head_dim * block_size, dtype=torch.bfloat16, device="cuda")
+    coded = torch.zeros(2, num_blocks, kv_heads, (head_dim + 4) * block_size, dtype=cache_dtype, device="cuda")
+    queries = []
+    for pages in (plain, coded):
+        keys = pages[0].view(num_blocks, kv_heads, -1, block_size)
+        values = pages[1].view(num_blocks, kv_heads, block_size, -1)
+        given = KVSlots(keys, values, slots, angles.cos(), angles.sin())
+        queries.append(rope_write(projected, norm, norm, 1e-6, given))
+    assert torch.equal(*queries)
+    block, offset = slots.cpu().long() // block_size, slots.cpu().long() % block_size
+    keys, values = coded.cpu()
+    found = codes_and_scales(
+        keys.view(num_blocks, kv_heads, -1, block_size), values.view(num_blocks, kv_heads, block_size, -1)
+    )
+    wanted = (
+        plain[0].cpu().view(num_blocks, kv_heads, head_dim, block_size).permute(0, 3, 1, 2)[block, offset],
+        plain[1].cpu().view(num_blocks, kv_heads, block_size, head_dim).permute(0, 2, 1, 3)[block, offset],
+    )
+    for (codes, scales), order, heads_of in zip(found, ((0, 3, 1, 2), (0, 2, 1, 3)), wanted, strict=True):
+        expected_codes, expected_scales = quantize_heads(heads_of, cache_dtype)
+        assert torch.equal(codes.view(torch.uint8).permute(order)[block, offset], expected_codes.view(torch.uint8))
+        assert torch.equal(scales.permute(0, 2, 1)[block, offset], expected_scales)
+
+
+@quantized_types
+def test_copies_of_quantized_blocks(cache_dtype: torch.dtype) -> None:
+    keys = torch.randint(256, (3, 9, 2, 68, 16), dtype=torch.uint8, device="cuda").view(cache_dtype)
+    values = torch.randint(256, (3, 9, 2, 16, 68), dtype=torch.uint8, device="cuda").view(cache_dtype)
+    source, destination = torch.tensor([3, 1, 3], device="cuda"), torch.tensor([0, 8, 5], device="cuda")
+    expected = [half.view(torch.uint8).clone() for half in (keys, values)]
+    ops.copy_blocks(keys, values, source, destination)
+    for half, wanted in zip((keys, values), expected, strict=True):
+        for old, new in ((3, 0), (1, 8), (3, 5)):
+            wanted[:, new] = wanted[:, old]
+        assert torch.equal(half.view(torch.uint8), wanted)
 
 
 @pytest.mark.parametrize("block_size", [16, 64])

@@ -23,20 +23,22 @@ def allocated() -> int:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "speculation"),
+    ("dtype", "options"),
     [
         ("bfloat16", {}),
+        ("bfloat16", {"kv_cache_dtype": "int8"}),
+        ("bfloat16", {"kv_cache_dtype": "fp8"}),
         ("float32", {}),
         ("bfloat16", {"speculative_model": "ngram"}),
         ("bfloat16", {"speculative_model": replace(CONFIG, num_layers=1)}),
     ],
-    ids=["bfloat16", "float32", "n-grams", "draft model"],
+    ids=["bfloat16", "int8", "fp8", "float32", "n-grams", "draft model"],
 )
-def test_no_step_copies_a_layers_cache(dtype: str, speculation: dict[str, Any]) -> None:
+def test_no_step_copies_a_layers_cache(dtype: str, options: dict[str, Any]) -> None:
     """A cache that a graph does not know as static is copied at each replay, into memory taken at the recording."""
     before = allocated()
     torch.cuda.reset_peak_memory_stats()
-    with make(dtype=dtype, kv_cache_memory=KV_BYTES, **speculation) as llm:
+    with make(dtype=dtype, kv_cache_memory=KV_BYTES, **options) as llm:
         llm.generate(prompts(12), mixed_params(12))
         engine = llm.engine
         layer = engine.runner.kv_cache.keys[0]

@@ -22,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from dispec.ops.kv_cache import scale_rows  # noqa: E402
 from dispec.ops.norm import Norm  # noqa: E402
 from dispec.ops.triton import (  # noqa: E402
     decode_attention,
@@ -62,6 +63,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.int8: "*i8",
     torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -159,8 +161,9 @@ def check(launch: Launch, capability: int, widest_load: bool = True, spilled: in
 
 
 def cache(head_dim: int, block_size: int, kv_heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    keys = torch.empty(4096, kv_heads, head_dim, block_size, dtype=dtype, device="meta")
-    return keys, keys.new_empty(4096, kv_heads, block_size, head_dim)
+    rows = head_dim + scale_rows(dtype)
+    keys = torch.empty(4096, kv_heads, rows, block_size, dtype=dtype, device="meta")
+    return keys, keys.new_empty(4096, kv_heads, block_size, rows)
 
 
 def projected(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -250,6 +253,69 @@ def test_prefill(
     assert launch.arguments["BLOCK_M"] == expected.block_m
     # On an H100 the widest tiles are the fastest although a few registers do not fit.
     check(launch, capability, spilled=96 if (capability, width) == (90, "wide") else 0)
+
+
+# e4m3 has no conversions before compute capability 8.9.
+QUANTIZED = [(torch.int8, 90), (torch.float8_e4m3fn, 90), (torch.int8, 80)]
+
+
+@pytest.mark.parametrize(("cache_dtype", "capability"), QUANTIZED)
+@pytest.mark.parametrize(
+    ("head_dim", "block_size", "heads", "kv_heads", "query_len"),
+    [(64, 16, 14, 2, 1), (128, 16, 12, 2, 1), (128, 32, 12, 2, 8)],
+)
+def test_decode_of_a_quantized_cache(
+    monkeypatch: pytest.MonkeyPatch,
+    head_dim: int,
+    block_size: int,
+    heads: int,
+    kv_heads: int,
+    query_len: int,
+    cache_dtype: torch.dtype,
+    capability: int,
+) -> None:
+    keys, values = cache(head_dim, block_size, kv_heads, cache_dtype)
+    query = projected(query_len, heads, kv_heads, head_dim, HALF)
+    tables = integers(1, 32768 // block_size)
+    launches = record(
+        monkeypatch,
+        capability,
+        lambda: decode_attention.decode(query, keys, values, tables, integers(1), query_len, 0.125),
+    )
+    check(launches[0], capability)
+
+
+@pytest.mark.parametrize(("cache_dtype", "capability"), QUANTIZED)
+@pytest.mark.parametrize("tokens", [8192, 40])
+def test_prefill_of_a_quantized_cache(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, cache_dtype: torch.dtype, capability: int
+) -> None:
+    keys, values = cache(128, 16, 2, cache_dtype)
+    query = projected(tokens, 12, 2, 128, HALF)
+    (launch,) = record(
+        monkeypatch,
+        capability,
+        lambda: prefill_attention.prefill(query, keys, values, integers(2, 512), integers(3), integers(2), 0.125),
+    )
+    check(launch, capability)
+
+
+@pytest.mark.parametrize(("cache_dtype", "capability"), QUANTIZED)
+@pytest.mark.parametrize("tokens", [1, 2048])
+def test_writes_to_a_quantized_cache(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, cache_dtype: torch.dtype, capability: int
+) -> None:
+    keys, values = cache(128, 16, 2, cache_dtype)
+    rows = torch.empty(tokens, 16, 128, dtype=HALF, device="meta")
+    angles = torch.empty(tokens, 64, device="meta")
+    slots = rope_write.KVSlots(keys, values, integers(tokens), angles, angles)
+
+    def launch() -> None:
+        kv_cache.write_kv(keys, values, rows[:, 12:14], rows[:, 14:], slots.slot_mapping)
+        rope_write.rope_write(rows.flatten(1), rows[0, 0], rows[0, 0], 1e-6, slots)
+
+    for one in record(monkeypatch, capability, launch):
+        check(one, capability, widest_load=False)
 
 
 @pytest.mark.parametrize("tokens", [1, 2048])

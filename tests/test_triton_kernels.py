@@ -31,6 +31,8 @@ if not INTERPRETED:
 
 else:
     from dispec.ops import reference
+    from dispec.ops.kv_cache import codes_and_scales, scale_rows
+    from dispec.ops.kv_cache import write_kv as write_kv_on_cpu
     from dispec.ops.triton import decode_attention, kv_cache, prefill_attention, skinny_linear, token_threshold
     from dispec.ops.triton.tuning import DecodeConfig, PrefillConfig, SkinnyGemmConfig
     from tests.threshold_cases import cases, expect_thresholds
@@ -64,6 +66,23 @@ else:
                 keys[block, :, :, :used] = torch.randn(kv_heads, head_dim, used).to(dtype)
                 values[block, :, :used] = torch.randn(kv_heads, used, head_dim).to(dtype)
         return keys, values, tables
+
+    def quantized_cache(keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the pages quantised, by torch, slot by slot. NaN stays NaN: its scale is."""
+        num_blocks, kv_heads, head_dim, block_size = keys.shape
+        rows = head_dim + scale_rows(dtype)
+        quantized = (
+            torch.zeros(num_blocks, kv_heads, rows, block_size, dtype=dtype),
+            torch.zeros(num_blocks, kv_heads, block_size, rows, dtype=dtype),
+        )
+        key, value = keys.permute(0, 3, 1, 2).flatten(0, 1), values.permute(0, 2, 1, 3).flatten(0, 1)
+        write_kv_on_cpu(*quantized, key, value, torch.arange(num_blocks * block_size))
+        return quantized
+
+    def dequantized(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what quantised pages stand for, in float32."""
+        (keys, key_scales), (values, value_scales) = codes_and_scales(keys, values)
+        return keys.float() * key_scales[:, :, None], values.float() * value_scales[..., None]
 
     def starts(lengths: list[int]) -> Tensor:
         return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
@@ -120,6 +139,40 @@ else:
         actual = decode_attention.decode(query, keys, values, tables, lens, query_len, scale, num_splits, config)
         expected = reference.paged_attention(
             query, keys, values, tables, starts([query_len] * len(contexts)), lens, scale
+        )
+        expect_equal(actual, expected)
+
+    quantized_types = pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "e4m3"])
+
+    @quantized_types
+    @pytest.mark.parametrize(
+        ("query_len", "heads", "kv_heads", "head_dim", "block_size", "num_splits", "dtype"),
+        [
+            (1, 12, 2, 128, 16, 1, torch.float32),
+            (1, 6, 2, 80, 16, 2, torch.float16),
+            (3, 7, 1, 64, 64, 3, torch.float32),
+            (16, 3, 3, 96, 32, 2, torch.float16),
+        ],
+    )
+    def test_decode_of_a_quantized_cache(
+        query_len: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        num_splits: int,
+        dtype: torch.dtype,
+        cache_dtype: torch.dtype,
+    ) -> None:
+        config = DecodeConfig(block_n=32, num_warps=4, num_stages=2, programs_per_multiprocessor=2)
+        contexts = [query_len, 161, 64, 63 + query_len, 0]
+        keys, values, tables = poisoned_cache(contexts, kv_heads, head_dim, block_size, dtype)
+        pages = quantized_cache(5 * keys, values / 5, cache_dtype)
+        query = query_view(len(contexts) * query_len, heads, kv_heads, head_dim, dtype)
+        lens, scale = torch.tensor(contexts, dtype=torch.int32), 0.2 * head_dim**-0.5
+        actual = decode_attention.decode(query, *pages, tables, lens, query_len, scale, num_splits, config)
+        expected = reference.paged_attention(
+            query, *dequantized(*pages), tables, starts([query_len] * len(contexts)), lens, scale
         )
         expect_equal(actual, expected)
 
@@ -183,6 +236,33 @@ else:
         expected = reference.paged_attention(query, keys, values, tables, starts(lengths), lens, 0.125)
         # Rows past the last sequence are padding and may stay unwritten.
         expect_equal(actual[: sum(lengths)], expected[: sum(lengths)])
+
+    @quantized_types
+    @pytest.mark.parametrize(
+        ("tokens_per_program", "head_dim", "dtype"), [(1, 80, torch.float32), (16, 64, torch.float16)]
+    )
+    def test_writes_have_the_bits_of_torchs(
+        monkeypatch: pytest.MonkeyPatch,
+        tokens_per_program: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        cache_dtype: torch.dtype,
+    ) -> None:
+        monkeypatch.setattr(kv_cache, "TILED_WRITE_TOKENS", tokens_per_program)
+        monkeypatch.setattr(kv_cache, "MIN_TILED_WRITE_TOKENS", tokens_per_program)
+        tokens, block_size = 19, 16
+        rows = (torch.randn(tokens, 3, 2, head_dim) * torch.logspace(-3, 3, tokens)[:, None, None, None]).to(dtype)
+        rows[0, 1], rows[1, 1, :, 5:] = 0, 0.5
+        rows[2, 1] = torch.arange(head_dim).fmod(64) * 2 - 63.5  # ties: the largest is 127 halves
+        rows[2, 2, :, -1] = 448  # and every e4m3 is its own code
+        slots = torch.randperm(5 * block_size)[:tokens]
+        before = torch.randint(256, (2, 5, 2, (head_dim + 4) * block_size), dtype=torch.uint8).view(cache_dtype)
+        found, expected = before.clone(), before.clone()
+        for pages, write in ((found, kv_cache.write_kv), (expected, write_kv_on_cpu)):
+            keys, values = pages.view(2, 5, 2, -1, block_size)
+            write(keys, values.view(5, 2, block_size, -1), rows[:, 1], rows[:, 2], slots)
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+        assert not torch.equal(found.view(torch.uint8), before.view(torch.uint8))
 
     @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
     @pytest.mark.parametrize(

@@ -15,7 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dispec.ops.triton.online_softmax import attend, shape_constants, strides
-from dispec.ops.triton.tuning import DECODE, MAX_DECODE_TILE_ROWS, MAX_SPLIT_POSITIONS, DecodeConfig, describe
+from dispec.ops.triton.tuning import (
+    DECODE,
+    MAX_DECODE_TILE_ROWS,
+    MAX_SPLIT_POSITIONS,
+    DecodeConfig,
+    describe,
+    element_bytes,
+)
 
 
 @triton.jit
@@ -201,7 +208,7 @@ def decode(
     if num_tokens == 0:
         return output
     device, shape = describe(query.device), shape_constants(query, keys)
-    config = config or DECODE[device.architecture][shape["D_PADDED"], query.element_size()]
+    config = config or DECODE[device.architecture][shape["D_PADDED"], element_bytes(query.dtype, keys.dtype)]
     rows = query_len * shape["GROUP"]
     block_m = min(max(triton.next_power_of_2(rows), 16), MAX_DECODE_TILE_ROWS[query.element_size()])
     row_tiles = triton.cdiv(rows, block_m)

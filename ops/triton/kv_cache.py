@@ -1,4 +1,7 @@
-"""Write keys and values to their slots in the paged KV cache: `ops.write_kv` on CUDA."""
+"""Write keys and values to their slots in the paged KV cache: `ops.write_kv` on CUDA.
+
+The dtype of the pages tells how they are written: pages of one byte an element are quantised as `ops.kv_cache` says.
+"""
 
 from typing import no_type_check
 
@@ -7,6 +10,47 @@ import triton.language as tl
 from torch import Tensor
 
 from dispec.ops.triton.tuning import MIN_TILED_WRITE_TOKENS, TILED_WRITE_TOKENS
+
+
+@triton.jit
+@no_type_check
+def largest_magnitude(x):
+    """Return the largest magnitude of each row of x [T, D], in float32; NaN if there is one."""
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF  # tl.max ignores NaN; as integers they are largest
+    return tl.max(bits, 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+@no_type_check
+def largest_code(dtype: tl.constexpr):
+    return 127.0 if dtype == tl.int8 else 448.0
+
+
+@triton.jit
+@no_type_check
+def quantize(x, largest, dtype: tl.constexpr):
+    """Return the codes of rows x [T, D] with the largest magnitudes [T]: bit by bit `ops.kv_cache.quantize_heads`."""
+    finite = tl.maximum(largest, 2.0**-100, tl.PropagateNan.ALL)
+    inverse = tl.div_rn(tl.full(largest.shape, 1.0, tl.float32), finite) * largest_code(dtype)  # as torch divides
+    codes = x.to(tl.float32) * inverse[:, None]
+    if dtype == tl.int8:
+        # Half to even by comparisons: a sum or a difference would be fused with the product above, which then is not
+        # rounded.
+        below = tl.floor(codes)
+        middle = below + 0.5
+        is_odd = 2 * tl.floor(below * 0.5) != below
+        codes = tl.where((codes > middle) | ((codes == middle) & is_odd), below + 1, below)
+    return codes.to(dtype)
+
+
+@triton.jit
+@no_type_check
+def store_scales(pages, page, offset, largest, mask, D: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Store the scales of tokens at `offset` of the pages that begin at element `page` of `pages`."""
+    dtype: tl.constexpr = pages.dtype.element_ty
+    divisor = tl.full(largest.shape, largest_code(dtype), tl.float32)
+    scales = pages.to(tl.pointer_type(tl.float32)) + ((page + D * BLOCK_SIZE) // 4 + offset)
+    tl.store(scales, tl.div_rn(largest, divisor), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -51,6 +95,14 @@ def write_kv_kernel(
     value_rows = row * value_token_stride + head * value_head_stride
     value_tile = tl.load(value + value_rows[:, None] + dim[None, :], mask=mask, other=0.0)
 
+    if keys.dtype.element_ty.primitive_bitwidth == 8:
+        largest_key, largest_value = largest_magnitude(key_tile), largest_magnitude(value_tile)
+        key_tile = quantize(key_tile, largest_key, keys.dtype.element_ty)
+        value_tile = quantize(value_tile, largest_value, values.dtype.element_ty)
+        key_page = block * keys_block_stride + head * keys_head_stride
+        store_scales(keys, key_page, offset, largest_key, in_step, D, BLOCK_SIZE)
+        value_page = block * values_block_stride + head * values_head_stride
+        store_scales(values, value_page, offset, largest_value, in_step, D, BLOCK_SIZE)
     value_slots = block * values_block_stride + head * values_head_stride + offset * D
     tl.store(values + value_slots[:, None] + dim[None, :], value_tile.to(values.dtype.element_ty), mask=mask)
     key_slots = block * keys_block_stride + head * keys_head_stride + offset
@@ -64,7 +116,7 @@ def write_kv_kernel(
 def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
     """Store token t's key and value at slot `slot_mapping[t]` (block * BS + offset), in place.
 
-    keys: [NB, KV, D, BS] and values: [NB, KV, BS, D], contiguous in their last two dimensions; key and value:
+    keys: [NB, KV, DP, BS] and values: [NB, KV, BS, DP], contiguous in their last two dimensions; key and value:
     [T, KV, D], contiguous in D; slot_mapping: [T], int32 or int64. KVSlots are not checked.
     """
     num_tokens, kv_heads, head_dim = key.shape

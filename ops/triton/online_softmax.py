@@ -4,6 +4,12 @@ The running maximum and sum are those of online softmax (Milakov and Gimelshein,
 arranges them (Dao, 2023): the accumulator is divided by the sum only once, at the end. Pages are addressed
 through a block table as in PagedAttention (Kwon et al., 2023), directly, without gathering them first.
 
+Pages of one byte an element are quantised (see `ops.kv_cache`). Their codes are read in pairs, as words of 16 bits:
+tensor cores want keys and values in another order than pages have them in, and shared memory reorders words as fast as
+it is read, but not bytes. A word of keys holds two positions, a word of values two dimensions, so even and odd
+positions are products of their own, and so are even and odd dimensions of the output. Codes are exact in 16 bits. A
+key's scale multiplies its scores, a value's scale its weights.
+
 `no_type_check` keeps run-time shape checkers from wrapping the kernels: Triton reads their source.
 """
 
@@ -94,6 +100,125 @@ def _attend_tiles(
 
 @triton.jit
 @no_type_check
+def _codes(words, HIGH: tl.constexpr, IS_INT8: tl.constexpr, dtype: tl.constexpr):
+    """Return the low or the high bytes of 16-bit words, codes of int8 or e4m3, in `dtype`.
+
+    Conversion instructions have a quarter of the rate of the others or less. Here the bits of a code become those of
+    a number from which a constant leads to the code.
+    """
+    if HIGH:
+        words = words >> 8
+    if IS_INT8:
+        if dtype == tl.bfloat16:
+            # 128 + the low 7 bits, minus 128, or 256 for a negative code.
+            magnitude = ((words & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
+            return magnitude - ((words & 0x80) | 0x4300).to(tl.bfloat16, bitcast=True)
+        biased = ((words & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True)  # 1024 + 128 + the code
+        return (biased - 1152.0).to(dtype)
+    # The exponent has 4 bits and bias 7: in bfloat16 8 bits and 127, in float16 5 bits and 15.
+    sign = (words & 0x80) << 8
+    if dtype == tl.bfloat16:
+        return (sign | ((words & 0x7F) << 4)).to(tl.bfloat16, bitcast=True) * 2.0**120
+    return ((sign | ((words & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0).to(dtype)
+
+
+@triton.jit
+@no_type_check
+def _attend_quantized_tiles(
+    even,
+    odd,
+    maximum,
+    total,
+    query,
+    keys,
+    values,
+    block_table,
+    first_tile,
+    last_tile,
+    visible,
+    context_len,
+    key_block_stride,
+    value_block_stride,
+    score_scale,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Do what `_attend_tiles` does for quantised pages. even, odd: accumulators of those dimensions of the output."""
+    IS_INT8: tl.constexpr = keys.dtype.element_ty == tl.int8
+    dtype: tl.constexpr = query.dtype
+    word: tl.constexpr = tl.pointer_type(tl.uint16)
+    pair = tl.arange(0, BLOCK_N // 2)
+    dim = tl.arange(0, D_PADDED)
+    dim_pair = tl.arange(0, D_PADDED // 2)
+    key_words, value_words = keys.to(word), values.to(word)
+    key_scales = (keys + D * BLOCK_SIZE).to(tl.pointer_type(tl.float32))
+    value_scales = (values + D * BLOCK_SIZE).to(tl.pointer_type(tl.float32))
+    for tile in range(first_tile, last_tile):
+        position = tile * BLOCK_N + 2 * pair
+        first_entry = block_table + tile * BLOCK_N // BLOCK_SIZE
+        block = tl.zeros([BLOCK_N // 2], tl.int32) + tl.load(first_entry)
+        for entry in tl.static_range(1, (BLOCK_N + BLOCK_SIZE - 1) // BLOCK_SIZE):
+            if MASKED:
+                start = tile * BLOCK_N + entry * BLOCK_SIZE
+                next_block = tl.load(first_entry + entry, mask=start < context_len, other=0)
+            else:
+                next_block = tl.load(first_entry + entry)
+            block = tl.where(pair // (BLOCK_SIZE // 2) == entry, next_block, block)
+        block = block.to(tl.int64)
+        pair_offset = (tile * (BLOCK_N // 2) + pair) % (BLOCK_SIZE // 2)
+
+        # As in `_attend_tiles`, keys past the context are loaded and values are not.
+        key_pointers = key_words + (block * (key_block_stride // 2) + pair_offset)[None, :]
+        key_pointers += dim[:, None] * (BLOCK_SIZE // 2)
+        key = tl.load(key_pointers) if D == D_PADDED else tl.load(key_pointers, mask=(dim < D)[:, None], other=0)
+        key_scale = key_scales + (block * (key_block_stride // 4) + 2 * pair_offset)
+        even_scores = tl.dot(query, _codes(key, False, IS_INT8, dtype), input_precision="ieee")
+        odd_scores = tl.dot(query, _codes(key, True, IS_INT8, dtype), input_precision="ieee")
+        even_scores *= tl.load(key_scale)[None, :]
+        odd_scores *= tl.load(key_scale + 1)[None, :]
+        if MASKED:
+            even_scores = tl.where(position[None, :] < visible[:, None], even_scores, float("-inf"))
+            odd_scores = tl.where(position[None, :] + 1 < visible[:, None], odd_scores, float("-inf"))
+
+        new_maximum = tl.maximum(maximum, tl.max(tl.maximum(even_scores, odd_scores), 1) * score_scale)
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum
+        even_weights = tl.math.exp2(even_scores * score_scale - shift[:, None])
+        odd_weights = tl.math.exp2(odd_scores * score_scale - shift[:, None])
+        rescale = tl.math.exp2(maximum - shift)
+        total = total * rescale + tl.sum(even_weights + odd_weights, 1)
+        even *= rescale[:, None]
+        odd *= rescale[:, None]
+        maximum = new_maximum
+
+        value_rows = value_words + (block * (value_block_stride // 2) + pair_offset * D)[:, None] + dim_pair[None, :]
+        scale_pointers = value_scales + (block * (value_block_stride // 4) + 2 * pair_offset)
+        if MASKED:
+            in_head = (dim_pair < D // 2)[None, :]
+            even_value = tl.load(value_rows, mask=(position < context_len)[:, None] & in_head, other=0)
+            odd_value = tl.load(value_rows + D // 2, mask=(position + 1 < context_len)[:, None] & in_head, other=0)
+            even_weights *= tl.load(scale_pointers, mask=position < context_len, other=0.0)[None, :]
+            odd_weights *= tl.load(scale_pointers + 1, mask=position + 1 < context_len, other=0.0)[None, :]
+        else:
+            if D == D_PADDED:
+                even_value, odd_value = tl.load(value_rows), tl.load(value_rows + D // 2)
+            else:
+                even_value = tl.load(value_rows, mask=(dim_pair < D // 2)[None, :], other=0)
+                odd_value = tl.load(value_rows + D // 2, mask=(dim_pair < D // 2)[None, :], other=0)
+            even_weights *= tl.load(scale_pointers)[None, :]
+            odd_weights *= tl.load(scale_pointers + 1)[None, :]
+        even_weights, odd_weights = even_weights.to(dtype), odd_weights.to(dtype)
+        even = tl.dot(even_weights, _codes(even_value, False, IS_INT8, dtype), even, input_precision="ieee")
+        even = tl.dot(odd_weights, _codes(odd_value, False, IS_INT8, dtype), even, input_precision="ieee")
+        odd = tl.dot(even_weights, _codes(even_value, True, IS_INT8, dtype), odd, input_precision="ieee")
+        odd = tl.dot(odd_weights, _codes(odd_value, True, IS_INT8, dtype), odd, input_precision="ieee")
+    return even, odd, maximum, total
+
+
+@triton.jit
+@no_type_check
 def attend(
     query,
     keys,
@@ -121,19 +246,34 @@ def attend(
     Returns the output [BLOCK_M, D_PADDED], zero for rows that see no position, and the maximum and the sum of the
     weights [BLOCK_M] in powers of two (`score_scale` is the softmax scale times log2 e), all float32.
     """
-    accumulator = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    accumulator, maximum, total = _attend_tiles(
-        accumulator, maximum, total, query, keys, values, block_table, first_tile, unmasked_end,
-        visible, context_len, key_block_stride, value_block_stride, score_scale,
-        D, D_PADDED, BLOCK_SIZE, BLOCK_N, False,
-    )  # fmt: skip
-    accumulator, maximum, total = _attend_tiles(
-        accumulator, maximum, total, query, keys, values, block_table, masked_start, last_tile,
-        visible, context_len, key_block_stride, value_block_stride, score_scale,
-        D, D_PADDED, BLOCK_SIZE, BLOCK_N, True,
-    )  # fmt: skip
+    if keys.dtype.element_ty.primitive_bitwidth == 8:
+        even = tl.zeros([BLOCK_M, D_PADDED // 2], tl.float32)
+        odd = tl.zeros([BLOCK_M, D_PADDED // 2], tl.float32)
+        even, odd, maximum, total = _attend_quantized_tiles(
+            even, odd, maximum, total, query, keys, values, block_table, first_tile, unmasked_end,
+            visible, context_len, key_block_stride, value_block_stride, score_scale,
+            D, D_PADDED, BLOCK_SIZE, BLOCK_N, False,
+        )  # fmt: skip
+        even, odd, maximum, total = _attend_quantized_tiles(
+            even, odd, maximum, total, query, keys, values, block_table, masked_start, last_tile,
+            visible, context_len, key_block_stride, value_block_stride, score_scale,
+            D, D_PADDED, BLOCK_SIZE, BLOCK_N, True,
+        )  # fmt: skip
+        accumulator = tl.reshape(tl.join(even, odd), [BLOCK_M, D_PADDED])
+    else:
+        accumulator = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
+        accumulator, maximum, total = _attend_tiles(
+            accumulator, maximum, total, query, keys, values, block_table, first_tile, unmasked_end,
+            visible, context_len, key_block_stride, value_block_stride, score_scale,
+            D, D_PADDED, BLOCK_SIZE, BLOCK_N, False,
+        )  # fmt: skip
+        accumulator, maximum, total = _attend_tiles(
+            accumulator, maximum, total, query, keys, values, block_table, masked_start, last_tile,
+            visible, context_len, key_block_stride, value_block_stride, score_scale,
+            D, D_PADDED, BLOCK_SIZE, BLOCK_N, True,
+        )  # fmt: skip
     return accumulator / tl.where(total == 0.0, 1.0, total)[:, None], maximum, total
 
 

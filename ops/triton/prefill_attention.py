@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dispec.ops.triton.online_softmax import attend, shape_constants, strides
-from dispec.ops.triton.tuning import PREFILL, PrefillConfig, describe
+from dispec.ops.triton.tuning import PREFILL, PrefillConfig, describe, element_bytes
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_sequences"])
@@ -123,7 +123,7 @@ def prefill(
     shape = shape_constants(query, keys)
     if config is None:
         device = describe(query.device)
-        wide, narrow = PREFILL[device.architecture][shape["D_PADDED"], query.element_size()]
+        wide, narrow = PREFILL[device.architecture][shape["D_PADDED"], element_bytes(query.dtype, keys.dtype)]
         # Twice: tiles for one and a half rounds of the device would leave a quarter of it idle.
         fills = num_tokens * num_heads >= 2 * wide.block_m * device.multiprocessors
         config = wide if fills else narrow

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dispec.ops.kv_cache import pages_of_layer
+from dispec.ops.kv_cache import LARGEST_CODE, pages_of_layer
 from dispec.ops.norm import Norm
 from dispec.ops.triton.linear import fused_linear
 from dispec.ops.triton.rope_write import KVSlots, rope_write
@@ -108,7 +108,7 @@ def fused_qkv_rope_write(
     x: [T, K], contiguous in its rows; weight: [(H + 2 KV) * D, K], contiguous; bias: [(H + 2 KV) * D].
     """
     num_tokens, in_features = x.shape
-    _, kv_heads, head_dim, block_size = slots.keys.shape
+    kv_heads, head_dim, block_size = slots.keys.shape[1], slots.head_dim, slots.keys.shape[3]
     heads = weight.shape[0] // head_dim - 2 * kv_heads
     query = torch.empty((num_tokens, heads, head_dim), dtype=x.dtype, device=x.device)
     qkv_rope_write_kernel[(triton.cdiv(weight.shape[0], config.block_n),)](
@@ -154,12 +154,13 @@ def qkv_rope_write(
 ) -> Tensor:
     """Compute `ops.qkv_rope_write` in 16 bits: in one kernel for few tokens, else a GEMM and `rope_write`.
 
-    x: [T, E]; qkv: [(H + 2 KV) * D, E]; bias: [(H + 2 KV) * D]. All norms have the same `eps`. Head norms need whole
-    heads, which no program of the one kernel has. Returns [T, H, D].
+    x: [T, E]; qkv: [(H + 2 KV) * D, E]; bias: [(H + 2 KV) * D]. All norms have the same `eps`. Head norms and the
+    scales of a quantised cache need whole heads, which no program of the one kernel has. Returns [T, H, D].
     """
     slots = KVSlots(*pages_of_layer(keys, values, layer), slot_mapping, cosine.contiguous(), sine.contiguous())
     config = choose_fused_linear(describe(x.device), x.shape[0], *qkv.shape, has_norm=True)
-    if config is None or query_norm is not None or not qkv.is_contiguous():
+    needs_heads = query_norm is not None or keys.dtype in LARGEST_CODE
+    if config is None or needs_heads or not qkv.is_contiguous():
         projected = fused_linear(x, qkv, bias, norm, eps, is_gated=False)
         return rope_write(projected, query_norm, key_norm, eps, slots)
     return fused_qkv_rope_write(x.contiguous(), qkv, bias, Norm(norm, eps), slots, config)

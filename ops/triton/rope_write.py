@@ -7,14 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dispec.ops.kv_cache import scale_rows
+from dispec.ops.triton.kv_cache import largest_magnitude, quantize, store_scales
 from dispec.ops.triton.tuning import MIN_TILED_WRITE_TOKENS, TILED_WRITE_TOKENS
 
 
 class KVSlots(NamedTuple):
     """The pages of a layer, the slots of a step's tokens in them, and the rotation of their positions.
 
-    keys: [NB, KV, D, BS] and values: [NB, KV, BS, D], contiguous in their last two dimensions; slot_mapping: [T] int32;
-    cosine and sine: [T, D / 2] float32, contiguous.
+    keys: [NB, KV, DP, BS] and values: [NB, KV, BS, DP], contiguous in their last two dimensions; slot_mapping: [T]
+    int32; cosine and sine: [T, D / 2] float32, contiguous.
     """
 
     keys: Tensor
@@ -22,6 +24,10 @@ class KVSlots(NamedTuple):
     slot_mapping: Tensor
     cosine: Tensor
     sine: Tensor
+
+    @property
+    def head_dim(self) -> int:
+        return self.keys.shape[2] - scale_rows(self.keys.dtype)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -91,6 +97,16 @@ def rope_write_kernel(
     else:
         slot = tl.load(slot_mapping + row, mask=is_token, other=0)
         block, offset = (slot // BLOCK_SIZE).to(tl.int64), (slot % BLOCK_SIZE).to(tl.int64)
+        if keys.dtype.element_ty.primitive_bitwidth == 8:
+            largest = tl.maximum(largest_magnitude(first), largest_magnitude(second), tl.PropagateNan.ALL)
+            first = quantize(first, largest, keys.dtype.element_ty)
+            second = quantize(second, largest, keys.dtype.element_ty)
+            if head < H + KV:
+                page = block * keys_block_stride + (head - H) * keys_head_stride
+                store_scales(keys, page, offset, largest, is_token, D, BLOCK_SIZE)
+            else:
+                page = block * values_block_stride + (head - H - KV) * values_head_stride
+                store_scales(values, page, offset, largest, is_token, D, BLOCK_SIZE)
         if head < H + KV:
             key = keys + block * keys_block_stride + (head - H) * keys_head_stride + offset
             key_rows = key[None, :] + (dim * BLOCK_SIZE)[:, None]
@@ -112,7 +128,7 @@ def rope_write(
     slots: KVSlots,
 ) -> Tensor:
     """Compute `ops.rope_write` in one kernel. projected: [T, (H + 2 KV) * D], contiguous. Returns [T, H, D]."""
-    _, kv_heads, head_dim, block_size = slots.keys.shape
+    kv_heads, head_dim, block_size = slots.keys.shape[1], slots.head_dim, slots.keys.shape[3]
     num_tokens = projected.shape[0]
     heads = projected.shape[1] // head_dim - 2 * kv_heads
     query = torch.empty((num_tokens, heads, head_dim), dtype=projected.dtype, device=projected.device)

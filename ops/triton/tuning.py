@@ -82,7 +82,7 @@ class Device(NamedTuple):
     multiprocessors: int
 
 
-# (head dimension padded to a power of two, bytes per element) -> configuration.
+# (head dimension padded to a power of two, `element_bytes`) -> configuration.
 DecodeTable = dict[tuple[int, int], DecodeConfig]
 # The same, with one configuration for steps that fill the device with wide tiles and one for shorter steps.
 PrefillTable = dict[tuple[int, int], tuple[PrefillConfig, PrefillConfig]]
@@ -91,6 +91,9 @@ PrefillTable = dict[tuple[int, int], tuple[PrefillConfig, PrefillConfig]]
 # ahead, 5 stages two.
 DECODE: dict[str, DecodeTable] = {
     "sm_90": {
+        (64, 1): DecodeConfig(128, 4, 5, 2),
+        (128, 1): DecodeConfig(64, 4, 5, 2),
+        (256, 1): DecodeConfig(32, 4, 5, 2),
         (64, 2): DecodeConfig(64, 4, 5, 1),
         (128, 2): DecodeConfig(32, 4, 5, 1),
         (256, 2): DecodeConfig(32, 4, 5, 2),
@@ -99,6 +102,9 @@ DECODE: dict[str, DecodeTable] = {
         (256, 4): DecodeConfig(16, 8, 3, 2),
     },
     "sm_80": {
+        (64, 1): DecodeConfig(64, 4, 5, 2),
+        (128, 1): DecodeConfig(64, 4, 5, 2),
+        (256, 1): DecodeConfig(32, 4, 5, 2),
         (64, 2): DecodeConfig(64, 4, 5, 2),
         (128, 2): DecodeConfig(64, 8, 5, 2),
         (256, 2): DecodeConfig(32, 4, 5, 2),
@@ -108,6 +114,9 @@ DECODE: dict[str, DecodeTable] = {
     },
     # Any other device: fits the 64 to 99 KiB of shared memory of consumer chips.
     "fallback": {
+        (64, 1): DecodeConfig(64, 4, 3, 2),
+        (128, 1): DecodeConfig(64, 4, 3, 2),
+        (256, 1): DecodeConfig(32, 4, 3, 2),
         (64, 2): DecodeConfig(64, 4, 3, 2),
         (128, 2): DecodeConfig(32, 4, 3, 2),
         (256, 2): DecodeConfig(16, 4, 3, 2),
@@ -119,6 +128,9 @@ DECODE: dict[str, DecodeTable] = {
 
 PREFILL: dict[str, PrefillTable] = {
     "sm_90": {
+        (64, 1): (PrefillConfig(128, 64, 4, 3), PrefillConfig(64, 64, 4, 5)),
+        (128, 1): (PrefillConfig(128, 64, 8, 3), PrefillConfig(64, 64, 4, 3)),
+        (256, 1): (PrefillConfig(128, 32, 8, 3), PrefillConfig(32, 32, 4, 3)),
         (64, 2): (PrefillConfig(128, 64, 4, 3), PrefillConfig(64, 64, 4, 5)),
         (128, 2): (PrefillConfig(128, 128, 8, 3), PrefillConfig(64, 64, 4, 3)),
         (256, 2): (PrefillConfig(128, 32, 8, 3), PrefillConfig(64, 32, 4, 3)),
@@ -127,6 +139,9 @@ PREFILL: dict[str, PrefillTable] = {
         (256, 4): (PrefillConfig(16, 16, 8, 3), PrefillConfig(16, 16, 8, 3)),
     },
     "sm_80": {
+        (64, 1): (PrefillConfig(128, 32, 4, 5), PrefillConfig(64, 32, 4, 5)),
+        (128, 1): (PrefillConfig(128, 32, 8, 5), PrefillConfig(64, 32, 4, 5)),
+        (256, 1): (PrefillConfig(32, 32, 4, 5), PrefillConfig(32, 32, 4, 5)),
         (64, 2): (PrefillConfig(128, 32, 4, 5), PrefillConfig(64, 32, 4, 5)),
         (128, 2): (PrefillConfig(128, 32, 8, 5), PrefillConfig(64, 32, 4, 5)),
         (256, 2): (PrefillConfig(64, 16, 8, 5), PrefillConfig(32, 16, 4, 5)),
@@ -135,6 +150,9 @@ PREFILL: dict[str, PrefillTable] = {
         (256, 4): (PrefillConfig(16, 16, 8, 3), PrefillConfig(16, 16, 8, 3)),
     },
     "fallback": {
+        (64, 1): (PrefillConfig(64, 32, 4, 3), PrefillConfig(32, 32, 4, 3)),
+        (128, 1): (PrefillConfig(64, 32, 4, 3), PrefillConfig(32, 32, 4, 3)),
+        (256, 1): (PrefillConfig(32, 32, 4, 3), PrefillConfig(16, 32, 4, 3)),
         (64, 2): (PrefillConfig(64, 32, 4, 3), PrefillConfig(32, 32, 4, 3)),
         (128, 2): (PrefillConfig(64, 32, 4, 3), PrefillConfig(32, 32, 4, 3)),
         (256, 2): (PrefillConfig(32, 16, 4, 3), PrefillConfig(16, 16, 4, 3)),
@@ -167,6 +185,11 @@ REDUCE_BLOCK = 256
 # vocabulary of a multiple of 16, but spill at others.
 THRESHOLD_BLOCK = 8192
 THRESHOLD_WARPS = 32
+
+
+def element_bytes(query_dtype: torch.dtype, cache_dtype: torch.dtype) -> int:
+    """Return the bytes of an element of the cache if tensor cores multiply it, else those of one of the query."""
+    return min(cache_dtype.itemsize, query_dtype.itemsize) if query_dtype.itemsize == 2 else query_dtype.itemsize
 
 
 @functools.cache

@@ -45,10 +45,11 @@ LAYERS = {
     "head": Layer(152064, 3584, has_norm=True),
 }
 MAX_SWEPT_TOKENS = 256
+MAX_BLOCK = 128  # tokens of a program
 
 
-def candidates(layer: Layer) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield configurations: block_n, block_k, splits, num_warps, num_stages."""
+def candidates(layer: Layer, block: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield configurations of `block` tokens: block_n, block_k, splits, num_warps, num_stages."""
     if layer.out_features > 16384:
         yield from ((64, 128, 1, 4, stages) for stages in (4, 6))
         yield from ((64, 256, 1, 4, stages) for stages in (3, 4))
@@ -56,22 +57,16 @@ def candidates(layer: Layer) -> Iterator[tuple[int, int, int, int, int]]:
         yield from ((128, 256, 1, 4, stages) for stages in (2, 3))
         yield from ((128, 128, 1, 8, 4), (128, 256, 1, 8, 3), (256, 128, 1, 8, 3))
         return
-    for splits in (1, 2, 3, 4, 5, 6, 8):
+    for splits in (1, 2, 3, 4) if block > 64 else (1, 2, 3, 4, 5, 6, 8):
         yield from ((64, 128, splits, 4, stages) for stages in (4, 6))
         yield from ((64, 256, splits, 4, stages) for stages in (3, 4))
-        if splits in (2, 4, 8):
-            yield from ((128, 128, splits, 4, 4), (128, 256, splits, 8, 3))
-
-
-def gemv_candidates(layer: Layer) -> Iterator[tuple[int, int]]:
-    """Yield configurations of one token: block_n, programs_per_multiprocessor."""
-    if layer.in_features <= 8192:
-        yield from itertools.product((2, 4, 8), (1, 2, 3, 4, 6, 8))
+        if splits % 2 == 0:
+            yield from ((128, 128, splits, 4, 4), (128, 128, splits, 8, 4), (128, 256, splits, 8, 3))
 
 
 def block_m(tokens: int) -> int:
     """Return the tokens of a program: steps with the same are compiled once."""
-    return min(max(1 << (tokens - 1).bit_length(), 16), 64)
+    return min(max(1 << (tokens - 1).bit_length(), 16), MAX_BLOCK)
 
 
 def random_codes(rows: int, columns: int) -> Tensor:
@@ -79,10 +74,11 @@ def random_codes(rows: int, columns: int) -> Tensor:
 
 
 def gemm(codes: Tensor, weight: Tensor, is_gated: bool, config: tuple[int, ...], scales: tuple[Tensor, Tensor]) -> Any:
-    from dispec.ops.triton.fp8_linear import fp8_gemm
+    from dispec.ops.triton import fp8_linear as kernels
     from dispec.ops.triton.tuning import SkinnyGemmConfig
 
-    return fp8_gemm(codes, scales[0], weight, scales[1], None, None, is_gated, SkinnyGemmConfig(*config))
+    with mock.patch.object(kernels, "MAX_TOKENS", MAX_BLOCK):
+        return kernels.fp8_gemm(codes, scales[0], weight, scales[1], None, None, is_gated, SkinnyGemmConfig(*config))
 
 
 def compile_candidate(layer: Layer, tokens: int, config: tuple[int, ...]) -> str | None:
@@ -109,8 +105,11 @@ def compile_operations(layer: Layer, tokens: int) -> str | None:
     return None
 
 
-def compile_all(layers: dict[str, Layer], tokens: list[int], processes: int) -> set[Any]:
-    """Compile all candidates; return those that fail, as layer, block_m and configuration."""
+def compile_all(layers: dict[str, Layer], tokens: list[int], sweep: bool, processes: int) -> set[Any]:
+    """Compile what is timed, with `sweep` the candidates too.
+
+    Returns the candidates that fail, as the name of their layer, block_m and configuration.
+    """
     failed: set[Any] = set()
     blocks = sorted({block_m(count) for count in tokens if count <= MAX_SWEPT_TOKENS})
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
@@ -120,8 +119,8 @@ def compile_all(layers: dict[str, Layer], tokens: list[int], processes: int) -> 
         }
         compiling |= {
             pool.submit(compile_candidate, layer, block, config): (name, block, config)
-            for name, layer in layers.items()
-            for block, config in itertools.product(blocks, candidates(layer))
+            for name, layer in (layers.items() if sweep else ())
+            for block, config in ((block, config) for block in blocks for config in candidates(layer, block))
         }
         for future in as_completed(compiling):
             if error := future.result():
@@ -139,7 +138,6 @@ def over_weights(call: Callable[..., object], weights: list[Tensor]) -> float:
 def operations(layer: Layer, tokens: int) -> Iterator[tuple[str, Callable[..., object]]]:
     """Yield what is timed beside the candidates, as functions of the weight: torch's GEMM, and the op in variants."""
     from dispec.ops.triton import fp8_linear as kernels
-    from dispec.ops.triton.tuning import GemvConfig, choose_fp8_linear, describe
 
     out_features, in_features = layer.out_features, layer.in_features
     x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
@@ -152,25 +150,22 @@ def operations(layer: Layer, tokens: int) -> Iterator[tuple[str, Callable[..., o
         "is_gated": layer.is_gated,
     }
 
-    def op(tiles: int | None, weight: Tensor, config: Any = None) -> Tensor:
-        with mock.patch.object(kernels, "PREFETCHED_TILES", tiles):
-            return kernels.fp8_linear(x, weight, scales, **around, config=config)
+    def variant(name: str, value: int | None, call: Callable[..., object], weight: Tensor) -> object:
+        with mock.patch.object(kernels, name, value):
+            return call(weight=weight)
 
     codes, row_scales = kernels.round_rows(x, norm)
-    yield "round_rows", lambda weight: kernels.round_rows(x, norm)
+    op = partial(kernels.fp8_linear, x, scales=scales, **around)
+    yield "op", op
+    if tokens <= 64:
+        for size in (None, 0, 256, 512, 1024):
+            yield f"op prefetched={size}", partial(variant, "PREFETCHED_BYTES", size, op)
+    for elements in (256, 512, 1024, 2048):
+        rounding = partial(variant, "ELEMENTS_PER_WARP", elements, lambda weight: kernels.round_rows(x, norm))
+        yield f"round_rows {elements}", rounding
     for is_fast in (False, True):
-        call = partial(kernels.scaled_mm, codes, row_scales, scales=scales, use_fast_accum=is_fast)
-        yield f"scaled_mm fast={is_fast}", call
-    yield "op", partial(kernels.fp8_linear, x, scales=scales, **around)
-    for tiles in (None, 0, 4, 8) if tokens <= 64 else ():
-        # What the table has for more than one token: a GEMM with a kernel before it.
-        count = max(tokens, 2)
-        chosen = choose_fp8_linear(describe(x.device), count, out_features, in_features, is_gated=layer.is_gated)
-        yield f"op {chosen} prefetched={tiles}", partial(op, tiles, config=chosen)
-    if tokens == 1:
-        yield "op without overlap", partial(op, None)
-    for config in gemv_candidates(layer) if tokens == 1 else ():
-        yield f"op gemv {config}", partial(op, 4, config=GemvConfig(*config))
+        multiply = partial(kernels.scaled_mm, codes, row_scales, scales=scales, use_fast_accum=is_fast)
+        yield f"scaled_mm fast={is_fast}", multiply
 
 
 def main(
@@ -184,7 +179,7 @@ def main(
     end = time.monotonic() + 60 * minutes
     chosen = {name: LAYERS[name] for name in layers.split(",")}
     counts = [int(count) for count in tokens.split(",")]
-    failed = compile_all(chosen, counts, processes) if sweep else set()
+    failed = compile_all(chosen, counts, sweep, processes)
     for count, (name, layer) in itertools.product(counts, chosen.items()):
         size = layer.out_features * layer.in_features
         weights = [random_codes(layer.out_features, layer.in_features) for _ in range(max(2, COLD_BYTES // size))]
@@ -205,7 +200,7 @@ def main(
         x = torch.randn(count, layer.in_features, device="cuda", dtype=torch.bfloat16)
         report("bfloat16", over_weights(partial(torch.nn.functional.linear, x), wide))
         times = []
-        for config in candidates(layer) if sweep and count <= MAX_SWEPT_TOKENS else ():
+        for config in candidates(layer, block_m(count)) if sweep and count <= MAX_SWEPT_TOKENS else ():
             if time.monotonic() > end:
                 break
             if (name, block_m(count), config) not in failed:

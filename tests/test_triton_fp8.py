@@ -28,7 +28,7 @@ else:
 
     from dispec.ops.triton import fp8_linear
     from dispec.ops.triton.linear_residual import split_counters
-    from dispec.ops.triton.tuning import GemvConfig, SkinnyGemmConfig
+    from dispec.ops.triton.tuning import SkinnyGemmConfig
     from tests.fp8_cases import Fp8Case, expect_fp8, expected_rows, make_fp8_case
 
     ONE, WIDE, SPLIT = (
@@ -61,7 +61,7 @@ else:
         empty = torch.empty
         monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
 
-    def run(case: Fp8Case, config: SkinnyGemmConfig | GemvConfig | None) -> Tensor:
+    def run(case: Fp8Case, config: SkinnyGemmConfig | None) -> Tensor:
         x, weight, *rest = case
         return fp8_linear.fp8_linear(x, weight.codes, weight.scales, *rest, config)
 
@@ -78,9 +78,6 @@ else:
             (70, 66, 64, ONE),  # two blocks of tokens
             (67, 40, 100, SPLIT),
             (0, 48, 96, ONE),
-            (1, 90, 77, GemvConfig(4, 1)),  # several blocks for each program, and a rest
-            (1, 48, 96, GemvConfig(2, 2)),
-            (1, 48, 128, GemvConfig(16, 8)),  # a block for each
             (3, 48, 80, None),  # what the table chooses
         ],
     )
@@ -88,7 +85,7 @@ else:
         tokens: int,
         features: int,
         columns: int,
-        config: SkinnyGemmConfig | GemvConfig | None,
+        config: SkinnyGemmConfig | None,
         is_gated: bool,
         has_bias: bool,
         has_norm: bool,

@@ -16,10 +16,12 @@ from dispec.ops.norm import Norm
 from dispec.ops.triton.linear_residual import MAX_COUNTERS, split_counters
 from dispec.ops.triton.norm_activation import silu_and_mul
 from dispec.ops.triton.skinny_gemm import split_evenly
-from dispec.ops.triton.tuning import GemvConfig, SkinnyGemmConfig, choose_fp8_linear, describe
+from dispec.ops.triton.tuning import SkinnyGemmConfig, choose_fp8_linear, describe
 
-MAX_TOKENS = 64  # of a program
-PREFETCHED_TILES: int | None = 4
+MAX_TOKENS = 64  # of a program of the GEMM
+ELEMENTS_PER_WARP = 512  # of a row that is rounded
+# Bytes of each of its weight's rows that a program of the GEMM asks for while the codes are still being computed.
+PREFETCHED_BYTES: int | None = 512
 
 
 @triton.jit
@@ -77,96 +79,6 @@ def _prefetch(pointers, mask, valid):
     )
 
 
-@triton.jit
-@no_type_check
-def _source_rows(feature, N, IS_GATED: tl.constexpr):
-    """Return the weight's rows for features, of which gates and ups alternate."""
-    if IS_GATED:
-        feature = feature % 2 * (N // 2) + feature // 2
-    return feature
-
-
-@triton.jit
-@no_type_check
-def _load_rows(weight, block, N, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, IS_GATED: tl.constexpr):
-    feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK)
-    # Each weight is read once, so it may leave the cache first.
-    return tl.load(
-        weight + _source_rows(feature, N, IS_GATED)[:, None].to(tl.int64) * K + column[None, :],
-        mask=(feature[:, None] < N) & (column[None, :] < K),
-        other=0.0,
-        eviction_policy="evict_first",
-    )
-
-
-@triton.jit
-@no_type_check
-def _prefetch_rows(
-    weight, block, N, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, IS_GATED: tl.constexpr
-):
-    feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    line = 128 * tl.arange(0, (BLOCK + 127) // 128)
-    pointers = weight + _source_rows(feature, N, IS_GATED)[:, None].to(tl.int64) * K + line[None, :]
-    _prefetch(pointers, (feature[:, None] < N) & (line[None, :] < K), weight)
-
-
-@triton.jit
-@no_type_check
-def fp8_gemv_kernel(
-    output,
-    x,
-    norm,
-    weight,
-    weight_scales,
-    bias,
-    residual,
-    N,
-    eps,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    IS_GATED: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ADDS: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):
-    """Do what `round_rows_kernel` and `fp8_gemm_kernel` do for one token, without tensor cores. Grid (programs,).
-
-    A program rounds the token once, keeps it in registers, for which K must be small, and then takes every
-    `programs`-th block of BLOCK_N features. The next rows of the weight are loaded one iteration ahead.
-    """
-    block = tl.program_id(0)
-    if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
-        _prefetch_rows(weight, block, N, K, BLOCK, BLOCK_N, IS_GATED)
-        _prefetch_rows(weight, block + tl.num_programs(0), N, K, BLOCK, BLOCK_N, IS_GATED)
-        tl.extra.cuda.gdc_wait()
-    tile = _load_rows(weight, block, N, K, BLOCK, BLOCK_N, IS_GATED)
-    codes, scale = _round_row(x, norm, eps, K, BLOCK, HAS_NORM)
-    row = codes.to(tl.float32)[None, :]
-    lane = tl.arange(0, BLOCK_N)
-    for at in range(block, tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
-        following = _load_rows(weight, at + tl.num_programs(0), N, K, BLOCK, BLOCK_N, IS_GATED)
-        result = tl.sum(tile.to(tl.float32) * row, 1)
-        feature = at * BLOCK_N + lane
-        source = _source_rows(feature, N, IS_GATED)
-        result *= tl.load(weight_scales + source, mask=feature < N, other=0.0) * scale
-        if HAS_BIAS:
-            result += tl.load(bias + source, mask=feature < N, other=0.0).to(tl.float32)
-        is_feature = feature < N
-        if IS_GATED:
-            gate, up = tl.split(tl.reshape(result, [BLOCK_N // 2, 2]))
-            result = gate / (1.0 + tl.exp(-gate)) * up
-            feature = at * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-            is_feature = feature < N // 2
-        if ADDS:
-            result += tl.load(residual + feature, mask=is_feature, other=0.0).to(tl.float32)
-        tl.store(output + feature, result.to(output.dtype.element_ty), mask=is_feature)
-        tile = following
-
-
 @triton.jit(do_not_specialize=["num_tokens"])
 @no_type_check
 def fp8_gemm_kernel(
@@ -197,7 +109,7 @@ def fp8_gemm_kernel(
 
     Grid (ceil(N / BLOCK_N), SPLITS, ceil(T / BLOCK_M)). codes: [T, K] and weight: [N, K], e4m3. Splits are summed as in
     `linear_residual_kernel`. With IS_GATED rows of the gate and of the up half of the weight alternate in a tile. With
-    OVERLAPS a program first asks for PREFETCHED tiles of its weight, while the codes are still being computed.
+    OVERLAPS a program first asks for PREFETCHED bytes of its weight's rows, while the codes are still being computed.
     """
     lane = tl.arange(0, BLOCK_N)
     if IS_GATED:
@@ -220,7 +132,7 @@ def fp8_gemm_kernel(
     first = tl.program_id(1) * tiles_per_split
     if OVERLAPS:
         line = weight + feature.to(tl.int64) * K + first * BLOCK_K
-        for index in tl.static_range(PREFETCHED * BLOCK_K // 128):
+        for index in tl.static_range(PREFETCHED // 128):
             inside = is_feature & (first * BLOCK_K + 128 * index < K)
             _prefetch(line + 128 * index, inside, weight)
         tl.extra.cuda.gdc_wait()
@@ -272,6 +184,7 @@ def round_rows(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
     num_tokens, in_features = x.shape
     codes = torch.empty((num_tokens, in_features), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(in_features)
     round_rows_kernel[(num_tokens,)](
         codes,
         scales,
@@ -281,7 +194,8 @@ def round_rows(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
         0.0 if norm is None else norm.eps,
         K=in_features,
         HAS_NORM=norm is not None,
-        **_row_options(in_features),
+        BLOCK=block,
+        num_warps=min(max(block // ELEMENTS_PER_WARP, 1), 32),
         **_overlap_options(x.device),
     )
     return codes, scales
@@ -292,15 +206,9 @@ def _overlap_options(device: torch.device) -> dict[str, bool]:
 
     Until its `gdc_wait` a kernel reads and writes nothing, it only asks for weights to be read into the cache.
     """
-    if PREFETCHED_TILES is None or describe(device).architecture != "sm_90":
+    if PREFETCHED_BYTES is None or describe(device).architecture != "sm_90":
         return {"OVERLAPS": False}
     return {"OVERLAPS": True, "launch_pdl": True}
-
-
-def _row_options(in_features: int) -> dict[str, int]:
-    """Return how all kernels round a row: the order of its sums, and so its bits, follow from it."""
-    block = triton.next_power_of_2(in_features)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 32)}
 
 
 def fp8_linear(
@@ -311,7 +219,7 @@ def fp8_linear(
     norm: Norm | None,
     residual: Tensor | None,
     is_gated: bool,
-    config: SkinnyGemmConfig | GemvConfig | None = None,
+    config: SkinnyGemmConfig | None = None,
 ) -> Tensor:
     """Compute `ops.linear` for a weight in e4m3 [N, K] with scales [N, 1] in float32.
 
@@ -323,9 +231,7 @@ def fp8_linear(
         return x.new_empty(0, out_features // 2 if is_gated else out_features)
     x = x if x.stride(1) == 1 else x.contiguous()
     if config is None:
-        config = choose_fp8_linear(describe(x.device), num_tokens, out_features, in_features, is_gated=is_gated)
-    if isinstance(config, GemvConfig):
-        return fp8_gemv(x, weight, scales, bias, norm, residual, is_gated, config)
+        config = choose_fp8_linear(describe(x.device), num_tokens, out_features, in_features)
     codes, row_scales = round_rows(x, norm)
     if config is not None:
         return fp8_gemm(codes, row_scales, weight, scales, bias, residual, is_gated, config)
@@ -354,43 +260,6 @@ def scaled_mm(
         out_dtype=torch.bfloat16,
         use_fast_accum=use_fast_accum,
     )
-
-
-def fp8_gemv(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    norm: Norm | None,
-    residual: Tensor | None,
-    is_gated: bool,
-    config: GemvConfig,
-) -> Tensor:
-    """Compute `fp8_linear` of one token, x [1, K]."""
-    out_features, in_features = weight.shape
-    output = torch.empty((1, out_features // 2 if is_gated else out_features), dtype=x.dtype, device=x.device)
-    blocks = triton.cdiv(out_features, config.block_n)
-    rounds = triton.cdiv(blocks, config.programs_per_multiprocessor * describe(x.device).multiprocessors)
-    fp8_gemv_kernel[(triton.cdiv(blocks, rounds),)](
-        output,
-        x,
-        x if norm is None else norm.weight,
-        weight,
-        scales,
-        output if bias is None else bias,
-        output if residual is None else residual.contiguous(),
-        out_features,
-        0.0 if norm is None else norm.eps,
-        K=in_features,
-        BLOCK_N=config.block_n,
-        IS_GATED=is_gated,
-        HAS_NORM=norm is not None,
-        HAS_BIAS=bias is not None,
-        ADDS=residual is not None,
-        **_row_options(in_features),
-        **_overlap_options(x.device),
-    )
-    return output
 
 
 def fp8_gemm(
@@ -435,7 +304,7 @@ def fp8_gemm(
         IS_GATED=is_gated,
         HAS_BIAS=bias is not None,
         ADDS=residual is not None,
-        PREFETCHED=PREFETCHED_TILES or 0,
+        PREFETCHED=PREFETCHED_BYTES or 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **_overlap_options(codes.device),

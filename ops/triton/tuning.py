@@ -50,16 +50,6 @@ class SkinnyGemmConfig(NamedTuple):
     num_stages: int = 1
 
 
-class GemvConfig(NamedTuple):
-    """How to launch a product with one token, without tensor cores.
-
-    block_n: output features of an iteration. programs_per_multiprocessor: programs that share all of them.
-    """
-
-    block_n: int
-    programs_per_multiprocessor: int
-
-
 class QuantizedGemmConfig(NamedTuple):
     """How to launch a GEMM with int4 or int8 weights.
 
@@ -264,13 +254,10 @@ def choose_fused_linear(
     return SkinnyGemmConfig(16, 512, 1, 4, 3)
 
 
-def choose_fp8_linear(
-    device: Device, num_tokens: int, out_features: int, in_features: int, *, is_gated: bool = False
-) -> SkinnyGemmConfig | GemvConfig | None:
+def choose_fp8_linear(device: Device, num_tokens: int, out_features: int, in_features: int) -> SkinnyGemmConfig | None:
     """Return how to launch a GEMM of e4m3 codes; None for torch's.
 
-    is_gated: half of its output features gate the others. From `python -m dispec.bench.fp8_kernels` on an H100 with the
-    shapes of Qwen2.5-7B.
+    From `python -m dispec.bench.fp8_kernels` on an H100 with the shapes of Qwen2.5-7B.
     """
     if num_tokens > 64 and out_features % 16 == in_features % 16 == 0:
         return None
@@ -278,12 +265,12 @@ def choose_fp8_linear(
         return SkinnyGemmConfig(64, 64, 1, 8, 3)
     if device.architecture == "fallback":
         return SkinnyGemmConfig(64, 128, 1, 4, 3)
-    if num_tokens == 1 and in_features <= 8192:
-        return GemvConfig(4, 4)
-    tiles = out_features // 64
-    if is_gated or tiles >= 2 * device.multiprocessors:
-        return SkinnyGemmConfig(128, 128, 1, 4, 4)
-    return SkinnyGemmConfig(64, 128, max(min(2 * device.multiprocessors // max(tiles, 1), in_features // 512), 1), 4, 5)
+    tiles = max(out_features // 64, 1)
+    if tiles >= device.multiprocessors:
+        return SkinnyGemmConfig(64, 256, 1, 4, 3) if num_tokens <= 32 else SkinnyGemmConfig(64, 128, 1, 4, 4)
+    # The longer the rows, the less it costs to sum their splits.
+    programs = device.multiprocessors if in_features <= 8192 else 3 * device.multiprocessors // 2
+    return SkinnyGemmConfig(64, 128, max(programs // tiles, 1), 4, 6)
 
 
 def choose_quantized_linear(

@@ -11,10 +11,13 @@ format is the one that the others are compared with. vLLM runs the shapes of a n
 """
 
 import contextlib
+import functools
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +33,8 @@ from dispec.bench.report import Output, Report
 from dispec.bench.rounds import NOISY, take_turns
 from dispec.bench.weight_formats import format_options
 from dispec.bench.workload import Workload, sizes
+
+START_SECONDS = 400.0  # that vLLM may take, beside others that compile
 
 # As vLLM reads them from config.json.
 VLLM_FORMATS: dict[str, dict[str, Any]] = {
@@ -71,40 +76,30 @@ def main(
     chosen = choose_device(device)
     report = Report("formats", settings, describe_machine(chosen), columns, output)
     with contextlib.ExitStack() as stack:
-        running: list[Contestant] = []
-
-        def add(contestant: Contestant) -> None:
-            contestant.versions = dict(contestant.versions)
-            report.versions |= contestant.versions
-            stack.callback(contestant.close)
-            running.append(contestant)
-            started = contestant.start_seconds
-            print(f"{contestant.name}: {'ready' if started is None else f'ready after {started:.0f} s'}", flush=True)
-
         config = config_of(model)
         longest, most = max(workload.tokens for workload in workloads) + 16, max(sizes(concurrency))
         common = {"max_num_seqs": most, "max_model_len": longest}
         memory = useful_kv_memory(config, most, longest, 2)
+        starts: dict[str, Callable[[], Contestant]] = {}
         for name in names:
-            ours = {"device": device, "kv_cache_memory": memory}
-            add(dispec_engine(model, ours | common | options[name], name))
+            ours = {"device": device, "kv_cache_memory": memory} | common | options[name]
+            starts[name] = functools.partial(dispec_engine, model, ours, name)
         for given in gguf or []:
             name, _, path = given.partition("=")
-            assert peer_bin is not None, "--gguf needs --peer-bin"
-            llama = LlamaCpp(peer_bin.absolute(), Path(path).absolute(), torch.get_num_threads())
-            llama.name = f"llama.cpp {name}"
-            add(llama)
+            if peer_bin is None:
+                raise ValueError("--gguf needs --peer-bin")
+            starts[f"llama.cpp {name}"] = functools.partial(
+                LlamaCpp, peer_bin.absolute(), Path(path).absolute(), torch.get_num_threads()
+            )
         if vllm_path is not None:
             cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dispec-bench-formats-")))
             theirs = common | {"enable_prefix_caching": False, "kv_cache_memory_bytes": 2 * memory}
             for name in map(str.strip, vllm.split(",")):
-                try:
-                    peer = VLLM(sys.executable, vllm_path, VLLM_FORMATS[name]).start(model, theirs, cache / name, 400.0)
-                except ContestantFailed as error:
-                    print(error, flush=True)
-                    continue
-                peer.name = f"vllm {name}"
-                add(peer)
+                peer = VLLM(sys.executable, vllm_path, VLLM_FORMATS[name])
+                starts[f"vllm {name}"] = functools.partial(peer.start, model, theirs, cache / name, START_SECONDS)
+        running = stack.enter_context(started(starts))
+        for contestant in running:
+            report.versions |= contestant.versions
         noisiest = 0.0
         for workload in workloads:
             if time.monotonic() > end:
@@ -116,7 +111,7 @@ def main(
             noisiest = max(noisiest, taken.others)
             rates = {name: counted / taken.median(name) for name in taken.seconds}
             label = f"prefill {workload.prompt_tokens}" if is_prefill else f"c={workload.concurrency}"
-            ratios = {name: rates[name] / rates[names[0]] for name in names[1:]}
+            ratios = {name: rates[name] / rates[names[0]] for name in names[1:] if name in rates}
             report.add(
                 {
                     "concurrency": workload.concurrency,
@@ -130,12 +125,37 @@ def main(
                     "peak_bytes": {contestant.name: contestant.peak_bytes for contestant in running},
                     "others_cores": taken.others,
                 },
-                [label, *(rates.get(name) for name in [*names, *peers]), *ratios.values()],
+                [label, *(rates.get(name) for name in [*names, *peers]), *(ratios.get(name) for name in names[1:])],
             )
             print(label, json.dumps({name: round(rate, 1) for name, rate in rates.items()}), flush=True)
         if noisiest > NOISY:
             print(f"not a quiet machine: other processes took up to {noisiest:.1f} cores during the runs")
         report.finish()
+
+
+@contextlib.contextmanager
+def started(starts: Mapping[str, Callable[[], Contestant]]) -> Iterator[list[Contestant]]:
+    """Start all contestants at once, yield those that start, in order, and end them afterwards."""
+    running: dict[str, Contestant] = {}
+
+    def start(name: str) -> None:
+        try:
+            contestant = starts[name]()
+        except ContestantFailed as error:
+            print(error, flush=True)
+            return
+        contestant.name = name
+        running[name] = contestant
+        seconds = contestant.start_seconds
+        print(f"{name}: ready{'' if seconds is None else f' after {seconds:.0f} s'}", flush=True)
+
+    with ThreadPoolExecutor(len(starts)) as threads:
+        list(threads.map(start, starts))
+    try:
+        yield [running[name] for name in starts if name in running]
+    finally:
+        with ThreadPoolExecutor(len(starts)) as threads:
+            list(threads.map(lambda contestant: contestant.close(), running.values()))
 
 
 if __name__ == "__main__":

@@ -173,6 +173,44 @@ def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
+    """Return a `config.json` that `config_from_hugging_face` and transformers read as the given model.
+
+    Raises UnsupportedModelError if it has no field for the model's rotary positions.
+    """
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if (scaling := config.rope_scaling) is not None:
+        fields = {
+            "linear": ("factor",),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+            "yarn": (
+                *("factor", "beta_fast", "beta_slow", "attention_factor", "truncate"),
+                "original_max_position_embeddings",
+            ),
+        }.get(scaling.kind)
+        if fields is None:
+            raise UnsupportedModelError(f"rope scaling {scaling.kind!r} has no form in a config.json")
+        rope |= {"rope_type": scaling.kind} | {field: getattr(scaling, field) for field in fields}
+    return {
+        "architectures": [config.architecture],
+        "model_type": config.architecture.removesuffix("ForCausalLM").lower(),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": rope,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.qkv_bias,
+        "hidden_act": "silu",
+    }
+
+
 def config_warnings(raw: Mapping[str, Any]) -> Iterator[str]:
     """Yield warnings about fields of a `config.json` that transformers 5 reads in a surprising way."""
     replaced, theta = raw.get("rope_parameters") or {}, raw.get("rope_theta") or _DEFAULT_THETA

@@ -28,6 +28,7 @@ PACKAGES = [
     "engine.scheduling",
     "engine.text",
     "engine.loading",
+    "engine.compression",
     "engine.transfer",
     "engine.execution",
     "engine.distributed",

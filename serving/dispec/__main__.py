@@ -3,7 +3,9 @@
 from dispec.bench.cli import PASSES_OPTIONS_ON, bench
 from dispec.bench.distillation.command import distill
 from dispec.serving.cli.commands import FROM_ENVIRONMENT, app, run
+from dispec.serving.cli.quantize import quantize
 
+app.command(context_settings=FROM_ENVIRONMENT)(quantize)
 app.command(context_settings=FROM_ENVIRONMENT)(distill)
 app.command(context_settings=PASSES_OPTIONS_ON, add_help_option=False)(bench)
 

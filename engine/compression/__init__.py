@@ -1,0 +1,1 @@
+"""Write a model's matrices in fewer bits, calibrated on a text: `dispec quantize`."""

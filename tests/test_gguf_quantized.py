@@ -174,7 +174,7 @@ def test_types_without_codes_are_dequantised_and_named(tmp_path, caplog):
 def test_the_start_log_tells_the_format(options, told, mixed_file, caplog):
     with caplog.at_level("INFO", "dispec"):
         llm = LLM(mixed_file, device="cpu", enforce_eager=True, kv_cache_memory="4MiB", **options)
-    assert re.search(r"weights +[\d.]+ MiB  " + told + "\n", caplog.text)
+    assert re.search(r"weights +[\d.]+ [KM]iB  " + told + "\n", caplog.text)
     dequantised = {message.split()[0] for message in caplog.messages if "are dequantised: there is no" in message}
     assert dequantised == ({"int4", "int8"} if "dtype" in options else set())
     completion = llm.generate("The sea", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False)

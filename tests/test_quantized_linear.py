@@ -143,10 +143,10 @@ def test_reordered_columns() -> None:
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_a_packed_weight_is_small(kind: ops.Kind) -> None:
-    """Codes of 4 or 8 bits and, for each group, a scale of 16."""
+    """Codes of 4 or 8 bits and, for each group, a scale of 16, with int4 an offset of 16 as well."""
     packed = ops.pack(torch.randn(64, 256).bfloat16(), ops.Quantization(kind, 64))
     assert isinstance(packed, ops.QuantizedWeight)
-    assert packed.data.nbytes == 64 * 256 * {"int4": 4, "int8": 8}[kind] // 8 + 64 * 4 * 2
+    assert packed.data.nbytes == 64 * 256 * {"int4": 4, "int8": 8}[kind] // 8 + 64 * 4 * {"int4": 4, "int8": 2}[kind]
     assert packed.scales is None
 
 

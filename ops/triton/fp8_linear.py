@@ -26,22 +26,6 @@ PREFETCHED_BYTES: int | None = 512
 
 @triton.jit
 @no_type_check
-def _round_row(x, norm, eps, K: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr):
-    """Return the codes of a row [BLOCK] in e4m3, and its scale."""
-    column = tl.arange(0, BLOCK)
-    inside = column < K
-    kind = x.dtype.element_ty
-    wide = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        wide = (wide * tl.math.rsqrt(tl.sum(wide * wide, 0) / K + eps)).to(kind).to(tl.float32)
-        wide = (wide * tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(wide), 0), 2.0**-100)  # with a finite inverse
-    inverse = tl.math.div_rn(448.0, largest)
-    return (wide * inverse).to(tl.float8e4nv), tl.math.div_rn(largest, 448.0)
-
-
-@triton.jit
-@no_type_check
 def round_rows_kernel(
     codes,
     scales,
@@ -60,9 +44,15 @@ def round_rows_kernel(
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    rounded, scale = _round_row(x + row * x_stride, norm, eps, K, BLOCK, HAS_NORM)
-    tl.store(codes + row * K + column, rounded, mask=column < K)
-    tl.store(scales + row, scale)
+    inside = column < K
+    kind = x.dtype.element_ty
+    wide = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        wide = (wide * tl.math.rsqrt(tl.sum(wide * wide, 0) / K + eps)).to(kind).to(tl.float32)
+        wide = (wide * tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(wide), 0), 2.0**-100)  # whose inverse is finite
+    tl.store(codes + row * K + column, (wide * tl.math.div_rn(448.0, largest)).to(tl.float8e4nv), mask=inside)
+    tl.store(scales + row, tl.math.div_rn(largest, 448.0))
 
 
 @triton.jit

@@ -22,6 +22,7 @@ MAX_TOKENS = 64  # of a program of the GEMM
 ELEMENTS_PER_WARP = 512  # of a row that is rounded
 # Bytes of each of its weight's rows that a program of the GEMM asks for while the codes are still being computed.
 PREFETCHED_BYTES: int | None = 512
+TRIGGERS = False
 
 
 @triton.jit
@@ -94,6 +95,7 @@ def fp8_gemm_kernel(
     ADDS: tl.constexpr,
     OVERLAPS: tl.constexpr,
     PREFETCHED: tl.constexpr,
+    TRIGGERS: tl.constexpr,
 ):
     """Write `codes @ weight.T` times the scales, plus the bias, gated, plus the residual: BLOCK_N rows of the weight.
 
@@ -125,6 +127,8 @@ def fp8_gemm_kernel(
         for index in tl.static_range(PREFETCHED // 128):
             inside = is_feature & (first * BLOCK_K + 128 * index < K)
             _prefetch(line + 128 * index, inside, weight)
+        if TRIGGERS:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for tile in range(first, tl.minimum(first + tiles_per_split, tiles)):
@@ -295,6 +299,7 @@ def fp8_gemm(
         HAS_BIAS=bias is not None,
         ADDS=residual is not None,
         PREFETCHED=PREFETCHED_BYTES or 0,
+        TRIGGERS=TRIGGERS,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **_overlap_options(codes.device),

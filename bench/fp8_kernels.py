@@ -160,6 +160,9 @@ def operations(layer: Layer, tokens: int) -> Iterator[tuple[str, Callable[..., o
     if tokens <= 64:
         for size in (None, 0, 256, 512, 1024):
             yield f"op prefetched={size}", partial(variant, "PREFETCHED_BYTES", size, op)
+            if size is not None:
+                early = partial(variant, "TRIGGERS", 1, lambda weight: op(weight=weight))
+                yield f"op prefetched={size} triggers", partial(variant, "PREFETCHED_BYTES", size, early)
     for elements in (256, 512, 1024, 2048):
         rounding = partial(variant, "ELEMENTS_PER_WARP", elements, lambda weight: kernels.round_rows(x, norm))
         yield f"round_rows {elements}", rounding

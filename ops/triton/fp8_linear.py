@@ -22,22 +22,7 @@ MAX_TOKENS = 64  # of a program of the GEMM
 ELEMENTS_PER_WARP = 512  # of a row that is rounded
 # Bytes of each of its weight's rows that a program of the GEMM asks for while the codes are still being computed.
 PREFETCHED_BYTES: int | None = 512
-
-
-@triton.jit
-@no_type_check
-def _round_row(x, norm, eps, K: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr):
-    """Return the codes of a row [BLOCK] in e4m3, and its scale."""
-    column = tl.arange(0, BLOCK)
-    inside = column < K
-    kind = x.dtype.element_ty
-    wide = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        wide = (wide * tl.math.rsqrt(tl.sum(wide * wide, 0) / K + eps)).to(kind).to(tl.float32)
-        wide = (wide * tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(wide), 0), 2.0**-100)  # with a finite inverse
-    inverse = tl.math.div_rn(448.0, largest)
-    return (wide * inverse).to(tl.float8e4nv), tl.math.div_rn(largest, 448.0)
+TRIGGERS = False
 
 
 @triton.jit
@@ -60,9 +45,15 @@ def round_rows_kernel(
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    rounded, scale = _round_row(x + row * x_stride, norm, eps, K, BLOCK, HAS_NORM)
-    tl.store(codes + row * K + column, rounded, mask=column < K)
-    tl.store(scales + row, scale)
+    inside = column < K
+    kind = x.dtype.element_ty
+    wide = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        wide = (wide * tl.math.rsqrt(tl.sum(wide * wide, 0) / K + eps)).to(kind).to(tl.float32)
+        wide = (wide * tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(wide), 0), 2.0**-100)  # whose inverse is finite
+    tl.store(codes + row * K + column, (wide * tl.math.div_rn(448.0, largest)).to(tl.float8e4nv), mask=inside)
+    tl.store(scales + row, tl.math.div_rn(largest, 448.0))
 
 
 @triton.jit
@@ -104,6 +95,7 @@ def fp8_gemm_kernel(
     ADDS: tl.constexpr,
     OVERLAPS: tl.constexpr,
     PREFETCHED: tl.constexpr,
+    TRIGGERS: tl.constexpr,
 ):
     """Write `codes @ weight.T` times the scales, plus the bias, gated, plus the residual: BLOCK_N rows of the weight.
 
@@ -135,6 +127,8 @@ def fp8_gemm_kernel(
         for index in tl.static_range(PREFETCHED // 128):
             inside = is_feature & (first * BLOCK_K + 128 * index < K)
             _prefetch(line + 128 * index, inside, weight)
+        if TRIGGERS:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for tile in range(first, tl.minimum(first + tiles_per_split, tiles)):
@@ -305,6 +299,7 @@ def fp8_gemm(
         HAS_BIAS=bias is not None,
         ADDS=residual is not None,
         PREFETCHED=PREFETCHED_BYTES or 0,
+        TRIGGERS=TRIGGERS,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **_overlap_options(codes.device),

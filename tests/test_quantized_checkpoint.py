@@ -22,6 +22,7 @@ from dispec.ops import QuantizedTensor
 from dispec.serving.settings import ServerSettings
 from dispec.serving.start_check import check_start
 from tests.allocations import peak_allocation
+from tests.checkpoints import save_tiny
 from tests.paged_model import PagedModel
 from tests.quantized_checkpoints import (
     FORMATS,
@@ -37,6 +38,7 @@ from tests.quantized_checkpoints import (
 
 CPU = torch.device("cpu")
 PROMPT = list(range(7, 47))
+SYMMETRIC = ("gptq", "gptq-64", "gptq-8", "packed-4", "packed-4-act-order", "packed-8", "int", "int-tensor")
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 
 
@@ -69,6 +71,7 @@ def test_each_format_gives_the_numbers_of_its_specification(name, tmp_path):
         assert isinstance(tensor, QuantizedTensor)
         assert tensor.kind == kind
         assert (tensor.column_order is not None) == ("act-order" in name and tensor.scales.shape[1] > 1)
+        assert (tensor.offsets is None) == (kind == "fp8" or name in SYMMETRIC)
         assert torch.equal(tensor.dequantize(), matrix.float()), key
     expected = transformers_logits(model, PROMPT)
     assert (logits_of(tmp_path, load(tmp_path, torch.float32)) - expected).abs().max() <= 1e-4
@@ -215,6 +218,22 @@ def test_an_engine_runs_it_and_says_how_it_is_quantised(tmp_path, caplog):
         assert any("weights" in line and line.endswith(note) for line in caplog.messages)
     expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert list(output.token_ids) == expected[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize(("target", "draft"), [("gptq", None), (None, "awq"), ("packed-4", "gptq-8-act-order")])
+def test_quantised_targets_and_drafts_work_together(target, draft, tmp_path):
+    for name, format in (("target", target), ("draft", draft)):
+        if format is None:
+            save_tiny(tmp_path / name, "qwen2", dtype=torch.bfloat16)
+        else:
+            save_quantized(tmp_path / name, format)
+    options = {"kv_cache_memory": "8MB", "max_model_len": 64, "device": "cpu", "compile": "off"}
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    outputs = []
+    for draft_options in ({}, {"speculative_model": str(tmp_path / "draft"), "num_speculative_tokens": 2}):
+        with LLM(str(tmp_path / "target"), dtype="bfloat16", **options, **draft_options) as llm:
+            outputs.append(llm.generate([PROMPT], params)[0].token_ids)
+    assert outputs[0] == outputs[1]
 
 
 def test_notes_are_logged(tmp_path, caplog):

@@ -45,11 +45,10 @@ LAYERS = {
     "head": Layer(152064, 3584, has_norm=True),
 }
 MAX_SWEPT_TOKENS = 256
-MAX_BLOCK = 128  # tokens of a program
 
 
-def candidates(layer: Layer, block: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield configurations of `block` tokens: block_n, block_k, splits, num_warps, num_stages."""
+def candidates(layer: Layer) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield configurations: block_n, block_k, splits, num_warps, num_stages."""
     if layer.out_features > 16384:
         yield from ((64, 128, 1, 4, stages) for stages in (4, 6))
         yield from ((64, 256, 1, 4, stages) for stages in (3, 4))
@@ -57,7 +56,7 @@ def candidates(layer: Layer, block: int) -> Iterator[tuple[int, int, int, int, i
         yield from ((128, 256, 1, 4, stages) for stages in (2, 3))
         yield from ((128, 128, 1, 8, 4), (128, 256, 1, 8, 3), (256, 128, 1, 8, 3))
         return
-    for splits in (1, 2, 3, 4) if block > 64 else (1, 2, 3, 4, 5, 6, 8):
+    for splits in (1, 2, 3, 4, 5, 6, 8):
         yield from ((64, 128, splits, 4, stages) for stages in (4, 6))
         yield from ((64, 256, splits, 4, stages) for stages in (3, 4))
         if splits % 2 == 0:
@@ -66,7 +65,7 @@ def candidates(layer: Layer, block: int) -> Iterator[tuple[int, int, int, int, i
 
 def block_m(tokens: int) -> int:
     """Return the tokens of a program: steps with the same are compiled once."""
-    return min(max(1 << (tokens - 1).bit_length(), 16), MAX_BLOCK)
+    return min(max(1 << (tokens - 1).bit_length(), 16), 64)
 
 
 def random_codes(rows: int, columns: int) -> Tensor:
@@ -74,11 +73,10 @@ def random_codes(rows: int, columns: int) -> Tensor:
 
 
 def gemm(codes: Tensor, weight: Tensor, is_gated: bool, config: tuple[int, ...], scales: tuple[Tensor, Tensor]) -> Any:
-    from dispec.ops.triton import fp8_linear as kernels
+    from dispec.ops.triton.fp8_linear import fp8_gemm
     from dispec.ops.triton.tuning import SkinnyGemmConfig
 
-    with mock.patch.object(kernels, "MAX_TOKENS", MAX_BLOCK):
-        return kernels.fp8_gemm(codes, scales[0], weight, scales[1], None, None, is_gated, SkinnyGemmConfig(*config))
+    return fp8_gemm(codes, scales[0], weight, scales[1], None, None, is_gated, SkinnyGemmConfig(*config))
 
 
 def compile_candidate(layer: Layer, tokens: int, config: tuple[int, ...]) -> str | None:
@@ -120,7 +118,7 @@ def compile_all(layers: dict[str, Layer], tokens: list[int], sweep: bool, proces
         compiling |= {
             pool.submit(compile_candidate, layer, block, config): (name, block, config)
             for name, layer in (layers.items() if sweep else ())
-            for block, config in ((block, config) for block in blocks for config in candidates(layer, block))
+            for block, config in itertools.product(blocks, candidates(layer))
         }
         for future in as_completed(compiling):
             if error := future.result():
@@ -150,7 +148,7 @@ def operations(layer: Layer, tokens: int) -> Iterator[tuple[str, Callable[..., o
         "is_gated": layer.is_gated,
     }
 
-    def variant(name: str, value: int | None, call: Callable[..., object], weight: Tensor) -> object:
+    def variant(name: str, value: int, call: Callable[..., object], weight: Tensor) -> object:
         with mock.patch.object(kernels, name, value):
             return call(weight=weight)
 
@@ -158,11 +156,8 @@ def operations(layer: Layer, tokens: int) -> Iterator[tuple[str, Callable[..., o
     op = partial(kernels.fp8_linear, x, scales=scales, **around)
     yield "op", op
     if tokens <= 64:
-        for size in (None, 0, 256, 512, 1024):
+        for size in (0, 256, 512, 1024):
             yield f"op prefetched={size}", partial(variant, "PREFETCHED_BYTES", size, op)
-            if size is not None:
-                early = partial(variant, "TRIGGERS", 1, lambda weight: op(weight=weight))
-                yield f"op prefetched={size} triggers", partial(variant, "PREFETCHED_BYTES", size, early)
     for elements in (256, 512, 1024, 2048):
         rounding = partial(variant, "ELEMENTS_PER_WARP", elements, lambda weight: kernels.round_rows(x, norm))
         yield f"round_rows {elements}", rounding
@@ -203,7 +198,7 @@ def main(
         x = torch.randn(count, layer.in_features, device="cuda", dtype=torch.bfloat16)
         report("bfloat16", over_weights(partial(torch.nn.functional.linear, x), wide))
         times = []
-        for config in candidates(layer, block_m(count)) if sweep and count <= MAX_SWEPT_TOKENS else ():
+        for config in candidates(layer) if sweep and count <= MAX_SWEPT_TOKENS else ():
             if time.monotonic() > end:
                 break
             if (name, block_m(count), config) not in failed:

@@ -19,10 +19,10 @@ from dispec.ops.triton.skinny_gemm import split_evenly
 from dispec.ops.triton.tuning import SkinnyGemmConfig, choose_fp8_linear, describe
 
 MAX_TOKENS = 64  # of a program of the GEMM
-ELEMENTS_PER_WARP = 512  # of a row that is rounded
-# Bytes of each of its weight's rows that a program of the GEMM asks for while the codes are still being computed.
-PREFETCHED_BYTES: int | None = 512
-TRIGGERS = False
+ELEMENTS_PER_WARP = 1024  # of a row that is rounded
+# Bytes of each of its weight's rows that a program of the GEMM asks for while the codes are still being computed. On an
+# H100 a layer of Qwen2.5-7B for one token takes 9.3 instead of 10.8 us (QKV) and 27.9 instead of 29.5 us (down).
+PREFETCHED_BYTES = 512
 
 
 @triton.jit
@@ -95,7 +95,6 @@ def fp8_gemm_kernel(
     ADDS: tl.constexpr,
     OVERLAPS: tl.constexpr,
     PREFETCHED: tl.constexpr,
-    TRIGGERS: tl.constexpr,
 ):
     """Write `codes @ weight.T` times the scales, plus the bias, gated, plus the residual: BLOCK_N rows of the weight.
 
@@ -127,8 +126,6 @@ def fp8_gemm_kernel(
         for index in tl.static_range(PREFETCHED // 128):
             inside = is_feature & (first * BLOCK_K + 128 * index < K)
             _prefetch(line + 128 * index, inside, weight)
-        if TRIGGERS:
-            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for tile in range(first, tl.minimum(first + tiles_per_split, tiles)):
@@ -189,7 +186,7 @@ def round_rows(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
         K=in_features,
         HAS_NORM=norm is not None,
         BLOCK=block,
-        num_warps=min(max(block // ELEMENTS_PER_WARP, 1), 32),
+        num_warps=min(max(block // ELEMENTS_PER_WARP, 1), 16),
         **_overlap_options(x.device),
     )
     return codes, scales
@@ -200,9 +197,7 @@ def _overlap_options(device: torch.device) -> dict[str, bool]:
 
     Until its `gdc_wait` a kernel reads and writes nothing, it only asks for weights to be read into the cache.
     """
-    if PREFETCHED_BYTES is None or describe(device).architecture != "sm_90":
-        return {"OVERLAPS": False}
-    return {"OVERLAPS": True, "launch_pdl": True}
+    return {"OVERLAPS": True, "launch_pdl": True} if describe(device).architecture == "sm_90" else {"OVERLAPS": False}
 
 
 def fp8_linear(
@@ -298,8 +293,7 @@ def fp8_gemm(
         IS_GATED=is_gated,
         HAS_BIAS=bias is not None,
         ADDS=residual is not None,
-        PREFETCHED=PREFETCHED_BYTES or 0,
-        TRIGGERS=TRIGGERS,
+        PREFETCHED=PREFETCHED_BYTES,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **_overlap_options(codes.device),

@@ -152,6 +152,9 @@ PREFILL: dict[str, PrefillTable] = {
     },
 }
 
+# Fewest positions of a tile of a quantised cache: 16 even and 16 odd ones, the fewest that `tl.dot` adds up.
+MIN_QUANTIZED_TILE = 32
+
 # Most positions of a split of decode attention, even where the batch alone fills the device: one long context among
 # short ones must not run on a single multiprocessor.
 MAX_SPLIT_POSITIONS = 4096

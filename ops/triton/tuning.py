@@ -130,7 +130,7 @@ PREFILL: dict[str, PrefillTable] = {
     },
     "sm_80": {
         (64, 1): (PrefillConfig(128, 32, 4, 5), PrefillConfig(64, 32, 4, 5)),
-        (128, 1): (PrefillConfig(128, 32, 8, 5), PrefillConfig(64, 32, 4, 5)),
+        (128, 1): (PrefillConfig(128, 32, 8, 5), PrefillConfig(64, 32, 8, 5)),
         (256, 1): (PrefillConfig(32, 32, 4, 5), PrefillConfig(32, 32, 4, 5)),
         (64, 2): (PrefillConfig(128, 32, 4, 5), PrefillConfig(64, 32, 4, 5)),
         (128, 2): (PrefillConfig(128, 32, 8, 5), PrefillConfig(64, 32, 4, 5)),

@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dispec.ops.kv_cache import LARGEST_CODE
 from dispec.ops.triton.online_softmax import attend, shape_constants, strides
 from dispec.ops.triton.tuning import (
     DECODE,
     MAX_DECODE_TILE_ROWS,
     MAX_SPLIT_POSITIONS,
+    MIN_QUANTIZED_TILE,
     DecodeConfig,
     describe,
     element_bytes,
@@ -209,6 +211,8 @@ def decode(
         return output
     device, shape = describe(query.device), shape_constants(query, keys)
     config = config or DECODE[device.architecture][shape["D_PADDED"], element_bytes(query.dtype, keys.dtype)]
+    if keys.dtype in LARGEST_CODE:
+        config = config._replace(block_n=max(config.block_n, MIN_QUANTIZED_TILE))
     rows = query_len * shape["GROUP"]
     block_m = min(max(triton.next_power_of_2(rows), 16), MAX_DECODE_TILE_ROWS[query.element_size()])
     row_tiles = triton.cdiv(rows, block_m)

@@ -13,11 +13,15 @@ key's scale multiplies its scores, a value's scale its weights.
 `no_type_check` keeps run-time shape checkers from wrapping the kernels: Triton reads their source.
 """
 
+import os
 from typing import no_type_check
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+# The interpreter has no inline assembly.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -100,26 +104,60 @@ def _attend_tiles(
 
 @triton.jit
 @no_type_check
+def _permute(words, assembly: tl.constexpr):
+    """Run an instruction on two words at a time. Triton shifts and selects bytes one word at a time."""
+    return tl.inline_asm_elementwise(assembly, "=r,r", [words], dtype=tl.uint16, is_pure=True, pack=2)
+
+
+@triton.jit
+@no_type_check
 def _codes(words, HIGH: tl.constexpr, IS_INT8: tl.constexpr, dtype: tl.constexpr):
     """Return the low or the high bytes of 16-bit words, codes of int8 or e4m3, in `dtype`.
 
     Conversion instructions have a quarter of the rate of the others or less. Here the bits of a code become those of
-    a number from which a constant leads to the code.
+    a number that a sum or a product turns into the code.
     """
-    if HIGH:
-        words = words >> 8
-    if IS_INT8:
-        if dtype == tl.bfloat16:
-            # 128 + the low 7 bits, minus 128, or 256 for a negative code.
-            magnitude = ((words & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
-            return magnitude - ((words & 0x80) | 0x4300).to(tl.bfloat16, bitcast=True)
-        biased = ((words & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True)  # 1024 + 128 + the code
-        return (biased - 1152.0).to(dtype)
-    # The exponent has 4 bits and bias 7: in bfloat16 8 bits and 127, in float16 5 bits and 15.
-    sign = (words & 0x80) << 8
     if dtype == tl.bfloat16:
-        return (sign | ((words & 0x7F) << 4)).to(tl.bfloat16, bitcast=True) * 2.0**120
-    return ((sign | ((words & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0).to(dtype)
+        if IS_INT8:
+            # 128 + the low 7 bits, minus 128, or 256 for a negative code.
+            if INTERPRETED:
+                spread = (words >> 8 if HIGH else words & 0xFF) | 0x4300
+            elif HIGH:
+                spread = _permute(words, "prmt.b32 $0, $1, 0x43434343, 0x4341;")
+            else:
+                spread = _permute(words, "prmt.b32 $0, $1, 0x43434343, 0x4240;")
+            magnitude = (spread & 0xFF7F).to(tl.bfloat16, bitcast=True)
+            return magnitude - (spread & 0xFF80).to(tl.bfloat16, bitcast=True)
+        # An exponent of 4 bits and bias 7 becomes one of 8 bits and bias 127.
+        if INTERPRETED:
+            code = words >> 8 if HIGH else words & 0xFF
+            spread = ((code & 0x80) << 8) | ((code & 0x7F) << 4)
+        elif HIGH:
+            spread = _permute(
+                words,
+                """{.reg .b32 sign, rest;
+                and.b32 sign, $1, 0x80008000;
+                shr.b32 rest, $1, 4;
+                and.b32 rest, rest, 0x07F007F0;
+                or.b32 $0, rest, sign;}""",
+            )
+        else:
+            spread = _permute(
+                words,
+                """{.reg .b32 sign, rest;
+                shl.b32 rest, $1, 8;
+                and.b32 sign, rest, 0x80008000;
+                shl.b32 rest, $1, 4;
+                and.b32 rest, rest, 0x07F007F0;
+                or.b32 $0, rest, sign;}""",
+            )
+        return spread.to(tl.bfloat16, bitcast=True) * 2.0**120
+    code = words >> 8 if HIGH else words & 0xFF
+    if IS_INT8:
+        return ((code ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0).to(dtype)  # 1024 + 128 + the code
+    # An exponent of 4 bits and bias 7 becomes one of 5 bits and bias 15.
+    spread = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+    return (spread.to(tl.float16, bitcast=True) * 256.0).to(dtype)
 
 
 @triton.jit

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dispec.ops.kv_cache import LARGEST_CODE
 from dispec.ops.triton.online_softmax import attend, shape_constants, strides
-from dispec.ops.triton.tuning import PREFILL, PrefillConfig, describe, element_bytes
+from dispec.ops.triton.tuning import MIN_QUANTIZED_TILE, PREFILL, PrefillConfig, describe, element_bytes
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_sequences"])
@@ -127,6 +128,8 @@ def prefill(
         # Twice: tiles for one and a half rounds of the device would leave a quarter of it idle.
         fills = num_tokens * num_heads >= 2 * wide.block_m * device.multiprocessors
         config = wide if fills else narrow
+    if keys.dtype in LARGEST_CODE:
+        config = config._replace(block_n=max(config.block_n, MIN_QUANTIZED_TILE))
     block_m = max(config.block_m, triton.next_power_of_2(shape["GROUP"]))
     prefill_kernel[(keys.shape[1], num_tokens // (block_m // shape["GROUP"]) + batch)](
         output,

@@ -99,25 +99,27 @@ def rope_write_kernel(
         block, offset = (slot // BLOCK_SIZE).to(tl.int64), (slot % BLOCK_SIZE).to(tl.int64)
         if keys.dtype.element_ty.primitive_bitwidth == 8:
             largest = tl.maximum(largest_magnitude(first), largest_magnitude(second), tl.PropagateNan.ALL)
-            first = quantize(first, largest, keys.dtype.element_ty)
-            second = quantize(second, largest, keys.dtype.element_ty)
+            stored_first = quantize(first, largest, keys.dtype.element_ty)
+            stored_second = quantize(second, largest, keys.dtype.element_ty)
             if head < H + KV:
                 page = block * keys_block_stride + (head - H) * keys_head_stride
                 store_scales(keys, page, offset, largest, is_token, D, BLOCK_SIZE)
             else:
                 page = block * values_block_stride + (head - H - KV) * values_head_stride
                 store_scales(values, page, offset, largest, is_token, D, BLOCK_SIZE)
+        else:
+            stored_first, stored_second = first, second
         if head < H + KV:
             key = keys + block * keys_block_stride + (head - H) * keys_head_stride + offset
             key_rows = key[None, :] + (dim * BLOCK_SIZE)[:, None]
             is_key = is_token[None, :] & (dim < D2)[:, None]
-            tl.store(key_rows, tl.trans(first), mask=is_key)
-            tl.store(key_rows + D2 * BLOCK_SIZE, tl.trans(second), mask=is_key)
+            tl.store(key_rows, tl.trans(stored_first), mask=is_key)
+            tl.store(key_rows + D2 * BLOCK_SIZE, tl.trans(stored_second), mask=is_key)
         else:
             value = values + block * values_block_stride + (head - H - KV) * values_head_stride + offset * D
             to = value[:, None] + dim[None, :]
-            tl.store(to, first, mask=inside)
-            tl.store(to + D2, second, mask=inside)
+            tl.store(to, stored_first, mask=inside)
+            tl.store(to + D2, stored_second, mask=inside)
 
 
 def rope_write(

@@ -130,7 +130,7 @@ PREFILL: dict[str, PrefillTable] = {
     },
     "sm_80": {
         (64, 1): (PrefillConfig(128, 32, 4, 5), PrefillConfig(64, 32, 4, 5)),
-        (128, 1): (PrefillConfig(128, 32, 8, 5), PrefillConfig(64, 32, 4, 5)),
+        (128, 1): (PrefillConfig(128, 32, 8, 5), PrefillConfig(64, 32, 8, 5)),
         (256, 1): (PrefillConfig(32, 32, 4, 5), PrefillConfig(32, 32, 4, 5)),
         (64, 2): (PrefillConfig(128, 32, 4, 5), PrefillConfig(64, 32, 4, 5)),
         (128, 2): (PrefillConfig(128, 32, 8, 5), PrefillConfig(64, 32, 4, 5)),
@@ -151,6 +151,9 @@ PREFILL: dict[str, PrefillTable] = {
         (256, 4): (PrefillConfig(16, 16, 8, 1), PrefillConfig(16, 16, 8, 1)),
     },
 }
+
+# Fewest positions of a tile of a quantised cache: 16 even and 16 odd ones, the fewest that `tl.dot` adds up.
+MIN_QUANTIZED_TILE = 32
 
 # Most positions of a split of decode attention, even where the batch alone fills the device: one long context among
 # short ones must not run on a single multiprocessor.

@@ -39,7 +39,9 @@ START_SECONDS = 400.0  # that vLLM may take, beside others that compile
 # As vLLM reads them from config.json.
 VLLM_FORMATS: dict[str, dict[str, Any]] = {
     "bfloat16": {},
-    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}},
+    "gptq": {
+        "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+    },
     "fp8": {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}},
 }
 

@@ -17,12 +17,13 @@ def embed(weights: Weights, config: ModelConfig, batch: Batch) -> tuple[Float[Te
 
 
 def _embedding(weights: Weights, config: ModelConfig, token_ids: Int[Tensor, "T"]) -> Float[Tensor, "T E"]:
+    dtype = weights.final_norm.dtype  # rows of a quantised embedding are bfloat16
     if config.shard is None:
-        return ops.embedding(weights.embedding, token_ids, config.hidden_size)
+        return ops.embedding(weights.embedding, token_ids, config.hidden_size).to(dtype)
     rows = config.shard.vocab_rows(config.vocab_size)
     own = token_ids - config.shard.rank * rows
     is_own = (own >= 0) & (own < rows)
-    x = ops.embedding(weights.embedding, own.clamp(0, rows - 1), config.hidden_size)
+    x = ops.embedding(weights.embedding, own.clamp(0, rows - 1), config.hidden_size).to(dtype)
     return ops.all_reduce(torch.where(is_own[:, None], x, 0.0), config.shard.group)
 
 

@@ -22,6 +22,7 @@ import typer
 from torch import Tensor
 
 from dispec.bench.kernels import COLD_BYTES, seconds_per_call
+from dispec.ops.norm import Norm
 from dispec.ops.quantization import Kind
 from dispec.ops.triton import quantized_linear as kernel
 from dispec.ops.triton.quantized_linear import block_words, quantized_linear
@@ -64,11 +65,9 @@ def cases() -> Iterator[Case]:
     """Yield what to time, the most important first."""
     big, small = MODELS
     layer = ("gate_up", "down", "qkv", "output")
-    for tokens in (1, 32):
+    for tokens in (1, 32, 16, 64, 8):
         yield from (Case(big, name, "int4", 128, tokens) for name in layer)
     yield from (Case(big, "head", "int8", 128, tokens) for tokens in (1, 32))
-    for tokens in (2048, 8, 256, 16, 4, 64, 2):
-        yield from (Case(big, name, "int4", 128, tokens) for name in layer)
     for tokens in (1, 32, 8):
         yield from (Case(small, name, "int4", 128, tokens) for name in layer)
     for tokens in (1, 32):
@@ -123,9 +122,11 @@ def make_weights(case: Case, copies: int) -> list[tuple[Tensor, Tensor]]:
     return made
 
 
-def call(case: Case, config: QuantizedGemmConfig | None, x: Tensor, words: Tensor, scales: Tensor) -> Tensor:
+def call(
+    case: Case, config: QuantizedGemmConfig | None, x: Tensor, words: Tensor, scales: Tensor, norm: Norm | None = None
+) -> Tensor:
     features, _, is_gated = case.shape
-    return quantized_linear(x, words, scales, None, features, case.kind, case.group, None, None, None, is_gated, config)
+    return quantized_linear(x, words, scales, None, features, case.kind, case.group, None, norm, None, is_gated, config)
 
 
 def compile_share(index: int, count: int) -> None:
@@ -178,6 +179,11 @@ def time_case(case: Case, deadline: float) -> dict[str, object]:
         dequantized[mebibytes] = round(microseconds(QuantizedGemmConfig(0, 1, 4, 1)), 2)
     chosen = choose_quantized_linear(device, case.tokens, features, columns, case.kind)
     table = microseconds(None)
+    normed = None
+    if case.tokens == 1 and columns == MODELS[case.model]["qkv"][1]:
+        norm = Norm(torch.ones(columns, dtype=torch.bfloat16, device="cuda"), 1e-6)
+        calls = [partial(call, case, None, x, *weight, norm) for weight in weights]
+        normed = round(seconds_per_call(calls * (24 // len(calls) + 1), 3) * 1e6, 2)
     del weights
     plain = [torch.randn(features, columns, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     by_torch = seconds_per_call([partial(torch.nn.functional.linear, x, weight) for weight in plain] * 4, 3) * 1e6
@@ -189,6 +195,7 @@ def time_case(case: Case, deadline: float) -> dict[str, object]:
         "torch_bf16_us": round(by_torch, 2),
         "dequantized_us": dequantized,
         "table_us": round(table, 2),
+        "table_with_norm_us": normed,
         "table": list(chosen),
         "best": [[round(duration, 2), list(config)] for duration, config in timed[:6]],
     }

@@ -50,10 +50,12 @@ def compare(
     actual = ops.linear(x, ops.pack(weight), bias, norm=rms, residual=residual, is_gated=is_gated)
     assert actual.dtype is dtype
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
-    # With many tokens the weight is rounded as well; a gated feature multiplies two rounded ones.
+    # With many tokens the weight and the gate are rounded as well, and a gated feature multiplies two sums.
     scale = expected.abs().mean()
-    allowed = (24 if tokens > 64 or is_gated or has_norm else 3) * rounding * scale + 2 * rounding * expected.abs()
-    assert ((actual.double() - expected).abs() <= allowed).all()
+    allowed = (24 if tokens > 64 or is_gated or has_norm else 3) * rounding * scale
+    allowed = allowed + (16 if is_gated else 2) * rounding * expected.abs()
+    excess = (actual.double() - expected).abs() - allowed
+    assert (excess <= 0).all(), f"by {float(excess.max() / scale):.2e} of the mean magnitude"
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])

@@ -34,6 +34,7 @@ from dispec.ops.triton import (  # noqa: E402
     norm_activation,
     prefill_attention,
     qkv_rope_write,
+    quantized_linear,
     rope_write,
     skinny_linear,
     token_threshold,
@@ -50,6 +51,7 @@ KERNELS = {
     skinny_linear: ("gemv_kernel", "split_k_kernel", "reduce_splits_kernel"),
     gated_linear: ("gated_linear_kernel",),
     kv_cache: ("write_kv_kernel",),
+    quantized_linear: ("quantized_linear_kernel", "dequantize_kernel"),
     norm_activation: ("rms_norm_kernel", "silu_and_mul_kernel"),
     linear: (),
     fp8_linear: ("round_rows_kernel", "fp8_gemm_kernel"),
@@ -65,6 +67,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.int8: "*i8",
     torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -468,3 +471,55 @@ def test_fp8_linear_on_ada(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     rounding, gemm = record(monkeypatch, 89, lambda: fp8_linear.fp8_linear(x, *given))
     check(rounding, 89)
     assert re.search(r"mma.sync.*e4m3", check(gemm, 89).asm["ptx"])
+
+
+QUANTIZED = {  # output features, columns, whether norm, gate and residual surround it
+    "qkv": (4608, 3584, True, False, False),
+    "gate_up": (37888, 3584, True, True, False),
+    "down": (3584, 18944, False, False, True),
+    "head": (151936, 1536, False, False, False),
+}
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize(
+    ("tokens", "name", "kind", "group", "has_offsets"),
+    [
+        (1, "qkv", "int4", 128, False),
+        (1, "gate_up", "int8", 128, False),
+        (8, "down", "int4", 128, True),
+        (16, "gate_up", "int4", 32, True),
+        (32, "qkv", "int4", 32, False),
+        (64, "gate_up", "int4", 128, False),
+        (64, "down", "int8", None, False),
+        (16, "head", "int8", 128, False),
+        (300, "gate_up", "int8", 128, False),
+        (2048, "down", "int4", 32, True),
+    ],
+)
+def test_quantized_linear(
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    name: str,
+    kind: str,
+    group: int | None,
+    has_offsets: bool,
+    capability: int,
+) -> None:
+    features, columns, has_norm, is_gated, adds = QUANTIZED[name]
+    size = group or columns
+    words = quantized_linear.block_words(kind, size, columns)
+    blocks = columns // (words * quantized_linear.CODES[kind])
+    data = torch.empty(features // 16, blocks, 16, words, dtype=torch.int16, device="meta")
+    scales = torch.empty(columns // size, features, dtype=torch.float16, device="meta")
+    x = torch.empty(tokens, columns, dtype=HALF, device="meta")
+    norm = Norm(x.new_empty(columns), 1e-6) if has_norm and tokens == 1 else None
+    residual = x.new_empty(tokens, features) if adds else None
+    offsets = scales if has_offsets else None
+    rest = (features, kind, size, None, norm, residual, is_gated)
+    launches = record(
+        monkeypatch, capability, lambda: quantized_linear.quantized_linear(x, data, scales, offsets, *rest)
+    )
+    expected = "dequantize_kernel" if tokens > 512 else "quantized_linear_kernel"
+    assert {launch.kernel.__name__ for launch in launches} == {expected}
+    check(launches[0], capability)

@@ -27,6 +27,7 @@ from dispec.ops.triton.tuning import QuantizedGemmConfig, choose_quantized_linea
 ROWS = 16  # of a weight that are neighbours in memory: a block of them is 1 KiB
 CODES = {"int4": 4, "int8": 2}  # of a word
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MAX_FUSED_NORM_COLUMNS = 2048  # for each warp, whose registers hold the token until the weight is read
 DEQUANTIZED_BYTES = 64 * 2**20  # at a time, for torch's GEMM
 
 
@@ -42,7 +43,7 @@ def _unpack(words, INDEX: tl.constexpr, CODES: tl.constexpr, DTYPE: tl.constexpr
     if not ASSEMBLY:
         HALF: tl.constexpr = 8 if CODES == 4 else 128
         # int8 codes have their sign bit, which the mask leaves in place of 128.
-        codes = ((((words >> SHIFT) & (2 * HALF - 1)) ^ (0 if CODES == 4 else HALF)) - HALF).to(DTYPE)
+        codes = ((((words >> SHIFT) & (2 * HALF - 1)) ^ (0 if CODES == 4 else HALF)) - HALF).to(tl.float32).to(DTYPE)
     elif CODES == 4 and DTYPE.is_bf16():
         codes = tl.inline_asm_elementwise(
             f"""{{ .reg .b32 t, one, base; mov.b32 one, 0x3F803F80; mov.b32 base, 0xC308C308; shr.u32 t, $1, {SHIFT};
@@ -96,6 +97,8 @@ def quantized_linear_kernel(
     offsets,
     bias,
     residual,
+    norm,
+    eps,
     num_tokens,
     N,
     K,
@@ -113,6 +116,7 @@ def quantized_linear_kernel(
     GROUP: tl.constexpr,
     IS_ROW: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
+    NORM_BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ADDS: tl.constexpr,
     GATED: tl.constexpr,
@@ -121,10 +125,13 @@ def quantized_linear_kernel(
 ):
     """Compute BLOCK_N features of BLOCK_M tokens over one split of the columns.
 
-    Grid (ceil(T / BLOCK_M), ceil(N / BLOCK_N), SPLITS). SCALES: 1 for a block of columns, or one for the
-    columns of each code of its words. IS_ROW: a row of the weight is one group. GATED: the first half of a tile
-    are rows of the gate, the second the same rows of the up half, and BLOCK_N / 2 features come out. With several
-    splits `partial` is [SPLITS, T, N] in float32; `counters` is zero before and after.
+    Grid (ceil(T / BLOCK_M), ceil(N / BLOCK_N), SPLITS). With several splits `partial` holds
+    [SPLITS, BLOCK_N, BLOCK_M] in float32 for each tile; `counters` is zero before and after.
+
+    SCALES: 1 for a block of columns, or one for the columns of each code of its words. IS_ROW: a row of the weight is
+    one group. NORM_BLOCK: 0, or a power of two from K to norm x, one token: the norm's weight multiplies x as it is
+    loaded, the divisor multiplies the sums. GATED: the first half of a tile are rows of the gate, the second the same
+    rows of the up half, and BLOCK_N / 2 features come out.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     lane = tl.arange(0, BLOCK_N)
@@ -144,8 +151,12 @@ def quantized_linear_kernel(
     at_row = (feature // 16).to(tl.int64) * blocks * (16 * WORDS) + feature % 16 * WORDS
     tiles = words + at_row[:, None] + word[None, :]
     inputs = x + row[:, None].to(tl.int64) * x_stride + word[None, :]
+    gains = norm + row[:, None] * 0 + word[None, :]
     scales += feature
     offsets += feature
+    if NORM_BLOCK:  # the divisor of the only token; loaded ahead of the weight, summed after it
+        every = tl.arange(0, NORM_BLOCK)
+        token = tl.load(x + every, mask=every < K, other=0.0)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     ones = tl.full([BLOCK_N, WORDS], 1.0, DTYPE)
@@ -172,7 +183,14 @@ def quantized_linear_kernel(
             inside = is_token[:, None]
             if not EVEN_K:
                 inside &= column + word[None, :] < K
-            right = tl.trans(tl.load(inputs + column, mask=inside, other=0.0))
+            right = tl.load(inputs + column, mask=inside, other=0.0)
+            if NORM_BLOCK:  # as a tile, because the pipeline copies no vector of 16 bits
+                gain = tl.load(gains + column, mask=inside, other=0.0)
+                if ASSEMBLY:
+                    right *= gain
+                else:  # the interpreter would multiply the bits of bfloat16
+                    right = (right.to(tl.float32) * gain.to(tl.float32)).to(DTYPE)
+            right = tl.trans(right)
             part = tl.dot(_unpack(tile, index, CODES, DTYPE, ASSEMBLY), right, part)
             if HAS_OFFSETS:
                 part_sums = tl.dot(ones, right, part_sums)
@@ -187,28 +205,35 @@ def quantized_linear_kernel(
         total *= scale[0].to(tl.float32)[:, None]
         if HAS_OFFSETS:
             total += sums * offset[0].to(tl.float32)[:, None]
-    result = tl.trans(total)
-    at = row[:, None].to(tl.int64) * N + feature[None, :]
-    mask = is_token[:, None] & is_feature[None, :]
     if SPLITS > 1:
-        size = num_tokens.to(tl.int64) * N
-        tl.store(partial + tl.program_id(2) * size + at, result, mask=mask)
+        # Parts are stored as the tiles that they are, which needs no mask and writes whole sectors.
+        tile_index = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        inner = lane[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        parts = partial + tile_index.to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M) + inner
+        tl.store(parts + tl.program_id(2) * (BLOCK_N * BLOCK_M), total)
         tl.debug_barrier()  # all threads store their part before one of them counts it
-        counter = counters + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        if tl.atomic_add(counter, 1, sem="acq_rel") != SPLITS - 1:
+        if tl.atomic_add(counters + tile_index, 1, sem="acq_rel") != SPLITS - 1:
             return
-        tl.store(counter, 0)
-        result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        tl.store(counters + tile_index, 0)
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for split in tl.static_range(SPLITS):
-            result += tl.load(partial + split * size + at, mask=mask, other=0.0, cache_modifier=".cg")
+            total += tl.load(parts + split * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+    result = tl.trans(total)
+    if NORM_BLOCK:
+        token = token.to(tl.float32)
+        result *= tl.math.rsqrt(tl.sum(token * token, 0) / K + eps)
     if HAS_BIAS:
         result += tl.load(bias + feature).to(tl.float32)[None, :]
     if GATED:
         gate, up = tl.split(tl.trans(tl.reshape(result, [BLOCK_M, 2, BLOCK_N // 2]), 0, 2, 1))
         result = gate / (1.0 + tl.exp(-gate)) * up
-        pair = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        at = row[:, None].to(tl.int64) * (N // 2) + pair[None, :]
-        mask = is_token[:, None] & (pair[None, :] < N // 2)
+        made = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        M = N // 2
+    else:
+        made = tl.program_id(1) * BLOCK_N + lane
+        M = N
+    at = row[:, None].to(tl.int64) * M + made[None, :]
+    mask = is_token[:, None] & (made[None, :] < M)
     if ADDS:
         result += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(output + at, result.to(output.dtype.element_ty), mask=mask)
@@ -323,10 +348,13 @@ def quantized_linear(
     if num_tokens == 0:
         return x.new_empty(0, features)
     x = x if x.stride(1) == 1 else x.contiguous()
-    if norm is not None:
-        x = rms_norm(x, norm)
     if config is None:
         config = choose_quantized_linear(describe(x.device), num_tokens, out_features, in_features, kind)
+    # float16 overflows on x times a norm weight without the divisor.
+    fuses = num_tokens == 1 and x.dtype is torch.bfloat16 and config.block_n > 0
+    fuses = fuses and in_features <= MAX_FUSED_NORM_COLUMNS * config.num_warps
+    if norm is not None and not fuses:
+        x, norm = rms_norm(x, norm), None
     if config.block_n == 0:
         y = _multiply_dequantized(x, words, scales, offsets, out_features, kind, group_size)
         y = y if bias is None else y.add_(bias)
@@ -341,8 +369,10 @@ def quantized_linear(
     output = torch.empty((num_tokens, features), dtype=x.dtype, device=x.device)
     partial = output
     if splits > 1:
-        partial = torch.empty((splits, num_tokens, out_features), dtype=torch.float32, device=x.device)
         assert grid[0] * grid[1] <= MAX_COUNTERS
+        partial = torch.empty(
+            (grid[0] * grid[1] * splits, config.block_n, block_m), dtype=torch.float32, device=x.device
+        )
     is_row = group_size >= in_features
     quantized_linear_kernel[grid](
         output,
@@ -354,6 +384,8 @@ def quantized_linear(
         scales if offsets is None else offsets,
         scales if bias is None else bias,
         output if residual is None else residual,
+        scales if norm is None else norm.weight,
+        0.0 if norm is None else norm.eps,
         num_tokens,
         out_features,
         in_features,
@@ -371,6 +403,7 @@ def quantized_linear(
         GROUP=1 if is_row else group_size,
         IS_ROW=is_row,
         HAS_OFFSETS=offsets is not None,
+        NORM_BLOCK=0 if norm is None else triton.next_power_of_2(in_features),
         HAS_BIAS=bias is not None,
         ADDS=residual is not None,
         GATED=is_gated,

@@ -24,8 +24,8 @@ struct Layer {
 };
 
 // embedding: a weight [vocab, hidden], which may be plain. head: a weight [head_rows, hidden] in tiles; its first
-// `columns` outputs may be sampled. head_tokens [columns]: their tokens, null where they are all tokens in order. cosine
-// and sine [positions, head_dim / 2].
+// `columns` outputs may be sampled. head_tokens [columns]: their tokens, null where they are all tokens in order.
+// cosine and sine [positions, head_dim / 2].
 struct Model {
     int64_t hidden, intermediate, heads, kv_heads, head_dim, block_size;
     CacheType cache_type;

@@ -40,10 +40,10 @@ constexpr int64_t MIN_PARALLEL_ELEMENTS = 16384;
 std::atomic<uint64_t> next_job{1};
 
 // Some rows of x times a tile. x: rows `x_stride` elements apart. bias, residual: null, or those of the tile's outputs,
-// the residual laid out like `out`. ahead: the distance in bytes from each pair to what is prefetched with it. fetched:
-// 0, 64 or 128 bytes. width: outputs. group_size, has_offsets: of int4 and int8. x_sums: null, or the sums of x over
-// each group of columns, rows `groups` apart. unpacked: null, or where int4 and int8 are written as bf16, with scales
-// and offsets in float32.
+// the residual laid out like `out`. ahead: the distance in bytes from the tile to what is prefetched. fetched: how much
+// is with each pair, 0, 64 or 128 bytes. width: outputs. group_size, has_offsets: of int4 and int8. x_sums: null, or
+// the sums of x over each group of columns, rows `groups` apart. unpacked: null, or where int4 and int8 are written as
+// bf16, with scales and offsets in float32.
 struct TileProduct {
     const Input *x;
     int64_t x_stride;
@@ -64,7 +64,7 @@ inline void add_columns_of(const TileProduct &t, Floats (&sums)[ROWS][2], const 
                            int64_t columns, uint16_t *unpacked) {
     const auto fetch = [&](int64_t pair) {
         constexpr auto HINT = ROWS <= FEW_ROWS ? _MM_HINT_T0 : _MM_HINT_T1;
-        const char *at = (const char *)pair_of((const Weight *)tile, pair) + t.ahead;
+        const char *at = tile + t.ahead + pair * (PAIR<Weight> > 64 ? t.fetched : PAIR<Weight>);
         if (t.fetched > 0) _mm_prefetch(at, HINT);
         if (PAIR<Weight> > 64 && t.fetched > 64) _mm_prefetch(at + 64, HINT);
     };
@@ -272,13 +272,15 @@ public:
     }
 
     // Multiply a group of rows by a tile, for which the groups before it were called. The first groups prefetch
-    // the next tile, a cache line with each pair.
+    // the next tile.
     void multiply(int64_t index, int64_t group, char *unpacked, const uint16_t *residual, uint16_t *to,
                   int64_t stride) const {
         const int64_t start = rows.start(group), size = rows.size(group);
         const char *packed = (const char *)p.weight.data + index * bytes;
         const bool is_first = group == 0, is_only = rows.groups() == 1;
+        // In bf16 with several groups of rows, each of the first two prefetches half of the next tile.
         const int64_t pair_bytes = p.weight.kind == BFLOAT16 ? PAIR<uint16_t> : 64;
+        const int64_t next = bytes + group * (p.k + 1) / 2 * 64;
         const bool is_fetched = group * 64 >= pair_bytes;
         const auto multiply = p.weight.kind == BFLOAT16 ? MULTIPLY_BFLOAT16[size]
                               : !is_first               ? MULTIPLY_UNPACKED[size]
@@ -289,7 +291,7 @@ public:
                   unpacks && !is_first ? unpacked : packed,
                   p.bias ? p.bias + index * TILE : nullptr,
                   residual,
-                  is_only && size <= FEW_ROWS ? AHEAD : bytes + group * 64,
+                  is_only && size <= FEW_ROWS ? AHEAD : next,
                   is_only ? pair_bytes : is_fetched ? 0 : 64,
                   to,
                   stride,

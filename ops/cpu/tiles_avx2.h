@@ -18,6 +18,8 @@ constexpr int64_t PART = 16;
 
 inline void put(Input *to, Floats x) { store(to, x); }
 
+constexpr int64_t UNPACK_AHEAD = 2048;  // bytes of codes that are prefetched
+
 // One element of a pair of a tile, of eight outputs.
 inline __m256 eight_of(const uint16_t *tile, int64_t pair, int eight, int element) {
     const __m256i both = _mm256_load_si256((const __m256i *)pair_of(tile, pair) + eight);
@@ -37,9 +39,10 @@ inline __m256 eight_of(const Int4 *tile, int64_t pair, int eight, int element) {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sll_epi32(words, _mm_cvtsi32_si128(28 - at)), 28));
 }
 
-// Add to outputs 8 * FIRST to 8 * (FIRST + WIDTH) of a tile.
+// Add to outputs 8 * FIRST to 8 * (FIRST + WIDTH) of a tile. Inlined into a loop over groups of columns, the sums would
+// live in memory, which takes a quarter longer.
 template <int ROWS, int FIRST, int WIDTH, typename Weight>
-inline void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const Weight *tile, int64_t pairs) {
+[[gnu::noinline]] void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const Weight *tile, int64_t pairs) {
     // Bytes of weight to prefetch: in halves, this half of the next part.
     constexpr int64_t AHEAD = WIDTH == 4 ? 2048 : PART * PAIR<Weight>;
     __m256 found[ROWS][WIDTH];
@@ -91,20 +94,28 @@ inline void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride,
 // Write `pairs` pairs as a tile of bf16, in which integers are exact.
 template <typename Weight>
 inline void unpack_pairs(const Weight *codes, int64_t pairs, uint16_t *to) {
-    for (int64_t pair = 0; pair < pairs; ++pair)
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+        _mm_prefetch((const char *)pair_of(codes, pair) + UNPACK_AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 4
         for (int eight = 0; eight < 4; ++eight, to += 16) {
             const auto element = [&](int i) { return _mm256_castps_si256(eight_of(codes, pair, eight, i)); };
             _mm256_store_si256((__m256i *)to, _mm256_or_si256(_mm256_srli_epi32(element(0), 16), element(1)));
         }
+    }
 }
 
 // sums [rows][32] += x [rows, k] times the tile; x's rows are `stride` elements apart, with a zero after an odd number.
 // unpacked: where the tile is written in bf16; may be null.
 template <int ROWS, typename Weight, typename Fetch>
 inline void multiply_add(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const Weight *tile, int64_t k,
-                        Fetch, uint16_t *unpacked = nullptr) {
+                        Fetch fetch, uint16_t *unpacked = nullptr) {
     const int64_t pairs = (k + 1) / 2;
-    if (unpacked) unpack_pairs(tile, pairs, unpacked);
+    if constexpr (sizeof(Weight) == 1) {
+        if (unpacked) {
+            unpack_pairs(tile, pairs, unpacked);
+            return multiply_add<ROWS>(sums, x, stride, (const uint16_t *)unpacked, k, fetch);
+        }
+    }
     if constexpr (ROWS <= 3) {
         add_columns<ROWS, 0, 4>(sums, x, stride, tile, pairs);
     } else {

@@ -174,7 +174,7 @@ def time_case(case: Case, deadline: float) -> dict[str, object]:
             print(f"{case} {config}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
     timed.sort()
     dequantized = {}
-    for mebibytes in (16, 64, 512) if case.tokens > 32 else ():
+    for mebibytes in (64, 192, 512) if case.tokens > 32 else ():
         kernel.DEQUANTIZED_BYTES = mebibytes * 2**20
         dequantized[mebibytes] = round(microseconds(QuantizedGemmConfig(0, 1, 4, 1)), 2)
     chosen = choose_quantized_linear(device, case.tokens, features, columns, case.kind)

@@ -473,7 +473,7 @@ def test_fp8_linear_on_ada(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     assert re.search(r"mma.sync.*e4m3", check(gemm, 89).asm["ptx"])
 
 
-QUANTIZED = {  # output features, columns, whether norm, gate and residual surround it
+QUANTIZED_LAYERS = {  # output features, columns, whether norm, gate and residual surround it
     "qkv": (4608, 3584, True, False, False),
     "gate_up": (37888, 3584, True, True, False),
     "down": (3584, 18944, False, False, True),
@@ -506,7 +506,7 @@ def test_quantized_linear(
     has_offsets: bool,
     capability: int,
 ) -> None:
-    features, columns, has_norm, is_gated, adds = QUANTIZED[name]
+    features, columns, has_norm, is_gated, adds = QUANTIZED_LAYERS[name]
     size = group or columns
     words = quantized_linear.block_words(kind, size, columns)
     blocks = columns // (words * quantized_linear.CODES[kind])
@@ -516,9 +516,12 @@ def test_quantized_linear(
     norm = Norm(x.new_empty(columns), 1e-6) if has_norm and tokens == 1 else None
     residual = x.new_empty(tokens, features) if adds else None
     offsets = scales if has_offsets else None
-    rest = (features, kind, size, None, norm, residual, is_gated)
     launches = record(
-        monkeypatch, capability, lambda: quantized_linear.quantized_linear(x, data, scales, offsets, *rest)
+        monkeypatch,
+        capability,
+        lambda: quantized_linear.quantized_linear(
+            x, data, scales, offsets, features, kind, size, None, norm, residual, is_gated
+        ),
     )
     expected = "dequantize_kernel" if tokens > 512 else "quantized_linear_kernel"
     assert {launch.kernel.__name__ for launch in launches} == {expected}

@@ -4,7 +4,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-from dispec.ops.triton.tuning import Device, SkinnyGemmConfig, choose_fused_linear
+from dispec.ops.triton.tuning import (
+    Device,
+    QuantizedGemmConfig,
+    SkinnyGemmConfig,
+    choose_fused_linear,
+    choose_quantized_linear,
+)
 
 H100, A100 = Device("sm_90", 132), Device("sm_80", 108)
 # Hidden size, features of the query, key and value projection, columns of the output projection, intermediate size.
@@ -60,3 +66,20 @@ def test_what_the_kernels_do_not_take_is_torchs() -> None:
     assert layer(Device("fallback", 132), 2, *SMALL) == NONE
     assert choose_fused_linear(H100, 2, 2048, 1544, has_norm=True) is None
     assert choose_fused_linear(H100, 2, 2040, 1536, has_norm=True) is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "features", "columns", "kind", "expected"),
+    [
+        (1, 37888, 3584, "int4", QuantizedGemmConfig(64, 1, 2, 3)),
+        (1, 152064, 3584, "int8", QuantizedGemmConfig(32, 1, 2, 3)),
+        (1, 4608, 3584, "int4", QuantizedGemmConfig(64, 8, 2, 3)),
+        (8, 3584, 18944, "int4", QuantizedGemmConfig(64, 10, 2, 3)),
+        (1, 1536, 1536, "int4", QuantizedGemmConfig(64, 6, 2, 3)),
+        (32, 37888, 3584, "int4", QuantizedGemmConfig(128, 1, 4, 3)),
+        (256, 37888, 3584, "int4", QuantizedGemmConfig(128, 1, 4, 3)),
+        (2048, 37888, 3584, "int4", QuantizedGemmConfig(0, 1, 4, 1)),
+    ],
+)
+def test_quantized_products(tokens: int, features: int, columns: int, kind: str, expected: QuantizedGemmConfig) -> None:
+    assert choose_quantized_linear(H100, tokens, features, columns, kind) == expected

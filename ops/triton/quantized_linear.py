@@ -28,7 +28,7 @@ ROWS = 16  # of a weight that are neighbours in memory: a block of them is 1 KiB
 CODES = {"int4": 4, "int8": 2}  # of a word
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_FUSED_NORM_COLUMNS = 2048  # for each warp, whose registers hold the token until the weight is read
-DEQUANTIZED_BYTES = 64 * 2**20  # at a time, for torch's GEMM
+DEQUANTIZED_BYTES = 192 * 2**20  # at a time, for torch's GEMM: smaller parts were up to 8% slower
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _unpack(words, INDEX: tl.constexpr, CODES: tl.constexpr, DTYPE: tl.constexpr
     SHIFT: tl.constexpr = INDEX * (16 // CODES)
     if not ASSEMBLY:
         HALF: tl.constexpr = 8 if CODES == 4 else 128
-        # int8 codes have their sign bit, which the mask leaves in place of 128.
+        # The sign of an int8 code is turned over, so that both kinds are a code plus HALF.
         codes = ((((words >> SHIFT) & (2 * HALF - 1)) ^ (0 if CODES == 4 else HALF)) - HALF).to(tl.float32).to(DTYPE)
     elif CODES == 4 and DTYPE.is_bf16():
         codes = tl.inline_asm_elementwise(
@@ -137,12 +137,10 @@ def quantized_linear_kernel(
     lane = tl.arange(0, BLOCK_N)
     if GATED:
         pair = tl.program_id(1) * (BLOCK_N // 2) + lane % (BLOCK_N // 2)
-        is_feature = pair < N // 2
-        feature = tl.where(is_feature, pair + lane // (BLOCK_N // 2) * (N // 2), 0)
+        feature = tl.where(pair < N // 2, pair + lane // (BLOCK_N // 2) * (N // 2), 0)
     else:
         feature = tl.program_id(1) * BLOCK_N + lane
-        is_feature = feature < N
-        feature = tl.where(is_feature, feature, 0)
+        feature = tl.where(feature < N, feature, 0)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_token = row < num_tokens
     word = tl.arange(0, WORDS)
@@ -420,8 +418,9 @@ def _multiply_dequantized(
 ) -> Tensor:
     (num_tokens, in_features), blocks = x.shape, words.shape[1]
     output = torch.empty((num_tokens, out_features), dtype=x.dtype, device=x.device)
-    step = max(DEQUANTIZED_BYTES // (2 * in_features) // 128 * 128, 128)
-    rows = min(step, words.shape[0] * ROWS)
+    parts = triton.cdiv(out_features * in_features * x.dtype.itemsize, DEQUANTIZED_BYTES)
+    step = triton.cdiv(triton.cdiv(out_features, parts), 128) * 128
+    rows = triton.cdiv(min(step, out_features), ROWS) * ROWS
     dequantized = torch.empty((rows, in_features), dtype=x.dtype, device=x.device)
     for first in range(0, out_features, step):
         count = min(step, out_features - first)

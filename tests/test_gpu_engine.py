@@ -212,6 +212,12 @@ def run_until(engines: tuple[Engine, ...], is_done: Callable[[], bool], patience
             select.select([descriptor for engine in engines for descriptor in engine.wake_ups], [], [], 0.1)
 
 
+def test_e4m3_is_refused_where_triton_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    with pytest.raises(ValueError, match=r"compute capability 8\.9, the device has 8\.0: use 'int8'"):
+        make(kv_cache_dtype="fp8")
+
+
 def test_a_head_dim_without_kernels_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="head_dim 32 on CUDA"):
         make(replace(CONFIG, head_dim=32))

@@ -262,10 +262,14 @@ def test_prefill(
 QUANTIZED = [(torch.int8, 90), (torch.float8_e4m3fn, 90), (torch.int8, 80)]
 
 
-@pytest.mark.parametrize(("cache_dtype", "capability"), QUANTIZED)
 @pytest.mark.parametrize(
-    ("head_dim", "block_size", "heads", "kv_heads", "query_len"),
-    [(64, 16, 14, 2, 1), (128, 16, 12, 2, 1), (128, 32, 12, 2, 8)],
+    ("head_dim", "block_size", "heads", "kv_heads", "query_len", "cache_dtype", "capability"),
+    [
+        *((128, 16, 12, 2, 1, *kind) for kind in QUANTIZED),
+        (128, 32, 12, 2, 8, torch.int8, 90),
+        (64, 16, 14, 2, 1, torch.int8, 80),
+        (256, 64, 8, 4, 16, torch.float8_e4m3fn, 90),
+    ],
 )
 def test_decode_of_a_quantized_cache(
     monkeypatch: pytest.MonkeyPatch,

@@ -117,7 +117,7 @@ def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapp
     """Store token t's key and value at slot `slot_mapping[t]` (block * BS + offset), in place.
 
     keys: [NB, KV, DP, BS] and values: [NB, KV, BS, DP], contiguous in their last two dimensions; key and value:
-    [T, KV, D], contiguous in D; slot_mapping: [T], int32 or int64. KVSlots are not checked.
+    [T, KV, D], contiguous in D; slot_mapping: [T], int32 or int64. Slots are not checked.
     """
     num_tokens, kv_heads, head_dim = key.shape
     if num_tokens == 0:

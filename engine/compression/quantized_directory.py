@@ -79,6 +79,8 @@ def pack_quantized_config(bits: int, group_size: int, *, act_order: bool) -> dic
 
 
 def _parts(matrix: QuantizedTensor) -> dict[str, Tensor]:
+    assert matrix.offsets is None
+    assert matrix.column_order is None
     codes = matrix.codes.cpu()
     if matrix.kind == "int4":
         nibbles = (codes + 8).view(torch.uint8)

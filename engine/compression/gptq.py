@@ -63,11 +63,11 @@ def gptq(
             code = _divide(weight[:, column], scale).round_().clamp_(lowest, highest)
             error = (weight[:, column] - code * scale) / inverse[column, column]
             weight[:, column + 1 : last].addr_(error, inverse[column, column + 1 : last], alpha=-1)
-            codes[:, order[column]] = code.to(torch.int8)
+            codes[:, column] = code.to(torch.int8)
             errors[:, column - first] = error
         weight[:, last:].addmm_(errors, inverse[first:last, last:], alpha=-1)
     kind: Kind = "int4" if bits == 4 else "int8"
-    return QuantizedTensor(kind, codes, scales, None, group_size)
+    return QuantizedTensor(kind, codes[:, order.argsort()], scales, None, group_size)
 
 
 def round_to_nearest(weight: Float[Tensor, "N K"], bits: int, group_size: int) -> QuantizedTensor:

@@ -43,11 +43,9 @@ def gptq(
     is_dead = hessian.diagonal() == 0  # no input reaches them: any value is as good, and 0 needs no bits
     weight[:, is_dead] = 0
     order = torch.arange(columns, device=weight.device)
-    scales = torch.empty(rows, columns // group_size, device=weight.device)
+    scales = _scale(weight.unflatten(1, (-1, group_size)), bits)  # in act-order; else chosen anew after corrections
     if act_order:
         order = hessian.diagonal().argsort(descending=True)
-        for group in range(scales.shape[1]):
-            scales[:, group] = _scale(weight[:, group * group_size : (group + 1) * group_size], bits)
     weight = weight[:, order]
     inverse = _inverse_factor(hessian[order][:, order])
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1

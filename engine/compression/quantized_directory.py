@@ -1,6 +1,7 @@
 """Write a quantised model as a Hugging Face directory in the pack-quantized format of compressed-tensors.
 
-transformers loads this format on every device with a package that is all Python, and vLLM with its fastest kernels.
+transformers loads this format on every device with a package that is all Python; GPTQ's own layout needs one that is
+built for CUDA.
 """
 
 import json

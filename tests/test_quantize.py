@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dispec.engine.compression.calibration import CalibratedLayers
-from dispec.engine.compression.gptq import Hessian, gptq, output_error
+from dispec.engine.compression.gptq import Hessian, gptq, output_error, round_to_nearest
 from dispec.engine.compression.quantize_model import quantize_model
 from dispec.engine.compression.recipe import Recipe
 from dispec.engine.loading.checkpoint import find_checkpoint
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.layers.config import config_from_hugging_face, hugging_face_config
 from dispec.layers.weights import load_weights
-from dispec.ops import Quantization, QuantizedTensor, quantize
+from dispec.ops import QuantizedTensor
 from tests.checkpoints import FAMILIES, save_tiny, save_tiny_gguf, tiny_model
 from tests.commands import dispec
 from tests.paged_model import PagedModel
@@ -53,7 +53,7 @@ def test_outputs_are_closer_than_those_of_rounding_to_the_nearest(bits, group_si
         hessian.add(part)
     assert torch.allclose(hessian.mean(), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-3)
     ours = gptq(weight, hessian.mean(), bits, group_size, act_order=act_order)
-    nearest = quantize(weight, Quantization("int4" if bits == 4 else "int8", group_size))
+    nearest = round_to_nearest(weight, bits, group_size)
     assert -(2 ** (bits - 1)) <= int(ours.codes.min()) < int(ours.codes.max()) < 2 ** (bits - 1)
     assert torch.equal(ours.scales, ours.scales.half().float())
 
@@ -149,6 +149,13 @@ def test_transformers_loads_what_is_written(family, recipe, tmp_path, caplog):
     assert sum(isinstance(tensor, QuantizedTensor) for tensor in read.values()) == 3 * 7
     ours = logits_of(tmp_path / "out")
     assert (ours - transformers_logits(tmp_path / "out", PROMPT)).abs().max() <= 1e-3
+    for name, tensor in read.items():
+        if isinstance(tensor, QuantizedTensor) and recipe.method == "rtn":
+            given = model.state_dict()[name].float()
+            step = given.unflatten(1, (-1, 32)).abs().amax(dim=-1, keepdim=True) / 8
+            difference = (tensor.dequantize() - given).unflatten(1, (-1, 32)).abs()
+            assert (difference <= 1.01 * step).all()  # a whole step at 8, which has no code, half of one elsewhere
+            assert (difference <= 0.51 * step).float().mean() > 0.95
     if recipe.bits == 8:
         expected = transformers_logits(model.float(), PROMPT)
         assert (ours - expected).norm() <= 0.05 * expected.norm()

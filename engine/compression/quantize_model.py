@@ -10,14 +10,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dispec.engine.compression.calibration import CalibratedLayers
-from dispec.engine.compression.gptq import Hessian, gptq, output_error
+from dispec.engine.compression.gptq import Hessian, gptq, output_error, round_to_nearest
 from dispec.engine.compression.quantized_directory import QuantizedDirectory, pack_quantized_config
 from dispec.engine.compression.recipe import Recipe
 from dispec.engine.json_file import read_json
 from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.layers.config import hugging_face_config
-from dispec.ops import Quantization, QuantizedTensor, quantize
+from dispec.ops import QuantizedTensor
 
 log = logging.getLogger("dispec")
 
@@ -50,7 +50,7 @@ def quantize_model(
     def by_gptq(matrices: dict[str, Tensor], hessian: Hessian) -> dict[str, QuantizedTensor]:
         whole, mean = torch.cat(list(matrices.values())), hessian.mean()
         quantized = gptq(whole, mean, recipe.bits, group_size, act_order=recipe.act_order)
-        nearest = _rounded(whole, recipe.bits, group_size)
+        nearest = round_to_nearest(whole, recipe.bits, group_size)
         errors.append(
             (output_error(whole, quantized.dequantize(), mean), output_error(whole, nearest.dequantize(), mean))
         )
@@ -67,7 +67,7 @@ def quantize_model(
             quantized = dict(layers.quantize_layer(given, by_gptq))
         else:
             quantized = {
-                name: _rounded(matrix.to(device).float(), recipe.bits, group_size)
+                name: round_to_nearest(matrix.to(device), recipe.bits, group_size)
                 for name, matrix in given.items()
                 if name.endswith("_proj.weight")
             }
@@ -79,10 +79,6 @@ def quantize_model(
     if errors:
         ours, nearest = (sum(column) / len(errors) for column in zip(*errors, strict=True))
         log.info("mean squared error of outputs: %.3f %%, %.3f %% if rounded to the nearest", 100 * ours, 100 * nearest)
-
-
-def _rounded(matrix: Tensor, bits: int, group_size: int) -> QuantizedTensor:
-    return quantize(matrix, Quantization("int4" if bits == 4 else "int8", group_size))
 
 
 def _raw_config(checkpoint: Checkpoint) -> dict[str, Any]:

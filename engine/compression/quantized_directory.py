@@ -1,6 +1,7 @@
 """Write a quantised model as a Hugging Face directory in the pack-quantized format of compressed-tensors.
 
-transformers loads this format on every device with a package that is all Python, and vLLM with its fastest kernels.
+transformers loads this format on every device with a package that is all Python; GPTQ's own layout needs one that is
+built for CUDA.
 """
 
 import json
@@ -79,6 +80,8 @@ def pack_quantized_config(bits: int, group_size: int, *, act_order: bool) -> dic
 
 
 def _parts(matrix: QuantizedTensor) -> dict[str, Tensor]:
+    assert matrix.offsets is None
+    assert matrix.column_order is None
     codes = matrix.codes.cpu()
     if matrix.kind == "int4":
         nibbles = (codes + 8).view(torch.uint8)

@@ -36,7 +36,7 @@ def quantize(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write a model with matrices of 4 or 8 bits, in a format that transformers and vLLM load too."""
+    """Write a model with matrices of 4 or 8 bits, in a format that transformers loads too."""
     with reporting(quiet=quiet, debug=debug):
         recipe = Recipe(method, bits, group_size, act_order, num_samples, sample_length)
         from dispec.engine.compression.quantize_model import quantize_model

@@ -39,7 +39,7 @@ from dispec.engine.text.tokenizer import Tokenizer
 # How far a format may raise perplexity: weights rounded while loading, and the KV cache.
 _WEIGHT_AIMS = {"int8": 0.005, "int4": 0.06}
 _KV_AIM = 0.005
-_FORMATS = "bfloat16,int8,int4,int4-64,int4-128,native,bfloat16+kv-int8,bfloat16+kv-fp8,int4+kv-int8"
+_FORMATS = "bfloat16,int8,int4,native,bfloat16+kv-int8,bfloat16+kv-fp8"
 _CUDA_FORMATS = ",fp8,fp8+kv-fp8"
 
 

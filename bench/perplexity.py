@@ -9,7 +9,7 @@ mean negative log-probability of all tokens but the first of each window. Prompt
 tokens attend to keys and values in the format of the KV cache. The first format is the one that the others are compared
 with.
 
-Weights are resident memory: what the process grew by when the engine started, on CUDA without the KV cache.
+Weights are resident memory: what the process grows by when they are loaded.
 """
 
 import gc
@@ -32,14 +32,17 @@ from dispec.bench.weight_formats import format_options
 from dispec.engine.api.llm import LLM
 from dispec.engine.dtypes import DTYPES
 from dispec.engine.execution.kv_cache_memory import return_freed_memory
-from dispec.engine.loading.checkpoint import find_checkpoint
+from dispec.engine.loading.checkpoint import Checkpoint, find_checkpoint
+from dispec.engine.loading.quantization import packing_for, with_kernels
+from dispec.engine.options import EngineOptions
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.text.tokenizer import Tokenizer
+from dispec.layers.weights import load_weights
 
 # How far a format may raise perplexity: weights rounded while loading, and the KV cache.
 _WEIGHT_AIMS = {"int8": 0.005, "int4": 0.06}
 _KV_AIM = 0.005
-_FORMATS = "bfloat16,int8,int4,int4-64,int4-128,native,bfloat16+kv-int8,bfloat16+kv-fp8,int4+kv-int8"
+_FORMATS = "bfloat16,int8,int4,native,bfloat16+kv-int8,bfloat16+kv-fp8"
 _CUDA_FORMATS = ",fp8,fp8+kv-fp8"
 
 
@@ -102,15 +105,21 @@ def _resident_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
-def _measure(name: str, options: dict[str, Any], prompts: list[list[int]]) -> tuple[float, int]:
-    """Return the perplexity of a format and the bytes of its weights."""
-    device = choose_device(options["device"])
+def _weight_bytes(checkpoint: Checkpoint, options: EngineOptions) -> int:
+    """Return by how much weights enlarge the process, loaded alone: an engine's KV cache may be resident in part."""
+    device, dtype = options.torch_device(), DTYPES[options.dtype]
     before = _resident_bytes(device)
-    size = max(map(len, prompts))
-    with LLM(**options, **format_options(name), enforce_eager=True, max_model_len=size + 1, max_num_seqs=4) as llm:
-        weights = _resident_bytes(device) - before
-        if device.type == "cuda":
-            weights -= sum(half.nbytes for half in llm.engine.runner.kv_cache)
+    tensors = with_kernels(checkpoint.tensors(dtype, options.quantization), dtype, device)
+    weights = load_weights(checkpoint.config, tensors, dtype, device, packing=packing_for(options, device))
+    found = _resident_bytes(device) - before
+    del weights
+    return found
+
+
+def _measure(checkpoint: Checkpoint, options: dict[str, Any], prompts: list[list[int]]) -> tuple[float, int]:
+    """Return the perplexity of a format and the bytes of its weights."""
+    weights = _weight_bytes(checkpoint, EngineOptions(**options))
+    with LLM(**options, enforce_eager=True, max_model_len=max(map(len, prompts)) + 1, max_num_seqs=4) as llm:
         return engine_perplexity(llm, prompts), weights
 
 
@@ -146,7 +155,9 @@ def main(
     def measured() -> Iterator[tuple[str, float, int | None, float]]:
         for name in names:
             start = time.monotonic()
-            perplexity, weights = _measure(name, {"model": model, "device": device}, prompts)
+            perplexity, weights = _measure(
+                checkpoint, {"model": model, "device": device, **format_options(name)}, prompts
+            )
             yield name, perplexity, weights, time.monotonic() - start
         for name in peers:
             start = time.monotonic()

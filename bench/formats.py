@@ -95,7 +95,11 @@ def main(
             )
         if vllm_path is not None:
             cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dispec-bench-formats-")))
-            theirs = common | {"enable_prefix_caching": False, "gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 2 * memory}
+            theirs = common | {
+                "enable_prefix_caching": False,
+                "gpu_memory_utilization": 0.3,
+                "kv_cache_memory_bytes": 2 * memory,
+            }
             for name in map(str.strip, vllm.split(",")):
                 peer = VLLM(sys.executable, vllm_path, VLLM_FORMATS[name])
                 starts[f"vllm {name}"] = functools.partial(peer.start, model, theirs, cache / name, START_SECONDS)

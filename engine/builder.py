@@ -302,8 +302,8 @@ class EngineBuilder:
             )
         )
         fingerprint = (
-            f"{self._config} {options.dtype} {kv_dtype(options)} {options.quantization} {options.block_size}"
-            f" {options.seed}"
+            f"{self._config} {options.dtype} {kv_dtype(options)} {options.quantization}"
+            f" {options.quantization_group_size} {options.block_size} {options.seed}"
         )
         transfer_engine.register(runner.kv_cache, hashlib.sha256(fingerprint.encode()).hexdigest(), shared_memory)
         return transfer_engine

@@ -41,8 +41,9 @@ class EngineOptions:
         ),
     ] = None
     quantization_group_size: Annotated[
-        Literal[32, 64, 128], Option("Columns that share a scale in quantization int4: 32, 64 or 128.")
-    ] = 32
+        Literal[32, 64, 128] | None,
+        Option("Columns that share a scale in quantization int4: 32, 64 or 128.", default="32"),
+    ] = None
     kv_cache_dtype: Annotated[
         Literal["auto", "int8", "fp8"],
         Option("Of keys and values: auto is that of the model; int8 and fp8 (e4m3) take half the memory of bfloat16."),
@@ -162,6 +163,9 @@ class EngineOptions:
             self._check_model(name)
         if self.enforce_eager and self.compile not in (None, "off"):
             raise invalid_field("enforce_eager", f"compiles nothing, and compile is {self.compile!r}: give one of them")
+        if self.quantization_group_size is not None and self.quantization != "int4":
+            conflict = f"is {self.quantization_group_size} and quantization is {self.quantization!r}, must be 'int4'"
+            raise invalid_field("quantization_group_size", conflict)
         if self.kv_transfer is not None and self.kv_transfer_secret is None and not is_loopback(self.kv_transfer_host):
             host = repr(self.kv_transfer_host)
             raise invalid_field("kv_transfer_host", f"is {host}, which others can reach: give a kv_transfer_secret")

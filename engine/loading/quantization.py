@@ -28,7 +28,11 @@ def packing_for(options: EngineOptions, device: torch.device) -> Packing:
         raise ValueError(
             f"quantization is {kind!r}, which has no kernel for {options.dtype} on this {device.type.upper()} device"
         )
-    return Packing(Quantization(kind, options.quantization_group_size if kind == "int4" else None))
+    return Packing(Quantization(kind, _group_size(options) if kind == "int4" else None))
+
+
+def _group_size(options: EngineOptions) -> int:
+    return options.quantization_group_size or 32
 
 
 def draft_packing(device: torch.device, dtype: torch.dtype) -> Packing:
@@ -62,7 +66,7 @@ def weights_format(weights: Weights, options: EngineOptions, checkpoint: Checkpo
     if not any(isinstance(leaf, QuantizedWeight) for leaf in leaves):
         return options.dtype
     if options.quantization == "int4":
-        return f"int4 in groups of {options.quantization_group_size}"
+        return f"int4 in groups of {_group_size(options)}"
     if options.quantization in ("int8", "fp8") or checkpoint is None:
         return str(options.quantization)
     return checkpoint.quantized_format or "quantised"

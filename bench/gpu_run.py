@@ -56,6 +56,7 @@ CHECKS = [
     _tests("transfer_gpu"),
     _tests("gpu_kernels", 5),
     _tests("gpu_quantized", 8),
+    _tests("gpu_fp8", 4),
     _tests("gpu_tensor_parallel"),  # skipped on a single GPU
     Part(
         "memcheck",

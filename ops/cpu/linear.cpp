@@ -196,8 +196,8 @@ void silu_and_mul(const bfloat16 *gate, const bfloat16 *up, bfloat16 *out) {
     for (int64_t i = 0; i < TILE; i += LANES) {
         const Floats x = load(gate + i), e = exp_negative((Floats)((Ints)x | INT32_MIN));
         bfloat16 silu[LANES];
-        store(silu, x * choose((Ints)x >> 31, e, splat(1.0f)) / (e + 1.0f));
-        store(out + i, load(silu) * load(up + i));
+        finish(x * choose((Ints)x >> 31, e, splat(1.0f)) / (e + 1.0f), nullptr, (uint16_t *)silu, LANES);
+        finish(load(silu) * load(up + i), nullptr, (uint16_t *)(out + i), LANES);
     }
 }
 

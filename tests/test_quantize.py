@@ -1,6 +1,8 @@
 """`dispec quantize`: GPTQ against its definition, and checkpoints that transformers computes alike."""
 
 import json
+import os
+import stat
 from dataclasses import replace
 from pydoc_data.topics import topics
 
@@ -220,6 +222,18 @@ def test_files_are_one_for_each_layer(tmp_path):
     assert len(files) == 4
     layers = [{name.split(".")[2] for name in load_file(file) if ".layers." in name} for file in files]
     assert layers == [{"0"}, {"1"}, {"2"}, set()]
+
+
+def test_files_have_the_mode_of_the_umask(tmp_path):
+    save_tiny(tmp_path / "given", "qwen2")
+    for file in (tmp_path / "given").iterdir():
+        file.chmod(0o400)
+    previous = os.umask(0o027)
+    try:
+        quantize_model(str(tmp_path / "given"), Recipe("rtn"), None, tmp_path / "out", CPU, show_progress=False)
+    finally:
+        os.umask(previous)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {0o640}
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class QuantizedDirectory:
             else:
                 plain[name] = tensor.contiguous()
         file = f"model-{len(set(self._file_of.values())) + 1:05}.safetensors"
-        save_file(plain, self._directory / file, {"format": "pt"})
+        _save(self._directory / file, plain)
         self._file_of |= dict.fromkeys(plain, file)
         self._size += sum(tensor.nbytes for tensor in plain.values())
 
@@ -52,7 +52,7 @@ class QuantizedDirectory:
         """Write the index and config.json, and copy the files of the tokenizer's directory."""
         for file in sorted(tokenizer.iterdir()):
             if file.suffix in _COPIED and file.name not in ("config.json", INDEX):
-                shutil.copy(file, self._directory)
+                shutil.copyfile(file, self._directory / file.name)
         index = {"metadata": {"total_size": self._size}, "weight_map": self._file_of}
         _write(self._directory / INDEX, index)
         _write(self._directory / "config.json", config)
@@ -93,6 +93,14 @@ def _parts(matrix: QuantizedTensor) -> dict[str, Tensor]:
         "weight_scale": matrix.scales.cpu().half(),
         "weight_shape": torch.tensor(matrix.shape),
     }
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file with the mode that the umask gives; `save_file` alone makes one that its owner alone can read."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, {"format": "pt"})
+    path.chmod(mode)
 
 
 def _write(path: Path, contents: dict[str, Any]) -> None:

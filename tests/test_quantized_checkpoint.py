@@ -382,6 +382,8 @@ def test_files_without_quantised_matrices_are_told(tmp_path):
         ("gptq-act-order", replace("g_idx", lambda one: one + 1), "g_idx' has groups 1 to 4, the matrix has 0 to 3"),
         ("gptq-act-order", replace("g_idx", lambda one: one.where(one != 2, 1)), "g_idx' has 64 columns in group 1"),
         ("packed-4", replace("weight_shape", lambda one: one + 1), "weight_shape' is [897, 129], the packed codes are"),
+        ("gptq", replace("scales", lambda one: one * torch.nan), "scales' has scales that are infinite or no numbers"),
+        ("packed-4", replace("weight_scale", lambda one: one / 0), "weight_scale' has scales that are infinite"),
     ],
 )
 def test_contradictory_values_are_told(name, change, told, tmp_path):

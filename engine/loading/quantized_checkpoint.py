@@ -63,6 +63,7 @@ def read_quantized(
             elif weight is not None and weight not in yielded:
                 yielded.add(weight)
                 parts = {part: file_of[own].get_tensor(own) for part, own in names[weight].items()}
+                _check_scales(names[weight], parts)
                 yield weight, _read(weight, matrices[weight], parts, dtype, keeps_quantized=keeps_quantized)
 
 
@@ -85,6 +86,12 @@ def _read(
             scales = _by_row(scale, matrix)
             quantized = QuantizedTensor("fp8", parts["weight"], scales, None, matrix.columns)
     return quantized if keeps_quantized else quantized.dequantize(dtype)
+
+
+def _check_scales(names: Mapping[str, str], parts: Mapping[str, Tensor]) -> None:
+    for part in ("scales", "weight_scale", "weight_scale_inv"):
+        if part in parts and not bool(parts[part].isfinite().all()):
+            raise CheckpointError(f"tensor {names[part]!r} has scales that are infinite or no numbers")
 
 
 def _gptq(weight: str, matrix: StoredMatrix, parts: Mapping[str, Tensor]) -> QuantizedTensor:

@@ -129,21 +129,14 @@ void multiply_groups(const TileProduct &t) {
     for (int64_t column = 0, index = 0; column < t.k; column += t.group_size, ++index) {
         const int64_t columns = std::min(t.group_size, t.k - column);
         const Group<Weight> group(tile, columns, t.has_offsets);
-        Floats sums[ROWS][2] = {};
+        Floats sums[ROWS][2];
+        clear(sums);
         add_columns_of<ROWS, Weight>(t, sums, group.codes, column, columns, (uint16_t *)unpacked);
         const Floats scales[] = {load_scales(group.scales), load_scales(group.scales + LANES)};
-#pragma GCC unroll 12
-        for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half)
-                totals[row][half] = fma(sums[row][half], scales[half], totals[row][half]);
+        add_scaled(totals, sums, scales);
         if (t.has_offsets) {
             const Floats offsets[] = {load_scales(group.scales + TILE), load_scales(group.scales + TILE + LANES)};
-#pragma GCC unroll 12
-            for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 2
-                for (int half = 0; half < 2; ++half)
-                    totals[row][half] = fma(offsets[half], splat(t.x_sums[row * t.groups + index]), totals[row][half]);
+            add_offsets(totals, offsets, t.x_sums + index, t.groups);
         }
         if (t.fetched) _mm_prefetch((const char *)group.scales + t.ahead, _MM_HINT_T1);
         if (unpacked) {

@@ -144,6 +144,40 @@ inline Floats fma(Floats x, Floats y, Floats z) {
     return c.whole;
 }
 
+// The next three in whole registers: GCC moves `Floats` in pieces of 16 bytes, of which loads of 32 bytes wait.
+template <int ROWS>
+inline void clear(Floats (&sums)[ROWS][2]) {
+    for (int i = 0; i < 4 * ROWS; ++i) _mm256_storeu_ps((float *)sums + 8 * i, _mm256_setzero_ps());
+}
+
+// totals += sums * scales
+template <int ROWS>
+inline void add_scaled(Floats (&totals)[ROWS][2], const Floats (&sums)[ROWS][2], const Floats (&scales)[2]) {
+    for (int eight = 0; eight < 4; ++eight) {
+        const __m256 scale = _mm256_loadu_ps((const float *)scales + 8 * eight);
+#pragma GCC unroll 6
+        for (int row = 0; row < ROWS; ++row) {
+            float *total = (float *)totals[row] + 8 * eight;
+            const __m256 sum = _mm256_loadu_ps((const float *)sums[row] + 8 * eight);
+            _mm256_storeu_ps(total, _mm256_fmadd_ps(sum, scale, _mm256_loadu_ps(total)));
+        }
+    }
+}
+
+// totals += offsets * x_sums, of which rows are `stride` elements apart
+template <int ROWS>
+inline void add_offsets(Floats (&totals)[ROWS][2], const Floats (&offsets)[2], const float *x_sums, int64_t stride) {
+    for (int eight = 0; eight < 4; ++eight) {
+        const __m256 offset = _mm256_loadu_ps((const float *)offsets + 8 * eight);
+#pragma GCC unroll 6
+        for (int row = 0; row < ROWS; ++row) {
+            float *total = (float *)totals[row] + 8 * eight;
+            const __m256 sum = _mm256_broadcast_ss(x_sums + row * stride);
+            _mm256_storeu_ps(total, _mm256_fmadd_ps(offset, sum, _mm256_loadu_ps(total)));
+        }
+    }
+}
+
 // Write the first `width` of sixteen sums to `to`, rounded; with `residual`, add it and round again.
 inline void finish(Floats sums, const uint16_t *residual, uint16_t *to, int64_t width) {
     if (width <= 0) return;

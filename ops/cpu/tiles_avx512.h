@@ -117,6 +117,32 @@ inline Floats load_halves(const uint16_t *at) {
 // x * y + z, rounded once.
 inline Floats fma(Floats x, Floats y, Floats z) { return (Floats)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z); }
 
+template <int ROWS>
+inline void clear(Floats (&sums)[ROWS][2]) {
+#pragma GCC unroll 12
+    for (int row = 0; row < ROWS; ++row) sums[row][0] = sums[row][1] = Floats{};
+}
+
+// totals += sums * scales
+template <int ROWS>
+inline void add_scaled(Floats (&totals)[ROWS][2], const Floats (&sums)[ROWS][2], const Floats (&scales)[2]) {
+#pragma GCC unroll 12
+    for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half)
+            totals[row][half] = fma(sums[row][half], scales[half], totals[row][half]);
+}
+
+// totals += offsets * x_sums, of which rows are `stride` elements apart
+template <int ROWS>
+inline void add_offsets(Floats (&totals)[ROWS][2], const Floats (&offsets)[2], const float *x_sums, int64_t stride) {
+#pragma GCC unroll 12
+    for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half)
+            totals[row][half] = fma(offsets[half], splat(x_sums[row * stride]), totals[row][half]);
+}
+
 // Write the first `width` of sixteen sums to `to`, rounded; with `residual`, add it and round again.
 inline void finish(Floats sums, const uint16_t *residual, uint16_t *to, int64_t width) {
     const __mmask16 mask = _cvtu32_mask16(width >= 16 ? 0xffff : width > 0 ? (1u << width) - 1 : 0);

@@ -300,11 +300,10 @@ class _Stacks:
 
     def add(self, spec: WeightSpec, weight: Tensor | ops.QuantizedTensor) -> None:
         """Add a weight, once its values are complete."""
-        packs = isinstance(weight, ops.QuantizedTensor) or (self._packs and spec.kind == "matrix")
         if spec.layer is None:
-            packs |= spec.kind == "matrix"
-            self._weights[spec.name] = self._packing.pack(weight, is_head=True) if packs else weight
-        elif isinstance(weight, ops.QuantizedTensor) or packs:
+            is_packed = isinstance(weight, ops.QuantizedTensor) or spec.kind == "matrix"
+            self._weights[spec.name] = self._packing.pack(weight, is_head=True) if is_packed else weight
+        elif isinstance(weight, ops.QuantizedTensor) or (self._packs and spec.kind == "matrix"):
             self._add_layer(spec.name, spec.layer, weight)
         elif not self._is_in_stack(spec, weight):
             self._add_unstacked(spec.name, spec.layer, weight)

@@ -26,7 +26,8 @@ from dispec.layers.config import ModelConfig
 from dispec.layers.model import decoder_layer
 from dispec.layers.rope import rope_frequencies
 from dispec.layers.types import Batch, KVCache, LayerWeights, unstack_layers
-from dispec.layers.weights import Packing, dummy_weights
+from dispec.layers.weight_stacks import Packing
+from dispec.layers.weights import dummy_weights
 
 if TYPE_CHECKING:
     from dispec.ops.triton.tuning import SkinnyGemmConfig

@@ -8,7 +8,7 @@ from torch import Tensor
 from dispec.bench.machine import Rates, seconds_of
 from dispec.bench.workload import Workload
 from dispec.layers.config import ModelConfig
-from dispec.layers.weights import declare
+from dispec.layers.weight_specs import declare
 
 ELEMENT = 2  # bytes of a bf16 number
 

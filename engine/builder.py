@@ -47,7 +47,8 @@ from dispec.engine.transfer.transfer_engine import TransferEngine
 from dispec.layers.config import ModelConfig, UnsupportedModelError
 from dispec.layers.sharding import Sharding, check_can_shard
 from dispec.layers.types import Weights
-from dispec.layers.weights import Packing, dummy_weights, load_weights
+from dispec.layers.weight_stacks import Packing
+from dispec.layers.weights import dummy_weights, load_weights
 from dispec.ops import Matrix
 from dispec.ops.cpu.library import has_kernels, is_cached
 from dispec.ops.paged_attention import TRITON_HEAD_DIMS

@@ -67,7 +67,7 @@ def pack_quantized(weight: QuantizedTensor) -> QuantizedWeight:
     if not data.is_cuda:
         packed = cpu_quantized_linear.pack(weight.kind, data, scales, offsets, group_size)
         return QuantizedWeight(packed, None, None, *layout)
-    from dispec.ops.triton.quantized_linear import pack_codes, pack_scales
+    from dispec.ops.triton.quantized_layout import pack_codes, pack_scales
 
     return QuantizedWeight(
         pack_codes(data, weight.kind, weight.group_size),
@@ -143,7 +143,7 @@ def _read_rows(
     if kind == "fp8":
         codes = data.view(torch.int8)[indices].view(data.dtype)  # torch indexes no e4m3 on some devices
         return (codes.float() * scales[indices]).bfloat16()
-    from dispec.ops.triton.quantized_linear import read_rows as read
+    from dispec.ops.triton.quantized_layout import read_rows as read
 
     return read(data, scales, offsets, indices, in_features, kind, group_size).bfloat16()
 

@@ -9,7 +9,8 @@ from dispec.layers.decoding import build_decoder
 from dispec.layers.sampling import greedy, sample
 from dispec.layers.steps import Vocabulary
 from dispec.layers.types import Sampling
-from dispec.layers.weights import Packing, load_weights
+from dispec.layers.weight_stacks import Packing
+from dispec.layers.weights import load_weights
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_tiny
 from tests.paged_model import PagedModel
 

@@ -16,7 +16,8 @@ from dispec import ops
 from dispec.layers.config import ModelConfig
 from dispec.layers.model import hidden_states
 from dispec.layers.types import Batch, KVCache, Weights
-from dispec.layers.weights import Packing, dummy_weights
+from dispec.layers.weight_stacks import Packing
+from dispec.layers.weights import dummy_weights
 from dispec.ops import reference
 from dispec.ops.kv_cache import codes_and_scales, pages_of_layer, scale_rows
 

@@ -13,7 +13,8 @@ from dispec.layers.config import ModelConfig, Shard
 from dispec.layers.decoding import build_decoder
 from dispec.layers.steps import Vocabulary
 from dispec.layers.types import Batch, KVCache, Weights
-from dispec.layers.weights import Packing, dummy_weights
+from dispec.layers.weight_stacks import Packing
+from dispec.layers.weights import dummy_weights
 from dispec.ops.cpu.library import has_packed_linear
 from dispec.ops.kv_cache import LARGEST_CODE, codes_and_scales, scale_rows
 

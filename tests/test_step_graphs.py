@@ -23,7 +23,8 @@ from dispec.layers.sharding import Sharding
 from dispec.layers.speculation import DraftState, draft_step
 from dispec.layers.steps import PreviousTokens, Vocabulary, decode_step, prefill_step
 from dispec.layers.types import Batch, KVCache, Sampling, SamplingFilters, Weights
-from dispec.layers.weights import Packing, dummy_weights
+from dispec.layers.weight_stacks import Packing
+from dispec.layers.weights import dummy_weights
 from dispec.ops import Quantization
 
 CONFIG = ModelConfig(

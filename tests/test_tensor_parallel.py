@@ -21,7 +21,8 @@ from dispec.engine.sampling_params import SamplingParams
 from dispec.layers.config import ModelConfig, Shard
 from dispec.layers.sharding import Sharding
 from dispec.layers.types import unstack_layers
-from dispec.layers.weights import declare, load_weights
+from dispec.layers.weight_specs import declare
+from dispec.layers.weights import load_weights
 from tests.checkpoints import save_tiny
 
 FLOAT32 = {"dtype": "float32", "device": "cpu", "kv_cache_memory": "4MiB", "max_num_seqs": 8, "enforce_eager": True}

@@ -34,6 +34,7 @@ from dispec.ops.triton import (  # noqa: E402
     norm_activation,
     prefill_attention,
     qkv_rope_write,
+    quantized_layout,
     quantized_linear,
     rope_write,
     skinny_linear,
@@ -512,8 +513,8 @@ def test_quantized_linear(
 ) -> None:
     features, columns, has_norm, is_gated, adds = QUANTIZED_LAYERS[name]
     size = group or columns
-    words = quantized_linear.block_words(kind, size, columns)
-    blocks = columns // (words * quantized_linear.CODES[kind])
+    words = quantized_layout.block_words(kind, size, columns)
+    blocks = columns // (words * quantized_layout.CODES[kind])
     data = torch.empty(features // 16, blocks, 16, words, dtype=torch.int16, device="meta")
     scales = torch.empty(columns // size, features, dtype=torch.float16, device="meta")
     x = torch.empty(tokens, columns, dtype=HALF, device="meta")

@@ -15,7 +15,9 @@ from dispec import ops
 from dispec.engine.loading.checkpoint import find_checkpoint
 from dispec.layers.config import ModelConfig, Shard
 from dispec.layers.types import Weights, unstack_layers
-from dispec.layers.weights import Packing, WeightsError, declare, dummy_weights, load_weights
+from dispec.layers.weight_specs import declare
+from dispec.layers.weight_stacks import Packing
+from dispec.layers.weights import WeightsError, dummy_weights, load_weights
 from dispec.ops.cpu.library import has_packed_linear
 from tests.allocations import peak_allocation
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_tiny

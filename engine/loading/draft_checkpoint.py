@@ -25,7 +25,7 @@ from dispec.engine.loading.model_source import DRAFT_FILE
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.layers.config import ModelConfig, config_from_hugging_face
 from dispec.layers.types import Weights
-from dispec.layers.weights import Packing
+from dispec.layers.weight_stacks import Packing
 
 _WEIGHTS = "model.safetensors"
 _BUILT_IN = Path(__file__).with_name("data") / DEFAULT_DRAFT

@@ -10,7 +10,7 @@ from dispec.engine.dtypes import DTYPES
 from dispec.engine.loading.checkpoint import Checkpoint
 from dispec.engine.options import EngineOptions
 from dispec.layers.types import Weights
-from dispec.layers.weights import Packing
+from dispec.layers.weight_stacks import Packing
 from dispec.ops import Kind, Quantization, QuantizedTensor, QuantizedWeight, has_quantized_kernel
 
 log = logging.getLogger("dispec")

@@ -2,8 +2,8 @@
 
 The tensor cores multiply the codes of `ops.triton.quantized_layout` themselves, exact in 16 bits. The weight is
 the left operand, because its rows fill a tile and those of `x` may not. The scale of a group multiplies its sums in
-float32. Where the weight's rows make too few programs, the columns are split as well; the last program of a tile sums the
-parts in a fixed order.
+float32. Where the weight's rows make too few programs, the columns are split as well; the last program of a tile sums
+the parts in a fixed order.
 """
 
 import os

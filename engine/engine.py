@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence as Series
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dispec.engine.builder import EngineBuilder, compile_pieces
@@ -21,6 +22,7 @@ from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence
 from dispec.engine.scheduling.step_record import Kind, StepRecord
 from dispec.engine.scheduling.token_output import FinishReason, TokenOutput
+from dispec.engine.structured_output.grammar_compiler import Grammar, GrammarCompiler
 from dispec.engine.transfer.interface import RemoteBlocks
 from dispec.engine.transfer.kv_connector import KVConnector
 
@@ -52,6 +54,7 @@ class Engine:
         parts = EngineBuilder(options).build()
         self.checkpoint = parts.checkpoint
         self.config = parts.config
+        self.grammar_compiler = self._make_grammar_compiler()
         self.kv_plan = parts.kv_plan
         self.max_model_len = parts.kv_plan.max_model_len
         self.runner = parts.runner
@@ -202,6 +205,13 @@ class Engine:
             "transfer_block_bytes": transfer_engine.block_bytes,
         }
 
+    def _make_grammar_compiler(self) -> GrammarCompiler | None:
+        """Return the compiler of grammars; None for a model without a tokenizer."""
+        path = None if self.checkpoint is None else Path(self.checkpoint.directory) / "tokenizer.json"
+        if path is None or not path.is_file():
+            return None
+        return GrammarCompiler(path.read_text(encoding="utf-8"), self.config.vocab_size, self.eos_token_ids)
+
     def _make_choices(
         self,
         prompt: Series[int],
@@ -215,6 +225,7 @@ class Engine:
         eos_token_ids = () if params.ignore_eos else self.eos_token_ids
         stop_token_ids = frozenset((*params.stop_token_ids, *eos_token_ids))
         check_params(params, stop_token_ids, vocab_size)
+        grammar = self._grammar(params)
         seed = int.from_bytes(os.urandom(8), signed=True) if params.seed is None else params.seed
         arrival_time = time.perf_counter()
         choices = []
@@ -222,7 +233,8 @@ class Engine:
             sequence_id = next(self._sequence_ids)
             request_id = request_id or f"request-{sequence_id}"
             own_params = replace(params, prompt_logprobs=None) if index else params
-            processors = LogitsProcessors(own_params, prompt, vocab_size, stop_token_ids)
+            state = None if grammar is None else grammar.start(len(prompt))
+            processors = LogitsProcessors(own_params, prompt, vocab_size, stop_token_ids, state)
             choices.append(
                 Sequence(
                     id=sequence_id,
@@ -243,6 +255,15 @@ class Engine:
         for choice in choices:
             choice.choices = tuple(choices)
         return tuple(choices)
+
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        if params.structured_outputs is None:
+            return None
+        if self.grammar_compiler is None:
+            raise InvalidField(
+                "structured_outputs", "structured_outputs is given, must be left out for a model without a tokenizer"
+            )
+        return self.grammar_compiler.compile(params.structured_outputs)
 
     def _step(self) -> list[TokenOutput]:
         start = time.perf_counter()

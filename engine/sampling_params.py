@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Annotated
 
 from dispec.engine.option_fields import Option, check_fields, invalid_field, with_declared_fields
+from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
@@ -113,6 +114,10 @@ class SamplingParams:
         int | None, Option("The same for the tokens of the prompt.", ge=0, le=MAX_LOGPROBS, default="none")
     ] = None
     skip_special_tokens: Annotated[bool, Option("Leave special tokens out of the text.")] = True
+    structured_outputs: Annotated[
+        StructuredOutputs | None,
+        Option("The grammar that the output follows: json, json_object, regex, choice, grammar or structural_tag."),
+    ] = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -150,7 +155,8 @@ class SamplingParams:
     @property
     def needs_last_token(self) -> bool:
         """Whether sampling a token needs the token before it, besides the model's logits."""
-        return self.penalizes or any(len(words) > 1 for words in self.bad_words_token_ids)
+        has_long_bad_words = any(len(words) > 1 for words in self.bad_words_token_ids)
+        return self.penalizes or has_long_bad_words or self.structured_outputs is not None
 
     def token_fields(self) -> dict[str, Series[int]]:
         """Return the token ids of every field that holds some, to be checked against a vocabulary."""
@@ -178,6 +184,9 @@ class SamplingParams:
         if not isinstance(self.logit_bias, Mapping | None):
             raise invalid_field("logit_bias", f"is {self.logit_bias!r:.50}, must be a mapping of token ids to numbers")
         object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias or {})))
+        if isinstance(self.structured_outputs, Mapping):
+            structure = StructuredOutputs.from_mapping(self.structured_outputs)
+            object.__setattr__(self, "structured_outputs", structure)
 
     def _check_logit_bias(self) -> None:
         if len(self.logit_bias) > MAX_LOGIT_BIAS:

@@ -89,8 +89,6 @@ def test_fields_of_missing_features_are_refused_by_name(form: type) -> None:
         ({"use_beam_search": 0}, False),
         ({"thinking_token_budget": -1}, True),
         ({"thinking_token_budget": 0}, False),
-        ({"include_reasoning": True}, True),
-        ({"include_reasoning": False}, False),
         ({"best_of": 3, "n": 3}, True),
         ({"best_of": 3}, False),
         ({"verbosity": "low"}, False),

@@ -25,7 +25,9 @@ class RunningChoice:
         seconds = time.perf_counter() - sequence.arrival_time
         self.first_token_seconds = self.first_token_seconds or seconds
         self.num_tokens += 1
-        text, finish_reason, stop_reason = self.text.process(output.token_id, output.finish_reason)
+        text, finish_reason, stop_reason = self.text.process(
+            output.token_id, output.finish_reason, completes_grammar=output.completes_grammar
+        )
         if finish_reason is not None:
             self.result = Choice(
                 token_ids=sequence.output_token_ids[: self.num_tokens],

@@ -215,14 +215,13 @@ class Sampler:
             if sequence.sampling_features & SamplingFeatures.TOKEN_MASK:
                 assert sequence.logits_processors is not None
                 # Tokens that the step itself computes count as output, even before the host knows them.
-                num_output = item.start + item.num_tokens - item.num_draft_tokens - sequence.num_prompt_tokens
-                for ahead in range(item.num_draft_tokens + 1):
-                    drafts = item.draft_token_ids
-                    drafts = drafts[: len(drafts) - item.num_draft_tokens + ahead]
-                    token_ids = [*sequence.token_ids, *drafts] if drafts else sequence.token_ids
-                    mask = sequence.logits_processors.allowed_mask(num_output + ahead, token_ids)
+                drafts = item.draft_token_ids
+                # A draft model's step samples after all draft tokens so far, a verification after each.
+                num_output = item.start + item.num_tokens - len(drafts) - sequence.num_prompt_tokens
+                found = [*sequence.logits_processors.masks_ahead(sequence.token_ids, num_output, drafts)]
+                for row, mask in enumerate(found[-item.num_sampled :], first):
                     if mask is not None:
-                        masks[first + ahead] = mask
+                        masks[row] = mask
         if not masks:
             return None
         words = np.full((num_rows, _num_words(self.vocab_size)), -1, np.int32)

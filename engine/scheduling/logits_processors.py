@@ -10,6 +10,7 @@ from copy import copy
 import numpy as np
 
 from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.structured_output.grammar_state import GrammarState
 
 
 class LogitsProcessors:
@@ -17,6 +18,7 @@ class LogitsProcessors:
 
     vocab_size: of the logits, padding included.
     stop_token_ids: all tokens that end the sequence; they are masked before `min_tokens` tokens.
+    grammar: of the sequence's output, if any.
     """
 
     def __init__(
@@ -25,7 +27,9 @@ class LogitsProcessors:
         prompt_token_ids: Sequence[int],
         vocab_size: int,
         stop_token_ids: frozenset[int],
+        grammar: GrammarState | None = None,
     ) -> None:
+        self.grammar = grammar
         self._params = params
         self._vocab_size = vocab_size
         self._num_seen = len(prompt_token_ids)
@@ -59,7 +63,7 @@ class LogitsProcessors:
     @property
     def has_mask(self) -> bool:
         """Whether `allowed_mask` ever masks a token."""
-        return self._mask is not None or self._withholds_stops or bool(self._endings)
+        return self._mask is not None or self._withholds_stops or bool(self._endings) or self.grammar is not None
 
     def advance(self, token_ids: Sequence[int]) -> None:
         """Count the tokens that are new since the last call. token_ids: all of the prompt and the output."""
@@ -92,6 +96,25 @@ class LogitsProcessors:
                 ahead._count(token)
             tokens, scale, addend = ahead.entries()
             yield tokens.copy(), scale.copy(), addend.copy()
+
+    def masks_ahead(
+        self, token_ids: Sequence[int], num_output_tokens: int, draft_token_ids: Sequence[int]
+    ) -> Iterator[np.ndarray | None]:
+        """Yield the mask of the next token after `token_ids` and after each draft token that follows; None allows all.
+
+        num_output_tokens: the number of output tokens before the first mask's token.
+        Where the grammar and the other parameters have no token in common, the grammar's mask alone holds.
+        """
+        grammar_masks = None if self.grammar is None else self.grammar.masks_ahead(token_ids, draft_token_ids)
+        for ahead in range(len(draft_token_ids) + 1):
+            known = [*token_ids, *draft_token_ids[:ahead]] if ahead else token_ids
+            mask = self.allowed_mask(num_output_tokens + ahead, known)
+            of_grammar = None if grammar_masks is None else next(grammar_masks)
+            if mask is None or of_grammar is None:
+                yield of_grammar if mask is None else mask
+            else:
+                both = mask & of_grammar
+                yield both if both.any() else of_grammar
 
     def allowed_mask(self, num_output_tokens: int, last_token_ids: Sequence[int]) -> np.ndarray | None:
         """Return the mask of tokens that may come next, in the layout of `apply_token_mask`; None if all may.

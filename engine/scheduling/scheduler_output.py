@@ -81,6 +81,7 @@ def last_token_output(
         logprobs,
         num_accepted=num_accepted,
         num_rejected=num_rejected,
+        completes_grammar=sequence.finish_reason == "stop" and sequence.token_ids[-1] not in sequence.stop_token_ids,
     )
     if sequence.num_output_tokens == 1:
         output.num_cached_tokens = sequence.num_cached_tokens or 0

@@ -136,7 +136,10 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Append a sampled token, and set the finish reason if the token ends the sequence."""
         self.token_ids.append(token_id)
-        if token_id in self.stop_token_ids:
+        grammar = None if self.logits_processors is None else self.logits_processors.grammar
+        if grammar is not None:
+            grammar.advance(self.token_ids)
+        if token_id in self.stop_token_ids or (grammar is not None and grammar.is_complete):
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.max_len:
             self.finish_reason = "length"

@@ -108,12 +108,14 @@ class TextStream:
             return ""
         return self._return(self._until_stop(self._detokenizer.finish()) + self._stops.flush())
 
-    def process(self, token_id: int, finish_reason: FinishReason | None) -> TextUpdate:
+    def process(
+        self, token_id: int, finish_reason: FinishReason | None, *, completes_grammar: bool = False
+    ) -> TextUpdate:
         """Return what a token brings: its text, with the text held back where the output ends, and the end's reasons.
 
-        finish_reason: the engine's, which knows no stop strings.
+        finish_reason: the engine's, which knows no stop strings. completes_grammar: as in `TokenOutput`.
         """
-        text = self.add(token_id, ends=finish_reason == "stop")
+        text = self.add(token_id, ends=finish_reason == "stop" and not completes_grammar)
         if finish_reason is not None:
             text += self.finish()
         if self.stop_reason is not None:

@@ -106,6 +106,16 @@ class SamplingRequest(Struct, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: Annotated[bool | None, _AS_IDS] = None
     kv_transfer_params: Annotated[Any, _shape("With which routers split a request between workers.")] = None
+    response_format: Annotated[dict[str, Any] | None, _shape("The structure of the answer, in OpenAI's form.")] = None
+    structured_outputs: Annotated[dict[str, Any] | None, _shape("The structure of the output, in vLLM's form.")] = None
+    guided_json: Annotated[str | dict[str, Any] | None, _shape("An older name of structured_outputs.json.")] = None
+    guided_regex: Annotated[str | None, _shape("An older name of structured_outputs.regex.")] = None
+    guided_choice: Annotated[list[str] | None, _shape("An older name of structured_outputs.choice.")] = None
+    guided_grammar: Annotated[str | None, _shape("An older name of structured_outputs.grammar.")] = None
+    guided_json_object: Annotated[bool | None, _shape("An older name of structured_outputs.json_object.")] = None
+    structural_tag: Annotated[
+        str | dict[str, Any] | None, _shape("An older name of structured_outputs.structural_tag.")
+    ] = None
 
 
 class ChatRequest(SamplingRequest, kw_only=True):
@@ -117,6 +127,13 @@ class ChatRequest(SamplingRequest, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, _ARGUMENTS] = None
     allow_special_tokens_in_content: Annotated[bool | None, _PLAIN] = None
+    tools: Annotated[list[dict[str, Any]] | None, _shape("Functions that the answer may call.")] = None
+    tool_choice: Annotated[
+        str | dict[str, Any] | None, _shape("auto, none, required, or the function to call. Without tools: none.")
+    ] = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Annotated[str | None, _shape("For chat templates that know it; none: no reasoning.")] = None
+    include_reasoning: Annotated[bool | None, _shape("False leaves the reasoning out of the answer.")] = None
 
 
 class CompletionRequest(SamplingRequest, kw_only=True):
@@ -197,9 +214,23 @@ class ChatLogprobs(Struct):
     refusal: None = None
 
 
+class FunctionCall(Struct):
+    name: str
+    arguments: str
+
+
+class ChatToolCall(Struct):
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
 class ChatMessage(Struct):
-    content: str
+    content: str | None
     role: Literal["assistant"] = "assistant"
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ChatToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct):
@@ -223,9 +254,24 @@ class ChatCompletion(Struct):
     kv_transfer_params: dict[str, Any] | UnsetType = UNSET
 
 
+class FunctionCallDelta(Struct):
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct):
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionCallDelta | UnsetType = UNSET
+
+
 class Delta(Struct):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct):

@@ -35,17 +35,16 @@ class RouteFields(NamedTuple):
 # Of chat and plain completions.
 _REFUSED: dict[str, tuple[Any, ...]] = dict.fromkeys(
     (
-        "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
         "guided_decoding_backend", "guided_whitespace_pattern", "regex", "ebnf", "grammar", "json_schema",
         "logits_processors", "logprob_token_ids", "repetition_detection", "ec_transfer_params", "vllm_xargs",
-        "lora_path", "suffix", "tools", "functions",
+        "lora_path", "suffix", "functions",
     ),
     (),
 ) | {
-    "response_format": ({"type": "text"},), "guided_json_object": (False,), "best_of": (1,),
+    "best_of": (1,),
     "use_beam_search": (False,), "length_penalty": (1,), "early_stopping": (False,), "watermarking": (False,),
     "thinking_token_budget": (-1,), "stream_interval": (1,), "return_token_offsets": (False,),
-    "return_prompt_text": (False,), "routed_experts_prompt_start": (0,), "tool_choice": ("none", "auto"),
+    "return_prompt_text": (False,), "routed_experts_prompt_start": (0,),
     "function_call": ("none", "auto"),
 }  # fmt: skip
 _IGNORED = frozenset({
@@ -58,17 +57,16 @@ _CHAT = RouteFields(
     _REFUSED
     | dict.fromkeys(
         (
-            "audio", "prediction", "reasoning_effort", "web_search_options", "moderation", "documents",
+            "audio", "prediction", "web_search_options", "moderation", "documents",
             "chat_template", "media_io_kwargs", "mm_processor_kwargs",
         ),
         (),
     )
-    | {"echo": (False,), "modalities": (["text"],), "include_reasoning": (True,), "verbosity": ("medium",)},
+    | {"echo": (False,), "modalities": (["text"],), "verbosity": ("medium",)},
     _IGNORED
     | {
         "metadata", "store", "service_tier", "safety_identifier",  # for the platform's own records
         "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",  # prompts are always cached
-        "parallel_tool_calls",  # of tools, which are refused
     },
 )  # fmt: skip
 _COMPLETION = RouteFields(_REFUSED | {"prompt_embeds": ()}, _IGNORED)

@@ -33,7 +33,9 @@ class OutputProcessor:
             return None
         is_continued = token.finish_reason == "length" and self._is_continued
         engine_reason = None if is_continued else token.finish_reason
-        text, finish_reason, stop_reason = self._texts[index].process(token.token_id, engine_reason)
+        text, finish_reason, stop_reason = self._texts[index].process(
+            token.token_id, engine_reason, completes_grammar=token.completes_grammar
+        )
         self._has_ended[index] = finish_reason is not None
         return ChoiceUpdate(
             index,

@@ -1,0 +1,1 @@
+"""Structured output: grammars that restrict the tokens of a sequence. Imports no torch."""

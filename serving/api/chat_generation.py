@@ -9,7 +9,7 @@ from litestar import Request
 from dispec.engine.errors import InvalidField
 from dispec.serving.api.context import ServedModel, context_of
 from dispec.serving.api.generation import Generation
-from dispec.serving.api.protocol import ChatRequest
+from dispec.serving.api.protocol import ChatRequest, Usage
 from dispec.serving.api.sampling import sampling_params
 from dispec.serving.chat_output.chat_parser import ChatParser
 from dispec.serving.chat_output.deltas import (
@@ -79,6 +79,10 @@ class ChatGeneration:
         for index, update in enumerate(await self.generation.collect()):
             choices.append(_whole(update, self._parse(index, update), self._finish_reason(index, update) or "stop"))
         return choices
+
+    def usage(self) -> Usage:
+        """Return the tokens used so far."""
+        return self.generation.usage()
 
     def _parse(self, index: int, update: ChoiceUpdate) -> list[OutputDelta]:
         parser = self._parsers[index]

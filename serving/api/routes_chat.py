@@ -7,9 +7,9 @@ from litestar import Request, post
 from litestar.types import ASGIApp
 from msgspec import UNSET
 
-from dispec.engine.errors import InvalidField
-from dispec.serving.api.context import ServedModel, context_of
-from dispec.serving.api.generation import Generation, StreamUsage
+from dispec.serving.api.chat_generation import ChatGeneration, ParsedChoice, ParsedUpdate
+from dispec.serving.api.context import context_of
+from dispec.serving.api.generation import StreamUsage
 from dispec.serving.api.logprobs import chat_logprobs, prompt_logprobs
 from dispec.serving.api.openapi import describe
 from dispec.serving.api.protocol import (
@@ -20,10 +20,14 @@ from dispec.serving.api.protocol import (
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
+    ChatToolCall,
     Delta,
+    FunctionCall,
+    FunctionCallDelta,
+    ToolCallDelta,
 )
 from dispec.serving.api.responses import EventStream, JsonResponse, abort_on_disconnect, event
-from dispec.serving.api.sampling import sampling_params
+from dispec.serving.chat_output.deltas import ContentDelta, OutputDelta, ReasoningDelta, ToolCallStart
 from dispec.serving.client.request_stream import ChoiceUpdate
 
 
@@ -31,78 +35,78 @@ from dispec.serving.client.request_stream import ChoiceUpdate
 async def chat_completions(request: Request) -> ASGIApp:
     """Answer a conversation in the model's own chat template."""
     context = context_of(request)
-    model = context.open_model()
+    context.open_model()
     body = await context.body(request, ChatRequest)
-    model.check_name(body.model)
-    if not body.messages:
-        raise InvalidField("messages", "messages is empty: there is nothing to answer")
-    prompt = await model.prompts.of_chat(body)
-    params = sampling_params(body, model.defaults, len(prompt.token_ids), model.info.max_model_len)
-    params = await model.prompts.tokenize_bad_words(params)
-    generation = Generation(context, request, body, [prompt], params)
-    responses = _Responses(model, body, generation)
+    chat = await ChatGeneration.start(request, body)
+    responses = _Responses(body, chat)
     if body.stream:
-        return EventStream(generation, responses.events(), context.settings.keep_alive_seconds)
-    updates = await abort_on_disconnect(request.scope, request.receive, generation, generation.collect())
-    return JsonResponse(responses.whole(updates))
+        return EventStream(chat.generation, responses.events(), context.settings.keep_alive_seconds)
+    choices = await abort_on_disconnect(request.scope, request.receive, chat.generation, chat.collect())
+    return JsonResponse(responses.whole(choices))
 
 
 class _Responses:
-    """Makes the response or the chunks of one generation."""
+    """Makes the response or the chunks of one chat."""
 
-    def __init__(self, model: ServedModel, body: ChatRequest, generation: Generation) -> None:
+    def __init__(self, body: ChatRequest, chat: ChatGeneration) -> None:
         self._body = body
-        self._generation = generation
-        self._texts = model.texts
-        self._header = (f"chatcmpl-{generation.request_id}", int(time.time()), model.name)
+        self._chat = chat
+        self._generation = chat.generation
+        self._texts = chat.model.texts
+        self._header = (f"chatcmpl-{chat.generation.request_id}", int(time.time()), chat.model.name)
 
-    def whole(self, updates: list[ChoiceUpdate]) -> ChatCompletion:
+    def whole(self, parsed: list[ParsedChoice]) -> ChatCompletion:
         body, generation = self._body, self._generation
         choices = [
             ChatChoice(
                 index,
-                ChatMessage(update.text),
-                self._logprobs(update),
-                update.finish_reason or "stop",
-                update.stop_reason,
-                update.token_ids if body.return_token_ids else UNSET,
+                _message(choice),
+                self._logprobs(choice.update),
+                choice.finish_reason,
+                choice.update.stop_reason,
+                choice.update.token_ids if body.return_token_ids else UNSET,
             )
-            for index, update in enumerate(updates)
+            for index, choice in enumerate(parsed)
         ]
-        response = ChatCompletion(*self._header, choices=choices, usage=generation.usage())
+        response = ChatCompletion(*self._header, choices=choices, usage=self._chat.usage())
         if body.return_token_ids:
             response.prompt_token_ids = generation.prompts[0].token_ids
         if body.prompt_logprobs is not None:
-            entries = updates[0].prompt_logprobs or []
+            entries = parsed[0].update.prompt_logprobs or []
             response.prompt_logprobs = prompt_logprobs(self._texts, entries, body.prompt_logprobs)
         if generation.transfer.response:
             response.kv_transfer_params = generation.transfer.response
         return response
 
     async def events(self) -> AsyncIterator[bytes]:
-        body, generation = self._body, self._generation
-        usage = StreamUsage(body.stream_options, generation.usage)
-        has_all = bool(body.return_token_ids) or bool(body.logprobs)
+        usage = StreamUsage(self._body.stream_options, self._chat.usage)
         roles: bytes | None = self._roles(usage)
-        async for index, update in generation.updates():
+        async for parsed in self._chat.updates():
             data = b""
             if roles is not None:
                 data, roles = roles, None
-            # A token that completes no text has no chunk.
-            if update.text or update.finish_reason is not None or has_all:
-                choice = ChatChunkChoice(
-                    index,
-                    Delta(content=update.text),
-                    self._logprobs(update),
-                    update.finish_reason,
-                    UNSET if update.stop_reason is None else update.stop_reason,
-                    update.token_ids if body.return_token_ids else UNSET,
-                )
+            for choice in self._choices(parsed):
                 data += event(ChatChunk(*self._header, choices=[choice], usage=usage.of_chunk()))
             if data:
                 yield data
         if usage.at_end:
-            yield event(ChatChunk(*self._header, choices=[], usage=generation.usage()))
+            yield event(ChatChunk(*self._header, choices=[], usage=self._chat.usage()))
+
+    def _choices(self, parsed: ParsedUpdate) -> list[ChatChunkChoice]:
+        """Return the choice of each chunk of an update. The last one has what belongs to its tokens."""
+        body, update = self._body, parsed.update
+        choices = [ChatChunkChoice(parsed.index, _delta(delta)) for delta in parsed.deltas]
+        if not choices:
+            # A token that completes no text has no chunk.
+            if parsed.finish_reason is None and not body.return_token_ids and not body.logprobs:
+                return []
+            choices = [ChatChunkChoice(parsed.index, Delta(content=""))]
+        last = choices[-1]
+        last.logprobs = self._logprobs(update)
+        last.finish_reason = parsed.finish_reason
+        last.stop_reason = UNSET if update.stop_reason is None else update.stop_reason
+        last.token_ids = update.token_ids if body.return_token_ids else UNSET
+        return choices
 
     def _roles(self, usage: StreamUsage) -> bytes:
         """Return the first event of each choice."""
@@ -124,3 +128,26 @@ class _Responses:
             return None
         texts = self._texts.by_id if body.return_tokens_as_token_ids else self._texts
         return chat_logprobs(texts, update.logprobs or (), body.top_logprobs or 0)
+
+
+def _message(choice: ParsedChoice) -> ChatMessage:
+    message = ChatMessage(choice.content)
+    if choice.reasoning is not None:
+        message.reasoning_content = message.reasoning = choice.reasoning
+    if choice.tool_calls:
+        message.tool_calls = [
+            ChatToolCall(call.id, FunctionCall(call.name, call.arguments)) for call in choice.tool_calls
+        ]
+    return message
+
+
+def _delta(delta: OutputDelta) -> Delta:
+    """Return a delta in OpenAI's form: a call's first has its id and name, the others have pieces of its arguments."""
+    if isinstance(delta, ContentDelta):
+        return Delta(content=delta.text)
+    if isinstance(delta, ReasoningDelta):
+        return Delta(reasoning_content=delta.text, reasoning=delta.text)
+    if isinstance(delta, ToolCallStart):
+        function = FunctionCallDelta(delta.name, "")
+        return Delta(tool_calls=[ToolCallDelta(delta.index, delta.id, "function", function)])
+    return Delta(tool_calls=[ToolCallDelta(delta.index, function=FunctionCallDelta(arguments=delta.text))])

@@ -70,12 +70,10 @@ class StreamOptions(Struct):
     continuous_usage_stats: bool | None = None
 
 
-class SamplingRequest(Struct, kw_only=True):
-    """The fields that chat and plain completions share."""
+class GenerationRequestFields(Struct, kw_only=True):
+    """The fields that all routes of generation share."""
 
     model: str | None = None
-    max_tokens: Annotated[int | None, _param("max_tokens")] = None
-    n: Annotated[int | None, _param("n")] = None
     temperature: Annotated[float | None, _param("temperature")] = None
     top_p: Annotated[float | None, _param("top_p")] = None
     top_k: Annotated[int | None, _param("top_k")] = None
@@ -93,21 +91,28 @@ class SamplingRequest(Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     bad_words: Annotated[list[str] | None, _shape(items=_TEXT, maxItems=MAX_BAD_WORDS)] = None
     allowed_token_ids: Annotated[list[int] | None, _TOKENS, _shape(minItems=1)] = None
-    prompt_logprobs: Annotated[int | None, _param("prompt_logprobs")] = None
-    truncate_prompt_tokens: Annotated[int | None, _NUM_KEPT] = None
-    truncation_side: Annotated[str | None, _SIDE] = None
-    add_special_tokens: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     priority: Annotated[int | None, _PRIORITY] = None
     slo: Annotated[str | None, _shape("The class of latency objectives that the request belongs to.")] = None
     request_id: Annotated[str | None, _REQUEST_ID] = None
     cache_salt: str | None = None
+    kv_transfer_params: Annotated[Any, _shape("With which routers split a request between workers.")] = None
+    structured_outputs: Annotated[dict[str, Any] | None, _shape("The structure of the output, in vLLM's form.")] = None
+
+
+class SamplingRequest(GenerationRequestFields, kw_only=True):
+    """The fields that chat and plain completions share."""
+
+    max_tokens: Annotated[int | None, _param("max_tokens")] = None
+    n: Annotated[int | None, _param("n")] = None
+    prompt_logprobs: Annotated[int | None, _param("prompt_logprobs")] = None
+    truncate_prompt_tokens: Annotated[int | None, _NUM_KEPT] = None
+    truncation_side: Annotated[str | None, _SIDE] = None
+    add_special_tokens: bool | None = None
+    stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: Annotated[bool | None, _AS_IDS] = None
-    kv_transfer_params: Annotated[Any, _shape("With which routers split a request between workers.")] = None
     response_format: Annotated[dict[str, Any] | None, _shape("The structure of the answer, in OpenAI's form.")] = None
-    structured_outputs: Annotated[dict[str, Any] | None, _shape("The structure of the output, in vLLM's form.")] = None
     guided_json: Annotated[str | dict[str, Any] | None, _shape("An older name of structured_outputs.json.")] = None
     guided_regex: Annotated[str | None, _shape("An older name of structured_outputs.regex.")] = None
     guided_choice: Annotated[list[str] | None, _shape("An older name of structured_outputs.choice.")] = None

@@ -5,20 +5,18 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from litestar.types import Receive, Scope, Send
 
 from dispec.serving.api.generation import Generation
-from dispec.serving.http.errors import CLIENT_LEFT, ClientLeft, log_error, to_api_error
+from dispec.serving.http.errors import CLIENT_LEFT, ApiError, ClientLeft, log_error, to_api_error
 
 T = TypeVar("T")
 
 _encode = msgspec.json.Encoder().encode
 
-DONE = b"data: [DONE]\n\n"
-_KEEP_ALIVE = b": keep-alive\n\n"
 _EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -26,9 +24,27 @@ _EVENT_HEADERS = [
 ]
 
 
-def event(data: Any) -> bytes:
-    """Return a server-sent event with JSON."""
-    return b"data: " + _encode(data) + b"\n\n"
+def event(data: Any, name: bytes = b"") -> bytes:
+    """Return a server-sent event with JSON; OpenAI's have no name."""
+    return (b"event: " + name + b"\n" if name else b"") + b"data: " + _encode(data) + b"\n\n"
+
+
+class StreamForm(NamedTuple):
+    """What an API sends in a stream beside its events.
+
+    end: after the last event. keep_alive: in a silent stream. error: the event instead of the end, after an error.
+    """
+
+    end: bytes
+    keep_alive: bytes
+    error: Callable[[ApiError, Scope], bytes]
+
+
+OPENAI_STREAM = StreamForm(
+    end=b"data: [DONE]\n\n",
+    keep_alive=b": keep-alive\n\n",
+    error=lambda error, scope: event(msgspec.Raw(error.body(scope))),
+)
 
 
 class BytesResponse:
@@ -73,32 +89,39 @@ class EventStream:
     """An ASGI response of server-sent events.
 
     It begins when the engine has queued the generation, so that a refusal has its own status. A later error is an
-    event. Comments keep a silent connection alive.
+    event. After `keep_alive_seconds` without an event, `form.keep_alive` is sent.
     """
 
-    def __init__(self, generation: Generation, events: AsyncIterator[bytes], keep_alive_seconds: float) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        events: AsyncIterator[bytes],
+        keep_alive_seconds: float,
+        form: StreamForm = OPENAI_STREAM,
+    ) -> None:
         self._generation = generation
         self._events = events
         self._keep_alive_seconds = keep_alive_seconds
+        self._form = form
         self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation = self._generation
         with _watching(receive, generation.abort) as has_left:
-            comments: asyncio.Task[None] | None = None
+            keep_alive: asyncio.Task[None] | None = None
             try:
                 await generation.accepted()
                 if has_left():
                     raise _left(scope)
                 await send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_HEADERS)})
                 self._last_sent = time.monotonic()
-                comments = asyncio.create_task(self._send_comments(send))
+                keep_alive = asyncio.create_task(self._send_keep_alives(send))
                 last = await self._send_events(scope, send, has_left)
-                comments.cancel()
+                keep_alive.cancel()
                 await send({"type": "http.response.body", "body": last, "more_body": False})
             finally:
-                if comments is not None:
-                    comments.cancel()
+                if keep_alive is not None:
+                    keep_alive.cancel()
                 generation.abort()
                 _add_log_fields(scope, generation)
                 if has_left():
@@ -117,15 +140,15 @@ class EventStream:
                 return b""
             found = to_api_error(error)
             log_error(scope, found, error)
-            return b"data: " + found.body() + b"\n\n"
-        return DONE
+            return self._form.error(found, scope)
+        return self._form.end
 
-    async def _send_comments(self, send: Send) -> None:
+    async def _send_keep_alives(self, send: Send) -> None:
         while True:
             silent = time.monotonic() - self._last_sent
             if silent >= self._keep_alive_seconds:
                 self._last_sent = time.monotonic()
-                await send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
+                await send({"type": "http.response.body", "body": self._form.keep_alive, "more_body": True})
                 silent = 0.0
             await asyncio.sleep(self._keep_alive_seconds - silent)
 

@@ -10,18 +10,22 @@ _PAGES = ("/dashboard", "/docs", "/schema")  # pages, for which a browser asks f
 
 
 class Keys:
-    """The keys of a server. Clients send one as a bearer token, browsers as the password of basic authentication."""
+    """The keys of a server.
+
+    OpenAI's clients send one as a bearer token, Anthropic's as `x-api-key`, and browsers as the password of basic
+    authentication.
+    """
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._keys = [key.encode() for key in keys]
 
-    def allow(self, path: str, authorization: bytes | None) -> bool:
-        """Return whether a request with that Authorization header may use the path."""
+    def allow(self, path: str, authorization: bytes | None, x_api_key: bytes | None = None) -> bool:
+        """Return whether a request with these headers may use the path: either may have the key."""
         if not self._keys or path in OPEN_PATHS:
             return True
-        given = _credential(authorization or b"")
+        given = (_credential(authorization or b""), (x_api_key or b"").strip())
         # All keys are compared, in constant time, so that the time tells nothing about them.
-        matches = [hmac.compare_digest(given, key) for key in self._keys]
+        matches = [hmac.compare_digest(credential, key) for credential in given for key in self._keys]
         return any(matches)
 
     @staticmethod

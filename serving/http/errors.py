@@ -1,7 +1,11 @@
-"""Errors in the shape that OpenAI's clients read: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in the shape that OpenAI's clients read: {"error": {"message", "type", "param", "code"}}.
+
+Routes of Anthropic's API have the shape of `serving.http.anthropic_errors`.
+"""
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 from litestar import Request, Response
@@ -17,6 +21,7 @@ from dispec.serving.client.errors import (
     RequestTimedOut,
     Unavailable,
 )
+from dispec.serving.http.anthropic_errors import anthropic_error_body, is_anthropic_path
 
 log = logging.getLogger("dispec.server")
 
@@ -73,7 +78,10 @@ class ApiError(Exception):
         if retry_after is not None:
             self.headers["Retry-After"] = str(max(1, round(retry_after)))
 
-    def body(self) -> bytes:
+    def body(self, scope: Mapping[str, Any] | None = None) -> bytes:
+        """Return the JSON in the shape of the request's route; in OpenAI's without a `scope`."""
+        if scope is not None and is_anthropic_path(scope["path"]):
+            return anthropic_error_body(self.status, self.detail.message, scope["state"]["request_id"])
         return msgspec.json.encode(ErrorBody(self.detail))
 
 
@@ -125,7 +133,8 @@ def handle_error(request: Request, error: Exception) -> Response:
     """Return the response to an error: the exception handler for Litestar's errors and for ours."""
     found = to_api_error(error)
     log_error(request.scope, found, error)
-    return Response(found.body(), status_code=found.status, headers=found.headers, media_type="application/json")
+    body = found.body(request.scope)
+    return Response(body, status_code=found.status, headers=found.headers, media_type="application/json")
 
 
 def log_error(scope: Mapping, found: ApiError, error: Exception) -> None:

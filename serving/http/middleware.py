@@ -72,7 +72,9 @@ class Middleware:
                 if status == 405 or method == "OPTIONS":
                     _allow_head(message)
                 of_origin = self._cors.response_headers(headers.get(b"origin"))
-                added = [(b"x-request-id", state["request_id"].encode()), *of_origin]
+                request_id = state["request_id"].encode()
+                # Anthropic's clients read the second name.
+                added = [(b"x-request-id", request_id), (b"request-id", request_id), *of_origin]
                 message["headers"] = [*message["headers"], *added]
             await send(message)
 
@@ -83,7 +85,7 @@ class Middleware:
             if preflight is not None:
                 await _respond(204, preflight, b"", send_with_id)
             elif refusal is not None:
-                await _refuse(refusal, send_with_id)
+                await _refuse(refusal, scope, send_with_id)
             else:
                 await self._app(scope, receive, send_with_id)
         finally:
@@ -113,10 +115,12 @@ class Middleware:
         return logging.INFO
 
     def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
-        if not self._keys.allow(path, headers.get(b"authorization")):
+        if not self._keys.allow(path, headers.get(b"authorization"), headers.get(b"x-api-key")):
             challenge = {"WWW-Authenticate": self._keys.challenge(path)}
-            said = "this API key is not known" if b"authorization" in headers else "an API key is needed"
-            return ApiError(401, f"{said}: send it as `Authorization: Bearer KEY`", headers=challenge)
+            is_given = b"authorization" in headers or b"x-api-key" in headers
+            said = "this API key is not known" if is_given else "an API key is needed"
+            how = "send it as `Authorization: Bearer KEY` or `x-api-key: KEY`"
+            return ApiError(401, f"{said}: {how}", headers=challenge)
         size = sum(len(name) + len(value) + 4 for name, value in headers.items())
         if size > self._max_header_bytes:  # `BoundedHttp` counts only headers that come in several packets
             return ApiError(431, f"the headers hold {size} bytes, must be at most {self._max_header_bytes}")
@@ -164,8 +168,8 @@ def _allow_head(message: HTTPResponseStartEvent) -> None:
     ]
 
 
-async def _refuse(error: ApiError, send: Send) -> None:
-    body = error.body()
+async def _refuse(error: ApiError, scope: Scope, send: Send) -> None:
+    body = error.body(scope)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     await _respond(error.status, headers, body, send)

@@ -20,6 +20,10 @@ MAX_BAD_WORD_TOKENS = 65536  # of all of them: the engine checks them in 20 ms, 
 MAX_TEMPLATE_ARGUMENTS = 32
 
 Role = Literal["both", "prefill", "decode"]
+ReasoningParserName = Literal[
+    "auto", "none", "think", "deepseek_r1", "deepseek_v3", "ernie45", "glm45", "minimax_m2", "mistral", "qwen3",
+    "seed_oss",
+]  # fmt: skip
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a header's or method's name, RFC 9110
 _WORKERS, _LIMITS = "Workers", "Limits"
@@ -95,6 +99,10 @@ class ServerSettings:
     allow_special_tokens_in_content: Annotated[
         bool, Option("Read special tokens that messages spell out as those tokens, unless a request says otherwise.")
     ] = False
+    reasoning_parser: Annotated[
+        ReasoningParserName,
+        Option("How the model marks its reasoning; auto reads it off the chat template, none leaves it in the text."),
+    ] = "auto"
     log_format: Annotated[LogFormat, Option("json, text, or auto: text on a terminal, otherwise JSON.")] = "auto"
     role: Annotated[
         Role,

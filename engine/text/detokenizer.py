@@ -35,14 +35,17 @@ class IncrementalDetokenizer(ABC):
 
 
 def make_detokenizer(
-    tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()
+    tokenizer: Tokenizer,
+    skip_special_tokens: bool = True,
+    prompt_token_ids: Sequence[int] = (),
+    kept_token_ids: frozenset[int] = frozenset(),
 ) -> IncrementalDetokenizer:
-    """Return the detokenizer of a sequence.
+    """Return the detokenizer of a sequence. kept_token_ids: special tokens that are not skipped.
 
     The prompt's text is not returned, and yet changes the text after it: a prompt may end within a character, and
     SentencePiece vocabularies drop the space at the beginning of a text.
     """
-    skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+    skipped = tokenizer.special_ids - kept_token_ids if skip_special_tokens else frozenset()
     kind = _ByteLevelDetokenizer if tokenizer.is_byte_level else _WindowDetokenizer
     return kind(tokenizer, skipped, prompt_token_ids)
 

@@ -70,15 +70,18 @@ class TextStream:
     Joined, the pieces of `add` and `finish` are the text by which `tokenizer.decode` of prompt and output is longer
     than that of the prompt, cut at the first stop string. The text of the first `params.min_tokens` tokens is returned
     at once, and no stop string begins in it. A character belongs to the token that completes it. Without a tokenizer
-    all text is empty.
+    all text is empty. kept_token_ids: special tokens that are never skipped, because a parser reads them.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_token_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer | None,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int] = (),
+        kept_token_ids: frozenset[int] = frozenset(),
     ) -> None:
-        self._detokenizer = (
-            make_detokenizer(tokenizer, params.skip_special_tokens, prompt_token_ids) if tokenizer else None
-        )
+        skips = params.skip_special_tokens
+        self._detokenizer = make_detokenizer(tokenizer, skips, prompt_token_ids, kept_token_ids) if tokenizer else None
         self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
         self._min_tokens = params.min_tokens
         self._stop_token_ids = params.stop_token_ids

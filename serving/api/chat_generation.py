@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 from litestar import Request
 
-from dispec.engine.errors import InvalidField
-from dispec.serving.api.context import ServedModel, context_of
+from dispec.serving.api.chat_request import PreparedChat, prepare_chat
+from dispec.serving.api.context import context_of
 from dispec.serving.api.generation import Generation
-from dispec.serving.api.protocol import ChatRequest, Usage
-from dispec.serving.api.sampling import sampling_params
+from dispec.serving.api.protocol import ChatRequest, CompletionTokensDetails, Usage
 from dispec.serving.chat_output.chat_parser import ChatParser
 from dispec.serving.chat_output.deltas import (
     ContentDelta,
@@ -49,11 +48,13 @@ class ParsedUpdate:
 class ChatGeneration:
     """A chat that was submitted to the engine, and must be aborted in the end."""
 
-    def __init__(self, model: ServedModel, generation: Generation) -> None:
-        self.model = model
+    def __init__(self, chat: PreparedChat, generation: Generation, includes_reasoning: bool = True) -> None:
+        self.model = chat.model
         self.generation = generation
-        self._parsers = [ChatParser() for _ in range(generation.num_choices)]
-        self._has_tool_calls = [False] * generation.num_choices
+        self._has_reasoning = chat.reasoning is not None
+        self._includes_reasoning = includes_reasoning
+        reasoning_end = chat.reasoning_end_token_ids
+        self._choices = [_Choice(chat.parser(), reasoning_end) for _ in range(generation.num_choices)]
 
     @classmethod
     async def start(cls, request: Request, body: ChatRequest) -> "ChatGeneration":
@@ -61,41 +62,78 @@ class ChatGeneration:
         context = context_of(request)
         model = context.open_model()
         model.check_name(body.model)
-        if not body.messages:
-            raise InvalidField("messages", "messages is empty: there is nothing to answer")
-        prompt = await model.prompts.of_chat(body)
-        params = sampling_params(body, model.defaults, len(prompt.token_ids), model.info.max_model_len)
-        params = await model.prompts.tokenize_bad_words(params)
-        return cls(model, Generation(context, request, body, [prompt], params))
+        chat = await prepare_chat(model, body)
+        generation = Generation(context, request, body, [chat.prompt], chat.params, chat.kept_token_ids)
+        return cls(chat, generation, body.include_reasoning is not False)
 
     async def updates(self) -> AsyncIterator[ParsedUpdate]:
         """Yield each update in its parts, as they come."""
         async for index, update in self.generation.updates():
-            yield ParsedUpdate(index, update, self._parse(index, update), self._finish_reason(index, update))
+            deltas, finish_reason = self._parse(index, update)
+            yield ParsedUpdate(index, update, deltas, finish_reason)
 
     async def collect(self) -> list[ParsedChoice]:
         """Return the choices, when the last has ended."""
         choices = []
         for index, update in enumerate(await self.generation.collect()):
-            choices.append(_whole(update, self._parse(index, update), self._finish_reason(index, update) or "stop"))
+            deltas, finish_reason = self._parse(index, update)
+            choices.append(_whole(update, deltas, finish_reason or "stop"))
         return choices
 
     def usage(self) -> Usage:
         """Return the tokens used so far."""
-        return self.generation.usage()
+        usage = self.generation.usage()
+        if self._has_reasoning:
+            details = usage.completion_tokens_details or CompletionTokensDetails(0, 0)
+            details.reasoning_tokens = sum(choice.num_reasoning_tokens for choice in self._choices)
+            usage.completion_tokens_details = details
+        return usage
 
-    def _parse(self, index: int, update: ChoiceUpdate) -> list[OutputDelta]:
-        parser = self._parsers[index]
-        deltas = parser.add(update.text)
+    def _parse(self, index: int, update: ChoiceUpdate) -> tuple[list[OutputDelta], str | None]:
+        """Return the parts of an update, and its choice's finish reason."""
+        choice = self._choices[index]
+        deltas = choice.parse(update)
+        if not self._includes_reasoning:
+            deltas = [delta for delta in deltas if not isinstance(delta, ReasoningDelta)]
+        return (
+            deltas,
+            "tool_calls" if update.finish_reason == "stop" and choice.has_tool_calls else update.finish_reason,
+        )
+
+
+class _Choice:
+    """The parser of a choice, and what it has found so far."""
+
+    def __init__(self, parser: ChatParser, reasoning_end_token_ids: tuple[int, ...]) -> None:
+        self.has_tool_calls = False
+        self._parser = parser
+        self._reasoning_end = reasoning_end_token_ids
+        self._reasoning_token_ids: list[int] = []
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """The number of tokens of the reasoning, with its markers."""
+        return len(self._reasoning_token_ids) if self._parser.has_reasoning else 0
+
+    def parse(self, update: ChoiceUpdate) -> list[OutputDelta]:
+        may_be_reasoning = self._parser.may_be_reasoning
+        deltas = self._parser.add(update.text)
         if update.finish_reason is not None:
-            deltas += parser.finish()
-        self._has_tool_calls[index] |= any(isinstance(delta, ToolCallStart) for delta in deltas)
+            deltas += self._parser.finish()
+        if may_be_reasoning:
+            self._reasoning_token_ids += update.token_ids
+            if not self._parser.may_be_reasoning:
+                self._reasoning_token_ids = _until(self._reasoning_token_ids, self._reasoning_end)
+        self.has_tool_calls = self.has_tool_calls or any(isinstance(delta, ToolCallStart) for delta in deltas)
         return deltas
 
-    def _finish_reason(self, index: int, update: ChoiceUpdate) -> str | None:
-        if update.finish_reason == "stop" and self._has_tool_calls[index]:
-            return "tool_calls"
-        return update.finish_reason
+
+def _until(token_ids: list[int], marker: tuple[int, ...]) -> list[int]:
+    """Return the tokens up to the marker and with it; all if the text of the marker is other tokens."""
+    for end in range(len(marker), len(token_ids) + 1):
+        if tuple(token_ids[end - len(marker) : end]) == marker:
+            return token_ids[:end]
+    return token_ids
 
 
 def _whole(update: ChoiceUpdate, deltas: list[OutputDelta], finish_reason: str) -> ParsedChoice:

@@ -18,6 +18,8 @@ from dispec.serving.api.logprobs import TokenTexts
 from dispec.serving.api.prompts import Prompts
 from dispec.serving.api.request_body import read_body
 from dispec.serving.api.sampling import GENERATION_DEFAULTS
+from dispec.serving.chat_output.reasoning import choose_reasoning_format
+from dispec.serving.chat_output.tools import ToolFormat
 from dispec.serving.client.engine_client import EngineClient
 from dispec.serving.client.errors import NotReady
 from dispec.serving.http.errors import ApiError
@@ -29,7 +31,7 @@ T = TypeVar("T")
 
 
 class ServedModel:
-    """A loaded model."""
+    """A loaded model. reasoning, tool_format: as its family writes them; None without."""
 
     def __init__(
         self, info: EngineInfo, tokenizer: Tokenizer | None, settings: ServerSettings, names: Sequence[str]
@@ -43,6 +45,8 @@ class ServedModel:
             settings.tokenize_timeout,
             settings.allow_special_tokens_in_content,
         )
+        self.reasoning = choose_reasoning_format(settings.reasoning_parser, tokenizer)
+        self.tool_format: ToolFormat | None = None
         self.texts = TokenTexts(tokenizer)
         uses_defaults = settings.generation_config == "auto"
         self.defaults = generation_defaults(info.directory) if uses_defaults else MappingProxyType({})

@@ -37,8 +37,9 @@ class Generation:
         body: SamplingRequest,
         prompts: Sequence[Prompt],
         params: SamplingParams,
+        kept_token_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """Submit the prompts of a checked request to the engine.
+        """Submit the prompts of a checked request to the engine. kept_token_ids: special tokens that stay in the text.
 
         Raises InvalidField, ContextOverflow, InvalidRequest, Overloaded or NotReady, and leaves nothing in the engine.
         """
@@ -71,6 +72,7 @@ class Generation:
                     slo,
                     self.transfer.publish_as,
                     self.transfer.pull,
+                    kept_token_ids=kept_token_ids,
                 )
                 self._streams.append(context.client.submit(submitted))
         except BaseException:

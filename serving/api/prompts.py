@@ -1,12 +1,13 @@
 """From texts and messages to token ids, in threads, so that a long prompt does not delay other requests' tokens."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from dispec.engine.errors import ContextOverflow, InvalidField
 from dispec.engine.request_checks import check_prompt_length, check_token_ids
 from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.text.chat_messages import plain_messages
 from dispec.engine.text.text_stream import tokenize_bad_words
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.api.protocol import MAX_ARGUMENT_NAME, ChatRequest, PromptInput, SamplingRequest, TokenizeRequest
@@ -24,8 +25,17 @@ RESERVED_TEMPLATE_NAMES = frozenset({
 })  # fmt: skip
 
 
+# From checked messages to those for the chat template, and its `tools`.
+WithTools = Callable[
+    [Sequence[Mapping[str, Any]]], tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None]
+]
+
+
 class Prompt(NamedTuple):
-    """A prompt for the engine. `text` is the client's, for echoing, unless the client sent token ids."""
+    """A prompt for the engine. `text` is the client's, for echoing, unless the client sent token ids.
+
+    That of a chat is the rendered conversation, before its truncation.
+    """
 
     token_ids: list[int]
     text: str | None = None
@@ -106,11 +116,22 @@ class Prompts:
             return await self.in_thread(tokenize)
         return tokenize()
 
-    async def of_chat(self, request: ChatRequest) -> Prompt:
-        """Return the prompt of messages in the chat template."""
+    async def of_chat(
+        self,
+        request: ChatRequest | TokenizeRequest,
+        variables: Mapping[str, Any] | None = None,
+        with_tools: WithTools | None = None,
+    ) -> Prompt:
+        """Return the prompt of messages in the chat template, which need not fit the context.
+
+        variables: of the template, besides `chat_template_kwargs`. with_tools: adds the request's tools.
+        """
+        return await self.in_thread(lambda: self._encode_messages(request, variables, with_tools))
+
+    def checked_chat(self, request: ChatRequest, prompt: Prompt) -> Prompt:
+        """Return the prompt of a chat, truncated as it asks. Raises ContextOverflow if it does not fit."""
         truncation = Truncation.requested(request)
-        token_ids = await self.in_thread(lambda: self._encode_messages(request))
-        return self._checked(Prompt(token_ids), "messages", "messages", truncation)
+        return self._checked(prompt, "messages", "messages", truncation)._replace(text=prompt.text)
 
     async def token_ids(self, request: TokenizeRequest) -> list[int]:
         """Return the token ids of a text or of messages, which need not fit the context."""
@@ -119,7 +140,7 @@ class Prompts:
             raise InvalidField("prompt", said)
         text = request.prompt
         if text is None:
-            return await self.in_thread(lambda: self._encode_messages(request))
+            return (await self.of_chat(request)).token_ids
         special = request.add_special_tokens is not False
         return await self.in_thread(lambda: self._encode(text, special))
 
@@ -152,16 +173,25 @@ class Prompts:
         check_prompt_length(len(prompt.token_ids), self.max_model_len, field, where)
         return prompt
 
-    def _encode_messages(self, request: ChatRequest | TokenizeRequest) -> list[int]:
+    def _encode_messages(
+        self,
+        request: ChatRequest | TokenizeRequest,
+        variables: Mapping[str, Any] | None,
+        with_tools: WithTools | None,
+    ) -> Prompt:
         continues = bool(request.continue_final_message)
         opens = not continues if request.add_generation_prompt is None else request.add_generation_prompt
-        arguments = _template_arguments(request.chat_template_kwargs)
-        text = self.tokenizer.render_chat(request.messages or [], opens, None, continues, **arguments)
+        arguments = {**(variables or {}), **_template_arguments(request.chat_template_kwargs)}
+        messages: Sequence[Mapping[str, Any]] = request.messages or []
+        tools: Sequence[Mapping[str, Any]] | None = None
+        if with_tools is not None:
+            messages, tools = with_tools(plain_messages(messages))
+        text = self.tokenizer.render_chat(messages, opens, tools, continues, **arguments)
         allows = request.allow_special_tokens_in_content
         if self._allows_special_tokens if allows is None else allows:
-            return self._encode(text.plain, bool(request.add_special_tokens), "messages")
+            return Prompt(self._encode(text.plain, bool(request.add_special_tokens), "messages"), text.plain)
         self._check_text_length(text.plain, "messages")
-        return self.tokenizer.encode_chat(text, bool(request.add_special_tokens))
+        return Prompt(self.tokenizer.encode_chat(text, bool(request.add_special_tokens)), text.plain)
 
     def _encode(self, text: str, add_special_tokens: bool, field: str = "prompt") -> list[int]:
         self._check_text_length(text, field)

@@ -187,10 +187,11 @@ class PromptTokensDetails(Struct):
 
 
 class CompletionTokensDetails(Struct):
-    """Draft tokens that were accepted and rejected."""
+    """Draft tokens that were accepted and rejected, and, of models that reason, the reasoning's with its markers."""
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
+    reasoning_tokens: int | UnsetType = UNSET
 
 
 class Usage(Struct):

@@ -12,7 +12,7 @@ from dispec.serving.client.request_stream import ChoiceUpdate
 class OutputProcessor:
     """Detokenizes the choices of one request and ends them at stop strings. It belongs to the reading thread.
 
-    is_continued: another engine continues where this one ends for length.
+    is_continued: another engine continues where this one ends for length. kept_token_ids: as of `TextStream`.
     """
 
     def __init__(
@@ -21,9 +21,10 @@ class OutputProcessor:
         params: SamplingParams,
         prompt_token_ids: Sequence[int] = (),
         is_continued: bool = False,
+        kept_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._is_continued = is_continued
-        self._texts = [TextStream(tokenizer, params, prompt_token_ids) for _ in range(params.n)]
+        self._texts = [TextStream(tokenizer, params, prompt_token_ids, kept_token_ids) for _ in range(params.n)]
         self._has_ended = [False] * params.n
 
     def process(self, token: TokenOutput) -> ChoiceUpdate | None:

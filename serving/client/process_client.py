@@ -126,7 +126,7 @@ class ProcessClient(EngineClient):
             self._busy_since = time.perf_counter()
         stream = self._streams[key] = make_stream(key, request, self._abort)
         self._processors[key] = OutputProcessor(
-            self.tokenizer, request.params, request.prompt_token_ids, request.is_continued
+            self.tokenizer, request.params, request.prompt_token_ids, request.is_continued, request.kept_token_ids
         )
         if request.timeout is not None:
             self._timers[key] = self._loop.call_later(request.timeout, self._time_out, stream)

@@ -22,6 +22,7 @@ class GenerationRequest(msgspec.Struct):
 
     publish_as, pull, is_resumed: as in `messages.Submit`.
     is_continued: another engine continues after the first tokens, so `max_tokens` of this engine does not end the text.
+    kept_token_ids: special tokens that stay in the text.
     """
 
     request_id: str
@@ -35,6 +36,7 @@ class GenerationRequest(msgspec.Struct):
     pull: RemoteBlocks | None = None
     is_continued: bool = False
     is_resumed: bool = False
+    kept_token_ids: frozenset[int] = frozenset()
 
 
 class ChoiceUpdate(msgspec.Struct, frozen=True):

@@ -1,0 +1,140 @@
+"""From the body of a chat to what the engine and the parsers need: the prompt, parameters, tools and reasoning."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dispec.engine.errors import InvalidField
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.structured_output.structured_outputs import StructuredOutputs
+from dispec.engine.text.tokenizer import Tokenizer
+from dispec.serving.api.context import ServedModel
+from dispec.serving.api.prompts import Prompt
+from dispec.serving.api.protocol import ChatRequest
+from dispec.serving.api.sampling import sampling_params
+from dispec.serving.chat_output.chat_parser import ChatParser
+from dispec.serving.chat_output.reasoning import ReasoningFormat
+from dispec.serving.chat_output.tools import ToolRequest
+
+REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+_SWITCHES = ("enable_thinking", "thinking")  # variables of chat templates; the latter is DeepSeek's and Granite's
+
+
+@dataclass(frozen=True)
+class PreparedChat:
+    """A checked chat. reasoning: None where the output has none. is_reasoning_open: the prompt ends within it."""
+
+    model: ServedModel
+    prompt: Prompt
+    params: SamplingParams
+    tools: ToolRequest
+    reasoning: ReasoningFormat | None
+    is_reasoning_open: bool
+
+    @property
+    def reasoning_end_token_ids(self) -> tuple[int, ...]:
+        """The end marker as tokens."""
+        return () if self.reasoning is None else self.reasoning.token_ids(self.model.prompts.tokenizer)[1]
+
+    def parser(self) -> ChatParser:
+        """Return the parser of one choice."""
+        tool_format = self.model.tool_format
+        can_call = tool_format is not None and self.tools.callable_tools
+        tool_calls = tool_format.parser(self.tools) if tool_format is not None and can_call else None
+        return ChatParser(self.reasoning, self.is_reasoning_open, tool_calls)
+
+    @property
+    def kept_token_ids(self) -> frozenset[int]:
+        """The special tokens that the parsers read."""
+        kept: tuple[str, ...] = () if self.reasoning is None else (self.reasoning.start, self.reasoning.end)
+        if self.model.tool_format is not None and self.tools.callable_tools:
+            kept += tuple(self.model.tool_format.special_tokens)
+        token_id_of = self.model.prompts.tokenizer.backend.token_to_id
+        return frozenset(token_id for token in kept if (token_id := token_id_of(token)) is not None)
+
+
+async def prepare_chat(model: ServedModel, body: ChatRequest) -> PreparedChat:
+    """Return a body's chat. Raises InvalidField, ContextOverflow or ApiError."""
+    if not body.messages:
+        raise InvalidField("messages", "messages is empty: there is nothing to answer")
+    tools = ToolRequest()
+    prompt = model.prompts.checked_chat(body, await _prompt(model, body, tools))
+    reasoning, is_open = _reasoning(model.reasoning, prompt.text or "", body)
+    params = sampling_params(body, model.defaults, len(prompt.token_ids), model.info.max_model_len)
+    structure = _structure(model, body, tools, params.structured_outputs)
+    if structure is not None and reasoning is not None:
+        structure = _after_reasoning(structure, reasoning, is_open, model.prompts.tokenizer)
+    if structure is not params.structured_outputs:
+        params = replace(params, structured_outputs=structure)
+    params = await model.prompts.tokenize_bad_words(params)
+    return PreparedChat(model, prompt, params, tools, reasoning, is_open)
+
+
+async def chat_prompt(model: ServedModel, body: ChatRequest) -> Prompt:
+    """Return the prompt that the chat of a body gets, which need not fit the context. Raises as `prepare_chat`."""
+    return await _prompt(model, body, ToolRequest())
+
+
+async def _prompt(model: ServedModel, body: ChatRequest, tools: ToolRequest) -> Prompt:
+    variables = reasoning_variables(body, model)
+    tool_format = model.tool_format
+    with_tools = None if tool_format is None else lambda messages: tool_format.with_tools(messages, tools)
+    return await model.prompts.of_chat(body, variables, with_tools)
+
+
+def reasoning_variables(body: ChatRequest, model: ServedModel) -> dict[str, Any]:
+    """Return the template's variables that `reasoning_effort` sets. Raises InvalidField if the template knows none."""
+    effort = body.reasoning_effort
+    if effort is None:
+        return {}
+    if effort not in REASONING_EFFORTS:
+        must_be = f"must be one of {', '.join(REASONING_EFFORTS)}"
+        raise InvalidField("reasoning_effort", f"reasoning_effort is {effort!r:.50}, {must_be}")
+    known = model.prompts.tokenizer.template_variables
+    variables: dict[str, Any] = {name: False for name in _SWITCHES if name in known and effort == "none"}
+    if not variables and "reasoning_effort" in known:
+        variables = {"reasoning_effort": effort}
+    if not variables and (effort != "none" or model.reasoning is not None):
+        raise InvalidField(
+            "reasoning_effort",
+            f"reasoning_effort is {effort!r}, must be left out: the model's chat template does not know it",
+        )
+    for name, value in (body.chat_template_kwargs or {}).items():
+        if name in variables and variables[name] != value:
+            said = f"reasoning_effort is {effort!r} and chat_template_kwargs.{name} is {value!r:.50}: leave one out"
+            raise InvalidField("reasoning_effort", said)
+    return variables
+
+
+def _reasoning(known: ReasoningFormat | None, prompt: str, body: ChatRequest) -> tuple[ReasoningFormat | None, bool]:
+    """Return the reasoning that the output may have, and whether the prompt ends within it."""
+    if known is None:
+        return None, False
+    content = body.messages[-1].get("content") if body.continue_final_message else ""
+    position = known.position(prompt, content if isinstance(content, str) else "")
+    return (None, False) if position == "after" else (known, position == "within")
+
+
+def _structure(
+    model: ServedModel, body: ChatRequest, tools: ToolRequest, given: StructuredOutputs | None
+) -> StructuredOutputs | None:
+    """Return the grammar of the answer, of which `given` is what the body asks for beside tools."""
+    if model.tool_format is None or not tools.callable_tools:
+        return given
+    structure = model.tool_format.structure(tools)
+    if given is None:
+        return structure
+    field = "response_format" if body.response_format is not None else "structured_outputs"
+    if tools.choice == "required" and field == "response_format":
+        return structure  # an answer that must be a call has no content
+    raise InvalidField(field, f"{field} and tools are both given, must be one of them")
+
+
+def _after_reasoning(
+    structure: StructuredOutputs, reasoning: ReasoningFormat, is_open: bool, tokenizer: Tokenizer
+) -> StructuredOutputs:
+    """Return the structure with reasoning before it."""
+    return replace(
+        structure,
+        reasoning_start_token_ids=() if is_open else reasoning.token_ids(tokenizer)[0],
+        reasoning_end_token_ids=reasoning.token_ids(tokenizer)[1],
+    )

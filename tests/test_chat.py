@@ -4,16 +4,22 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from dispec.serving.cli.chat import Turn, fit
+from dispec import SamplingParams
+from dispec.engine.text.text_stream import TextStream
+from dispec.serving.cli.chat import Turn, converse, fit
 from tests.checkpoints import save_tiny
 from tests.commands import dispec, eager, one_sentence, read_until, running
+from tests.scripted_engine import thinking_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +83,43 @@ def test_the_oldest_turns_go_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
     assert fit(turns, "q" * 79, None, tokenize, max_model_len=80, max_tokens=20) == ([0] * 79, [])
     assert "3 oldest turns are forgotten" in capsys.readouterr().err
+
+
+class Thinker:
+    """A model that reasons before each answer, as far as `converse` needs one."""
+
+    engine = SimpleNamespace(max_model_len=4096)
+
+    def __init__(self) -> None:
+        self.tokenizer = thinking_tokenizer(are_special=True)
+        self.prompts: list[str] = []
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
+
+    def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[SimpleNamespace]:
+        self.prompts.append(self.tokenizer.decode(prompt, skip_special_tokens=False))
+        text = TextStream(self.tokenizer, params, prompt)
+        tokens = self.tokenizer.encode("<think>\nHm.\n</think>\n\nIt is Paris.")
+        for index, token in enumerate(tokens):
+            is_last = index == len(tokens) - 1
+            yield SimpleNamespace(text=text.add(token, ends=False), completion="whole" if is_last else None)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_reasoning_is_dimmed_and_forgotten(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Thinker()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Where?\nWhere again?\n"))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    assert list(converse(model, SamplingParams(max_tokens=100))) == ["whole"] * 2  # type: ignore[arg-type]
+    shown = capsys.readouterr().out
+    dimmed = "".join(re.findall(r"\x1b\[2m(.*?)\x1b\[0m", shown))
+    assert dimmed == ("Hm." * 2 if is_terminal else "")
+    assert re.sub(r"\x1b\[2m.*?\x1b\[0m", "", shown).replace("\n\n", "") == "It is Paris.\n" * 2
+    assert "It is Paris." in model.prompts[1]
+    assert "Hm." not in model.prompts[1]
 
 
 def test_a_model_without_a_chat_template(tmp_path: Path) -> None:

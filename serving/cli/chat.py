@@ -4,15 +4,23 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from dispec.engine.sampling_params import SamplingParams
+from dispec.serving.chat_output.chat_parser import ChatParser
+from dispec.serving.chat_output.deltas import ContentDelta, ReasoningDelta
+from dispec.serving.chat_output.reasoning import choose_reasoning_format
 from dispec.serving.cli.console import explain, say
 
 if TYPE_CHECKING:
     from dispec.engine.api.llm import LLM
     from dispec.engine.api.outputs import Completion
+    from dispec.engine.text.tokenizer import Tokenizer
 
+_DIM, _NORMAL = "\x1b[2m", "\x1b[0m"  # SGR 2 and 0 of ECMA-48
+_BLANK_LINE = "\n\n"
+_END_TOKENS = 16  # of a prompt, which may end with a marker of reasoning
 _COMMAND = re.compile(r"/[a-z]+")  # matches a whole line: a question may begin with a path
 
 
@@ -86,15 +94,26 @@ def fit(
 
 
 def _answer(llm: "LLM", prompt: list[int], params: SamplingParams) -> tuple[str, "Completion | None"]:
-    """Write an answer as it is generated; return its text and completion. After Ctrl-C there is no completion."""
+    """Write an answer as it is generated; return its text and completion. After Ctrl-C there is no completion.
+
+    The model's reasoning is no part of the text. A terminal shows it, dimmed.
+    """
     texts: list[str] = []
     completion = None
+    parser, shows_reasoning = _parser(llm.tokenizer, prompt), sys.stdout.isatty()
+    if parser.may_be_reasoning:  # some vocabularies have its markers as special tokens
+        params = replace(params, skip_special_tokens=False)
     try:
         with closing(llm.stream(prompt, params)) as pieces:
             for piece in pieces:
-                texts.append(piece.text)
-                print(piece.text, end="", flush=True)
                 completion = piece.completion
+                for delta in [*parser.add(piece.text), *(parser.finish() if completion is not None else ())]:
+                    if isinstance(delta, ContentDelta):
+                        begins_answer = not texts and parser.has_reasoning and shows_reasoning
+                        print(f"{_BLANK_LINE if begins_answer else ''}{delta.text}", end="", flush=True)
+                        texts.append(delta.text)
+                    elif isinstance(delta, ReasoningDelta) and shows_reasoning:
+                        print(f"{_DIM}{delta.text}{_NORMAL}", end="", flush=True)
     except KeyboardInterrupt:
         pass
     answer = "".join(texts)
@@ -103,6 +122,14 @@ def _answer(llm: "LLM", prompt: list[int], params: SamplingParams) -> tuple[str,
     if completion is None:
         say("stopped")
     return answer, completion
+
+
+def _parser(tokenizer: "Tokenizer", prompt: list[int]) -> ChatParser:
+    reasoning = choose_reasoning_format("auto", tokenizer)
+    if reasoning is None:
+        return ChatParser()
+    position = reasoning.position(tokenizer.decode(prompt[-_END_TOKENS:], skip_special_tokens=False))
+    return ChatParser() if position == "after" else ChatParser(reasoning, position == "within")
 
 
 def _read_line() -> str | None:

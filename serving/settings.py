@@ -162,6 +162,24 @@ class ServerSettings:
     ] = 5
     keep_alive_seconds: Annotated[float, _seconds("Seconds of silence after which a stream gets a comment line.")] = 5.0
     tokenize_timeout: Annotated[float, _seconds("Seconds for a body to arrive, and to be tokenised.")] = 30.0
+    max_stored_responses: Annotated[
+        int,
+        Option(
+            "Responses of /v1/responses that are kept in memory, the last ones; 0 keeps none.",
+            ge=0,
+            le=2**20,
+            group=_LIMITS,
+        ),
+    ] = 1000
+    max_stored_response_bytes: Annotated[
+        int,
+        Option(
+            "Size of the responses that are kept, with the conversations that they answer.",
+            ge=0,
+            le=2**40,
+            group=_LIMITS,
+        ),
+    ] = 256 * 2**20
     max_body_bytes: Annotated[int, Option("Size of a request's body.", ge=1024, le=2**30, group=_LIMITS)] = 32 * 2**20
     max_header_bytes: Annotated[int, Option("Size of a request's headers.", ge=4096, le=2**20, group=_LIMITS)] = (
         64 * 2**10

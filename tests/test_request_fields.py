@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 
 from dispec.engine.errors import InvalidField
 from dispec.engine.sampling_params import SamplingParams
@@ -19,6 +20,7 @@ from dispec.serving.api.protocol import (
 )
 from dispec.serving.api.request_body import decode_body
 from dispec.serving.api.request_fields import ROUTES
+from dispec.serving.api.response_protocol import ResponsesRequest
 from dispec.serving.http.errors import ApiError
 from tests import vllm_fields
 
@@ -26,6 +28,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 LEAST: dict[type, dict[str, Any]] = {
     ChatRequest: CHAT,
     CompletionRequest: {"prompt": "Hi"},
+    ResponsesRequest: {"input": "Hi"},
     GenerateRequest: {"prompt": "Hi"},
     TokenizeRequest: {"prompt": "Hi"},
     DetokenizeRequest: {"tokens": [1]},
@@ -55,6 +58,12 @@ def names(*forms: type) -> set[str]:
             vllm_fields.COMPLETION
             | names(completion_create_params.CompletionCreateParamsBase)
             | names(completion_create_params.CompletionCreateParamsStreaming),
+        ),
+        (
+            ResponsesRequest,
+            vllm_fields.RESPONSES
+            | names(response_create_params.ResponseCreateParamsBase)
+            | names(response_create_params.ResponseCreateParamsStreaming),
         ),
         (TokenizeRequest, vllm_fields.TOKENIZE),
         (DetokenizeRequest, vllm_fields.DETOKENIZE),

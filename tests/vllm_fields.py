@@ -33,3 +33,11 @@ TOKENIZE = _names("""
     chat_template chat_template_kwargs media_io_kwargs mm_processor_kwargs tools
 """)
 DETOKENIZE = _names("model tokens")
+RESPONSES = _names("""
+    background include input instructions max_output_tokens max_tool_calls metadata model logit_bias parallel_tool_calls
+    previous_response_id previous_response prompt reasoning service_tier store stream temperature text tool_choice tools
+    top_logprobs top_p top_k truncation user skip_special_tokens include_stop_str_in_output presence_penalty
+    frequency_penalty prompt_cache_key request_id media_io_kwargs mm_processor_kwargs priority cache_salt
+    enable_response_messages previous_input_messages structured_outputs repetition_penalty seed stop ignore_eos
+    vllm_xargs kv_transfer_params chat_template_kwargs
+""")

@@ -14,6 +14,7 @@ from dispec.serving.api import (
     routes_completions,
     routes_models,
     routes_monitoring,
+    routes_responses,
     routes_tokenizer,
 )
 from dispec.serving.api.context import ApiContext, version
@@ -40,6 +41,11 @@ _ROUTES: list[ControllerRouterHandler] = [
     routes_chat.chat_completions,
     routes_completions.completions,
     routes_completions.generate,
+    routes_responses.create_response,
+    routes_responses.retrieve_response,
+    routes_responses.cancel_response,
+    routes_responses.delete_response,
+    routes_responses.input_items,
     routes_models.models,
     routes_models.model,
     routes_models.model_info,

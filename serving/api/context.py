@@ -17,6 +17,7 @@ from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.api.logprobs import TokenTexts
 from dispec.serving.api.prompts import Prompts
 from dispec.serving.api.request_body import read_body
+from dispec.serving.api.response_store import ResponseStore
 from dispec.serving.api.sampling import GENERATION_DEFAULTS
 from dispec.serving.chat_output.reasoning import choose_reasoning_format
 from dispec.serving.chat_output.tools import ToolFormat
@@ -70,6 +71,7 @@ class ApiContext:
     def __init__(self, client: EngineClient, settings: ServerSettings, names: Sequence[str] = ()) -> None:
         self.client = client
         self.settings = settings
+        self.responses = ResponseStore(settings.max_stored_responses, settings.max_stored_response_bytes)
         self.started = time.time()
         self._started = time.monotonic()  # the wall clock may be set meanwhile
         self._names = tuple(names) or settings.served_model_name

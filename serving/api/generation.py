@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 from litestar import Request
 from msgspec import UNSET, UnsetType
@@ -137,7 +138,7 @@ class Generation:
             drafts if self.accepted_tokens or self.rejected_tokens else UNSET,
         )
 
-    def log_fields(self) -> dict[str, int]:
+    def log_fields(self) -> dict[str, Any]:
         """Return the fields of the access log."""
         return {
             "prompt_tokens": self.prompt_tokens,

@@ -28,6 +28,7 @@ _ASSETS = {
 }
 _TAGS = {
     "Generation": "Answers and continuations.",
+    "Responses": "Answers as items, which the server keeps, and conversations that go on from them.",
     "Models": "What is served, and with which options.",
     "Tokenizer": "Texts to token ids, and back.",
     "Monitoring": "How the server is doing.",

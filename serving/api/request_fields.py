@@ -20,6 +20,7 @@ from dispec.serving.api.protocol import (
     SamplingRequest,
     TokenizeRequest,
 )
+from dispec.serving.api.response_protocol import ResponsesRequest
 from dispec.serving.http.errors import ApiError
 
 _NEUTRAL: tuple[Any, ...] = ("", [], {})  # values that ask for nothing, as null does
@@ -70,6 +71,27 @@ _CHAT = RouteFields(
     },
 )  # fmt: skip
 _COMPLETION = RouteFields(_REFUSED | {"prompt_embeds": ()}, _IGNORED)
+_RESPONSES = RouteFields(
+    _REFUSED
+    | dict.fromkeys(
+        (
+            "conversation", "prompt", "context_management", "moderation", "access_programs", "media_io_kwargs",
+            "mm_processor_kwargs", "previous_input_messages",
+            # Of chats, with other names or places here.
+            "messages", "max_tokens", "max_completion_tokens", "response_format", "reasoning_effort",
+        ),
+        (),
+    )
+    | {
+        "background_options": ({"completion_window": "soonest"},), "enable_response_messages": (False,),
+        "n": (1,), "logprobs": (False,), "previous_response": (),
+    },
+    (_IGNORED - {"user"})
+    | {
+        "image",  # of images, which no input has
+        "prompt_cache_retention",  # prompts are always cached
+    },
+)  # fmt: skip
 _TOKENIZE = RouteFields({"tools": (), "chat_template": (), "media_io_kwargs": (), "mm_processor_kwargs": ()})
 
 # Fields of `CompletionRequest` that `GenerateRequest` lacks, with their defaults, which are accepted.
@@ -92,6 +114,7 @@ _GENERATE = RouteFields(
 ROUTES: Mapping[type, RouteFields] = {
     ChatRequest: _CHAT,
     CompletionRequest: _COMPLETION,
+    ResponsesRequest: _RESPONSES,
     GenerateRequest: _GENERATE,
     TokenizeRequest: _TOKENIZE,
     DetokenizeRequest: RouteFields({}),

@@ -1,16 +1,15 @@
-"""Responses as ASGI applications: JSON, and server-sent events. Both abort the generation if the client disconnects."""
+"""Responses as ASGI applications: JSON, and server-sent events. Both abort the work if the client disconnects."""
 
 import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 from litestar.types import Receive, Scope, Send
 
-from dispec.serving.api.generation import Generation
 from dispec.serving.http.errors import CLIENT_LEFT, ApiError, ClientLeft, log_error, to_api_error
 
 T = TypeVar("T")
@@ -22,6 +21,19 @@ _EVENT_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # else nginx collects tokens
 ]
+
+
+class Work(Protocol):
+    """The work behind a response: a `Generation`, or what an API makes of one."""
+
+    async def accepted(self) -> None:
+        """Wait until the engine has queued the work. Raises the engine's refusal."""
+
+    def abort(self) -> None:
+        """End the work, unless it has ended."""
+
+    def log_fields(self) -> dict[str, Any]:
+        """Return the fields of the access log."""
 
 
 def event(data: Any, name: bytes = b"") -> bytes:
@@ -68,49 +80,49 @@ class JsonResponse(BytesResponse):
         super().__init__(body if isinstance(body, bytes) else _encode(body), b"application/json", status)
 
 
-async def abort_on_disconnect(scope: Scope, receive: Receive, generation: Generation, work: Awaitable[T]) -> T:
-    """Return the result of `work`. If the client disconnects, abort the generation and raise ClientLeft."""
-    with _watching(receive, generation.abort) as has_left:
+async def abort_on_disconnect(scope: Scope, receive: Receive, work: Work, result: Awaitable[T]) -> T:
+    """Return the result of the work. If the client disconnects, abort the work and raise ClientLeft."""
+    with _watching(receive, work.abort) as has_left:
         try:
-            result = await work
+            found = await result
         except Exception:
             if has_left():
                 raise _left(scope) from None
             raise
         finally:
-            generation.abort()
-            _add_log_fields(scope, generation)
+            work.abort()
+            _add_log_fields(scope, work)
     if has_left():
         raise _left(scope)
-    return result
+    return found
 
 
 class EventStream:
     """An ASGI response of server-sent events.
 
-    It begins when the engine has queued the generation, so that a refusal has its own status. A later error is an
+    It begins when the engine has queued the work, so that a refusal has its own status. A later error is an
     event. After `keep_alive_seconds` without an event, `form.keep_alive` is sent.
     """
 
     def __init__(
         self,
-        generation: Generation,
+        work: Work,
         events: AsyncIterator[bytes],
         keep_alive_seconds: float,
         form: StreamForm = OPENAI_STREAM,
     ) -> None:
-        self._generation = generation
+        self._work = work
         self._events = events
         self._keep_alive_seconds = keep_alive_seconds
         self._form = form
         self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        generation = self._generation
-        with _watching(receive, generation.abort) as has_left:
+        work = self._work
+        with _watching(receive, work.abort) as has_left:
             keep_alive: asyncio.Task[None] | None = None
             try:
-                await generation.accepted()
+                await work.accepted()
                 if has_left():
                     raise _left(scope)
                 await send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_HEADERS)})
@@ -122,8 +134,8 @@ class EventStream:
             finally:
                 if keep_alive is not None:
                     keep_alive.cancel()
-                generation.abort()
-                _add_log_fields(scope, generation)
+                work.abort()
+                _add_log_fields(scope, work)
                 if has_left():
                     scope["state"]["status"] = CLIENT_LEFT
 
@@ -153,8 +165,8 @@ class EventStream:
             await asyncio.sleep(self._keep_alive_seconds - silent)
 
 
-def _add_log_fields(scope: Scope, generation: Generation) -> None:
-    scope["state"].setdefault("log", {}).update(generation.log_fields())
+def _add_log_fields(scope: Scope, work: Work) -> None:
+    scope["state"].setdefault("log", {}).update(work.log_fields())
 
 
 def _left(scope: Scope) -> ClientLeft:

@@ -118,9 +118,10 @@ class Engine:
                 "kv_transfer_params",
                 "kv_transfer is off: this engine neither sends its KV cache to other engines nor receives theirs",
             )
+        max_tokens = min(params.max_tokens, self.max_model_len - len(prompt))  # of this engine and the next together
         if publish_as is not None:
             params = replace(params, max_tokens=1, min_tokens=min(1, params.min_tokens))
-        choices = self._make_choices(prompt, params, request_id, priority, cache_salt, slack)
+        choices = self._make_choices(prompt, params, max_tokens, request_id, priority, cache_salt, slack)
         first = choices[0]
         if pull is not None or is_resumed:
             self.kv_connector.start_receive(choices, pull, awaits_outputs=is_resumed)
@@ -216,13 +217,16 @@ class Engine:
         self,
         prompt: Series[int],
         params: SamplingParams,
+        max_tokens: int,
         request_id: str | None,
         priority: int,
         cache_salt: str | None,
         slack: float,
     ) -> tuple[Sequence, ...]:
         vocab_size = self.config.vocab_size
-        eos_token_ids = () if params.ignore_eos else self.eos_token_ids
+        # A grammar ends the output with an end token where it can.
+        ignores_eos = params.ignore_eos and params.structured_outputs is None
+        eos_token_ids = () if ignores_eos else self.eos_token_ids
         stop_token_ids = frozenset((*params.stop_token_ids, *eos_token_ids))
         check_params(params, stop_token_ids, vocab_size)
         grammar = self._grammar(params)
@@ -233,7 +237,7 @@ class Engine:
             sequence_id = next(self._sequence_ids)
             request_id = request_id or f"request-{sequence_id}"
             own_params = replace(params, prompt_logprobs=None) if index else params
-            state = None if grammar is None else grammar.start(len(prompt))
+            state = None if grammar is None else grammar.start(max_tokens)
             processors = LogitsProcessors(own_params, prompt, vocab_size, stop_token_ids, state)
             choices.append(
                 Sequence(
@@ -376,7 +380,7 @@ def _make_record(step: SchedulerOutput, scheduler: Scheduler) -> StepRecord:
     num_prompt_tokens = sum(
         scheduled.num_tokens
         for scheduled in scheduled_sequences
-        if scheduled.num_tokens > 1 + scheduled.num_draft_tokens
+        if scheduled.num_tokens > 1 + scheduled.num_draft_tokens + scheduled.sequence.num_forced_tokens
         or scheduled.start < scheduled.sequence.num_prompt_tokens
     )
     prefill_kind: Kind = "prefill" if num_prompt_tokens == step.num_tokens else "mixed"

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dispec import ops
 from dispec.layers.sampling import scale_by_temperature
 from dispec.layers.types import Penalties, SamplingFilters
-from dispec.ops import token_threshold
 
 
 def apply_penalties(logits: Float[Tensor, "R V"], penalties: Penalties) -> Float[Tensor, "R V"]:
@@ -30,13 +30,9 @@ def apply_penalties(logits: Float[Tensor, "R V"], penalties: Penalties) -> Float
 
 
 def apply_token_mask(logits: Float[Tensor, "R V"], allowed: Int[Tensor, "R W"]) -> Float[Tensor, "R V"]:
-    """Return the logits with -inf for tokens that are not allowed.
-
-    allowed: int32 words, W = ceil(V / 32); token v has bit v % 32, counted from the least significant, of word v // 32.
-        That is the layout of xgrammar's token bitmasks.
-    """
-    bits = (allowed[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
-    return torch.where(bits.flatten(1)[:, : logits.shape[1]] == 1, logits, -torch.inf)
+    """Return the logits, changed in place by `ops.mask_tokens`."""
+    ops.mask_tokens(logits, allowed)
+    return logits
 
 
 def apply_top_k_top_p(
@@ -51,5 +47,5 @@ def apply_top_k_top_p(
     """
     logits = logits.float()
     weights = torch.exp(scale_by_temperature(logits, temperature))
-    threshold = torch.maximum(token_threshold(weights, filters.top_k, filters.top_p), filters.min_p)
+    threshold = torch.maximum(ops.token_threshold(weights, filters.top_k, filters.top_p), filters.min_p)
     return torch.where(weights >= threshold[:, None], logits, -torch.inf)

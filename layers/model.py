@@ -49,11 +49,11 @@ def hidden_states(
 ) -> Float[Tensor, "T E"]:
     """Compute all layers of one step: write the step's keys and values to the cache, return the last hidden states.
 
-    decoder: the same weights and cache for `ops.decoder_layers`, which computes uniform steps in one call, with
-        bitwise equal results.
+    decoder: the same weights and cache for `ops.decoder_layers`, which computes steps with few tokens of each sequence
+        in one call, with bitwise equal results.
     """
     x, cos_sin = embed(weights, config, batch)
-    if decoder is not None and batch.query_len is not None:
+    if decoder is not None and (batch.query_len or int(batch.query_start.diff().max())) <= ops.MAX_QUERY_LEN:
         return ops.decoder_layers(
             decoder, x, cos_sin, batch.slot_mapping, batch.block_tables, batch.query_start, batch.context_lens
         )

@@ -10,13 +10,16 @@ from dispec.layers.types import Sampling
 _BELOW_ONE = 1 - 2.0**-24  # the float32 before 1
 
 
-def greedy(logits: Float[Tensor, "R V"]) -> Int[Tensor, "R"]:
-    """Return the column of each row's largest logit, the first of several."""
-    return ops.argmax(logits)
+def greedy(logits: Float[Tensor, "R V"], allowed: Int[Tensor, "R W"] | None = None) -> Int[Tensor, "R"]:
+    """Return the column of each row's largest logit, the first of several. allowed: as in `sample`."""
+    return ops.argmax(logits, allowed)
 
 
 def sample(
-    logits: Float[Tensor, "R V"], sampling: Sampling, token_ids: Int[Tensor, "V"] | None = None
+    logits: Float[Tensor, "R V"],
+    sampling: Sampling,
+    token_ids: Int[Tensor, "V"] | None = None,
+    allowed: Int[Tensor, "R W"] | None = None,
 ) -> Int[Tensor, "R"]:
     """Return a column of each row, sampled from softmax(logits / temperature); the largest logit at temperature 0.
 
@@ -24,9 +27,10 @@ def sample(
     sum is needed. A token of logit -inf is not sampled while there is another.
 
     token_ids: the token of each column, None for all in order. A token has its own noise in any column.
+    allowed: the columns that may be sampled, as in `ops.argmax`; elsewhere `apply_token_mask` comes before.
     """
     if ops.has_sample_kernel(logits.device):
-        return ops.sample(logits, sampling.temperature, sampling.seed, sampling.position, token_ids)
+        return ops.sample(logits, sampling.temperature, sampling.seed, sampling.position, token_ids, allowed)
     logits = logits.float()
     if token_ids is None:
         token_ids = torch.arange(logits.shape[-1], device=logits.device)

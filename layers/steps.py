@@ -71,10 +71,14 @@ def prefill_step(
     batch: Batch,
     kv_cache: KVCache,
     previous: PreviousTokens | None,
+    decoder: ops.Decoder | None = None,
 ) -> tuple[Float[Tensor, "T E"], Float[Tensor, "R V"], Int[Tensor, "R"]]:
-    """Run a ragged step. Return the hidden states of all tokens, the logits of the selected rows and their argmax."""
+    """Run a ragged step. Return the hidden states of all tokens, the logits of the selected rows and their argmax.
+
+    decoder: as in `layers.model.hidden_states`.
+    """
     batch = _fill_in(batch._replace(query_len=None), config, vocabulary, previous)
-    x = hidden_states(weights, config, batch, kv_cache)
+    x = hidden_states(weights, config, batch, kv_cache, decoder)
     return x, *head(select_rows(x, batch), weights, config, vocabulary)
 
 

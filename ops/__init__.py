@@ -6,7 +6,7 @@ they are plain functions.
 """
 
 from dispec.ops.collective import all_gather_columns, all_reduce, broadcast
-from dispec.ops.decoder import Decoder, DecoderLayers, build_decoder, decode_tokens, decoder_layers
+from dispec.ops.decoder import MAX_QUERY_LEN, Decoder, DecoderLayers, build_decoder, decode_tokens, decoder_layers
 from dispec.ops.embedding import embedding
 from dispec.ops.kv_cache import copy_blocks, write_kv
 from dispec.ops.linear import Matrix, PackedWeight, allocate_workspaces, linear, pack
@@ -16,11 +16,12 @@ from dispec.ops.paged_attention import paged_attention
 from dispec.ops.quantization import Kind, Quantization, QuantizedTensor, concatenate, quantize
 from dispec.ops.quantized_linear import QuantizedWeight, has_quantized_kernel
 from dispec.ops.rotary import qkv_rope_write, rope_cos_sin, rope_write
-from dispec.ops.sampling import argmax, has_sample_kernel, sample
+from dispec.ops.sampling import argmax, has_sample_kernel, mask_tokens, sample
 from dispec.ops.stacking import clone, copy_layer, empty_stack, is_alike, layer_of
 from dispec.ops.token_threshold import token_threshold
 
 __all__ = [
+    "MAX_QUERY_LEN",
     "Decoder",
     "DecoderLayers",
     "Kind",
@@ -49,6 +50,7 @@ __all__ = [
     "is_alike",
     "layer_of",
     "linear",
+    "mask_tokens",
     "pack",
     "paged_attention",
     "qkv_rope_write",

@@ -21,6 +21,8 @@ from dispec.ops.norm import Norm
 from dispec.ops.quantized_linear import QuantizedWeight
 from dispec.ops.stacking import layer_of
 
+# Most tokens of a sequence for which `decoder_layers` gives the bits of `ops.paged_attention`.
+MAX_QUERY_LEN = 16
 _MATRICES = ("qkv", "output", "gate_up", "down")
 
 

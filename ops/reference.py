@@ -137,6 +137,16 @@ def sampling_scores(
     return values
 
 
+def mask_tokens(logits: Float[Tensor, "R V"], allowed: Int[Tensor, "R W"]) -> Float[Tensor, "R V"]:
+    """Return the logits after `ops.mask_tokens`."""
+    masked = logits.clone()
+    for row, words in enumerate(allowed.tolist()):
+        for token in range(logits.shape[1]):
+            if not words[token // 32] >> (token % 32) & 1:
+                masked[row, token] = -math.inf
+    return masked
+
+
 def token_threshold(
     weights: Float[Tensor, "R V"], top_k: Int[Tensor, "R"], top_p: Float[Tensor, "R"]
 ) -> Float[Tensor, "R"]:

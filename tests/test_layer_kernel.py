@@ -178,18 +178,35 @@ def compare_with_each_layer(
 
 
 @needs_kernels
-def test_uniform_steps_are_one_call_and_ragged_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("size", "query_len", "is_one_call"), [(3, 3, True), (3, 16, True), (1, 19, False)])
+def test_ragged_steps_with_few_tokens_of_each_sequence_are_one_call(
+    monkeypatch: pytest.MonkeyPatch, size: int, query_len: int, is_one_call: bool
+) -> None:
+    """The bits are those of each layer in turn for sequences of different lengths, too."""
     weights, calls = random_weights(CONFIG), []
     layers, layer = ops.decoder_layers, model.decoder_layer
     monkeypatch.setattr(ops, "decoder_layers", lambda *given: calls.append("layers") or layers(*given))
     monkeypatch.setattr(model, "decoder_layer", lambda *given: calls.append("layer") or layer(*given))
-    batch, cache = uniform_step(CONFIG, 2, 3)
+    batch, cache = uniform_step(CONFIG, size, query_len)
     gathered = build_decoder(weights, CONFIG, Vocabulary(CONFIG.vocab_size), cache)
-    model.hidden_states(weights, CONFIG, batch, cache, gathered)
-    assert calls == ["layers"]
-    calls.clear()
-    model.hidden_states(weights, CONFIG, batch._replace(query_len=None), cache, gathered)
-    assert calls == ["layer"] * CONFIG.num_layers
+    assert gathered is not None
+    ragged = batch._replace(
+        token_ids=batch.token_ids[2:],
+        positions=batch.positions[2:],
+        slot_mapping=batch.slot_mapping[2:],
+        query_start=(batch.query_start - 2).clamp(min=0),
+        query_len=None,
+    )
+    with torch.inference_mode():
+        model.hidden_states(weights, CONFIG, batch._replace(query_len=None), cache)  # writes all keys and values
+        other = KVCache(cache.keys.clone(), cache.values.clone())
+        calls.clear()
+        whole = model.hidden_states(weights, CONFIG, ragged, cache, gathered)
+        assert calls == (["layers"] if is_one_call else ["layer"] * CONFIG.num_layers)
+        parts = model.hidden_states(weights, CONFIG, ragged, other)
+    assert whole.isfinite().all()
+    for one, two in ((whole, parts), (cache.keys, other.keys), (cache.values, other.values)):
+        assert torch.equal(one.view(torch.uint8), two.view(torch.uint8))
 
 
 @needs_kernels

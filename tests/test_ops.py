@@ -192,6 +192,33 @@ def test_argmax_is_torchs(dtype):
         assert ops.argmax(x)[5] == (x[5] == x[5].max()).nonzero()[0, 0]
 
 
+def token_masks(rows: int, size: int) -> torch.Tensor:
+    """Masks of all kinds: no token, one token, all tokens, few words, and random bits."""
+    words = torch.randint(-(2**31), 2**31 - 1, (rows, -(-size // 32)), dtype=torch.int32)
+    words[0::5] = 0
+    words[1::5, : words.shape[1] // 2] = 0
+    words[2::5] = -1
+    words[3::5] = 0
+    words[3::5, -1] = 1
+    return words
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_logits_and_their_argmax(dtype):
+    torch.manual_seed(1)
+    for size in (1, 15, 16, 33, 4096, 9001):
+        x = torch.randn(10, size + 3).to(dtype)[:, :size]
+        allowed = token_masks(10, size)
+        x[4, 0] = x[9, -1] = torch.nan
+        expected = reference.mask_tokens(x, allowed)
+        found = ops.argmax(x, allowed)
+        best = expected.argmax(-1)
+        best[~(expected > -torch.inf).any(-1) & ~expected.isnan().any(-1)] = 0
+        assert torch.equal(found, best)
+        ops.mask_tokens(x, allowed)
+        assert torch.equal(x.nan_to_num(3.0), expected.nan_to_num(3.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [16, 48, 64, 128])
 @pytest.mark.parametrize("has_norm", [False, True])
@@ -280,6 +307,9 @@ def test_opcheck():
         given = (torch.randn(4, 9 * 64), *rotation, keys, values, slots, norm, norm, 1e-5)
         torch.library.opcheck(torch.ops.dispec.rope_write.default, given)
     torch.library.opcheck(torch.ops.dispec.argmax.default, (torch.randn(3, 50),))
+    masked = torch.randn(3, 50), token_masks(3, 50)
+    torch.library.opcheck(torch.ops.dispec.argmax.default, masked)
+    torch.library.opcheck(torch.ops.dispec.mask_tokens.default, masked)
     for query_len in (None, 1, 3):
         case = attention_case(random.Random(1), query_len)
         case = tuple(item.nan_to_num(0.5) if isinstance(item, torch.Tensor) else item for item in case)

@@ -112,6 +112,22 @@ def test_a_token_of_minus_infinity_is_not_drawn_for_noise_of_its_own_making():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_draws_are_those_of_masked_logits(dtype):
+    if not ops.has_sample_kernel(torch.device("cpu")):
+        pytest.skip("without the kernel, logits are masked before")
+    torch.manual_seed(3)
+    for rows, size in ((1, 1), (5, 17), (40, 60), (7, 4130)):
+        logits = (torch.randn(rows, size) * 3).to(dtype)
+        allowed = torch.randint(-(2**31), 2**31 - 1, (rows, -(-size // 32)), dtype=torch.int32)
+        allowed[::3, 1:] = 0
+        allowed[:, 0] |= 1
+        values = Sampling(torch.rand(rows).round(), torch.arange(rows), torch.arange(rows, dtype=torch.int32))
+        for token_ids in (None, torch.randperm(50_000)[:size]):
+            expected = sample(reference.mask_tokens(logits, allowed), values, token_ids)
+            assert torch.equal(sample(logits, values, token_ids, allowed), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_draws_are_those_of_the_definition(dtype):
     """Also past the columns that a thread takes at a time, and for rows that lie apart."""
     torch.manual_seed(2)

@@ -31,7 +31,7 @@ def eager_steps(config: ModelConfig, vocabulary: Vocabulary, decoder: ops.Decode
         return decode_step(weights, config, vocabulary, batch, kv_cache, previous, decoder)
 
     def prefill(weights: Any, batch: Any, kv_cache: Any, previous: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return prefill_step(weights, config, vocabulary, batch, kv_cache, previous)
+        return prefill_step(weights, config, vocabulary, batch, kv_cache, previous, decoder)
 
     return StepFunctions(decode, prefill)
 

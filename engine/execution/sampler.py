@@ -64,7 +64,7 @@ def warm_up_calls(functions: SamplerFunctions, logits: Tensor, sampling: Samplin
     rows, vocab_size = logits.shape
     logits = logits.float()
     zeros = partial(torch.zeros, device=logits.device)
-    mask = zeros(rows, _num_words(vocab_size), dtype=torch.int32)
+    mask = zeros(rows, _num_words(vocab_size), dtype=torch.int32) - 1
     penalties = Penalties(zeros(16, dtype=torch.int64), zeros(16), zeros(16))
     filters = SamplingFilters(torch.full_like(sampling.position, vocab_size), zeros(rows) + 1, zeros(rows))
     token_ids = zeros(rows, dtype=torch.int64)
@@ -146,10 +146,13 @@ class Sampler:
             for item in rows:
                 if item is not None:
                     features |= item.sequence.sampling_features
+            of_model = logits
+            if features & SamplingFeatures.TOKEN_MASK and features & SamplingFeatures.LOGPROBS:
+                of_model = logits.clone()  # masks are applied in place
             output.token_ids = self._token_ids(features, rows, logits, argmax, sampling)
             if features & SamplingFeatures.LOGPROBS:
                 functions = self._functions_for(len(logits))
-                output.logprobs = functions.logprobs(logits.float(), output.token_ids, self._num_logprobs)
+                output.logprobs = functions.logprobs(of_model.float(), output.token_ids, self._num_logprobs)
         if hidden is not None:
             output.prompt_logprobs = list(self._prompt_logprobs(scheduled, hidden))
         return output
@@ -167,18 +170,20 @@ class Sampler:
         changed = features & (SamplingFeatures.PENALTIES | SamplingFeatures.TOKEN_MASK)
         if not changed and not features & SamplingFeatures.RANDOM:
             return argmax
-        # Compiled functions take float32 alone. The kernel of `sample` reads the model's dtype.
-        if changed or features & SamplingFeatures.TOP_K_TOP_P or self.functions.sample is not sample:
+        # Compiled functions take float32 alone. The kernels of `argmax` and `sample` read the model's dtype and masks.
+        takes_float32 = SamplingFeatures.PENALTIES | SamplingFeatures.TOP_K_TOP_P
+        if features & takes_float32 or self.functions.sample is not sample:
             logits = logits.float()
         if features & SamplingFeatures.PENALTIES and (penalties := self._penalties(rows)) is not None:
             logits = functions.apply_penalties(logits, penalties)
-        if features & SamplingFeatures.TOKEN_MASK and (mask := self._token_mask(rows, num_rows)) is not None:
-            logits = functions.apply_token_mask(logits, mask)
+        mask = self._token_mask(rows, num_rows) if features & SamplingFeatures.TOKEN_MASK else None
+        if mask is not None and (features & SamplingFeatures.TOP_K_TOP_P or not has_sample_kernel(self.device)):
+            logits, mask = functions.apply_token_mask(logits, mask), None
         if not features & SamplingFeatures.RANDOM:
-            return functions.greedy(logits)
+            return functions.greedy(logits, mask)
         if features & SamplingFeatures.TOP_K_TOP_P:
             logits = functions.apply_top_k_top_p(logits, sampling.temperature, self._filters(rows, num_rows))
-        return functions.sample(logits, sampling)
+        return functions.sample(logits, sampling) if mask is None else functions.sample(logits, sampling, allowed=mask)
 
     def _functions_for(self, num_rows: int) -> SamplerFunctions:
         return _EAGER if num_rows == 1 else self.functions
@@ -207,9 +212,15 @@ class Sampler:
             np.concatenate(parts, out=array[:size])
         return Penalties(*map(self._upload, neutral))
 
-    def _token_mask(self, rows: list[ScheduledSequence | None], num_rows: int) -> Tensor | None:
-        """Return bit masks of the tokens that each row may sample; None if these are all tokens."""
-        masks = {}
+    def _token_mask(self, rows: list[ScheduledSequence | None], num_rows: int) -> Tensor:
+        """Return bit masks of the tokens that each row may sample.
+
+        They are computed while the device runs the model, straight into memory that it can copy from.
+        """
+        words = torch.full(
+            (num_rows, _num_words(self.vocab_size)), -1, dtype=torch.int32, pin_memory=self.device.type == "cuda"
+        )
+        masks = words.numpy()
         for first, item in first_rows(rows):
             sequence = item.sequence
             if sequence.sampling_features & SamplingFeatures.TOKEN_MASK:
@@ -218,16 +229,9 @@ class Sampler:
                 drafts = item.draft_token_ids
                 # A draft model's step samples after all draft tokens so far, a verification after each.
                 num_output = item.start + item.num_tokens - len(drafts) - sequence.num_prompt_tokens
-                found = [*sequence.logits_processors.masks_ahead(sequence.token_ids, num_output, drafts)]
-                for row, mask in enumerate(found[-item.num_sampled :], first):
-                    if mask is not None:
-                        masks[row] = mask
-        if not masks:
-            return None
-        words = np.full((num_rows, _num_words(self.vocab_size)), -1, np.int32)
-        for row, mask in masks.items():
-            words[row] = mask.view(np.int32)
-        return self._upload(words)
+                own = masks[first : first + item.num_sampled]
+                sequence.logits_processors.write_masks(own, sequence.token_ids, num_output, drafts)
+        return words.to(self.device, non_blocking=True)
 
     def _filters(self, rows: list[ScheduledSequence | None], num_rows: int) -> SamplingFilters:
         filters = np.empty(num_rows, np.int32), np.empty(num_rows, np.float32), np.empty(num_rows, np.float32)

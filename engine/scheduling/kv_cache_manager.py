@@ -103,6 +103,13 @@ class KVCacheManager:
             table[index] = self.pool.register(table[index], sequence.block_hashes[index])
         sequence.num_registered_blocks = num_full
 
+    def truncate(self, sequence: Sequence, num_tokens: int) -> None:
+        """Count only the first `num_tokens` tokens as computed, and forget the hashes of blocks with tokens that the
+        sequence does not have."""
+        sequence.num_computed_tokens = num_tokens
+        del sequence.block_hashes[len(sequence.token_ids) // self.pool.block_size :]
+        sequence.num_registered_blocks = min(sequence.num_registered_blocks, num_tokens // self.pool.block_size)
+
     def free(self, sequence: Sequence) -> None:
         """Free a sequence's block table."""
         self.pool.free(sequence.block_table)

@@ -17,7 +17,9 @@ class LogitsProcessors:
     """The penalties, biases and token mask of one sequence.
 
     vocab_size: of the logits, padding included.
-    stop_token_ids: all tokens that end the sequence; they are masked before `min_tokens` tokens.
+    stop_token_ids: all tokens that end the sequence; they are masked before `min_tokens` tokens and while a grammar's
+        reasoning lasts. With a grammar and `ignore_eos`, those that the request does not name are masked as long as
+        the grammar allows others.
     grammar: of the sequence's output, if any.
     """
 
@@ -49,7 +51,10 @@ class LogitsProcessors:
             if len(words) > 1:
                 self._endings.setdefault(words[-2], []).append((list(words[:-1]), words[-1]))
         banned = {words[0] for words in params.bad_words_token_ids if len(words) == 1}
-        self._withholds_stops = params.min_tokens > 0 and bool(stop_token_ids)
+        if grammar is not None and params.ignore_eos:
+            banned |= stop_token_ids - {*params.stop_token_ids}
+        can_withhold = params.min_tokens > 0 or (grammar is not None and grammar.is_reasoning)
+        self._withholds_stops = can_withhold and bool(stop_token_ids)
         self._mask = self._mask_at_first = _mask(params.allowed_token_ids, banned, vocab_size)
         if self._withholds_stops:
             self._mask_at_first = _mask(params.allowed_token_ids, banned | stop_token_ids, vocab_size)
@@ -97,32 +102,67 @@ class LogitsProcessors:
             tokens, scale, addend = ahead.entries()
             yield tokens.copy(), scale.copy(), addend.copy()
 
-    def masks_ahead(
-        self, token_ids: Sequence[int], num_output_tokens: int, draft_token_ids: Sequence[int]
-    ) -> Iterator[np.ndarray | None]:
-        """Yield the mask of the next token after `token_ids` and after each draft token that follows; None allows all.
+    def write_masks(
+        self, rows: np.ndarray, token_ids: Sequence[int], num_output_tokens: int, draft_token_ids: Sequence[int]
+    ) -> None:
+        """Write masks of the next token, in the layout of `ops.mask_tokens`, into `rows`, [N, W], whose bits are set.
 
-        num_output_tokens: the number of output tokens before the first mask's token.
-        Where the grammar and the other parameters have no token in common, the grammar's mask alone holds.
+        They are the last N of those after `token_ids` and after each draft token that follows; `num_output_tokens` is
+        the number of output tokens before the first one's token. A row allows all tokens after a draft token that the
+        grammar rejects, because the sample before it differs from that draft token. Where the grammar and the other
+        parameters have no token in common, the grammar's mask alone holds.
         """
-        grammar_masks = None if self.grammar is None else self.grammar.masks_ahead(token_ids, draft_token_ids)
+        skipped = len(draft_token_ids) + 1 - len(rows)
+        num_consumed = 0
         for ahead in range(len(draft_token_ids) + 1):
-            known = [*token_ids, *draft_token_ids[:ahead]] if ahead else token_ids
-            mask = self.allowed_mask(num_output_tokens + ahead, known)
-            of_grammar = None if grammar_masks is None else next(grammar_masks)
-            if mask is None or of_grammar is None:
-                yield of_grammar if mask is None else mask
-            else:
-                both = mask & of_grammar
-                yield both if both.any() else of_grammar
+            if ahead and self.grammar is not None:
+                if not self.grammar.try_consume(draft_token_ids[ahead - 1]):
+                    break
+                num_consumed += 1
+            if ahead >= skipped:
+                known = [*token_ids, *draft_token_ids[:ahead]] if ahead and self._endings else token_ids
+                self._write_mask(rows[ahead - skipped], num_output_tokens + ahead, known)
+        if num_consumed and self.grammar is not None:
+            self.grammar.undo(num_consumed)
+
+    def forced_token(self, num_output_tokens: int, last_token_ids: Sequence[int]) -> int | None:
+        """Return the token that comes next without being sampled; None if the next token is sampled.
+
+        A token that follows from the grammar alone is sampled where logprobs are asked for or another parameter masks
+        it: the same text may be spelled by other tokens. Arguments: as in `allowed_mask`.
+        """
+        if self.grammar is None:
+            return None
+        token_id = self.grammar.forced_token()
+        if token_id is None or self.grammar.must_force:
+            return token_id
+        if self._params.logprobs is not None:
+            return None
+        mask = self.allowed_mask(num_output_tokens, last_token_ids)
+        return token_id if mask is None or mask[token_id >> 5] >> (token_id & 31) & 1 else None
+
+    def num_allowed(self, token_ids: Sequence[int], num_output_tokens: int, draft_token_ids: Sequence[int]) -> int:
+        """Return the number of draft tokens before the first one that the grammar rejects or does not force."""
+        if self.grammar is None:
+            return len(draft_token_ids)
+        num_consumed = 0
+        for ahead, token_id in enumerate(draft_token_ids):
+            known = [*token_ids, *draft_token_ids[:ahead]] if self._endings else token_ids
+            forced = self.forced_token(num_output_tokens + ahead, known)
+            if forced not in (None, token_id) or not self.grammar.try_consume(token_id):
+                break
+            num_consumed += 1
+        self.grammar.undo(num_consumed)
+        return num_consumed
 
     def allowed_mask(self, num_output_tokens: int, last_token_ids: Sequence[int]) -> np.ndarray | None:
-        """Return the mask of tokens that may come next, in the layout of `apply_token_mask`; None if all may.
+        """Return the mask of tokens that may come next, in the layout of `ops.mask_tokens`; None if all may.
 
         last_token_ids: the sequence's tokens, or at least as many of the last ones as the longest bad word has. Bad
         words match the output only, not the prompt. The array is cached: it must not be written to.
         """
-        is_early = num_output_tokens < self._params.min_tokens
+        is_reasoning = self.grammar is not None and self.grammar.is_reasoning
+        is_early = is_reasoning or num_output_tokens < self._params.min_tokens
         mask = self._mask_at_first if is_early else self._mask
         known = min(num_output_tokens, len(last_token_ids))
         if not self._endings or not known:
@@ -139,6 +179,21 @@ class LogitsProcessors:
             assert own is not None
             self._last_mask = (is_early, banned), own if mask is None else own & mask
         return self._last_mask[1]
+
+    def _write_mask(self, words: np.ndarray, num_output_tokens: int, last_token_ids: Sequence[int]) -> None:
+        forced = self.forced_token(num_output_tokens, last_token_ids)
+        if forced is not None:
+            words[:] = 0
+            words[forced >> 5] = np.uint32(1 << (forced & 31)).astype(np.int32)
+            return
+        mask = self.allowed_mask(num_output_tokens, last_token_ids)
+        if self.grammar is None or self.grammar.is_reasoning:
+            if mask is not None:
+                words[:] = mask
+            return
+        self.grammar.write_mask(words)
+        if mask is not None and (both := words & mask).any():
+            words[:] = both
 
     def _count(self, token: int) -> None:
         """Count an output token."""

@@ -21,7 +21,7 @@ from dispec.engine.scheduling.scheduler_output import (
     ModelRunnerOutput,
     ScheduledSequence,
     SchedulerOutput,
-    last_token_output,
+    append_sampled,
 )
 from dispec.engine.scheduling.sequence import Sequence, Status
 from dispec.engine.scheduling.token_output import FinishReason, TokenOutput
@@ -188,6 +188,7 @@ class Scheduler:
                 self._start_forks(sequence, holds_blocks)
             sequence.num_pending_tokens -= 1
             _append_tokens(scheduled, token_ids, result, outputs)
+            self._compute_again(sequence)
             if sequence.finish_reason is not None:
                 if sequence.status is Status.WAITING:
                     self.waiting.remove(sequence)
@@ -321,6 +322,11 @@ class Scheduler:
         plan.scheduled[sequence] = ScheduledSequence(sequence, start, num_tokens, samples, num_draft_tokens)
         plan.budget -= num_tokens
 
+    def _compute_again(self, sequence: Sequence) -> None:
+        """Compute a sequence's last token again if it is computed: its grammar has dropped the token after it."""
+        if sequence.status is Status.RUNNING and sequence.num_uncomputed_tokens <= 0:
+            self.kv_cache.truncate(sequence, len(sequence.token_ids) - 1)
+
     def _start_forks(self, sequence: Sequence, holds_blocks: bool) -> None:
         """Run the forks of a sequence that has computed its prompt, or queue those without blocks or place."""
         for fork in sequence.forks:
@@ -337,7 +343,7 @@ class Scheduler:
         """Free a running sequence's blocks and queue it again."""
         self.running.remove(sequence)
         self.kv_cache.free(sequence)
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_forced_tokens = 0
         sequence.num_registered_blocks = 0
         self._enqueue(sequence)
 
@@ -362,13 +368,13 @@ def _append_tokens(
     logprobs = result.logprobs[sequence.id] if sequence.params.logprobs is not None else None
     num_accepted = len(token_ids) - 1 if scheduled.num_draft_tokens else 0
     num_rejected = scheduled.num_draft_tokens - num_accepted
+    size = len(sequence.token_ids)
     for index, token_id in enumerate(token_ids):
-        token_logprobs = None
-        if logprobs is not None:
-            token_logprobs = logprobs[index]
-            sequence.logprobs.append(token_logprobs)
-        sequence.append(token_id)
-        outputs.append(last_token_output(sequence, token_logprobs, num_accepted, num_rejected))
-        if sequence.finish_reason is not None:
+        if index < len(sequence.token_ids) - size:
+            continue  # a token before it has forced it, and the step's masks have, too
+        token_logprobs = logprobs[index] if logprobs is not None else None
+        new = append_sampled(sequence, token_id, token_logprobs, num_accepted, num_rejected)
+        outputs += new
+        if sequence.finish_reason is not None or not new:
             return
         num_accepted = num_rejected = 0  # they count once, with the step's first token

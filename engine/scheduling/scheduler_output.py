@@ -69,22 +69,48 @@ class ModelRunnerOutput(NamedTuple):
     prompt_logprobs: Mapping[int, list[TokenLogprobs]] = MappingProxyType({})
 
 
-def last_token_output(
-    sequence: Sequence, logprobs: TokenLogprobs | None = None, num_accepted: int = 0, num_rejected: int = 0
-) -> TokenOutput:
-    """Return the output for the sequence's last token, which was just appended."""
-    output = TokenOutput(
-        sequence.request_id,
-        sequence.index,
-        sequence.token_ids[-1],
-        sequence.finish_reason,
-        logprobs,
-        num_accepted=num_accepted,
-        num_rejected=num_rejected,
-        completes_grammar=sequence.finish_reason == "stop" and sequence.token_ids[-1] not in sequence.stop_token_ids,
-    )
-    if sequence.num_output_tokens == 1:
-        output.num_cached_tokens = sequence.num_cached_tokens or 0
+def append_sampled(
+    sequence: Sequence,
+    token_id: int,
+    logprobs: TokenLogprobs | None = None,
+    num_accepted: int = 0,
+    num_rejected: int = 0,
+) -> list[TokenOutput]:
+    """Append a sampled token and those that the sequence's grammar adds; return an output for each of them.
+
+    logprobs: of the token. The result is empty if the grammar drops the token and another one is sampled.
+    """
+    num_appended = sequence.append(token_id)
+    if logprobs is not None and num_appended:
+        sequence.logprobs.append(logprobs)
+    outputs = _last_outputs(sequence, num_appended)
+    for output in outputs[:1]:
+        output.logprobs, output.num_accepted, output.num_rejected = logprobs, num_accepted, num_rejected
+    return outputs
+
+
+def restore(sequence: Sequence, token_ids: Series[int]) -> list[TokenOutput]:
+    """Append output tokens that another engine generated. Return the outputs of tokens that follow without being
+    sampled: that engine may have ended between two of them."""
+    sequence.restore(token_ids)
+    num_restored = len(sequence.token_ids)
+    if token_ids:
+        sequence.append_forced()
+    return _last_outputs(sequence, len(sequence.token_ids) - num_restored)
+
+
+def _last_outputs(sequence: Sequence, count: int) -> list[TokenOutput]:
+    """Return the outputs of the last `count` tokens of the sequence, which were just appended."""
+    size = len(sequence.token_ids)
+    outputs = [
+        TokenOutput(sequence.request_id, sequence.index, token_id) for token_id in sequence.token_ids[size - count :]
+    ]
+    if outputs and sequence.finish_reason is not None:
+        last = outputs[-1]
+        last.finish_reason = sequence.finish_reason
+        last.completes_grammar = last.finish_reason == "stop" and last.token_id not in sequence.stop_token_ids
+    if outputs and sequence.num_output_tokens == count:
+        outputs[0].num_cached_tokens = sequence.num_cached_tokens or 0
         if sequence.params.prompt_logprobs is not None:
-            output.prompt_logprobs = sequence.prompt_logprobs
-    return output
+            outputs[0].prompt_logprobs = sequence.prompt_logprobs
+    return outputs

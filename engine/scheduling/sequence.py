@@ -1,11 +1,13 @@
 """A request's life in the engine."""
 
 import enum
+from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.logits_processors import LogitsProcessors
 from dispec.engine.scheduling.token_output import FinishReason, TokenLogprobs
+from dispec.engine.structured_output.grammar_state import GrammarState
 
 
 class Status(enum.Enum):
@@ -63,6 +65,7 @@ class Sequence:
     choices: all sequences of the request, this one included.
     forks: choices that share this sequence's blocks once it has computed the prompt.
     num_cached_tokens: prompt tokens found in the cache when the sequence was first admitted.
+    num_forced_tokens: last tokens that the grammar added to a sampled one and that no step has computed.
     error: the error that ended the sequence, where `finish_reason` is "error".
     prompt_logprobs: of the prompt's tokens from the second one on.
     """
@@ -87,6 +90,7 @@ class Sequence:
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
     num_cached_tokens: int | None = None
+    num_forced_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_registered_blocks: int = 0
@@ -133,13 +137,57 @@ class Sequence:
         at_end = len(self.token_ids) + self.num_pending_tokens >= self.max_len
         return not (at_end or self.params.needs_last_token)
 
-    def append(self, token_id: int) -> None:
-        """Append a sampled token, and set the finish reason if the token ends the sequence."""
+    @property
+    def grammar(self) -> GrammarState | None:
+        return None if self.logits_processors is None else self.logits_processors.grammar
+
+    def append(self, token_id: int) -> int:
+        """Append a sampled token and those that the grammar adds, and set the finish reason if the output ends.
+
+        The grammar adds tokens that are forced. It drops the token if too few tokens are left to complete the output
+        after it; those that complete it are forced then. Returns the number of appended tokens: 0 if the token was
+        dropped and the next one is sampled again, because logprobs are asked for.
+        """
+        if self.grammar is None:
+            self._push(token_id)
+            return 1
+        size = len(self.token_ids)
+        self._append_to_grammar(self.grammar, token_id)
+        self.append_forced()
+        num_appended = len(self.token_ids) - size
+        self.num_forced_tokens = max(0, num_appended - 1)
+        return num_appended
+
+    def append_forced(self) -> None:
+        """Append the tokens that follow without being sampled. With logprobs they are sampled, from masks of one."""
+        if self.grammar is None or self.logits_processors is None or self.params.logprobs is not None:
+            return
+        while self.finish_reason is None:
+            forced = self.logits_processors.forced_token(self.num_output_tokens, self.token_ids)
+            if forced is None:
+                return
+            self._append_to_grammar(self.grammar, forced)
+
+    def restore(self, token_ids: Series[int]) -> None:
+        """Append output tokens that another engine generated, and set the finish reason if the output ends."""
+        for token_id in token_ids:
+            if self.grammar is not None:
+                self._append_to_grammar(self.grammar, token_id)
+            else:
+                self._push(token_id)
+
+    def _append_to_grammar(self, grammar: GrammarState, token_id: int) -> None:
+        """Append a token, or drop it and let the grammar force those that complete the output."""
+        if grammar.accept(token_id):
+            self._push(token_id)
+        else:
+            grammar.close()
+
+    def _push(self, token_id: int) -> None:
         self.token_ids.append(token_id)
-        grammar = None if self.logits_processors is None else self.logits_processors.grammar
-        if grammar is not None:
-            grammar.advance(self.token_ids)
-        if token_id in self.stop_token_ids or (grammar is not None and grammar.is_complete):
+        grammar = self.grammar
+        is_closing = grammar is not None and grammar.is_closing
+        if token_id in self.stop_token_ids or (grammar is not None and grammar.is_complete and not is_closing):
             self.finish_reason = "stop"
-        elif len(self.token_ids) >= self.max_len:
+        elif len(self.token_ids) >= self.max_len or (is_closing and grammar is not None and not grammar.completion):
             self.finish_reason = "length"

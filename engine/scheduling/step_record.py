@@ -9,7 +9,8 @@ class StepRecord(NamedTuple):
     """One step. Times are in seconds; where steps overlap, `wait` begins after the next step was launched.
 
     kind: whether its sequences decode, compute prompts (prefill), or both (mixed).
-    num_prompt_tokens: tokens of prompts, and tokens that are computed again after a preemption.
+    num_prompt_tokens: tokens of prompts, and tokens that are computed again after a preemption. Tokens that a grammar
+        adds to a sampled one are decoded, not prompt tokens.
     num_cached_tokens: tokens of admitted sequences that were found in the cache.
     num_used_blocks: KV blocks in use when the step was scheduled.
     num_drafts: sequences with draft tokens, as in vLLM's metrics.

@@ -47,10 +47,14 @@ class NgramProposer:
         self._indices: WeakKeyDictionary[Sequence, NgramIndex] = WeakKeyDictionary()
 
     def prepare(self, sequence: Sequence, max_drafts: int) -> int:
-        """Look the draft tokens up and return their number."""
+        """Look the draft tokens up, up to the first that the sequence's grammar rejects, and return their number."""
         index = self._indices.setdefault(sequence, NgramIndex())
-        sequence.draft.token_ids = index.propose(sequence.token_ids, max_drafts)
-        return len(sequence.draft.token_ids)
+        drafts = index.propose(sequence.token_ids, max_drafts)
+        if sequence.logits_processors is not None:
+            num_output_tokens = sequence.num_output_tokens
+            del drafts[sequence.logits_processors.num_allowed(sequence.token_ids, num_output_tokens, drafts) :]
+        sequence.draft.token_ids = drafts
+        return len(drafts)
 
     def num_missing_tokens(self, sequence: Sequence) -> int:
         """Return 0: a lookup needs no model."""

@@ -58,6 +58,8 @@ class Speculator:
         available: dict[Sequence, int] = {}
         if not (self.is_adaptive and self.controller.is_resting(len(decoding))):
             for sequence in decoding:
+                if sequence.grammar is not None and sequence.grammar.is_closing:
+                    continue  # its next tokens are known
                 if count := self.proposer.prepare(sequence, self.max_num_draft_tokens):
                     available[sequence] = count
         limit = self.max_num_draft_tokens

@@ -15,13 +15,20 @@ _CACHE_SIZE = 256  # grammars
 class Grammar:
     """A compiled grammar. Sequences start from copies of its state."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: LLMatcher, eos_token_id: int, structure: StructuredOutputs) -> None:
         self._matcher = matcher
-        self._vocab_size = vocab_size
+        self._eos_token_id = eos_token_id
+        self._structure = structure
 
-    def start(self, num_prompt_tokens: int) -> GrammarState:
-        """Return the state of a sequence before its first output token."""
-        return GrammarState(self._matcher.deep_copy(), self._vocab_size, num_prompt_tokens)
+    def start(self, max_tokens: int) -> GrammarState:
+        """Return the state of a sequence before its first output token. max_tokens: of the output."""
+        return GrammarState(
+            self._matcher.deep_copy(),
+            self._eos_token_id,
+            reasoning_start=self._structure.reasoning_start_token_ids,
+            reasoning_end=self._structure.reasoning_end_token_ids,
+            max_tokens=max_tokens,
+        )
 
 
 class GrammarCompiler:
@@ -56,7 +63,7 @@ class GrammarCompiler:
         matcher = LLMatcher(self._tables(), _grammar_text(structure), log_level=0)
         if matcher.is_error():
             raise InvalidField(FIELD, f"{FIELD}.{structure.kind}: {matcher.get_error():.300}")
-        grammar = Grammar(matcher, self._vocab_size)
+        grammar = Grammar(matcher, self._tables().eos_token, structure)
         with self._lock:
             self._grammars[structure] = grammar
             while len(self._grammars) > _CACHE_SIZE:

@@ -1,53 +1,168 @@
 """The position of one sequence's output in its grammar."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from llguidance import LLMatcher
 
 
-class GrammarState:
-    """Follows the output of one sequence, and tells which tokens may come next.
+@runtime_checkable
+class Planner(Protocol):
+    """Finds tokens that complete an output. Both methods return None where no such list of at most `max_tokens` is
+    known, and () where the output may end."""
 
-    The state moves only over tokens that the sequence keeps: masks behind draft tokens are computed ahead, and the
-    matcher is rolled back.
+    def plan(self, matcher: LLMatcher, max_tokens: int) -> tuple[int, ...] | None:
+        """Return tokens that complete the output of a matcher."""
+
+    def update(
+        self, matcher: LLMatcher, token_id: int, previous_plan: tuple[int, ...], max_tokens: int
+    ) -> tuple[int, ...] | None:
+        """Return tokens that complete the output of a matcher that has just consumed `token_id`.
+
+        previous_plan: the tokens that completed it before.
+        """
+
+
+class GrammarState:
+    """Follows the output of one sequence: which tokens may come next, which must, and which complete it.
+
+    An output with reasoning has three phases: the start marker, whose tokens are forced; free text; and, once the
+    tokens of the end marker were generated, the grammar. Other tokens that spell the end marker are free text.
+
+    matcher: of the grammar, before its first token. It belongs to this object.
+    eos_token_id: ends an output where its grammar lets it end.
+    reasoning_start, reasoning_end: tokens of the markers; there is no reasoning if the latter are empty.
+    max_tokens: of the output, markers and reasoning included.
+    planner: keeps a completion that fits into the tokens that are left; without one, the last token may leave the
+        output open.
+    plan: tokens that complete the grammar from its first state.
+    is_closing: only the tokens of the completion may follow, and no draft tokens.
     """
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, num_prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        eos_token_id: int,
+        *,
+        reasoning_start: Sequence[int] = (),
+        reasoning_end: Sequence[int] = (),
+        max_tokens: int,
+        planner: Planner | None = None,
+        plan: tuple[int, ...] = (),
+    ) -> None:
+        self.is_closing = False
         self._matcher = matcher
-        self._num_words = -(-vocab_size // 32)
-        self._num_seen = num_prompt_tokens
+        self._eos_token_id = eos_token_id
+        self._start, self._end = list(reasoning_start if reasoning_end else ()), list(reasoning_end)
+        self._is_reasoning = bool(reasoning_end)
+        self._reasoning: list[int] = []  # tokens before the grammar's first
+        self._num_consumed = 0  # tokens of the grammar
+        self._num_left = max_tokens
+        self._planner = planner
+        self._plan = plan
 
     @property
     def is_complete(self) -> bool:
         """Whether the output is whole and no token can follow."""
-        return self._matcher.is_stopped()
+        return not self._is_reasoning and self._matcher.is_stopped()
 
-    def advance(self, token_ids: Sequence[int]) -> None:
-        """Move over the tokens that are new since the last call. token_ids: all of the prompt and the output.
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the next token is not the grammar's: it belongs to the start marker or to free text."""
+        return self._is_reasoning
+
+    @property
+    def must_force(self) -> bool:
+        """Whether `forced_token` is the only token that may come next, whatever its spelling."""
+        return self.is_closing or (self._is_reasoning and len(self._reasoning) < len(self._start))
+
+    @property
+    def completion(self) -> tuple[int, ...]:
+        """Tokens that complete the output; the first ones may be what is left of the end marker."""
+        if self.is_closing or not self._is_reasoning:
+            return self._plan
+        marker = self._start + self._end
+        matched = len(self._reasoning)
+        if matched >= len(self._start):
+            free = self._reasoning[len(self._start) :]
+            matched = len(self._start) + next(
+                size for size in range(len(self._end) - 1, -1, -1) if free[len(free) - size :] == self._end[:size]
+            )
+        return (*marker[matched:], *self._plan)
+
+    def accept(self, token_id: int) -> bool:
+        """Move over a token of the output. Return False, and stay, if no completion in the tokens left is known.
 
         Raises RuntimeError for a token that the grammar does not allow.
         """
-        new = list(token_ids[self._num_seen :])
-        self._num_seen = len(token_ids)
-        if new and not self._matcher.consume_tokens(new):
-            raise RuntimeError(f"the grammar stopped: {self._matcher.get_error():.300}")
+        if not self.try_consume(token_id):
+            reason = self._matcher.get_error() or "it is not allowed here"
+            raise RuntimeError(f"the grammar rejects token {token_id}: {reason:.300}")
+        self._num_left -= 1
+        if self.is_closing:
+            self._plan = self._plan[1:]
+            return True
+        if self._planner is None:
+            return True
+        previous, plan = self._plan, self._plan_after(token_id, self._planner)
+        if plan is not None:
+            self._plan = plan
+            if len(self.completion) <= self._num_left:
+                return True
+            self._plan = previous
+        self._num_left += 1
+        self.undo(1)
+        return False
 
-    def masks_ahead(self, token_ids: Sequence[int], draft_token_ids: Sequence[int]) -> Iterator[np.ndarray | None]:
-        """Yield the mask after `token_ids` and after each draft token that follows, in the layout of
-        `apply_token_mask`. None behind the first draft token that the grammar does not allow: it will be rejected.
-        """
-        self.advance(token_ids)
-        yield self._mask()
-        num_consumed = 0
-        for token in draft_token_ids:
-            if num_consumed >= 0 and not self._matcher.is_stopped() and self._matcher.try_consume_tokens([token]):
-                num_consumed += 1
-                yield self._mask()
-            else:
-                yield None
-        if num_consumed:
-            self._matcher.rollback(num_consumed)
+    def close(self) -> None:
+        """Let only the completion follow. An output that may end already gets an end token."""
+        self._plan, self.is_closing = self.completion or (self._eos_token_id,), True
 
-    def _mask(self) -> np.ndarray:
-        return np.frombuffer(self._matcher.compute_bitmask(), "<i4", self._num_words)
+    def forced_token(self) -> int | None:
+        """Return the token that must come next: one of a marker or of the completion, or the canonical tokenisation's
+        first where the grammar allows one text alone. None if there is a choice."""
+        if self.is_closing:
+            return self._plan[0] if self._plan else None
+        if self._is_reasoning:
+            return self._start[len(self._reasoning)] if len(self._reasoning) < len(self._start) else None
+        forced = self._matcher.compute_ff_tokens()
+        return forced[0] if forced else None
+
+    def write_mask(self, words: np.ndarray) -> None:
+        """Write the grammar's mask of the next token, in the layout of `ops.mask_tokens`. Not while reasoning."""
+        # `words.ctypes.data` takes 1 us more.
+        self._matcher.unsafe_compute_mask_ptr(words.__array_interface__["data"][0], words.nbytes)
+
+    def try_consume(self, token_id: int) -> bool:
+        """Move over a token if it is allowed; `undo` moves back."""
+        if not self._is_reasoning:
+            if self._matcher.is_stopped() or not self._matcher.try_consume_tokens([token_id]):
+                return False
+            self._num_consumed += 1
+            return True
+        index = len(self._reasoning)
+        if index < len(self._start) and token_id != self._start[index]:
+            return False
+        self._reasoning.append(token_id)
+        size = len(self._end)
+        self._is_reasoning = index + 1 < len(self._start) + size or self._reasoning[-size:] != self._end
+        return True
+
+    def undo(self, num_tokens: int) -> None:
+        """Move back over the last tokens."""
+        of_grammar = min(num_tokens, self._num_consumed)
+        if of_grammar:
+            self._matcher.rollback(of_grammar)
+            self._num_consumed -= of_grammar
+        if num_tokens > of_grammar:
+            del self._reasoning[len(self._reasoning) - (num_tokens - of_grammar) :]
+            self._is_reasoning = True
+
+    def _plan_after(self, token_id: int, planner: Planner) -> tuple[int, ...] | None:
+        """Return the plan after a token that was just consumed."""
+        if not self._num_consumed:
+            return self._plan
+        if self._matcher.is_stopped():
+            return ()
+        return planner.update(self._matcher, token_id, self._plan, self._num_left)

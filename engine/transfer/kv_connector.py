@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import msgspec
 
 from dispec.engine.scheduling.scheduler import Scheduler
-from dispec.engine.scheduling.scheduler_output import last_token_output
+from dispec.engine.scheduling.scheduler_output import append_sampled, restore
 from dispec.engine.scheduling.sequence import Sequence, Status
 from dispec.engine.scheduling.token_output import TokenLogprobs, TokenOutput
 from dispec.engine.transfer.interface import Event, Pulled, PullFailed, Released, RemoteBlocks
@@ -273,17 +273,13 @@ class KVConnector:
         if outputs is not None:
             for choice, tokens in zip(state.choices, outputs, strict=True):
                 if choice.status is not Status.FINISHED:
-                    for token_id in tokens or ():
-                        choice.append(token_id)
+                    self._outputs += restore(choice, tokens or ())
         elif payload is not None:
             state.first.prompt_logprobs = payload.prompt_logprobs
             for choice, (token_id, logprobs) in zip(state.choices, payload.tokens, strict=True):
                 choice.num_cached_tokens = payload.num_cached_tokens
                 if choice.status is not Status.FINISHED:
-                    choice.append(token_id)
-                    if logprobs is not None:
-                        choice.logprobs.append(logprobs)
-                    self._outputs.append(last_token_output(choice, logprobs))
+                    self._outputs += append_sampled(choice, token_id, logprobs)
         for choice in state.running:
             if choice.finish_reason is not None:
                 self._scheduler.finish(choice, choice.finish_reason)

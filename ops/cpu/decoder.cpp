@@ -171,9 +171,9 @@ extern "C" void dispec_decode(const Model *model, int64_t sequences, int64_t que
         int64_t *columns = s.columns.data();
         if (temperature)
             sample((bfloat16 *)logits, m.head_rows, active, m.columns, temperature, seed, s.context_lens.data(),
-                   m.head_tokens, columns);
+                   m.head_tokens, nullptr, columns);
         else
-            argmax((bfloat16 *)logits, m.head_rows, active, m.columns, columns);
+            argmax((bfloat16 *)logits, m.head_rows, active, m.columns, nullptr, columns);
         for (int64_t b = 0; b < active; ++b) {
             const int64_t token = m.head_tokens ? m.head_tokens[columns[b]] : columns[b];
             out[b * counts[0] + place] = token;

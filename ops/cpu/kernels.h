@@ -137,11 +137,12 @@ void decode_attention(const Attention<T> &attention, DecodePlan &plan, const Att
 // Attention of the sequences of more than `max_decode_len` query tokens.
 void prefill_attention(const Attention<bfloat16> &attention, const AttentionShape &shape, int64_t max_decode_len);
 
-// out [rows]: the column of the largest of n logits; rows `stride` elements apart.
+// out [rows]: the column of the largest of n logits; rows `stride` elements apart. allowed [rows, ceil(n / 32)]: bit v %
+// 32 of word v / 32 is set if column v may be the result. Null where all may be.
 template <typename T>
-void argmax(const T *logits, int64_t stride, int64_t rows, int64_t n, int64_t *out);
+void argmax(const T *logits, int64_t stride, int64_t rows, int64_t n, const uint32_t *allowed, int64_t *out);
 
-// out [rows]: the sampled column, see sampling.cpp. token_ids [n] may be null.
+// out [rows]: the sampled column, see sampling.cpp. token_ids [n] may be null. allowed: as in `argmax`.
 template <typename T>
 void sample(const T *logits, int64_t stride, int64_t rows, int64_t n, const float *temperature, const int64_t *seed,
-            const int32_t *position, const int64_t *token_ids, int64_t *out);
+            const int32_t *position, const int64_t *token_ids, const uint32_t *allowed, int64_t *out);

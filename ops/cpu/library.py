@@ -42,8 +42,9 @@ CACHE_TYPES = {torch.int8: 1, torch.float8_e4m3fn: 2}
 # Argument types of each kernel; all return nothing.
 _ATTENTION = [_POINTER, _NUMBER, *[_POINTER] * 3, _NUMBER, *[_POINTER] * 2, *[_NUMBER] * 7, ctypes.c_float, _POINTER]
 _ROPE_WRITE = [_POINTER, _NUMBER, _POINTER, _POINTER, ctypes.c_float, *[_POINTER] * 3, *[_NUMBER] * 6, *[_POINTER] * 3]
-_ARGMAX = [_POINTER, *[_NUMBER] * 3, _POINTER]
-_SAMPLE = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 5]
+_ARGMAX = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 2]
+_MASK_TOKENS = [_POINTER, *[_NUMBER] * 3, _POINTER]
+_SAMPLE = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 6]
 _SIGNATURES = {
     "dispec_pack": [_POINTER, _POINTER, _NUMBER, _NUMBER],
     "dispec_pack_quantized": [_POINTER, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 4],
@@ -54,6 +55,7 @@ _SIGNATURES = {
     **{f"dispec_paged_attention_{dtype}": _ATTENTION for dtype in DTYPE_NAMES.values()},
     **{f"dispec_rope_write_{dtype}": _ROPE_WRITE for dtype in DTYPE_NAMES.values()},
     **{f"dispec_argmax_{dtype}": _ARGMAX for dtype in DTYPE_NAMES.values()},
+    **{f"dispec_mask_tokens_{dtype}": _MASK_TOKENS for dtype in DTYPE_NAMES.values()},
     **{f"dispec_sample_{dtype}": _SAMPLE for dtype in DTYPE_NAMES.values()},
 }
 

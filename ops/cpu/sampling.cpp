@@ -1,5 +1,6 @@
 // Sampling from logits: the column of each row's largest logit, or of its largest logit / temperature + Gumbel noise
-// (Gumbel, 1954), as `layers.sampling.sample` defines it.
+// (Gumbel, 1954), as `layers.sampling.sample` defines it. A mask of allowed tokens costs no pass of its own: of a grammar's
+// masks most words are zero or full, and columns of the former are not read.
 //
 // Nothing as long as the vocabulary is written: noise is made for a share of a row at a time, and only the largest
 // value of each share is kept.
@@ -13,11 +14,36 @@
 
 namespace {
 
+// Words of a row of bits.
+constexpr int64_t words_of(int64_t columns) { return (columns + 31) / 32; }
+
 constexpr int64_t PART = 4096;  // elements: the maximum is computed by parts, then located in its part
+
+// The logits of a row, or other values of its columns. allowed: bit i % 32 of word i / 32 is set if column i may be
+// sampled; the others count as -inf. Null where all may be.
+template <typename T>
+struct Row {
+    const T *values;
+    const uint32_t *allowed;
+
+    // The row from column `begin` on, a multiple of 32.
+    Row from(int64_t begin) const { return {values + begin, allowed ? allowed + begin / 32 : nullptr}; }
+
+    // The bits of LANES columns.
+    uint32_t bits(int64_t i) const { return allowed ? allowed[i / 32] >> i % 32 & 0xffff : 0xffff; }
+
+    Floats vector(int64_t i) const { return keep(bits(i), load(values + i)); }
+
+    float at(int64_t i) const { return bits(i) & 1 ? scalar(values[i]) : -INFINITY; }
+
+    static Floats keep(uint32_t bits, Floats x) {
+        return bits == 0xffff ? x : choose(-((Ints{} + int32_t(bits)) >> LANE & 1), x, splat(-INFINITY));
+    }
+};
 
 // Return the index of the largest of n elements, the first of several; NaN counts as the largest, as in torch.
 template <typename T>
-int64_t index_of_largest(const T *row, int64_t n) {
+int64_t index_of_largest(const Row<T> row, int64_t n) {
     const int64_t whole = n / LANES * LANES;
     float peak = -INFINITY;
     int64_t part = 0;
@@ -26,7 +52,8 @@ int64_t index_of_largest(const T *row, int64_t n) {
         Floats found = splat(-INFINITY);
         Ints has_nan = {};
         for (int64_t i = begin; i < end; i += LANES) {
-            const Floats x = load(row + i);
+            if (!row.bits(i)) continue;
+            const Floats x = row.vector(i);
             found = larger(x, found);
             has_nan |= is_nan(x);
         }
@@ -34,7 +61,7 @@ int64_t index_of_largest(const T *row, int64_t n) {
         for (int lane = 0; lane < LANES; ++lane) is_nan |= has_nan[lane] != 0;
         if (is_nan) {
             for (int64_t i = begin; i < end; ++i)
-                if (std::isnan(scalar(row[i]))) return i;
+                if (std::isnan(row.at(i))) return i;
         }
         if (const float most = largest(found); most > peak) {
             peak = most;
@@ -43,9 +70,9 @@ int64_t index_of_largest(const T *row, int64_t n) {
     }
     int64_t at = part;
     if (whole)
-        while (scalar(row[at]) != peak) ++at;
+        while (row.at(at) != peak) ++at;
     for (int64_t i = whole; i < n; ++i) {
-        const float x = scalar(row[i]);
+        const float x = row.at(i);
         if (std::isnan(x)) return i;
         if (x > peak) {
             peak = x;
@@ -58,6 +85,10 @@ int64_t index_of_largest(const T *row, int64_t n) {
 typedef int64_t Longs __attribute__((vector_size(128), aligned(8), may_alias));
 
 constexpr int64_t SHARE = 4096;  // columns of a task
+template <typename T>
+constexpr T LOWEST = -INFINITY;
+template <>
+constexpr bfloat16 LOWEST<bfloat16> = {0xff80};
 constexpr float BELOW_ONE = 1.0f - 0x1p-24f;
 
 // A bijection of 32-bit integers, as in `layers.sampling`.
@@ -135,14 +166,14 @@ Candidate best(const Candidate *found, int64_t shares) {
 }
 
 template <typename T>
-Candidate largest_logit(const T *row, int64_t begin, int64_t end) {
-    const int64_t at = begin + index_of_largest(row + begin, end - begin);
-    return {scalar(row[at]), at};
+Candidate largest_logit(const Row<T> row, int64_t begin, int64_t end) {
+    const int64_t at = begin + index_of_largest(row.from(begin), end - begin);
+    return {row.at(at), at};
 }
 
 // token_ids: the tokens of the columns; null where they are all tokens in order.
 template <typename T>
-Candidate largest_sample(const T *row, const int64_t *token_ids, int64_t begin, int64_t end, float most,
+Candidate largest_sample(const Row<T> row, const int64_t *token_ids, int64_t begin, int64_t end, float most,
                          float temperature, const Noise &noise) {
     constexpr Words ORDER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     alignas(64) float values[SHARE];
@@ -151,39 +182,47 @@ Candidate largest_sample(const T *row, const int64_t *token_ids, int64_t begin, 
     };
     const auto value_of = [&](Floats x, Words tokens) { return (x - most) / temperature + noise.of(tokens); };
     int64_t i = begin;
-    for (; i + LANES <= end; i += LANES) store(values + (i - begin), value_of(load(row + i), tokens_at(i)));
+    for (; i + LANES <= end; i += LANES)
+        store(values + (i - begin), row.bits(i) ? value_of(row.vector(i), tokens_at(i)) : splat(-INFINITY));
     if (i < end) {
-        T rest[LANES] = {};
+        Floats rest = splat(-INFINITY);
         Words tokens = {};
-        std::copy(row + i, row + end, rest);
-        for (int64_t lane = 0; i + lane < end; ++lane)
+        for (int64_t lane = 0; i + lane < end; ++lane) {
+            rest[lane] = row.at(i + lane);
             tokens[lane] = uint32_t(token_ids ? token_ids[i + lane] : i + lane);
-        store(values + (i - begin), value_of(load(rest), tokens));
+        }
+        store(values + (i - begin), value_of(rest, tokens));
     }
-    const int64_t at = index_of_largest(values, end - begin);
+    const int64_t at = index_of_largest(Row<float>{values, nullptr}, end - begin);
     return {values[at], begin + at};
 }
 
 }  // namespace
 
 template <typename T>
-void argmax(const T *logits, int64_t stride, int64_t rows, int64_t n, int64_t *out) {
+void argmax(const T *logits, int64_t stride, int64_t rows, int64_t n, const uint32_t *allowed, int64_t *out) {
     parallel_for(rows, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) out[row] = index_of_largest(logits + row * stride, n);
+        for (int64_t row = begin; row < end; ++row) {
+            const uint32_t *own = allowed ? allowed + row * words_of(n) : nullptr;
+            out[row] = index_of_largest(Row<T>{logits + row * stride, own}, n);
+        }
     });
 }
 
 template <typename T>
 void sample(const T *logits, int64_t stride, int64_t rows, int64_t n, const float *temperature, const int64_t *seed,
-            const int32_t *position, const int64_t *token_ids, int64_t *out) {
+            const int32_t *position, const int64_t *token_ids, const uint32_t *allowed, int64_t *out) {
     const int64_t shares = (n + SHARE - 1) / SHARE, tasks = rows * shares;
+    const auto row_of = [&](int64_t row) {
+        return Row<T>{logits + row * stride, allowed ? allowed + row * words_of(n) : nullptr};
+    };
     static thread_local std::vector<Candidate> kept;
     kept.resize(2 * tasks);
     Candidate *greedy = kept.data(), *sampled = greedy + tasks;
     parallel_for(tasks, [&](int64_t first, int64_t last) {
         for (int64_t task = first; task < last; ++task) {
             const int64_t row = task / shares, begin = task % shares * SHARE;
-            greedy[task] = largest_logit(logits + row * stride, begin, std::min(n, begin + SHARE));
+            greedy[task] = largest_logit(row_of(row), begin, std::min(n, begin + SHARE));
         }
     });
     parallel_for(tasks, [&](int64_t first, int64_t last) {
@@ -191,7 +230,7 @@ void sample(const T *logits, int64_t stride, int64_t rows, int64_t n, const floa
             const int64_t row = task / shares, begin = task % shares * SHARE;
             if (temperature[row] == 0.0f) continue;
             const float most = best(greedy + row * shares, shares).value;
-            sampled[task] = largest_sample(logits + row * stride, token_ids, begin, std::min(n, begin + SHARE), most,
+            sampled[task] = largest_sample(row_of(row), token_ids, begin, std::min(n, begin + SHARE), most,
                                         temperature[row], Noise(seed[row], position[row]));
         }
     });
@@ -199,19 +238,41 @@ void sample(const T *logits, int64_t stride, int64_t rows, int64_t n, const floa
         out[row] = best((temperature[row] == 0.0f ? greedy : sampled) + row * shares, shares).column;
 }
 
-template void argmax(const bfloat16 *, int64_t, int64_t, int64_t, int64_t *);
-template void sample(const bfloat16 *, int64_t, int64_t, int64_t, const float *, const int64_t *, const int32_t *,
-                     const int64_t *, int64_t *);
+// Set the logits of columns that are not allowed to -inf. Words of which all bits are set are read and passed over.
+template <typename T>
+void mask_tokens(T *logits, int64_t stride, int64_t rows, int64_t n, const uint32_t *allowed) {
+    const int64_t words = words_of(n);
+    parallel_for(rows, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            T *at = logits + row * stride;
+            for (int64_t word = 0; word < words; ++word, at += 32) {
+                const uint32_t bits = allowed[row * words + word];
+                if (bits == ~0u) continue;
+                const int64_t count = std::min<int64_t>(32, n - word * 32);
+                for (int64_t i = 0; i < count; ++i)
+                    if (!(bits >> i & 1)) at[i] = LOWEST<T>;
+            }
+        }
+    });
+}
 
-#define SAMPLING(argmax_name, sample_name, T)                                                                         \
-    extern "C" void argmax_name(const T *logits, int64_t stride, int64_t rows, int64_t n, int64_t *out) {             \
-        argmax(logits, stride, rows, n, out);                                                                         \
+template void argmax(const bfloat16 *, int64_t, int64_t, int64_t, const uint32_t *, int64_t *);
+template void sample(const bfloat16 *, int64_t, int64_t, int64_t, const float *, const int64_t *, const int32_t *,
+                     const int64_t *, const uint32_t *, int64_t *);
+
+#define SAMPLING(argmax_name, sample_name, mask_name, T)                                                              \
+    extern "C" void argmax_name(const T *logits, int64_t stride, int64_t rows, int64_t n, const uint32_t *allowed,    \
+                                int64_t *out) {                                                                       \
+        argmax(logits, stride, rows, n, allowed, out);                                                                \
     }                                                                                                                 \
     extern "C" void sample_name(const T *logits, int64_t stride, int64_t rows, int64_t n, const float *temperature,   \
                                 const int64_t *seed, const int32_t *position, const int64_t *token_ids,               \
-                                int64_t *out) {                                                                       \
-        sample(logits, stride, rows, n, temperature, seed, position, token_ids, out);                                 \
+                                const uint32_t *allowed, int64_t *out) {                                              \
+        sample(logits, stride, rows, n, temperature, seed, position, token_ids, allowed, out);                        \
+    }                                                                                                                 \
+    extern "C" void mask_name(T *logits, int64_t stride, int64_t rows, int64_t n, const uint32_t *allowed) {          \
+        mask_tokens(logits, stride, rows, n, allowed);                                                                \
     }
 
-SAMPLING(dispec_argmax_bfloat16, dispec_sample_bfloat16, bfloat16)
-SAMPLING(dispec_argmax_float32, dispec_sample_float32, float)
+SAMPLING(dispec_argmax_bfloat16, dispec_sample_bfloat16, dispec_mask_tokens_bfloat16, bfloat16)
+SAMPLING(dispec_argmax_float32, dispec_sample_float32, dispec_mask_tokens_float32, float)

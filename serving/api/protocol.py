@@ -51,14 +51,14 @@ _REQUEST_ID = _shape(pattern="^[!-~]*$", maxLength=MAX_REQUEST_ID)
 _NUM_KEPT = _shape("Keep so many; -1: what fits.", minimum=-1, **{"not": {"const": 0}})
 _SIDE = _shape("The side that is cut off; left if left out.", enum=["left", "right"])
 _AS_IDS = _shape("Write tokens of log-probabilities as `token_id:` and the id.")
-_PLAIN = _shape(
+PLAIN_CONTENT = _shape(
     "Read special tokens that messages spell out as those tokens, and not as text. The server's default:"
     " --allow-special-tokens-in-content."
 )
 _PRIORITY = _limits(MIN_PRIORITY, MAX_PRIORITY, "Lower goes first.")
 # In `allOf`, because msgspec writes an "items" of its own. `serving.api.openapi_schemas` has the message.
 _MESSAGES = _shape(minItems=1, allOf=[{"items": {"$ref": "#/components/schemas/RequestMessage"}}])
-_ARGUMENTS = _shape(
+TEMPLATE_ARGUMENTS = _shape(
     maxProperties=MAX_TEMPLATE_ARGUMENTS,
     propertyNames={"pattern": f"^[A-Za-z][A-Za-z0-9_]{{0,{MAX_ARGUMENT_NAME - 1}}}$"},
     additionalProperties={"type": ["string", "number", "boolean", "null"]},
@@ -130,8 +130,8 @@ class ChatRequest(SamplingRequest, kw_only=True):
     top_logprobs: Annotated[int | None, _limits(0, MAX_LOGPROBS)] = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, Any] | None, _ARGUMENTS] = None
-    allow_special_tokens_in_content: Annotated[bool | None, _PLAIN] = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, TEMPLATE_ARGUMENTS] = None
+    allow_special_tokens_in_content: Annotated[bool | None, PLAIN_CONTENT] = None
     tools: Annotated[list[dict[str, Any]] | None, _shape("Functions that the answer may call.")] = None
     tool_choice: Annotated[
         str | dict[str, Any] | None, _shape("auto, none, required, or the function to call. Without tools: none.")
@@ -168,8 +168,8 @@ class TokenizeRequest(Struct, kw_only=True):
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, Any] | None, _ARGUMENTS] = None
-    allow_special_tokens_in_content: Annotated[bool | None, _PLAIN] = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, TEMPLATE_ARGUMENTS] = None
+    allow_special_tokens_in_content: Annotated[bool | None, PLAIN_CONTENT] = None
 
 
 class DetokenizeRequest(Struct, kw_only=True):

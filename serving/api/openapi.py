@@ -17,7 +17,13 @@ from litestar.openapi.spec import Components, Operation, SecurityScheme, Tag
 from litestar.params import FromPath
 from litestar.response import Redirect
 
-from dispec.serving.api.openapi_schemas import EXAMPLES, RequestMessage, complete_schemas
+from dispec.serving.api.openapi_schemas import (
+    EXAMPLES,
+    RequestMessage,
+    ResponseFunctionTool,
+    ResponseInputItem,
+    complete_schemas,
+)
 from dispec.serving.http.errors import ErrorBody
 
 _REFERENCE = "#/components/schemas/{name}"
@@ -33,6 +39,7 @@ _TAGS = {
     "Tokenizer": "Texts to token ids, and back.",
     "Monitoring": "How the server is doing.",
 }
+_PARTS = (RequestMessage, ResponseInputItem, ResponseFunctionTool)  # to which schemas of bodies refer
 _known: dict[str, type] = {}
 
 
@@ -104,7 +111,7 @@ def openapi_config(version: str, needs_key: bool) -> OpenAPIConfig:
 
 def add_schemas(app: Litestar, model_names: Sequence[str], slo_names: Sequence[str] = ()) -> None:
     """Add the schemas of bodies to the document of an application with all its routes."""
-    _, found = msgspec.json.schema_components([*_known.values(), RequestMessage], ref_template=_REFERENCE)
+    _, found = msgspec.json.schema_components([*_known.values(), *_PARTS], ref_template=_REFERENCE)
     complete_schemas(found, list(model_names), list(slo_names))
     app.openapi_schema.components.schemas.update(found)
 

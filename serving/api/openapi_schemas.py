@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from dispec.serving.api.prompts import RESERVED_TEMPLATE_NAMES
+from dispec.serving.api.response_protocol import LOGPROBS
 from dispec.serving.settings import MAX_PROMPTS
 
 Schema = dict[str, Any]
@@ -41,6 +42,37 @@ class RequestMessage(Struct):
     tool_calls: list[ToolCall] | None = None
 
 
+class ResponseInputPart(Struct):
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["input_text", "output_text", "text", "refusal"]})]
+    text: str | None = None
+    refusal: str | None = None
+
+
+class ResponseInputItem(Struct):
+    """A message, a function_call, a function_call_output, reasoning, or an item_reference to a stored item."""
+
+    type: Annotated[str | None, Meta(examples=["message", "function_call", "function_call_output", "reasoning"])] = None
+    id: str | None = None
+    role: Annotated[
+        str | None, Meta(extra_json_schema={"enum": ["user", "assistant", "system", "developer", None]})
+    ] = None
+    content: str | list[ResponseInputPart] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: Annotated[str | None, Meta(description="JSON.")] = None
+    output: str | list[ResponseInputPart] | None = None
+
+
+class ResponseFunctionTool(Struct):
+    """A function that the answer may call. parameters: the JSON Schema of its arguments."""
+
+    type: Annotated[str, Meta(extra_json_schema={"const": "function"})]
+    name: Annotated[str, Meta(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
 def _with(**fields: Any) -> Schema:
     """Return the schema of a body that has each of the fields, with that value."""
     return {"required": [*fields], "properties": {name: {"const": value} for name, value in fields.items()}}
@@ -62,6 +94,7 @@ _OF_STREAMS = [
     {"anyOf": [_without("stream_options"), _with(stream=True)]},
     {"anyOf": [_without("prompt_logprobs"), {"not": _with(stream=True)}]},
 ]
+_HAS_LOGPROBS = {"required": ["include"], "properties": {"include": {"contains": {"const": LOGPROBS}}}}
 _RULES: dict[str, list[Schema]] = {
     "RequestMessage": [
         {
@@ -81,6 +114,11 @@ _RULES: dict[str, list[Schema]] = {
         *_OF_STREAMS,
         {"properties": {"prompt": {"anyOf": [_TEXT, _TOKENS, _several(_TEXT), _several(_TOKENS)]}}},
         {"anyOf": [{"properties": {"max_tokens": {"not": {"const": 0}}}}, _with(echo=True)]},
+    ],
+    "ResponsesRequest": [
+        {"anyOf": [_without("stream_options"), _with(stream=True)]},
+        {"not": _with(background=True, store=False)},
+        {"anyOf": [{"properties": {"top_logprobs": {"enum": [0, None]}}}, _HAS_LOGPROBS]},
     ],
     "TokenizeRequest": [
         _OPENS_OR_CONTINUES,
@@ -126,6 +164,20 @@ EXAMPLES: dict[str, dict[str, Schema]] = {
         "A tool": {"messages": _QUESTION, "max_tokens": 64, "tools": [_TOOL], "tool_choice": {"type": "any"}},
     },
     "CountTokensRequest": {"A question": {"messages": _QUESTION, "system": "Be brief."}},
+    "ResponsesRequest": {
+        "A question": {"input": "What is the capital of France?", "max_output_tokens": 64},
+        "A conversation": {
+            "instructions": "Be brief.",
+            "input": [
+                {"role": "user", "content": "Name a prime number."},
+                {"role": "assistant", "content": "Seven."},
+                {"role": "user", "content": [{"type": "input_text", "text": "And the next one?"}]},
+            ],
+            "max_output_tokens": 64,
+            "store": False,
+        },
+        "A stream": {"input": "Write a haiku about the sea.", "max_output_tokens": 64, "stream": True},
+    },
     "GenerateRequest": {"A text to go on with": {"prompt": "The quick brown fox", "max_new_tokens": 16}},
     "TokenizeRequest": {
         "A text": {"prompt": "The quick brown fox", "return_token_strs": True},

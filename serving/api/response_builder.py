@@ -61,7 +61,11 @@ class ResponseBuilder:
 
     def add(self, deltas: Sequence[OutputDelta], logprobs: Sequence[ChatLogprob] = ()) -> list[bytes]:
         """Add deltas, and the log-probabilities of their tokens, of which those of texts are kept."""
-        if all(isinstance(delta, ContentDelta) for delta in deltas):
+        if not all(isinstance(delta, ContentDelta) for delta in deltas):
+            self._logprobs = []
+        elif deltas and self._open is not None and not isinstance(self._open, MessageItem):
+            self._logprobs = list(logprobs)  # without those of the marker after the open item
+        else:
             self._logprobs += logprobs
         for delta in deltas:
             match delta:
@@ -150,6 +154,7 @@ class ResponseBuilder:
             part = item.content[0]
             if isinstance(part, OutputText):
                 part.logprobs += self._logprobs
+                self._logprobs = []
                 done = {"text": part.text, "logprobs": part.logprobs}
                 self._emit_of_item("response.output_text.done", content_index=0, **done)
             else:
@@ -157,7 +162,7 @@ class ResponseBuilder:
             self._emit_of_item("response.content_part.done", content_index=0, part=part)
         item.status = status
         self._emit("response.output_item.done", output_index=len(self.response.output) - 1, item=item)
-        self._open, self._logprobs = None, []
+        self._open = None
 
     def _emit_of_item(self, kind: str, **fields: Any) -> None:
         """Add an event about the open item."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from dispec.engine.sampling_params import MAX_LOGPROBS
-from dispec.serving.api.protocol import ChatLogprob, GenerationRequestFields
+from dispec.serving.api.protocol import ChatLogprob, GenerationRequestFields, SpecialTokensInContent, TemplateArguments
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
@@ -119,8 +119,8 @@ class ResponsesRequest(GenerationRequestFields, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_options: PromptCacheOptions | None = None
-    chat_template_kwargs: Annotated[dict[str, Any] | None, Meta(description="As in /v1/chat/completions.")] = None
-    allow_special_tokens_in_content: Annotated[bool | None, Meta(description="As in /v1/chat/completions.")] = None
+    chat_template_kwargs: TemplateArguments = None
+    allow_special_tokens_in_content: SpecialTokensInContent = None
 
 
 # Responses

@@ -12,6 +12,7 @@ from litestar.params import FromPath
 from litestar.types import ASGIApp
 from msgspec import UNSET
 
+from dispec.engine.errors import ContextOverflow
 from dispec.engine.sampling_params import SamplingParams
 from dispec.serving.api.chat_generation import ChatGeneration
 from dispec.serving.api.context import ApiContext, ServedModel, context_of
@@ -22,6 +23,7 @@ from dispec.serving.api.response_protocol import DeletedResponse, InputItemList,
 from dispec.serving.api.response_request import check_request, own_names, to_chat_request, wants_logprobs
 from dispec.serving.api.response_run import ResponseRun, RunOptions
 from dispec.serving.api.response_store import StoredResponse, page_of
+from dispec.serving.api.response_truncation import drop_oldest_turns
 from dispec.serving.api.responses import OPENAI_STREAM, EventStream, JsonResponse, abort_on_disconnect
 from dispec.serving.client.errors import Overloaded
 from dispec.serving.http.errors import ApiError
@@ -124,8 +126,15 @@ async def _start(request: Request, context: ApiContext, model: ServedModel, body
     previous = store.conversation(body.previous_response_id) if body.previous_response_id else []
     items = read_items(body.input, store.find_item)
     conversation = to_conversation(body.instructions, previous, items)
+    chat_request = to_chat_request(body, conversation.messages)
     with own_names(conversation.places):
-        chat = await ChatGeneration.start(request, to_chat_request(body, conversation.messages))
+        try:
+            chat = await ChatGeneration.start(request, chat_request)
+        except ContextOverflow:
+            if body.truncation != "auto":
+                raise
+            await drop_oldest_turns(model, chat_request, conversation)
+            chat = await ChatGeneration.start(request, chat_request)
         try:
             await chat.generation.accepted()
         except BaseException:

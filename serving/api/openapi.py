@@ -33,7 +33,7 @@ _TAGS = {
     "Tokenizer": "Texts to token ids, and back.",
     "Monitoring": "How the server is doing.",
 }
-_known: dict[str, type] = {"ErrorBody": ErrorBody}
+_known: dict[str, type] = {}
 
 
 def describe(
@@ -42,11 +42,12 @@ def describe(
     *,
     tag: str,
     streams: bool = False,
+    error: type = ErrorBody,
     media_type: str = "application/json",
     needs_key: bool = True,
 ) -> dict[str, Any]:
     """Return the arguments of a Litestar route for the document: its tag, and the types of its bodies."""
-    for form in (request, response):
+    for form in (request, response, error):
         if form is not None:
             _known[form.__name__] = form
     assert tag in _TAGS
@@ -65,7 +66,7 @@ def describe(
                 content["text/event-stream"] = {"schema": {"type": "string"}}
             found["responses"] = {
                 "200": {"description": "The answer.", "content": content},
-                "default": {"description": "What went wrong.", "content": _json(ErrorBody)},
+                "default": {"description": "What went wrong.", "content": _json(error)},
             }
             if not needs_key:
                 found["security"] = []

@@ -94,6 +94,11 @@ _RULES: dict[str, list[Schema]] = {
 }
 
 _QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+_TOOL = {
+    "name": "get_weather",
+    "description": "The weather in a city.",
+    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
 EXAMPLES: dict[str, dict[str, Schema]] = {
     "ChatRequest": {
         "A question": {"messages": _QUESTION, "max_tokens": 64},
@@ -116,6 +121,11 @@ EXAMPLES: dict[str, dict[str, Schema]] = {
         "Several prompts": {"prompt": ["One, two,", "Red, green,"], "max_tokens": 8, "temperature": 0, "stop": ["\n"]},
         "Token ids": {"prompt": [40, 41, 42], "max_tokens": 8, "top_k": 20},
     },
+    "MessagesRequest": {
+        "A question": {"messages": _QUESTION, "max_tokens": 64, "system": "Be brief."},
+        "A tool": {"messages": _QUESTION, "max_tokens": 64, "tools": [_TOOL], "tool_choice": {"type": "any"}},
+    },
+    "CountTokensRequest": {"A question": {"messages": _QUESTION, "system": "Be brief."}},
     "GenerateRequest": {"A text to go on with": {"prompt": "The quick brown fox", "max_new_tokens": 16}},
     "TokenizeRequest": {
         "A text": {"prompt": "The quick brown fox", "return_token_strs": True},

@@ -63,6 +63,8 @@ _ARGUMENTS = _shape(
     propertyNames={"pattern": f"^[A-Za-z][A-Za-z0-9_]{{0,{MAX_ARGUMENT_NAME - 1}}}$"},
     additionalProperties={"type": ["string", "number", "boolean", "null"]},
 )
+TemplateArguments = Annotated[dict[str, Any] | None, _ARGUMENTS]
+SpecialTokensInContent = Annotated[bool | None, _PLAIN]
 
 
 class StreamOptions(Struct):
@@ -130,8 +132,8 @@ class ChatRequest(SamplingRequest, kw_only=True):
     top_logprobs: Annotated[int | None, _limits(0, MAX_LOGPROBS)] = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, Any] | None, _ARGUMENTS] = None
-    allow_special_tokens_in_content: Annotated[bool | None, _PLAIN] = None
+    chat_template_kwargs: TemplateArguments = None
+    allow_special_tokens_in_content: SpecialTokensInContent = None
     tools: Annotated[list[dict[str, Any]] | None, _shape("Functions that the answer may call.")] = None
     tool_choice: Annotated[
         str | dict[str, Any] | None, _shape("auto, none, required, or the function to call. Without tools: none.")
@@ -168,8 +170,8 @@ class TokenizeRequest(Struct, kw_only=True):
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, Any] | None, _ARGUMENTS] = None
-    allow_special_tokens_in_content: Annotated[bool | None, _PLAIN] = None
+    chat_template_kwargs: TemplateArguments = None
+    allow_special_tokens_in_content: SpecialTokensInContent = None
 
 
 class DetokenizeRequest(Struct, kw_only=True):

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from dispec.engine.errors import InvalidField
+from dispec.serving.api.anthropic_protocol import CountTokensRequest, MessagesRequest
 from dispec.serving.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -111,12 +112,34 @@ _GENERATE = RouteFields(
     _IGNORED,
 )
 
+_MESSAGES = RouteFields(
+    {
+        "container": (), "mcp_servers": (), "compaction": (), "thread": (), "fallbacks": (),
+        # What Claude Code asks for: to keep all thinking.
+        "context_management": ({"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}, {"edits": []}),
+    }
+    | {
+        name: _DEFAULTS.get(name, ())
+        for name in ChatRequest.__struct_fields__
+        if name not in MessagesRequest.__struct_fields__ and name != "stream_options"
+    },
+    frozenset({
+        "metadata", "service_tier", "speed", "inference_geo", "diagnostics", "user_profile_id", "workspace_id",
+        "billing_policy", "fallback_credit_token",  # of the platform
+        "cache_control",  # prompts are always cached
+        "betas",  # a header, of which the client makes an argument
+        "stream_options",  # each stream ends with its usage
+    }),
+)  # fmt: skip
+
 ROUTES: Mapping[type, RouteFields] = {
     ChatRequest: _CHAT,
     CompletionRequest: _COMPLETION,
     ResponsesRequest: _RESPONSES,
     GenerateRequest: _GENERATE,
     TokenizeRequest: _TOKENIZE,
+    MessagesRequest: _MESSAGES,
+    CountTokensRequest: _MESSAGES._replace(ignored=_MESSAGES.ignored | {"stop_sequences"}),
     DetokenizeRequest: RouteFields({}),
 }
 # For each route a struct of the refused fields, which finds them in a body without decoding the rest.

@@ -1,0 +1,219 @@
+"""The bodies of requests and responses of Anthropic's API.
+
+A null in a request is a field left out. Fields of a request that are refused or ignored by name are in
+`serving.api.request_fields`. Fields of blocks and tools that are not here (`cache_control`, `citations`, …)
+cannot change the response.
+"""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from dispec.engine.sampling_params import MAX_STOP_LENGTH
+from dispec.serving.api.protocol import GenerationRequestFields, SpecialTokensInContent, TemplateArguments
+from dispec.serving.settings import MAX_STOPS
+
+_STOP_SEQUENCES = Meta(
+    extra_json_schema={
+        "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH},
+        "maxItems": MAX_STOPS,
+    }
+)
+_MAX_TOKENS = Meta(extra_json_schema={"minimum": 1}, description="The most tokens to generate.")
+
+
+class RequestBlock(Struct, kw_only=True):
+    """A block of a message: text, tool_use, tool_result, thinking or redacted_thinking, each with its own fields."""
+
+    type: str
+    text: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Any] | None = None
+    tool_use_id: str | None = None
+    content: "str | list[RequestBlock] | None" = None
+    is_error: bool | None = None
+    thinking: str | None = None
+
+
+class RequestTurn(Struct):
+    """A message of user, assistant or system."""
+
+    role: str
+    content: str | list[RequestBlock]
+
+
+class RequestTool(Struct, kw_only=True):
+    """A tool that the client runs. type: custom, if given."""
+
+    name: str | None = None
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    type: str | None = None
+    input_examples: list[dict[str, Any]] | None = None
+    defer_loading: bool | None = None
+    allowed_callers: list[str] | None = None
+
+
+class RequestToolChoice(Struct, kw_only=True):
+    """type: auto, any, none, or tool with a name."""
+
+    type: str
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class RequestThinking(Struct, kw_only=True):
+    """type: enabled, adaptive or disabled. display: summarized, or omitted."""
+
+    type: str
+    budget_tokens: int | None = None
+    display: str | None = None
+
+
+class RequestOutputFormat(Struct, kw_only=True):
+    """type: json_schema."""
+
+    type: str
+    schema: dict[str, Any]
+
+
+class RequestOutputConfig(Struct, kw_only=True):
+    """effort: low, medium, high, xhigh or max, for chat templates that know it."""
+
+    effort: str | None = None
+    format: RequestOutputFormat | None = None
+    task_budget: Any = None
+
+
+class CountTokensRequest(GenerationRequestFields, kw_only=True):
+    """A request whose prompt is counted. Fields that do not change the prompt are accepted."""
+
+    messages: Annotated[list[RequestTurn], Meta(extra_json_schema={"minItems": 1})]
+    system: str | list[RequestBlock] | None = None
+    tools: list[RequestTool] | None = None
+    tool_choice: RequestToolChoice | None = None
+    thinking: RequestThinking | None = None
+    output_config: RequestOutputConfig | None = None
+    output_format: RequestOutputFormat | None = None
+    chat_template_kwargs: TemplateArguments = None
+    allow_special_tokens_in_content: SpecialTokensInContent = None
+
+
+class MessagesRequest(CountTokensRequest, kw_only=True):
+    max_tokens: Annotated[int, _MAX_TOKENS]
+    stop_sequences: Annotated[list[str] | None, _STOP_SEQUENCES] = None
+
+
+# Responses
+
+
+class ThinkingBlock(Struct, tag_field="type", tag="thinking"):
+    """The model's reasoning. The signature is empty: blocks that come back are not verified."""
+
+    thinking: str
+    signature: str = ""
+
+
+class TextBlock(Struct, tag_field="type", tag="text"):
+    text: str
+
+
+class ToolUseBlock(Struct, tag_field="type", tag="tool_use"):
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+Block = ThinkingBlock | TextBlock | ToolUseBlock
+
+
+class OutputTokensDetails(Struct):
+    thinking_tokens: int
+
+
+class MessageUsage(Struct):
+    """input_tokens: those of the prompt that were computed, without those read from the cache."""
+
+    input_tokens: int
+    output_tokens: int
+    cache_read_input_tokens: int
+    cache_creation_input_tokens: int = 0
+    output_tokens_details: OutputTokensDetails | UnsetType = UNSET
+
+
+class Message(Struct):
+    id: str
+    model: str
+    content: list[Block]
+    stop_reason: str | None
+    stop_sequence: str | None
+    usage: MessageUsage
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    kv_transfer_params: dict[str, Any] | UnsetType = UNSET
+
+
+class TokensCount(Struct):
+    input_tokens: int
+
+
+# Events of streams, whose name is their type
+
+
+class TextDelta(Struct, tag_field="type", tag="text_delta"):
+    text: str
+
+
+class ThinkingDelta(Struct, tag_field="type", tag="thinking_delta"):
+    thinking: str
+
+
+class SignatureDelta(Struct, tag_field="type", tag="signature_delta"):
+    signature: str = ""
+
+
+class InputJsonDelta(Struct, tag_field="type", tag="input_json_delta"):
+    partial_json: str
+
+
+class StopDelta(Struct):
+    stop_reason: str
+    stop_sequence: str | None
+
+
+class MessageStart(Struct, tag_field="type", tag="message_start"):
+    message: Message
+
+
+class ContentBlockStart(Struct, tag_field="type", tag="content_block_start"):
+    index: int
+    content_block: Block
+
+
+class ContentBlockDelta(Struct, tag_field="type", tag="content_block_delta"):
+    index: int
+    delta: TextDelta | ThinkingDelta | SignatureDelta | InputJsonDelta
+
+
+class ContentBlockStop(Struct, tag_field="type", tag="content_block_stop"):
+    index: int
+
+
+class MessageDelta(Struct, tag_field="type", tag="message_delta"):
+    delta: StopDelta
+    usage: MessageUsage
+
+
+class MessageStop(Struct, tag_field="type", tag="message_stop"):
+    pass
+
+
+class Ping(Struct, tag_field="type", tag="ping"):
+    pass
+
+
+StreamEvent = (
+    MessageStart | ContentBlockStart | ContentBlockDelta | ContentBlockStop | MessageDelta | MessageStop | Ping
+)

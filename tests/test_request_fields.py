@@ -5,12 +5,16 @@ from collections.abc import Set
 from typing import Any
 
 import pytest
+from anthropic.types import message_count_tokens_params, message_create_params
+from anthropic.types.beta import message_count_tokens_params as beta_count_tokens_params
+from anthropic.types.beta import message_create_params as beta_message_create_params
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
 from dispec.engine.errors import InvalidField
 from dispec.engine.sampling_params import SamplingParams
+from dispec.serving.api.anthropic_protocol import CountTokensRequest, MessagesRequest
 from dispec.serving.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -32,6 +36,8 @@ LEAST: dict[type, dict[str, Any]] = {
     GenerateRequest: {"prompt": "Hi"},
     TokenizeRequest: {"prompt": "Hi"},
     DetokenizeRequest: {"tokens": [1]},
+    MessagesRequest: CHAT | {"max_tokens": 1},
+    CountTokensRequest: CHAT,
 }
 
 
@@ -67,6 +73,17 @@ def names(*forms: type) -> set[str]:
         ),
         (TokenizeRequest, vllm_fields.TOKENIZE),
         (DetokenizeRequest, vllm_fields.DETOKENIZE),
+        (
+            MessagesRequest,
+            vllm_fields.MESSAGES
+            | names(message_create_params.MessageCreateParamsBase, message_create_params.MessageCreateParamsStreaming)
+            | names(beta_message_create_params.MessageCreateParamsBase),
+        ),
+        (
+            CountTokensRequest,
+            names(message_count_tokens_params.MessageCountTokensParams)
+            | names(beta_count_tokens_params.MessageCountTokensParams),
+        ),
         (GenerateRequest, set(CompletionRequest.__struct_fields__) | vllm_fields.COMPLETION),
     ],
 )

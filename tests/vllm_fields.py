@@ -41,3 +41,7 @@ RESPONSES = _names("""
     enable_response_messages previous_input_messages structured_outputs repetition_penalty seed stop ignore_eos
     vllm_xargs kv_transfer_params chat_template_kwargs
 """)
+MESSAGES = _names("""
+    model messages max_tokens metadata output_config stop_sequences stream system temperature tool_choice tools top_k
+    top_p kv_transfer_params chat_template_kwargs
+""")

@@ -143,14 +143,13 @@ class MessageUsage(Struct):
     output_tokens_details: OutputTokensDetails | UnsetType = UNSET
 
 
-class Message(Struct):
+class Message(Struct, tag_field="type", tag="message"):
     id: str
     model: str
     content: list[Block]
     stop_reason: str | None
     stop_sequence: str | None
     usage: MessageUsage
-    type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
     kv_transfer_params: dict[str, Any] | UnsetType = UNSET
 

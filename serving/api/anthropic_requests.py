@@ -26,7 +26,7 @@ _NAMES = (
     (re.compile(r"^stop\b"), "stop_sequences"),
     (re.compile(r"^reasoning_effort is 'none'"), "thinking.type is 'disabled'"),
     (re.compile(r"^reasoning_effort\b"), "output_config.effort"),
-    (re.compile(r"^response_format(\.json_schema\.schema\b)?"), "output_config.format"),
+    (re.compile(r"^response_format(\.json_schema)?\b"), "output_config.format"),
     (re.compile(r"^(tools\[\d+\])\.function\.parameters\b"), r"\1.input_schema"),
     (re.compile(r"^(tools\[\d+\])\.function\b"), r"\1"),
     (re.compile(r"^tool_choice\.function\b"), "tool_choice"),

@@ -4,6 +4,7 @@ import json
 from collections.abc import AsyncIterator, Iterator
 
 import msgspec
+from msgspec import UNSET
 
 from dispec.serving.api.anthropic_protocol import (
     Block,
@@ -16,6 +17,7 @@ from dispec.serving.api.anthropic_protocol import (
     MessageStart,
     MessageStop,
     MessageUsage,
+    OutputTokensDetails,
     Ping,
     SignatureDelta,
     StopDelta,
@@ -101,9 +103,13 @@ class MessageResponses:
         return StopDelta(reason, None)
 
     def _usage(self) -> MessageUsage:
-        usage = self._chat.generation.usage()
+        usage = self._chat.usage()
         cached = usage.prompt_tokens_details.cached_tokens
-        return MessageUsage(usage.prompt_tokens - cached, usage.completion_tokens, cached)
+        found = MessageUsage(usage.prompt_tokens - cached, usage.completion_tokens, cached)
+        details = usage.completion_tokens_details
+        if details is not UNSET and details.reasoning_tokens is not UNSET:
+            found.output_tokens_details = OutputTokensDetails(details.reasoning_tokens)
+        return found
 
 
 class _StreamedBlocks:

@@ -7,6 +7,7 @@ from dispec.serving.api.anthropic_protocol import CountTokensRequest, Message, M
 from dispec.serving.api.anthropic_requests import TranslatedRequest
 from dispec.serving.api.anthropic_responses import ANTHROPIC_STREAM, MessageResponses
 from dispec.serving.api.chat_generation import ChatGeneration
+from dispec.serving.api.chat_request import chat_prompt
 from dispec.serving.api.context import context_of
 from dispec.serving.api.openapi import describe
 from dispec.serving.api.responses import EventStream, JsonResponse, abort_on_disconnect
@@ -53,5 +54,5 @@ async def count_tokens(request: Request) -> ASGIApp:
     model.check_name(body.model)
     translated = TranslatedRequest(body, model.prompts.tokenizer.template_variables)
     with translated.own_names():
-        prompt = await model.prompts.of_chat(translated.chat)
+        prompt = await chat_prompt(model, translated.chat)
     return JsonResponse(TokensCount(len(prompt.token_ids)))

@@ -1,7 +1,5 @@
 """Errors in the shape that Anthropic's clients read: {"type": "error", "error": {"type", "message"}, "request_id"}."""
 
-from typing import Literal
-
 import msgspec
 
 _MESSAGES = "/v1/messages"
@@ -22,10 +20,9 @@ class AnthropicErrorDetail(msgspec.Struct):
     message: str
 
 
-class AnthropicErrorBody(msgspec.Struct):
+class AnthropicErrorBody(msgspec.Struct, tag_field="type", tag="error"):
     error: AnthropicErrorDetail
     request_id: str
-    type: Literal["error"] = "error"
 
 
 def is_anthropic_path(path: str) -> bool:

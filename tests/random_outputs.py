@@ -21,6 +21,7 @@ class RandomOutputs:
         text = (Path(checkpoint.directory) / "tokenizer.json").read_text(encoding="utf-8")
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
         self._eos_token_ids = np.array(checkpoint.eos_token_ids)
+        self._num_words = -(-checkpoint.config.vocab_size // 32)
         self._closing = np.array([self._tokenizer.token_to_id(token) for token in _CLOSING])
         # White space may stand between any two tokens of JSON: most draws leave it out. Ġ and others are its bytes.
         vocabulary = self._tokenizer.get_vocab()
@@ -30,16 +31,21 @@ class RandomOutputs:
     def draw(self, grammar: Grammar, rng: random.Random, max_tokens: int = 80) -> str | None:
         """Return the text of a whole output; None if it is not whole after `max_tokens`.
 
-        Closing tokens become more likely with every token.
+        Closing tokens become more likely with every token. Every other forced token is taken without a choice.
         """
-        state = grammar.start(0)
+        state = grammar.start(max_tokens)
+        words = np.zeros(self._num_words, np.int32)
         output: list[int] = []
         while len(output) < max_tokens:
-            mask = next(state.masks_ahead(output, ()))
-            assert mask is not None
             if state.is_complete:
                 return self._text(output)
-            allowed = np.unpackbits(mask.view(np.uint8), bitorder="little").astype(bool)
+            state.write_mask(words)
+            allowed = np.unpackbits(words.view(np.uint8), bitorder="little").astype(bool)
+            forced = state.forced_token()
+            if forced is not None and rng.random() < 0.5:
+                assert allowed[forced], f"token {forced} is forced and not allowed after {self._text(output)!r}"
+                allowed[:] = False
+                allowed[forced] = True
             ends = allowed[self._eos_token_ids].any()
             allowed[self._eos_token_ids] = False
             closing = self._closing[allowed[self._closing]]
@@ -52,6 +58,7 @@ class RandomOutputs:
                 allowed = text if text.any() else allowed
             is_closing = len(closing) and rng.random() < 0.5 + len(output) / max_tokens
             token = int(rng.choice(closing if is_closing else np.flatnonzero(allowed)))
+            assert state.accept(token)
             output.append(token)
         return None
 

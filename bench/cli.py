@@ -20,6 +20,7 @@ COMMANDS = {
     "memory": "resident memory of one long request, beside the peers'",
     "compare": "tokens per second of checkouts and of vLLM, in turn on one GPU",
     "ablations": "tokens per second as techniques are added one by one",
+    "structured": "what grammars cost and forced tokens save, beside free text and vLLM",
     "spec": "what speculative decoding is worth, and why",
     "compile": "compile times by phase; graphs, kernels, recompilations",
     "disagg": "GB/s of KV blocks from process to process, by transport",
@@ -85,6 +86,8 @@ def _benchmark(name: str) -> Callable[..., None]:
             from dispec.bench.compare import main
         case "ablations":
             from dispec.bench.ablations import main
+        case "structured":
+            from dispec.bench.structured import main
         case "spec":
             from dispec.bench.spec import main
         case "compile":

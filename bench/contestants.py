@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,15 +88,7 @@ class Worker:
 
     def run(self, workload: Workload, prompts: list[list[int]], decode_only: bool) -> float:
         """Run the workload and return its seconds. Raises ContestantFailed if the result is not what was requested."""
-        assert self._process.stdin is not None
-        request = {"prompts": prompts, "output_tokens": workload.output_tokens, "decode_only": decode_only}
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the log of the process tells more
-        answer = self._read()
-        self.peak_bytes = max(self.peak_bytes, peak_bytes(self._process.pid))
+        answer = self.generate(prompts, workload.output_tokens, decode_only)
         if answer["output_tokens"] != [workload.output_tokens] * len(prompts):
             raise ContestantFailed(
                 f"{self.name} made {answer['output_tokens']} tokens, not {workload.output_tokens} each"
@@ -107,6 +100,30 @@ class Worker:
                 f"{self.name} found {cached} of {computed} prompt tokens in its cache: it is too small"
             )
         return float(answer["seconds"])
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        output_tokens: int,
+        decode_only: bool = False,
+        params: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return the answer of the process: seconds, output_tokens, cached_tokens; with `params` the texts as well.
+
+        params: fields of `SamplingParams` besides those of a greedy output of exactly `output_tokens` tokens.
+        """
+        assert self._process.stdin is not None
+        request: dict[str, Any] = {"prompts": prompts, "output_tokens": output_tokens, "decode_only": decode_only}
+        if params is not None:
+            request["params"] = dict(params)
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the log of the process tells more
+        answer = self._read()
+        self.peak_bytes = max(self.peak_bytes, peak_bytes(self._process.pid))
+        return answer
 
     def cpu(self) -> float:
         return cpu_seconds(self._process.pid)

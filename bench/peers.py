@@ -104,17 +104,27 @@ def contestants(
                 add(transformers(name, settings))
             elif name == "vllm":
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dispec-bench-shapes-")))
-                add(_vllm(peers, model, dtype, is_cuda, sequences, tokens, folder))
+                add(start_vllm(peers, model, dtype, is_cuda, sequences, tokens, folder))
             else:
                 add(_llama_cpp(peers, model))
         yield started
 
 
-def _vllm(
-    peers: PeerChoice, model: str, dtype: str, is_cuda: bool, sequences: int, tokens: int, folder: Path
+def start_vllm(
+    peers: PeerChoice,
+    model: str,
+    dtype: str,
+    is_cuda: bool,
+    sequences: int,
+    tokens: int,
+    folder: Path,
+    name: str = "vllm",
+    **more: Any,
 ) -> Worker:
+    """Start vLLM, ready for `sequences` of `tokens`. folder: for files of its process. more: options of its engine."""
     assert peers.python is not None
     settings = {"dtype": dtype, "max_num_seqs": sequences, "max_model_len": tokens, "enable_prefix_caching": True}
+    settings |= more
     if model in NAMES:
         (folder / "config.json").write_text(json.dumps(geometry(model) | {"torch_dtype": dtype}))
         settings |= {"model": str(folder), "load_format": "dummy"}
@@ -135,10 +145,10 @@ def _vllm(
         preload = peers.preload if peers.preload is not None else ":".join(_preload(peers.python))
         if preload:
             environment["LD_PRELOAD"] = preload
-            print(f"vllm: LD_PRELOAD={preload}", flush=True)
+            print(f"{name}: LD_PRELOAD={preload}", flush=True)
     # -I: file names of this folder must not hide modules of vLLM's environment.
     return Worker(
-        "vllm", [str(peers.python), "-I", str(ROOT / "bench" / "vllm_worker.py"), json.dumps(settings)], environment
+        name, [str(peers.python), "-I", str(ROOT / "bench" / "vllm_worker.py"), json.dumps(settings)], environment
     )
 
 

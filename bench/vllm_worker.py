@@ -1,6 +1,6 @@
 """vLLM as a contestant. It runs in vLLM's own environment and imports only vLLM and the standard library.
 
-The protocol is that of bench/worker.py.
+The protocol is that of bench/worker.py. Without the setting skip_tokenizer_init=false there are no texts.
 """
 
 import json
@@ -16,14 +16,21 @@ def main() -> None:
 
     import vllm
 
-    llm = vllm.LLM(skip_tokenizer_init=True, **settings)
+    settings = {"skip_tokenizer_init": True} | settings
+    llm = vllm.LLM(**settings)
     channel.write(json.dumps({"ready": {"vllm": vllm.__version__}}) + "\n")
     for line in sys.stdin:
         request = json.loads(line)
         prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
 
-        def generate(tokens, prompts=prompts):  # type: ignore[no-untyped-def]
-            params = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        fields = request.get("params")
+
+        def generate(tokens, prompts=prompts, fields=fields):  # type: ignore[no-untyped-def]
+            given = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "detokenize": fields is not None}
+            given |= fields or {}
+            if structure := given.pop("structured_outputs", None):
+                given["structured_outputs"] = vllm.sampling_params.StructuredOutputsParams(**structure)
+            params = vllm.SamplingParams(**given)
             start = time.perf_counter()
             outputs = llm.generate(prompts, params, use_tqdm=False)
             return time.perf_counter() - start, outputs
@@ -36,6 +43,8 @@ def main() -> None:
             "output_tokens": [len(output.outputs[0].token_ids) for output in outputs],
             "cached_tokens": sum(output.num_cached_tokens or 0 for output in outputs),
         }
+        if fields is not None:
+            answer["texts"] = [output.outputs[0].text for output in outputs]
         channel.write(json.dumps(answer) + "\n")
 
 

@@ -5,18 +5,19 @@ After a first line that it is ready, it answers each line of standard input by o
     → {"prompts": [[…], …], "output_tokens": 128, "decode_only": false}
     ← {"seconds": 1.5, "output_tokens": [128, …], "cached_tokens": 0}
 
-`decode_only` leaves the prompts' time out of the seconds.
+`decode_only` leaves the prompts' time out of the seconds. With "params", more fields of `SamplingParams` (DiSpec and
+vLLM), the answer has the "texts" of the outputs as well.
 """
 
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Answer = dict[str, Any]
-Run = Callable[[list[list[int]], int, bool], Answer]
+Run = Callable[[list[list[int]], int, bool, Mapping[str, Any] | None], Answer]
 
 
 def dispec(settings: dict[str, Any]) -> Run:
@@ -26,16 +27,22 @@ def dispec(settings: dict[str, Any]) -> Run:
 
     llm = load(settings["model"], **settings["options"])
 
-    def run(prompts: list[list[int]], output_tokens: int, decode_only: bool) -> Answer:
+    def run(
+        prompts: list[list[int]], output_tokens: int, decode_only: bool, fields: Mapping[str, Any] | None
+    ) -> Answer:
         def generate(tokens: int) -> Answer:
-            params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+            given: dict[str, Any] = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True} | dict(fields or {})
+            params = SamplingParams(**given)
             start = time.perf_counter()
             completions = llm.generate(prompts, params, use_tqdm=False)
-            return {
+            answer: Answer = {
                 "seconds": time.perf_counter() - start,
                 "output_tokens": [len(completion.token_ids) for completion in completions],
                 "cached_tokens": sum(completion.num_cached_tokens for completion in completions),
             }
+            if fields is not None:
+                answer["texts"] = [completion.text for completion in completions]
+            return answer
 
         if decode_only:
             generate(1)  # fills the cache with the prompts' keys and values
@@ -76,7 +83,10 @@ def transformers(settings: dict[str, Any]) -> Run:
         counts = [count for batch in batches for count in generate(batch, tokens)]
         return {"seconds": time.perf_counter() - start, "output_tokens": counts, "cached_tokens": None}
 
-    def run(prompts: list[list[int]], output_tokens: int, decode_only: bool) -> Answer:
+    def run(
+        prompts: list[list[int]], output_tokens: int, decode_only: bool, fields: Mapping[str, Any] | None
+    ) -> Answer:
+        assert fields is None
         # transformers keeps no cache between calls: time the prompts alone and subtract.
         prompts_alone = timed(prompts, 1)["seconds"] if decode_only else 0.0
         answer = timed(prompts, output_tokens + decode_only)
@@ -95,7 +105,7 @@ def main() -> None:
     channel.write(json.dumps({"ready": {}}) + "\n")
     for line in sys.stdin:
         request = json.loads(line)
-        answer = run(request["prompts"], request["output_tokens"], request["decode_only"])
+        answer = run(request["prompts"], request["output_tokens"], request["decode_only"], request.get("params"))
         channel.write(json.dumps(answer) + "\n")
 
 

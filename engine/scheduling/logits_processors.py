@@ -125,36 +125,6 @@ class LogitsProcessors:
         if num_consumed and self.grammar is not None:
             self.grammar.undo(num_consumed)
 
-    def forced_token(self, num_output_tokens: int, last_token_ids: Sequence[int]) -> int | None:
-        """Return the token that comes next without being sampled; None if the next token is sampled.
-
-        A token that follows from the grammar alone is sampled where logprobs are asked for or another parameter masks
-        it: the same text may be spelled by other tokens. Arguments: as in `allowed_mask`.
-        """
-        if self.grammar is None:
-            return None
-        token_id = self.grammar.forced_token()
-        if token_id is None or self.grammar.must_force:
-            return token_id
-        if self._params.logprobs is not None:
-            return None
-        mask = self.allowed_mask(num_output_tokens, last_token_ids)
-        return token_id if mask is None or mask[token_id >> 5] >> (token_id & 31) & 1 else None
-
-    def num_allowed(self, token_ids: Sequence[int], num_output_tokens: int, draft_token_ids: Sequence[int]) -> int:
-        """Return the number of draft tokens before the first one that the grammar rejects or does not force."""
-        if self.grammar is None:
-            return len(draft_token_ids)
-        num_consumed = 0
-        for ahead, token_id in enumerate(draft_token_ids):
-            known = [*token_ids, *draft_token_ids[:ahead]] if self._endings else token_ids
-            forced = self.forced_token(num_output_tokens + ahead, known)
-            if forced not in (None, token_id) or not self.grammar.try_consume(token_id):
-                break
-            num_consumed += 1
-        self.grammar.undo(num_consumed)
-        return num_consumed
-
     def allowed_mask(self, num_output_tokens: int, last_token_ids: Sequence[int]) -> np.ndarray | None:
         """Return the mask of tokens that may come next, in the layout of `ops.mask_tokens`; None if all may.
 
@@ -181,18 +151,11 @@ class LogitsProcessors:
         return self._last_mask[1]
 
     def _write_mask(self, words: np.ndarray, num_output_tokens: int, last_token_ids: Sequence[int]) -> None:
-        forced = self.forced_token(num_output_tokens, last_token_ids)
-        if forced is not None:
-            words[:] = 0
-            words[forced >> 5] = np.uint32(1 << (forced & 31)).astype(np.int32)
-            return
         mask = self.allowed_mask(num_output_tokens, last_token_ids)
-        if self.grammar is None or self.grammar.is_reasoning:
+        if self.grammar is None or not self.grammar.write_mask(words):
             if mask is not None:
                 words[:] = mask
-            return
-        self.grammar.write_mask(words)
-        if mask is not None and (both := words & mask).any():
+        elif mask is not None and (both := words & mask).any():
             words[:] = both
 
     def _count(self, token: int) -> None:

@@ -159,14 +159,11 @@ class Sequence:
         return num_appended
 
     def append_forced(self) -> None:
-        """Append the tokens that follow without being sampled. With logprobs they are sampled, from masks of one."""
-        if self.grammar is None or self.logits_processors is None or self.params.logprobs is not None:
+        """Append the tokens that follow without being sampled. With logprobs there are none: masks allow one token."""
+        if self.grammar is None or self.params.logprobs is not None:
             return
-        while self.finish_reason is None:
-            forced = self.logits_processors.forced_token(self.num_output_tokens, self.token_ids)
-            if forced is None:
-                return
-            self._append_to_grammar(self.grammar, forced)
+        while self.finish_reason is None and (token_id := self.grammar.forced_token()) is not None:
+            self._append_to_grammar(self.grammar, token_id)
 
     def restore(self, token_ids: Series[int]) -> None:
         """Append output tokens that another engine generated, and set the finish reason if the output ends."""

@@ -50,9 +50,8 @@ class NgramProposer:
         """Look the draft tokens up, up to the first that the sequence's grammar rejects, and return their number."""
         index = self._indices.setdefault(sequence, NgramIndex())
         drafts = index.propose(sequence.token_ids, max_drafts)
-        if sequence.logits_processors is not None:
-            num_output_tokens = sequence.num_output_tokens
-            del drafts[sequence.logits_processors.num_allowed(sequence.token_ids, num_output_tokens, drafts) :]
+        if sequence.grammar is not None:
+            del drafts[sequence.grammar.num_allowed(drafts) :]
         sequence.draft.token_ids = drafts
         return len(drafts)
 

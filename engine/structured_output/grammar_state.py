@@ -73,11 +73,6 @@ class GrammarState:
         return self._is_reasoning
 
     @property
-    def must_force(self) -> bool:
-        """Whether `forced_token` is the only token that may come next, whatever its spelling."""
-        return self.is_closing or (self._is_reasoning and len(self._reasoning) < len(self._start))
-
-    @property
     def completion(self) -> tuple[int, ...]:
         """Tokens that complete the output; the first ones may be what is left of the end marker."""
         if self.is_closing or not self._is_reasoning:
@@ -120,19 +115,36 @@ class GrammarState:
         self._plan, self.is_closing = self.completion or (self._eos_token_id,), True
 
     def forced_token(self) -> int | None:
-        """Return the token that must come next: one of a marker or of the completion, or the canonical tokenisation's
-        first where the grammar allows one text alone. None if there is a choice."""
-        if self.is_closing:
-            return self._plan[0] if self._plan else None
-        if self._is_reasoning:
-            return self._start[len(self._reasoning)] if len(self._reasoning) < len(self._start) else None
-        forced = self._matcher.compute_ff_tokens()
-        return forced[0] if forced else None
+        """Return the only token that may come next: one of the start marker or of the completion, or the canonical
+        spelling's where the grammar allows one text. None if there is a choice."""
+        token_id = self._given_token()
+        if token_id is None and not self._is_reasoning:
+            token_id = next(iter(self._matcher.compute_ff_tokens()), None)
+        return token_id
 
-    def write_mask(self, words: np.ndarray) -> None:
-        """Write the grammar's mask of the next token, in the layout of `ops.mask_tokens`. Not while reasoning."""
-        # `words.ctypes.data` takes 1 us more.
-        self._matcher.unsafe_compute_mask_ptr(words.__array_interface__["data"][0], words.nbytes)
+    def write_mask(self, words: np.ndarray) -> bool:
+        """Write the mask of the next token, in the layout of `ops.mask_tokens`. Return False for free text.
+
+        Where `forced_token` returns a token, the mask allows no other one.
+        """
+        token_id = self._given_token()
+        if token_id is not None:
+            words[:] = 0
+            words[token_id >> 5] = np.uint32(1 << (token_id & 31)).astype(np.int32)
+        elif not self._is_reasoning:
+            # `words.ctypes.data` takes 1 us more.
+            self._matcher.unsafe_compute_mask_ptr(words.__array_interface__["data"][0], words.nbytes)
+        return token_id is not None or not self._is_reasoning
+
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """Return how many of the tokens that follow are allowed."""
+        count = 0
+        for token_id in token_ids:
+            if self.forced_token() not in (None, token_id) or not self.try_consume(token_id):
+                break
+            count += 1
+        self.undo(count)
+        return count
 
     def try_consume(self, token_id: int) -> bool:
         """Move over a token if it is allowed; `undo` moves back."""
@@ -158,6 +170,14 @@ class GrammarState:
         if num_tokens > of_grammar:
             del self._reasoning[len(self._reasoning) - (num_tokens - of_grammar) :]
             self._is_reasoning = True
+
+    def _given_token(self) -> int | None:
+        """Return the next token of the completion that must follow, or of the start marker; None past them."""
+        if self.is_closing:
+            return self._plan[0] if self._plan else None
+        if self._is_reasoning and len(self._reasoning) < len(self._start):
+            return self._start[len(self._reasoning)]
+        return None
 
     def _plan_after(self, token_id: int, planner: Planner) -> tuple[int, ...] | None:
         """Return the plan after a token that was just consumed."""

@@ -1,0 +1,157 @@
+"""Grammars in the engine's steps: outputs follow them, forced tokens are not sampled, other sequences pay nothing."""
+
+import re
+
+import pytest
+
+from dispec import LLM, SamplingParams
+from dispec.engine.execution.sampler import Sampler
+from tests.checkpoints import EOS_TOKEN_ID, save_tiny
+from tests.grammar_cases import CHOICES, FORM, PERSON, check_text, grammar_params, text_of
+from tests.small_engine import alone, greedy, make, random_prompts, random_tokens
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    found = tmp_path_factory.mktemp("llama")
+    save_tiny(found, "llama")
+    return found
+
+
+@pytest.fixture(scope="module")
+def llm(directory) -> LLM:
+    return make(directory)
+
+
+def test_outputs_follow_their_grammars_in_any_batch(llm):
+    """With every kind of sampling, beside each other and beside free text; each is what it is alone."""
+    prompts = random_prompts(18)
+    params = [*grammar_params(16), *(greedy(20) for _ in range(2))]
+    together = llm.generate(prompts, params)
+    for index, completion in enumerate(together[:16]):
+        if completion.finish_reason == "stop":
+            check_text(index, completion.text)
+    assert sum(completion.finish_reason == "stop" for completion in together[:16]) > 8
+    llm.engine.scheduler.check()
+    assert [completion.token_ids for completion in together] == alone(llm, prompts, params)
+
+
+def test_forced_tokens_take_no_step(llm):
+    params = SamplingParams(temperature=1, seed=3, max_tokens=200, structured_outputs={"regex": FORM})
+    llm.engine.records.clear()
+    completion = llm.generate([random_tokens(20)], params)[0]
+    assert re.fullmatch(FORM, completion.text)
+    records = list(llm.engine.records)
+    # "Name: ", "\nAge: " and "\nQuestion: " are forced but for the letters that their last tokens may share.
+    assert len(records) < len(completion.token_ids) - 8
+    assert sum(record.num_prompt_tokens for record in records) == 20
+    assert sum(record.num_decoded_tokens for record in records) == sum(record.num_tokens for record in records[1:])
+    assert {record.kind for record in records[1:]} == {"decode"}
+
+
+def test_forced_tokens_are_streamed_with_the_sampled_one(llm):
+    params = SamplingParams(temperature=0, max_tokens=100, structured_outputs={"choice": CHOICES})
+    engine = llm.engine
+    sequence = engine.add(random_tokens(5), params)
+    outputs = []
+    while engine.has_work:
+        new = engine.step()
+        outputs.append(new)
+        engine.scheduler.check()
+    assert max(map(len, outputs)) > 3
+    tokens = [output for step in outputs for output in step]
+    assert [output.token_id for output in tokens] == sequence.output_token_ids
+    assert [output.finish_reason for output in tokens] == [None] * (len(tokens) - 1) + ["stop"]
+    assert [output.num_cached_tokens for output in tokens] == [0] + [None] * (len(tokens) - 1)
+    assert tokens[-1].completes_grammar == (tokens[-1].token_id != EOS_TOKEN_ID)
+
+
+def test_with_logprobs_every_token_is_sampled(llm):
+    """Log-probabilities are those of the model itself, which the same tokens have in a prompt."""
+    prompt = random_tokens(20)
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(
+            temperature=temperature, seed=1, max_tokens=200, logprobs=0, structured_outputs={"json": PERSON}
+        )
+        llm.engine.records.clear()
+        completion = llm.generate([prompt], params)[0]
+        assert len(llm.engine.records) == len(completion.token_ids) == len(completion.logprobs)
+        again = llm.generate([prompt + completion.token_ids], SamplingParams(max_tokens=1, prompt_logprobs=0))[0]
+        expected = again.prompt_logprobs[len(prompt) :]
+        for ours, other in zip(completion.logprobs, expected, strict=True):
+            assert (ours.token_id, ours.rank) == (other.token_id, other.rank)
+            assert ours.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_a_batch_without_grammars_makes_no_masks(llm, monkeypatch):
+    masked = []
+    monkeypatch.setattr(Sampler, "_token_mask", lambda *_: masked.append(1))
+    llm.generate(random_prompts(3), greedy(4))
+    assert not masked
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_reasoning_comes_first_and_has_no_end_token(llm, logprobs):
+    """The start marker is forced; free text of any tokens but end tokens follows; after the end marker, the grammar."""
+    start, end = (5, 300), (301, 302)
+    params = SamplingParams(
+        temperature=1.5,
+        seed=8,
+        max_tokens=400,
+        logprobs=logprobs,
+        logit_bias={301: 14.0, 302: 14.0, EOS_TOKEN_ID: 20.0},
+        structured_outputs={
+            "choice": CHOICES,
+            "reasoning_start_token_ids": start,
+            "reasoning_end_token_ids": end,
+        },
+    )
+    for prompt in random_prompts(4):
+        completion = llm.generate([prompt], params)[0]
+        tokens = completion.token_ids
+        assert tuple(tokens[:2]) == start
+        at = next(index for index in range(2, len(tokens)) if tuple(tokens[index : index + 2]) == end)
+        assert at >= 2
+        assert EOS_TOKEN_ID not in tokens[:at]
+        assert text_of(llm, tokens[at + 2 :]) in CHOICES
+        assert completion.finish_reason == "stop"
+
+
+def test_a_choice_of_a_request_is_what_its_seed_gives_alone(llm):
+    prompt = random_tokens(30)
+    params = SamplingParams(temperature=1, seed=4, n=3, max_tokens=100, structured_outputs={"regex": FORM})
+    choices = llm.generate([prompt], params)[0].choices
+    for index, choice in enumerate(choices):
+        assert re.fullmatch(FORM, choice.text)
+        single = SamplingParams(temperature=1, seed=4 + index, max_tokens=100, structured_outputs={"regex": FORM})
+        assert alone(llm, [prompt], single) == [choice.token_ids]
+
+
+def test_the_grammar_wins_where_other_parameters_leave_nothing(llm):
+    prompt = random_tokens(9)
+    for others in (
+        {"allowed_token_ids": (400, 401)},
+        {"min_tokens": 50},
+        {"logit_bias": dict.fromkeys(range(40, 400), -100.0)},
+        {"bad_words_token_ids": tuple((token,) for token in range(3, 400))},
+        {"stop_token_ids": ()},
+    ):
+        params = SamplingParams(
+            temperature=0.7, seed=0, max_tokens=200, structured_outputs={"choice": CHOICES}, **others
+        )
+        completion = llm.generate([prompt], params)[0]
+        assert (completion.text in CHOICES, completion.finish_reason) == (True, "stop"), others
+
+
+def test_an_end_token_that_is_ignored_is_not_sampled_while_the_text_can_go_on(llm):
+    params = SamplingParams(
+        temperature=1,
+        seed=0,
+        max_tokens=50,
+        ignore_eos=True,
+        logit_bias={EOS_TOKEN_ID: 100.0},
+        structured_outputs={"regex": "[0-9]{5,30}"},
+    )
+    completion = llm.generate([random_tokens(9)], params)[0]
+    assert re.fullmatch("[0-9]{30}", completion.text)
+    assert completion.finish_reason == "stop"

@@ -14,14 +14,17 @@ pytest_plugins = ["tests.api_server"]
 
 CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
+RESPONSES = "/v1/responses"
 QUESTION = [{"role": "user", "content": "hello"}]
 LEAST: dict[str, dict[str, Any]] = {
     CHAT: {"messages": QUESTION, "max_tokens": 1},
     COMPLETION: {"prompt": "hello", "max_tokens": 1},
+    RESPONSES: {"input": "hello", "max_output_tokens": 1},
     "/generate": {"prompt": "hello", "max_new_tokens": 1},
     "/tokenize": {"messages": QUESTION},
     "/detokenize": {"tokens": [40]},
 }
+ITEM = {"role": "user", "content": "hello"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 
 ACCEPTED: list[tuple[str, dict[str, Any]]] = [
@@ -49,6 +52,13 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     (COMPLETION, {"allowed_token_ids": [5.0], "stop_token_ids": [], "bad_words": ["a"]}),
     (COMPLETION, {"slo": None, "model": None, "request_id": "a-1"}),
     (COMPLETION, {"model": "tiny", "n": 2.0, "seed": 312.0, "max_tokens": 3e0}),
+    (RESPONSES, {"input": [{"role": "user", "content": "hello"}], "instructions": "Be brief."}),
+    (RESPONSES, {"input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]}]}),
+    (RESPONSES, {"input": [ITEM, {"type": "reasoning", "id": "rs_1", "summary": []}, ITEM]}),
+    (RESPONSES, {"include": ["message.output_text.logprobs"], "top_logprobs": 2}),
+    (RESPONSES, {"top_logprobs": 0, "metadata": {"a": "b"}, "store": False, "truncation": "auto"}),
+    (RESPONSES, {"background": True, "metadata": None, "text": None, "reasoning": {"effort": None}}),
+    (RESPONSES, {"stream": True, "stream_options": {"include_obfuscation": False}}),
     ("/generate", {"prompt": [40]}),
     ("/tokenize", {"messages": None, "prompt": "hello"}),
     ("/tokenize", {"prompt": None}),
@@ -106,6 +116,28 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     (COMPLETION, {"model": "gpt-9"}),
     (COMPLETION, {"model": 1}),
     (COMPLETION, {"stream": "yes"}),
+    (RESPONSES, {"input": ""}),
+    (RESPONSES, {"input": []}),
+    (RESPONSES, {"input": None}),
+    (RESPONSES, {"input": [{"role": "robot", "content": "hello"}]}),
+    (RESPONSES, {"input": [{"role": "user"}]}),
+    (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image", "text": "x"}]}]}),
+    (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_text"}]}]}),
+    (RESPONSES, {"input": [{"type": "function_call", "name": "f"}]}),
+    (RESPONSES, {"input": [{"type": "function_call_output", "call_id": "1"}]}),
+    (RESPONSES, {"input": [{"type": "computer_call"}]}),
+    (RESPONSES, {"include": ["x"]}),
+    (RESPONSES, {"top_logprobs": 1}),
+    (RESPONSES, {"background": True, "store": False}),
+    (RESPONSES, {"stream_options": {}}),
+    (RESPONSES, {"truncation": "some"}),
+    (RESPONSES, {"metadata": {"a": 1}}),
+    (RESPONSES, {"metadata": {"a": "x" * 513}}),
+    (RESPONSES, {"metadata": {"x" * 65: "a"}}),
+    (RESPONSES, {"metadata": {str(index): "a" for index in range(17)}}),
+    (RESPONSES, {"tools": [{"type": "web_search"}]}),
+    (RESPONSES, {"tools": [{"type": "function"}]}),
+    (RESPONSES, {"tools": [{"type": "function", "name": ""}]}),
     ("/generate", {"prompt": ["a"]}),
     ("/generate", {"prompt": ""}),
     ("/tokenize", {"messages": None}),
@@ -116,7 +148,14 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("/detokenize", {"tokens": [1.5]}),
 ]
 # Limits that depend on the model or the load, and not on the request alone.
-ELSEWHERE = {"max_tokens", "max_completion_tokens", "max_new_tokens", "truncate_prompt_tokens", "min_tokens"}
+ELSEWHERE = {
+    "max_output_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+    "max_new_tokens",
+    "truncate_prompt_tokens",
+    "min_tokens",
+}
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +236,7 @@ def numbers_around(field: dict[str, Any]) -> set[float | None]:
     return found
 
 
-@pytest.mark.parametrize("path", [CHAT, COMPLETION, "/generate"])
+@pytest.mark.parametrize("path", [CHAT, COMPLETION, RESPONSES, "/generate"])
 def test_limits_of_numbers_are_those_of_the_server(served: Server, document: dict[str, Any], path: str) -> None:
     schema = request_schema(document, path)
     fields = document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[-1]]["properties"]
@@ -214,7 +253,7 @@ def test_limits_of_numbers_are_those_of_the_server(served: Server, document: dic
                 continue
             body = LEAST[path] | {name: value}
             if name == "top_logprobs":
-                body["logprobs"] = True
+                body |= {"include": ["message.output_text.logprobs"]} if path == RESPONSES else {"logprobs": True}
             assert judge.is_valid(body) == is_accepted(served, path, body), f"{name}: {value!r}"
             checked += 1
     assert checked > 20
@@ -230,8 +269,11 @@ def test_examples_are_requests(served: Server, document: dict[str, Any]) -> None
 
 
 def test_answers_are_as_described(served: Server, document: dict[str, Any]) -> None:
-    for path, known in document["paths"].items():
-        method, operation = next(iter(known.items()))
+    operations = [(path, *item) for path, known in document["paths"].items() for item in known.items()]
+    for path, method, operation in operations:
+        if "{response_id}" in path:
+            created = served.post(RESPONSES, LEAST[RESPONSES] | {"background": True}).json()
+            path = path.replace("{response_id}", created["id"])
         path = path.replace("{model_id}", "tiny")
         answer = served.request(method.upper(), path, json=LEAST.get(path))
         content = operation["responses"]["200"]["content"]

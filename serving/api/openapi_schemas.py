@@ -43,7 +43,7 @@ class RequestMessage(Struct):
 
 
 class ResponseInputPart(Struct):
-    type: Annotated[str, Meta(extra_json_schema={"enum": ["input_text", "output_text", "text", "refusal"]})]
+    type: Annotated[str, Meta(examples=["input_text", "output_text", "refusal", "reasoning_text"])]
     text: str | None = None
     refusal: str | None = None
 
@@ -53,9 +53,7 @@ class ResponseInputItem(Struct):
 
     type: Annotated[str | None, Meta(examples=["message", "function_call", "function_call_output", "reasoning"])] = None
     id: str | None = None
-    role: Annotated[
-        str | None, Meta(extra_json_schema={"enum": ["user", "assistant", "system", "developer", None]})
-    ] = None
+    role: Annotated[str | None, Meta(examples=["user", "assistant", "system", "developer"])] = None
     content: str | list[ResponseInputPart] | None = None
     call_id: str | None = None
     name: str | None = None
@@ -83,6 +81,16 @@ def _without(field: str) -> Schema:
     return {"properties": {field: {"type": "null"}}}
 
 
+def _texts(*fields: str) -> Schema:
+    """Return the schema of an object that has each of the fields, with a value."""
+    return {"required": [*fields], "properties": {name: {"not": {"type": "null"}} for name in fields}}
+
+
+def _item(kind: str, *fields: str) -> Schema:
+    """Return the schema of an item of /v1/responses with these fields."""
+    return {"allOf": [_with(type=kind), _texts(*fields)]}
+
+
 def _several(prompt: Schema) -> Schema:
     return {"type": "array", "items": prompt, "minItems": 1, "maxItems": MAX_PROMPTS}
 
@@ -94,6 +102,8 @@ _OF_STREAMS = [
     {"anyOf": [_without("stream_options"), _with(stream=True)]},
     {"anyOf": [_without("prompt_logprobs"), {"not": _with(stream=True)}]},
 ]
+_ITEM_ROLES = ["user", "assistant", "system", "developer"]
+_ITEM_TEXTS = {"items": {"properties": {"type": {"enum": ["input_text", "output_text", "text", "refusal"]}}}}
 _HAS_LOGPROBS = {"required": ["include"], "properties": {"include": {"contains": {"const": LOGPROBS}}}}
 _RULES: dict[str, list[Schema]] = {
     "RequestMessage": [
@@ -114,6 +124,26 @@ _RULES: dict[str, list[Schema]] = {
         *_OF_STREAMS,
         {"properties": {"prompt": {"anyOf": [_TEXT, _TOKENS, _several(_TEXT), _several(_TOKENS)]}}},
         {"anyOf": [{"properties": {"max_tokens": {"not": {"const": 0}}}}, _with(echo=True)]},
+    ],
+    "ResponseInputPart": [{"anyOf": [_texts("text"), {"allOf": [_with(type="refusal"), _texts("refusal")]}]}],
+    "ResponseInputItem": [
+        {
+            "anyOf": [
+                {
+                    "required": ["role", "content"],
+                    "properties": {
+                        "type": {"enum": ["message", None]},
+                        "role": {"enum": _ITEM_ROLES},
+                        "content": {"not": {"type": "null"}} | _ITEM_TEXTS,
+                    },
+                },
+                _item("function_call", "call_id", "name", "arguments"),
+                _item("function_call_output", "call_id", "output"),
+                _item("reasoning"),
+                _item("item_reference", "id"),
+                {"not": {"required": ["content"]}, "allOf": [_texts("id"), _without("type")]},
+            ]
+        }
     ],
     "ResponsesRequest": [
         {"anyOf": [_without("stream_options"), _with(stream=True)]},

@@ -24,10 +24,10 @@ def read_items(given: str | Sequence[Item], find_item: Callable[[str], Item | No
 
     find_item: returns the stored item of an id, for references. Raises InvalidField with the place.
     """
-    if isinstance(given, str):
-        given = [{"role": "user", "content": given}]
     if not given:
         raise InvalidField("input", "input is empty: there is nothing to answer")
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
     return [_read(item, f"input[{index}]", find_item) for index, item in enumerate(given)]
 
 

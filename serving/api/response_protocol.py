@@ -88,7 +88,10 @@ class ResponsesRequest(GenerationRequestFields, kw_only=True):
         None
     )
     max_output_tokens: Annotated[int | None, Meta(extra_json_schema={"minimum": 1})] = None
-    max_tool_calls: Annotated[int | None, Meta(description="Of hosted tools, which this server does not run.")] = None
+    max_tool_calls: Annotated[
+        int | None,
+        Meta(description="Of hosted tools, which this server does not run.", extra_json_schema={"minimum": 1}),
+    ] = None
     tools: Annotated[list[dict[str, Any]] | None, _TOOLS] = None
     tool_choice: Annotated[
         str | dict[str, Any] | None, Meta(description="auto, none, required, a function, or allowed_tools.")

@@ -48,6 +48,8 @@ def check_request(body: ResponsesRequest, max_stored: int) -> None:
     for name in body.include or ():
         if name not in INCLUDABLE:
             raise InvalidField("include", f"include has {name!r:.70}, must be of {', '.join(sorted(INCLUDABLE))}")
+    if body.max_tool_calls is not None and body.max_tool_calls < 1:
+        raise InvalidField("max_tool_calls", f"max_tool_calls is {body.max_tool_calls}, must be at least 1")
     _check_top_logprobs(body)
     _check_metadata(body.metadata or {})
     for field, value, accepted in _unsupported(body):

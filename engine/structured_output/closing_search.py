@@ -58,16 +58,16 @@ class _State:
     """
 
     __slots__ = (
-        "parent",
-        "tokens",
-        "matcher",
+        "depth",
         "fingerprint",
         "has_stay",
-        "num_bytes",
-        "depth",
-        "separators",
-        "segment",
         "is_quoted",
+        "matcher",
+        "num_bytes",
+        "parent",
+        "segment",
+        "separators",
+        "tokens",
     )
 
     def __init__(self, parent: "_State | None", tokens: list[int], text: bytes, matcher: LLMatcher) -> None:
@@ -129,7 +129,7 @@ class _State:
 class _Edge:
     """Tokens to follow from a state. cost, order: of the path with them, in either order."""
 
-    __slots__ = ("parent", "tokens", "cost", "order", "is_stay", "is_done")
+    __slots__ = ("cost", "is_done", "is_stay", "order", "parent", "tokens")
 
     def __init__(
         self, parent: _State | None, tokens: Sequence[int], cost: float, order: float, is_stay: bool = False

@@ -33,12 +33,12 @@ class Grammar:
 class GrammarCompiler:
     """Compiles grammars for one tokenizer, and keeps the last ones. Safe to share between threads.
 
-    tokenizer_json: the contents of `tokenizer.json`.
+    tokenizer_json: the contents of `tokenizer.json`; None for a model without one, for which every grammar is refused.
     vocab_size: of the logits, padding included.
     eos_token_ids: tokens that end an output where the grammar lets it end.
     """
 
-    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, tokenizer_json: str | None, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._tokenizer_json = tokenizer_json
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
@@ -59,6 +59,8 @@ class GrammarCompiler:
         found = self.find(structure)
         if found is not None:
             return found
+        if self._tokenizer_json is None:
+            raise structure.error("must be left out for a model without a tokenizer")
         matcher = LLMatcher(self._tables(), _grammar_text(structure), log_level=0)
         if matcher.is_error():
             raise structure.error(f"{matcher.get_error():.300}")
@@ -72,6 +74,7 @@ class GrammarCompiler:
     def _tables(self) -> LLTokenizer:
         with self._lock:
             if self._tokenizer is None:
+                assert self._tokenizer_json is not None
                 eos = list(self._eos_token_ids) or None
                 self._tokenizer = LLTokenizer(self._tokenizer_json, n_vocab=self._vocab_size, eos_token=eos)
             return self._tokenizer

@@ -11,6 +11,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from dispec.engine.errors import InvalidField
 from dispec.serving.chat_output.deltas import ContentDelta, ToolCallArguments, ToolCallStart, ToolDelta
+from dispec.serving.chat_output.json_text import JsonText
 from dispec.serving.chat_output.tool_formats import choose_tool_format
 from dispec.serving.chat_output.tools import Tool, ToolFormat, ToolRequest
 from tests.real_tokenizers import real_tokenizer, tokenizer_directory
@@ -186,6 +187,27 @@ def test_only_tools_that_may_be_called_are_calls() -> None:
     text = hermes("get-time", "{}")
     for request in (ToolRequest(BOTH.tools, "none"), ToolRequest(BOTH.tools, "required", named="get_weather")):
         assert parse("hermes", text, request=request) == (text, [], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "piece"),
+    [("json", '\n{"name": '), ("json", '\n{"arguments": '), ("hermes", "<tool_call>{")],
+)
+def test_text_that_may_begin_calls_is_not_scanned_again_and_again(
+    name: str, piece: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanned = 0
+
+    def counting(scanner: Any, text: str, start: int = 0) -> tuple[str, int]:
+        nonlocal scanned
+        scanned += len(text) - start
+        return original(scanner, text, start)
+
+    original = JsonText.add
+    monkeypatch.setattr(JsonText, "add", counting)
+    text = piece * 500
+    assert parse(name, *[piece] * 500) == (text, [], [])
+    assert scanned <= 2 * len(text)
 
 
 # Grammars

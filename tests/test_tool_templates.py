@@ -177,6 +177,59 @@ def test_a_question_behind_results_joins_them() -> None:
     assert last["content"].endswith("Result of get_time:\nnoon\n\nAnd?")
 
 
+# Turns that templates refuse
+
+SINGLE = LLAMA.replace(
+    "<|assistant|>",
+    "{% if m.tool_calls | length != 1 %}{{ raise_exception('supports single tool-calls') }}{% endif %}<|assistant|>",
+)
+SHORT_IDS = CALLS_AS_JSON.replace(
+    "[TOOL_RESULTS]",
+    "{% if m.tool_call_id | length != 9 %}{{ raise_exception('ids must have length 9') }}{% endif %}[TOOL_RESULTS]",
+)
+
+
+def test_several_calls_become_messages_with_one() -> None:
+    found = choose_tool_format("auto", SINGLE + "ipython", {})
+    assert found is not None
+    assert found.name == "llama3_json"
+    given = conversation("Let me see.")
+    given[3:5] = given[4:2:-1]  # results in another order than the calls
+    messages, tools = found.with_tools(given, REQUEST)
+    turns = [(message["role"], message.get("tool_call_id"), message["content"]) for message in messages[2:6]]
+    assert turns == [
+        ("assistant", None, "Let me see."),
+        ("tool", "call_1", '{"degrees": 3}'),
+        ("assistant", None, None),
+        ("tool", "call_2", "noon"),
+    ]
+    assert [message["tool_calls"][0]["id"] for message in (messages[2], messages[4])] == ["call_1", "call_2"]
+    prompt = ChatTemplate({"default": SINGLE}, {}).render(messages, tools=tools)
+    assert prompt.index("Köln") < prompt.index("degrees") < prompt.index("get_time") < prompt.index("noon")
+
+
+def test_results_without_ids_follow_the_last_call() -> None:
+    found = choose_tool_format("llama3_json", SINGLE, {})
+    assert found is not None
+    given = conversation(None)
+    for message in given:
+        message.pop("tool_call_id", None)
+    messages, _ = found.with_tools(given, REQUEST)
+    assert [message["role"] for message in messages[2:6]] == ["assistant", "assistant", "tool", "tool"]
+
+
+def test_ids_get_the_length_that_mistral_demands() -> None:
+    found = choose_tool_format("auto", SHORT_IDS, {})
+    assert found is not None
+    given = conversation(None)
+    given[2]["tool_calls"][1]["id"] = given[4]["tool_call_id"] = "abcDEF123"
+    messages, tools = found.with_tools(given, REQUEST)
+    first, second = (made["id"] for made in messages[2]["tool_calls"])
+    assert [message["tool_call_id"] for message in messages[3:5]] == [first, second]
+    assert (len(first), first.isalnum(), second) == (9, True, "abcDEF123")
+    assert "noon" in ChatTemplate({"default": SHORT_IDS}, {}).render(messages, tools=tools)
+
+
 # Choice of the format
 
 

@@ -72,10 +72,10 @@ class _PythonicStream(CallStream):
             self._scanner = ClosingParenthesis(name.end())
         end = self._scanner.find(self._text)
         if end is None:
-            return self._is_final and self._give_up()
+            return self._is_final and self._give_up(len(self._text))
         arguments = keyword_arguments(self._text[name.end() : end - 1])
         if arguments is None:
-            return self._give_up()
+            return self._give_up(end)
         self._add_whole_call(name[1], arguments, end)
         return self._go(self._after_call)
 

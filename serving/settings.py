@@ -18,6 +18,9 @@ MAX_BAD_WORDS = 1024
 MAX_TOKEN_IDS = 2**18  # in a list of them: more than any vocabulary has
 MAX_BAD_WORD_TOKENS = 65536  # of all of them: the engine checks them in 20 ms, and generates nothing meanwhile
 MAX_TEMPLATE_ARGUMENTS = 32
+MAX_TOOLS = 128  # as OpenAI
+MAX_TOOL_SIZE = 65536  # bytes of JSON, of one tool's parameters
+MAX_TOOL_DEPTH = 64  # levels of a tool's parameters
 
 Role = Literal["both", "prefill", "decode"]
 ReasoningParserName = Literal[

@@ -1,0 +1,62 @@
+"""Tool calls that are JSON objects in the text: Llama 3's, and the generic form for models without one of their own."""
+
+from dispec.engine.structured_output.structured_outputs import StructuredOutputs
+from dispec.serving.chat_output.base_format import BaseFormat
+from dispec.serving.chat_output.call_grammar import CallRules, arguments_rule, calls_grammar, literal
+from dispec.serving.chat_output.call_stream import CallStream
+from dispec.serving.chat_output.tools import Tool, ToolRequest
+
+# What the parser takes for a call where it begins a line.
+_CALL = r'\{\s*"(name|arguments|parameters|type|id|function)"'
+PYTHON_TAG = "<|python_tag|>"
+
+
+class JsonFormat(BaseFormat):
+    """`{"name": …, "arguments": …}`, each call in lines of its own."""
+
+    name = "json"
+    _arguments = "arguments"
+    _separator = "\n"
+
+    def parser(self, request: ToolRequest) -> CallStream:
+        """Return the parser of one choice."""
+        return CallStream(request, bracket="{")
+
+    def structure(self, request: ToolRequest) -> StructuredOutputs | None:
+        """Return the grammar of the answer; None is free text."""
+        rules = [self._rules(tool) for tool in request.callable_tools]
+        return calls_grammar(request, rules, not_in_text=_CALL, begins_line=True)
+
+    def write_call(self, name: str, arguments: str) -> str:
+        """Return the text of a call."""
+        return f'{{"name": "{name}", "{self._arguments}": {arguments}}}'
+
+    def _rules(self, tool: Tool) -> CallRules:
+        begin, end = '{"name": "', literal("}")
+        head = literal(f'{tool.name}", "{self._arguments}": ')
+        call = f"{head} {arguments_rule(tool)} {end}"
+        return CallRules(begin, call, f"{literal(self._separator + begin)} {call}")
+
+
+class Llama3JsonFormat(JsonFormat):
+    """`{"name": …, "parameters": …}`, behind `<|python_tag|>` or not; several calls separated by `;`."""
+
+    name = "llama3_json"
+    special_tokens: tuple[str, ...] = (PYTHON_TAG,)
+    _arguments = "parameters"
+    _separator = "; "
+
+    def parser(self, request: ToolRequest) -> CallStream:
+        """Return the parser of one choice."""
+        return _Llama3Stream(request, markers=(PYTHON_TAG,), bracket="{")
+
+
+class _Llama3Stream(CallStream):
+    def _after_call(self) -> bool:
+        rest = self._text.lstrip()
+        if not rest:
+            return False
+        if rest[0] != ";":
+            return self._go(self._read_text)
+        length = len(self._text) - len(rest) + 1
+        return self._begin_object(length, length)

@@ -155,15 +155,23 @@ def test_cut_documents_are_valid(name):
 def schemas() -> st.SearchStrategy:
     """Schemas that allow a value: bounds are in order."""
     strings = st.one_of(
-        st.builds(lambda low, more: {**STRING, "minLength": low, "maxLength": low + more}, st.integers(0, 12), st.integers(0, 5)),
+        st.builds(
+            lambda low, more: {**STRING, "minLength": low, "maxLength": low + more},
+            st.integers(0, 12),
+            st.integers(0, 5),
+        ),
         st.sampled_from(["^[a-z]{2,5}$", "^(a|bb|ccc)+$", "^[^ ]+@[a-z]+\\.com$", "^\\d{3}-\\d{2}$", "^é+ü$"]).map(
             lambda pattern: {**STRING, "pattern": pattern}
         ),
-        st.sampled_from(["date", "time", "date-time", "uuid", "ipv4", "email"]).map(lambda name: {**STRING, "format": name}),
+        st.sampled_from(["date", "time", "date-time", "uuid", "ipv4", "email"]).map(
+            lambda name: {**STRING, "format": name}
+        ),
         st.just(STRING),
     )
     integers = st.builds(
-        lambda low, more: {**INTEGER, "minimum": low, "maximum": low + more}, st.integers(-2000, 2000), st.integers(0, 3000)
+        lambda low, more: {**INTEGER, "minimum": low, "maximum": low + more},
+        st.integers(-2000, 2000),
+        st.integers(0, 3000),
     )
     leaves = st.one_of(
         strings,

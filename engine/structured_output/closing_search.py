@@ -57,7 +57,18 @@ class _State:
     segment: the text since the last bracket, separator or quote.
     """
 
-    __slots__ = ("parent", "tokens", "matcher", "fingerprint", "has_stay", "num_bytes", "depth", "separators", "segment", "is_quoted")
+    __slots__ = (
+        "parent",
+        "tokens",
+        "matcher",
+        "fingerprint",
+        "has_stay",
+        "num_bytes",
+        "depth",
+        "separators",
+        "segment",
+        "is_quoted",
+    )
 
     def __init__(self, parent: "_State | None", tokens: list[int], text: bytes, matcher: LLMatcher) -> None:
         self.parent = parent

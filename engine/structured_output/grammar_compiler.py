@@ -5,9 +5,8 @@ from threading import Lock
 
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
-from dispec.engine.errors import InvalidField
 from dispec.engine.structured_output.grammar_state import GrammarState
-from dispec.engine.structured_output.structured_outputs import FIELD, StructuredOutputs
+from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 
 _CACHE_SIZE = 256  # grammars
 
@@ -62,7 +61,7 @@ class GrammarCompiler:
             return found
         matcher = LLMatcher(self._tables(), _grammar_text(structure), log_level=0)
         if matcher.is_error():
-            raise InvalidField(FIELD, f"{FIELD}.{structure.kind}: {matcher.get_error():.300}")
+            raise structure.error(f"{matcher.get_error():.300}")
         grammar = Grammar(matcher, self._tables().eos_token, structure)
         with self._lock:
             self._grammars[structure] = grammar
@@ -89,4 +88,4 @@ def _grammar_text(structure: StructuredOutputs) -> str:
         return grammar_from("choice", list(structure.choice))  # type: ignore[arg-type]
     if structure.grammar is not None:
         return grammar_from("grammar", structure.grammar)
-    raise InvalidField(FIELD, f"{FIELD}.structural_tag is not supported yet")
+    raise structure.error("is not supported yet")

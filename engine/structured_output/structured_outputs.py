@@ -3,13 +3,13 @@
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as Series
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dispec.engine.errors import InvalidField
 
 FIELD = "structured_outputs"
-_KINDS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
+STRUCTURE_KINDS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class StructuredOutputs:
     reasoning_start_token_ids, reasoning_end_token_ids: if the latter are set, the output begins with the former, and
         the grammar applies after the latter; the text between them is free.
 
+    origin: the request's field that asks for the structure, for errors; a path such as response_format.json_schema.
+
     Raises InvalidField for fields that do not fit together. The grammar itself is read by `GrammarCompiler`.
     """
 
@@ -34,13 +36,14 @@ class StructuredOutputs:
     choice: Series[str] | None = None
     grammar: str | None = None
     structural_tag: str | Mapping[str, Any] | None = None
+    origin: str = field(default=FIELD, compare=False)
     reasoning_start_token_ids: Series[int] = ()
     reasoning_end_token_ids: Series[int] = ()
 
     def __post_init__(self) -> None:
-        given = [name for name in _KINDS if getattr(self, name) not in (None, False)]
+        given = [name for name in STRUCTURE_KINDS if getattr(self, name) not in (None, False)]
         if len(given) != 1:
-            said = f"sets {' and '.join(given)}" if given else f"sets none of {', '.join(_KINDS)}"
+            said = f"sets {' and '.join(given)}" if given else f"sets none of {', '.join(STRUCTURE_KINDS)}"
             raise InvalidField(FIELD, f"{FIELD} {said}, must set exactly one of them")
         for name in ("json", "structural_tag"):
             if isinstance(value := getattr(self, name), Mapping):
@@ -52,17 +55,26 @@ class StructuredOutputs:
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> "StructuredOutputs":
         """Return the structure that a mapping of the fields describes. Raises InvalidField for an unknown name."""
-        names = {field.name for field in fields(cls)}
+        names = {one.name for one in fields(cls)}
         for name in given:
             if name not in names:
-                raise InvalidField(FIELD, f"{FIELD} has no {name!r:.50}, must be one of {', '.join(_KINDS)}")
+                raise InvalidField(FIELD, f"{FIELD} has no {name!r:.50}, must be one of {', '.join(STRUCTURE_KINDS)}")
         return cls(**given)
 
     @property
     def kind(self) -> str:
         """The field of the grammar that is set."""
-        return next(name for name in _KINDS if getattr(self, name) not in (None, False))
+        return next(name for name in STRUCTURE_KINDS if getattr(self, name) not in (None, False))
+
+    @property
+    def label(self) -> str:
+        """The place of the grammar in the request, for errors."""
+        return f"{FIELD}.{self.kind}" if self.origin == FIELD else self.origin
+
+    def error(self, problem: str) -> InvalidField:
+        """Return the error of a grammar. problem: continues a sentence that begins with the place and a colon."""
+        return InvalidField(self.origin.partition(".")[0], f"{self.label}: {problem}")
 
     def as_mapping(self) -> dict[str, Any]:
         """Return the fields that are set, as plain values."""
-        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) not in (None, ())}
+        return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) not in (None, ())}

@@ -7,6 +7,7 @@ from dispec.engine.errors import InvalidField
 from dispec.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from dispec.serving.api.protocol import ChatRequest, CompletionRequest
 from dispec.serving.api.request_body import format_value
+from dispec.serving.api.structure import requested_structure
 from dispec.serving.settings import MAX_STOPS, MAX_TOKEN_IDS
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's
@@ -45,6 +46,12 @@ def sampling_params(
         given["logprobs"] = request.logprobs
         if request.echo and request.logprobs is not None:
             given["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
+    structure = given["structured_outputs"] = requested_structure(request)
+    if structure is not None:
+        for name in ("stop", "stop_token_ids"):
+            if given.get(name):
+                said = f"{name} could end an output before it follows {structure.label}: leave one of them out"
+                raise InvalidField(name, said)
     return SamplingParams(**given)
 
 

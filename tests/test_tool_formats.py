@@ -92,6 +92,14 @@ GOLDEN = [
     ("json", f'{{"name": "get_weather", "arguments": {CITY}}}', "", ONE),
     ("json", f'Sure:\n{{"name": "get_weather", "arguments": {CITY}}}', "Sure:", ONE),
     ("json", 'As {"name": "get-time"}\n{"x": 1}', 'As {"name": "get-time"}\n{"x": 1}', []),
+    ("json", f'So:\n```json\n{{"name": "get_weather", "arguments": {CITY}}}\n```\nDone.', "So:\nDone.", ONE),
+    (
+        "json",
+        f'```json\n{{"name": "get_weather", "arguments": {KÖLN}}}\n{{"name": "get-time"}}\n```',
+        "",
+        TWO,
+    ),
+    ("json", '```json\n{"x": 1}\n```', '```json\n{"x": 1}\n```', []),
     (
         "json",
         f'{{"name": "get_weather", "arguments": {KÖLN}}}\n{{"name": "get-time", "arguments": {{}}}}',
@@ -153,7 +161,16 @@ def test_texts_are_content_and_calls(name: str, text: str, content: str, calls: 
 
 
 FRAGMENTS = [
-    *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", '{"name": "get_weather", '),
+    *(
+        "<tool_call>",
+        "</tool_call>",
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "<|python_tag|>",
+        "```json",
+        "```",
+        '{"name": "get_weather", ',
+    ),
     *('"arguments": ', '"parameters": ', CITY, KÖLN, "{", "}", "[", "]", "(", ")", '"', "'", "\\", ",", ";", "\n", " "),
     *("get_weather", "get-time(", 'city="x"', "a", hermes("get-time", "{}"), '{"name": "get-time", "arguments": {}}'),
 ]

@@ -32,7 +32,7 @@ class Grammar:
     def start(self, max_tokens: int) -> GrammarState:
         """Return the state of a sequence before its first output token. max_tokens: of the output.
 
-        Raises InvalidField if no output of so few tokens is known.
+        Raises InvalidField if the shortest output that is known has more tokens.
         """
         state = GrammarState(
             self._matcher.deep_copy(),
@@ -41,15 +41,14 @@ class Grammar:
             reasoning_end=self._structure.reasoning_end_token_ids,
             max_tokens=max_tokens,
             planner=self._planner,
-            plan=self._plan or (),
+            plan=self._plan,
         )
-        size = len(state.completion)
-        if self._plan is None or size > max_tokens:
-            needed = "" if self._plan is None else f", must be at least {size}"
+        completion = state.completion
+        if completion is not None and len(completion) > max_tokens:
             raise InvalidField(
                 "max_tokens",
-                f"max_tokens or what the context leaves of it is {max_tokens}{needed}: no shorter output of the grammar"
-                " is known",
+                f"max_tokens or what the context leaves of it is {max_tokens}, must be at least {len(completion)}: no"
+                " shorter output of the grammar is known",
             )
         return state
 

@@ -6,6 +6,12 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from llguidance import LLMatcher
 
+# With more tokens left than this and the plan, a token is kept although no completion is found after it: a search has
+# limits, and one a few tokens later mostly finds one.
+_FEW_TOKENS = 64
+_ANY_LENGTH = 2**31 - 1
+_RETRY_TOKENS = 8  # between two searches of up to 5 ms while no completion is known
+
 
 @runtime_checkable
 class Planner(Protocol):
@@ -34,9 +40,9 @@ class GrammarState:
     eos_token_id: ends an output where its grammar lets it end.
     reasoning_start, reasoning_end: tokens of the markers; there is no reasoning if the latter are empty.
     max_tokens: of the output, markers and reasoning included.
-    planner: keeps a completion that fits into the tokens that are left; without one, the last token may leave the
-        output open.
-    plan: tokens that complete the grammar from its first state.
+    planner: keeps a completion that fits into the tokens that are left. Without one, or if it finds none, the last
+        token may leave the output open.
+    plan: tokens that complete the grammar from its first state; None if none are known.
     is_closing: only the tokens of the completion may follow, and no draft tokens.
     """
 
@@ -49,7 +55,7 @@ class GrammarState:
         reasoning_end: Sequence[int] = (),
         max_tokens: int,
         planner: Planner | None = None,
-        plan: tuple[int, ...] = (),
+        plan: tuple[int, ...] | None = (),
     ) -> None:
         self.is_closing = False
         self._matcher = matcher
@@ -76,9 +82,9 @@ class GrammarState:
         return self._is_reasoning
 
     @property
-    def completion(self) -> tuple[int, ...]:
-        """Tokens that complete the output; the first ones may be what is left of the end marker."""
-        if self.is_closing or not self._is_reasoning:
+    def completion(self) -> tuple[int, ...] | None:
+        """Tokens that complete the output, with what is left of the end marker; None if none are known."""
+        if self.is_closing or not self._is_reasoning or self._plan is None:
             return self._plan
         marker = self._start + self._end
         matched = len(self._reasoning)
@@ -90,7 +96,7 @@ class GrammarState:
         return (*marker[matched:], *self._plan)
 
     def accept(self, token_id: int) -> bool:
-        """Move over a token of the output. Return False, and stay, if no completion in the tokens left is known.
+        """Move over a token of the output. Return False, and stay, if the output can be completed now but not after it.
 
         Raises RuntimeError for a token that the grammar does not allow.
         """
@@ -99,19 +105,17 @@ class GrammarState:
             raise RuntimeError(f"the grammar rejects token {token_id}: {reason:.300}")
         self._num_left -= 1
         if self.is_closing:
-            self._plan = self._plan[1:]
-            return True
-        if self._planner is None:
-            return True
-        previous, plan = self._plan, self._plan_after(token_id, self._planner)
-        if plan is not None:
-            self._plan = plan
-            if len(self.completion) <= self._num_left:
-                return True
-            self._plan = previous
-        self._num_left += 1
-        self.undo(1)
-        return False
+            self._plan = self._plan[1:] if self._plan else None
+        elif self._planner is not None:
+            previous = self._plan
+            if self._num_consumed:
+                self._plan = () if self._matcher.is_stopped() else self._plan_after(token_id, self._planner)
+            if previous is not None and not self._leaves_room(previous):
+                self._plan = previous
+                self._num_left += 1
+                self.undo(1)
+                return False
+        return True
 
     def close(self) -> None:
         """Let only the completion follow. An output that may end already gets an end token."""
@@ -182,18 +186,27 @@ class GrammarState:
             return self._start[len(self._reasoning)]
         return None
 
+    def _leaves_room(self, previous_plan: tuple[int, ...]) -> bool:
+        """Return whether the tokens left after the last one suffice, as far as that is known."""
+        completion = self.completion
+        if completion is None:
+            return self._num_left > len(previous_plan) + _FEW_TOKENS
+        return len(completion) <= self._num_left
+
     def _plan_after(self, token_id: int, planner: Planner) -> tuple[int, ...] | None:
-        """Return the plan after a token that was just consumed."""
-        if not self._num_consumed:
-            return self._plan
-        if self._matcher.is_stopped():
-            return ()
-        key = self._plan, token_id
-        plan = self._found.get(key)
-        if plan is None or not self._is_completed_by(plan):
-            plan = planner.update(self._matcher, token_id, self._plan, self._num_left)
-            if plan is not None and plan not in (self._plan, self._plan[1:]):
-                self._found[key] = plan
+        """Return the plan after a token of the grammar that was just consumed; None if none is found."""
+        matcher, previous, num_left = self._matcher, self._plan, self._num_left
+        if previous is None:
+            is_due = num_left % _RETRY_TOKENS == 0 or num_left <= _FEW_TOKENS
+            return planner.update(matcher, token_id, (), num_left) if is_due else None
+        plan = self._found.get((previous, token_id))
+        if plan is not None and self._is_completed_by(plan):
+            return plan
+        plan = planner.update(matcher, token_id, previous, num_left)
+        if plan is None:
+            plan = planner.update(matcher, token_id, previous, _ANY_LENGTH)  # one that is too long, or none at all
+        elif plan not in (previous, previous[1:]):
+            self._found[previous, token_id] = plan
         return plan
 
     def _is_completed_by(self, plan: tuple[int, ...]) -> bool:

@@ -87,3 +87,25 @@ def test_draft_tokens_leave_the_state_where_it_was():
 def test_a_token_that_is_not_allowed_is_an_error():
     with pytest.raises(RuntimeError, match=f"the grammar rejects token {Z}"):
         state_of(9).accept(Z)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_the_end_marker_is_forced_after_the_longest_reasoning(limit):
+    state = state_of(90, regex="q[qx]{4}z", reasoning_start=(5,), reasoning_end=(7, 8), reasoning_max_tokens=limit)
+    assert state.forced_token() == 5
+    assert state.accept(5)
+    for _ in range(limit):
+        assert state.forced_token() is None
+        assert state.accept(9)
+    assert state.num_allowed([9]) == 0
+    for token in (7, 8):
+        assert state.forced_token() == token
+        assert state.accept(token)
+    assert not state.is_reasoning
+
+
+def test_an_end_marker_under_way_is_completed_at_the_limit():
+    state = state_of(90, reasoning_end=(7, 8), reasoning_max_tokens=2)
+    assert state.accept(9)
+    assert state.accept(7)
+    assert state.forced_token() == 8

@@ -39,6 +39,7 @@ class Grammar:
             self._eos_token_id,
             reasoning_start=self._structure.reasoning_start_token_ids,
             reasoning_end=self._structure.reasoning_end_token_ids,
+            reasoning_max_tokens=self._structure.reasoning_max_tokens,
             max_tokens=max_tokens,
             planner=self._planner,
             plan=self._plan,

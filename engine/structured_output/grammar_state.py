@@ -39,6 +39,7 @@ class GrammarState:
     matcher: of the grammar, before its first token. It belongs to this object.
     eos_token_id: ends an output where its grammar lets it end.
     reasoning_start, reasoning_end: tokens of the markers; there is no reasoning if the latter are empty.
+    reasoning_max_tokens: most tokens of free text; the end marker is forced then. None is no limit.
     max_tokens: of the output, markers and reasoning included.
     planner: keeps a completion that fits into the tokens that are left. Without one, or if it finds none, the last
         token may leave the output open.
@@ -53,6 +54,7 @@ class GrammarState:
         *,
         reasoning_start: Sequence[int] = (),
         reasoning_end: Sequence[int] = (),
+        reasoning_max_tokens: int | None = None,
         max_tokens: int,
         planner: Planner | None = None,
         plan: tuple[int, ...] | None = (),
@@ -62,6 +64,7 @@ class GrammarState:
         self._eos_token_id = eos_token_id
         self._start, self._end = list(reasoning_start if reasoning_end else ()), list(reasoning_end)
         self._is_reasoning = bool(reasoning_end)
+        self._reasoning_max_tokens = reasoning_max_tokens
         self._reasoning: list[int] = []  # tokens before the grammar's first
         self._num_consumed = 0  # tokens of the grammar
         self._num_left = max_tokens
@@ -86,14 +89,7 @@ class GrammarState:
         """Tokens that complete the output, with what is left of the end marker; None if none are known."""
         if self.is_closing or not self._is_reasoning or self._plan is None:
             return self._plan
-        marker = self._start + self._end
-        matched = len(self._reasoning)
-        if matched >= len(self._start):
-            free = self._reasoning[len(self._start) :]
-            matched = len(self._start) + next(
-                size for size in range(len(self._end) - 1, -1, -1) if free[len(free) - size :] == self._end[:size]
-            )
-        return (*marker[matched:], *self._plan)
+        return (*self._start[len(self._reasoning) :], *self._rest_of_end(), *self._plan)
 
     def accept(self, token_id: int) -> bool:
         """Move over a token of the output. Return False, and stay, if the output can be completed now but not after it.
@@ -179,12 +175,23 @@ class GrammarState:
             self._is_reasoning = True
 
     def _given_token(self) -> int | None:
-        """Return the next token of the completion that must follow, or of the start marker; None past them."""
+        """Return the next token of the completion that must follow, or of a marker that must; None without one."""
         if self.is_closing:
             return self._plan[0] if self._plan else None
-        if self._is_reasoning and len(self._reasoning) < len(self._start):
-            return self._start[len(self._reasoning)]
+        if self._is_reasoning:
+            num_free = len(self._reasoning) - len(self._start)
+            if num_free < 0:
+                return self._start[num_free]
+            if self._reasoning_max_tokens is not None and num_free >= self._reasoning_max_tokens:
+                return self._rest_of_end()[0]
         return None
+
+    def _rest_of_end(self) -> list[int]:
+        """Return the tokens of the end marker that the free text does not end with."""
+        free = self._reasoning[len(self._start) :][-len(self._end) :]
+        sizes = range(min(len(free), len(self._end) - 1), 0, -1)
+        matched = next((size for size in sizes if free[-size:] == self._end[:size]), 0)
+        return self._end[matched:]
 
     def _leaves_room(self, previous_plan: tuple[int, ...]) -> bool:
         """Return whether the tokens left after the last one suffice, as far as that is known."""

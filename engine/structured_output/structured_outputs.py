@@ -24,7 +24,7 @@ class StructuredOutputs:
     structural_tag: free text with tags, of which each holds a JSON document; vLLM's format, as a mapping or as JSON.
     reasoning_start_token_ids, reasoning_end_token_ids: if the latter are set, the output begins with the former, and
         the grammar applies after the latter; the text between them is free.
-
+    reasoning_max_tokens: most tokens of that text; the end marker follows then. None leaves it to `max_tokens`.
     origin: the request's field that asks for the structure, for errors; a path such as response_format.json_schema.
 
     Raises InvalidField for fields that do not fit together. The grammar itself is read by `GrammarCompiler`.
@@ -39,6 +39,7 @@ class StructuredOutputs:
     origin: str = field(default=FIELD, compare=False)
     reasoning_start_token_ids: Series[int] = ()
     reasoning_end_token_ids: Series[int] = ()
+    reasoning_max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in STRUCTURE_KINDS if getattr(self, name) not in (None, False)]
@@ -51,6 +52,9 @@ class StructuredOutputs:
         for name in ("choice", "reasoning_start_token_ids", "reasoning_end_token_ids"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))
+        most = self.reasoning_max_tokens
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
+            raise InvalidField(FIELD, f"{FIELD}.reasoning_max_tokens is {most!r:.50}, must be an integer of at least 0")
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> "StructuredOutputs":

@@ -36,7 +36,7 @@ class GrammarState:
     An output with reasoning has three phases: the start marker, whose tokens are forced; free text; and, once the
     tokens of the end marker were generated, the grammar. Other tokens that spell the end marker are free text.
 
-    matcher: of the grammar, before its first token. It belongs to this object.
+    matcher: of the grammar, before its first token. It belongs to this object. None for free text after the end marker.
     eos_token_id: ends an output where its grammar lets it end.
     reasoning_start, reasoning_end: tokens of the markers; there is no reasoning if the latter are empty.
     reasoning_max_tokens: most tokens of free text; the end marker is forced then. None is no limit.
@@ -49,7 +49,7 @@ class GrammarState:
 
     def __init__(
         self,
-        matcher: LLMatcher,
+        matcher: LLMatcher | None,
         eos_token_id: int,
         *,
         reasoning_start: Sequence[int] = (),
@@ -77,7 +77,7 @@ class GrammarState:
     @property
     def is_complete(self) -> bool:
         """Whether the output is whole and no token can follow."""
-        return not self._is_reasoning and self._matcher.is_stopped()
+        return not self._is_reasoning and self._matcher is not None and self._matcher.is_stopped()
 
     @property
     def is_reasoning(self) -> bool:
@@ -97,15 +97,16 @@ class GrammarState:
         Raises RuntimeError for a token that the grammar does not allow.
         """
         if not self.try_consume(token_id):
-            reason = self._matcher.get_error() or "it is not allowed here"
+            reason = (self._matcher and self._matcher.get_error()) or "it is not allowed here"
             raise RuntimeError(f"the grammar rejects token {token_id}: {reason:.300}")
         self._num_left -= 1
         if self.is_closing:
             self._plan = self._plan[1:] if self._plan else None
         elif self._planner is not None:
             previous = self._plan
-            if self._num_consumed:
-                self._plan = () if self._matcher.is_stopped() else self._plan_after(token_id, self._planner)
+            if self._num_consumed and self._matcher is not None:
+                is_stopped = self._matcher.is_stopped()
+                self._plan = () if is_stopped else self._plan_after(token_id, self._matcher, self._planner)
             if previous is not None and not self._leaves_room(previous):
                 self._plan = previous
                 self._num_left += 1
@@ -121,7 +122,7 @@ class GrammarState:
         """Return the only token that may come next: one of the start marker or of the completion, or the canonical
         spelling's where the grammar allows one text. None if there is a choice."""
         token_id = self._given_token()
-        if token_id is None and not self._is_reasoning:
+        if token_id is None and not self._is_reasoning and self._matcher is not None:
             token_id = next(iter(self._matcher.compute_ff_tokens()), None)
         return token_id
 
@@ -134,10 +135,12 @@ class GrammarState:
         if token_id is not None:
             words[:] = 0
             words[token_id >> 5] = np.uint32(1 << (token_id & 31)).astype(np.int32)
-        elif not self._is_reasoning:
+        elif self._is_reasoning or self._matcher is None:
+            return False
+        else:
             # `words.ctypes.data` takes 1 us more.
             self._matcher.unsafe_compute_mask_ptr(words.__array_interface__["data"][0], words.nbytes)
-        return token_id is not None or not self._is_reasoning
+        return True
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
         """Return how many of the tokens that follow are allowed."""
@@ -152,7 +155,8 @@ class GrammarState:
     def try_consume(self, token_id: int) -> bool:
         """Move over a token if it is allowed; `undo` moves back."""
         if not self._is_reasoning:
-            if self._matcher.is_stopped() or not self._matcher.try_consume_tokens([token_id]):
+            matcher = self._matcher
+            if matcher is not None and (matcher.is_stopped() or not matcher.try_consume_tokens([token_id])):
                 return False
             self._num_consumed += 1
             return True
@@ -167,9 +171,9 @@ class GrammarState:
     def undo(self, num_tokens: int) -> None:
         """Move back over the last tokens."""
         of_grammar = min(num_tokens, self._num_consumed)
-        if of_grammar:
+        self._num_consumed -= of_grammar
+        if of_grammar and self._matcher is not None:
             self._matcher.rollback(of_grammar)
-            self._num_consumed -= of_grammar
         if num_tokens > of_grammar:
             del self._reasoning[len(self._reasoning) - (num_tokens - of_grammar) :]
             self._is_reasoning = True
@@ -200,14 +204,14 @@ class GrammarState:
             return self._num_left > len(previous_plan) + _FEW_TOKENS
         return len(completion) <= self._num_left
 
-    def _plan_after(self, token_id: int, planner: Planner) -> tuple[int, ...] | None:
+    def _plan_after(self, token_id: int, matcher: LLMatcher, planner: Planner) -> tuple[int, ...] | None:
         """Return the plan after a token of the grammar that was just consumed; None if none is found."""
-        matcher, previous, num_left = self._matcher, self._plan, self._num_left
+        previous, num_left = self._plan, self._num_left
         if previous is None:
             is_due = num_left % _RETRY_TOKENS == 0 or num_left <= _FEW_TOKENS
             return planner.update(matcher, token_id, (), num_left) if is_due else None
         plan = self._found.get((previous, token_id))
-        if plan is not None and self._is_completed_by(plan):
+        if plan is not None and matcher.validate_tokens([*plan, self._eos_token_id]) > len(plan):
             return plan
         plan = planner.update(matcher, token_id, previous, num_left)
         if plan is None:
@@ -215,6 +219,3 @@ class GrammarState:
         elif plan not in (previous, previous[1:]):
             self._found[previous, token_id] = plan
         return plan
-
-    def _is_completed_by(self, plan: tuple[int, ...]) -> bool:
-        return self._matcher.validate_tokens([*plan, self._eos_token_id]) > len(plan)

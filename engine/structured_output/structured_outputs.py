@@ -16,6 +16,8 @@ STRUCTURE_KINDS = ("json", "json_object", "regex", "choice", "grammar", "structu
 class StructuredOutputs:
     """A grammar that the output follows: exactly one of the first six fields. The names are vLLM's.
 
+    None of the six is set where `reasoning_max_tokens` limits reasoning before a free answer.
+
     json: a JSON Schema, as a mapping or as JSON text.
     json_object: any JSON object.
     regex: a regular expression that the whole output matches.
@@ -43,7 +45,8 @@ class StructuredOutputs:
 
     def __post_init__(self) -> None:
         given = [name for name in STRUCTURE_KINDS if getattr(self, name) not in (None, False)]
-        if len(given) != 1:
+        limits_reasoning = self.reasoning_max_tokens is not None and bool(self.reasoning_end_token_ids)
+        if len(given) != 1 and not (not given and limits_reasoning):
             said = f"sets {' and '.join(given)}" if given else f"sets none of {', '.join(STRUCTURE_KINDS)}"
             raise InvalidField(FIELD, f"{FIELD} {said}, must set exactly one of them")
         for name in ("json", "structural_tag"):
@@ -66,14 +69,14 @@ class StructuredOutputs:
         return cls(**given)
 
     @property
-    def kind(self) -> str:
-        """The field of the grammar that is set."""
-        return next(name for name in STRUCTURE_KINDS if getattr(self, name) not in (None, False))
+    def kind(self) -> str | None:
+        """The field of the grammar that is set; None for a free answer."""
+        return next((name for name in STRUCTURE_KINDS if getattr(self, name) not in (None, False)), None)
 
     @property
     def label(self) -> str:
         """The place of the grammar in the request, for errors."""
-        return f"{FIELD}.{self.kind}" if self.origin == FIELD else self.origin
+        return f"{FIELD}.{self.kind or 'reasoning_max_tokens'}" if self.origin == FIELD else self.origin
 
     def error(self, problem: str) -> InvalidField:
         """Return the error of a grammar. problem: continues a sentence that begins with the place and a colon."""

@@ -5,16 +5,19 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 from dispec import LLM, SamplingParams
 from dispec.bench.json_schemas import CASES
+from dispec.bench.random_outputs import RandomOutputs
 from dispec.engine.api.outputs import Completion
 from dispec.engine.errors import InvalidField
+from dispec.engine.loading.checkpoint import find_checkpoint
+from dispec.engine.structured_output.grammar_compiler import GrammarCompiler
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
-from tests.random_outputs import RandomOutputs
 from tests.schema_checks import check_json
 from tests.schema_strategies import schemas
 
@@ -129,8 +132,16 @@ def test_outputs_follow_the_grammar(outputs: dict[str, list[Completion]], name: 
 
 
 @pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    checkpoint = find_checkpoint("smollm2")
+    text = (Path(checkpoint.directory) / "tokenizer.json").read_text(encoding="utf-8")
+    return GrammarCompiler(text, checkpoint.config.vocab_size, checkpoint.eos_token_ids)
+
+
+@pytest.fixture(scope="module")
 def random_outputs() -> RandomOutputs:
-    return RandomOutputs()
+    checkpoint = find_checkpoint("smollm2")
+    return RandomOutputs(checkpoint.directory, checkpoint.config.vocab_size, checkpoint.eos_token_ids)
 
 
 # llguidance allows 60 seconds in any minute, February 29 in any year, and local parts of more than 64 characters.
@@ -140,11 +151,11 @@ WRONG_FORMATS = [f"format {name}" for name in ("date-time", "date", "time", "ema
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.xfail] if name in WRONG_FORMATS else []) for name in CASES]
 )
-def test_random_outputs_fit_the_schema(random_outputs: RandomOutputs, name: str) -> None:
+def test_random_outputs_fit_the_schema(compiler: GrammarCompiler, random_outputs: RandomOutputs, name: str) -> None:
     """A model rarely leaves the beaten track; these outputs always do."""
-    grammar = random_outputs.compiler.compile(StructuredOutputs(json=json.dumps(CASES[name])))
+    grammar = compiler.compile(StructuredOutputs(json=json.dumps(CASES[name])))
     rng = random.Random(name)
-    drawn = [random_outputs.draw(grammar, rng) for _ in range(60)]
+    drawn = [random_outputs.draw(grammar.start(1000), rng) for _ in range(60)]
     texts = [text for text in drawn if text is not None]
     assert texts
     for text in texts:
@@ -153,11 +164,13 @@ def test_random_outputs_fit_the_schema(random_outputs: RandomOutputs, name: str)
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(schema=schemas())
-def test_random_outputs_fit_generated_schemas(random_outputs: RandomOutputs, schema: dict[str, object]) -> None:
-    grammar = random_outputs.compiler.compile(StructuredOutputs(json=json.dumps(schema)))
+def test_random_outputs_fit_generated_schemas(
+    compiler: GrammarCompiler, random_outputs: RandomOutputs, schema: dict[str, object]
+) -> None:
+    grammar = compiler.compile(StructuredOutputs(json=json.dumps(schema)))
     rng = random.Random(0)
     for _ in range(3):
-        text = random_outputs.draw(grammar, rng)
+        text = random_outputs.draw(grammar.start(1000), rng)
         if text is not None:
             check_json(text, schema)
 
@@ -201,7 +214,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", [*REFUSED, *(pytest.param(name, marks=pytest.mark.xfail) for name in WRONG)])
-def test_schemas_that_are_refused(random_outputs: RandomOutputs, name: str) -> None:
+def test_schemas_that_are_refused(compiler: GrammarCompiler, name: str) -> None:
     schema = (REFUSED | WRONG)[name]
     with pytest.raises(InvalidField, match=r"structured_outputs\.json"):
-        random_outputs.compiler.compile(StructuredOutputs(json=json.dumps(schema)))
+        compiler.compile(StructuredOutputs(json=json.dumps(schema)))

@@ -106,6 +106,9 @@ class _XgrammarFollower:
     def forced_token(self) -> None:
         return None
 
+    def close(self) -> None:
+        raise NotImplementedError
+
 
 ENGINES: dict[str, Callable[[str, int, tuple[int, ...]], GrammarEngine]] = {
     "llguidance": Llguidance,

@@ -19,6 +19,7 @@ class Follower(Protocol):
     def write_mask(self, words: np.ndarray) -> object: ...
     def accept(self, token_id: int) -> bool: ...
     def forced_token(self) -> int | None: ...
+    def close(self) -> None: ...
 
 
 class RandomOutputs:
@@ -39,7 +40,8 @@ class RandomOutputs:
     def draw(self, follower: Follower, rng: random.Random, max_tokens: int = 80) -> str | None:
         """Return the text of a whole output; None if it is not whole after `max_tokens`.
 
-        Closing tokens become more likely with every token. Every other forced token is taken without a choice.
+        Closing tokens become more likely with every token. Every other forced token is taken without a choice. A token
+        that the follower drops, which it may do among the last 100, lets it close the output.
         """
         words = np.zeros(self._num_words, np.int32)
         output: list[int] = []
@@ -65,9 +67,24 @@ class RandomOutputs:
             closing = self._closing[allowed[self._closing]]
             is_closing = len(closing) and rng.random() < 0.5 + len(output) / max_tokens
             token = int(rng.choice(closing if is_closing else np.flatnonzero(allowed)))
-            assert follower.accept(token), f"token {token} is in the mask and refused after {self._text(output)!r}"
+            if not follower.accept(token):
+                assert max_tokens - len(output) < 100, f"token {token} is dropped after {self._text(output)!r}"
+                return self._text(output + self._completion(follower))
             output.append(token)
-        return None
+        if not follower.is_complete:
+            follower.write_mask(words)
+            if not any(words[token >> 5] >> (token & 31) & 1 for token in self._eos_token_ids):
+                return None
+        return self._text(output)
+
+    def _completion(self, follower: Follower) -> list[int]:
+        """Close an output and return the tokens that complete it."""
+        follower.close()
+        completion: list[int] = []
+        while (token := follower.forced_token()) is not None and token not in self._eos_token_ids:
+            assert follower.accept(token)
+            completion.append(token)
+        return completion
 
     def _text(self, output: list[int]) -> str:
         text: str = self.tokenizer.decode(output, skip_special_tokens=False)

@@ -22,7 +22,7 @@ from tests.schema_checks import check_json
 from tests.schema_strategies import schemas
 
 NUM_OUTPUTS = 5  # of each case
-MAX_TOKENS = 24
+MAX_TOKENS = 40
 
 REGEXES = (
     r"(\+\d{1,2} )?\d{3}-\d{4}",
@@ -92,42 +92,40 @@ def outputs() -> dict[str, list[Completion]]:
     return found
 
 
-def whole(completions: list[Completion]) -> Iterator[str]:
-    """Yield the texts of whole outputs."""
+def texts(completions: list[Completion]) -> list[str]:
+    """Return the texts of outputs, all of which are whole."""
     assert len(completions) == NUM_OUTPUTS
-    for completion in completions:
-        assert completion.finish_reason in ("stop", "length")
-        if completion.finish_reason == "stop":  # until an output that reaches max_tokens is closed in time
-            yield completion.text
+    assert {completion.finish_reason for completion in completions} <= {"stop", "length"}
+    return [completion.text for completion in completions]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_fit_the_schema(outputs: dict[str, list[Completion]], name: str) -> None:
-    for text in whole(outputs[f"json {name}"]):
+    for text in texts(outputs[f"json {name}"]):
         check_json(text, CASES[name])
 
 
 def test_a_json_object_is_an_object(outputs: dict[str, list[Completion]]) -> None:
-    for text in whole(outputs["json_object"]):
+    for text in texts(outputs["json_object"]):
         assert isinstance(json.loads(text), dict)
 
 
 @pytest.mark.parametrize("regex", REGEXES)
 def test_outputs_match_the_regex(outputs: dict[str, list[Completion]], regex: str) -> None:
-    for text in whole(outputs[f"regex {regex}"]):
+    for text in texts(outputs[f"regex {regex}"]):
         assert re.fullmatch(regex, text)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_outputs_are_choices(outputs: dict[str, list[Completion]], choice: tuple[str, ...]) -> None:
-    for text in whole(outputs[f"choice {choice[0]}"]):
+    for text in texts(outputs[f"choice {choice[0]}"]):
         assert text in choice
 
 
 @pytest.mark.parametrize("name", GRAMMARS)
 def test_outputs_follow_the_grammar(outputs: dict[str, list[Completion]], name: str) -> None:
     _, check = GRAMMARS[name]
-    for text in whole(outputs[f"grammar {name}"]):
+    for text in texts(outputs[f"grammar {name}"]):
         assert check(text)
 
 
@@ -155,10 +153,9 @@ def test_random_outputs_fit_the_schema(compiler: GrammarCompiler, random_outputs
     """A model rarely leaves the beaten track; these outputs always do."""
     grammar = compiler.compile(StructuredOutputs(json=json.dumps(CASES[name])))
     rng = random.Random(name)
-    drawn = [random_outputs.draw(grammar.start(1000), rng) for _ in range(60)]
-    texts = [text for text in drawn if text is not None]
-    assert texts
-    for text in texts:
+    for max_tokens in (60, 200) * 15:
+        text = random_outputs.draw(grammar.start(max_tokens), rng, max_tokens)
+        assert text is not None
         check_json(text, CASES[name])
 
 
@@ -170,9 +167,9 @@ def test_random_outputs_fit_generated_schemas(
     grammar = compiler.compile(StructuredOutputs(json=json.dumps(schema)))
     rng = random.Random(0)
     for _ in range(3):
-        text = random_outputs.draw(grammar.start(1000), rng)
-        if text is not None:
-            check_json(text, schema)
+        text = random_outputs.draw(grammar.start(100), rng, 100)
+        assert text is not None
+        check_json(text, schema)
 
 
 # Keywords that cannot be followed, and schemas that no finite document fits.

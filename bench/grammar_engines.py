@@ -1,4 +1,4 @@
-"""llguidance beside xgrammar: seconds to compile, time of a mask, memory, and which schemas each gets right.
+"""llguidance, as DiSpec uses it, beside xgrammar: compile times, masks, memory, and which schemas each gets right.
 
     pip install xgrammar jsonschema-rs
     dispec bench grammar-engines
@@ -6,7 +6,7 @@
 
 Each schema has a document. A mask is computed before each of its tokens. Figures are medians over the repeats:
 
-    compile ms      a schema that is not in a cache; tokenizer tables left out
+    compile ms      a schema that is not in a cache; tokenizer tables left out, DiSpec's first closing plan included
     mask us, p99    over the tokens of the document, each matcher new
     memory MB       of the grammar and a matcher after the document (resident memory of the process, if it grew)
 

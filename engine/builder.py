@@ -42,6 +42,7 @@ from dispec.engine.speculation.draft_model import Draft, DraftModelProposer, fin
 from dispec.engine.speculation.ngram import NgramProposer
 from dispec.engine.speculation.proposer import Proposer
 from dispec.engine.speculation.speculator import Speculator
+from dispec.engine.structured_output.grammar_compiler import GrammarCompiler
 from dispec.engine.transfer.interface import TRANSPORTS, TransferOptions
 from dispec.engine.transfer.transfer_engine import TransferEngine
 from dispec.layers.config import ModelConfig, UnsupportedModelError
@@ -76,6 +77,7 @@ class EngineParts:
     runner: ModelRunner
     speculator: Speculator | None
     scheduler: Scheduler
+    grammar_compiler: GrammarCompiler
     transfer_engine: TransferEngine | None
     phase_seconds: dict[str, float]
 
@@ -178,11 +180,18 @@ class EngineBuilder:
             runner,
             speculator,
             self._make_scheduler(kv_plan),
+            self._make_grammar_compiler(),
             self._make_transfer_engine(runner, shared_memory),
             self._phase_seconds,
         )
         self._log_start(parts, activation_bytes)
         return parts
+
+    def _make_grammar_compiler(self) -> GrammarCompiler:
+        path = None if self._checkpoint is None else self._checkpoint.directory / "tokenizer.json"
+        contents = path.read_text(encoding="utf-8") if path is not None and path.is_file() else None
+        eos_token_ids = self._checkpoint.eos_token_ids if self._checkpoint is not None else ()
+        return GrammarCompiler(contents, self._config.vocab_size, eos_token_ids)
 
     def _plan_kv_cache(self, free_bytes: int) -> KVPlan:
         draft = self._draft.config if self._draft is not None else None

@@ -22,6 +22,7 @@ from dispec.engine.errors import InvalidField
 from dispec.engine.machine.cache_directory import remove_substitutes
 from dispec.engine.process.channel import Channel, log_to_frontend
 from dispec.engine.process.crash_report import report_crash
+from dispec.engine.process.grammar_queue import GrammarQueue
 from dispec.engine.process.messages import (
     EXIT_AFTER_CRASH_REPORT,
     Abort,
@@ -43,6 +44,7 @@ from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.sequence import Sequence
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.engine.scheduling.token_output import TokenOutput
+from dispec.engine.structured_output.grammar_compiler import Grammar
 
 if TYPE_CHECKING:
     from dispec.engine.engine import Engine
@@ -64,6 +66,7 @@ class EngineLoop:
         self._engine = engine
         self._channel = channel
         self._requests: dict[str, _Request] = {}
+        self._grammars = GrammarQueue(engine.grammar_compiler)
         self._last_record: StepRecord | None = None
         self._is_running = True
         self._is_compiled = engine.runner.is_compiled
@@ -72,9 +75,9 @@ class EngineLoop:
         """Run steps and handle messages until `Shutdown`."""
         while self._is_running:
             engine = self._engine
-            message = self._channel.receive(
-                wait=not (engine.has_work or engine.has_idle_work), wake_ups=engine.wake_ups
-            )
+            wake_ups = [*engine.wake_ups, self._grammars.fileno()]
+            message = self._channel.receive(wait=not (engine.has_work or engine.has_idle_work), wake_ups=wake_ups)
+            self._submit_compiled()
             if message is not None:
                 self._handle(message)
             elif engine.has_work:
@@ -90,7 +93,9 @@ class EngineLoop:
             case Submit():
                 self._submit(message)
             case Resume():
-                if message.request_id in self._requests:
+                if message.request_id in self._grammars:
+                    self._grammars.resume(message)
+                elif message.request_id in self._requests:
                     self._engine.resume(self._requests[message.request_id].choices[0], message.outputs)
             case Abort():
                 self._abort(message)
@@ -100,12 +105,40 @@ class EngineLoop:
                 self._is_running = False
 
     def _submit(self, message: Submit) -> None:
+        """Queue a request, at once or when its grammar is compiled."""
+        key = message.request_id
         try:
-            if message.request_id in self._requests:
-                raise InvalidField("request_id", f"request_id {message.request_id!r} is under way already")
+            if key in self._requests or key in self._grammars:
+                raise InvalidField("request_id", f"request_id {key!r} is under way already")
+            params = SamplingParams(**message.params)
+            structure, grammar = params.structured_outputs, None
+            if structure is not None:
+                grammar = self._grammars.find(structure)
+                if grammar is None:
+                    self._grammars.add(message, structure)
+                    return
+        except ValueError as error:
+            self._refuse(key, error)
+            return
+        self._add(message, params, grammar)
+
+    def _submit_compiled(self) -> None:
+        """Queue the requests whose grammars are compiled since the last call."""
+        for request in self._grammars.take():
+            if isinstance(request.error, ValueError):
+                self._refuse(request.submit.request_id, request.error)
+            elif request.error is not None:
+                self._fail_unqueued(request.submit.request_id, request.error)
+            else:
+                self._add(request.submit, SamplingParams(**request.submit.params), request.grammar)
+                if request.resume is not None:
+                    self._handle(request.resume)
+
+    def _add(self, message: Submit, params: SamplingParams, grammar: Grammar | None) -> None:
+        try:
             first = self._engine.add(
                 message.prompt,
-                SamplingParams(**message.params),
+                params,
                 request_id=message.request_id,
                 priority=message.priority,
                 cache_salt=message.cache_salt,
@@ -113,18 +146,28 @@ class EngineLoop:
                 publish_as=message.publish_as,
                 pull=message.pull,
                 is_resumed=message.is_resumed,
+                grammar=grammar,
             )
         except ValueError as error:
-            self._channel.send(Refused(message.request_id, str(error), getattr(error, "field", None)))
+            self._refuse(message.request_id, error)
             return
         except Exception as error:  # nothing was queued: no other request is affected
-            log.exception("a request could not be queued")
-            self._channel.send(Failed(message.request_id, f"{type(error).__name__}: {error}"))
+            self._fail_unqueued(message.request_id, error)
             return
         self._requests[message.request_id] = _Request(first.choices, set(range(len(first.choices))))
         self._channel.send(Accepted(message.request_id))
 
+    def _refuse(self, request_id: str, error: ValueError) -> None:
+        self._channel.send(Refused(request_id, str(error), getattr(error, "field", None)))
+
+    def _fail_unqueued(self, request_id: str, error: Exception) -> None:
+        log.error("a request could not be queued", exc_info=error)
+        self._channel.send(Failed(request_id, f"{type(error).__name__}: {error}"))
+
     def _abort(self, message: Abort) -> None:
+        if message.request_id in self._grammars:
+            self._grammars.abort(message.request_id)
+            return
         request = self._requests.get(message.request_id)
         if request is None:
             return  # ended while the message was on its way
@@ -173,7 +216,7 @@ class EngineLoop:
         except AssertionError as error:
             problem = str(error)
         return Inspection(
-            num_requests=len(self._requests),
+            num_requests=len(self._requests) + len(self._grammars),
             num_running=len(scheduler.running),
             num_waiting=scheduler.num_waiting,
             num_used_blocks=scheduler.pool.num_usable - scheduler.pool.num_free,

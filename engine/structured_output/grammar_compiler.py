@@ -5,44 +5,69 @@ from threading import Lock
 
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
+from dispec.engine.errors import InvalidField
+from dispec.engine.structured_output.closing_plan import ClosingPlanner
 from dispec.engine.structured_output.grammar_state import GrammarState
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 
 _CACHE_SIZE = 256  # grammars
+_MAX_TOKENS = 2**31 - 1  # of a plan: a request may have fewer
 
 
 class Grammar:
-    """A compiled grammar. Sequences start from copies of its state."""
+    """A compiled grammar. Sequences start from copies of its state.
 
-    def __init__(self, matcher: LLMatcher, eos_token_id: int, structure: StructuredOutputs) -> None:
+    eos_token_id: ends an output where the grammar lets it end.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, structure: StructuredOutputs, eos_token_id: int, planner: ClosingPlanner
+    ) -> None:
         self._matcher = matcher
-        self._eos_token_id = eos_token_id
         self._structure = structure
+        self._eos_token_id = eos_token_id
+        self._planner = planner
+        self._plan = planner.plan(matcher, _MAX_TOKENS)
 
     def start(self, max_tokens: int) -> GrammarState:
-        """Return the state of a sequence before its first output token. max_tokens: of the output."""
-        return GrammarState(
+        """Return the state of a sequence before its first output token. max_tokens: of the output.
+
+        Raises InvalidField if no output of so few tokens is known.
+        """
+        state = GrammarState(
             self._matcher.deep_copy(),
             self._eos_token_id,
             reasoning_start=self._structure.reasoning_start_token_ids,
             reasoning_end=self._structure.reasoning_end_token_ids,
             max_tokens=max_tokens,
+            planner=self._planner,
+            plan=self._plan or (),
         )
+        size = len(state.completion)
+        if self._plan is None or size > max_tokens:
+            needed = "" if self._plan is None else f", must be at least {size}"
+            raise InvalidField(
+                "max_tokens",
+                f"max_tokens or what the context leaves of it is {max_tokens}{needed}: no shorter output of the grammar"
+                " is known",
+            )
+        return state
 
 
 class GrammarCompiler:
     """Compiles grammars for one tokenizer, and keeps the last ones. Safe to share between threads.
 
-    tokenizer_json: the contents of `tokenizer.json`.
+    tokenizer_json: the contents of `tokenizer.json`; None for a model without one, for which every grammar is refused.
     vocab_size: of the logits, padding included.
     eos_token_ids: tokens that end an output where the grammar lets it end.
     """
 
-    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, tokenizer_json: str | None, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._tokenizer_json = tokenizer_json
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._tokenizer: LLTokenizer | None = None
+        self._closing_planner: ClosingPlanner | None = None
         self._grammars: OrderedDict[StructuredOutputs, Grammar] = OrderedDict()
         self._lock = Lock()
 
@@ -59,10 +84,12 @@ class GrammarCompiler:
         found = self.find(structure)
         if found is not None:
             return found
+        if self._tokenizer_json is None:
+            raise structure.error("must be left out for a model without a tokenizer")
         matcher = LLMatcher(self._tables(), _grammar_text(structure), log_level=0)
         if matcher.is_error():
             raise structure.error(f"{matcher.get_error():.300}")
-        grammar = Grammar(matcher, self._tables().eos_token, structure)
+        grammar = Grammar(matcher, structure, self._tables().eos_token, self._planner())
         with self._lock:
             self._grammars[structure] = grammar
             while len(self._grammars) > _CACHE_SIZE:
@@ -72,9 +99,17 @@ class GrammarCompiler:
     def _tables(self) -> LLTokenizer:
         with self._lock:
             if self._tokenizer is None:
+                assert self._tokenizer_json is not None
                 eos = list(self._eos_token_ids) or None
                 self._tokenizer = LLTokenizer(self._tokenizer_json, n_vocab=self._vocab_size, eos_token=eos)
             return self._tokenizer
+
+    def _planner(self) -> ClosingPlanner:
+        tables = self._tables()
+        with self._lock:
+            if self._closing_planner is None:
+                self._closing_planner = ClosingPlanner(tables, self._vocab_size)
+            return self._closing_planner
 
 
 def _grammar_text(structure: StructuredOutputs) -> str:

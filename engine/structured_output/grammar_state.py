@@ -61,6 +61,9 @@ class GrammarState:
         self._num_left = max_tokens
         self._planner = planner
         self._plan = plan
+        # Plans by the plan before a token and the token: the next object of an array is completed as the one before,
+        # and a search takes up to 2 ms. Kept for each sequence, so that no output depends on other requests.
+        self._found: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
 
     @property
     def is_complete(self) -> bool:
@@ -185,4 +188,13 @@ class GrammarState:
             return self._plan
         if self._matcher.is_stopped():
             return ()
-        return planner.update(self._matcher, token_id, self._plan, self._num_left)
+        key = self._plan, token_id
+        plan = self._found.get(key)
+        if plan is None or not self._is_completed_by(plan):
+            plan = planner.update(self._matcher, token_id, self._plan, self._num_left)
+            if plan is not None and plan not in (self._plan, self._plan[1:]):
+                self._found[key] = plan
+        return plan
+
+    def _is_completed_by(self, plan: tuple[int, ...]) -> bool:
+        return self._matcher.validate_tokens([*plan, self._eos_token_id]) > len(plan)

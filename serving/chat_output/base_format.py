@@ -26,7 +26,11 @@ class BaseFormat:
         """Return messages and `tools` for the chat template. Raises InvalidField for messages of a wrong form."""
         if not self._knows_tools:
             return as_plain_messages(messages, request, self.write_call), None
-        return messages, [tool.as_template_value() for tool in request.callable_tools] or None
+        return self.fit_turns(messages), [tool.as_template_value() for tool in request.callable_tools] or None
+
+    def fit_turns(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Return the messages as a template that knows tools accepts them."""
+        return messages
 
     def write_call(self, name: str, arguments: str) -> str:
         """Return the text of a call in this format. arguments: JSON text."""

@@ -118,9 +118,12 @@ class CallStream:
             self._text = self._text[length:]
             self._is_line_start = False
 
-    def _give_up(self) -> bool:
-        """Read on behind the beginning of what is not a call."""
-        self._write(self._no_call)
+    def _give_up(self, end: int | None = None) -> bool:
+        """Read on behind the beginning of what is not a call, or behind `end`.
+
+        What was scanned in vain is not read again: that would take time in the square of its length.
+        """
+        self._write(self._no_call if end is None else end)
         return self._go(self._read_text)
 
     # Calls
@@ -176,10 +179,10 @@ class CallStream:
         if self._json.is_complete:
             call = _read_call(self._text[self._call : self._scanned])
             if call is None or call[0] not in self._names:
-                return self._give_up()
+                return self._give_up(self._scanned)
             self._add_whole_call(*call, self._scanned)
             return self._go(self._after_call)
-        return self._is_final and self._give_up()
+        return self._is_final and self._give_up(self._scanned)
 
     def _may_be_call(self) -> bool:
         key = _FIRST_KEY.match(self._text, self._call)

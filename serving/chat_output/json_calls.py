@@ -1,9 +1,13 @@
 """Tool calls that are JSON objects in the text: Llama 3's, and the generic form for models without one of their own."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 from dispec.serving.chat_output.base_format import BaseFormat
 from dispec.serving.chat_output.call_grammar import CallRules, arguments_rule, calls_grammar, literal
 from dispec.serving.chat_output.call_stream import CallStream
+from dispec.serving.chat_output.tool_turns import one_call_a_message
 from dispec.serving.chat_output.tools import Tool, ToolRequest
 
 # What the parser takes for a call where it begins a line.
@@ -39,16 +43,27 @@ class JsonFormat(BaseFormat):
 
 
 class Llama3JsonFormat(JsonFormat):
-    """`{"name": …, "parameters": …}`, behind `<|python_tag|>` or not; several calls separated by `;`."""
+    """`{"name": …, "parameters": …}`, behind `<|python_tag|>` or not; several calls separated by `;`.
+
+    has_single_calls: whether the template refuses messages with several calls, as Llama 3.1's does.
+    """
 
     name = "llama3_json"
     special_tokens: tuple[str, ...] = (PYTHON_TAG,)
     _arguments = "parameters"
     _separator = "; "
 
+    def __init__(self, vocabulary: Mapping[str, int], knows_tools: bool, has_single_calls: bool) -> None:
+        super().__init__(vocabulary, knows_tools)
+        self._has_single_calls = has_single_calls
+
     def parser(self, request: ToolRequest) -> CallStream:
         """Return the parser of one choice."""
         return _Llama3Stream(request, markers=(PYTHON_TAG,), bracket="{")
+
+    def fit_turns(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Return the messages with as many calls each as the template accepts."""
+        return one_call_a_message(messages) if self._has_single_calls else messages
 
 
 class _Llama3Stream(CallStream):

@@ -1,12 +1,14 @@
 """Tool calls of Mistral's models: behind a special token, as a list of objects or, in newer models, name by name."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 from dispec.serving.chat_output.base_format import BaseFormat
 from dispec.serving.chat_output.call_grammar import CallRules, arguments_rule, calls_grammar, literal
 from dispec.serving.chat_output.call_stream import CallStream, random_id
+from dispec.serving.chat_output.tool_turns import with_short_ids
 from dispec.serving.chat_output.tools import Tool, ToolRequest
 
 _CALLS, _ARGS, _CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
@@ -41,6 +43,10 @@ class MistralFormat(BaseFormat):
         end = "" if self._is_by_name else literal("]")
         marker_id = self._vocabulary.get(_CALLS)
         return calls_grammar(request, rules, not_in_text=re.escape(_CALLS), marker_id=marker_id, end=end)
+
+    def fit_turns(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Return the messages with ids that the template accepts."""
+        return with_short_ids(messages)
 
     def write_call(self, name: str, arguments: str) -> str:
         """Return the text of a call."""

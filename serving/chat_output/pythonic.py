@@ -39,13 +39,14 @@ class PythonicFormat(BaseFormat):
         return calls_grammar(request, rules, not_in_text, begins_line=True, end=literal("]"))
 
     def write_call(self, name: str, arguments: str) -> str:
-        """Return the text of a call."""
+        """Return the text of a call, with values as JSON spells them, as in the grammar."""
         try:
             given = json.loads(arguments)
         except ValueError:  # the form in a description
             return f"[{name}(<argument>=<value>)]"
         given = given if isinstance(given, dict) else {}
-        return f"[{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})]"
+        written = (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items())
+        return f"[{name}({', '.join(written)})]"
 
 
 class _PythonicStream(CallStream):
@@ -71,10 +72,10 @@ class _PythonicStream(CallStream):
             self._scanner = ClosingParenthesis(name.end())
         end = self._scanner.find(self._text)
         if end is None:
-            return self._is_final and self._give_up()
+            return self._is_final and self._give_up(len(self._text))
         arguments = keyword_arguments(self._text[name.end() : end - 1])
         if arguments is None:
-            return self._give_up()
+            return self._give_up(end)
         self._add_whole_call(name[1], arguments, end)
         return self._go(self._after_call)
 

@@ -37,7 +37,8 @@ def choose_tool_format(
     if name == "mistral":
         return MistralFormat(vocabulary, knows_tools, is_by_name="[ARGS]" in chat_template)
     if name == "llama3_json":
-        return Llama3JsonFormat(vocabulary, knows_tools)
+        has_single_calls = "single tool-call" in chat_template  # in the error that it raises
+        return Llama3JsonFormat(vocabulary, knows_tools, has_single_calls)
     if name == "pythonic":
         return PythonicFormat(vocabulary, knows_tools)
     return JsonFormat(vocabulary, knows_tools=False)  # a template with tools describes another form

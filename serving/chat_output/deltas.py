@@ -28,8 +28,8 @@ class ToolCallStart:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallArguments:
-    """The next characters of a call's arguments. Joined, those of a call are a JSON object, unless the output ends there
-    or the model breaks off its JSON.
+    """The next characters of a call's arguments. Joined, those of a call are a JSON object, unless the output ends
+    there or the model breaks off its JSON.
     """
 
     index: int

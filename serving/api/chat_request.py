@@ -69,7 +69,7 @@ async def prepare_chat(model: ServedModel, body: ChatRequest) -> PreparedChat:
         before |= {"reasoning_end_token_ids": end}
         if budget is not None:
             before |= {"reasoning_max_tokens": budget}
-        structure = StructuredOutputs(**before) if structure is None else replace(structure, **before)
+        structure = StructuredOutputs.from_mapping(({} if structure is None else structure.as_mapping()) | before)
     if structure is not params.structured_outputs:
         params = replace(params, structured_outputs=structure)
         check_no_stops(params)

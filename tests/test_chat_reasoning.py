@@ -176,6 +176,20 @@ def test_output_cut_within_the_reasoning(serve: Serve) -> None:
     assert found["usage"]["completion_tokens_details"]["reasoning_tokens"] == 6
 
 
+def test_a_structure_applies_after_the_reasoning(serve: Serve) -> None:
+    engine, http = serve(*["{}"] * 3)
+    start, end = (engine.tokenizer.backend.token_to_id(marker) for marker in ("<think>", "</think>"))
+    for arguments, expected in (
+        ({}, ((start,), (end,))),
+        ({"opens_thinking": True}, ((), (end,))),
+        ({"enable_thinking": False}, ((), ())),
+    ):
+        ask(http, structured_outputs={"json_object": True}, chat_template_kwargs=arguments)
+        structure = engine.params.structured_outputs
+        assert structure is not None
+        assert (structure.reasoning_start_token_ids, structure.reasoning_end_token_ids) == expected
+
+
 def test_reasoning_parser_none_leaves_the_text(serve: Serve) -> None:
     _, http = serve(OUTPUT, reasoning_parser="none")
     assert ask(http)["choices"][0]["message"] == {"role": "assistant", "content": OUTPUT}

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 from openai import OpenAI
 from transformers import AutoTokenizer
 
@@ -28,6 +29,15 @@ WEATHER = {
 }
 CLOCK = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}}}
 TOOLS = [WEATHER, CLOCK]
+SCHEMA = {
+    "name": "answer",
+    "schema": {
+        "type": "object",
+        "properties": {"degrees": {"type": "integer"}},
+        "required": ["degrees"],
+        "additionalProperties": False,
+    },
+}
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 
 Serve = Callable[..., tuple[ScriptedEngine, httpx.Client]]
@@ -178,6 +188,26 @@ def test_a_demanded_call_has_a_grammar_after_the_reasoning(serve: Serve, choice:
     assert structure.reasoning_end_token_ids == ()
 
 
+@pytest.mark.parametrize("answer", [{"type": "json_object"}, {"type": "json_schema", "json_schema": SCHEMA}])
+def test_an_answer_with_a_format_or_calls(serve: Serve, answer: dict[str, Any]) -> None:
+    engine, http = serve(call("get_weather", PARIS), call("get_weather", PARIS))
+    ask(http, response_format=answer, tool_choice="required", **NO_THINKING)
+    demanded = engine.params.structured_outputs
+    ask(http, response_format=answer, **NO_THINKING)
+    either = engine.params.structured_outputs
+    assert demanded is not None
+    assert either is not None
+    tokenizer = LLTokenizer(engine.tokenizer.backend.to_str(), eos_token=engine.tokenizer.eos_token_id)
+    for structure, texts in (
+        (demanded, {call("get_weather", PARIS): True, '{"degrees": 21}': False}),
+        (either, {call("get_weather", PARIS): True, '{"degrees": 21}': True, "It is warm.": False}),
+    ):
+        for text, is_allowed in texts.items():
+            token_ids = [*engine.tokenizer.encode(text), engine.tokenizer.eos_token_id]
+            matcher = LLMatcher(tokenizer, str(structure.grammar))
+            assert (matcher.validate_tokens(token_ids) == len(token_ids)) == is_allowed, text
+
+
 def test_tool_choice_none_reads_no_calls(serve: Serve) -> None:
     engine, http = serve(call("get_time", "{}"))
     choice = ask(http, tool_choice="none", **NO_THINKING)["choices"][0]
@@ -219,6 +249,9 @@ def test_tokenize_counts_the_tools(serve: Serve) -> None:
         ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "unknown"}}}),
         ("tool_choice", {"tools": None, "tool_choice": "required"}),
         ("parallel_tool_calls", {"parallel_tool_calls": "no"}),
+        ("structured_outputs", {"structured_outputs": {"regex": "a"}}),
+        ("guided_json", {"guided_json": {"type": "object"}, "tool_choice": "required"}),
+        ("stop", {"stop": "}", "tool_choice": "required"}),
     ],
 )
 def test_wrong_fields_are_refused_by_name(serve: Serve, field: str, body: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ def test_errors_name_the_place(tools: list[Any], place: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "place"),
     [
-        ({"tool_choice": "auto"}, "tool_choice is only for requests with tools"),
+        ({"tool_choice": "required"}, "tool_choice is only for requests with tools"),
         ({"tool_choice": NAMED}, "tool_choice is only for requests with tools"),
         ({"tools": [TIME], "tool_choice": "any"}, "tool_choice is 'any', must be none, auto, required"),
         ({"tools": [TIME], "tool_choice": {"type": "custom"}}, "tool_choice.type is 'custom', must be function"),
@@ -113,6 +113,5 @@ def test_wrong_choices(fields: dict[str, Any], place: str) -> None:
     assert error.value.field == "tool_choice"
 
 
-def test_parallel_calls_need_tools() -> None:
-    with pytest.raises(InvalidField, match="parallel_tool_calls is only for requests with tools"):
-        read(parallel_tool_calls=True)
+def test_fields_of_tools_that_ask_for_nothing_without_them() -> None:
+    assert read(tool_choice="auto", parallel_tool_calls=True) == ToolRequest(choice="none")

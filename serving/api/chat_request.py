@@ -9,11 +9,12 @@ from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 from dispec.serving.api.context import ServedModel
 from dispec.serving.api.prompts import Prompt
 from dispec.serving.api.protocol import ChatRequest
-from dispec.serving.api.sampling import sampling_params
+from dispec.serving.api.sampling import check_no_stops, sampling_params
 from dispec.serving.api.tool_request import read_tools
+from dispec.serving.chat_output.call_grammar import with_answer
 from dispec.serving.chat_output.chat_parser import ChatParser
 from dispec.serving.chat_output.reasoning import ReasoningFormat
-from dispec.serving.chat_output.tools import ToolRequest
+from dispec.serving.chat_output.tools import ToolFormat, ToolRequest
 
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 _SWITCHES = ("enable_thinking", "thinking")  # variables of chat templates; the latter is DeepSeek's and Granite's
@@ -60,15 +61,18 @@ async def prepare_chat(model: ServedModel, body: ChatRequest) -> PreparedChat:
     prompt = model.prompts.checked_chat(body, await _prompt(model, body, tools))
     reasoning, is_open = _reasoning(model.reasoning, prompt.text or "", body)
     params = sampling_params(body, model.defaults, len(prompt.token_ids), model.info.max_model_len)
-    structure = _structure(model, body, tools, params.structured_outputs)
+    structure = _structure(model.tool_format, tools, params.structured_outputs)
     budget = _reasoning_budget(model, body)
     if reasoning is not None and (structure is not None or budget is not None):
         start, end = reasoning.token_ids(model.prompts.tokenizer)
         before: dict[str, Any] = {"reasoning_start_token_ids": () if is_open else start}
         before |= {"reasoning_end_token_ids": end}
-        structure = StructuredOutputs(**before) if structure is None else replace(structure, **before)
+        if budget is not None:
+            before |= {"reasoning_max_tokens": budget}
+        structure = StructuredOutputs.from_mapping(({} if structure is None else structure.as_mapping()) | before)
     if structure is not params.structured_outputs:
         params = replace(params, structured_outputs=structure)
+        check_no_stops(params)
     params = await model.prompts.tokenize_bad_words(params)
     return PreparedChat(model, prompt, params, tools, reasoning, is_open)
 
@@ -128,18 +132,18 @@ def _reasoning(known: ReasoningFormat | None, prompt: str, body: ChatRequest) ->
 
 
 def _structure(
-    model: ServedModel, body: ChatRequest, tools: ToolRequest, given: StructuredOutputs | None
+    tool_format: ToolFormat | None, tools: ToolRequest, answer: StructuredOutputs | None
 ) -> StructuredOutputs | None:
-    """Return the grammar of the answer, of which `given` is what the body asks for beside tools."""
-    if model.tool_format is None or not tools.callable_tools:
-        return given
-    structure = model.tool_format.structure(tools)
-    if given is None:
-        return structure
-    field = "response_format" if body.response_format is not None else "structured_outputs"
-    if tools.choice == "required" and field == "response_format":
-        return structure  # an answer that must be a call has no content
-    raise InvalidField(field, f"{field} and tools are both given, must be one of them")
+    """Return the grammar of calls and of the answer, which need not follow `answer` where it calls a tool."""
+    if tool_format is None or not tools.callable_tools:
+        return answer
+    if answer is not None and tools.choice == "auto":
+        calls = tool_format.structure(replace(tools, choice="required"))
+        return None if calls is None else with_answer(calls, answer)
+    if answer is not None and not answer.origin.startswith("response_format"):  # the format of content, if any
+        raise answer.error("tool_choice demands a call, which leaves no other answer: leave one of them out")
+    calls = tool_format.structure(tools)
+    return None if calls is None else replace(calls, origin="tools")
 
 
 def _reasoning_budget(model: ServedModel, body: ChatRequest) -> int | None:

@@ -46,13 +46,19 @@ def sampling_params(
         given["logprobs"] = request.logprobs
         if request.echo and request.logprobs is not None:
             given["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
-    structure = given["structured_outputs"] = requested_structure(request)
-    if structure is not None:
-        for name in ("stop", "stop_token_ids"):
-            if given.get(name):
-                said = f"{name} could end an output before it follows {structure.label}: leave one of them out"
-                raise InvalidField(name, said)
-    return SamplingParams(**given)
+    given["structured_outputs"] = requested_structure(request)
+    params = SamplingParams(**given)
+    check_no_stops(params)
+    return params
+
+
+def check_no_stops(params: SamplingParams) -> None:
+    """Raise InvalidField for stops that could cut a structure."""
+    structure = params.structured_outputs
+    for name in ("stop", "stop_token_ids"):
+        if structure is not None and getattr(params, name):
+            said = f"{name} could end an output before it follows {structure.label}: leave one of them out"
+            raise InvalidField(name, said)
 
 
 def check_max_tokens(name: str, wanted: int, max_model_len: int) -> None:

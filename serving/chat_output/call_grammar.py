@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
@@ -46,6 +47,20 @@ def json_rule(schema: Mapping[str, Any], is_strict: bool, **options: Any) -> str
     options: llguidance's.
     """
     return "%json " + json.dumps({**schema, "x-guidance": {**_JSON_OPTIONS, "lenient": not is_strict, **options}})
+
+
+def with_answer(calls: StructuredOutputs, answer: StructuredOutputs) -> StructuredOutputs:
+    """Return the grammar of an answer that is either `calls`, a grammar of this module, or JSON.
+
+    Raises InvalidField for an answer that is asked for in another way than by a JSON Schema or as any object.
+    """
+    if answer.json is None and not answer.json_object:
+        raise answer.error("must be JSON, or left out, in a request with tools")
+    schema = json.loads(str(answer.json)) if answer.json is not None else {"type": "object"}
+    if not isinstance(schema, dict):
+        raise answer.error("must be an object in a request with tools")
+    either = f"\nstart: calls | answer\nanswer: {json_rule(schema, is_strict=True)}\ncalls: "
+    return replace(answer, json=None, json_object=None, grammar=str(calls.grammar).replace("\nstart: ", either, 1))
 
 
 def calls_grammar(

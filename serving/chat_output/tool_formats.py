@@ -2,15 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import get_args
 
 from dispec.serving.chat_output.hermes import HermesFormat
 from dispec.serving.chat_output.json_calls import JsonFormat, Llama3JsonFormat
 from dispec.serving.chat_output.mistral import MistralFormat
 from dispec.serving.chat_output.pythonic import PythonicFormat
 from dispec.serving.chat_output.tools import ToolFormat
-
-ToolCallParserName = Literal["auto", "none", "hermes", "json", "llama3_json", "mistral", "pythonic"]
+from dispec.serving.settings import ToolCallParserName
 
 _TOOLS = re.compile(r"\btools\b")
 _PYTHON_CALL = re.compile(r"\[\s*\w+\(\w+\s*=")  # the form of calls, as templates explain it

@@ -63,13 +63,6 @@ def test_parsing_a_pydantic_model(client: OpenAI) -> None:
         assert isinstance(stream.get_final_response().output_parsed, Weather)
 
 
-def test_json_objects(client: OpenAI) -> None:
-    found = client.responses.create(
-        model=MODEL, input=QUESTION, text={"format": {"type": "json_object"}}, max_output_tokens=40
-    )
-    assert isinstance(json.loads(found.output_text), dict)
-
-
 def test_a_tool_is_called_and_the_conversation_goes_on(client: OpenAI) -> None:
     first = client.responses.create(
         model=MODEL,
@@ -201,6 +194,13 @@ def test_choices_that_ask_for_no_tool_need_none(scripted: Scripted) -> None:
     for choice in ("auto", "none"):
         found = scripted.create("<think>\n\n</think>\n\nHi", tool_choice=choice, parallel_tool_calls=True)
         assert found.output_text == "Hi"
+
+
+def test_json_objects(scripted: Scripted) -> None:
+    scripted.create('{"a": 1}', text={"format": {"type": "json_object"}})
+    structure = scripted.engine.params.structured_outputs
+    assert structure is not None
+    assert structure.json_object
 
 
 def test_a_named_tool(scripted: Scripted) -> None:

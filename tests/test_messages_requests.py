@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from dispec.engine.errors import InvalidField
-from dispec.serving.api.anthropic_protocol import MessagesRequest
-from dispec.serving.api.anthropic_requests import TranslatedRequest
-from dispec.serving.api.anthropic_responses import tool_input
+from dispec.serving.api.messages.events import tool_input
+from dispec.serving.api.messages.protocol import MessagesRequest
+from dispec.serving.api.messages.requests import TranslatedRequest
 from dispec.serving.api.protocol import ChatRequest
 from dispec.serving.api.request_body import decode_body
 from dispec.serving.http.errors import ApiError

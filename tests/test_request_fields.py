@@ -14,7 +14,7 @@ from openai.types.responses import response_create_params
 
 from dispec.engine.errors import InvalidField
 from dispec.engine.sampling_params import SamplingParams
-from dispec.serving.api.anthropic_protocol import CountTokensRequest, MessagesRequest
+from dispec.serving.api.messages.protocol import CountTokensRequest, MessagesRequest
 from dispec.serving.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -24,7 +24,7 @@ from dispec.serving.api.protocol import (
 )
 from dispec.serving.api.request_body import decode_body
 from dispec.serving.api.request_fields import ROUTES
-from dispec.serving.api.response_protocol import ResponsesRequest
+from dispec.serving.api.responses.protocol import ResponsesRequest
 from dispec.serving.http.errors import ApiError
 from tests import vllm_fields
 

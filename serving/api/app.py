@@ -12,13 +12,13 @@ from dispec.serving.api import (
     openapi,
     routes_chat,
     routes_completions,
-    routes_messages,
     routes_models,
     routes_monitoring,
-    routes_responses,
     routes_tokenizer,
 )
 from dispec.serving.api.context import ApiContext, version
+from dispec.serving.api.messages import routes as messages_routes
+from dispec.serving.api.responses import routes as responses_routes
 from dispec.serving.client.engine_client import EngineClient
 from dispec.serving.http.auth import Keys
 from dispec.serving.http.errors import handle_error
@@ -42,13 +42,13 @@ _ROUTES: list[ControllerRouterHandler] = [
     routes_chat.chat_completions,
     routes_completions.completions,
     routes_completions.generate,
-    routes_responses.create_response,
-    routes_responses.retrieve_response,
-    routes_responses.cancel_response,
-    routes_responses.delete_response,
-    routes_responses.input_items,
-    routes_messages.messages,
-    routes_messages.count_tokens,
+    responses_routes.create_response,
+    responses_routes.retrieve_response,
+    responses_routes.cancel_response,
+    responses_routes.delete_response,
+    responses_routes.input_items,
+    messages_routes.messages,
+    messages_routes.count_tokens,
     routes_models.models,
     routes_models.model,
     routes_models.model_info,

@@ -17,7 +17,7 @@ from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.api.logprobs import TokenTexts
 from dispec.serving.api.prompts import Prompts
 from dispec.serving.api.request_body import read_body
-from dispec.serving.api.response_store import ResponseStore
+from dispec.serving.api.responses.store import ResponseStore
 from dispec.serving.api.sampling import GENERATION_DEFAULTS
 from dispec.serving.chat_output.reasoning import choose_reasoning_format
 from dispec.serving.chat_output.tool_formats import choose_tool_format

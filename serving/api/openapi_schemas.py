@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from dispec.serving.api.anthropic_schemas import ANTHROPIC_EXAMPLES, ANTHROPIC_RULES
+from dispec.serving.api.messages.schemas import ANTHROPIC_EXAMPLES, ANTHROPIC_RULES
 from dispec.serving.api.prompts import RESERVED_TEMPLATE_NAMES
-from dispec.serving.api.response_protocol import LOGPROBS
+from dispec.serving.api.responses.protocol import LOGPROBS
 from dispec.serving.settings import MAX_PROMPTS
 
 Schema = dict[str, Any]

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from dispec.engine.errors import InvalidField
-from dispec.serving.api.anthropic_protocol import CountTokensRequest, MessagesRequest
+from dispec.serving.api.messages.protocol import CountTokensRequest, MessagesRequest
 from dispec.serving.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -21,7 +21,7 @@ from dispec.serving.api.protocol import (
     SamplingRequest,
     TokenizeRequest,
 )
-from dispec.serving.api.response_protocol import ResponsesRequest
+from dispec.serving.api.responses.protocol import ResponsesRequest
 from dispec.serving.http.errors import ApiError
 
 _NEUTRAL: tuple[Any, ...] = ("", [], {})  # values that ask for nothing, as null does

@@ -10,6 +10,7 @@ from msgspec import UNSET
 from dispec.serving.api.chat_generation import ChatGeneration, ParsedChoice, ParsedUpdate
 from dispec.serving.api.context import context_of
 from dispec.serving.api.generation import StreamUsage
+from dispec.serving.api.http_responses import EventStream, JsonResponse, abort_on_disconnect, event
 from dispec.serving.api.logprobs import chat_logprobs, prompt_logprobs
 from dispec.serving.api.openapi import describe
 from dispec.serving.api.protocol import (
@@ -26,7 +27,6 @@ from dispec.serving.api.protocol import (
     FunctionCallDelta,
     ToolCallDelta,
 )
-from dispec.serving.api.responses import EventStream, JsonResponse, abort_on_disconnect, event
 from dispec.serving.chat_output.deltas import ContentDelta, OutputDelta, ReasoningDelta, ToolCallStart
 from dispec.serving.client.request_stream import ChoiceUpdate
 

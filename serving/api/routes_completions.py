@@ -9,6 +9,7 @@ from msgspec import UNSET
 
 from dispec.serving.api.context import ServedModel, context_of
 from dispec.serving.api.generation import Generation, StreamUsage
+from dispec.serving.api.http_responses import EventStream, JsonResponse, abort_on_disconnect, event
 from dispec.serving.api.logprobs import CompletionLogprobsBuilder, prompt_logprobs
 from dispec.serving.api.openapi import describe
 from dispec.serving.api.prompts import Truncation
@@ -21,7 +22,6 @@ from dispec.serving.api.protocol import (
     GenerateResponse,
     Usage,
 )
-from dispec.serving.api.responses import EventStream, JsonResponse, abort_on_disconnect, event
 from dispec.serving.api.sampling import check_max_tokens, sampling_params
 from dispec.serving.client.request_stream import ChoiceUpdate
 

@@ -5,9 +5,9 @@ from litestar.params import FromPath
 from litestar.types import ASGIApp
 
 from dispec.serving.api.context import ApiContext, context_of
+from dispec.serving.api.http_responses import JsonResponse
 from dispec.serving.api.openapi import describe
 from dispec.serving.api.protocol import Model, ModelList
-from dispec.serving.api.responses import JsonResponse
 
 
 @get("/v1/models", **describe(None, ModelList, tag="Models"))

@@ -8,8 +8,8 @@ from litestar.types import ASGIApp
 
 from dispec.engine.process.messages import Inspection
 from dispec.serving.api.context import context_of
+from dispec.serving.api.http_responses import BytesResponse, JsonResponse
 from dispec.serving.api.openapi import describe
-from dispec.serving.api.responses import BytesResponse, JsonResponse
 from dispec.serving.client.errors import EngineDied, NotReady
 
 _INSPECTION_SECONDS = 2.0  # /health tells why an engine does not answer

@@ -12,6 +12,7 @@ from dispec.engine.request_checks import check_token_ids
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.api.chat_request import chat_prompt
 from dispec.serving.api.context import ServedModel, context_of
+from dispec.serving.api.http_responses import JsonResponse
 from dispec.serving.api.openapi import describe
 from dispec.serving.api.protocol import (
     ChatRequest,
@@ -20,7 +21,6 @@ from dispec.serving.api.protocol import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from dispec.serving.api.responses import JsonResponse
 
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _PATHS = ("vocab_file", "merges_file", "tokenizer_file", "name_or_path")  # of files on this machine

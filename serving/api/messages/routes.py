@@ -3,14 +3,14 @@
 from litestar import Request, post
 from litestar.types import ASGIApp, Receive, Scope, Send
 
-from dispec.serving.api.anthropic_protocol import CountTokensRequest, Message, MessagesRequest, TokensCount
-from dispec.serving.api.anthropic_requests import TranslatedRequest
-from dispec.serving.api.anthropic_responses import ANTHROPIC_STREAM, MessageResponses
 from dispec.serving.api.chat_generation import ChatGeneration
 from dispec.serving.api.chat_request import chat_prompt
 from dispec.serving.api.context import context_of
+from dispec.serving.api.http_responses import EventStream, JsonResponse, abort_on_disconnect
+from dispec.serving.api.messages.events import ANTHROPIC_STREAM, MessageResponses
+from dispec.serving.api.messages.protocol import CountTokensRequest, Message, MessagesRequest, TokensCount
+from dispec.serving.api.messages.requests import TranslatedRequest
 from dispec.serving.api.openapi import describe
-from dispec.serving.api.responses import EventStream, JsonResponse, abort_on_disconnect
 from dispec.serving.http.anthropic_errors import AnthropicErrorBody
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from dispec.serving.api.response_input import Item
-from dispec.serving.api.response_protocol import Response
+from dispec.serving.api.responses.input_items import Item
+from dispec.serving.api.responses.protocol import Response
 from dispec.serving.http.errors import ApiError
 
 _encode = msgspec.json.encode

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from dispec.engine.errors import InvalidField
-from dispec.serving.api.anthropic_messages import Conversation
-from dispec.serving.api.anthropic_protocol import (
+from dispec.serving.api.messages.conversation import Conversation
+from dispec.serving.api.messages.protocol import (
     CountTokensRequest,
     MessagesRequest,
     RequestOutputFormat,

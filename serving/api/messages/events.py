@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator, Iterator
 import msgspec
 from msgspec import UNSET
 
-from dispec.serving.api.anthropic_protocol import (
+from dispec.serving.api.chat_generation import ChatGeneration, ParsedChoice
+from dispec.serving.api.http_responses import StreamForm, event
+from dispec.serving.api.messages.protocol import (
     Block,
     ContentBlockDelta,
     ContentBlockStart,
@@ -28,8 +30,6 @@ from dispec.serving.api.anthropic_protocol import (
     ThinkingDelta,
     ToolUseBlock,
 )
-from dispec.serving.api.chat_generation import ChatGeneration, ParsedChoice
-from dispec.serving.api.responses import StreamForm, event
 from dispec.serving.chat_output.deltas import ContentDelta, OutputDelta, ReasoningDelta, ToolCallStart
 from dispec.serving.client.request_stream import ChoiceUpdate
 

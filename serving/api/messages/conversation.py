@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from dispec.engine.errors import InvalidField
-from dispec.serving.api.anthropic_protocol import RequestBlock, RequestTurn
+from dispec.serving.api.messages.protocol import RequestBlock, RequestTurn
 
 # Claude Code writes these roles as well.
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "ctx": "user", "msg": "user"}

@@ -1,6 +1,6 @@
 """/v1/responses: create, retrieve, cancel and delete responses, and list the items that they answer.
 
-The server keeps responses in its memory (`serving.api.response_store`).
+The server keeps responses in its memory (`serving.api.responses.store`).
 """
 
 import time
@@ -16,15 +16,15 @@ from dispec.engine.errors import ContextOverflow
 from dispec.engine.sampling_params import SamplingParams
 from dispec.serving.api.chat_generation import ChatGeneration
 from dispec.serving.api.context import ApiContext, ServedModel, context_of
+from dispec.serving.api.http_responses import OPENAI_STREAM, EventStream, JsonResponse, abort_on_disconnect
 from dispec.serving.api.openapi import describe
-from dispec.serving.api.response_background import BackgroundResponse, Follower
-from dispec.serving.api.response_input import new_id, read_items, to_conversation
-from dispec.serving.api.response_protocol import DeletedResponse, InputItemList, Response, ResponsesRequest
-from dispec.serving.api.response_request import check_request, own_names, to_chat_request, wants_logprobs
-from dispec.serving.api.response_run import ResponseRun, RunOptions
-from dispec.serving.api.response_store import StoredResponse, page_of
-from dispec.serving.api.response_truncation import drop_oldest_turns
-from dispec.serving.api.responses import OPENAI_STREAM, EventStream, JsonResponse, abort_on_disconnect
+from dispec.serving.api.responses.background import BackgroundResponse, Follower
+from dispec.serving.api.responses.input_items import new_id, read_items, to_conversation
+from dispec.serving.api.responses.protocol import DeletedResponse, InputItemList, Response, ResponsesRequest
+from dispec.serving.api.responses.requests import check_request, own_names, to_chat_request, wants_logprobs
+from dispec.serving.api.responses.run import ResponseRun, RunOptions
+from dispec.serving.api.responses.store import StoredResponse, page_of
+from dispec.serving.api.responses.truncation import drop_oldest_turns
 from dispec.serving.client.errors import Overloaded
 from dispec.serving.http.errors import ApiError
 

@@ -6,7 +6,7 @@ from dispec.engine.errors import ContextOverflow
 from dispec.serving.api.chat_request import chat_prompt
 from dispec.serving.api.context import ServedModel
 from dispec.serving.api.protocol import ChatRequest
-from dispec.serving.api.response_input import Conversation
+from dispec.serving.api.responses.input_items import Conversation
 
 
 async def drop_oldest_turns(model: ServedModel, chat: ChatRequest, conversation: Conversation) -> None:

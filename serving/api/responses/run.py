@@ -8,10 +8,10 @@ from litestar.types import Scope
 from dispec.serving.api.chat_generation import ChatGeneration, ParsedChoice
 from dispec.serving.api.logprobs import chat_logprobs
 from dispec.serving.api.protocol import ChatLogprob
-from dispec.serving.api.response_builder import ResponseBuilder
-from dispec.serving.api.response_input import Item
-from dispec.serving.api.response_protocol import Response
-from dispec.serving.api.response_store import ResponseStore, StoredResponse
+from dispec.serving.api.responses.builder import ResponseBuilder
+from dispec.serving.api.responses.input_items import Item
+from dispec.serving.api.responses.protocol import Response
+from dispec.serving.api.responses.store import ResponseStore, StoredResponse
 from dispec.serving.chat_output.deltas import (
     ContentDelta,
     OutputDelta,

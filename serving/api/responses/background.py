@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from dispec.serving.api.response_run import ResponseRun
-from dispec.serving.api.response_store import ResponseStore, StoredResponse
+from dispec.serving.api.responses.run import ResponseRun
+from dispec.serving.api.responses.store import ResponseStore, StoredResponse
 
 
 class BackgroundResponse:

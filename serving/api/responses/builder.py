@@ -4,9 +4,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from dispec.serving.api.http_responses import event
 from dispec.serving.api.protocol import ChatLogprob, Usage
-from dispec.serving.api.response_input import new_id
-from dispec.serving.api.response_protocol import (
+from dispec.serving.api.responses.input_items import new_id
+from dispec.serving.api.responses.protocol import (
     FunctionCallItem,
     IncompleteDetails,
     InputTokensDetails,
@@ -20,7 +21,6 @@ from dispec.serving.api.response_protocol import (
     ResponseError,
     ResponseUsage,
 )
-from dispec.serving.api.responses import event
 from dispec.serving.chat_output.deltas import (
     ContentDelta,
     OutputDelta,

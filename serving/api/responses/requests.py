@@ -9,7 +9,7 @@ from dispec.engine.errors import InvalidField
 from dispec.engine.sampling_params import MAX_LOGPROBS
 from dispec.serving.api.protocol import ChatRequest, GenerationRequestFields
 from dispec.serving.api.request_body import format_value
-from dispec.serving.api.response_protocol import (
+from dispec.serving.api.responses.protocol import (
     INCLUDABLE,
     LOGPROBS,
     MAX_METADATA,

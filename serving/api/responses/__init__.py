@@ -1,0 +1,1 @@
+"""OpenAI's Responses API over the chats of `serving.api.chat_generation`."""

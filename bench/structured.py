@@ -16,7 +16,7 @@ Engines take turns; figures are medians of the rounds, greedy, with the prompts'
     whole         outputs that are whole JSON documents
     useful tok/s  tokens of whole documents without their white space, as the model's tokenizer splits them
     DiSpec /      DiSpec's useful tok/s (tok/s where there is no document) over this engine's
-    compile ms    compilation of the grammar, tokenizer tables left out (DiSpec)
+    compile ms    compilation of the grammar with its first closing plan, tokenizer tables left out (DiSpec)
 
 "dispec, sampled" asks for logprobs, with which all tokens are sampled, forced ones too; so does its free text.
 """

@@ -222,3 +222,35 @@ def test_a_limit_below_every_known_output_is_refused(llm):
     longest = llm.engine.max_model_len - 3
     with pytest.raises(ValueError, match="is 3, must be at least"):
         llm.generate([random_tokens(longest)], SamplingParams(max_tokens=300, structured_outputs=structure))
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_reasoning_of_limited_length(llm, logprobs):
+    structure = {"choice": CHOICES, "reasoning_start_token_ids": (5,), "reasoning_end_token_ids": (301, 302)}
+    params = SamplingParams(
+        temperature=1,
+        seed=0,
+        max_tokens=100,
+        logprobs=logprobs,
+        structured_outputs=structure | {"reasoning_max_tokens": 7},
+    )
+    completion = llm.generate([random_tokens(7)], params)[0]
+    assert completion.token_ids[8:10] == [301, 302]
+    assert text_of(llm, completion.token_ids[10:]) in CHOICES
+    assert completion.finish_reason == "stop"
+
+
+def test_a_negative_limit_of_reasoning_is_refused():
+    with pytest.raises(ValueError, match="reasoning_max_tokens is -1, must be an integer of at least 0"):
+        SamplingParams(structured_outputs={"choice": CHOICES, "reasoning_max_tokens": -1})
+
+
+def test_reasoning_of_limited_length_before_a_free_answer(llm):
+    structure = {"reasoning_end_token_ids": (301, 302), "reasoning_max_tokens": 7}
+    params = SamplingParams(temperature=1, seed=0, max_tokens=30, structured_outputs=structure, stop_token_ids=(7,))
+    free = SamplingParams(temperature=1, seed=0, max_tokens=30, stop_token_ids=(7,))
+    prompt = random_tokens(7)
+    tokens = llm.generate([prompt], params)[0].token_ids
+    assert tokens[7:9] == [301, 302]
+    assert tokens[:7] == llm.generate([prompt], free)[0].token_ids[:7]
+    assert len(tokens) == 30 or tokens[-1] in (7, EOS_TOKEN_ID)

@@ -13,7 +13,7 @@ from openai.types.responses import Response
 from pydantic import BaseModel, Field
 
 from tests.real_tokenizers import real_tokenizer
-from tests.scripted_engine import ScriptedEngine, scripted_server
+from tests.scripted_engine import ScriptedEngine, async_client, scripted_server
 from tests.servers import Server, server
 from tests.test_responses_api import PATH, Scripted, types_of
 from tests.test_responses_api import QUESTION as CAPITAL
@@ -70,14 +70,12 @@ def test_json_objects(client: OpenAI) -> None:
     assert isinstance(json.loads(found.output_text), dict)
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}], ids=str)
-def test_a_tool_is_called_and_the_conversation_goes_on(client: OpenAI, choice: Any) -> None:
-    tools = [TOOL] if choice == "required" else [CLOCK, TOOL]
+def test_a_tool_is_called_and_the_conversation_goes_on(client: OpenAI) -> None:
     first = client.responses.create(
         model=MODEL,
         input=QUESTION,
-        tools=tools,
-        tool_choice=choice,
+        tools=[TOOL],
+        tool_choice="required",
         parallel_tool_calls=False,
         max_output_tokens=80,
     )
@@ -89,13 +87,13 @@ def test_a_tool_is_called_and_the_conversation_goes_on(client: OpenAI, choice: A
         model=MODEL,
         previous_response_id=first.id,
         input=[{"type": "function_call_output", "call_id": call.call_id, "output": "21"}],
-        max_output_tokens=40,
+        max_output_tokens=8,
         temperature=0,
     )
     assert answer.output_text
     items: list[Any] = [{"role": "user", "content": QUESTION}, *(item.to_dict() for item in first.output)]
     items.append({"type": "function_call_output", "call_id": call.call_id, "output": "21"})
-    again = client.responses.create(model=MODEL, input=items, store=False, max_output_tokens=40, temperature=0)
+    again = client.responses.create(model=MODEL, input=items, store=False, max_output_tokens=8, temperature=0)
     assert again.output_text == answer.output_text
     assert again.usage is not None
     assert answer.usage is not None
@@ -109,39 +107,6 @@ def test_refusals_of_schemas_name_the_field(served: Server) -> None:
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == "text"
     assert answer.json()["error"]["message"].startswith("text.format")
-
-
-def test_an_agent_calls_its_tool(served: Server) -> None:
-    cities: list[str] = []
-
-    @agents.function_tool
-    def get_weather(city: Literal["Paris", "Oslo"]) -> str:
-        """Get the weather of a city."""
-        cities.append(city)
-        return "21 degrees"
-
-    async def ask() -> Any:
-        client = AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
-        agent = agents.Agent(
-            name="Weather",
-            instructions="Answer briefly.",
-            model=agents.OpenAIResponsesModel(MODEL, client),
-            tools=[get_weather],
-            model_settings=agents.ModelSettings(tool_choice="required", max_tokens=60, temperature=0),
-        )
-        config = agents.RunConfig(tracing_disabled=True)
-        whole = await agents.Runner.run(agent, QUESTION, run_config=config, max_turns=4)
-        streamed = agents.Runner.run_streamed(agent, QUESTION, run_config=config, max_turns=4)
-        async for _ in streamed.stream_events():
-            pass
-        return whole, streamed
-
-    whole, streamed = asyncio.run(ask())
-    assert cities
-    for result in (whole, streamed):
-        kinds = [item.type for item in result.new_items]
-        assert kinds[:2] == ["tool_call_item", "tool_call_output_item"]
-        assert result.final_output
 
 
 # On given outputs in the format of Qwen 3
@@ -236,3 +201,49 @@ def test_choices_that_ask_for_no_tool_need_none(scripted: Scripted) -> None:
     for choice in ("auto", "none"):
         found = scripted.create("<think>\n\n</think>\n\nHi", tool_choice=choice, parallel_tool_calls=True)
         assert found.output_text == "Hi"
+
+
+def test_a_named_tool(scripted: Scripted) -> None:
+    scripted.create(CALLS, tools=[TOOL, CLOCK], tool_choice={"type": "function", "name": "get_weather"})
+    structure = scripted.engine.params.structured_outputs
+    assert structure is not None
+    assert "get_weather" in str(structure.as_mapping())
+    assert "get_time" not in str(structure.as_mapping())
+
+
+def test_an_agent_calls_its_tool() -> None:
+    cities: list[str] = []
+    call = '<think>\n\n</think>\n\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    engine = ScriptedEngine(real_tokenizer("qwen3"), [call, "It has 21 degrees."] * 2)
+
+    @agents.function_tool
+    def get_weather(city: str) -> str:
+        """Get the weather of a city."""
+        cities.append(city)
+        return "21 degrees"
+
+    async def ask() -> list[Any]:
+        async with async_client(engine) as http:
+            client = AsyncOpenAI(base_url="http://test/v1", api_key="none", max_retries=0, http_client=http)
+            agent = agents.Agent(
+                name="Weather",
+                instructions="Answer briefly.",
+                model=agents.OpenAIResponsesModel("tiny", client),
+                tools=[get_weather],
+                model_settings=agents.ModelSettings(tool_choice="required", max_tokens=60),
+            )
+            config = agents.RunConfig(tracing_disabled=True)
+            whole = await agents.Runner.run(agent, QUESTION, run_config=config)
+            streamed = agents.Runner.run_streamed(agent, QUESTION, run_config=config)
+            async for _ in streamed.stream_events():
+                pass
+            return [whole, streamed]
+
+    for result in asyncio.run(ask()):
+        kinds = [item.type for item in result.new_items if item.type != "reasoning_item"]
+        assert kinds == ["tool_call_item", "tool_call_output_item", "message_output_item"]
+        assert result.final_output == "It has 21 degrees."
+    assert cities == ["Oslo", "Oslo"]
+    structures = [request.params.structured_outputs for request in engine.requests]
+    assert [structure is not None for structure in structures] == [True, False] * 2
+    assert "21 degrees" in engine.prompt

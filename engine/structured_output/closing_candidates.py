@@ -18,6 +18,7 @@ _FORMATS = (b"a@a.aa", b"@a.aa", b".aa", b"@a.com", b".com", b"http://a.aa")
 _MAX_OF_GROUP = 8
 _DIGITS = frozenset(b"0123456789")
 _LETTERS = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+_HEX_LETTERS = frozenset(b"abcdefABCDEF")
 _WIDE = frozenset(range(0x80, 0x100))
 _NUM_BYTES_OF_TEXT = 64  # a state that allows more bytes is within a text
 _MAX_SPECIAL = 8
@@ -117,7 +118,9 @@ class ClosingCandidates:
         closing = [ord('"')] if is_quoted else [] if is_text else list(_CLOSING)
         closing = [byte for byte in closing if byte in found]
         has_usual = any(byte not in _UNUSUAL for byte in found)
-        groups = (_DIGITS, _WIDE, _LETTERS) if is_quoted and is_text else (_DIGITS, _WIDE)
+        letters = _LETTERS.intersection(found)
+        is_hex = is_quoted and letters <= _HEX_LETTERS and _DIGITS.issubset(found)
+        groups = (_DIGITS, _WIDE, _LETTERS) if is_quoted and (is_text or is_hex) else (_DIGITS, _WIDE)
         grouped = {byte for group in groups if len(group.intersection(found)) > _MAX_OF_GROUP for byte in group}
         costs = _QUOTED_COSTS if is_quoted else _COSTS
         first: list[Candidate] = []

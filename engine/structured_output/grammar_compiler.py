@@ -17,39 +17,44 @@ _MAX_TOKENS = 2**31 - 1  # of a plan: a request may have fewer
 class Grammar:
     """A compiled grammar. Sequences start from copies of its state.
 
+    matcher, planner: None for a free answer after reasoning of limited length.
     eos_token_id: ends an output where the grammar lets it end.
     """
 
     def __init__(
-        self, matcher: LLMatcher, structure: StructuredOutputs, eos_token_id: int, planner: ClosingPlanner
+        self,
+        matcher: LLMatcher | None,
+        structure: StructuredOutputs,
+        eos_token_id: int,
+        planner: ClosingPlanner | None,
     ) -> None:
         self._matcher = matcher
         self._structure = structure
         self._eos_token_id = eos_token_id
         self._planner = planner
-        self._plan = planner.plan(matcher, _MAX_TOKENS)
+        self._plan = () if matcher is None or planner is None else planner.plan(matcher, _MAX_TOKENS)
 
     def start(self, max_tokens: int) -> GrammarState:
         """Return the state of a sequence before its first output token. max_tokens: of the output.
 
-        Raises InvalidField if no output of so few tokens is known.
+        Raises InvalidField if the shortest output that is known has more tokens.
         """
         state = GrammarState(
-            self._matcher.deep_copy(),
+            None if self._matcher is None else self._matcher.deep_copy(),
             self._eos_token_id,
             reasoning_start=self._structure.reasoning_start_token_ids,
             reasoning_end=self._structure.reasoning_end_token_ids,
+            reasoning_max_tokens=self._structure.reasoning_max_tokens,
             max_tokens=max_tokens,
             planner=self._planner,
-            plan=self._plan or (),
+            plan=self._plan,
         )
-        size = len(state.completion)
-        if self._plan is None or size > max_tokens:
-            needed = "" if self._plan is None else f", must be at least {size}"
+        completion = state.completion
+        if self._matcher is not None and completion is not None and len(completion) > max_tokens:
             raise InvalidField(
                 "max_tokens",
-                f"max_tokens or what the context leaves of it is {max_tokens}{needed}: no shorter output of the grammar"
-                " is known",
+                f"max_tokens or what the context leaves of it is {max_tokens}, must be at least {len(completion)}: no"
+                " shorter output of the grammar is known",
             )
         return state
 
@@ -86,6 +91,8 @@ class GrammarCompiler:
             return found
         if self._tokenizer_json is None:
             raise structure.error("must be left out for a model without a tokenizer")
+        if structure.kind is None:
+            return Grammar(None, structure, self._tables().eos_token, None)
         matcher = LLMatcher(self._tables(), _grammar_text(structure), log_level=0)
         if matcher.is_error():
             raise structure.error(f"{matcher.get_error():.300}")

@@ -106,4 +106,5 @@ def calls_grammar(
         # A negation also matches what is not UTF-8, hence the intersections.
         lines += ["TEXT: /(?s:.*)/ & ~CALL", f"BEFORE: /{before}/ & ~CALL"]
         start = f"start: TEXT | first {more} {end}"
-    return StructuredOutputs(grammar="\n".join(["%llguidance {}", start, *calls, *lines, *definitions]))
+    text = "\n".join(["%llguidance {}", start, *calls, *lines, *definitions])
+    return StructuredOutputs(grammar=text, origin="tools")

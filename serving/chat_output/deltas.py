@@ -29,7 +29,7 @@ class ToolCallStart:
 @dataclass(frozen=True, slots=True)
 class ToolCallArguments:
     """The next characters of a call's arguments. Joined, those of a call are a JSON object, unless the output ends
-    there or the model breaks off its JSON.
+    within them or the model does not write JSON.
     """
 
     index: int

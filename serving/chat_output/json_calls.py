@@ -13,10 +13,11 @@ from dispec.serving.chat_output.tools import Tool, ToolRequest
 # What the parser takes for a call where it begins a line.
 _CALL = r'\{\s*"(name|arguments|parameters|type|id|function)"'
 PYTHON_TAG = "<|python_tag|>"
+_BLOCK, _END_OF_BLOCK = "```json", "```"
 
 
 class JsonFormat(BaseFormat):
-    """`{"name": …, "arguments": …}`, each call in lines of its own."""
+    """`{"name": …, "arguments": …}`, each call in lines of its own, in a Markdown block or not."""
 
     name = "json"
     _arguments = "arguments"
@@ -24,7 +25,7 @@ class JsonFormat(BaseFormat):
 
     def parser(self, request: ToolRequest) -> CallStream:
         """Return the parser of one choice."""
-        return CallStream(request, bracket="{")
+        return _JsonStream(request, markers=(_BLOCK,), bracket="{")
 
     def structure(self, request: ToolRequest) -> StructuredOutputs | None:
         """Return the grammar of the answer; None is free text."""
@@ -40,6 +41,21 @@ class JsonFormat(BaseFormat):
         head = literal(f'{tool.name}", "{self._arguments}": ')
         call = f"{head} {arguments_rule(tool)} {end}"
         return CallRules(begin, call, f"{literal(self._separator + begin)} {call}")
+
+
+class _JsonStream(CallStream):
+    _is_in_block = False
+
+    def _begin_call(self) -> bool:
+        self._is_in_block = self._is_in_block or self._call == self._no_call  # behind a marker
+        return self._begin_object(self._call, self._no_call)
+
+    def _after_call(self) -> bool:
+        rest = self._text.lstrip()
+        if not self._is_in_block or rest.startswith("{"):
+            return self._go(self._read_text)
+        self._is_in_block = not rest.startswith(_END_OF_BLOCK)
+        return self._skip(_END_OF_BLOCK)
 
 
 class Llama3JsonFormat(JsonFormat):

@@ -293,6 +293,8 @@ def test_limits_of_numbers_are_those_of_the_server(served: Server, document: dic
         kinds = [kind.get("type") for kind in field.get("anyOf", [])]
         if not {"integer", "number"} & set(kinds) or name == "prompt":
             continue
+        if name == "thinking_token_budget":  # of models that reason
+            continue
         assert {"minimum", "exclusiveMinimum"} & field.keys(), f"{name} has no lower limit"
         values: list[Any] = [*numbers_around(field), 1.0, "1", True, [1], {}]
         for value in values:

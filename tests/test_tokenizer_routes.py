@@ -37,13 +37,7 @@ def test_token_strings_are_those_of_the_vocabulary(served: Server, reference: An
     assert found["token_strs"] == reference.convert_ids_to_tokens(expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("tools", [{"type": "function", "function": {"name": "f", "parameters": {}}}]),
-        ("chat_template", "{{ messages }}"),
-    ],
-)
+@pytest.mark.parametrize(("name", "value"), [("chat_template", "{{ messages }}")])
 def test_fields_that_would_change_the_tokens_are_refused(served: Server, name: str, value: Any) -> None:
     for body in ({"messages": MESSAGES}, {"prompt": "hello"}):
         answer = served.post("/tokenize", body | {name: value})

@@ -94,7 +94,7 @@ def test_results_come_back_in_the_template(serve: Serve) -> None:
     assert second.stop_reason == "end_turn"
     functions = [
         {"type": "function", "function": {"name": "get_weather", "description": "The weather of a city."}},
-        {"type": "function", "function": {"name": "get_time", "description": ""}},
+        {"type": "function", "function": {"name": "get_time"}},
     ]
     for function, tool in zip(functions, TOOLS, strict=True):
         function["function"]["parameters"] = tool["input_schema"]  # type: ignore[index]

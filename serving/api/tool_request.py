@@ -18,10 +18,8 @@ _CHOICES = "none, auto, required, or an object that names a function"
 def read_tools(body: ChatRequest) -> ToolRequest:
     """Return the tools that the answer may call. Raises InvalidField with the place of what is wrong."""
     if not body.tools:
-        if body.tool_choice not in (None, "none"):
+        if body.tool_choice not in (None, "none", "auto"):
             raise InvalidField("tool_choice", "tool_choice is only for requests with tools")
-        if body.parallel_tool_calls is not None:
-            raise InvalidField("parallel_tool_calls", "parallel_tool_calls is only for requests with tools")
         return ToolRequest(choice="none")
     if len(body.tools) > MAX_TOOLS:
         raise InvalidField("tools", f"tools holds {len(body.tools)} functions, must be at most {MAX_TOOLS}")

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +43,7 @@ from dispec.engine.speculation.draft_model import Draft, DraftModelProposer, fin
 from dispec.engine.speculation.ngram import NgramProposer
 from dispec.engine.speculation.proposer import Proposer
 from dispec.engine.speculation.speculator import Speculator
+from dispec.engine.structured_output.grammar_compiler import GrammarCompiler
 from dispec.engine.transfer.interface import TRANSPORTS, TransferOptions
 from dispec.engine.transfer.transfer_engine import TransferEngine
 from dispec.layers.config import ModelConfig, UnsupportedModelError
@@ -66,6 +68,7 @@ class EngineParts:
 
     ranks: the processes of the other ranks of a tensor-parallel model.
     transfer_engine: exchanges KV blocks with other engines, if `kv_transfer` is on.
+    grammar_compiler: for structured outputs, if the model has a tokenizer.
     phase_seconds: of each phase of the start, by its name.
     """
 
@@ -77,6 +80,7 @@ class EngineParts:
     speculator: Speculator | None
     scheduler: Scheduler
     transfer_engine: TransferEngine | None
+    grammar_compiler: GrammarCompiler | None
     phase_seconds: dict[str, float]
 
 
@@ -179,6 +183,7 @@ class EngineBuilder:
             speculator,
             self._make_scheduler(kv_plan),
             self._make_transfer_engine(runner, shared_memory),
+            self._make_grammar_compiler(),
             self._phase_seconds,
         )
         self._log_start(parts, activation_bytes)
@@ -308,6 +313,14 @@ class EngineBuilder:
         )
         transfer_engine.register(runner.kv_cache, hashlib.sha256(fingerprint.encode()).hexdigest(), shared_memory)
         return transfer_engine
+
+    def _make_grammar_compiler(self) -> GrammarCompiler | None:
+        path = None if self._checkpoint is None else Path(self._checkpoint.directory) / "tokenizer.json"
+        if self._checkpoint is None or path is None or not path.is_file():
+            return None
+        return GrammarCompiler(
+            path.read_text(encoding="utf-8"), self._config.vocab_size, self._checkpoint.eos_token_ids
+        )
 
     def _compile(self, runner: ModelRunner, speculator: Speculator | None) -> None:
         pieces = compile_pieces(runner, speculator)

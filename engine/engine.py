@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Sequence as Series
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from dispec.engine.builder import EngineBuilder, compile_pieces
@@ -22,7 +21,7 @@ from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence
 from dispec.engine.scheduling.step_record import Kind, StepRecord
 from dispec.engine.scheduling.token_output import FinishReason, TokenOutput
-from dispec.engine.structured_output.grammar_compiler import Grammar, GrammarCompiler
+from dispec.engine.structured_output.grammar_compiler import Grammar
 from dispec.engine.transfer.interface import RemoteBlocks
 from dispec.engine.transfer.kv_connector import KVConnector
 
@@ -54,7 +53,7 @@ class Engine:
         parts = EngineBuilder(options).build()
         self.checkpoint = parts.checkpoint
         self.config = parts.config
-        self.grammar_compiler = self._make_grammar_compiler()
+        self.grammar_compiler = parts.grammar_compiler
         self.kv_plan = parts.kv_plan
         self.max_model_len = parts.kv_plan.max_model_len
         self.runner = parts.runner
@@ -96,6 +95,7 @@ class Engine:
         publish_as: str | None = None,
         pull: RemoteBlocks | None = None,
         is_resumed: bool = False,
+        grammar: Grammar | None = None,
     ) -> Sequence:
         """Queue a prompt of token ids, and return the first of the request's `choices`, each a sequence of its own.
 
@@ -107,6 +107,7 @@ class Engine:
             (`do_remote_decode` of vLLM's `kv_transfer_params`).
         pull: where another engine publishes the prompt's keys and values (`do_remote_prefill`).
         is_resumed: wait for `resume` and the tokens that were generated elsewhere.
+        grammar: of `params.structured_outputs`; None compiles it here, if it is not compiled yet.
         Raises ValueError, and changes nothing, if the request cannot be served; `publish_as` and `pull` need the option
         `kv_transfer`.
         """
@@ -121,7 +122,9 @@ class Engine:
         max_tokens = min(params.max_tokens, self.max_model_len - len(prompt))  # of this engine and the next together
         if publish_as is not None:
             params = replace(params, max_tokens=1, min_tokens=min(1, params.min_tokens))
-        choices = self._make_choices(prompt, params, max_tokens, request_id, priority, cache_salt, slack)
+        if grammar is None:
+            grammar = self.compile_grammar(params)
+        choices = self._make_choices(prompt, params, grammar, max_tokens, request_id, priority, cache_salt, slack)
         first = choices[0]
         if pull is not None or is_resumed:
             self.kv_connector.start_receive(choices, pull, awaits_outputs=is_resumed)
@@ -132,6 +135,19 @@ class Engine:
         if publish_as is not None:
             self.kv_connector.start_send(choices, publish_as)
         return first
+
+    def compile_grammar(self, params: SamplingParams) -> Grammar | None:
+        """Return the grammar of a request, if it has one. Any thread may call it, also during a step.
+
+        Raises InvalidField for a grammar that cannot be compiled, within limits of time and size.
+        """
+        if params.structured_outputs is None:
+            return None
+        if self.grammar_compiler is None:
+            raise InvalidField(
+                "structured_outputs", "structured_outputs is given, must be left out for a model without a tokenizer"
+            )
+        return self.grammar_compiler.compile(params.structured_outputs)
 
     def resume(self, first: Sequence, outputs: list[list[int] | None]) -> None:
         """Set the tokens that each choice of a request with `is_resumed` has; None ends a choice."""
@@ -189,6 +205,8 @@ class Engine:
     def close(self) -> None:
         """Close connections to other engines, which lose what they were pulling, and end processes of other ranks."""
         self._compiling = None
+        if self.grammar_compiler is not None:
+            self.grammar_compiler.close()
         self.kv_connector.close()
         if self._ranks is not None:
             self._ranks.close()
@@ -206,17 +224,11 @@ class Engine:
             "transfer_block_bytes": transfer_engine.block_bytes,
         }
 
-    def _make_grammar_compiler(self) -> GrammarCompiler | None:
-        """Return the compiler of grammars; None for a model without a tokenizer."""
-        path = None if self.checkpoint is None else Path(self.checkpoint.directory) / "tokenizer.json"
-        if path is None or not path.is_file():
-            return None
-        return GrammarCompiler(path.read_text(encoding="utf-8"), self.config.vocab_size, self.eos_token_ids)
-
     def _make_choices(
         self,
         prompt: Series[int],
         params: SamplingParams,
+        grammar: Grammar | None,
         max_tokens: int,
         request_id: str | None,
         priority: int,
@@ -229,7 +241,6 @@ class Engine:
         eos_token_ids = () if ignores_eos else self.eos_token_ids
         stop_token_ids = frozenset((*params.stop_token_ids, *eos_token_ids))
         check_params(params, stop_token_ids, vocab_size)
-        grammar = self._grammar(params)
         seed = int.from_bytes(os.urandom(8), signed=True) if params.seed is None else params.seed
         arrival_time = time.perf_counter()
         choices = []
@@ -259,15 +270,6 @@ class Engine:
         for choice in choices:
             choice.choices = tuple(choices)
         return tuple(choices)
-
-    def _grammar(self, params: SamplingParams) -> Grammar | None:
-        if params.structured_outputs is None:
-            return None
-        if self.grammar_compiler is None:
-            raise InvalidField(
-                "structured_outputs", "structured_outputs is given, must be left out for a model without a tokenizer"
-            )
-        return self.grammar_compiler.compile(params.structured_outputs)
 
     def _step(self) -> list[TokenOutput]:
         start = time.perf_counter()

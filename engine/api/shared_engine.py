@@ -2,9 +2,9 @@
 
 import threading
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Series
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -81,14 +81,20 @@ class SharedEngine:
 
     def _start(self, call: _Call, prompts: Series[TokenizedPrompt], params: Series[SamplingParams]) -> None:
         engine_params = [without_texts(param, self._tokenizer) for param in params]
+        grammars = []
+        for index, param in enumerate(engine_params):
+            with _naming(index, prompts):
+                grammars.append(self._engine.compile_grammar(param))  # other threads run steps meanwhile
         with deferred_interrupt(), self._lock:
             self._check_usable()
             for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-                try:
-                    first = self._engine.add(prompt.token_ids, engine_params[index], cache_salt=prompt.cache_salt)
-                except ValueError as error:
-                    name = f"prompts[{index}]: " if len(prompts) > 1 else ""
-                    raise ValueError(f"{name}{error}") from error
+                with _naming(index, prompts):
+                    first = self._engine.add(
+                        prompt.token_ids,
+                        engine_params[index],
+                        cache_salt=prompt.cache_salt,
+                        grammar=grammars[index],
+                    )
                 call.requests.append(
                     [
                         RunningChoice(sequence, TextStream(self._tokenizer, param, prompt.token_ids))
@@ -174,3 +180,13 @@ class SharedEngine:
         """Give this thread the torch settings of the thread that made the engine."""
         torch.get_num_threads()  # a thread that has not called it has an OpenMP team of its own size
         return torch.cuda.device(self._engine.device) if self._engine.device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _naming(index: int, prompts: Series[TokenizedPrompt]) -> Iterator[None]:
+    """Name the prompt in a ValueError, where there are several."""
+    try:
+        yield
+    except ValueError as error:
+        name = f"prompts[{index}]: " if len(prompts) > 1 else ""
+        raise ValueError(f"{name}{error}") from error

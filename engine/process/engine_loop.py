@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -22,6 +23,7 @@ from dispec.engine.errors import InvalidField
 from dispec.engine.machine.cache_directory import remove_substitutes
 from dispec.engine.process.channel import Channel, log_to_frontend
 from dispec.engine.process.crash_report import report_crash
+from dispec.engine.process.grammar_queue import GrammarQueue
 from dispec.engine.process.messages import (
     EXIT_AFTER_CRASH_REPORT,
     Abort,
@@ -43,6 +45,7 @@ from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.sequence import Sequence
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.engine.scheduling.token_output import TokenOutput
+from dispec.engine.structured_output.grammar_compiler import Grammar
 
 if TYPE_CHECKING:
     from dispec.engine.engine import Engine
@@ -64,6 +67,8 @@ class EngineLoop:
         self._engine = engine
         self._channel = channel
         self._requests: dict[str, _Request] = {}
+        compiler = engine.grammar_compiler
+        self._grammars = None if compiler is None else GrammarQueue(compiler)
         self._last_record: StepRecord | None = None
         self._is_running = True
         self._is_compiled = engine.runner.is_compiled
@@ -72,9 +77,9 @@ class EngineLoop:
         """Run steps and handle messages until `Shutdown`."""
         while self._is_running:
             engine = self._engine
-            message = self._channel.receive(
-                wait=not (engine.has_work or engine.has_idle_work), wake_ups=engine.wake_ups
-            )
+            wake_ups = engine.wake_ups + ([] if self._grammars is None else [self._grammars.fileno()])
+            message = self._channel.receive(wait=not (engine.has_work or engine.has_idle_work), wake_ups=wake_ups)
+            self._add_compiled()
             if message is not None:
                 self._handle(message)
             elif engine.has_work:
@@ -90,8 +95,7 @@ class EngineLoop:
             case Submit():
                 self._submit(message)
             case Resume():
-                if message.request_id in self._requests:
-                    self._engine.resume(self._requests[message.request_id].choices[0], message.outputs)
+                self._resume(message)
             case Abort():
                 self._abort(message)
             case Inspect():
@@ -100,31 +104,67 @@ class EngineLoop:
                 self._is_running = False
 
     def _submit(self, message: Submit) -> None:
-        try:
-            if message.request_id in self._requests:
+        """Queue a request, now or when its grammar is compiled."""
+        with self._refusing(message.request_id):
+            is_waiting = self._grammars is not None and message.request_id in self._grammars
+            if message.request_id in self._requests or is_waiting:
                 raise InvalidField("request_id", f"request_id {message.request_id!r} is under way already")
-            first = self._engine.add(
-                message.prompt,
-                SamplingParams(**message.params),
-                request_id=message.request_id,
-                priority=message.priority,
-                cache_salt=message.cache_salt,
-                slack=message.slack,
-                publish_as=message.publish_as,
-                pull=message.pull,
-                is_resumed=message.is_resumed,
-            )
-        except ValueError as error:
-            self._channel.send(Refused(message.request_id, str(error), getattr(error, "field", None)))
-            return
-        except Exception as error:  # nothing was queued: no other request is affected
-            log.exception("a request could not be queued")
-            self._channel.send(Failed(message.request_id, f"{type(error).__name__}: {error}"))
-            return
+            params = SamplingParams(**message.params)
+            structure, grammar = params.structured_outputs, None
+            if structure is not None and self._grammars is not None:
+                grammar = self._grammars.find(structure)
+                if grammar is None:
+                    self._grammars.add(message, structure)
+                    return
+            self._add(message, params, grammar)
+
+    def _add_compiled(self) -> None:
+        """Queue the requests whose grammars are compiled since the last call."""
+        for submit, grammar, error, later in [] if self._grammars is None else self._grammars.take():
+            with self._refusing(submit.request_id):
+                if error is not None:
+                    raise error
+                self._add(submit, SamplingParams(**submit.params), grammar)
+            for message in later:
+                self._handle(message)
+
+    def _add(self, message: Submit, params: SamplingParams, grammar: Grammar | None) -> None:
+        first = self._engine.add(
+            message.prompt,
+            params,
+            request_id=message.request_id,
+            priority=message.priority,
+            cache_salt=message.cache_salt,
+            slack=message.slack,
+            publish_as=message.publish_as,
+            pull=message.pull,
+            is_resumed=message.is_resumed,
+            grammar=grammar,
+        )
         self._requests[message.request_id] = _Request(first.choices, set(range(len(first.choices))))
         self._channel.send(Accepted(message.request_id))
 
+    @contextlib.contextmanager
+    def _refusing(self, request_id: str) -> Iterator[None]:
+        """Answer an error of a request that could not be queued. No other request is affected."""
+        try:
+            yield
+        except ValueError as error:
+            self._channel.send(Refused(request_id, str(error), getattr(error, "field", None)))
+        except Exception as error:
+            log.exception("a request could not be queued")
+            self._channel.send(Failed(request_id, f"{type(error).__name__}: {error}"))
+
+    def _resume(self, message: Resume) -> None:
+        if self._grammars is not None and message.request_id in self._grammars:
+            self._grammars.keep(message)
+        elif message.request_id in self._requests:
+            self._engine.resume(self._requests[message.request_id].choices[0], message.outputs)
+
     def _abort(self, message: Abort) -> None:
+        if self._grammars is not None and message.request_id in self._grammars:
+            self._grammars.keep(message)
+            return
         request = self._requests.get(message.request_id)
         if request is None:
             return  # ended while the message was on its way

@@ -1,14 +1,21 @@
 """Compiles the grammars of requests with llguidance, which computes token masks in tens of microseconds."""
 
 from collections import OrderedDict
-from threading import Lock
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import BoundedSemaphore, Lock
 
-from llguidance import LLMatcher, LLTokenizer, grammar_from
+from llguidance import LLMatcher, LLTokenizer
 
+from dispec.engine.errors import InvalidField
 from dispec.engine.structured_output.grammar_state import GrammarState
+from dispec.engine.structured_output.grammar_text import explain, grammar_text
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
+from dispec.engine.structured_output.tables import Vocabulary, new_matcher
+from dispec.engine.structured_output.trial_process import TrialProcess
 
-_CACHE_SIZE = 256  # grammars
+MAX_COMPILATIONS = 2  # at once; each has a process for trials
+_CACHE_SIZE = 256  # grammars, and errors of others
 
 
 class Grammar:
@@ -39,53 +46,77 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        self._tokenizer_json = tokenizer_json
-        self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
-        self._tokenizer: LLTokenizer | None = None
-        self._grammars: OrderedDict[StructuredOutputs, Grammar] = OrderedDict()
+        self._vocabulary = Vocabulary(tokenizer_json, vocab_size, eos_token_ids)
+        self._tables: LLTokenizer | None = None
+        self._grammars: OrderedDict[StructuredOutputs, Grammar | str] = OrderedDict()
+        self._trials: list[TrialProcess] = []  # idle ones
+        self._num_compilations = BoundedSemaphore(MAX_COMPILATIONS)
         self._lock = Lock()
+        self._tables_lock = Lock()
 
     def find(self, structure: StructuredOutputs) -> Grammar | None:
-        """Return the grammar if it is compiled."""
+        """Return the grammar if it is compiled. Raises InvalidField if it was refused."""
         with self._lock:
             found = self._grammars.get(structure)
             if found is not None:
                 self._grammars.move_to_end(structure)
-            return found
+        if isinstance(found, str):
+            raise structure.error(found)
+        return found
 
     def compile(self, structure: StructuredOutputs) -> Grammar:
-        """Return the grammar of a structure. Raises InvalidField for a grammar that is wrong or too large."""
+        """Return the grammar of a structure. The first call takes a second, because it builds the tokenizer's tables.
+
+        Raises InvalidField for a grammar that is wrong, that cannot be enforced, or that exceeds a limit.
+        """
         found = self.find(structure)
         if found is not None:
             return found
-        matcher = LLMatcher(self._tables(), _grammar_text(structure), log_level=0)
-        if matcher.is_error():
-            raise structure.error(f"{matcher.get_error():.300}")
-        grammar = Grammar(matcher, self._tables().eos_token, structure)
+        text = grammar_text(structure)
+        with self._num_compilations:
+            found = self.find(structure) or self._compile(structure, text)
         with self._lock:
-            self._grammars[structure] = grammar
+            self._grammars[structure] = found
             while len(self._grammars) > _CACHE_SIZE:
                 self._grammars.popitem(last=False)
-        return grammar
+        if isinstance(found, str):
+            raise structure.error(found)
+        return found
 
-    def _tables(self) -> LLTokenizer:
+    def close(self) -> None:
+        """End the processes of trials."""
         with self._lock:
-            if self._tokenizer is None:
-                eos = list(self._eos_token_ids) or None
-                self._tokenizer = LLTokenizer(self._tokenizer_json, n_vocab=self._vocab_size, eos_token=eos)
-            return self._tokenizer
+            while self._trials:
+                self._trials.pop().close()
 
+    def _compile(self, structure: StructuredOutputs, text: str) -> Grammar | str:
+        """Return the grammar, or why it is refused."""
+        tables = self._read_tables(structure)
+        with self._trial() as trial:
+            refusal = trial.compile(text)
+        if refusal is not None:
+            return refusal
+        matcher = new_matcher(tables, text)
+        if matcher.is_error():
+            return explain(structure, matcher.get_error())
+        return Grammar(matcher, tables.eos_token, structure)
 
-def _grammar_text(structure: StructuredOutputs) -> str:
-    if structure.json is not None:
-        return grammar_from("json_schema", str(structure.json))
-    if structure.json_object:
-        return grammar_from("json_schema", '{"type": "object"}')
-    if structure.regex is not None:
-        return grammar_from("regex", structure.regex)
-    if structure.choice is not None:
-        return grammar_from("choice", list(structure.choice))  # type: ignore[arg-type]
-    if structure.grammar is not None:
-        return grammar_from("grammar", structure.grammar)
-    raise structure.error("is not supported yet")
+    @contextmanager
+    def _trial(self) -> Iterator[TrialProcess]:
+        with self._lock:
+            trial = self._trials.pop() if self._trials else TrialProcess(self._vocabulary)
+        try:
+            yield trial
+        finally:
+            with self._lock:
+                self._trials.append(trial)
+
+    def _read_tables(self, structure: StructuredOutputs) -> LLTokenizer:
+        with self._tables_lock:
+            if self._tables is None:
+                try:
+                    self._tables = self._vocabulary.tables()
+                except ValueError as error:
+                    said = f"structured outputs need a tokenizer that llguidance can read: {error!s:.200}"
+                    raise InvalidField("structured_outputs", said) from None
+            return self._tables

@@ -69,9 +69,9 @@ class GrammarCompiler:
 
         Raises InvalidField for a grammar that is wrong, that cannot be enforced, or that exceeds a limit.
         """
-        found = self.find(structure)
-        if found is not None:
-            return found
+        known = self.find(structure)
+        if known is not None:
+            return known
         text = grammar_text(structure)
         with self._num_compilations:
             found = self.find(structure) or self._compile(structure, text)

@@ -1,7 +1,7 @@
 """llguidance's tables of a tokenizer, and grammars compiled with them, within limits."""
 
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -41,8 +41,25 @@ class Vocabulary(NamedTuple):
         for token in tokenizer.get("added_tokens") or ():
             name = token.get("content", "")
             if token.get("special") or (name.startswith("<") and name.endswith(">")):
-                token["content"], token["special"] = f"<{_UNTYPED}{name}>", True
+                token["content"], token["special"] = _hidden(name), True
+                _rename(tokenizer["model"], name, token["id"])
         return LLTokenizer(json.dumps(tokenizer), n_vocab=self.size, eos_token=list(self.eos_token_ids) or None)
+
+
+def _hidden(name: str) -> str:
+    """Return the name of a special token that no text spells."""
+    return f"<{_UNTYPED}{name}>"
+
+
+def _rename(model: dict[str, Any], name: str, token_id: int) -> None:
+    """Rename a token in the vocabulary of a model that has it there too."""
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict) and name in vocabulary:
+        vocabulary[_hidden(name)] = vocabulary.pop(name)
+    elif isinstance(vocabulary, list) and token_id < len(vocabulary):
+        vocabulary[token_id][0] = _hidden(name)
+    if model.get("unk_token") == name:
+        model["unk_token"] = _hidden(name)
 
 
 def new_matcher(tables: LLTokenizer, grammar: str) -> LLMatcher:

@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "tokens per second of checkouts and of vLLM, in turn on one GPU",
     "ablations": "tokens per second as techniques are added one by one",
     "structured": "what grammars cost and forced tokens save, beside free text and vLLM",
+    "grammar-engines": "llguidance beside xgrammar: compile times, masks, memory, correctness",
     "spec": "what speculative decoding is worth, and why",
     "compile": "compile times by phase; graphs, kernels, recompilations",
     "disagg": "GB/s of KV blocks from process to process, by transport",
@@ -88,6 +89,8 @@ def _benchmark(name: str) -> Callable[..., None]:
             from dispec.bench.ablations import main
         case "structured":
             from dispec.bench.structured import main
+        case "grammar-engines":
+            from dispec.bench.grammar_engines import main
         case "spec":
             from dispec.bench.spec import main
         case "compile":

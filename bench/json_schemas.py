@@ -44,6 +44,7 @@ CASES: dict[str, Schema] = {
     "type object": {"type": "object"},
     "type list": {"type": ["integer", "null", "boolean"]},
     "type list with keywords of each": {"type": ["string", "integer"], "maxLength": 4, "minimum": 10, "maximum": 20},
+    "type list with null": {"type": ["string", "null"], "minLength": 4, "maxLength": 6},
     "no type": {"minimum": 5, "maximum": 6, "maxLength": 3, "maxItems": 2},
     "empty schema": {},
     "true": True,
@@ -213,6 +214,7 @@ CASES: dict[str, Schema] = {
     },
     # Combinations
     "anyOf": {"anyOf": [{"type": "integer"}, {"type": "string", "maxLength": 5}]},
+    "anyOf of a short and a long one": {"anyOf": [{"type": "boolean"}, {"type": "string", "format": "uuid"}]},
     "anyOf of objects": {"anyOf": [_object(a={"type": "integer"}), _object(a={"type": "boolean"}, b={"type": "null"})]},
     "anyOf beside properties": {
         "type": "object",

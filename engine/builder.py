@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,7 +67,6 @@ class EngineParts:
 
     ranks: the processes of the other ranks of a tensor-parallel model.
     transfer_engine: exchanges KV blocks with other engines, if `kv_transfer` is on.
-    grammar_compiler: for structured outputs, if the model has a tokenizer.
     phase_seconds: of each phase of the start, by its name.
     """
 
@@ -79,8 +77,8 @@ class EngineParts:
     runner: ModelRunner
     speculator: Speculator | None
     scheduler: Scheduler
+    grammar_compiler: GrammarCompiler
     transfer_engine: TransferEngine | None
-    grammar_compiler: GrammarCompiler | None
     phase_seconds: dict[str, float]
 
 
@@ -182,12 +180,18 @@ class EngineBuilder:
             runner,
             speculator,
             self._make_scheduler(kv_plan),
-            self._make_transfer_engine(runner, shared_memory),
             self._make_grammar_compiler(),
+            self._make_transfer_engine(runner, shared_memory),
             self._phase_seconds,
         )
         self._log_start(parts, activation_bytes)
         return parts
+
+    def _make_grammar_compiler(self) -> GrammarCompiler:
+        path = None if self._checkpoint is None else self._checkpoint.directory / "tokenizer.json"
+        contents = path.read_text(encoding="utf-8") if path is not None and path.is_file() else None
+        eos_token_ids = self._checkpoint.eos_token_ids if self._checkpoint is not None else ()
+        return GrammarCompiler(contents, self._config.vocab_size, eos_token_ids)
 
     def _plan_kv_cache(self, free_bytes: int) -> KVPlan:
         draft = self._draft.config if self._draft is not None else None
@@ -313,14 +317,6 @@ class EngineBuilder:
         )
         transfer_engine.register(runner.kv_cache, hashlib.sha256(fingerprint.encode()).hexdigest(), shared_memory)
         return transfer_engine
-
-    def _make_grammar_compiler(self) -> GrammarCompiler | None:
-        path = None if self._checkpoint is None else Path(self._checkpoint.directory) / "tokenizer.json"
-        if self._checkpoint is None or path is None or not path.is_file():
-            return None
-        return GrammarCompiler(
-            path.read_text(encoding="utf-8"), self._config.vocab_size, self._checkpoint.eos_token_ids
-        )
 
     def _compile(self, runner: ModelRunner, speculator: Speculator | None) -> None:
         pieces = compile_pieces(runner, speculator)

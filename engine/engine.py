@@ -107,7 +107,7 @@ class Engine:
             (`do_remote_decode` of vLLM's `kv_transfer_params`).
         pull: where another engine publishes the prompt's keys and values (`do_remote_prefill`).
         is_resumed: wait for `resume` and the tokens that were generated elsewhere.
-        grammar: of `params.structured_outputs`; None compiles it here, if it is not compiled yet.
+        grammar: of `compile_grammar`, which otherwise runs here.
         Raises ValueError, and changes nothing, if the request cannot be served; `publish_as` and `pull` need the option
         `kv_transfer`.
         """
@@ -122,8 +122,7 @@ class Engine:
         max_tokens = min(params.max_tokens, self.max_model_len - len(prompt))  # of this engine and the next together
         if publish_as is not None:
             params = replace(params, max_tokens=1, min_tokens=min(1, params.min_tokens))
-        if grammar is None:
-            grammar = self.compile_grammar(params)
+        grammar = grammar or self.compile_grammar(params)
         choices = self._make_choices(prompt, params, grammar, max_tokens, request_id, priority, cache_salt, slack)
         first = choices[0]
         if pull is not None or is_resumed:
@@ -137,17 +136,12 @@ class Engine:
         return first
 
     def compile_grammar(self, params: SamplingParams) -> Grammar | None:
-        """Return the grammar of a request, if it has one. Any thread may call it, also during a step.
+        """Return the grammar of the parameters, if they have one. Any thread may call it.
 
-        Raises InvalidField for a grammar that cannot be compiled, within limits of time and size.
+        Raises InvalidField for a wrong grammar, and for any grammar where the model has no tokenizer.
         """
-        if params.structured_outputs is None:
-            return None
-        if self.grammar_compiler is None:
-            raise InvalidField(
-                "structured_outputs", "structured_outputs is given, must be left out for a model without a tokenizer"
-            )
-        return self.grammar_compiler.compile(params.structured_outputs)
+        structure = params.structured_outputs
+        return None if structure is None else self.grammar_compiler.compile(structure)
 
     def resume(self, first: Sequence, outputs: list[list[int] | None]) -> None:
         """Set the tokens that each choice of a request with `is_resumed` has; None ends a choice."""
@@ -205,8 +199,7 @@ class Engine:
     def close(self) -> None:
         """Close connections to other engines, which lose what they were pulling, and end processes of other ranks."""
         self._compiling = None
-        if self.grammar_compiler is not None:
-            self.grammar_compiler.close()
+        self.grammar_compiler.close()
         self.kv_connector.close()
         if self._ranks is not None:
             self._ranks.close()

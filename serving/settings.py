@@ -18,8 +18,12 @@ MAX_BAD_WORDS = 1024
 MAX_TOKEN_IDS = 2**18  # in a list of them: more than any vocabulary has
 MAX_BAD_WORD_TOKENS = 65536  # of all of them: the engine checks them in 20 ms, and generates nothing meanwhile
 MAX_TEMPLATE_ARGUMENTS = 32
+MAX_TOOLS = 128  # as OpenAI
+MAX_TOOL_SIZE = 65536  # bytes of JSON, of one tool's parameters
+MAX_TOOL_DEPTH = 64  # levels of a tool's parameters
 
 Role = Literal["both", "prefill", "decode"]
+ToolCallParserName = Literal["auto", "none", "hermes", "json", "llama3_json", "mistral", "pythonic"]
 ReasoningParserName = Literal[
     "auto", "none", "think", "deepseek_r1", "deepseek_v3", "ernie45", "glm45", "minimax_m2", "mistral", "qwen3",
     "seed_oss",
@@ -99,6 +103,13 @@ class ServerSettings:
     allow_special_tokens_in_content: Annotated[
         bool, Option("Read special tokens that messages spell out as those tokens, unless a request says otherwise.")
     ] = False
+    tool_call_parser: Annotated[
+        ToolCallParserName,
+        Option(
+            "The form of the model's tool calls; auto reads it off the chat template, or has the model write JSON; none"
+            " refuses tools."
+        ),
+    ] = "auto"
     reasoning_parser: Annotated[
         ReasoningParserName,
         Option("How the model marks its reasoning; auto reads it off the chat template, none leaves it in the text."),

@@ -4,9 +4,11 @@ import asyncio
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import httpx
+from litestar import Litestar
 from litestar.testing import TestClient
 from tokenizers import AddedToken
 
@@ -131,7 +133,7 @@ class ScriptedEngine(EngineClient):
     def _abort(self, stream: RequestStream) -> None:
         stream.end("abort")
 
-    @property
+    @cached_property
     def _info(self) -> EngineInfo:
         eos = self._tokenizer.eos_token_id
         return EngineInfo(
@@ -155,8 +157,17 @@ class ScriptedEngine(EngineClient):
         )
 
 
+def scripted_app(engine: ScriptedEngine, **settings: Any) -> Litestar:
+    return create_app(engine, ServerSettings(**settings), Metrics("tiny"))
+
+
 @contextmanager
 def scripted_server(engine: ScriptedEngine, **settings: Any) -> Iterator[httpx.Client]:
     """Yield an HTTP client of the application, for the `http_client` of clients too."""
-    with TestClient(create_app(engine, ServerSettings(**settings), Metrics("tiny"))) as http:
+    with TestClient(scripted_app(engine, **settings)) as http:
         yield http
+
+
+def async_client(engine: ScriptedEngine, **settings: Any) -> httpx.AsyncClient:
+    """Return the same for one event loop: the caller's."""
+    return httpx.AsyncClient(transport=httpx.ASGITransport(scripted_app(engine, **settings)))

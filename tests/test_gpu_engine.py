@@ -27,6 +27,7 @@ from tests.gpu_engine import (
     token_ids,
     unchecked,
 )
+from tests.grammar_cases import check_text, grammar_params, text_of
 from tests.small_engine import mixed_params
 
 __all__ = ["unchecked"]
@@ -62,6 +63,22 @@ def test_most_tokens_in_half_precision_equal_transformers(dtype: str, tmp_path: 
     agreed = sum(tokens == expected_tokens(reference, prompt, 1) for tokens, prompt in zip(found, given, strict=True))
     print(f"{dtype}: {agreed} of 64 next tokens agree with transformers")
     assert agreed >= 60
+
+
+@pytest.mark.parametrize("speculative_model", [None, "ngram", "itself"])
+def test_grammars_in_compiled_steps_equal_those_in_eager_ones(speculative_model: str | None, tmp_path: Path) -> None:
+    """Beside free text, with every kind of sampling; outputs that end by themselves and that are closed."""
+    save_tiny(tmp_path, "llama", head_dim=64)
+    draft = tmp_path if speculative_model == "itself" else speculative_model
+    given = prompts(18, vocab_size=VOCAB_SIZE)
+    params = [*grammar_params(16, max_tokens=42, min_tokens=0), *mixed_params(2)]
+    with make(tmp_path, dtype="float32", enforce_eager=True) as eager:
+        expected = token_ids(eager.generate(given, params))
+        for index, tokens in enumerate(expected[:16]):
+            check_text(index, text_of(eager, tokens))
+    with make(tmp_path, dtype="float32", speculative_model=draft) as compiled:
+        assert token_ids(compiled.generate(given, params)) == expected
+        expect_replayed()
 
 
 @pytest.mark.parametrize("async_scheduling", [True, False])

@@ -155,3 +155,102 @@ def test_an_end_token_that_is_ignored_is_not_sampled_while_the_text_can_go_on(ll
     completion = llm.generate([random_tokens(9)], params)[0]
     assert re.fullmatch("[0-9]{30}", completion.text)
     assert completion.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_an_output_that_reaches_its_last_token_is_closed_in_time(llm, logprobs):
+    """At every limit the output follows its grammar, and has no more tokens than the limit."""
+    prompts = random_prompts(10)
+    reasons = set()
+    for max_tokens in (29, 31, 36, 47):
+        params = grammar_params(10, max_tokens=max_tokens, logprobs=logprobs, min_tokens=0)
+        for index, (completion, param) in enumerate(zip(llm.generate(prompts, params), params, strict=True)):
+            assert len(completion.token_ids) <= max_tokens
+            check_text(index, text_of(llm, completion.token_ids))
+            reasons.add(completion.finish_reason)
+            if param.logprobs is not None:
+                assert [entry.token_id for entry in completion.logprobs] == completion.token_ids
+        llm.engine.scheduler.check()
+    assert reasons == {"stop", "length"}
+
+
+def test_logprobs_of_a_closing_are_the_models_own(llm):
+    prompt = random_tokens(20)
+    structure = {"regex": '"[a-z]{1,90}"'}
+    params = SamplingParams(temperature=1, seed=1, max_tokens=17, logprobs=0, structured_outputs=structure)
+    completion = llm.generate([prompt], params)[0]
+    assert (completion.finish_reason, completion.text[-1]) == ("length", '"')
+    again = llm.generate([prompt + completion.token_ids], SamplingParams(max_tokens=1, prompt_logprobs=0))[0]
+    expected = again.prompt_logprobs[len(prompt) :]
+    assert [entry.rank for entry in completion.logprobs] == [entry.rank for entry in expected]
+    assert [entry.logprob for entry in completion.logprobs] == pytest.approx(
+        [entry.logprob for entry in expected], abs=1e-4
+    )
+
+
+def test_reasoning_that_does_not_end_is_closed(llm):
+    structure = {"choice": CHOICES[:1], "reasoning_start_token_ids": (5,), "reasoning_end_token_ids": (301, 302)}
+    for max_tokens in (12, 30):
+        params = SamplingParams(temperature=1, seed=0, max_tokens=max_tokens, structured_outputs=structure)
+        completion = llm.generate([random_tokens(7)], params)[0]
+        tokens = completion.token_ids
+        at = tokens.index(301)
+        assert tokens[at : at + 2] == [301, 302]
+        assert text_of(llm, tokens[at + 2 :]) == CHOICES[0]
+        assert max_tokens - 1 <= len(tokens) <= max_tokens
+        assert completion.finish_reason == "length"
+
+
+def test_an_output_that_may_end_ends_where_no_longer_one_fits(llm):
+    """After three letters no three more fit into the one token that is left: an end token follows instead."""
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=4,
+        logit_bias={EOS_TOKEN_ID: -100.0},
+        structured_outputs={"regex": "([qxz][qxz][qxz])+"},
+    )
+    completion = llm.generate([random_tokens(7)], params)[0]
+    assert re.fullmatch("[qxz]{3}", completion.text)
+    assert completion.token_ids[3:] == [EOS_TOKEN_ID]
+    assert completion.finish_reason == "stop"
+
+
+def test_a_limit_below_every_known_output_is_refused(llm):
+    structure = {"json": PERSON}
+    with pytest.raises(ValueError, match=r"max_tokens or what the context leaves of it is 3, must be at least \d+"):
+        llm.generate([random_tokens(7)], SamplingParams(max_tokens=3, structured_outputs=structure))
+    longest = llm.engine.max_model_len - 3
+    with pytest.raises(ValueError, match="is 3, must be at least"):
+        llm.generate([random_tokens(longest)], SamplingParams(max_tokens=300, structured_outputs=structure))
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_reasoning_of_limited_length(llm, logprobs):
+    structure = {"choice": CHOICES, "reasoning_start_token_ids": (5,), "reasoning_end_token_ids": (301, 302)}
+    params = SamplingParams(
+        temperature=1,
+        seed=0,
+        max_tokens=100,
+        logprobs=logprobs,
+        structured_outputs=structure | {"reasoning_max_tokens": 7},
+    )
+    completion = llm.generate([random_tokens(7)], params)[0]
+    assert completion.token_ids[8:10] == [301, 302]
+    assert text_of(llm, completion.token_ids[10:]) in CHOICES
+    assert completion.finish_reason == "stop"
+
+
+def test_a_negative_limit_of_reasoning_is_refused():
+    with pytest.raises(ValueError, match="reasoning_max_tokens is -1, must be an integer of at least 0"):
+        SamplingParams(structured_outputs={"choice": CHOICES, "reasoning_max_tokens": -1})
+
+
+def test_reasoning_of_limited_length_before_a_free_answer(llm):
+    structure = {"reasoning_end_token_ids": (301, 302), "reasoning_max_tokens": 7}
+    params = SamplingParams(temperature=1, seed=0, max_tokens=30, structured_outputs=structure, stop_token_ids=(7,))
+    free = SamplingParams(temperature=1, seed=0, max_tokens=30, stop_token_ids=(7,))
+    prompt = random_tokens(7)
+    tokens = llm.generate([prompt], params)[0].token_ids
+    assert tokens[7:9] == [301, 302]
+    assert tokens[:7] == llm.generate([prompt], free)[0].token_ids[:7]
+    assert len(tokens) == 30 or tokens[-1] in (7, EOS_TOKEN_ID)

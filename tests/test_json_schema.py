@@ -5,21 +5,24 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 from dispec import LLM, SamplingParams
 from dispec.bench.json_schemas import CASES
+from dispec.bench.random_outputs import RandomOutputs
 from dispec.engine.api.outputs import Completion
 from dispec.engine.errors import InvalidField
+from dispec.engine.loading.checkpoint import find_checkpoint
+from dispec.engine.structured_output.grammar_compiler import GrammarCompiler
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
-from tests.random_outputs import RandomOutputs
 from tests.schema_checks import check_json
 from tests.schema_strategies import schemas
 
 NUM_OUTPUTS = 5  # of each case
-MAX_TOKENS = 24
+MAX_TOKENS = 40
 
 REGEXES = (
     r"(\+\d{1,2} )?\d{3}-\d{4}",
@@ -35,6 +38,10 @@ CHOICES = (
     ("größer", "日本語", "🙂", 'with "quotes"\n'),
     tuple(f"option {index}" for index in range(200)),
 )
+
+# llguidance allows 60 seconds in any minute, February 29 in any year, and local parts of more than 64 characters.
+WRONG_FORMATS = [f"format {name}" for name in ("date-time", "date", "time", "email", "hostname")]
+NAMES = [pytest.param(name, marks=[pytest.mark.xfail] if name in WRONG_FORMATS else []) for name in CASES]
 
 
 def _is_arithmetic(text: str) -> bool:
@@ -89,77 +96,78 @@ def outputs() -> dict[str, list[Completion]]:
     return found
 
 
-def whole(completions: list[Completion]) -> Iterator[str]:
-    """Yield the texts of whole outputs."""
+def texts(completions: list[Completion]) -> list[str]:
+    """Return the texts of outputs, all of which are whole."""
     assert len(completions) == NUM_OUTPUTS
-    for completion in completions:
-        assert completion.finish_reason in ("stop", "length")
-        if completion.finish_reason == "stop":  # until an output that reaches max_tokens is closed in time
-            yield completion.text
+    assert {completion.finish_reason for completion in completions} <= {"stop", "length"}
+    return [completion.text for completion in completions]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_outputs_fit_the_schema(outputs: dict[str, list[Completion]], name: str) -> None:
-    for text in whole(outputs[f"json {name}"]):
+    for text in texts(outputs[f"json {name}"]):
         check_json(text, CASES[name])
 
 
 def test_a_json_object_is_an_object(outputs: dict[str, list[Completion]]) -> None:
-    for text in whole(outputs["json_object"]):
+    for text in texts(outputs["json_object"]):
         assert isinstance(json.loads(text), dict)
 
 
 @pytest.mark.parametrize("regex", REGEXES)
 def test_outputs_match_the_regex(outputs: dict[str, list[Completion]], regex: str) -> None:
-    for text in whole(outputs[f"regex {regex}"]):
+    for text in texts(outputs[f"regex {regex}"]):
         assert re.fullmatch(regex, text)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_outputs_are_choices(outputs: dict[str, list[Completion]], choice: tuple[str, ...]) -> None:
-    for text in whole(outputs[f"choice {choice[0]}"]):
+    for text in texts(outputs[f"choice {choice[0]}"]):
         assert text in choice
 
 
 @pytest.mark.parametrize("name", GRAMMARS)
 def test_outputs_follow_the_grammar(outputs: dict[str, list[Completion]], name: str) -> None:
     _, check = GRAMMARS[name]
-    for text in whole(outputs[f"grammar {name}"]):
+    for text in texts(outputs[f"grammar {name}"]):
         assert check(text)
 
 
 @pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    checkpoint = find_checkpoint("smollm2")
+    text = (Path(checkpoint.directory) / "tokenizer.json").read_text(encoding="utf-8")
+    return GrammarCompiler(text, checkpoint.config.vocab_size, checkpoint.eos_token_ids)
+
+
+@pytest.fixture(scope="module")
 def random_outputs() -> RandomOutputs:
-    return RandomOutputs()
+    checkpoint = find_checkpoint("smollm2")
+    return RandomOutputs(checkpoint.directory, checkpoint.config.vocab_size, checkpoint.eos_token_ids)
 
 
-# llguidance allows 60 seconds in any minute, February 29 in any year, and local parts of more than 64 characters.
-WRONG_FORMATS = [f"format {name}" for name in ("date-time", "date", "time", "email", "hostname")]
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.xfail] if name in WRONG_FORMATS else []) for name in CASES]
-)
-def test_random_outputs_fit_the_schema(random_outputs: RandomOutputs, name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_random_outputs_fit_the_schema(compiler: GrammarCompiler, random_outputs: RandomOutputs, name: str) -> None:
     """A model rarely leaves the beaten track; these outputs always do."""
-    grammar = random_outputs.compiler.compile(StructuredOutputs(json=json.dumps(CASES[name])))
+    grammar = compiler.compile(StructuredOutputs(json=json.dumps(CASES[name])))
     rng = random.Random(name)
-    drawn = [random_outputs.draw(grammar, rng) for _ in range(60)]
-    texts = [text for text in drawn if text is not None]
-    assert texts
-    for text in texts:
+    for max_tokens in (60, 200) * 15:
+        text = random_outputs.draw(grammar.start(max_tokens), rng, max_tokens)
+        assert text is not None
         check_json(text, CASES[name])
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(schema=schemas())
-def test_random_outputs_fit_generated_schemas(random_outputs: RandomOutputs, schema: dict[str, object]) -> None:
-    grammar = random_outputs.compiler.compile(StructuredOutputs(json=json.dumps(schema)))
+def test_random_outputs_fit_generated_schemas(
+    compiler: GrammarCompiler, random_outputs: RandomOutputs, schema: dict[str, object]
+) -> None:
+    grammar = compiler.compile(StructuredOutputs(json=json.dumps(schema)))
     rng = random.Random(0)
     for _ in range(3):
-        text = random_outputs.draw(grammar, rng)
-        if text is not None:
-            check_json(text, schema)
+        text = random_outputs.draw(grammar.start(80), rng, 80)
+        assert text is not None
+        check_json(text, schema)
 
 
 # Keywords that cannot be followed, and schemas that no finite document fits.
@@ -201,7 +209,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", [*REFUSED, *(pytest.param(name, marks=pytest.mark.xfail) for name in WRONG)])
-def test_schemas_that_are_refused(random_outputs: RandomOutputs, name: str) -> None:
+def test_schemas_that_are_refused(compiler: GrammarCompiler, name: str) -> None:
     schema = (REFUSED | WRONG)[name]
     with pytest.raises(InvalidField, match=r"structured_outputs\.json"):
-        random_outputs.compiler.compile(StructuredOutputs(json=json.dumps(schema)))
+        compiler.compile(StructuredOutputs(json=json.dumps(schema)))

@@ -15,16 +15,24 @@ pytest_plugins = ["tests.api_server"]
 CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
 RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"
+COUNT = "/v1/messages/count_tokens"
 QUESTION = [{"role": "user", "content": "hello"}]
 LEAST: dict[str, dict[str, Any]] = {
     CHAT: {"messages": QUESTION, "max_tokens": 1},
     COMPLETION: {"prompt": "hello", "max_tokens": 1},
     RESPONSES: {"input": "hello", "max_output_tokens": 1},
     "/generate": {"prompt": "hello", "max_new_tokens": 1},
+    MESSAGES: {"messages": QUESTION, "max_tokens": 1},
+    COUNT: {"messages": QUESTION},
     "/tokenize": {"messages": QUESTION},
     "/detokenize": {"tokens": [40]},
 }
 ITEM = {"role": "user", "content": "hello"}
+TOOL = {"name": "f", "input_schema": {"type": "object", "properties": {}}}
+THOUGHT = {"type": "thinking", "thinking": "a", "signature": ""}
+USE = {"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}}
+RESULT = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "a"}]}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 
 ACCEPTED: list[tuple[str, dict[str, Any]]] = [
@@ -60,6 +68,15 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     (RESPONSES, {"background": True, "metadata": None, "text": None, "reasoning": {"effort": None}}),
     (RESPONSES, {"stream": True, "stream_options": {"include_obfuscation": False}}),
     ("/generate", {"prompt": [40]}),
+    (MESSAGES, {"system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}], "max_tokens": 2.0}),
+    (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "stream": True}),
+    (MESSAGES, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": []}]}),
+    (MESSAGES, {"messages": [*QUESTION, {"role": "assistant", "content": [THOUGHT]}, *QUESTION]}),
+    (MESSAGES, {"tools": [TOOL], "tool_choice": {"type": "none"}}),
+    (MESSAGES, {"tool_choice": {"type": "none"}, "tools": None, "thinking": None, "output_config": {"effort": "high"}}),
+    (MESSAGES, {"thinking": {"type": "disabled"}, "stop_sequences": ["a"], "metadata": {"user_id": "x"}}),
+    (COUNT, {"tools": [TOOL | {"allowed_callers": ["direct"], "defer_loading": False}]}),
+    (COUNT, {"max_tokens": "unread", "temperature": 0.5}),
     ("/tokenize", {"messages": None, "prompt": "hello"}),
     ("/tokenize", {"prompt": None}),
     ("/detokenize", {"tokens": []}),
@@ -138,6 +155,36 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     (RESPONSES, {"tools": [{"type": "web_search"}]}),
     (RESPONSES, {"tools": [{"type": "function"}]}),
     (RESPONSES, {"tools": [{"type": "function", "name": ""}]}),
+    *((MESSAGES, {"max_tokens": value}) for value in (None, 0, -1, "1", 1.5)),
+    (MESSAGES, {"messages": [{"role": "tool", "content": "a"}]}),
+    (MESSAGES, {"messages": [{"role": "user"}]}),
+    (MESSAGES, {"messages": [{"role": "user", "content": None}]}),
+    (MESSAGES, {"messages": [{"role": "user", "content": ["a"]}]}),
+    (MESSAGES, {"messages": [{"role": "user", "content": [{"text": "a"}]}]}),
+    (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+    (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}),
+    (MESSAGES, {"messages": [{"role": "user", "content": [USE]}]}),
+    (MESSAGES, {"messages": [{"role": "assistant", "content": [USE | {"id": None}]}, *QUESTION]}),
+    (MESSAGES, {"messages": [{"role": "assistant", "content": [RESULT]}, *QUESTION]}),
+    (MESSAGES, {"system": [THOUGHT]}),
+    (MESSAGES, {"tools": [TOOL | {"type": "web_search_20250305"}]}),
+    (MESSAGES, {"tools": [{"name": "f"}]}),
+    (MESSAGES, {"tools": [TOOL | {"defer_loading": True}]}),
+    (MESSAGES, {"tools": [TOOL | {"allowed_callers": ["code"]}]}),
+    (MESSAGES, {"tool_choice": {"type": "any"}}),
+    (MESSAGES, {"tools": [TOOL], "tool_choice": {"type": "tool"}}),
+    (MESSAGES, {"tools": [TOOL], "tool_choice": {"type": "all"}}),
+    (MESSAGES, {"thinking": {"type": "often"}}),
+    (MESSAGES, {"thinking": {"type": "adaptive", "display": "all"}}),
+    (MESSAGES, {"output_config": {"effort": "huge"}}),
+    (MESSAGES, {"output_config": {"task_budget": {"total": 1}}}),
+    (MESSAGES, {"output_config": {"format": {"type": "json_schema"}}}),
+    (MESSAGES, {"stop_sequences": [""]}),
+    (MESSAGES, {"stop_sequences": ["a", "b", "c", "d", "e"]}),
+    (MESSAGES, {"stop_sequences": "a"}),
+    (MESSAGES, {"model": "claude"}),
+    (COUNT, {"messages": []}),
+    (COUNT, {"tools": [{"name": "f"}]}),
     ("/generate", {"prompt": ["a"]}),
     ("/generate", {"prompt": ""}),
     ("/tokenize", {"messages": None}),
@@ -236,7 +283,7 @@ def numbers_around(field: dict[str, Any]) -> set[float | None]:
     return found
 
 
-@pytest.mark.parametrize("path", [CHAT, COMPLETION, RESPONSES, "/generate"])
+@pytest.mark.parametrize("path", [CHAT, COMPLETION, RESPONSES, MESSAGES, "/generate"])
 def test_limits_of_numbers_are_those_of_the_server(served: Server, document: dict[str, Any], path: str) -> None:
     schema = request_schema(document, path)
     fields = document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[-1]]["properties"]
@@ -281,9 +328,10 @@ def test_answers_are_as_described(served: Server, document: dict[str, Any]) -> N
         assert kind in content
         if kind == "application/json":
             assert validator(document, content[kind]["schema"]).is_valid(answer.json()), path
-    error = served.post(CHAT, {}).json()
-    schema = document["paths"][CHAT]["post"]["responses"]["default"]["content"]["application/json"]["schema"]
-    assert validator(document, schema).is_valid(error)
+    for path in LEAST:
+        error = served.post(path, {}).json()
+        schema = document["paths"][path]["post"]["responses"]["default"]["content"]["application/json"]["schema"]
+        assert validator(document, schema).is_valid(error)
 
 
 def test_every_route_has_a_tag(document: dict[str, Any]) -> None:

@@ -113,8 +113,6 @@ def test_fields_of_missing_features_are_refused_by_name(form: type) -> None:
         ({"length_penalty": 1.0}, True),
         ({"length_penalty": True}, False),
         ({"use_beam_search": 0}, False),
-        ({"thinking_token_budget": -1}, True),
-        ({"thinking_token_budget": 0}, False),
         ({"best_of": 3, "n": 3}, True),
         ({"best_of": 3}, False),
         ({"verbosity": "low"}, False),

@@ -14,7 +14,6 @@ from pydantic import TypeAdapter
 from dispec import LLM, SamplingParams
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.client.errors import EngineFailed
-from dispec.serving.client.request_stream import RequestStream
 from tests.api_server import CONTEXT, MESSAGES, chat
 from tests.scripted_engine import ScriptedEngine, scripted_server, thinking_tokenizer
 from tests.servers import Server, server, wait_for
@@ -427,9 +426,6 @@ def test_truncation_drops_the_oldest_turns(scripted: Scripted) -> None:
 class _Failing(ScriptedEngine):
     """Fails after the first tokens of an output."""
 
-    async def _run(self, stream: RequestStream, texts: list[str]) -> None:
-        await super()._run(stream, [f"{text}" for text in texts])
-
     def _outputs(self, index: int, text: str, params: SamplingParams) -> Any:
         outputs = super()._outputs(index, text, params)[:3]
         yield from outputs
@@ -580,15 +576,17 @@ TOOL = {"type": "function", "name": "f", "parameters": {"type": "object", "prope
         ({"reasoning": {"effort": "much"}}, "reasoning", "reasoning.effort is 'much'"),
         ({"tools": [{"type": "web_search"}]}, "tools", "tools[0].type is 'web_search', must be function: this server"),
         ({"tools": [{"name": "f"}]}, "tools", "tools[0].type is null, must be function"),
-        ({"tools": [{"type": "function"}]}, "tools", "tools[0].name is missing"),
+        ({"tools": [{"type": "function"}]}, "tools", "tools[0].name is None, must be 1 to 64 letters"),
+        ({"tools": [TOOL | {"parameters": {"type": "array"}}]}, "tools", "tools[0].parameters.type is 'array'"),
         ({"tools": [TOOL | {"defer_loading": True}]}, "tools", "tools[0].defer_loading is not supported"),
-        ({"tool_choice": "some"}, "tool_choice", "tool_choice is 'some', must be auto, none, required or an object"),
+        ({"tools": [TOOL], "tool_choice": "some"}, "tool_choice", "tool_choice is 'some', must be none, auto"),
+        ({"tool_choice": "required"}, "tool_choice", "tool_choice is only for requests with tools"),
         ({"tools": [TOOL], "tool_choice": {"type": "mcp"}}, "tool_choice", "tool_choice.type is 'mcp', must be"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice", "tool_choice.name is missing"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice", "tool_choice.name is None, must be"),
         (
             {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "g"}]}},
             "tool_choice",
-            "tool_choice.tools has 'g', which tools lacks",
+            "tool_choice.tools[0].name is 'g', must be the name of one of the tools",
         ),
         ({"prompt": {"id": "x"}}, "prompt", "prompt is not supported here"),
         ({"conversation": "c"}, "conversation", "conversation is not supported here"),

@@ -82,18 +82,15 @@ class SharedEngine:
     def _start(self, call: _Call, prompts: Series[TokenizedPrompt], params: Series[SamplingParams]) -> None:
         engine_params = [without_texts(param, self._tokenizer) for param in params]
         grammars = []
-        for index, param in enumerate(engine_params):
-            with _naming(index, prompts):
-                grammars.append(self._engine.compile_grammar(param))  # other threads run steps meanwhile
+        for index, param in enumerate(engine_params):  # without the lock: other callers run steps meanwhile
+            with _naming(index, len(prompts)):
+                grammars.append(self._engine.compile_grammar(param))
         with deferred_interrupt(), self._lock:
             self._check_usable()
             for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-                with _naming(index, prompts):
+                with _naming(index, len(prompts)):
                     first = self._engine.add(
-                        prompt.token_ids,
-                        engine_params[index],
-                        cache_salt=prompt.cache_salt,
-                        grammar=grammars[index],
+                        prompt.token_ids, engine_params[index], cache_salt=prompt.cache_salt, grammar=grammars[index]
                     )
                 call.requests.append(
                     [
@@ -183,10 +180,11 @@ class SharedEngine:
 
 
 @contextmanager
-def _naming(index: int, prompts: Series[TokenizedPrompt]) -> Iterator[None]:
-    """Name the prompt in a ValueError, where there are several."""
+def _naming(index: int, num_prompts: int) -> Iterator[None]:
+    """Name the prompt in ValueErrors, where there are several."""
     try:
         yield
     except ValueError as error:
-        name = f"prompts[{index}]: " if len(prompts) > 1 else ""
-        raise ValueError(f"{name}{error}") from error
+        if num_prompts == 1:
+            raise
+        raise ValueError(f"prompts[{index}]: {error}") from error

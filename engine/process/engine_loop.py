@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -67,8 +66,7 @@ class EngineLoop:
         self._engine = engine
         self._channel = channel
         self._requests: dict[str, _Request] = {}
-        compiler = engine.grammar_compiler
-        self._grammars = None if compiler is None else GrammarQueue(compiler)
+        self._grammars = GrammarQueue(engine.grammar_compiler)
         self._last_record: StepRecord | None = None
         self._is_running = True
         self._is_compiled = engine.runner.is_compiled
@@ -77,9 +75,9 @@ class EngineLoop:
         """Run steps and handle messages until `Shutdown`."""
         while self._is_running:
             engine = self._engine
-            wake_ups = engine.wake_ups + ([] if self._grammars is None else [self._grammars.fileno()])
+            wake_ups = [*engine.wake_ups, self._grammars.fileno()]
             message = self._channel.receive(wait=not (engine.has_work or engine.has_idle_work), wake_ups=wake_ups)
-            self._add_compiled()
+            self._submit_compiled()
             if message is not None:
                 self._handle(message)
             elif engine.has_work:
@@ -95,7 +93,10 @@ class EngineLoop:
             case Submit():
                 self._submit(message)
             case Resume():
-                self._resume(message)
+                if message.request_id in self._grammars:
+                    self._grammars.resume(message)
+                elif message.request_id in self._requests:
+                    self._engine.resume(self._requests[message.request_id].choices[0], message.outputs)
             case Abort():
                 self._abort(message)
             case Inspect():
@@ -104,66 +105,68 @@ class EngineLoop:
                 self._is_running = False
 
     def _submit(self, message: Submit) -> None:
-        """Queue a request, now or when its grammar is compiled."""
-        with self._refusing(message.request_id):
-            is_waiting = self._grammars is not None and message.request_id in self._grammars
-            if message.request_id in self._requests or is_waiting:
-                raise InvalidField("request_id", f"request_id {message.request_id!r} is under way already")
+        """Queue a request, at once or when its grammar is compiled."""
+        key = message.request_id
+        try:
+            if key in self._requests or key in self._grammars:
+                raise InvalidField("request_id", f"request_id {key!r} is under way already")
             params = SamplingParams(**message.params)
             structure, grammar = params.structured_outputs, None
-            if structure is not None and self._grammars is not None:
+            if structure is not None:
                 grammar = self._grammars.find(structure)
                 if grammar is None:
                     self._grammars.add(message, structure)
                     return
-            self._add(message, params, grammar)
+        except ValueError as error:
+            self._refuse(key, error)
+            return
+        self._add(message, params, grammar)
 
-    def _add_compiled(self) -> None:
+    def _submit_compiled(self) -> None:
         """Queue the requests whose grammars are compiled since the last call."""
-        for submit, grammar, error, later in [] if self._grammars is None else self._grammars.take():
-            with self._refusing(submit.request_id):
-                if error is not None:
-                    raise error
-                self._add(submit, SamplingParams(**submit.params), grammar)
-            for message in later:
-                self._handle(message)
+        for request in self._grammars.take():
+            if isinstance(request.error, ValueError):
+                self._refuse(request.submit.request_id, request.error)
+            elif request.error is not None:
+                self._fail_unqueued(request.submit.request_id, request.error)
+            else:
+                self._add(request.submit, SamplingParams(**request.submit.params), request.grammar)
+                if request.resume is not None:
+                    self._handle(request.resume)
 
     def _add(self, message: Submit, params: SamplingParams, grammar: Grammar | None) -> None:
-        first = self._engine.add(
-            message.prompt,
-            params,
-            request_id=message.request_id,
-            priority=message.priority,
-            cache_salt=message.cache_salt,
-            slack=message.slack,
-            publish_as=message.publish_as,
-            pull=message.pull,
-            is_resumed=message.is_resumed,
-            grammar=grammar,
-        )
+        try:
+            first = self._engine.add(
+                message.prompt,
+                params,
+                request_id=message.request_id,
+                priority=message.priority,
+                cache_salt=message.cache_salt,
+                slack=message.slack,
+                publish_as=message.publish_as,
+                pull=message.pull,
+                is_resumed=message.is_resumed,
+                grammar=grammar,
+            )
+        except ValueError as error:
+            self._refuse(message.request_id, error)
+            return
+        except Exception as error:  # nothing was queued: no other request is affected
+            self._fail_unqueued(message.request_id, error)
+            return
         self._requests[message.request_id] = _Request(first.choices, set(range(len(first.choices))))
         self._channel.send(Accepted(message.request_id))
 
-    @contextlib.contextmanager
-    def _refusing(self, request_id: str) -> Iterator[None]:
-        """Answer an error of a request that could not be queued. No other request is affected."""
-        try:
-            yield
-        except ValueError as error:
-            self._channel.send(Refused(request_id, str(error), getattr(error, "field", None)))
-        except Exception as error:
-            log.exception("a request could not be queued")
-            self._channel.send(Failed(request_id, f"{type(error).__name__}: {error}"))
+    def _refuse(self, request_id: str, error: ValueError) -> None:
+        self._channel.send(Refused(request_id, str(error), getattr(error, "field", None)))
 
-    def _resume(self, message: Resume) -> None:
-        if self._grammars is not None and message.request_id in self._grammars:
-            self._grammars.keep(message)
-        elif message.request_id in self._requests:
-            self._engine.resume(self._requests[message.request_id].choices[0], message.outputs)
+    def _fail_unqueued(self, request_id: str, error: Exception) -> None:
+        log.error("a request could not be queued", exc_info=error)
+        self._channel.send(Failed(request_id, f"{type(error).__name__}: {error}"))
 
     def _abort(self, message: Abort) -> None:
-        if self._grammars is not None and message.request_id in self._grammars:
-            self._grammars.keep(message)
+        if message.request_id in self._grammars:
+            self._grammars.abort(message.request_id)
             return
         request = self._requests.get(message.request_id)
         if request is None:
@@ -213,7 +216,7 @@ class EngineLoop:
         except AssertionError as error:
             problem = str(error)
         return Inspection(
-            num_requests=len(self._requests),
+            num_requests=len(self._requests) + len(self._grammars),
             num_running=len(scheduler.running),
             num_waiting=scheduler.num_waiting,
             num_used_blocks=scheduler.pool.num_usable - scheduler.pool.num_free,

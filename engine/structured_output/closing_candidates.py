@@ -1,6 +1,6 @@
 """Tokens that a search for the end of an output tries first."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from llguidance import LLTokenizer
@@ -12,10 +12,34 @@ _CLOSING = b"]})"
 _USUAL = b"0,:"
 _PUNCTUATION = b"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 _SAMPLES = _PUNCTUATION + b"01aA \n\xc3\xe2\xf0\x80\x90\xa0\xbf"  # tried first in a text that allows many bytes
-_DIGITS = b"0123456789"
+# What patterns of texts often ask, such as `^\\S+@\\S+\\.\\S+$`, in which no mask shows that "@" leads on.
+_FORMATS = (b"a@a.aa", b"@a.aa", b".aa", b"@a.com", b".com", b"http://a.aa")
+# Groups of bytes that mostly lead to the same state. Of a group with more allowed bytes than these, samples come first.
+_MAX_OF_GROUP = 8
+_DIGITS = frozenset(b"0123456789")
+_LETTERS = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+_HEX_LETTERS = frozenset(b"abcdefABCDEF")
+_WIDE = frozenset(range(0x80, 0x100))
 _NUM_BYTES_OF_TEXT = 64  # a state that allows more bytes is within a text
 _MAX_SPECIAL = 8
 _MAX_OTHERS = 32
+
+# White space, what begins an escape sequence, and the parts of longer characters.
+_UNUSUAL = frozenset([*range(0x21), ord("\\"), *range(0x7F, 0x100)])
+
+
+def _byte_cost(byte: int, is_quoted: bool) -> float:
+    if byte == ord('"') or (byte in _CLOSING and not is_quoted):
+        return _CLOSING_COST
+    if byte == ord("1") if is_quoted else byte in _USUAL:  # 1111-11-11T11:11:11Z is a date, 0000-00-00 is not
+        return _USUAL_COST
+    if byte in _UNUSUAL:
+        return _PADDING_COST
+    return _LETTER_COST if chr(byte).isalnum() else _OTHER_COST
+
+
+_COSTS = [_byte_cost(byte, is_quoted=False) for byte in range(256)]
+_QUOTED_COSTS = [_byte_cost(byte, is_quoted=True) for byte in range(256)]
 
 Candidate = tuple[float, tuple[int, ...]]
 
@@ -40,9 +64,9 @@ class KnownPlan:
                 self._offsets.setdefault(byte, []).append(len(self._starts))
                 self._starts.append((i, j))
 
-    def offsets(self, byte: int) -> Sequence[int]:
-        """Return where tails start with this byte, in bytes from the start of the plan."""
-        return self._offsets.get(byte, ())
+    def offsets(self) -> Iterable[tuple[int, Sequence[int]]]:
+        """Return for each byte where tails start with it, in bytes from the start of the plan."""
+        return self._offsets.items()
 
     def tail(self, offset: int) -> list[int]:
         """Return the tokens from a byte on. The first of them may be a part of a token."""
@@ -82,6 +106,7 @@ class ClosingCandidates:
         self._bytes = sorted(byte_tokens)
         ids = np.array([byte_tokens[byte] for byte in self._bytes], np.int64)
         self._words, self._bits = ids // 8, (1 << (ids % 8)).astype(np.uint8)
+        self._formats = [tuple(self.tokenize(text)) for text in _FORMATS]
         self._runs = {byte: sorted(ids, key=lambda i: -len(self._texts[i])) for byte, ids in runs.items()}
 
     def edges(self, mask: bytes, is_quoted: bool) -> tuple[list[Candidate], list[Candidate]]:
@@ -89,24 +114,37 @@ class ClosingCandidates:
         allowed = np.frombuffer(mask, np.uint8)[self._words] & self._bits
         found = [self._bytes[i] for i in allowed.nonzero()[0].tolist()]
         is_text = len(found) > _NUM_BYTES_OF_TEXT
-        is_content = is_text and ord('"') in found
-        has_usual = any(not _is_unusual(byte) for byte in found)
-        has_digits = all(byte in found for byte in _DIGITS)
+        # A text or a list that a quote or a bracket may close needs nothing more: other bytes come later.
+        closing = [ord('"')] if is_quoted else [] if is_text else list(_CLOSING)
+        closing = [byte for byte in closing if byte in found]
+        has_usual = any(byte not in _UNUSUAL for byte in found)
+        letters = _LETTERS.intersection(found)
+        is_hex = is_quoted and letters <= _HEX_LETTERS and _DIGITS.issubset(found)
+        groups = (_DIGITS, _WIDE, _LETTERS) if is_quoted and (is_text or is_hex) else (_DIGITS, _WIDE)
+        grouped = {byte for group in groups if len(group.intersection(found)) > _MAX_OF_GROUP for byte in group}
+        costs = _QUOTED_COSTS if is_quoted else _COSTS
         first: list[Candidate] = []
         rest: list[Candidate] = []
         for byte in found:
-            cost = _byte_cost(byte, is_quoted)
-            is_first = byte == ord('"') if is_content else not (has_usual and _is_unusual(byte))
-            if byte not in _SAMPLES and (is_text or byte >= 0x80 or (has_digits and byte in _DIGITS)):
-                cost += _REST_COST
+            cost = costs[byte]
+            is_first = byte in closing if closing else not (has_usual and byte in _UNUSUAL)
+            if byte in grouped and byte not in _SAMPLES:
+                cost += _REST_COST if byte < 0x80 else 4 * _REST_COST
                 is_first = False
             (first if is_first else rest).append((cost, (self._byte_tokens[byte],)))
+        if is_text and is_quoted and not closing:
+            first.extend((_OTHER_COST, tokens) for tokens in self._formats)
         if len(found) < 2 or is_text:
             first.extend((_OTHER_COST, (token,)) for token in self._allowed_special(mask))
         if not first and not rest:
             first = [(_OTHER_COST, (token,)) for token in self._others(mask)]
         rest.sort()
         return first, rest
+
+    def allows(self, mask: bytes, byte: int) -> bool:
+        """Return whether the token of a byte is allowed."""
+        token = self._byte_tokens.get(byte)
+        return token is not None and bool(mask[token >> 3] >> (token & 7) & 1)
 
     def longest_run(self, tokens: Sequence[int], mask: bytes) -> int | None:
         """Return the longest allowed token that repeats the byte of a single-byte token."""
@@ -132,11 +170,14 @@ class ClosingCandidates:
         return split
 
     def tokenize(self, text: bytes) -> list[int]:
-        """Return few tokens with exactly this text."""
-        tokens = self._tokenizer.tokenize_bytes(text)
+        """Return few tokens with exactly this text, none of them special; none if the vocabulary lacks a byte."""
+        ways = [self._tokenizer.tokenize_bytes(text)]
         if text.isascii():
-            tokens = min(tokens, self._tokenizer.greedy_tokenize(text.decode()), key=len)
-        return tokens
+            ways.append(self._tokenizer.greedy_tokenize(text.decode()))
+        ways = [tokens for tokens in ways if self.text(tokens) == text]
+        if not ways and all(byte in self._byte_tokens for byte in text):
+            ways.append([self._byte_tokens[byte] for byte in text])
+        return min(ways, key=len, default=[])
 
     def compact(self, tokens: Sequence[int]) -> list[int]:
         """Return few tokens with the text of these. Special tokens stay."""
@@ -163,18 +204,3 @@ class ClosingCandidates:
             if first not in shortest or len(self._texts[token]) < len(self._texts[shortest[first]]):
                 shortest[first] = token
         return list(shortest.values())[:_MAX_OTHERS]
-
-
-def _byte_cost(byte: int, is_quoted: bool) -> float:
-    if byte == ord('"') or (byte in _CLOSING and not is_quoted):
-        return _CLOSING_COST
-    if byte in _USUAL and not is_quoted:
-        return _USUAL_COST
-    if _is_unusual(byte):
-        return _PADDING_COST
-    return _LETTER_COST if chr(byte).isalnum() else _OTHER_COST
-
-
-def _is_unusual(byte: int) -> bool:
-    """Whether a byte is white space, begins an escape sequence or is a part of a longer character."""
-    return byte <= 0x20 or byte >= 0x80 or byte == ord("\\")

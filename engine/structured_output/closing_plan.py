@@ -7,14 +7,16 @@ from llguidance import LLMatcher, LLTokenizer
 from dispec.engine.structured_output.closing_candidates import ClosingCandidates, KnownPlan
 from dispec.engine.structured_output.closing_search import ClosingSearch, Effort
 
-_FIRST_STATES, _FIRST_SECONDS = 3000, 0.1
-_UPDATE_STATES, _UPDATE_SECONDS = 250, 0.005
-_SHORTEN_STATES = 12
+_FIRST_STATES, _FIRST_SECONDS = 3000, 0.2
+_ALL_SHORTEN_STATES = 1000
+_UPDATE_STATES, _UPDATE_SECONDS = 250, 0.01
+_SHORTEN_STATES = (12, 60)  # of each search for a shorter end: quick ones everywhere before longer ones
 _MAX_TAIL_BYTES = 64
 _NUM_BRIDGED_TAILS = 4
 # Texts that often lead to a state that the previous plan completes: of JSON documents, and the ends of characters.
 _BRIDGES = (
-    *(b"", b'"', b"]", b"}", b'"]', b'"}', b'":0', b'":""', b'"":0', b'"":""', b":0", b':""', b"0", b'""', b'":0}'),
+    b"",
+    *b"""" ] } ) "] "} 0 "" :0 :"" ":0 ":"" "":0 "":"" ":0} 0)""".split(),
     *(b"\x80", b"\x80\x80", b"\xa0\x80", b"\x90\x80\x80"),
 )
 
@@ -33,7 +35,8 @@ class ClosingPlanner:
 
     def plan(self, matcher: LLMatcher, max_tokens: int) -> tuple[int, ...] | None:
         """Return tokens that complete the output, at most `max_tokens`; () if it is complete. None if none were found
-        within the limit of effort. The matcher's state stays.
+        within the limit of effort: 0.1 s on one core for most, and for grammars that no search ends, such as free text
+        up to a marker that the text itself may have. The matcher's state stays.
         """
         if matcher.is_accepting():
             return ()
@@ -41,7 +44,10 @@ class ClosingPlanner:
         found = self._search.find(matcher, None, effort)
         if found is None:
             return None
-        plan = self._compact(matcher, self._shorten(matcher, found, effort))
+        effort.num_states = _ALL_SHORTEN_STATES
+        for num_states in _SHORTEN_STATES:
+            found = self._shorten(matcher, found, effort, num_states)
+        plan = self._compact(matcher, found)
         return tuple(plan) if len(plan) <= max_tokens else None
 
     def update(
@@ -57,7 +63,7 @@ class ClosingPlanner:
             plan = self._compact(matcher, plan)
             if len(plan) > max_tokens:
                 effort = Effort(_UPDATE_STATES, _UPDATE_SECONDS)
-                plan = self._compact(matcher, self._shorten(matcher, self._candidates.bytewise(plan), effort))
+                plan = self._compact(matcher, self._shorten(matcher, plan, effort, _SHORTEN_STATES[0]))
         return tuple(plan) if plan is not None and len(plan) <= max_tokens else None
 
     def _update(self, matcher: LLMatcher, token_id: int, previous_plan: Sequence[int]) -> Sequence[int] | None:
@@ -78,21 +84,21 @@ class ClosingPlanner:
         compact = self._candidates.compact(tokens)
         return compact if len(compact) < len(tokens) and self._search.completes(matcher, compact) else tokens
 
-    def _shorten(self, matcher: LLMatcher, plan: list[int], effort: Effort) -> list[int]:
-        """Replace parts of a plan by shorter ones."""
-        plan = self._candidates.bytewise(plan)
+    def _shorten(self, matcher: LLMatcher, plan: Sequence[int], effort: Effort, num_states: int) -> list[int]:
+        """Return the plan with parts replaced by shorter ones. num_states: of the search at each byte."""
+        shorter = self._candidates.bytewise(plan)
         matcher = matcher.deep_copy()
         i = 0
-        while i < len(plan) and not effort.is_spent:
+        while i < len(shorter) and not effort.is_spent:
             if not matcher.compute_ff_bytes():
-                known = KnownPlan(self._candidates, plan[i:], _MAX_TAIL_BYTES)
-                local = Effort(_SHORTEN_STATES, effort.seconds)
+                known = KnownPlan(self._candidates, shorter[i:], _MAX_TAIL_BYTES)
+                local = Effort(num_states, effort.seconds)
                 found = self._search.find(matcher, known, local, min_saved=1)
-                effort.num_states -= _SHORTEN_STATES - local.num_states
+                effort.num_states -= num_states - local.num_states
                 effort.seconds = local.seconds
                 if found is not None:
-                    plan = plan[:i] + self._candidates.bytewise(found)
+                    shorter[i:] = self._candidates.bytewise(found)
                     continue
-            matcher.consume_token(plan[i])
+            matcher.consume_token(shorter[i])
             i += 1
-        return plan
+        return shorter

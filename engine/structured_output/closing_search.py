@@ -1,7 +1,8 @@
 """Searches for tokens that lead from a state of a grammar to an accepting one.
 
 The states of a matcher cannot be compared. Two states count as one if they have the same mask and their paths have the
-same outline: open brackets, separators behind each of them, and bytes since the last bracket, separator or quote.
+same outline: open brackets, separators and a name behind each of them, and bytes since the last bracket, separator or
+quote.
 Two orders take turns: cheap paths first, which finds short ends, and deep paths that leave few brackets open, which
 finds long ends of many required parts.
 """
@@ -16,12 +17,14 @@ from xxhash import xxh3_64_intdigest
 
 from dispec.engine.structured_output.closing_candidates import Candidate, ClosingCandidates, KnownPlan
 
-_OPENING, _CLOSING, _SEPARATORS, _QUOTE = b"[{(", b"]})", b",:;", ord('"')
+_OPENING, _CLOSING, _SEPARATORS, _QUOTE, _COLON = b"[{(", b"]})", b",:;", ord('"'), ord(":")
+_SPECIAL = b"\xff"  # what llguidance puts before the text of a special token
 _DEPTH_COST = 2.0  # of an open bracket, in the order that prefers deep paths
 _EDGE_GAIN = 1.1  # of a token, in the same order
-_REPEAT_COST = 0.5  # of a byte that the text since the last separator already has, in the same order
-_STAY_COST = 2.0  # of a token that leads to a state with the same mask
-_LATER_SHARE = 10  # one of so many states is one to try later
+_REPEAT_COST = 0.5  # of a byte other than a digit that the segment has already, in the same order
+# Of tokens that lead to a state with the same mask: they may go round in a circle, or count up to a length.
+_STAY_COST, _NEXT_STAY_COST = 2.0, 0.3
+_LATER_SHARE = 8  # one of so many states is one to try later
 _MAX_TAIL_BYTES = 64
 _NUM_TAILS = 8  # tried with the same first byte in a state
 
@@ -53,40 +56,29 @@ class _State:
     """A state that the search reached: the tokens from `parent`, the matcher behind them, the outline of the path.
 
     depth: brackets that the path opened less those that it closed.
-    separators: how many separators follow each open bracket.
+    brackets: for each open one, the separators behind it, and the first quoted text behind the last comma: a name.
     segment: the text since the last bracket, separator or quote.
     """
-
-    __slots__ = (
-        "parent",
-        "tokens",
-        "matcher",
-        "fingerprint",
-        "has_stay",
-        "num_bytes",
-        "depth",
-        "separators",
-        "segment",
-        "is_quoted",
-    )
 
     def __init__(self, parent: "_State | None", tokens: list[int], text: bytes, matcher: LLMatcher) -> None:
         self.parent = parent
         self.tokens = tokens
         self.matcher = matcher
         self.fingerprint = 0
+        self.is_stay = False
         self.has_stay = False
-        self.num_bytes = (parent.num_bytes if parent else 0) + len(text)
-        self.depth = parent.depth if parent else 0
-        self.separators = parent.separators if parent else (0,)
-        self.segment = parent.segment if parent else b""
-        self.is_quoted = parent.is_quoted if parent else False
+        self.num_bytes: int = len(text) + (parent.num_bytes if parent else 0)
+        self.depth: int = parent.depth if parent else 0
+        self.brackets: tuple[tuple[int, bytes], ...] = parent.brackets if parent else ((0, b""),)
+        self.segment: bytes = parent.segment if parent else b""
+        self.is_quoted: bool = parent.is_quoted if parent else False
+        self.is_text: bool = parent is not None and parent.is_text
         for byte in text:
             self._outline(byte)
 
     @property
-    def key(self) -> tuple[int, int, tuple[int, ...], bool, int]:
-        return self.fingerprint, self.depth, self.separators, self.is_quoted, len(self.segment)
+    def key(self) -> tuple[object, ...]:
+        return self.fingerprint, self.depth, self.brackets, self.is_quoted, len(self.segment)
 
     def path(self) -> list[int]:
         """Return the tokens from the root."""
@@ -100,26 +92,29 @@ class _State:
     def detour(self, text: bytes) -> float:
         """Return what a token with this text costs in the order that prefers deep paths, more than its own cost."""
         first = text[:1]
-        if not self.is_quoted and first in _OPENING:
+        is_plain = not (self.is_quoted or self.is_text)
+        if is_plain and first in _OPENING:
             return _DEPTH_COST - _EDGE_GAIN
-        if not self.is_quoted and first in _CLOSING:
+        if is_plain and first in _CLOSING:
             return -_DEPTH_COST - _EDGE_GAIN
-        return self.segment.count(first) * _REPEAT_COST - _EDGE_GAIN
+        num_repeats = 0 if first.isdigit() else self.segment.count(first)
+        return num_repeats * _REPEAT_COST - _EDGE_GAIN
 
     def _outline(self, byte: int) -> None:
-        if byte == _QUOTE and not self.segment.endswith(b"\\"):
+        num_separators, name = self.brackets[-1]
+        is_plain = not (self.is_quoted or self.is_text)
+        if byte == _QUOTE and (self.is_quoted or is_plain) and not self.segment.endswith(b"\\"):
+            if self.is_quoted and not name:
+                self.brackets = (*self.brackets[:-1], (num_separators, self.segment))
             self.is_quoted = not self.is_quoted
-        elif self.is_quoted:
-            self.segment += bytes([byte])
-            return
-        elif byte in _OPENING:
+        elif is_plain and byte in _OPENING:
             self.depth += 1
-            self.separators += (0,)
-        elif byte in _CLOSING:
+            self.brackets += ((0, b""),)
+        elif is_plain and byte in _CLOSING:
             self.depth -= 1
-            self.separators = self.separators[:-1] or (0,)
-        elif byte in _SEPARATORS:
-            self.separators = (*self.separators[:-1], self.separators[-1] + 1)
+            self.brackets = self.brackets[:-1] or ((0, b""),)
+        elif is_plain and byte in _SEPARATORS:
+            self.brackets = (*self.brackets[:-1], (num_separators + 1, name if byte == _COLON else b""))
         else:
             self.segment += bytes([byte])
             return
@@ -128,8 +123,6 @@ class _State:
 
 class _Edge:
     """Tokens to follow from a state. cost, order: of the path with them, in either order."""
-
-    __slots__ = ("parent", "tokens", "cost", "order", "is_stay", "is_done")
 
     def __init__(
         self, parent: _State | None, tokens: Sequence[int], cost: float, order: float, is_stay: bool = False
@@ -143,9 +136,10 @@ class _Edge:
 
 
 class _Frontier:
-    """The edges to follow, in the orders that take turns."""
+    """The edges to follow, in the orders that take turns. prefers_cheap: leave out the order of deep paths."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefers_cheap: bool) -> None:
+        self._prefers_cheap = prefers_cheap
         self._cheap: list[tuple[float, int, _Edge]] = []
         self._deep: list[tuple[float, int, _Edge]] = []
         self._later: list[tuple[float, int, _State, Sequence[Candidate], _Edge]] = []
@@ -155,7 +149,8 @@ class _Frontier:
     def push(self, edge: _Edge) -> None:
         serial = next(self._serial)
         heappush(self._cheap, (edge.cost, serial, edge))
-        heappush(self._deep, (edge.order, serial, edge))
+        if not self._prefers_cheap:
+            heappush(self._deep, (edge.order, serial, edge))
 
     def push_later(self, state: _State, candidates: Sequence[Candidate], edge: _Edge) -> None:
         """Put edges behind `edge` aside, as one entry: most are never followed. candidates: cheap ones first."""
@@ -196,7 +191,7 @@ class ClosingSearch:
         min_saved: bytes by which the text is shorter than the known plan's.
         """
         candidates = self._candidates
-        frontier = _Frontier()
+        frontier = _Frontier(prefers_cheap=min_saved is not None)
         frontier.push(_Edge(None, (), 0.0, 0.0))
         seen: set[object] = set()
         while not effort.is_spent and (edge := frontier.pop()) is not None:
@@ -208,14 +203,17 @@ class ClosingSearch:
                 return state.path()
             mask = effort.mask(state.matcher)
             state.fingerprint = xxh3_64_intdigest(mask)
+            state.is_text = candidates.is_text(mask)
+            state.is_stay = edge.is_stay
             parent = edge.parent
             if parent is None:
-                state.is_quoted = candidates.is_text(mask)
+                state.is_quoted = state.is_text and not candidates.allows(mask, ord("\n"))  # JSON escapes line breaks
             elif state.fingerprint == parent.fingerprint and not edge.is_stay:
                 if parent.has_stay:
                     continue
                 parent.has_stay = True
-                cost, order = edge.cost + _STAY_COST, edge.order + _STAY_COST
+                stay_cost = _NEXT_STAY_COST if parent.is_stay else _STAY_COST
+                cost, order = edge.cost + stay_cost, edge.order + stay_cost
                 if (run := candidates.longest_run(edge.tokens, mask)) is not None:
                     frontier.push(_Edge(parent, (run,), cost, order, is_stay=True))
                 frontier.push(_Edge(parent, edge.tokens, cost, order, is_stay=True))
@@ -223,9 +221,9 @@ class ClosingSearch:
             if state.key in seen:
                 continue
             seen.add(state.key)
-            first, later = candidates.edges(mask, state.is_quoted)
-            if (tail := self._tail(state, [*first, *later], known, min_saved)) is not None:
+            if (tail := self._tail(state, mask, known, min_saved)) is not None:
                 return state.path() + tail
+            first, later = candidates.edges(mask, state.is_quoted)
             for more, tokens in first:
                 detour = more + state.detour(candidates.text(tokens))
                 frontier.push(_Edge(state, tokens, edge.cost + more, edge.order + detour))
@@ -237,22 +235,22 @@ class ClosingSearch:
         tokens = list(edge.tokens)
         if tokens and not matcher.consume_tokens(tokens):
             return None
-        if not matcher.is_accepting() and (forced := matcher.compute_ff_bytes()):
-            forced_tokens = self._candidates.tokenize(forced)
-            if not matcher.consume_tokens(forced_tokens):
+        if not matcher.is_accepting():
+            forced = matcher.compute_ff_bytes().partition(_SPECIAL)[0]
+            forced_tokens = self._candidates.tokenize(forced) if forced else []
+            if forced_tokens and not matcher.consume_tokens(forced_tokens):
                 return None
             tokens += forced_tokens
         return _State(edge.parent, tokens, self._candidates.text(tokens), matcher)
 
-    def _tail(
-        self, state: _State, edges: Sequence[Candidate], known: KnownPlan | None, min_saved: int | None
-    ) -> list[int] | None:
+    def _tail(self, state: _State, mask: bytes, known: KnownPlan | None, min_saved: int | None) -> list[int] | None:
         if known is None:
             return None
         min_offset = 0 if min_saved is None else state.num_bytes + min_saved
-        for first in {self._candidates.text(tokens)[:1] for _, tokens in edges}:
-            offsets = [i for i in known.offsets(first[0]) if i >= min_offset] if first else []
-            for offset in offsets[:_NUM_TAILS]:
+        for byte, offsets in known.offsets():
+            if not self._candidates.allows(mask, byte):
+                continue
+            for offset in [offset for offset in offsets if offset >= min_offset][:_NUM_TAILS]:
                 if self.completes(state.matcher, tail := known.tail(offset)):
                     return tail
         return None

@@ -8,6 +8,7 @@ from threading import BoundedSemaphore, Lock
 from llguidance import LLMatcher, LLTokenizer
 
 from dispec.engine.errors import InvalidField
+from dispec.engine.structured_output.closing_plan import ClosingPlanner
 from dispec.engine.structured_output.grammar_state import GrammarState
 from dispec.engine.structured_output.grammar_text import explain, grammar_text
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
@@ -16,37 +17,65 @@ from dispec.engine.structured_output.trial_process import TrialProcess
 
 MAX_COMPILATIONS = 2  # at once; each has a process for trials
 _CACHE_SIZE = 256  # grammars, and errors of others
+_MAX_TOKENS = 2**31 - 1  # of a plan: a request may have fewer
 
 
 class Grammar:
-    """A compiled grammar. Sequences start from copies of its state."""
+    """A compiled grammar. Sequences start from copies of its state.
 
-    def __init__(self, matcher: LLMatcher, eos_token_id: int, structure: StructuredOutputs) -> None:
+    matcher, planner: None for a free answer after reasoning of limited length.
+    eos_token_id: ends an output where the grammar lets it end.
+    """
+
+    def __init__(
+        self,
+        matcher: LLMatcher | None,
+        structure: StructuredOutputs,
+        eos_token_id: int,
+        planner: ClosingPlanner | None,
+    ) -> None:
         self._matcher = matcher
-        self._eos_token_id = eos_token_id
         self._structure = structure
+        self._eos_token_id = eos_token_id
+        self._planner = planner
+        self._plan = () if matcher is None or planner is None else planner.plan(matcher, _MAX_TOKENS)
 
     def start(self, max_tokens: int) -> GrammarState:
-        """Return the state of a sequence before its first output token. max_tokens: of the output."""
-        return GrammarState(
-            self._matcher.deep_copy(),
+        """Return the state of a sequence before its first output token. max_tokens: of the output.
+
+        Raises InvalidField if the shortest output that is known has more tokens.
+        """
+        state = GrammarState(
+            None if self._matcher is None else self._matcher.deep_copy(),
             self._eos_token_id,
             reasoning_start=self._structure.reasoning_start_token_ids,
             reasoning_end=self._structure.reasoning_end_token_ids,
+            reasoning_max_tokens=self._structure.reasoning_max_tokens,
             max_tokens=max_tokens,
+            planner=self._planner,
+            plan=self._plan,
         )
+        completion = state.completion
+        if self._matcher is not None and completion is not None and len(completion) > max_tokens:
+            raise InvalidField(
+                "max_tokens",
+                f"max_tokens or what the context leaves of it is {max_tokens}, must be at least {len(completion)}: no"
+                " shorter output of the grammar is known",
+            )
+        return state
 
 
 class GrammarCompiler:
     """Compiles grammars for one tokenizer, and keeps the last ones. Safe to share between threads.
 
-    tokenizer_json: the contents of `tokenizer.json`.
+    tokenizer_json: the contents of `tokenizer.json`; None for a model without one, for which every grammar is refused.
     vocab_size: of the logits, padding included.
     eos_token_ids: tokens that end an output where the grammar lets it end.
     """
 
-    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        self._vocabulary = Vocabulary(tokenizer_json, vocab_size, eos_token_ids)
+    def __init__(self, tokenizer_json: str | None, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._vocabulary = None if tokenizer_json is None else Vocabulary(tokenizer_json, vocab_size, eos_token_ids)
+        self._closing_planner: ClosingPlanner | None = None
         self._tables: LLTokenizer | None = None
         self._grammars: OrderedDict[StructuredOutputs, Grammar | str] = OrderedDict()
         self._trials: list[TrialProcess] = []  # idle ones
@@ -72,6 +101,10 @@ class GrammarCompiler:
         known = self.find(structure)
         if known is not None:
             return known
+        if self._vocabulary is None:
+            raise structure.error("must be left out for a model without a tokenizer")
+        if structure.kind is None:
+            return Grammar(None, structure, self._read_tables().eos_token, None)
         text = grammar_text(structure)
         with self._num_compilations:
             found = self.find(structure) or self._compile(structure, text)
@@ -91,7 +124,7 @@ class GrammarCompiler:
 
     def _compile(self, structure: StructuredOutputs, text: str) -> Grammar | str:
         """Return the grammar, or why it is refused."""
-        tables = self._read_tables(structure)
+        tables = self._read_tables()
         with self._trial() as trial:
             refusal = trial.compile(text)
         if refusal is not None:
@@ -99,11 +132,12 @@ class GrammarCompiler:
         matcher = new_matcher(tables, text)
         if matcher.is_error():
             return explain(structure, matcher.get_error())
-        return Grammar(matcher, tables.eos_token, structure)
+        return Grammar(matcher, structure, tables.eos_token, self._planner())
 
     @contextmanager
     def _trial(self) -> Iterator[TrialProcess]:
         with self._lock:
+            assert self._vocabulary is not None
             trial = self._trials.pop() if self._trials else TrialProcess(self._vocabulary)
         try:
             yield trial
@@ -111,7 +145,8 @@ class GrammarCompiler:
             with self._lock:
                 self._trials.append(trial)
 
-    def _read_tables(self, structure: StructuredOutputs) -> LLTokenizer:
+    def _read_tables(self) -> LLTokenizer:
+        assert self._vocabulary is not None
         with self._tables_lock:
             if self._tables is None:
                 try:
@@ -120,3 +155,11 @@ class GrammarCompiler:
                     said = f"structured outputs need a tokenizer that llguidance can read: {error!s:.200}"
                     raise InvalidField("structured_outputs", said) from None
             return self._tables
+
+    def _planner(self) -> ClosingPlanner:
+        tables = self._read_tables()
+        with self._lock:
+            if self._closing_planner is None:
+                assert self._vocabulary is not None
+                self._closing_planner = ClosingPlanner(tables, self._vocabulary.size)
+            return self._closing_planner

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 _MAX_DEPTH = 100  # of JSON values; llguidance's reader stops at 128
 _MAX_PROPERTIES = 1000  # of one object: each optional one is 4 items in a row of the parser
@@ -207,7 +208,7 @@ def _references(schema: Any, pointer: str) -> list[tuple[str, str]]:
 def _check_reference(root: Any, pointer: str, reference: str) -> None:
     """Raise SchemaError for a reference to nothing."""
     target = root
-    for step in reference.removeprefix("#").split("/")[1:]:
+    for step in unquote(reference.removeprefix("#")).split("/")[1:]:
         key = step.replace("~1", "/").replace("~0", "~")
         try:
             target = target[int(key)] if isinstance(target, list) else target[key]

@@ -22,6 +22,8 @@ _TOKEN_IDS = ("reasoning_start_token_ids", "reasoning_end_token_ids")
 class StructuredOutputs:
     """A grammar that the output follows: exactly one of the first six fields. The names are vLLM's.
 
+    None of the six is set where `reasoning_max_tokens` limits reasoning before a free answer.
+
     json: a JSON Schema, as a mapping or as JSON text.
     json_object: any JSON object.
     regex: a regular expression that the whole output matches.
@@ -36,6 +38,7 @@ class StructuredOutputs:
     disable_fallback: accepted, because there is one grammar engine, and none to fall back to.
     reasoning_start_token_ids, reasoning_end_token_ids: if the latter are set, the output begins with the former, and
         the grammar applies after the latter; the text between them is free.
+    reasoning_max_tokens: most tokens of that text; the end marker follows then. None leaves it to `max_tokens`.
     origin: the request's field that asks for the structure, for errors; a path such as response_format.json_schema.
 
     Raises InvalidField for fields that do not fit together. The grammar itself is read by `GrammarCompiler`.
@@ -54,6 +57,7 @@ class StructuredOutputs:
     origin: str = field(default=FIELD, compare=False)
     reasoning_start_token_ids: Series[int] = ()
     reasoning_end_token_ids: Series[int] = ()
+    reasoning_max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for flag in ("json_object", *_FLAGS):
@@ -61,7 +65,8 @@ class StructuredOutputs:
                 raise self._wrong(flag, f"is {getattr(self, flag)!r:.50}, must be true or false")
             object.__setattr__(self, flag, getattr(self, flag) or None)
         given = [name for name in STRUCTURE_KINDS if getattr(self, name) is not None]
-        if len(given) != 1:
+        limits_reasoning = self.reasoning_max_tokens is not None and bool(self.reasoning_end_token_ids)
+        if len(given) != 1 and not (not given and limits_reasoning):
             said = f"sets {' and '.join(given)}" if given else f"sets none of {', '.join(STRUCTURE_KINDS)}"
             raise InvalidField(FIELD, f"{FIELD} {said}, must set exactly one of them")
         for name in ("json", "structural_tag"):
@@ -72,7 +77,11 @@ class StructuredOutputs:
                 if isinstance(value, str) or not isinstance(value, Series):
                     raise self._wrong(name, f"is {value!r:.50}, must be a list")
                 object.__setattr__(self, name, tuple(value))
-        self._check_texts()
+        most = self.reasoning_max_tokens
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
+            raise self._wrong("reasoning_max_tokens", f"is {most!r:.50}, must be an integer of at least 0")
+        if given:
+            self._check_texts(given[0])
         if self.whitespace_pattern is not None and self.disable_any_whitespace:
             raise self._wrong("whitespace_pattern", "is set, must be left out where disable_any_whitespace is true")
         if self.disable_additional_properties and self.json is None:
@@ -88,14 +97,14 @@ class StructuredOutputs:
         return cls(**given)
 
     @property
-    def kind(self) -> str:
-        """The field of the grammar that is set."""
-        return next(name for name in STRUCTURE_KINDS if getattr(self, name) is not None)
+    def kind(self) -> str | None:
+        """The field of the grammar that is set; None for a free answer."""
+        return next((name for name in STRUCTURE_KINDS if getattr(self, name) is not None), None)
 
     @property
     def label(self) -> str:
         """The place of the grammar in the request, for errors."""
-        return f"{FIELD}.{self.kind}" if self.origin == FIELD else self.origin
+        return f"{FIELD}.{self.kind or 'reasoning_max_tokens'}" if self.origin == FIELD else self.origin
 
     def error(self, problem: str) -> InvalidField:
         """Return the error of a grammar. problem: a JSON pointer or a verb, and the rest of the sentence."""
@@ -106,9 +115,9 @@ class StructuredOutputs:
         """Return the fields that are set, as plain values."""
         return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) not in (None, ())}
 
-    def _check_texts(self) -> None:
-        limit = MAX_GRAMMAR_BYTES if self.kind in ("regex", "grammar") else MAX_JSON_BYTES
-        texts = (getattr(self, self.kind),) if self.kind not in ("choice", "json_object") else self.choice or ()
+    def _check_texts(self, kind: str) -> None:
+        limit = MAX_GRAMMAR_BYTES if kind in ("regex", "grammar") else MAX_JSON_BYTES
+        texts = (getattr(self, kind),) if kind not in ("choice", "json_object") else self.choice or ()
         if self.choice is not None and not 1 <= len(self.choice) <= MAX_CHOICES:
             raise self.error(f"holds {len(self.choice)} texts, must be between 1 and {MAX_CHOICES}")
         if self.whitespace_pattern is not None:
@@ -116,7 +125,7 @@ class StructuredOutputs:
         size = 0
         for text in texts:
             if not isinstance(text, str):
-                must_be = "texts" if self.kind == "choice" else "a text or an object" if limit > 2**16 else "a text"
+                must_be = "texts" if kind == "choice" else "a text or an object" if limit > 2**16 else "a text"
                 raise self.error(f"holds {text!r:.50}, must be {must_be}")
             try:
                 size += len(text.encode())

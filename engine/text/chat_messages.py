@@ -71,7 +71,8 @@ def _content(message: Mapping[str, Any], has_tool_calls: bool, where: str) -> st
     """Return the text of a message. OpenAI's clients leave it out beside tool calls, and send null beside a refusal."""
     content = message.get("content")
     if content is not None:
-        return _text(content, where)
+        # Templates that expect null beside tool calls leave the calls out beside an empty text.
+        return _text(content, where) or (None if has_tool_calls else "")
     if message["role"] == "assistant":
         if isinstance(message.get("refusal"), str):
             return message["refusal"]
@@ -104,3 +105,21 @@ def _wrong(where: str, what: str) -> InvalidField:
 def with_texts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the messages with an empty text where the content is None."""
     return [{**message, "content": message["content"] or ""} for message in messages]
+
+
+def with_json_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with the arguments of tool calls as JSON text."""
+    return [
+        {**message, "tool_calls": [_with_json(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else dict(message)
+        for message in messages
+    ]
+
+
+def _with_json(call: Mapping[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _with_json(call["function"])}
+    if isinstance(call.get("arguments"), str | None):
+        return dict(call)
+    return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}

@@ -14,7 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dispec.engine.errors import InvalidField
-from dispec.engine.text.chat_messages import plain_data, plain_messages, with_texts
+from dispec.engine.text.chat_messages import plain_data, plain_messages, with_json_arguments, with_texts
 
 # Private-use characters, which no message has. The space shows whether the template trims messages.
 _CONTINUED = "\ue000continued here\ue000 "
@@ -74,6 +74,11 @@ class ChatTemplate:
         """The text of the default template."""
         return self._sources.get("default")
 
+    @property
+    def tool_source(self) -> str | None:
+        """The text of the template for conversations with tools."""
+        return self._sources.get("tool_use", self.source)
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -113,8 +118,8 @@ class ChatTemplate:
                 raise InvalidField("messages", said)
         if "developer" not in self._sources[name]:
             plain = [message | {"role": "system"} if message["role"] == "developer" else message for message in plain]
-        if any(message["content"] is None for message in plain) and not _takes_null(plain, rendered):
-            plain = with_texts(plain)
+        if any("tool_calls" in message for message in plain):
+            plain = _as_expected(plain, rendered)
         if continue_final_message:
             plain[-1]["content"] = (plain[-1]["content"] or "") + _CONTINUED
         text = rendered(plain)
@@ -148,13 +153,26 @@ class ChatTemplate:
         return self._compiled[name]
 
 
-def _takes_null(messages: Sequence[Mapping[str, Any]], rendered: Callable[[Any], str]) -> bool:
-    """Return whether the template expects null beside tool calls. One that expects a text fails or writes "None"."""
-    try:
-        text = rendered(messages)
-    except InvalidField:
-        return False
-    return text.count("None") <= rendered(with_texts(messages)).count("None")
+def _as_expected(messages: list[dict[str, Any]], rendered: Callable[[Any], str]) -> list[dict[str, Any]]:
+    """Return messages with tool calls in the form that the template expects.
+
+    Some expect null as the content beside calls, others a text; some objects as arguments, others JSON text. With the
+    wrong form a template fails, or writes "None" or an object as Python does. Null comes first, because templates that
+    expect it leave calls out beside a text.
+    """
+    in_json = with_json_arguments(messages)
+    forms = (messages, in_json, with_texts(messages), with_texts(in_json))
+    calls = [call.get("function", call) for message in messages for call in message.get("tool_calls", ())]
+    in_python = {"None", *(repr(call["arguments"]) for call in calls if call.get("arguments"))}
+    found = []
+    for form in forms:
+        try:
+            text = rendered(form)
+        except InvalidField:
+            continue
+        found.append((sum(map(text.count, in_python)), form))
+    fewest = min((count for count, _ in found), default=0)
+    return next((form for count, form in found if count == fewest), forms[2])
 
 
 def _check_all_written(

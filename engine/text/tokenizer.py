@@ -176,6 +176,11 @@ class Tokenizer:
         return None if self._chat_template is None else self._chat_template.source
 
     @property
+    def tool_chat_template(self) -> str | None:
+        """The source of the template for conversations with tools; None without one."""
+        return None if self._chat_template is None else self._chat_template.tool_source
+
+    @property
     def bos_token_id(self) -> int | None:
         return self._id_of_role("bos_token")
 

@@ -19,13 +19,20 @@ _STOP_SEQUENCES = Meta(
         "maxItems": MAX_STOPS,
     }
 )
+
+
+def _one_of(*values: str | None) -> Meta:
+    """Return the values of a text for the OpenAPI document; msgspec does not check them."""
+    return Meta(extra_json_schema={"enum": [*values]})
+
+
 _MAX_TOKENS = Meta(extra_json_schema={"minimum": 1}, description="The most tokens to generate.")
 
 
 class RequestBlock(Struct, kw_only=True):
     """A block of a message: text, tool_use, tool_result, thinking or redacted_thinking, each with its own fields."""
 
-    type: str
+    type: Annotated[str, _one_of("text", "tool_use", "tool_result", "thinking", "redacted_thinking")]
     text: str | None = None
     id: str | None = None
     name: str | None = None
@@ -37,52 +44,52 @@ class RequestBlock(Struct, kw_only=True):
 
 
 class RequestTurn(Struct):
-    """A message of user, assistant or system."""
+    """A message of user, assistant or system. Claude Code writes ctx and msg as well, which are user."""
 
-    role: str
+    role: Annotated[str, _one_of("user", "assistant", "system", "ctx", "msg")]
     content: str | list[RequestBlock]
 
 
 class RequestTool(Struct, kw_only=True):
-    """A tool that the client runs. type: custom, if given."""
+    """A tool that the client runs."""
 
     name: str | None = None
     description: str | None = None
     input_schema: dict[str, Any] | None = None
     strict: bool | None = None
-    type: str | None = None
+    type: Annotated[str | None, _one_of("custom", None)] = None
     input_examples: list[dict[str, Any]] | None = None
     defer_loading: bool | None = None
     allowed_callers: list[str] | None = None
 
 
 class RequestToolChoice(Struct, kw_only=True):
-    """type: auto, any, none, or tool with a name."""
+    """Whether the answer calls tools: `tool` has the name of one."""
 
-    type: str
+    type: Annotated[str, _one_of("auto", "any", "tool", "none")]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
 class RequestThinking(Struct, kw_only=True):
-    """type: enabled, adaptive or disabled. display: summarized, or omitted."""
+    """The model's reasoning, for chat templates that can turn it off. omitted: it is left out of the answer."""
 
-    type: str
+    type: Annotated[str, _one_of("enabled", "adaptive", "disabled")]
     budget_tokens: int | None = None
-    display: str | None = None
+    display: Annotated[str | None, _one_of("summarized", "omitted", None)] = None
 
 
 class RequestOutputFormat(Struct, kw_only=True):
-    """type: json_schema."""
+    """The JSON Schema that the answer follows."""
 
-    type: str
+    type: Annotated[str, _one_of("json_schema")]
     schema: dict[str, Any]
 
 
 class RequestOutputConfig(Struct, kw_only=True):
-    """effort: low, medium, high, xhigh or max, for chat templates that know it."""
+    """effort: for chat templates that know it; high is the default, and so accepted by all."""
 
-    effort: str | None = None
+    effort: Annotated[str | None, _one_of("low", "medium", "high", "xhigh", "max", None)] = None
     format: RequestOutputFormat | None = None
     task_budget: Any = None
 

@@ -37,8 +37,13 @@ _PLACE = re.compile(r"\bmessages\[(\d+)\]")
 class TranslatedRequest:
     """A request as a `ChatRequest`, and the names of its fields for errors."""
 
-    def __init__(self, request: CountTokensRequest, template_variables: Collection[str]) -> None:
-        """template_variables: of the model's chat template. Raises InvalidField."""
+    def __init__(
+        self, request: CountTokensRequest, template_variables: Collection[str], has_reasoning: bool = False
+    ) -> None:
+        """template_variables: of the model's chat template. has_reasoning: whether the model's output may have some.
+
+        Raises InvalidField.
+        """
         conversation = Conversation(request.system, request.messages)
         self._places = conversation.places
         fields = {name: getattr(request, name) for name in GenerationRequestFields.__struct_fields__}
@@ -53,6 +58,8 @@ class TranslatedRequest:
         self._set_reasoning(request, template_variables)
         self._set_output(request, template_variables)
         if isinstance(request, MessagesRequest):
+            if has_reasoning:
+                _check_budget(request)
             self.chat.max_tokens = request.max_tokens
             self.chat.stop = _all_stops(request)
 
@@ -150,6 +157,15 @@ def _tool(tool: RequestTool, index: int) -> dict[str, Any]:
         schema = schema | {"examples": tool.input_examples}
     function = {"name": tool.name, "description": tool.description, "parameters": schema, "strict": tool.strict}
     return {"type": "function", "function": {name: value for name, value in function.items() if value is not None}}
+
+
+def _check_budget(request: MessagesRequest) -> None:
+    """Raise InvalidField for a budget that would end the reasoning before `max_tokens` ends the output."""
+    budget = None if request.thinking is None else request.thinking.budget_tokens
+    if budget is not None and budget < request.max_tokens - 1:
+        said = f"thinking.budget_tokens is {budget}, must be at least {request.max_tokens - 1} (max_tokens - 1)"
+        why = "max_tokens alone limits the reasoning here; thinking.type adaptive has no budget"
+        raise InvalidField("thinking", f"{said}: {why}")
 
 
 def _all_stops(request: MessagesRequest) -> list[str] | None:

@@ -6,11 +6,11 @@ from typing import Any
 from dispec.engine.errors import InvalidField
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
-from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.api.context import ServedModel
 from dispec.serving.api.prompts import Prompt
 from dispec.serving.api.protocol import ChatRequest
 from dispec.serving.api.sampling import sampling_params
+from dispec.serving.api.tool_request import read_tools
 from dispec.serving.chat_output.chat_parser import ChatParser
 from dispec.serving.chat_output.reasoning import ReasoningFormat
 from dispec.serving.chat_output.tools import ToolRequest
@@ -56,13 +56,17 @@ async def prepare_chat(model: ServedModel, body: ChatRequest) -> PreparedChat:
     """Return a body's chat. Raises InvalidField, ContextOverflow or ApiError."""
     if not body.messages:
         raise InvalidField("messages", "messages is empty: there is nothing to answer")
-    tools = ToolRequest()
+    tools = _tools(model, body)
     prompt = model.prompts.checked_chat(body, await _prompt(model, body, tools))
     reasoning, is_open = _reasoning(model.reasoning, prompt.text or "", body)
     params = sampling_params(body, model.defaults, len(prompt.token_ids), model.info.max_model_len)
     structure = _structure(model, body, tools, params.structured_outputs)
-    if structure is not None and reasoning is not None:
-        structure = _after_reasoning(structure, reasoning, is_open, model.prompts.tokenizer)
+    budget = _reasoning_budget(model, body)
+    if reasoning is not None and (structure is not None or budget is not None):
+        start, end = reasoning.token_ids(model.prompts.tokenizer)
+        before: dict[str, Any] = {"reasoning_start_token_ids": () if is_open else start}
+        before |= {"reasoning_end_token_ids": end}
+        structure = StructuredOutputs(**before) if structure is None else replace(structure, **before)
     if structure is not params.structured_outputs:
         params = replace(params, structured_outputs=structure)
     params = await model.prompts.tokenize_bad_words(params)
@@ -71,7 +75,16 @@ async def prepare_chat(model: ServedModel, body: ChatRequest) -> PreparedChat:
 
 async def chat_prompt(model: ServedModel, body: ChatRequest) -> Prompt:
     """Return the prompt that the chat of a body gets, which need not fit the context. Raises as `prepare_chat`."""
-    return await _prompt(model, body, ToolRequest())
+    return await _prompt(model, body, _tools(model, body))
+
+
+def _tools(model: ServedModel, body: ChatRequest) -> ToolRequest:
+    """Return the tools of a request. Raises InvalidField for wrong ones, and for a server that reads no calls."""
+    tools = read_tools(body)
+    if tools.tools and model.tool_format is None:
+        why = "the server was started with --tool-call-parser none"
+        raise InvalidField("tools", f"tools holds {len(tools.tools)} tools, must be left out: {why}")
+    return tools
 
 
 async def _prompt(model: ServedModel, body: ChatRequest, tools: ToolRequest) -> Prompt:
@@ -129,12 +142,14 @@ def _structure(
     raise InvalidField(field, f"{field} and tools are both given, must be one of them")
 
 
-def _after_reasoning(
-    structure: StructuredOutputs, reasoning: ReasoningFormat, is_open: bool, tokenizer: Tokenizer
-) -> StructuredOutputs:
-    """Return the structure with reasoning before it."""
-    return replace(
-        structure,
-        reasoning_start_token_ids=() if is_open else reasoning.token_ids(tokenizer)[0],
-        reasoning_end_token_ids=reasoning.token_ids(tokenizer)[1],
-    )
+def _reasoning_budget(model: ServedModel, body: ChatRequest) -> int | None:
+    """Return the most tokens of reasoning. Raises InvalidField for a wrong number and for a model without reasoning."""
+    budget = body.thinking_token_budget
+    if budget is None or budget == -1:
+        return None
+    said = f"thinking_token_budget is {budget}"
+    if budget < 0:
+        raise InvalidField("thinking_token_budget", f"{said}, must be -1 (no limit) or at least 0")
+    if model.reasoning is None:
+        raise InvalidField("thinking_token_budget", f"{said}, must be left out: the model has no reasoning")
+    return budget

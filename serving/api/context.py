@@ -20,6 +20,7 @@ from dispec.serving.api.request_body import read_body
 from dispec.serving.api.response_store import ResponseStore
 from dispec.serving.api.sampling import GENERATION_DEFAULTS
 from dispec.serving.chat_output.reasoning import choose_reasoning_format
+from dispec.serving.chat_output.tool_formats import choose_tool_format
 from dispec.serving.chat_output.tools import ToolFormat
 from dispec.serving.client.engine_client import EngineClient
 from dispec.serving.client.errors import NotReady
@@ -48,6 +49,9 @@ class ServedModel:
         )
         self.reasoning = choose_reasoning_format(settings.reasoning_parser, tokenizer)
         self.tool_format: ToolFormat | None = None
+        if tokenizer is not None:
+            template, vocabulary = tokenizer.tool_chat_template, tokenizer.vocabulary
+            self.tool_format = choose_tool_format(settings.tool_call_parser, template, vocabulary)
         self.texts = TokenTexts(tokenizer)
         uses_defaults = settings.generation_config == "auto"
         self.defaults = generation_defaults(info.directory) if uses_defaults else MappingProxyType({})

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
+from dispec.serving.api.anthropic_schemas import ANTHROPIC_EXAMPLES, ANTHROPIC_RULES
 from dispec.serving.api.prompts import RESERVED_TEMPLATE_NAMES
 from dispec.serving.api.response_protocol import LOGPROBS
 from dispec.serving.settings import MAX_PROMPTS
@@ -120,6 +121,7 @@ _RULES: dict[str, list[Schema]] = {
         _OPENS_OR_CONTINUES,
         {"anyOf": [{"properties": {"top_logprobs": {"enum": [0, None]}}}, _with(logprobs=True)]},
     ],
+    **ANTHROPIC_RULES,
     "CompletionRequest": [
         *_OF_STREAMS,
         {"properties": {"prompt": {"anyOf": [_TEXT, _TOKENS, _several(_TEXT), _several(_TOKENS)]}}},
@@ -162,11 +164,6 @@ _RULES: dict[str, list[Schema]] = {
 }
 
 _QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-_TOOL = {
-    "name": "get_weather",
-    "description": "The weather in a city.",
-    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-}
 EXAMPLES: dict[str, dict[str, Schema]] = {
     "ChatRequest": {
         "A question": {"messages": _QUESTION, "max_tokens": 64},
@@ -189,11 +186,7 @@ EXAMPLES: dict[str, dict[str, Schema]] = {
         "Several prompts": {"prompt": ["One, two,", "Red, green,"], "max_tokens": 8, "temperature": 0, "stop": ["\n"]},
         "Token ids": {"prompt": [40, 41, 42], "max_tokens": 8, "top_k": 20},
     },
-    "MessagesRequest": {
-        "A question": {"messages": _QUESTION, "max_tokens": 64, "system": "Be brief."},
-        "A tool": {"messages": _QUESTION, "max_tokens": 64, "tools": [_TOOL], "tool_choice": {"type": "any"}},
-    },
-    "CountTokensRequest": {"A question": {"messages": _QUESTION, "system": "Be brief."}},
+    **ANTHROPIC_EXAMPLES,
     "ResponsesRequest": {
         "A question": {"input": "What is the capital of France?", "max_output_tokens": 64},
         "A conversation": {

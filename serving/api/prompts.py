@@ -7,10 +7,9 @@ from typing import Any, NamedTuple, TypeVar
 from dispec.engine.errors import ContextOverflow, InvalidField
 from dispec.engine.request_checks import check_prompt_length, check_token_ids
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.text.chat_messages import plain_messages
 from dispec.engine.text.text_stream import tokenize_bad_words
 from dispec.engine.text.tokenizer import Tokenizer
-from dispec.serving.api.protocol import MAX_ARGUMENT_NAME, ChatRequest, PromptInput, SamplingRequest, TokenizeRequest
+from dispec.serving.api.protocol import MAX_ARGUMENT_NAME, ChatRequest, PromptInput, SamplingRequest
 from dispec.serving.http.errors import ApiError
 from dispec.serving.settings import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_PROMPTS, MAX_TEMPLATE_ARGUMENTS
 
@@ -118,7 +117,7 @@ class Prompts:
 
     async def of_chat(
         self,
-        request: ChatRequest | TokenizeRequest,
+        request: ChatRequest,
         variables: Mapping[str, Any] | None = None,
         with_tools: WithTools | None = None,
     ) -> Prompt:
@@ -133,16 +132,9 @@ class Prompts:
         truncation = Truncation.requested(request)
         return self._checked(prompt, "messages", "messages", truncation)._replace(text=prompt.text)
 
-    async def token_ids(self, request: TokenizeRequest) -> list[int]:
-        """Return the token ids of a text or of messages, which need not fit the context."""
-        if (request.prompt is None) == (request.messages is None):
-            said = "prompt is missing" if request.prompt is None else "prompt and messages exclude each other"
-            raise InvalidField("prompt", said)
-        text = request.prompt
-        if text is None:
-            return (await self.of_chat(request)).token_ids
-        special = request.add_special_tokens is not False
-        return await self.in_thread(lambda: self._encode(text, special))
+    async def token_ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of a text, which need not fit the context."""
+        return await self.in_thread(lambda: self._encode(text, add_special_tokens))
 
     async def tokenize_bad_words(self, params: SamplingParams) -> SamplingParams:
         """Return parameters with bad words as token ids."""
@@ -175,7 +167,7 @@ class Prompts:
 
     def _encode_messages(
         self,
-        request: ChatRequest | TokenizeRequest,
+        request: ChatRequest,
         variables: Mapping[str, Any] | None,
         with_tools: WithTools | None,
     ) -> Prompt:
@@ -185,7 +177,7 @@ class Prompts:
         messages: Sequence[Mapping[str, Any]] = request.messages or []
         tools: Sequence[Mapping[str, Any]] | None = None
         if with_tools is not None:
-            messages, tools = with_tools(plain_messages(messages))
+            messages, tools = with_tools(messages)
         text = self.tokenizer.render_chat(messages, opens, tools, continues, **arguments)
         allows = request.allow_special_tokens_in_content
         if self._allows_special_tokens if allows is None else allows:

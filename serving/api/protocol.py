@@ -140,6 +140,9 @@ class ChatRequest(SamplingRequest, kw_only=True):
     ] = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Annotated[str | None, _shape("For chat templates that know it; none: no reasoning.")] = None
+    thinking_token_budget: Annotated[
+        int | None, _limits(-1, description="Most tokens of reasoning, whose end then follows; -1: no limit.")
+    ] = None
     include_reasoning: Annotated[bool | None, _shape("False leaves the reasoning out of the answer.")] = None
 
 
@@ -161,7 +164,7 @@ class GenerateRequest(Struct, kw_only=True):
 
 
 class TokenizeRequest(Struct, kw_only=True):
-    """A text, or messages for the model's chat template."""
+    """A text, or messages and tools for the model's chat template."""
 
     model: str | None = None
     prompt: str | None = None
@@ -172,6 +175,7 @@ class TokenizeRequest(Struct, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateArguments = None
     allow_special_tokens_in_content: SpecialTokensInContent = None
+    tools: Annotated[list[dict[str, Any]] | None, _shape("As of chat completions; only with messages.")] = None
 
 
 class DetokenizeRequest(Struct, kw_only=True):

@@ -45,7 +45,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = dict.fromkeys(
 ) | {
     "best_of": (1,),
     "use_beam_search": (False,), "length_penalty": (1,), "early_stopping": (False,), "watermarking": (False,),
-    "thinking_token_budget": (-1,), "stream_interval": (1,), "return_token_offsets": (False,),
+    "stream_interval": (1,), "return_token_offsets": (False,),
     "return_prompt_text": (False,), "routed_experts_prompt_start": (0,),
     "function_call": ("none", "auto"),
 }  # fmt: skip
@@ -71,7 +71,7 @@ _CHAT = RouteFields(
         "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",  # prompts are always cached
     },
 )  # fmt: skip
-_COMPLETION = RouteFields(_REFUSED | {"prompt_embeds": ()}, _IGNORED)
+_COMPLETION = RouteFields(_REFUSED | {"prompt_embeds": (), "thinking_token_budget": (-1,)}, _IGNORED)
 _RESPONSES = RouteFields(
     _REFUSED
     | dict.fromkeys(
@@ -93,7 +93,7 @@ _RESPONSES = RouteFields(
         "prompt_cache_retention",  # prompts are always cached
     },
 )  # fmt: skip
-_TOKENIZE = RouteFields({"tools": (), "chat_template": (), "media_io_kwargs": (), "mm_processor_kwargs": ()})
+_TOKENIZE = RouteFields({"chat_template": (), "media_io_kwargs": (), "mm_processor_kwargs": ()})
 
 # Fields of `CompletionRequest` that `GenerateRequest` lacks, with their defaults, which are accepted.
 _DEFAULTS: dict[str, tuple[Any, ...]] = {

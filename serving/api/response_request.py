@@ -21,8 +21,6 @@ from dispec.serving.api.response_protocol import (
 from dispec.serving.client.errors import InvalidRequest
 from dispec.serving.http.errors import ApiError
 
-_CHOICES = ("auto", "none", "required")
-
 # The names of a chat's fields in this API: the field of an error, and how the message has it.
 _OWN_NAMES = {
     "max_tokens": ("max_output_tokens", "max_output_tokens"),
@@ -102,7 +100,7 @@ def wants_logprobs(body: ResponsesRequest) -> bool:
 def to_chat_request(body: ResponsesRequest, messages: list[dict[str, Any]]) -> ChatRequest:
     """Return the chat that a checked body asks for. Raises InvalidField or ApiError for its tools."""
     shared = {name: getattr(body, name) for name in GenerationRequestFields.__struct_fields__}
-    tools, choice = _tools(body)
+    tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
     text_format = body.text.format if body.text is not None else None
     return ChatRequest(
         **shared,
@@ -110,9 +108,9 @@ def to_chat_request(body: ResponsesRequest, messages: list[dict[str, Any]]) -> C
         max_tokens=body.max_output_tokens,
         logprobs=wants_logprobs(body) or None,
         top_logprobs=body.top_logprobs if wants_logprobs(body) else None,
-        tools=tools,
-        tool_choice=choice,
-        parallel_tool_calls=body.parallel_tool_calls,
+        tools=tools or None,
+        tool_choice=_tool_choice(body.tool_choice, bool(tools)),
+        parallel_tool_calls=body.parallel_tool_calls if tools else None,
         response_format=None if text_format is None else _response_format(text_format),
         reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
         chat_template_kwargs=body.chat_template_kwargs,
@@ -133,32 +131,27 @@ def _response_format(given: TextFormat) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": schema}
 
 
-def _tools(body: ResponsesRequest) -> tuple[list[dict[str, Any]] | None, str | dict[str, Any] | None]:
-    """Return `tools` and `tool_choice` of the chat."""
-    tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
-    choice = body.tool_choice
-    if choice is None or isinstance(choice, str):
-        if choice not in (None, *_CHOICES):
-            said = f"tool_choice is {choice!r:.50}, must be {', '.join(_CHOICES)} or an object"
-            raise InvalidField("tool_choice", said)
-        return tools or None, choice
-    kind = choice.get("type")
+def _tool_choice(given: str | dict[str, Any] | None, has_tools: bool) -> str | dict[str, Any] | None:
+    """Return a choice in the form of chats. Without tools it may be one that asks for none."""
+    if not isinstance(given, dict):
+        return given if has_tools or given not in ("auto", "none") else None
+    kind = given.get("type")
     if kind == "function":
-        return tools or None, {"type": "function", "function": {"name": _name(choice, "tool_choice", "tool_choice")}}
+        return _named(given, "tool_choice")
     if kind != "allowed_tools":
         raise _unsupported_type("tool_choice", "tool_choice.type", kind, "function or allowed_tools")
-    mode, allowed = choice.get("mode", "auto"), choice.get("tools")
-    if mode not in ("auto", "required"):
-        said = f"tool_choice.mode is {format_value(mode)}, must be auto or required"
-        raise InvalidField("tool_choice", said)
-    if not isinstance(allowed, list) or not allowed:
-        raise InvalidField("tool_choice", "tool_choice.tools must be a list of tools")
-    names = {_name(tool, f"tool_choice.tools[{index}]", "tool_choice") for index, tool in enumerate(allowed)}
-    known = {tool["function"]["name"] for tool in tools}
-    if names - known:
-        said = f"tool_choice.tools has {sorted(names - known)[0]!r:.70}, which tools lacks"
-        raise InvalidField("tool_choice", said)
-    return [tool for tool in tools if tool["function"]["name"] in names], mode
+    tools = given.get("tools")
+    if not isinstance(tools, list):
+        raise InvalidField("tool_choice", f"tool_choice.tools is {format_value(tools)}, must be a list of functions")
+    named = [_named(tool, f"tool_choice.tools[{index}]") for index, tool in enumerate(tools)]
+    return {"type": kind, kind: {"mode": given.get("mode"), "tools": named}}
+
+
+def _named(given: Any, where: str) -> dict[str, Any]:
+    """Return a choice of one function in the form of chats."""
+    if not isinstance(given, Mapping) or given.get("type", "function") != "function":
+        raise InvalidField("tool_choice", f"{where} is {format_value(given)}, must be a function")
+    return {"type": "function", "function": {"name": given.get("name")}}
 
 
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
@@ -171,17 +164,8 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     callers = tool.get("allowed_callers")
     if callers is not None and callers != ["direct"]:
         raise ApiError(400, f"{where}.allowed_callers is not supported here", param="tools", code="not_supported")
-    function = {"name": _name(tool, where, "tools")}
-    function |= {name: tool[name] for name in ("description", "parameters", "strict") if tool.get(name) is not None}
-    return {"type": "function", "function": function}
-
-
-def _name(value: Any, where: str, field: str) -> str:
-    name = value.get("name") if isinstance(value, Mapping) else None
-    if not isinstance(name, str) or not name:
-        said = "is missing" if name is None else f"is {format_value(name)}, must be a name"
-        raise InvalidField(field, f"{where}.name {said}")
-    return name
+    names = ("name", "description", "parameters", "strict")
+    return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
 
 
 def _unsupported_type(field: str, where: str, kind: Any, must_be: str) -> Exception:
@@ -203,7 +187,7 @@ def own_names(places: Sequence[str]) -> Iterator[None]:
             if error.field == "messages":
                 said = re.sub(r"\bmessages\[(\d+)\]", lambda found: _place(places, int(found[1])), said)
             elif error.field in ("tools", "tool_choice"):
-                said = said.replace(".function.", ".")
+                said = said.replace(".function.", ".").replace("tool_choice.allowed_tools.", "tool_choice.")
             said = re.sub(rf"\b{error.field}\b", name, said).replace("text.format.json_schema.", "text.format.")
             error.args, error.field = (said,), field
         raise

@@ -24,7 +24,7 @@ async def messages(request: Request) -> ASGIApp:
     context = context_of(request)
     model = context.open_model()
     body = await context.body(request, MessagesRequest)
-    translated = TranslatedRequest(body, model.prompts.tokenizer.template_variables)
+    translated = TranslatedRequest(body, model.prompts.tokenizer.template_variables, model.reasoning is not None)
     with translated.own_names():
         chat = await ChatGeneration.start(request, translated.chat)
         responses = MessageResponses(chat, body.max_tokens)

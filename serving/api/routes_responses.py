@@ -194,7 +194,7 @@ def _follow(context: ApiContext, events: Any, running: BackgroundResponse | None
 def _find(context: ApiContext, response_id: str) -> BackgroundResponse | StoredResponse:
     """Return a response that is under way in the background or kept. Raises ApiError."""
     store = context.responses
-    found = store.running.get(response_id) or store.get(response_id)
+    found: BackgroundResponse | StoredResponse | None = store.running.get(response_id) or store.get(response_id)
     if found is None:
         said = f"there is no response {response_id!r:.100}: this server keeps the last {store.max_responses}"
         raise ApiError(404, said, param="response_id")

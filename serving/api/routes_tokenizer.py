@@ -6,13 +6,20 @@ from typing import Any
 from litestar import Request, get, post
 from litestar.types import ASGIApp
 
-from dispec.engine.errors import ContextOverflow
+from dispec.engine.errors import ContextOverflow, InvalidField
 from dispec.engine.process.messages import EngineInfo
 from dispec.engine.request_checks import check_token_ids
 from dispec.engine.text.tokenizer import Tokenizer
-from dispec.serving.api.context import context_of
+from dispec.serving.api.chat_request import chat_prompt
+from dispec.serving.api.context import ServedModel, context_of
 from dispec.serving.api.openapi import describe
-from dispec.serving.api.protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from dispec.serving.api.protocol import (
+    ChatRequest,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
 from dispec.serving.api.responses import JsonResponse
 
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -26,10 +33,23 @@ async def tokenize(request: Request) -> ASGIApp:
     model = context.model()
     body = await context.body(request, TokenizeRequest)
     model.check_name(body.model)
-    token_ids = await model.prompts.token_ids(body)
+    token_ids = await _token_ids(model, body)
     token_of = model.prompts.tokenizer.id_to_token
     strings = [token_of(token) or "" for token in token_ids] if body.return_token_strs else None
     return JsonResponse(TokenizeResponse(len(token_ids), model.info.max_model_len, token_ids, strings))
+
+
+async def _token_ids(model: ServedModel, body: TokenizeRequest) -> list[int]:
+    if (body.prompt is None) == (body.messages is None):
+        said = "prompt is missing" if body.prompt is None else "prompt and messages exclude each other"
+        raise InvalidField("prompt", said)
+    if body.prompt is None:
+        shared = set(TokenizeRequest.__struct_fields__) & set(ChatRequest.__struct_fields__)
+        chat = ChatRequest(**{name: getattr(body, name) for name in shared})
+        return (await chat_prompt(model, chat)).token_ids
+    if body.tools:
+        raise InvalidField("tools", f"tools holds {len(body.tools)} tools, must come with messages")
+    return await model.prompts.token_ids(body.prompt, body.add_special_tokens is not False)
 
 
 @post("/detokenize", status_code=200, **describe(DetokenizeRequest, DetokenizeResponse, tag="Tokenizer"))

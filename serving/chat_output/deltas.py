@@ -28,7 +28,9 @@ class ToolCallStart:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallArguments:
-    """The next characters of a call's arguments. Joined, those of a call are a JSON object."""
+    """The next characters of a call's arguments. Joined, those of a call are a JSON object, unless the output ends
+    within them or the model does not write JSON.
+    """
 
     index: int
     text: str

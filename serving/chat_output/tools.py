@@ -21,7 +21,8 @@ class Tool(NamedTuple):
 
     def as_template_value(self) -> dict[str, Any]:
         """Return the tool as chat templates expect it: in OpenAI's form."""
-        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        described = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        function = {name: value for name, value in described.items() if value != ""}
         return {"type": "function", "function": function}
 
 

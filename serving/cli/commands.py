@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 from dispec.serving.cli.console import BAD_INPUT, INTERRUPTED, reporting, say
 from dispec.serving.cli.option_groups import (
     SAMPLING,
@@ -73,6 +74,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from standard input.")],
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
     system: System = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="File with a JSON Schema that the answer follows.", rich_help_panel="Sampling")
+    ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
     *,
@@ -81,6 +85,8 @@ def generate(
 ) -> None:
     """Answer one prompt, as it is being generated."""
     with reporting(quiet=quiet, debug=debug):
+        if json_schema is not None:
+            sampling["structured_outputs"] = StructuredOutputs(json=_read_schema(json_schema), origin="--json-schema")
         params = SamplingParams(**sampling)
         if raw and system is not None:
             raise ValueError("--system is part of a chat template, which --raw leaves out: give one of them")
@@ -228,6 +234,18 @@ def _read_prompt(given: str) -> str:
     if not given:
         raise ValueError("the prompt is empty: give a text, or - to read standard input")
     return given
+
+
+def _read_schema(path: Path) -> str:
+    """Return the contents of a JSON file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        json.loads(text)
+    except OSError as error:
+        raise ValueError(f"--json-schema {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are
+        raise ValueError(f"--json-schema {path} is not JSON: {error}") from error
+    return text
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

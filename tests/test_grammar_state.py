@@ -1,0 +1,111 @@
+"""The position of an output in its grammar: which tokens are kept, and what completes it."""
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer, grammar_from
+
+from dispec.engine.structured_output.grammar_state import GrammarState
+from tests.checkpoints import EOS_TOKEN_ID, tiny_tokenizer
+
+TOKENIZER = LLTokenizer(tiny_tokenizer().to_str(), eos_token=EOS_TOKEN_ID)
+Q, X, Z = (TOKENIZER.tokenize_str(letter)[0] for letter in "qxz")
+
+
+class StubPlanner:
+    """Returns the given plans in turn, None where they are longer than allowed."""
+
+    def __init__(self, *plans: tuple[int, ...] | None) -> None:
+        self.plans = list(plans)
+        self.previous: list[tuple[int, ...]] = []
+
+    def plan(self, matcher: LLMatcher, max_tokens: int) -> tuple[int, ...] | None:
+        raise NotImplementedError
+
+    def update(
+        self, matcher: LLMatcher, token_id: int, previous_plan: tuple[int, ...], max_tokens: int
+    ) -> tuple[int, ...] | None:
+        self.previous.append(previous_plan)
+        plan = self.plans[0]
+        if plan is None or len(plan) <= max_tokens:
+            self.plans = self.plans[1:] if len(self.plans) > 1 else self.plans
+        return plan if plan is None or len(plan) <= max_tokens else None
+
+
+def state_of(max_tokens: int, planner: StubPlanner | None = None, regex: str = "[qx]{300}z", **others) -> GrammarState:
+    matcher = LLMatcher(TOKENIZER, grammar_from("regex", regex), log_level=0)
+    return GrammarState(matcher, EOS_TOKEN_ID, max_tokens=max_tokens, planner=planner, plan=(X, Z), **others)
+
+
+def test_a_token_is_dropped_where_its_completion_is_too_long():
+    state = state_of(5, StubPlanner((X, X, Z), (X,) * 5))
+    assert state.accept(Q)
+    assert state.completion == (X, X, Z)
+    assert not state.accept(Q)
+    assert state.completion == (X, X, Z)
+    state.close()
+    assert state.forced_token() == X
+    assert state.accept(X)
+    assert (state.forced_token(), state.completion) == (X, (X, Z))
+
+
+@pytest.mark.parametrize(("max_tokens", "is_kept"), [(500, True), (60, False)])
+def test_a_token_without_a_known_completion_stays_while_many_tokens_are_left(max_tokens, is_kept):
+    planner = StubPlanner(None, None, None, (X, Z))
+    state = state_of(max_tokens, planner)
+    assert state.accept(Q) == is_kept
+    if is_kept:
+        assert state.completion is None
+        for _ in range(20):
+            assert state.accept(X)
+        assert state.completion == (X, Z), "a later search finds one"
+        assert planner.previous[2] == ()
+
+
+def test_without_an_open_place_an_end_token_completes():
+    state = state_of(9, regex="[qx]*")
+    state._plan = ()
+    state.close()
+    assert state.forced_token() == EOS_TOKEN_ID
+
+
+def test_draft_tokens_leave_the_state_where_it_was():
+    state = state_of(90, regex="q[qx]{4}z", reasoning_start=(5,), reasoning_end=(7, 8))
+    assert state.completion == (5, 7, 8, X, Z)
+    assert state.num_allowed([6]) == 0
+    assert state.num_allowed([5, 9, 7, 8, Q, X, Z]) == 6  # q is forced, z comes too early
+    assert state.is_reasoning
+    assert state.forced_token() == 5
+    for token, completion in ((5, (7, 8, X, Z)), (7, (8, X, Z)), (7, (8, X, Z)), (9, (7, 8, X, Z)), (7, (8, X, Z))):
+        assert state.accept(token)
+        assert state.completion == completion
+    assert state.accept(8)
+    assert not state.is_reasoning
+    assert state.num_allowed([Q, X, X, X, X, Z, Q]) == 6
+    assert state.num_allowed([X]) == 0
+    assert state.forced_token() == Q
+
+
+def test_a_token_that_is_not_allowed_is_an_error():
+    with pytest.raises(RuntimeError, match=f"the grammar rejects token {Z}"):
+        state_of(9).accept(Z)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_the_end_marker_is_forced_after_the_longest_reasoning(limit):
+    state = state_of(90, regex="q[qx]{4}z", reasoning_start=(5,), reasoning_end=(7, 8), reasoning_max_tokens=limit)
+    assert state.forced_token() == 5
+    assert state.accept(5)
+    for _ in range(limit):
+        assert state.forced_token() is None
+        assert state.accept(9)
+    assert state.num_allowed([9]) == 0
+    for token in (7, 8):
+        assert state.forced_token() == token
+        assert state.accept(token)
+    assert not state.is_reasoning
+
+
+def test_an_end_marker_under_way_is_completed_at_the_limit():
+    state = state_of(90, reasoning_end=(7, 8), reasoning_max_tokens=2)
+    assert state.accept(9)
+    assert state.accept(7)
+    assert state.forced_token() == 8

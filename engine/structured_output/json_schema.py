@@ -18,6 +18,7 @@ _PLAIN = (
     "type", "enum", "const", "$ref", "required", "minProperties", "maxProperties", "minItems", "maxItems",
     "minLength", "maxLength", "pattern", "format",
 )  # fmt: skip
+_NAMES = ("$id", "$anchor")  # of parts, for references
 # With the values that restrict nothing.
 _NOT_ENFORCED: dict[str, tuple[Any, ...]] = {
     "uniqueItems": (False,), "unevaluatedProperties": (True, {}), "unevaluatedItems": (True, {}), "minContains": (0,),
@@ -73,9 +74,11 @@ def enforceable_schema(schema: Any, *, refuses_additional: bool = False) -> Any:
     refuses_additional: objects without `additionalProperties` have no other properties than those listed.
     Raises SchemaError for keywords that cannot be enforced and for references out of the document.
     """
-    written = _Writer(refuses_additional).schema(schema, "", 0)
-    for pointer, reference in _references(written, ""):
-        _check_reference(written, pointer, reference)
+    writer = _Writer(refuses_additional)
+    written = writer.schema(schema, "", 0)
+    if not writer.has_names:  # llguidance finds names in the document, and reads no other document
+        for pointer, reference in _references(written, ""):
+            _check_reference(written, pointer, reference)
     return written
 
 
@@ -97,9 +100,10 @@ def patterns_of(schema: Any, pointer: str = "") -> list[tuple[str, str]]:
 
 
 class _Writer:
-    """Writes schemas anew, part by part."""
+    """Writes schemas anew, part by part. has_names: the document has parts with an `$id` or an `$anchor`."""
 
     def __init__(self, refuses_additional: bool) -> None:
+        self.has_names = False
         self._refuses_additional = refuses_additional
 
     def schema(self, schema: Any, pointer: str, depth: int) -> Any:
@@ -122,6 +126,9 @@ class _Writer:
             elif name in _PLAIN or name in _BOUNDS:
                 _check_value(name, value, place, depth + 1)
                 written[name] = value
+            elif name in _NAMES and isinstance(value, str):
+                self.has_names |= name == "$anchor" or bool(pointer)
+                written[name] = value
             else:
                 _check_other(name, value, place)
         _write_format(written, f"{pointer}/format")
@@ -143,8 +150,8 @@ class _Writer:
 
 
 def _check_value(name: str, value: Any, pointer: str, depth: int) -> None:
-    if name == "$ref" and not (isinstance(value, str) and (value == "#" or value.startswith("#/"))):
-        raise SchemaError(pointer, f"is {_shown(value)}, must point into this schema, as in '#/$defs/name'")
+    if name == "$ref" and not isinstance(value, str):
+        raise SchemaError(pointer, f"is {_shown(value)}, must be a text")
     if name in _BOUNDS:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise SchemaError(pointer, f"is {_shown(value)}, must be a number")
@@ -207,6 +214,8 @@ def _references(schema: Any, pointer: str) -> list[tuple[str, str]]:
 
 def _check_reference(root: Any, pointer: str, reference: str) -> None:
     """Raise SchemaError for a reference to nothing."""
+    if reference != "#" and not reference.startswith("#/"):
+        raise SchemaError(pointer, f"is {_shown(reference)}, must point into this schema, as in '#/$defs/name'")
     target = root
     for step in unquote(reference.removeprefix("#")).split("/")[1:]:
         key = step.replace("~1", "/").replace("~0", "~")

@@ -199,6 +199,7 @@ class Engine:
     def close(self) -> None:
         """Close connections to other engines, which lose what they were pulling, and end processes of other ranks."""
         self._compiling = None
+        self.grammar_compiler.close()
         self.kv_connector.close()
         if self._ranks is not None:
             self._ranks.close()

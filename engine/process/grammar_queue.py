@@ -11,7 +11,7 @@ from dispec.engine.structured_output.grammar_compiler import Grammar, GrammarCom
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 
 _NUM_THREADS = 2
-_TIMEOUT_SECONDS = 5.0  # of one grammar, waiting for a thread included
+_TIMEOUT_SECONDS = 10.0  # of one grammar, waiting for a thread included
 
 
 class CompiledRequest(NamedTuple):
@@ -35,7 +35,7 @@ class _Entry:
 class GrammarQueue:
     """Compiles the grammars of requests. Its methods belong to the engine's thread.
 
-    compiler: a grammar that it refuses, or that takes longer than five seconds, refuses the request. The thread of such
+    compiler: a grammar that it refuses, or that takes longer than ten seconds, refuses the request. The thread of such
         a grammar ends by the limits of the compiler.
     """
 
@@ -79,11 +79,9 @@ class GrammarQueue:
 
     def take(self) -> list[CompiledRequest]:
         """Return the requests that are done."""
-        if not self._done:
-            return []
-        os.read(self._wake_up, 4096)
         found = []
         while self._done:
+            os.read(self._wake_up, 1)
             entry, grammar, error = self._done.popleft()
             # Aborted, or done already: a grammar may end after its time was up.
             if self._entries.get(entry.submit.request_id) is entry:
@@ -108,8 +106,8 @@ class GrammarQueue:
 
     def _finish(self, entry: _Entry, grammar: Grammar | None, error: Exception | None) -> None:
         """Hand a result to the engine's thread."""
+        os.write(self._waker, b"\0")  # before: `take` reads one byte for each result
         self._done.append((entry, grammar, error))
-        os.write(self._waker, b"\0")
 
 
 def _timeout(structure: StructuredOutputs) -> Exception:

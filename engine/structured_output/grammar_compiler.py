@@ -1,16 +1,22 @@
 """Compiles the grammars of requests with llguidance, which computes token masks in tens of microseconds."""
 
 from collections import OrderedDict
-from threading import Lock
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import BoundedSemaphore, Lock
 
-from llguidance import LLMatcher, LLTokenizer, grammar_from
+from llguidance import LLMatcher, LLTokenizer
 
 from dispec.engine.errors import InvalidField
 from dispec.engine.structured_output.closing_plan import ClosingPlanner
 from dispec.engine.structured_output.grammar_state import GrammarState
+from dispec.engine.structured_output.grammar_text import explain, grammar_text
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
+from dispec.engine.structured_output.tables import Vocabulary, new_matcher
+from dispec.engine.structured_output.trial_process import TrialProcess
 
-_CACHE_SIZE = 256  # grammars
+MAX_COMPILATIONS = 2  # at once; each has a process for trials
+_CACHE_SIZE = 256  # grammars, and errors of others
 _MAX_TOKENS = 2**31 - 1  # of a plan: a request may have fewer
 
 
@@ -68,66 +74,92 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer_json: str | None, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        self._tokenizer_json = tokenizer_json
-        self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
-        self._tokenizer: LLTokenizer | None = None
+        self._vocabulary = None if tokenizer_json is None else Vocabulary(tokenizer_json, vocab_size, eos_token_ids)
         self._closing_planner: ClosingPlanner | None = None
-        self._grammars: OrderedDict[StructuredOutputs, Grammar] = OrderedDict()
+        self._tables: LLTokenizer | None = None
+        self._grammars: OrderedDict[StructuredOutputs, Grammar | str] = OrderedDict()
+        self._trials: list[TrialProcess] = []  # idle ones
+        self._num_compilations = BoundedSemaphore(MAX_COMPILATIONS)
         self._lock = Lock()
+        self._tables_lock = Lock()
 
     def find(self, structure: StructuredOutputs) -> Grammar | None:
-        """Return the grammar if it is compiled."""
+        """Return the grammar if it is compiled. Raises InvalidField if it was refused."""
         with self._lock:
             found = self._grammars.get(structure)
             if found is not None:
                 self._grammars.move_to_end(structure)
-            return found
+        if isinstance(found, str):
+            raise structure.error(found)
+        return found
 
     def compile(self, structure: StructuredOutputs) -> Grammar:
-        """Return the grammar of a structure. Raises InvalidField for a grammar that is wrong or too large."""
-        found = self.find(structure)
-        if found is not None:
-            return found
-        if self._tokenizer_json is None:
+        """Return the grammar of a structure. The first call takes a second, because it builds the tokenizer's tables.
+
+        Raises InvalidField for a grammar that is wrong, that cannot be enforced, or that exceeds a limit.
+        """
+        known = self.find(structure)
+        if known is not None:
+            return known
+        if self._vocabulary is None:
             raise structure.error("must be left out for a model without a tokenizer")
         if structure.kind is None:
-            return Grammar(None, structure, self._tables().eos_token, None)
-        matcher = LLMatcher(self._tables(), _grammar_text(structure), log_level=0)
-        if matcher.is_error():
-            raise structure.error(f"{matcher.get_error():.300}")
-        grammar = Grammar(matcher, structure, self._tables().eos_token, self._planner())
+            return Grammar(None, structure, self._read_tables().eos_token, None)
+        text = grammar_text(structure)
+        with self._num_compilations:
+            found = self.find(structure) or self._compile(structure, text)
         with self._lock:
-            self._grammars[structure] = grammar
+            self._grammars[structure] = found
             while len(self._grammars) > _CACHE_SIZE:
                 self._grammars.popitem(last=False)
-        return grammar
+        if isinstance(found, str):
+            raise structure.error(found)
+        return found
 
-    def _tables(self) -> LLTokenizer:
+    def close(self) -> None:
+        """End the processes of trials."""
         with self._lock:
-            if self._tokenizer is None:
-                assert self._tokenizer_json is not None
-                eos = list(self._eos_token_ids) or None
-                self._tokenizer = LLTokenizer(self._tokenizer_json, n_vocab=self._vocab_size, eos_token=eos)
-            return self._tokenizer
+            while self._trials:
+                self._trials.pop().close()
+
+    def _compile(self, structure: StructuredOutputs, text: str) -> Grammar | str:
+        """Return the grammar, or why it is refused."""
+        tables = self._read_tables()
+        with self._trial() as trial:
+            refusal = trial.compile(text)
+        if refusal is not None:
+            return refusal
+        matcher = new_matcher(tables, text)
+        if matcher.is_error():
+            return explain(structure, matcher.get_error())
+        return Grammar(matcher, structure, tables.eos_token, self._planner())
+
+    @contextmanager
+    def _trial(self) -> Iterator[TrialProcess]:
+        with self._lock:
+            assert self._vocabulary is not None
+            trial = self._trials.pop() if self._trials else TrialProcess(self._vocabulary)
+        try:
+            yield trial
+        finally:
+            with self._lock:
+                self._trials.append(trial)
+
+    def _read_tables(self) -> LLTokenizer:
+        assert self._vocabulary is not None
+        with self._tables_lock:
+            if self._tables is None:
+                try:
+                    self._tables = self._vocabulary.tables()
+                except ValueError as error:
+                    said = f"structured outputs need a tokenizer that llguidance can read: {error!s:.200}"
+                    raise InvalidField("structured_outputs", said) from None
+            return self._tables
 
     def _planner(self) -> ClosingPlanner:
-        tables = self._tables()
+        tables = self._read_tables()
         with self._lock:
             if self._closing_planner is None:
-                self._closing_planner = ClosingPlanner(tables, self._vocab_size)
+                assert self._vocabulary is not None
+                self._closing_planner = ClosingPlanner(tables, self._vocabulary.size)
             return self._closing_planner
-
-
-def _grammar_text(structure: StructuredOutputs) -> str:
-    if structure.json is not None:
-        return grammar_from("json_schema", str(structure.json))
-    if structure.json_object:
-        return grammar_from("json_schema", '{"type": "object"}')
-    if structure.regex is not None:
-        return grammar_from("regex", structure.regex)
-    if structure.choice is not None:
-        return grammar_from("choice", list(structure.choice))  # type: ignore[arg-type]
-    if structure.grammar is not None:
-        return grammar_from("grammar", structure.grammar)
-    raise structure.error("is not supported yet")

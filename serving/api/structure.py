@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dispec.engine.errors import InvalidField
-from dispec.engine.structured_output.structured_outputs import STRUCTURE_KINDS, StructuredOutputs
+from dispec.engine.structured_output.structured_outputs import JSON_OPTIONS, STRUCTURE_KINDS, StructuredOutputs
 from dispec.serving.api.protocol import SamplingRequest
 from dispec.serving.api.request_body import format_value
 
@@ -31,7 +31,7 @@ def requested_structure(request: SamplingRequest) -> StructuredOutputs | None:
     if (given := request.structured_outputs) is not None and given != {}:
         known = {name: value for name, value in given.items() if value is not None}
         for one in known:
-            if one not in STRUCTURE_KINDS:
+            if one not in (*STRUCTURE_KINDS, *JSON_OPTIONS):
                 said = f"structured_outputs has {one!r:.50}, must have one of {', '.join(STRUCTURE_KINDS)}"
                 raise InvalidField("structured_outputs", said)
         found["structured_outputs"] = StructuredOutputs.from_mapping(known)

@@ -115,6 +115,12 @@ def test_listed_name_has_one_spelling() -> None:
     assert not allows('{"\\u0061":true}', json=schema)
 
 
+@pytest.mark.parametrize("schema", [{"enum": ["0\x07"]}, {"type": "string", "pattern": r"^0\x07$"}])
+def test_control_characters_are_escaped(schema: dict) -> None:
+    assert allows('"0\\u0007"', json=schema)
+    assert not allows('"0"', json=schema)
+
+
 @pytest.mark.parametrize(
     ("content", "text", "wrong"),
     [

@@ -1,6 +1,7 @@
 """Writes the grammar of a structure in llguidance's form."""
 
 import json
+import re
 from typing import Any
 
 from llguidance import LLMatcher
@@ -15,6 +16,8 @@ from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 _WHITESPACE = r"[ ]|\n(?:[ ]{0,32}|\t{0,8})"
 # Without \u and \/: escapes that spell a name in a second way would pass `additionalProperties` for a listed one.
 _ESCAPES = '"\\bfnrt'
+# A schema with a control character, in its JSON or in a pattern, needs \u: without it llguidance drops the character.
+_CONTROL_CHARACTER = re.compile(r"\\u00|\\\\[xuavcp0]|\[:")
 
 
 def grammar_text(structure: StructuredOutputs) -> str:
@@ -62,7 +65,8 @@ def _json(structure: StructuredOutputs, schema: Any) -> str:
 
 def _with_options(structure: StructuredOutputs, schema: Any) -> dict[str, Any]:
     """Return a schema with llguidance's options of JSON."""
-    options: dict[str, Any] = {"json_allowed_escapes": _ESCAPES}
+    needs_codes = _CONTROL_CHARACTER.search(json.dumps(schema, ensure_ascii=False)) is not None
+    options: dict[str, Any] = {"json_allowed_escapes": _ESCAPES + "u" * needs_codes}
     if structure.disable_any_whitespace:
         options["whitespace_flexible"] = False
     else:

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Sequence as Series
@@ -13,9 +12,9 @@ from dispec.engine.builder import EngineBuilder, compile_pieces
 from dispec.engine.errors import InvalidField
 from dispec.engine.execution.pending_step import PendingStep
 from dispec.engine.options import EngineOptions
-from dispec.engine.request_checks import check_params, check_priority, check_prompt_length, check_token_ids
+from dispec.engine.request_checks import check_priority, check_prompt_length, check_token_ids
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.scheduling.logits_processors import LogitsProcessors
+from dispec.engine.scheduling.choices import make_choices
 from dispec.engine.scheduling.scheduler import Scheduler
 from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence
@@ -123,7 +122,19 @@ class Engine:
         if publish_as is not None:
             params = replace(params, max_tokens=1, min_tokens=min(1, params.min_tokens))
         grammar = grammar or self.compile_grammar(params)
-        choices = self._make_choices(prompt, params, grammar, max_tokens, request_id, priority, cache_salt, slack)
+        choices = make_choices(
+            prompt,
+            params,
+            None if grammar is None else lambda: grammar.start(max_tokens),
+            ids=self._sequence_ids,
+            request_id=request_id,
+            eos_token_ids=self.eos_token_ids,
+            vocab_size=self.config.vocab_size,
+            max_model_len=self.max_model_len,
+            priority=priority,
+            cache_salt=cache_salt,
+            slack=slack,
+        )
         first = choices[0]
         if pull is not None or is_resumed:
             self.kv_connector.start_receive(choices, pull, awaits_outputs=is_resumed)
@@ -216,53 +227,6 @@ class Engine:
             "transfer_port": remote_blocks.port,
             "transfer_block_bytes": transfer_engine.block_bytes,
         }
-
-    def _make_choices(
-        self,
-        prompt: Series[int],
-        params: SamplingParams,
-        grammar: Grammar | None,
-        max_tokens: int,
-        request_id: str | None,
-        priority: int,
-        cache_salt: str | None,
-        slack: float,
-    ) -> tuple[Sequence, ...]:
-        vocab_size = self.config.vocab_size
-        # A grammar ends the output with an end token where it can.
-        ignores_eos = params.ignore_eos and params.structured_outputs is None
-        eos_token_ids = () if ignores_eos else self.eos_token_ids
-        stop_token_ids = frozenset((*params.stop_token_ids, *eos_token_ids))
-        check_params(params, stop_token_ids, vocab_size)
-        seed = int.from_bytes(os.urandom(8), signed=True) if params.seed is None else params.seed
-        arrival_time = time.perf_counter()
-        choices = []
-        for index in range(params.n):
-            sequence_id = next(self._sequence_ids)
-            request_id = request_id or f"request-{sequence_id}"
-            own_params = replace(params, prompt_logprobs=None) if index else params
-            state = None if grammar is None else grammar.start(max_tokens)
-            processors = LogitsProcessors(own_params, prompt, vocab_size, stop_token_ids, state)
-            choices.append(
-                Sequence(
-                    id=sequence_id,
-                    token_ids=list(prompt),
-                    params=own_params,
-                    seed=(seed + index + 2**63) % 2**64 - 2**63,
-                    stop_token_ids=stop_token_ids,
-                    max_len=min(self.max_model_len, len(prompt) + params.max_tokens),
-                    arrival_time=arrival_time,
-                    request_id=request_id,
-                    index=index,
-                    priority=priority,
-                    cache_salt=cache_salt,
-                    slack=slack,
-                    logits_processors=processors if processors.has_penalties or processors.has_mask else None,
-                )
-            )
-        for choice in choices:
-            choice.choices = tuple(choices)
-        return tuple(choices)
 
     def _step(self) -> list[TokenOutput]:
         start = time.perf_counter()

@@ -35,8 +35,11 @@ class ClosingPlanner:
 
     def plan(self, matcher: LLMatcher, max_tokens: int) -> tuple[int, ...] | None:
         """Return tokens that complete the output, at most `max_tokens`; () if it is complete. None if none were found
-        within the limit of effort: 0.1 s on one core for most, and for grammars that no search ends, such as free text
-        up to a marker that the text itself may have. The matcher's state stays.
+        within the limit of effort: 0.1 s on one core for grammars that no search ends, such as free text up to a marker
+        that the text itself may have. The matcher's state stays.
+
+        The first completion is found in 1 to 3 ms for most JSON Schemas. It is shortened, which takes 30 to 200 ms, only
+        if it is too long.
         """
         if matcher.is_accepting():
             return ()
@@ -44,10 +47,12 @@ class ClosingPlanner:
         found = self._search.find(matcher, None, effort)
         if found is None:
             return None
-        effort.num_states = _ALL_SHORTEN_STATES
-        for num_states in _SHORTEN_STATES:
-            found = self._shorten(matcher, found, effort, num_states)
         plan = self._compact(matcher, found)
+        if len(plan) > max_tokens:
+            effort.num_states = _ALL_SHORTEN_STATES
+            for num_states in _SHORTEN_STATES:
+                found = self._shorten(matcher, found, effort, num_states)
+            plan = self._compact(matcher, found)
         return tuple(plan) if len(plan) <= max_tokens else None
 
     def update(

@@ -39,13 +39,32 @@ class Grammar:
         self._eos_token_id = eos_token_id
         self._planner = planner
         self._plan = () if matcher is None or planner is None else planner.plan(matcher, _MAX_TOKENS)
+        self._too_few_tokens = 0  # for which no plan was found
 
     def start(self, max_tokens: int) -> GrammarState:
         """Return the state of a sequence before its first output token. max_tokens: of the output.
 
         Raises InvalidField if the shortest output that is known has more tokens.
         """
-        state = GrammarState(
+        state = self._start(max_tokens)
+        completion = state.completion
+        if self._matcher is None or completion is None or len(completion) <= max_tokens:
+            return state
+        if self._planner is not None and max_tokens > self._too_few_tokens:
+            reasoning = len(completion) - len(self._plan or ())
+            shorter = self._planner.plan(self._matcher, max_tokens - reasoning)
+            if shorter is not None:
+                self._plan = shorter
+                return self._start(max_tokens)
+            self._too_few_tokens = max_tokens
+        raise InvalidField(
+            "max_tokens",
+            f"max_tokens or what the context leaves of it is {max_tokens}, must be at least {len(completion)}: no shorter"
+            " output of the grammar is known",
+        )
+
+    def _start(self, max_tokens: int) -> GrammarState:
+        return GrammarState(
             None if self._matcher is None else self._matcher.deep_copy(),
             self._eos_token_id,
             reasoning_start=self._structure.reasoning_start_token_ids,
@@ -55,14 +74,6 @@ class Grammar:
             planner=self._planner,
             plan=self._plan,
         )
-        completion = state.completion
-        if self._matcher is not None and completion is not None and len(completion) > max_tokens:
-            raise InvalidField(
-                "max_tokens",
-                f"max_tokens or what the context leaves of it is {max_tokens}, must be at least {len(completion)}: no"
-                " shorter output of the grammar is known",
-            )
-        return state
 
 
 class GrammarCompiler:

@@ -220,3 +220,17 @@ def test_wrong_fields_are_refused_by_name(serve: Serve, field: str, body: dict[s
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == field
     assert field in answer.json()["error"]["message"]
+
+
+def test_a_budget_limits_the_reasoning_with_a_structure_and_without(serve: Serve) -> None:
+    engine, http = serve(*[OUTPUT] * 4)
+    end = engine.tokenizer.backend.token_to_id("</think>")
+    for body in ({}, {"structured_outputs": {"json_object": True}}):
+        ask(http, thinking_token_budget=7, **body)
+        structure = engine.params.structured_outputs
+        assert structure is not None
+        assert (structure.reasoning_max_tokens, structure.reasoning_end_token_ids) == (7, (end,))
+    ask(http, thinking_token_budget=-1)
+    assert engine.params.structured_outputs is None
+    ask(http, thinking_token_budget=7, chat_template_kwargs={"enable_thinking": False})
+    assert engine.params.structured_outputs is None

@@ -178,14 +178,17 @@ def test_fields_of_all_routes_are_passed_on() -> None:
     assert chat(stop_sequences=[]).stop is None
 
 
-def test_a_budget_that_ends_the_reasoning_is_refused_where_there_is_some() -> None:
-    def request(budget: int, has_reasoning: bool) -> TranslatedRequest:
-        body = {"messages": [QUESTION], "max_tokens": 20, "thinking": {"type": "enabled", "budget_tokens": budget}}
-        return TranslatedRequest(decode_body(json.dumps(body).encode(), MessagesRequest), (), has_reasoning)
+def test_a_budget_limits_the_reasoning_where_there_is_some() -> None:
+    def budget(tokens: int, has_reasoning: bool = True, kind: str = "enabled") -> int | None:
+        body = {"messages": [QUESTION], "max_tokens": 20, "thinking": {"type": kind, "budget_tokens": tokens}}
+        request = TranslatedRequest(decode_body(json.dumps(body).encode(), MessagesRequest), (), has_reasoning)
+        return request.chat.thinking_token_budget
 
-    assert request(19, True).chat.max_tokens == request(5, False).chat.max_tokens == 20
-    with pytest.raises(InvalidField, match=r"^thinking\.budget_tokens is 18, must be at least 19"):
-        request(18, True)
+    assert budget(5) == 5
+    assert budget(18) == 18
+    assert budget(19) is None  # the output ends first
+    assert budget(5, has_reasoning=False) is None
+    assert budget(5, kind="adaptive") is None
 
 
 RESULT = {"type": "tool_result", "tool_use_id": "toolu_1"}

@@ -26,6 +26,7 @@ _NAMES = (
     (re.compile(r"^stop\b"), "stop_sequences"),
     (re.compile(r"^reasoning_effort is 'none'"), "thinking.type is 'disabled'"),
     (re.compile(r"^reasoning_effort\b"), "output_config.effort"),
+    (re.compile(r"^thinking_token_budget\b"), "thinking.budget_tokens"),
     (re.compile(r"^response_format(\.json_schema)?\b"), "output_config.format"),
     (re.compile(r"^(tools\[\d+\])\.function\.parameters\b"), r"\1.input_schema"),
     (re.compile(r"^(tools\[\d+\])\.function\b"), r"\1"),
@@ -59,7 +60,7 @@ class TranslatedRequest:
         self._set_output(request, template_variables)
         if isinstance(request, MessagesRequest):
             if has_reasoning:
-                _check_budget(request)
+                self.chat.thinking_token_budget = _reasoning_budget(request)
             self.chat.max_tokens = request.max_tokens
             self.chat.stop = _all_stops(request)
 
@@ -159,13 +160,12 @@ def _tool(tool: RequestTool, index: int) -> dict[str, Any]:
     return {"type": "function", "function": {name: value for name, value in function.items() if value is not None}}
 
 
-def _check_budget(request: MessagesRequest) -> None:
-    """Raise InvalidField for a budget that would end the reasoning before `max_tokens` ends the output."""
-    budget = None if request.thinking is None else request.thinking.budget_tokens
-    if budget is not None and budget < request.max_tokens - 1:
-        said = f"thinking.budget_tokens is {budget}, must be at least {request.max_tokens - 1} (max_tokens - 1)"
-        why = "max_tokens alone limits the reasoning here; thinking.type adaptive has no budget"
-        raise InvalidField("thinking", f"{said}: {why}")
+def _reasoning_budget(request: MessagesRequest) -> int | None:
+    """Return the most tokens of reasoning; None where `max_tokens` ends the output before."""
+    thinking = request.thinking
+    if thinking is None or thinking.type != "enabled" or thinking.budget_tokens is None:
+        return None
+    return thinking.budget_tokens if thinking.budget_tokens < request.max_tokens - 1 else None
 
 
 def _all_stops(request: MessagesRequest) -> list[str] | None:

@@ -170,6 +170,19 @@ def test_random_outputs_fit_generated_schemas(
 
 # Keywords that cannot be followed, and schemas that no finite document fits.
 REFUSED = {
+    "endless recursion": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+    "endless recursion of two": {
+        "$defs": {
+            "a": {"type": "array", "items": {"$ref": "#/$defs/b"}, "minItems": 1},
+            "b": {
+                "anyOf": [
+                    {"$ref": "#/$defs/a"},
+                    {"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}}, "required": ["x"]},
+                ]
+            },
+        },
+        "$ref": "#/$defs/a",
+    },
     "not": {"type": "integer", "not": {"const": 3}},
     "if": {"type": "integer", "if": {"minimum": 3}, "then": {"maximum": 5}},
     "uniqueItems": {"type": "array", "items": {"type": "boolean"}, "uniqueItems": True},
@@ -201,7 +214,6 @@ REFUSED = {
 }
 # Refused once `GrammarCompiler` checks schemas itself.
 WRONG = {
-    "endless recursion": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
     "character without tokens": {"const": "\U00040000"},
 }
 

@@ -38,8 +38,8 @@ class ClosingPlanner:
         within the limit of effort: 0.1 s on one core for grammars that no search ends, such as free text up to a marker
         that the text itself may have. The matcher's state stays.
 
-        The first completion is found in 1 to 3 ms for most JSON Schemas. It is shortened, which takes 30 to 200 ms, only
-        if it is too long.
+        The first completion is found in 1 to 3 ms for most JSON Schemas. Only one that is too long is shortened, in 30
+        to 200 ms.
         """
         if matcher.is_accepting():
             return ()

@@ -59,8 +59,8 @@ class Grammar:
             self._too_few_tokens = max_tokens
         raise InvalidField(
             "max_tokens",
-            f"max_tokens or what the context leaves of it is {max_tokens}, must be at least {len(completion)}: no shorter"
-            " output of the grammar is known",
+            f"max_tokens or what the context leaves of it is {max_tokens}, must be at least {len(completion)}: no"
+            " shorter output of the grammar is known",
         )
 
     def _start(self, max_tokens: int) -> GrammarState:

@@ -3,7 +3,8 @@
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import unquote
+
+from dispec.engine.structured_output.finite_schema import has_finite_value, resolve
 
 _MAX_DEPTH = 100  # of JSON values; llguidance's reader stops at 128
 _MAX_PROPERTIES = 1000  # of one object: each optional one is 4 items in a row of the parser
@@ -77,8 +78,14 @@ def enforceable_schema(schema: Any, *, refuses_additional: bool = False) -> Any:
     writer = _Writer(refuses_additional)
     written = writer.schema(schema, "", 0)
     if not writer.has_names:  # llguidance finds names in the document, and reads no other document
-        for pointer, reference in _references(written, ""):
+        references = _references(written, "")
+        for pointer, reference in references:
             _check_reference(written, pointer, reference)
+        if references and not _has_finite_value(written):
+            pointer, reference = references[0]
+            raise SchemaError(
+                pointer, f"is {_shown(reference)}, with which every value refers to itself without an end"
+            )
     return written
 
 
@@ -216,13 +223,17 @@ def _check_reference(root: Any, pointer: str, reference: str) -> None:
     """Raise SchemaError for a reference to nothing."""
     if reference != "#" and not reference.startswith("#/"):
         raise SchemaError(pointer, f"is {_shown(reference)}, must point into this schema, as in '#/$defs/name'")
-    target = root
-    for step in unquote(reference.removeprefix("#")).split("/")[1:]:
-        key = step.replace("~1", "/").replace("~0", "~")
-        try:
-            target = target[int(key)] if isinstance(target, list) else target[key]
-        except (KeyError, IndexError, ValueError, TypeError):
-            raise SchemaError(pointer, f"is {_shown(reference)}, which points at no schema of this document") from None
+    try:
+        resolve(root, reference)
+    except LookupError:
+        raise SchemaError(pointer, f"is {_shown(reference)}, which points at no schema of this document") from None
+
+
+def _has_finite_value(schema: Any) -> bool:
+    try:
+        return has_finite_value(schema)
+    except RecursionError:
+        raise SchemaError("", "has a chain of references that is too long") from None
 
 
 def _check_nesting(value: Any, pointer: str, depth: int) -> None:

@@ -141,6 +141,12 @@ class SamplingParams:
                     raise invalid_field(name, f"holds {text!r:.50}, must be texts of 1 to {MAX_STOP_LENGTH} characters")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise invalid_field("stop", f"holds {len(self.stop)} texts, must be at most {MAX_STOP_STRINGS}")
+        structure = self.structured_outputs
+        if structure is not None and structure.kind is not None:
+            for name in ("stop", "stop_token_ids"):
+                if getattr(self, name):
+                    said = f"could end an output before it follows {structure.label}: leave one of them out"
+                    raise invalid_field(name, said)
 
     @property
     def filters_tokens(self) -> bool:

@@ -9,7 +9,7 @@ from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 from dispec.serving.api.context import ServedModel
 from dispec.serving.api.prompts import Prompt
 from dispec.serving.api.protocol import ChatRequest
-from dispec.serving.api.sampling import check_no_stops, sampling_params
+from dispec.serving.api.sampling import sampling_params
 from dispec.serving.api.tool_request import read_tools
 from dispec.serving.chat_output.call_grammar import with_answer
 from dispec.serving.chat_output.chat_parser import ChatParser
@@ -72,7 +72,6 @@ async def prepare_chat(model: ServedModel, body: ChatRequest) -> PreparedChat:
         structure = StructuredOutputs.from_mapping(({} if structure is None else structure.as_mapping()) | before)
     if structure is not params.structured_outputs:
         params = replace(params, structured_outputs=structure)
-        check_no_stops(params)
     params = await model.prompts.tokenize_bad_words(params)
     return PreparedChat(model, prompt, params, tools, reasoning, is_open)
 

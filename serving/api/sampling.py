@@ -47,18 +47,7 @@ def sampling_params(
         if request.echo and request.logprobs is not None:
             given["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
     given["structured_outputs"] = requested_structure(request)
-    params = SamplingParams(**given)
-    check_no_stops(params)
-    return params
-
-
-def check_no_stops(params: SamplingParams) -> None:
-    """Raise InvalidField for stops that could cut a structure."""
-    structure = params.structured_outputs
-    for name in ("stop", "stop_token_ids"):
-        if structure is not None and getattr(params, name):
-            said = f"{name} could end an output before it follows {structure.label}: leave one of them out"
-            raise InvalidField(name, said)
+    return SamplingParams(**given)
 
 
 def check_max_tokens(name: str, wanted: int, max_model_len: int) -> None:

@@ -11,7 +11,10 @@ from dispec.engine.structured_output.grammar_compiler import GrammarCompiler
 from dispec.engine.structured_output.grammar_text import grammar_text
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 from dispec.engine.structured_output.tables import Vocabulary, new_matcher
+from dispec.engine.structured_output.trial_process import TrialProcess
+from dispec.serving.chat_output.tools import ToolRequest
 from tests.checkpoints import tiny_tokenizer
+from tests.tool_cases import BOTH, FORMATS
 
 OBJECT = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
 OLDER_TAG = {
@@ -192,3 +195,22 @@ def test_hostile_grammars_end_the_trial_alone() -> None:
         assert compiler.compile(StructuredOutputs(regex="[0-9]+")) is compiler.find(StructuredOutputs(regex="[0-9]+"))
     finally:
         compiler.close()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_grammars_of_tools_are_compiled(name: str) -> None:
+    structure = FORMATS[name].structure(ToolRequest(BOTH.tools, "required"))
+    assert structure is not None
+    assert not new_matcher(tables(), grammar_text(structure)).is_error()
+
+
+def test_trial_that_ended_while_it_waited_is_replaced() -> None:
+    trial = TrialProcess(vocabulary())
+    try:
+        assert trial.compile(grammar_text(StructuredOutputs(regex="a"))) is None
+        assert trial._process is not None
+        trial._process.kill()
+        trial._process.wait()
+        assert trial.compile(grammar_text(StructuredOutputs(regex="b"))) is None
+    finally:
+        trial.close()

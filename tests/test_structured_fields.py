@@ -68,6 +68,10 @@ def test_free_text_has_no_structure(fields: dict[str, Any]) -> None:
         ({"structured_outputs": {"backend": "x"}}, "structured_outputs has 'backend', must have one of json"),
         ({"structured_outputs": {"reasoning_end_token_ids": [1]}}, "structured_outputs has 'reasoning_end_token_ids'"),
         ({"guided_json": SCHEMA, "response_format": OF_OPENAI}, "guided_json and response_format exclude each other"),
+        (
+            {"structured_outputs": {"grammar": 'start: %json {"x-guidance": {"lenient": true}}'}},
+            "structured_outputs.grammar holds 'x-guidance', an option of the grammar engine, must not",
+        ),
         ({"guided_regex": "a", "stop": ["b"]}, "stop could end an output before it follows guided_regex"),
         ({"guided_regex": "a", "stop_token_ids": [1]}, "stop_token_ids could end an output"),
     ],

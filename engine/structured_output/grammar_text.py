@@ -84,8 +84,6 @@ def _choice(texts: tuple[str, ...] | Any) -> str:
 
 def _context_free(structure: StructuredOutputs) -> str:
     assert structure.grammar is not None
-    if "x-guidance" in structure.grammar:
-        raise structure.error("holds 'x-guidance', an option of the grammar engine, must not")
     try:
         return LLMatcher.grammar_from_lark(any_to_lark(structure.grammar))
     except RecursionError:

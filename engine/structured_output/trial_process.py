@@ -29,6 +29,8 @@ class TrialProcess:
 
     def compile(self, grammar: str) -> str | None:
         """Compile a grammar. Return why it must not be compiled in the engine, or None."""
+        if self._process is not None and self._process.poll() is not None:
+            self.close()  # it ended while it waited, for no fault of this grammar
         if self._process is None:
             self._start()
         process = self._process

@@ -43,7 +43,11 @@ def requested_structure(request: SamplingRequest) -> StructuredOutputs | None:
     if len(found) > 1:
         first, second, *_ = found
         raise InvalidField(first, f"{first} and {second} exclude each other: give one of them")
-    return next(iter(found.values()), None)
+    structure = next(iter(found.values()), None)
+    # Its "lenient" ignores keywords that are not enforced. Grammars of tools have it, clients' must not.
+    if structure is not None and structure.grammar is not None and "x-guidance" in structure.grammar:
+        raise structure.error("holds 'x-guidance', an option of the grammar engine, must not")
+    return structure
 
 
 def _of_response_format(given: Mapping[str, Any] | None) -> StructuredOutputs | None:

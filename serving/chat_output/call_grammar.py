@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from dispec.engine.errors import InvalidField
+from dispec.engine.structured_output.json_schema import SchemaError, enforceable_schema
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 from dispec.serving.chat_output.tools import Tool, ToolRequest
 
@@ -38,15 +40,32 @@ def arguments_rule(tool: Tool) -> str:
     schema: dict[str, Any] = {"type": "object", **tool.parameters}
     if not any(name in schema for name in COMBINED):
         schema.setdefault("additionalProperties", False)
-    return json_rule(schema, tool.is_strict)
+    return tool_rule(tool, schema)
 
 
-def json_rule(schema: Mapping[str, Any], is_strict: bool, **options: Any) -> str:
-    """Return a rule for JSON that follows a schema. Keywords without support are errors if it is strict, else ignored.
+def tool_rule(tool: Tool, schema: Mapping[str, Any], **options: Any) -> str:
+    """Return a rule for JSON of a tool's arguments. Raises InvalidField for a strict tool's schema that cannot be
+    enforced; a keyword of another tool is ignored then.
 
     options: llguidance's.
     """
-    return "%json " + json.dumps({**schema, "x-guidance": {**_JSON_OPTIONS, "lenient": not is_strict, **options}})
+    try:
+        return _json_rule(schema, options)
+    except SchemaError as error:
+        if tool.is_strict:
+            said = f"tools: {error.pointer or 'the schema'} of the parameters of {tool.name!r} {error}"
+            raise InvalidField("tools", said) from None
+        plain = {name: value for name, value in schema.items() if name != "x-guidance"}
+        return _json(plain, {"lenient": True, **options})
+
+
+def _json_rule(schema: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """Return a rule for JSON that follows a schema. Raises SchemaError for one that cannot be enforced."""
+    return _json(enforceable_schema(schema), options)
+
+
+def _json(schema: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": {**_JSON_OPTIONS, **options}})
 
 
 def with_answer(calls: StructuredOutputs, answer: StructuredOutputs) -> StructuredOutputs:
@@ -59,7 +78,11 @@ def with_answer(calls: StructuredOutputs, answer: StructuredOutputs) -> Structur
     schema = json.loads(str(answer.json)) if answer.json is not None else {"type": "object"}
     if not isinstance(schema, dict):
         raise answer.error("must be an object in a request with tools")
-    either = f"\nstart: calls | answer\nanswer: {json_rule(schema, is_strict=True)}\ncalls: "
+    try:
+        rule = _json_rule(schema, {})
+    except SchemaError as error:
+        raise answer.error(f"{error.pointer} {error}") from None
+    either = f"\nstart: calls | answer\nanswer: {rule}\ncalls: "
     return replace(answer, json=None, json_object=None, grammar=str(calls.grammar).replace("\nstart: ", either, 1))
 
 

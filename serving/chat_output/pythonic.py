@@ -7,7 +7,7 @@ import re
 from dispec.engine.errors import InvalidField
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 from dispec.serving.chat_output.base_format import BaseFormat
-from dispec.serving.chat_output.call_grammar import COMBINED, CallRules, calls_grammar, json_rule, literal
+from dispec.serving.chat_output.call_grammar import COMBINED, CallRules, calls_grammar, literal, tool_rule
 from dispec.serving.chat_output.call_stream import CallStream
 from dispec.serving.chat_output.json_calls import PYTHON_TAG
 from dispec.serving.chat_output.python_text import ClosingParenthesis, keyword_arguments
@@ -106,7 +106,7 @@ def _rules(tool: Tool, index: int) -> CallRules:
     definitions = []
     for number, name in enumerate(names):
         value = properties[name] if isinstance(properties[name], dict) else {}
-        rule = json_rule({**value, **shared}, tool.is_strict, json_allowed_escapes=_ESCAPES)
+        rule = tool_rule(tool, {**value, **shared}, json_allowed_escapes=_ESCAPES)
         definitions.append(f"call_{index}_{number}: {literal(f'{name}=')} {rule}")
     alternatives = []
     for first, name in enumerate(names):

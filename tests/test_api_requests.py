@@ -114,8 +114,8 @@ def test_the_openapi_document_and_its_page(served: Server) -> None:
     document = served.get("/schema/openapi.json").json()
     body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     fields = document["components"]["schemas"][body["$ref"].rsplit("/", 1)[-1]]["properties"]
-    assert {"messages", "temperature", "top_k", "stream"} <= fields.keys()
-    assert not {"tools", "response_format", "chat_template", "echo"} & fields.keys()
+    assert {"messages", "temperature", "top_k", "stream", "tools", "response_format"} <= fields.keys()
+    assert not {"functions", "chat_template", "echo"} & fields.keys()
     page = served.get("/docs", follow_redirects=True).text
     assert "https://" not in page.split("SwaggerUIBundle")[0]  # it loads nothing from elsewhere
     assert served.get("/schema/assets/swagger-ui-bundle.js").status_code == 200

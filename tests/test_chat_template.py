@@ -341,6 +341,6 @@ def test_messages_over_http(served: Server, llm: LLM) -> None:
     null = [*MESSAGES, {"role": "assistant", "content": None}, *user("Well?")]
     empty = [*MESSAGES, {"role": "assistant", "content": ""}, *user("Well?")]
     assert post(body | {"messages": null}).json()["prompt_token_ids"] == llm.chat_prompt(empty)
-    for messages in (tool_conversation("{}"), [*MESSAGES, {"role": "user", "content": None}]):
-        error = post(body | {"messages": messages}).json()["error"]
-        assert (error["type"], error["param"]) == ("invalid_request_error", "messages")
+    assert post(body | {"messages": tool_conversation("{}")}).status_code == 200  # as plain messages
+    error = post(body | {"messages": [*MESSAGES, {"role": "user", "content": None}]}).json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", "messages")

@@ -250,6 +250,12 @@ def test_text_parts_become_text(tokenizer):
         ([{"role": "user", "content": "Hi", "tool_calls": 3}], r"messages\[0\].tool_calls: must be a list"),
         (tool_conversation("{city"), r"messages\[1\].tool_calls\[0\].function.arguments: is not JSON"),
         ([{"role": "assistant", "tool_calls": ["weather"]}], r"messages\[0\].tool_calls\[0\]: must be an object"),
+        ([{"role": "assistant", "tool_calls": [{"id": {}}]}], r"messages\[0\].tool_calls\[0\].id: must be a string"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": 3}}]}],
+            r"messages\[0\].tool_calls\[0\].function.name: must be a string",
+        ),
+        ([{"role": "tool", "content": "x", "tool_call_id": []}], r"messages\[0\].tool_call_id: must be a string"),
         ([{"role": "user", "content": "Hi", "extra": object()}], r"messages\[0\].extra: object is not JSON"),
     ],
 )

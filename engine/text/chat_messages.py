@@ -43,11 +43,18 @@ def _plain_message(message: Any, where: str) -> dict[str, Any]:
         raise _wrong(f"{where}.role", "must be a string" if "role" in plain else "is missing")
     if "function_call" in plain:
         raise _wrong(f"{where}.function_call", "is not supported, must be given as tool_calls")
+    _check_text(plain, "tool_call_id", where)
+    _check_text(plain, "name", where)
     _check_tool_calls(plain, where)
     plain["content"] = _content(given, "tool_calls" in plain, f"{where}.content")
     if "reasoning" in plain:  # the newer name of the field that templates know
         plain.setdefault("reasoning_content", plain["reasoning"])
     return plain
+
+
+def _check_text(given: Mapping[str, Any], name: str, where: str) -> None:
+    if not isinstance(given.get(name, ""), str):
+        raise _wrong(f"{where}.{name}", "must be a string")
 
 
 def _check_tool_calls(plain: dict[str, Any], where: str) -> None:
@@ -60,10 +67,12 @@ def _check_tool_calls(plain: dict[str, Any], where: str) -> None:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict):
             raise _wrong(f"{where}.tool_calls[{index}]", "must be an object with a function")
+        _check_text(call, "id", f"{where}.tool_calls[{index}]")
+        _check_text(function, "name", f"{where}.tool_calls[{index}].function")
         if isinstance(function.get("arguments"), str):
             try:
                 function["arguments"] = json.loads(function["arguments"] or "{}")
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise _wrong(f"{where}.tool_calls[{index}].function.arguments", "is not JSON") from None
 
 

@@ -3,8 +3,10 @@
 import json
 from functools import cache
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from llguidance import LLMatcher
 
 from dispec.engine.errors import InvalidField
 from dispec.engine.structured_output.grammar_compiler import GrammarCompiler
@@ -214,3 +216,22 @@ def test_trial_that_ended_while_it_waited_is_replaced() -> None:
         assert trial.compile(grammar_text(StructuredOutputs(regex="b"))) is None
     finally:
         trial.close()
+
+
+def test_format_that_is_no_text_is_refused() -> None:
+    assert refusal(json={"format": {}}) == "structured_outputs.json/format is dict, must be a text"
+
+
+def test_long_forced_span_is_tokenized_a_few_times() -> None:
+    text = "word " * 400
+    state = GrammarCompiler(*vocabulary()).compile(StructuredOutputs(choice=(text,))).start(10_000)
+    matcher = state._matcher = Mock(spec=LLMatcher, wraps=state._matcher)
+    tokens = []
+    while not state.is_complete:
+        token_id = state.forced_token()
+        assert token_id is not None
+        tokens.append(token_id)
+        assert state.accept(token_id)
+    assert tables().decode_str(tokens) == text
+    assert len(tokens) > 200
+    assert matcher.compute_ff_tokens.call_count < 100

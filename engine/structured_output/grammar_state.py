@@ -10,6 +10,9 @@ from llguidance import LLMatcher
 # limits, and one a few tokens later mostly finds one.
 _FEW_TOKENS = 64
 _ANY_LENGTH = 2**31 - 1
+# llguidance tokenizes a forced span as a whole at each of its tokens: 1 ms for 2,000, and 5 s for all of 4,000. Behind
+# the first tokens, the list is kept. It may differ from a new one, and those of a step must be those of its masks.
+_FRESH_TOKENS = 64
 _RETRY_TOKENS = 8  # between two searches of up to 5 ms while no completion is known
 
 
@@ -66,6 +69,8 @@ class GrammarState:
         self._is_reasoning = bool(reasoning_end)
         self._reasoning_max_tokens = reasoning_max_tokens
         self._reasoning: list[int] = []  # tokens before the grammar's first
+        self._forced: list[int] = []  # tokens of a forced span that follow, the last one first
+        self._num_forced = 0  # tokens of that span so far
         self._num_consumed = 0  # tokens of the grammar
         self._num_left = max_tokens
         self._planner = planner
@@ -123,7 +128,8 @@ class GrammarState:
         spelling's where the grammar allows one text. None if there is a choice."""
         token_id = self._given_token()
         if token_id is None and not self._is_reasoning and self._matcher is not None:
-            token_id = next(iter(self._matcher.compute_ff_tokens()), None)
+            self._forced = self._forced or self._matcher.compute_ff_tokens()[::-1]
+            token_id = self._forced[-1] if self._forced else None
         return token_id
 
     def write_mask(self, words: np.ndarray) -> bool:
@@ -158,6 +164,10 @@ class GrammarState:
             matcher = self._matcher
             if matcher is not None and (matcher.is_stopped() or not matcher.try_consume_tokens([token_id])):
                 return False
+            is_forced = bool(self._forced) and self._forced.pop() == token_id
+            self._num_forced = self._num_forced + 1 if is_forced else 0
+            if self._num_forced < _FRESH_TOKENS:
+                self._forced.clear()
             self._num_consumed += 1
             return True
         index = len(self._reasoning)
@@ -170,6 +180,9 @@ class GrammarState:
 
     def undo(self, num_tokens: int) -> None:
         """Move back over the last tokens."""
+        if num_tokens:
+            self._forced.clear()
+            self._num_forced = 0
         of_grammar = min(num_tokens, self._num_consumed)
         self._num_consumed -= of_grammar
         if of_grammar and self._matcher is not None:

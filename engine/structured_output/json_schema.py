@@ -166,6 +166,8 @@ def _check_value(name: str, value: Any, pointer: str, depth: int) -> None:
             raise SchemaError(pointer, f"is {_shown(value)}, must be between -2**53 and 2**53")
         if name == "multipleOf" and value <= 0:
             raise SchemaError(pointer, f"is {_shown(value)}, must be above 0")
+    if name == "format" and not isinstance(value, str):
+        raise SchemaError(pointer, f"is {_shown(value)}, must be a text")
     if name in ("enum", "const"):
         _check_nesting(value, pointer, depth)
 

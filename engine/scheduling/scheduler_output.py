@@ -108,7 +108,7 @@ def _last_outputs(sequence: Sequence, count: int) -> list[TokenOutput]:
     if outputs and sequence.finish_reason is not None:
         last = outputs[-1]
         last.finish_reason = sequence.finish_reason
-        last.completes_grammar = last.finish_reason == "stop" and last.token_id not in sequence.stop_token_ids
+        last.completes_grammar = sequence.is_whole and last.token_id not in sequence.stop_token_ids
     if outputs and sequence.num_output_tokens == count:
         outputs[0].num_cached_tokens = sequence.num_cached_tokens or 0
         if sequence.params.prompt_logprobs is not None:

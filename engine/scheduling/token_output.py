@@ -26,7 +26,7 @@ class TokenOutput(msgspec.Struct, array_like=True):
     num_cached_tokens, prompt_logprobs: of the prompt, with the choice's first token; the latter without the first
         prompt token's.
     num_accepted, num_rejected: draft tokens of the choice in this step, with the step's first token.
-    completes_grammar: the output ends with "stop" because its grammar is complete: the token is a part of the text.
+    completes_grammar: the output ends because its grammar is complete, and the token is a part of the text.
     """
 
     request_id: str

@@ -1,5 +1,6 @@
 """The position of one sequence's output in its grammar."""
 
+import time
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -13,6 +14,9 @@ _ANY_LENGTH = 2**31 - 1
 # llguidance tokenizes a forced span as a whole at each of its tokens: 1 ms for 2,000, and 5 s for all of 4,000. Behind
 # the first tokens, the list is kept. It may differ from a new one, and those of a step must be those of its masks.
 _FRESH_TOKENS = 64
+# Ambiguous grammars take 0.1 to 2 s for each token, during which no other sequence advances; usual ones take 50 us, and
+# up to 20 ms at first.
+_FREE_SECONDS, _SECONDS_PER_TOKEN = 0.5, 0.01
 _RETRY_TOKENS = 8  # between two searches of up to 5 ms while no completion is known
 
 
@@ -72,6 +76,7 @@ class GrammarState:
         self._forced: list[int] = []  # tokens of a forced span that follow, the last one first
         self._num_forced = 0  # tokens of that span so far
         self._num_consumed = 0  # tokens of the grammar
+        self._seconds = 0.0  # of this thread, spent on the grammar
         self._num_left = max_tokens
         self._planner = planner
         self._plan = plan
@@ -82,7 +87,8 @@ class GrammarState:
     @property
     def is_complete(self) -> bool:
         """Whether the output is whole and no token can follow."""
-        return not self._is_reasoning and self._matcher is not None and self._matcher.is_stopped()
+        matcher = self._matcher
+        return not self._is_reasoning and matcher is not None and matcher.is_stopped() and not matcher.is_error()
 
     @property
     def is_reasoning(self) -> bool:
@@ -97,13 +103,24 @@ class GrammarState:
         return (*self._start[len(self._reasoning) :], *self._rest_of_end(), *self._plan)
 
     def accept(self, token_id: int) -> bool:
-        """Move over a token of the output. Return False, and stay, if the output can be completed now but not after it.
+        """Move over a token of the output. Return False, and stay, if the output can be completed now but not after it:
+        for want of tokens, or because the grammar exceeds a limit of llguidance or of time.
 
-        Raises RuntimeError for a token that the grammar does not allow.
+        Raises RuntimeError for a token that the grammar does not allow, and beyond a limit without a known completion.
         """
-        if not self.try_consume(token_id):
-            reason = (self._matcher and self._matcher.get_error()) or "it is not allowed here"
-            raise RuntimeError(f"the grammar rejects token {token_id}: {reason:.300}")
+        started = time.thread_time()
+        is_accepted = self._accept(token_id)
+        self._seconds += time.thread_time() - started
+        return is_accepted
+
+    def _accept(self, token_id: int) -> bool:
+        problem = self._exceeded_limit()
+        if problem is None and not self.try_consume(token_id):
+            problem = self._exceeded_limit() or "it is not allowed here"
+        if problem is not None and not self.is_closing:
+            if self.completion is not None and self._exceeded_limit():
+                return False
+            raise RuntimeError(f"the grammar rejects token {token_id}: {problem:.300}")
         self._num_left -= 1
         if self.is_closing:
             self._plan = self._plan[1:] if self._plan else None
@@ -118,6 +135,14 @@ class GrammarState:
                 self.undo(1)
                 return False
         return True
+
+    def _exceeded_limit(self) -> str | None:
+        """Return the limit that the grammar exceeds, if any."""
+        if self._matcher is not None and self._matcher.is_error():
+            return self._matcher.get_error() or "the grammar engine failed"
+        if self._seconds > _FREE_SECONDS + _SECONDS_PER_TOKEN * self._num_consumed:
+            return f"it takes more than {_SECONDS_PER_TOKEN:g} s for each token"
+        return None
 
     def close(self) -> None:
         """Let only the completion follow. An output that may end already gets an end token."""
@@ -144,8 +169,10 @@ class GrammarState:
         elif self._is_reasoning or self._matcher is None:
             return False
         else:
+            started = time.thread_time()
             # `words.ctypes.data` takes 1 us more.
             self._matcher.unsafe_compute_mask_ptr(words.__array_interface__["data"][0], words.nbytes)
+            self._seconds += time.thread_time() - started
         return True
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:

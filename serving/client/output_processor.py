@@ -32,7 +32,7 @@ class OutputProcessor:
         index = token.index
         if self._has_ended[index]:
             return None
-        is_continued = token.finish_reason == "length" and self._is_continued
+        is_continued = token.finish_reason == "length" and self._is_continued and not token.completes_grammar
         engine_reason = None if is_continued else token.finish_reason
         text, finish_reason, stop_reason = self._texts[index].process(
             token.token_id, engine_reason, completes_grammar=token.completes_grammar

@@ -3,7 +3,14 @@
 import pytest
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
+from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.scheduling.logits_processors import LogitsProcessors
+from dispec.engine.scheduling.scheduler_output import append_sampled
+from dispec.engine.scheduling.sequence import Sequence
+from dispec.engine.scheduling.token_output import TokenOutput
+from dispec.engine.structured_output import grammar_state
 from dispec.engine.structured_output.grammar_state import GrammarState
+from dispec.serving.client.output_processor import OutputProcessor
 from tests.checkpoints import EOS_TOKEN_ID, tiny_tokenizer
 
 TOKENIZER = LLTokenizer(tiny_tokenizer().to_str(), eos_token=EOS_TOKEN_ID)
@@ -109,3 +116,44 @@ def test_an_end_marker_under_way_is_completed_at_the_limit():
     assert state.accept(9)
     assert state.accept(7)
     assert state.forced_token() == 8
+
+
+def sequence_of(choices: list[str], max_tokens: int, max_len: int) -> Sequence:
+    """A sequence of an engine that computes at most `max_len` tokens of a request's `max_tokens`."""
+    matcher = LLMatcher(TOKENIZER, grammar_from("choice", choices), log_level=0)  # type: ignore[arg-type]
+    plan = tuple(TOKENIZER.tokenize_str(min(choices, key=len)))
+    grammar = GrammarState(matcher, EOS_TOKEN_ID, max_tokens=max_tokens, planner=StubPlanner(None), plan=plan)
+    params = SamplingParams(max_tokens=1, structured_outputs={"choice": choices})
+    processors = LogitsProcessors(params, [1], 64, frozenset({EOS_TOKEN_ID}), grammar)
+    return Sequence(0, [1], params, 0, frozenset({EOS_TOKEN_ID}), max_len, 0.0, logits_processors=processors)
+
+
+def test_an_engine_that_another_one_continues_tells_whether_its_output_is_whole() -> None:
+    whole = sequence_of(["q" * 99, "z"], max_tokens=20, max_len=2)
+    (output,) = append_sampled(whole, Q)  # too long: closed by "z"
+    assert (output.token_id, output.finish_reason, output.completes_grammar) == (Z, "length", True)
+    begun = sequence_of(["q" * 99, "xz"], max_tokens=20, max_len=2)
+    (output,) = append_sampled(begun, Q)
+    assert (output.token_id, output.finish_reason, output.completes_grammar) == (X, "length", False)
+    for made, expected in ((whole, "length"), (begun, None)):
+        token = TokenOutput("", 0, made.token_ids[-1], "length", completes_grammar=made.is_whole)
+        update = OutputProcessor(None, SamplingParams(), is_continued=True).process(token)
+        assert update is not None
+        assert update.finish_reason == expected
+
+
+def test_a_grammar_that_takes_too_long_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(range(1000))
+    monkeypatch.setattr(grammar_state.time, "thread_time", lambda: float(next(seconds)))
+    state = state_of(20, StubPlanner((X, Z)), "[qx]*z")
+    assert state.accept(Q)  # takes a second
+    assert not state.accept(Q)
+    state.close()
+    for token in (X, Z):
+        assert state.forced_token() == token
+        assert state.accept(token)
+    unknown = state_of(20, StubPlanner(None), "[qx]*z")
+    unknown._plan = None
+    assert unknown.accept(Q)
+    with pytest.raises(RuntimeError, match=r"rejects token \d+: it takes more than"):
+        unknown.accept(Q)

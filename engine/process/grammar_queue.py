@@ -97,6 +97,8 @@ class GrammarQueue:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, entry: _Entry, structure: StructuredOutputs) -> None:
+        if self._entries.get(entry.submit.request_id) is not entry:
+            return  # aborted, or out of time, while it waited for a thread
         try:
             grammar = self._compiler.compile(structure)
         except Exception as error:

@@ -15,8 +15,8 @@ _ANY_LENGTH = 2**31 - 1
 # the first tokens, the list is kept. It may differ from a new one, and those of a step must be those of its masks.
 _FRESH_TOKENS = 64
 # Ambiguous grammars take 0.1 to 2 s for each token, during which no other sequence advances; usual ones take 50 us, and
-# up to 20 ms at first.
-_FREE_SECONDS, _SECONDS_PER_TOKEN = 0.5, 0.01
+# up to 20 ms at first. Where no completion is known, searches take 10 ms at some tokens.
+_FREE_SECONDS, _SECONDS_PER_TOKEN = 2.0, 0.05
 _RETRY_TOKENS = 8  # between two searches of up to 5 ms while no completion is known
 
 

@@ -30,9 +30,10 @@ def apply_penalties(logits: Float[Tensor, "R V"], penalties: Penalties) -> Float
 
 
 def apply_token_mask(logits: Float[Tensor, "R V"], allowed: Int[Tensor, "R W"]) -> Float[Tensor, "R V"]:
-    """Return the logits, changed in place by `ops.mask_tokens`."""
-    ops.mask_tokens(logits, allowed)
-    return logits
+    """Return the logits with -inf for tokens that are not allowed. allowed: as in `ops.mask_tokens`."""
+    masked = logits.clone()
+    ops.mask_tokens(masked, allowed)
+    return masked
 
 
 def apply_top_k_top_p(

@@ -146,13 +146,10 @@ class Sampler:
             for item in rows:
                 if item is not None:
                     features |= item.sequence.sampling_features
-            of_model = logits
-            if features & SamplingFeatures.TOKEN_MASK and features & SamplingFeatures.LOGPROBS:
-                of_model = logits.clone()  # masks are applied in place
             output.token_ids = self._token_ids(features, rows, logits, argmax, sampling)
             if features & SamplingFeatures.LOGPROBS:
                 functions = self._functions_for(len(logits))
-                output.logprobs = functions.logprobs(of_model.float(), output.token_ids, self._num_logprobs)
+                output.logprobs = functions.logprobs(logits.float(), output.token_ids, self._num_logprobs)
         if hidden is not None:
             output.prompt_logprobs = list(self._prompt_logprobs(scheduled, hidden))
         return output

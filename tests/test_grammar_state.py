@@ -24,9 +24,6 @@ class StubPlanner:
         self.plans = list(plans)
         self.previous: list[tuple[int, ...]] = []
 
-    def plan(self, matcher: LLMatcher, max_tokens: int) -> tuple[int, ...] | None:
-        raise NotImplementedError
-
     def update(
         self, matcher: LLMatcher, token_id: int, previous_plan: tuple[int, ...], max_tokens: int
     ) -> tuple[int, ...] | None:

@@ -22,16 +22,13 @@ _RETRY_TOKENS = 8  # between two searches of up to 5 ms while no completion is k
 
 @runtime_checkable
 class Planner(Protocol):
-    """Finds tokens that complete an output. Both methods return None where no such list of at most `max_tokens` is
-    known, and () where the output may end."""
-
-    def plan(self, matcher: LLMatcher, max_tokens: int) -> tuple[int, ...] | None:
-        """Return tokens that complete the output of a matcher."""
+    """Finds tokens that complete an output."""
 
     def update(
         self, matcher: LLMatcher, token_id: int, previous_plan: tuple[int, ...], max_tokens: int
     ) -> tuple[int, ...] | None:
-        """Return tokens that complete the output of a matcher that has just consumed `token_id`.
+        """Return tokens that complete the output of a matcher that has just consumed `token_id`: at most `max_tokens`,
+        none where the output may end, and None where no such list is known.
 
         previous_plan: the tokens that completed it before.
         """
@@ -114,17 +111,22 @@ class GrammarState:
         return is_accepted
 
     def _accept(self, token_id: int) -> bool:
-        problem = self._exceeded_limit()
-        if problem is None and not self.try_consume(token_id):
-            problem = self._exceeded_limit() or "it is not allowed here"
-        if problem is not None and not self.is_closing:
-            if self.completion is not None and self._exceeded_limit():
-                return False
-            raise RuntimeError(f"the grammar rejects token {token_id}: {problem:.300}")
-        self._num_left -= 1
         if self.is_closing:
+            self.try_consume(token_id)  # beyond a limit the matcher stays where it is
+            self._num_left -= 1
             self._plan = self._plan[1:] if self._plan else None
-        elif self._planner is not None:
+            return True
+        limit = self._exceeded_limit()
+        if limit is None and not self.try_consume(token_id):
+            limit = self._exceeded_limit()
+            if limit is None:
+                raise RuntimeError(f"the grammar rejects token {token_id}: it is not allowed here")
+        if limit is not None:
+            if self.completion is None:
+                raise RuntimeError(f"the grammar rejects token {token_id}: {limit:.300}")
+            return False
+        self._num_left -= 1
+        if self._planner is not None:
             previous = self._plan
             if self._num_consumed and self._matcher is not None:
                 is_stopped = self._matcher.is_stopped()

@@ -53,4 +53,3 @@ def test_aborted_requests_are_not_compiled_and_others_keep_their_messages() -> N
     assert sorted(map(str, compiler.compiled)) == ["a", "b", "wrong"]
     assert len(queue) == 0
     assert not select.select([queue], [], [], 0)[0]
-    queue.close()

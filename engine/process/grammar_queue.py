@@ -7,10 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from dispec.engine.process.messages import Resume, Submit
-from dispec.engine.structured_output.grammar_compiler import Grammar, GrammarCompiler
+from dispec.engine.structured_output.grammar_compiler import MAX_COMPILATIONS, Grammar, GrammarCompiler
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 
-_NUM_THREADS = 2
 _TIMEOUT_SECONDS = 10.0  # of one grammar, waiting for a thread included
 
 
@@ -41,7 +40,7 @@ class GrammarQueue:
 
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
-        self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammar")
+        self._pool = ThreadPoolExecutor(MAX_COMPILATIONS, thread_name_prefix="grammar")
         self._entries: dict[str, _Entry] = {}
         self._done: deque[tuple[_Entry, Grammar | None, Exception | None]] = deque()
         self._wake_up, self._waker = os.pipe()
@@ -89,12 +88,6 @@ class GrammarQueue:
                 entry.timer.cancel()
                 found.append(CompiledRequest(entry.submit, entry.resume, grammar, error))
         return found
-
-    def close(self) -> None:
-        """Forget all requests, without waiting for threads."""
-        for request_id in list(self._entries):
-            self.abort(request_id)
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, entry: _Entry, structure: StructuredOutputs) -> None:
         if self._entries.get(entry.submit.request_id) is not entry:

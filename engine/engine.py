@@ -208,7 +208,7 @@ class Engine:
                 log.info("compiled steps from here on, %.1f s after the start", self.compiled_seconds)
 
     def close(self) -> None:
-        """Close connections to other engines, which lose what they were pulling, and end processes of other ranks."""
+        """Close connections to other engines, which lose what they were pulling, and end the engine's processes."""
         self._compiling = None
         self.grammar_compiler.close()
         self.kv_connector.close()

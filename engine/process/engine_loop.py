@@ -27,7 +27,6 @@ from dispec.engine.process.messages import (
     EXIT_AFTER_CRASH_REPORT,
     Abort,
     Accepted,
-    EngineInfo,
     Failed,
     FrontendMessage,
     Inspect,
@@ -226,45 +225,19 @@ class EngineLoop:
         )
 
 
-def _engine_info(engine: "Engine") -> EngineInfo:
-    from dispec.engine.execution.kv_cache_memory import weight_bytes
-
-    checkpoint, plan, options = engine.checkpoint, engine.kv_plan, engine.options
-    return EngineInfo(
-        model=str(options.model),
-        architecture=engine.config.architecture,
-        directory=str(checkpoint.directory) if checkpoint is not None else None,
-        dtype=options.dtype,
-        device=str(engine.device),
-        vocab_size=engine.config.vocab_size,
-        eos_token_ids=list(engine.eos_token_ids),
-        max_model_len=engine.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=engine.scheduler.max_num_batched_tokens,
-        num_blocks=engine.scheduler.pool.num_usable,
-        block_size=plan.block_size,
-        weight_bytes=weight_bytes(engine.runner.weights),
-        kv_cache_bytes=plan.num_blocks * plan.block_bytes,
-        compile=engine.plan.compile,
-        is_compiled=engine.runner.is_compiled,
-        phase_seconds=engine.phase_seconds,
-        pid=os.getpid(),
-        **engine.transfer_address(),
-    )
-
-
 def _serve(start: Start, channel: Channel) -> None:
     start_time = time.perf_counter()
     from tqdm import tqdm
 
     from dispec.engine.engine import Engine  # takes seconds, and may fail: that is reported
     from dispec.engine.options import EngineOptions
+    from dispec.engine.process.engine_info import engine_info
 
     tqdm.monitor_interval = 0  # its thread would wake the process periodically
     imported = time.perf_counter() - start_time
     engine = Engine(EngineOptions(**start.options))
     engine.phase_seconds = {"import": imported, **engine.phase_seconds}
-    channel.send(_engine_info(engine))
+    channel.send(engine_info(engine))
     EngineLoop(engine, channel).run()
     engine.close()  # the processes of other ranks do not outlive this one
 

@@ -13,12 +13,14 @@ from typing import Any
 
 import httpx
 import psutil
+from openai import OpenAI
 
 from tests.commands import running
 from tests.small_engine import OPTIONS
 
 PATIENCE = 60  # seconds after which a condition counts as never coming
 KEY = "key-of-the-tests"
+DEFAULT_MODEL = "smollm2"
 
 
 @dataclass
@@ -108,6 +110,18 @@ def server(
             process.kill()
             _, left = psutil.wait_procs(family, timeout=PATIENCE)
             assert not left, "an engine process outlived its front"
+
+
+@contextmanager
+def default_model_server(directory: Path) -> Iterator[Server]:
+    """Start a server of the default model, `DEFAULT_MODEL`."""
+    args = ["--port", "0", "--enforce-eager", "--kv-cache-memory", "128MiB"]
+    with server(directory, DEFAULT_MODEL, args=args) as running_server:
+        yield running_server
+
+
+def openai_client(served: Server) -> OpenAI:
+    return OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
 
 
 def _url_of(process: subprocess.Popen[bytes], log: Path) -> str:

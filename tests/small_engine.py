@@ -52,6 +52,12 @@ def make(directory: Path, **options) -> LLM:
     return LLM(directory, **OPTIONS | options)
 
 
+def speculating(directory: Path, speculative_model, *, is_adaptive=False, **options) -> LLM:
+    llm = make(directory, speculative_model=speculative_model, **options)
+    llm.engine.speculator.is_adaptive = is_adaptive
+    return llm
+
+
 def alone(llm: LLM, prompts: list[list[int]], params) -> list[list[int]]:
     """What each prompt gets when nothing else is in the engine."""
     each = params if isinstance(params, list) else [params] * len(prompts)

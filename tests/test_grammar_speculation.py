@@ -8,7 +8,7 @@ import pytest
 from dispec import LLM, SamplingParams
 from tests.checkpoints import save_tiny
 from tests.grammar_cases import FORM, check_text, grammar_params, text_of
-from tests.small_engine import make, random_prompts, random_tokens
+from tests.small_engine import make, random_prompts, random_tokens, speculating
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +29,6 @@ def other(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(directory) -> LLM:
     return make(directory)
-
-
-def speculating(directory, speculative_model, **options) -> LLM:
-    llm = make(directory, speculative_model=speculative_model, **options)
-    llm.engine.speculator.is_adaptive = False
-    return llm
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from pydantic import BaseModel, Field
 
 from tests.real_tokenizers import real_tokenizer
 from tests.scripted_engine import ScriptedEngine, async_client, scripted_server
-from tests.servers import Server, server
+from tests.servers import DEFAULT_MODEL as MODEL
+from tests.servers import Server, default_model_server, openai_client
 from tests.test_responses_api import PATH, Scripted, types_of
 from tests.test_responses_api import QUESTION as CAPITAL
+from tests.tool_cases import PLACE
 
-MODEL = "smollm2"
 QUESTION = "How warm is it in Paris?"
 
 
@@ -30,26 +31,19 @@ class Weather(BaseModel):
     degrees: int = Field(ge=-50, le=60)
 
 
-PLACE: dict[str, Any] = {
-    "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 20}, "unit": {"enum": ["C", "F"]}},
-    "required": ["city", "unit"],
-    "additionalProperties": False,
-}
 TOOL: Any = {"type": "function", "name": "get_weather", "description": "Of a city.", "parameters": PLACE}
 CLOCK: Any = {"type": "function", "name": "get_time", "parameters": {"type": "object", "properties": {}}}
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    args = ["--port", "0", "--enforce-eager", "--kv-cache-memory", "128MiB"]
-    with server(tmp_path_factory.mktemp("server"), MODEL, args=args) as running:
+    with default_model_server(tmp_path_factory.mktemp("server")) as running:
         yield running
 
 
 @pytest.fixture
 def client(served: Server) -> OpenAI:
-    return OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    return openai_client(served)
 
 
 def test_parsing_a_pydantic_model(client: OpenAI) -> None:

@@ -10,7 +10,7 @@ from dispec import LLM, SamplingParams
 from dispec.engine.scheduling.logits_processors import LogitsProcessors
 from dispec.engine.speculation.ngram import NgramIndex
 from tests.checkpoints import save_tiny
-from tests.small_engine import greedy, make, mixed_params, random_prompts, random_tokens
+from tests.small_engine import greedy, make, mixed_params, random_prompts, random_tokens, speculating
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,6 @@ def other(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(directory) -> LLM:
     return make(directory)
-
-
-def speculating(directory, speculative_model, *, is_adaptive=False, **options) -> LLM:
-    llm = make(directory, speculative_model=speculative_model, **options)
-    llm.engine.speculator.is_adaptive = is_adaptive
-    return llm
 
 
 def num_accepted(llm: LLM) -> int:

@@ -16,9 +16,10 @@ from pydantic import BaseModel, Field
 
 from tests.real_tokenizers import real_tokenizer
 from tests.scripted_engine import ScriptedEngine, async_client, scripted_server
-from tests.servers import Server, server
+from tests.servers import DEFAULT_MODEL as MODEL
+from tests.servers import Server, default_model_server, openai_client
+from tests.tool_cases import PLACE
 
-MODEL = "smollm2"
 QUESTION = [{"role": "user", "content": "How warm is it in Paris?"}]
 TEMPERATURES = pytest.mark.parametrize("temperature", [0, 1])
 
@@ -37,12 +38,6 @@ class Place(BaseModel):
     unit: Literal["C", "F"]
 
 
-PLACE: dict[str, Any] = {
-    "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 20}, "unit": {"enum": ["C", "F"]}},
-    "required": ["city", "unit"],
-    "additionalProperties": False,
-}
 TOOL: Any = {
     "type": "function",
     "function": {"name": "get_weather", "description": "The weather of a city.", "parameters": PLACE},
@@ -51,14 +46,13 @@ TOOL: Any = {
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    args = ["--port", "0", "--enforce-eager", "--kv-cache-memory", "128MiB"]
-    with server(tmp_path_factory.mktemp("server"), MODEL, args=args) as running:
+    with default_model_server(tmp_path_factory.mktemp("server")) as running:
         yield running
 
 
 @pytest.fixture
 def client(served: Server) -> OpenAI:
-    return OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    return openai_client(served)
 
 
 # OpenAI's client

@@ -1,6 +1,6 @@
 """Tools, and texts with calls of them in each format."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dispec.serving.chat_output.deltas import ContentDelta, ToolCallArguments, ToolCallStart, ToolDelta
 from dispec.serving.chat_output.tool_formats import choose_tool_format
@@ -17,6 +17,12 @@ WEATHER = Tool(
     },
 )
 TIME = Tool("get-time")
+PLACE: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}, "unit": {"enum": ["C", "F"]}},
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+}
 BOTH = ToolRequest((WEATHER, TIME))
 CITY, KÖLN = '{"city": "Paris"}', '{"city": "K\\"ö]}ln\\n", "days": 3}'
 

@@ -191,6 +191,7 @@ def test_a_budget_limits_the_reasoning_where_there_is_some() -> None:
     assert budget(5, kind="adaptive") is None
 
 
+FORMAT = {"type": "json_schema", "schema": SCHEMA}
 RESULT = {"type": "tool_result", "tool_use_id": "toolu_1"}
 
 
@@ -247,6 +248,13 @@ RESULT = {"type": "tool_result", "tool_use_id": "toolu_1"}
         ({"output_config": {"effort": "huge"}}, "output_config", "output_config.effort is 'huge', must be one of low"),
         ({"output_config": {"task_budget": {"total": 1}}}, "output_config", "output_config.task_budget is not supp"),
         ({"output_config": {"format": {"type": "xml", "schema": {}}}}, "output_config", "output_config.format.type"),
+        ({"output_format": {"type": "xml", "schema": {}}}, "output_format", "output_format.type is 'xml'"),
+        (
+            {"output_format": FORMAT, "output_config": {"format": FORMAT}},
+            "output_format",
+            "output_format and output_co",
+        ),
+        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking", "thinking.budget_tokens is -1, must be"),
     ],
     ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else None,
 )
@@ -279,6 +287,13 @@ def test_errors_about_the_chat_have_the_names_of_the_request(said: str, expected
     with pytest.raises(ApiError) as error, request.own_names():
         raise InvalidField("x", said)
     assert (error.value.status, error.value.detail.message) == (400, expected)
+
+
+def test_errors_about_the_older_field_of_a_format_name_it() -> None:
+    request = translated(messages=[QUESTION], output_format=FORMAT)
+    with pytest.raises(ApiError) as error, request.own_names():
+        raise InvalidField("response_format", "response_format.json_schema.schema/properties/a is wrong")
+    assert error.value.detail.message == "output_format.schema/properties/a is wrong"
 
 
 @pytest.mark.parametrize(

@@ -612,6 +612,9 @@ def test_refusals_name_the_field(scripted: Scripted, body: dict[str, Any], param
     ("path", "param"),
     [
         ("?stream=true", "stream"),
+        ("?stream=maybe", "stream"),
+        ("?starting_after=1", "starting_after"),
+        ("?stream=false&starting_after=1", "starting_after"),
         ("?include=message.output_text.logprobs", "include"),
         ("/input_items?limit=0", "limit"),
         ("/input_items?limit=101", "limit"),

@@ -27,11 +27,11 @@ _NAMES = (
     (re.compile(r"^reasoning_effort is 'none'"), "thinking.type is 'disabled'"),
     (re.compile(r"^reasoning_effort\b"), "output_config.effort"),
     (re.compile(r"^thinking_token_budget\b"), "thinking.budget_tokens"),
-    (re.compile(r"^response_format(\.json_schema)?\b"), "output_config.format"),
     (re.compile(r"^(tools\[\d+\])\.function\.parameters\b"), r"\1.input_schema"),
     (re.compile(r"^(tools\[\d+\])\.function\b"), r"\1"),
     (re.compile(r"^tool_choice\.function\b"), "tool_choice"),
 )
+_FORMAT = re.compile(r"^response_format(\.json_schema)?\b")
 _PLACE = re.compile(r"\bmessages\[(\d+)\]")
 
 
@@ -45,6 +45,7 @@ class TranslatedRequest:
 
         Raises InvalidField.
         """
+        self._format_name = "output_config.format" if request.output_format is None else "output_format"
         conversation = Conversation(request.system, request.messages)
         self._places = conversation.places
         fields = {name: getattr(request, name) for name in GenerationRequestFields.__struct_fields__}
@@ -71,7 +72,7 @@ class TranslatedRequest:
             yield
         except (InvalidField, InvalidRequest) as error:
             message = _PLACE.sub(lambda found: self._place(int(found[1])), str(error))
-            for name, own in _NAMES:
+            for name, own in (*_NAMES, (_FORMAT, self._format_name)):
                 message = name.sub(own, message)
             raise ApiError(400, message) from error
 
@@ -107,6 +108,9 @@ class TranslatedRequest:
             if thinking.display not in (None, *_DISPLAYS):
                 must_be = f"must be one of {', '.join(_DISPLAYS)}"
                 raise InvalidField("thinking", f"thinking.display is {thinking.display!r:.50}, {must_be}")
+            if thinking.budget_tokens is not None and thinking.budget_tokens < 0:
+                said = f"thinking.budget_tokens is {thinking.budget_tokens}, must be at least 0"
+                raise InvalidField("thinking", said)
             if thinking.type == "disabled":
                 self.chat.reasoning_effort = "none"
             else:
@@ -118,10 +122,14 @@ class TranslatedRequest:
 
     def _set_output(self, request: CountTokensRequest, template_variables: Collection[str]) -> None:
         config = request.output_config
-        self._set_format("output_format", request.output_format)
+        if request.output_format is not None:
+            if config is not None and config.format is not None:
+                raise InvalidField("output_format", "output_format and output_config.format exclude each other")
+            self._set_format(request.output_format)
         if config is None:
             return
-        self._set_format("output_config.format", config.format)
+        if config.format is not None:
+            self._set_format(config.format)
         if config.task_budget is not None:
             raise InvalidField("output_config", "output_config.task_budget is not supported here: leave it out")
         if config.effort not in (None, *_EFFORTS):
@@ -132,9 +140,8 @@ class TranslatedRequest:
         if config.effort is not None and self.chat.reasoning_effort is None and (is_known or config.effort != "high"):
             self.chat.reasoning_effort = _EFFORTS[config.effort]
 
-    def _set_format(self, name: str, given: RequestOutputFormat | None) -> None:
-        if given is None:
-            return
+    def _set_format(self, given: RequestOutputFormat) -> None:
+        name = self._format_name
         if given.type != "json_schema":
             raise InvalidField(name.partition(".")[0], f"{name}.type is {given.type!r:.50}, must be json_schema")
         schema = {"name": "output", "schema": given.schema, "strict": True}

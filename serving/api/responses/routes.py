@@ -61,7 +61,12 @@ async def retrieve_response(request: Request, response_id: FromPath[str]) -> ASG
     query = request.query_params
     found = _find(context, response_id)
     _refuse_include(query)
-    if query.get("stream", "false").lower() != "true":
+    stream = query.get("stream", "false").lower()
+    if stream not in ("true", "false"):
+        raise ApiError(400, f"stream is {stream!r:.50}, must be true or false", param="stream")
+    if stream == "false":
+        if "starting_after" in query:
+            raise ApiError(400, "starting_after is only for requests with stream true", param="starting_after")
         return JsonResponse(found.run.response if isinstance(found, BackgroundResponse) else found.body)
     if found.events is None:
         said = "stream is true, must be false for a response that was not created with background and stream"

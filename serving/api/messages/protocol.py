@@ -75,7 +75,7 @@ class RequestThinking(Struct, kw_only=True):
     """The model's reasoning, for chat templates that can turn it off. omitted: it is left out of the answer."""
 
     type: Annotated[str, _one_of("enabled", "adaptive", "disabled")]
-    budget_tokens: int | None = None
+    budget_tokens: Annotated[int | None, Meta(extra_json_schema={"minimum": 0})] = None
     display: Annotated[str | None, _one_of("summarized", "omitted", None)] = None
 
 

@@ -31,6 +31,12 @@ _OF_ALL: list[Schema] = [
             {"required": ["tools"], "properties": {"tools": {"type": "array", "minItems": 1}}},
         ]
     },
+    {
+        "anyOf": [
+            {"properties": {"output_format": {"type": "null"}}},
+            {"properties": {"output_config": {"properties": {"format": {"type": "null"}}}}},
+        ]
+    },
 ]
 ANTHROPIC_RULES: dict[str, list[Schema]] = {
     "RequestTurn": [

@@ -107,7 +107,7 @@ class _XgrammarFollower:
         return None
 
     def close(self) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # only outputs with a bound are closed, and xgrammar's here have none
 
 
 ENGINES: dict[str, Callable[[str, int, tuple[int, ...]], GrammarEngine]] = {

@@ -1,5 +1,6 @@
 """What the formats of tool calls share: tools in the prompt."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ from dispec.serving.chat_output.tool_descriptions import as_plain_messages
 from dispec.serving.chat_output.tools import ToolRequest
 
 
-class BaseFormat:
+class BaseFormat(ABC):
     """A format whose tools the chat template describes, if `knows_tools`; else they go into the messages.
 
     vocabulary: the id of each token, for markers that are one token.
@@ -32,6 +33,6 @@ class BaseFormat:
         """Return the messages as a template that knows tools accepts them."""
         return messages
 
+    @abstractmethod
     def write_call(self, name: str, arguments: str) -> str:
         """Return the text of a call in this format. arguments: JSON text."""
-        raise NotImplementedError

@@ -14,10 +14,10 @@ from pydantic import BaseModel, Field
 
 from tests.real_tokenizers import real_tokenizer
 from tests.scripted_engine import ScriptedEngine, async_client, scripted_server
+from tests.scripted_responses import PATH, Scripted, types_of
+from tests.scripted_responses import QUESTION as CAPITAL
 from tests.servers import DEFAULT_MODEL as MODEL
 from tests.servers import Server, default_model_server, openai_client
-from tests.test_responses_api import PATH, Scripted, types_of
-from tests.test_responses_api import QUESTION as CAPITAL
 from tests.tool_cases import PLACE
 
 QUESTION = "How warm is it in Paris?"

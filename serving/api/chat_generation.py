@@ -9,7 +9,8 @@ from litestar import Request
 from dispec.serving.api.chat_request import PreparedChat, prepare_chat
 from dispec.serving.api.context import context_of
 from dispec.serving.api.generation import Generation
-from dispec.serving.api.protocol import ChatRequest, CompletionTokensDetails, Usage
+from dispec.serving.api.protocol import ChatRequest
+from dispec.serving.api.response_bodies import CompletionTokensDetails, Usage
 from dispec.serving.chat_output.chat_parser import ChatParser
 from dispec.serving.chat_output.deltas import (
     ContentDelta,

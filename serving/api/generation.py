@@ -13,13 +13,8 @@ from dispec.engine.sampling_params import SamplingParams
 from dispec.serving.api.context import ApiContext
 from dispec.serving.api.kv_transfer import read_transfer
 from dispec.serving.api.prompts import Prompt
-from dispec.serving.api.protocol import (
-    CompletionTokensDetails,
-    PromptTokensDetails,
-    SamplingRequest,
-    StreamOptions,
-    Usage,
-)
+from dispec.serving.api.protocol import SamplingRequest, StreamOptions
+from dispec.serving.api.response_bodies import CompletionTokensDetails, PromptTokensDetails, Usage
 from dispec.serving.client.errors import RETRY_SECONDS
 from dispec.serving.client.request_stream import ChoiceUpdate, GenerationRequest, RequestStream
 from dispec.serving.http.errors import ApiError

@@ -5,13 +5,7 @@ from functools import cached_property
 
 from dispec.engine.scheduling.token_output import TokenLogprobs
 from dispec.engine.text.tokenizer import Tokenizer
-from dispec.serving.api.protocol import (
-    ChatLogprob,
-    ChatLogprobs,
-    CompletionLogprobs,
-    PromptLogprobs,
-    TopLogprob,
-)
+from dispec.serving.api.response_bodies import ChatLogprob, ChatLogprobs, CompletionLogprobs, PromptLogprobs, TopLogprob
 
 _LOWEST = -9999.0  # OpenAI's value for impossible tokens
 

@@ -13,14 +13,14 @@ from dispec.serving.api.generation import StreamUsage
 from dispec.serving.api.http_responses import EventStream, JsonResponse, abort_on_disconnect, event
 from dispec.serving.api.logprobs import chat_logprobs, prompt_logprobs
 from dispec.serving.api.openapi import describe
-from dispec.serving.api.protocol import (
+from dispec.serving.api.protocol import ChatRequest
+from dispec.serving.api.response_bodies import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatLogprobs,
     ChatMessage,
-    ChatRequest,
     ChatToolCall,
     Delta,
     FunctionCall,

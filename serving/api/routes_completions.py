@@ -13,15 +13,8 @@ from dispec.serving.api.http_responses import EventStream, JsonResponse, abort_o
 from dispec.serving.api.logprobs import CompletionLogprobsBuilder, prompt_logprobs
 from dispec.serving.api.openapi import describe
 from dispec.serving.api.prompts import Truncation
-from dispec.serving.api.protocol import (
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionRequest,
-    GenerateRequest,
-    GenerateResponse,
-    Usage,
-)
+from dispec.serving.api.protocol import CompletionRequest, GenerateRequest
+from dispec.serving.api.response_bodies import Completion, CompletionChoice, CompletionLogprobs, GenerateResponse, Usage
 from dispec.serving.api.sampling import check_max_tokens, sampling_params
 from dispec.serving.client.request_stream import ChoiceUpdate
 

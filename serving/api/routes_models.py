@@ -7,7 +7,7 @@ from litestar.types import ASGIApp
 from dispec.serving.api.context import ApiContext, context_of
 from dispec.serving.api.http_responses import JsonResponse
 from dispec.serving.api.openapi import describe
-from dispec.serving.api.protocol import Model, ModelList
+from dispec.serving.api.response_bodies import Model, ModelList
 
 
 @get("/v1/models", **describe(None, ModelList, tag="Models"))

@@ -14,13 +14,8 @@ from dispec.serving.api.chat_request import chat_prompt
 from dispec.serving.api.context import ServedModel, context_of
 from dispec.serving.api.http_responses import JsonResponse
 from dispec.serving.api.openapi import describe
-from dispec.serving.api.protocol import (
-    ChatRequest,
-    DetokenizeRequest,
-    DetokenizeResponse,
-    TokenizeRequest,
-    TokenizeResponse,
-)
+from dispec.serving.api.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest
+from dispec.serving.api.response_bodies import DetokenizeResponse, TokenizeResponse
 
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _PATHS = ("vocab_file", "merges_file", "tokenizer_file", "name_or_path")  # of files on this machine

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dispec.serving.api.http_responses import event
-from dispec.serving.api.protocol import ChatLogprob, Usage
+from dispec.serving.api.response_bodies import ChatLogprob, Usage
 from dispec.serving.api.responses.input_items import new_id
 from dispec.serving.api.responses.protocol import (
     FunctionCallItem,

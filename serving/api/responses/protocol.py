@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from dispec.engine.sampling_params import MAX_LOGPROBS
-from dispec.serving.api.protocol import ChatLogprob, GenerationRequestFields, SpecialTokensInContent, TemplateArguments
+from dispec.serving.api.protocol import GenerationRequestFields, SpecialTokensInContent, TemplateArguments
+from dispec.serving.api.response_bodies import ChatLogprob
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]

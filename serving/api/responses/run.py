@@ -7,7 +7,7 @@ from litestar.types import Scope
 
 from dispec.serving.api.chat_generation import ChatGeneration, ParsedChoice
 from dispec.serving.api.logprobs import chat_logprobs
-from dispec.serving.api.protocol import ChatLogprob
+from dispec.serving.api.response_bodies import ChatLogprob
 from dispec.serving.api.responses.builder import ResponseBuilder
 from dispec.serving.api.responses.input_items import Item
 from dispec.serving.api.responses.protocol import Response

@@ -83,6 +83,33 @@ def test_the_seed_repeats_a_sampled_answer(tiny: str) -> None:
     assert first == again != other
 
 
+def test_an_answer_follows_a_json_schema(tiny: str, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["b", "c"]}}, "required": ["a"]}
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(schema | {"additionalProperties": False}))
+    result = dispec("generate", "Hi", *eager(tiny, "--raw", "--json-schema", str(path), "--max-tokens", "40"))
+    assert result.code == 0
+    assert json.loads(result.out) in ({"a": "b"}, {"a": "c"})
+
+
+@pytest.mark.parametrize(
+    ("contents", "said"),
+    [
+        ("{", "schema.json is not JSON: "),
+        ("[" * 10_000, "schema.json is nested more than 100 levels deep"),
+        ('{"items": {"uniqueItems": true}}', "schema.json: /items/uniqueItems is a keyword that cannot be enforced"),
+        (None, "schema.json cannot be read: No such file"),
+    ],
+)
+def test_a_wrong_schema_is_refused_before_the_model_is_loaded(tmp_path: Path, contents: str | None, said: str) -> None:
+    path = tmp_path / "schema.json"
+    if contents is not None:
+        path.write_text(contents)
+    result = dispec("generate", "Hi", "--model", "/no/such/model", "--json-schema", str(path))
+    assert result.code == 2
+    assert said in one_sentence(result)
+
+
 def test_version() -> None:
     result = dispec("--version")
     assert result.code == 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.structured_output.json_schema import SchemaError, enforceable_schema, read_schema
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 from dispec.serving.cli.console import BAD_INPUT, INTERRUPTED, reporting, say
 from dispec.serving.cli.option_groups import (
@@ -237,14 +238,16 @@ def _read_prompt(given: str) -> str:
 
 
 def _read_schema(path: Path) -> str:
-    """Return the contents of a JSON file."""
+    """Return the contents of a file with a JSON Schema, once it is known to be one that can be enforced."""
     try:
         text = path.read_text(encoding="utf-8")
-        json.loads(text)
+        enforceable_schema(read_schema(text))
     except OSError as error:
         raise ValueError(f"--json-schema {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are
+    except UnicodeDecodeError as error:
         raise ValueError(f"--json-schema {path} is not JSON: {error}") from error
+    except SchemaError as error:
+        raise ValueError(f"--json-schema {path}{error.pointer and f': {error.pointer}'} {error}") from error
     return text
 
 

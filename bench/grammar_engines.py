@@ -52,8 +52,8 @@ class GrammarEngine(Protocol):
 class Llguidance:
     """As DiSpec uses it."""
 
-    def __init__(self, text: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        self._compiler = GrammarCompiler(text, vocab_size, eos_token_ids)
+    def __init__(self, tokenizer_path: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._compiler = GrammarCompiler(tokenizer_path, vocab_size, eos_token_ids)
 
     def compile(self, schema: str) -> Callable[[], "Follower"]:
         try:
@@ -66,11 +66,11 @@ class Llguidance:
 class Xgrammar:
     """With properties that a schema does not name, as the specification has it."""
 
-    def __init__(self, text: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, tokenizer_path: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         import tokenizers
         import xgrammar
 
-        known = tokenizers.Tokenizer.from_str(text).get_vocab()
+        known = tokenizers.Tokenizer.from_file(tokenizer_path).get_vocab()
         vocabulary = [""] * vocab_size
         for token, id in known.items():
             vocabulary[id] = token
@@ -203,9 +203,9 @@ def main(
     correct = Report("grammar-engines-conformance", settings, machine, columns, output)
     for name in tokenizer or ["smollm2"]:
         directory, vocab_size, eos_token_ids = _tokenizer(name)
-        text = (directory / "tokenizer.json").read_text(encoding="utf-8")
+        path = str(directory / "tokenizer.json")
         outputs = RandomOutputs(directory, vocab_size, eos_token_ids)
-        engines = {engine: start(text, vocab_size, eos_token_ids) for engine, start in ENGINES.items()}
+        engines = {engine: start(path, vocab_size, eos_token_ids) for engine, start in ENGINES.items()}
         for engine in engines.values():
             engine.compile('{"type": "null"}')  # builds the tokenizer's tables
         for row, (schema, document) in documents().items():

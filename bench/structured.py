@@ -198,8 +198,8 @@ def _start(
 
 
 def _compiler(checkpoint: Checkpoint) -> GrammarCompiler:
-    text = (Path(checkpoint.directory) / "tokenizer.json").read_text(encoding="utf-8")
-    return GrammarCompiler(text, checkpoint.config.vocab_size, checkpoint.eos_token_ids)
+    path = str(Path(checkpoint.directory) / "tokenizer.json")
+    return GrammarCompiler(path, checkpoint.config.vocab_size, checkpoint.eos_token_ids)
 
 
 def main(

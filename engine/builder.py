@@ -189,9 +189,9 @@ class EngineBuilder:
 
     def _make_grammar_compiler(self) -> GrammarCompiler:
         path = None if self._checkpoint is None else self._checkpoint.directory / "tokenizer.json"
-        contents = path.read_text(encoding="utf-8") if path is not None and path.is_file() else None
+        known = str(path) if path is not None and path.is_file() else None
         eos_token_ids = self._checkpoint.eos_token_ids if self._checkpoint is not None else ()
-        return GrammarCompiler(contents, self._config.vocab_size, eos_token_ids)
+        return GrammarCompiler(known, self._config.vocab_size, eos_token_ids)
 
     def _plan_kv_cache(self, free_bytes: int) -> KVPlan:
         draft = self._draft.config if self._draft is not None else None

@@ -1,6 +1,7 @@
 """Grammars of every kind, from a request's field to the texts that they allow."""
 
 import json
+import tempfile
 from functools import cache
 from typing import Any
 from unittest.mock import Mock
@@ -25,10 +26,14 @@ OLDER_TAG = {
 }
 
 
+TOKENIZER_FILE = tempfile.NamedTemporaryFile(suffix=".json")  # noqa: SIM115 (until the tests end)
+
+
 @cache
 def vocabulary() -> Vocabulary:
     tokenizer = tiny_tokenizer()
-    return Vocabulary(tokenizer.to_str(), tokenizer.get_vocab_size(), (2,))
+    tokenizer.save(TOKENIZER_FILE.name)
+    return Vocabulary(TOKENIZER_FILE.name, tokenizer.get_vocab_size(), (2,))
 
 
 @cache

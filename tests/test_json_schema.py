@@ -134,8 +134,8 @@ def test_outputs_follow_the_grammar(outputs: dict[str, list[Completion]], name: 
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
     checkpoint = find_checkpoint("smollm2")
-    text = (Path(checkpoint.directory) / "tokenizer.json").read_text(encoding="utf-8")
-    return GrammarCompiler(text, checkpoint.config.vocab_size, checkpoint.eos_token_ids)
+    path = str(Path(checkpoint.directory) / "tokenizer.json")
+    return GrammarCompiler(path, checkpoint.config.vocab_size, checkpoint.eos_token_ids)
 
 
 @pytest.fixture(scope="module")

@@ -79,13 +79,13 @@ class Grammar:
 class GrammarCompiler:
     """Compiles grammars for one tokenizer, and keeps the last ones. Safe to share between threads.
 
-    tokenizer_json: the contents of `tokenizer.json`; None for a model without one, for which every grammar is refused.
+    tokenizer_path: of `tokenizer.json`; None for a model without one, for which every grammar is refused.
     vocab_size: of the logits, padding included.
     eos_token_ids: tokens that end an output where the grammar lets it end.
     """
 
-    def __init__(self, tokenizer_json: str | None, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        self._vocabulary = None if tokenizer_json is None else Vocabulary(tokenizer_json, vocab_size, eos_token_ids)
+    def __init__(self, tokenizer_path: str | None, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._vocabulary = None if tokenizer_path is None else Vocabulary(tokenizer_path, vocab_size, eos_token_ids)
         self._closing_planner: ClosingPlanner | None = None
         self._tables: LLTokenizer | None = None
         self._grammars: OrderedDict[StructuredOutputs, Grammar | str] = OrderedDict()

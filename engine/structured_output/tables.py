@@ -1,6 +1,7 @@
 """llguidance's tables of a tokenizer, and grammars compiled with them, within limits."""
 
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -22,12 +23,12 @@ _LIMITS = {
 class Vocabulary(NamedTuple):
     """The tokens that masks are computed for.
 
-    tokenizer_json: the contents of `tokenizer.json`.
+    tokenizer_path: of `tokenizer.json`, which is read when tables are made.
     size: of the logits, padding included.
     eos_token_ids: tokens that end an output where the grammar lets it end.
     """
 
-    tokenizer_json: str
+    tokenizer_path: str
     size: int
     eos_token_ids: tuple[int, ...]
 
@@ -37,7 +38,7 @@ class Vocabulary(NamedTuple):
         llguidance takes added tokens of the form `<…>` for special ones, which are no text, but tokenizes forced text
         to them. They get names here that no text spells.
         """
-        tokenizer = json.loads(self.tokenizer_json)
+        tokenizer = json.loads(Path(self.tokenizer_path).read_text(encoding="utf-8"))
         for token in tokenizer.get("added_tokens") or ():
             name = token.get("content", "")
             if token.get("special") or (name.startswith("<") and name.endswith(">")):

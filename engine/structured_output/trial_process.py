@@ -81,8 +81,8 @@ class TrialProcess:
 
 
 def _serve() -> None:
-    tokenizer_json, size, eos_token_ids = json.loads(sys.stdin.buffer.readline())
-    tables = Vocabulary(tokenizer_json, size, tuple(eos_token_ids)).tables()
+    tokenizer_path, size, eos_token_ids = json.loads(sys.stdin.buffer.readline())
+    tables = Vocabulary(tokenizer_path, size, tuple(eos_token_ids)).tables()
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     while True:
         print(flush=True)

@@ -33,6 +33,10 @@ class ClosingPlanner:
         self._search = ClosingSearch(self._candidates)
         self._bridges = [self._candidates.tokenize(text) for text in _BRIDGES]
 
+    def can_write(self, text: str) -> bool:
+        """Return whether the vocabulary has tokens for a text: some lack those of bytes that no training text had."""
+        return not text or bool(self._candidates.tokenize(text.encode()))
+
     def plan(self, matcher: LLMatcher, max_tokens: int) -> tuple[int, ...] | None:
         """Return tokens that complete the output, at most `max_tokens`; () if it is complete. None if none were found
         within the limit of effort: 0.1 s on one core for grammars that no search ends, such as free text up to a marker

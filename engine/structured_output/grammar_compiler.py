@@ -10,7 +10,7 @@ from llguidance import LLMatcher, LLTokenizer
 from dispec.engine.errors import InvalidField
 from dispec.engine.structured_output.closing_plan import ClosingPlanner
 from dispec.engine.structured_output.grammar_state import GrammarState
-from dispec.engine.structured_output.grammar_text import explain, grammar_text
+from dispec.engine.structured_output.grammar_text import explain, fixed_texts, grammar_text
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 from dispec.engine.structured_output.tables import Vocabulary, new_matcher
 from dispec.engine.structured_output.trial_process import TrialProcess
@@ -135,7 +135,10 @@ class GrammarCompiler:
 
     def _compile(self, structure: StructuredOutputs, text: str) -> Grammar | str:
         """Return the grammar, or why it is refused."""
-        tables = self._read_tables()
+        tables, planner = self._read_tables(), self._planner()
+        without_tokens = next((one for one in fixed_texts(structure) if not planner.can_write(one)), None)
+        if without_tokens is not None:
+            return f"holds {without_tokens:.60}, for which the model has no tokens"
         with self._trial() as trial:
             refusal = trial.compile(text)
         if refusal is not None:
@@ -143,7 +146,7 @@ class GrammarCompiler:
         matcher = new_matcher(tables, text)
         if matcher.is_error():
             return explain(structure, matcher.get_error())
-        return Grammar(matcher, structure, tables.eos_token, self._planner())
+        return Grammar(matcher, structure, tables.eos_token, planner)
 
     @contextmanager
     def _trial(self) -> Iterator[TrialProcess]:

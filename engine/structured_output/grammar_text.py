@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from llguidance import LLMatcher
@@ -33,6 +34,33 @@ def grammar_text(structure: StructuredOutputs) -> str:
     if structure.grammar is not None:
         return _context_free(structure)
     return _structural_tag(structure)
+
+
+def fixed_texts(structure: StructuredOutputs) -> Iterator[str]:
+    """Yield the texts that an output has letter by letter: choices, and names and constants of a JSON Schema."""
+    yield from structure.choice or ()
+    if structure.json is not None:
+        for text in _constants(json.loads(str(structure.json))):
+            yield json.dumps(text, ensure_ascii=False)  # as an output writes it
+
+
+def _constants(schema: Any) -> Iterator[str]:
+    if isinstance(schema, dict):
+        for name, value in schema.items():
+            if name == "properties" and isinstance(value, dict):
+                yield from value
+            yield from _strings(value) if name in ("const", "enum") else _constants(value)
+    elif isinstance(schema, list):
+        for item in schema:
+            yield from _constants(item)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _strings(item)
 
 
 def explain(structure: StructuredOutputs, error: str) -> str:

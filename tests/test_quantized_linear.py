@@ -1,33 +1,17 @@
 """int4 and int8 weights on a CPU against dequantisation and multiplication in float64."""
 
 import random
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from dispec import ops
-from dispec.ops.cpu import library
 from dispec.ops.quantization import MIN_GROUP
+from tests.instruction_sets import instruction_set  # noqa: F401
 
 CASES = range(40)
-pytestmark = pytest.mark.skipif(not library.has_packed_linear(), reason="needs AVX512-BF16 or AVX2")
-
-
-@pytest.fixture(params=["AVX512-BF16", "AVX2"], scope="module", autouse=True)
-def _instructions(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run each test with the kernels of this CPU, and with those of a CPU without AVX-512."""
-    if request.param == "AVX512-BF16":
-        yield
-        return
-    if "avx512_bf16" not in library._cpu():
-        pytest.skip("this CPU has only AVX2")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "_FLAGS", (*library._FLAGS, "-mno-avx512f"))
-        lower = library.library.__wrapped__()
-        patch.setattr(library, "library", lambda: lower)
-        yield
+pytestmark = pytest.mark.usefixtures("instruction_set")
 
 
 class Case(NamedTuple):

@@ -10,7 +10,6 @@ import enum
 import functools
 import hashlib
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -25,12 +24,13 @@ import platformdirs
 import torch
 from torch import Tensor
 
+from dispec.ops.cpu.instruction_sets import cpu_flags, instruction_set
 from dispec.ops.registration import assume_constant_result
 
 _FOLDER = Path(__file__).parent
 _SOURCES = sorted(_FOLDER.glob("*.cpp"))
 _HEADERS = sorted(_FOLDER.glob("*.h"))
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-w")
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-w")
 _BUILD_BYTES = 16 * 2**20  # free disk space that a build requires; objects and library take 2 MiB
 _RETRY_SECONDS = 24 * 3600.0  # between a failed build and the next try
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
@@ -79,8 +79,8 @@ class Matrix(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """Return the library, or None with a warning where it cannot be built, or None for `DISPEC_CPU_KERNELS=off`.
 
-    A failed build is not tried again for a day. Without AVX512-BF16 and AVX2 the library lacks the kernels of packed
-    weights (linear.cpp, decoder.cpp) and prefill attention.
+    A failed build is not tried again for a day. Where `instruction_set` is PORTABLE, the library lacks the kernels of
+    packed weights (linear.cpp, decoder.cpp) and prefill attention. Raises ValueError for a wrong `DISPEC_CPU_ISA`.
     """
     if os.environ.get("DISPEC_CPU_KERNELS", "on") == "off":
         return None
@@ -135,6 +135,15 @@ def has_packed_linear() -> bool:
     return hasattr(library(), "dispec_linear")
 
 
+def built_instruction_set() -> str | None:
+    """Return the name of the instruction set whose kernels the library has, None where it lacks packed weights."""
+    loaded = library()
+    if loaded is None or not has_packed_linear():
+        return None
+    loaded.dispec_instruction_set.restype = ctypes.c_char_p
+    return str(loaded.dispec_instruction_set().decode())
+
+
 def kernel(name: str, dtype: torch.dtype | None = None) -> Callable[..., None]:
     """Return a kernel of the library, which must have it: `dispec_NAME`, or `dispec_NAME_DTYPE`."""
     return getattr(library(), f"dispec_{name}" if dtype is None else f"dispec_{name}_{DTYPE_NAMES[dtype]}")
@@ -169,7 +178,7 @@ def build(directory: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = [Path(scratch) / f"{source.name}.o" for source in _SOURCES]
         compilations = [
-            _run(compiler, *_FLAGS, "-c", str(source), "-o", str(made), scratch=scratch)
+            _run(compiler, *_flags(), "-c", str(source), "-o", str(made), scratch=scratch)
             for source, made in zip(_SOURCES, objects, strict=True)
         ]
         _finish(compilations)
@@ -180,11 +189,15 @@ def build(directory: Path | None = None) -> Path:
 
 
 def _target() -> Path:
-    digest = hashlib.sha256(" ".join((*_FLAGS, _compiler() or "", _cpu())).encode())
+    digest = hashlib.sha256(" ".join((*_flags(), _compiler() or "", cpu_flags())).encode())
     for path in (*_SOURCES, *_HEADERS):
         digest.update(path.read_bytes())
     chosen = os.environ.get("DISPEC_CACHE_DIR") or platformdirs.user_cache_dir("dispec")
     return Path(chosen).expanduser() / "cpu-kernels" / f"{digest.hexdigest()[:24]}.so"
+
+
+def _flags() -> tuple[str, ...]:
+    return (*_FLAGS, *instruction_set().compiler_flags)
 
 
 def _compiler() -> str | None:
@@ -209,12 +222,3 @@ def _finish(compilations: "list[subprocess.Popen[str]]") -> None:
             arguments: Any = compilation.args
             fallback = lines[0] if lines else f"it ended with code {compilation.returncode}"
             raise RuntimeError(f"{arguments[0]} fails: {reason or fallback}")
-
-
-def _cpu() -> str:
-    """Return the CPU's features, which `-march=native` depends on: machines may share a cache."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()}"

@@ -447,6 +447,9 @@ void read_rows(const Matrix &weight, const int32_t *indices, int64_t count, int6
     count > 4 ? parallel_for(count, read) : read(0, count);
 }
 
+// The row of the table in instruction_sets.py that this library was built for.
+extern "C" const char *dispec_instruction_set() { return INSTRUCTION_SET; }
+
 // Pack a weight [n, k] into [ceil(n / 32), ceil(k / 2), 32, 2], padded with zeros and aligned to 64 bytes.
 extern "C" void dispec_pack(const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k) {
     const int64_t pairs = (k + 1) / 2, tiles = (n + TILE - 1) / TILE;

@@ -43,6 +43,8 @@ inline const Weight *pair_of(const Weight *tile, int64_t pair) {
 
 #ifdef __AVX512BF16__
 #include "tiles_avx512.h"
+constexpr const char *INSTRUCTION_SET = "avx512";
 #else
 #include "tiles_avx2.h"
+constexpr const char *INSTRUCTION_SET = "avx2";
 #endif

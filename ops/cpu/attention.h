@@ -53,18 +53,18 @@ inline Floats masked(Floats scores, int64_t visible) {
 // A row that sees no position yet has the maximum -infinity; subtracting that from itself would be NaN.
 inline float finite_or_zero(float maximum) { return std::isinf(maximum) ? 0.0f : maximum; }
 
-// One step of a row's online softmax (arXiv:2205.14135) over `count` scores, in whole vectors. put(i, weights) stores
-// the weights of scores i to i + 15. Updates the row's maximum and sum of weights; returns the factor for its earlier
-// weighted sums.
+// One step of a row's online softmax (arXiv:2205.14135) over `count` scores, in whole vectors. A score is a logarithm to
+// base 2: the attention scale includes log2(e). put(i, weights) stores the weights of scores i to i + 15. Updates the
+// row's maximum and sum of weights; returns the factor for its earlier weighted sums.
 template <typename Put>
 inline float online_softmax(const float *scores, int64_t count, float &maximum, float &total, const Put &put) {
     Floats peaks = splat(-INFINITY);
     for (int64_t i = 0; i < count; i += LANES) peaks = larger(load(scores + i), peaks);
     const float peak = std::max(maximum, largest(peaks)), base = finite_or_zero(peak);
-    const float kept = std::exp(maximum - base);
+    const float kept = std::exp2(maximum - base);
     Floats sums = {};
     for (int64_t i = 0; i < count; i += LANES) {
-        const Floats weights = exp_negative(load(scores + i) - base);
+        const Floats weights = exp2_negative(load(scores + i) - base);
         put(i, weights);
         sums += weights;
     }

@@ -16,7 +16,7 @@ constexpr int MAX_ROWS = 6;
 constexpr int64_t SPAN = 512;  // positions
 
 struct Scratch {
-    float query[MAX_ROWS][MAX_HEAD_DIM];  // scaled
+    float query[MAX_ROWS][MAX_HEAD_DIM];  // scaled, see `online_softmax`
     float sums[MAX_ROWS][MAX_HEAD_DIM];
     float weights[MAX_ROWS][MAX_BLOCK_SIZE];
     float maximum[MAX_ROWS], total[MAX_ROWS];
@@ -82,10 +82,11 @@ void run_task(const DecodeTask &task, const Attention<T> &a, const AttentionShap
     const QueryRows<T> rows{a, shape, task.sequence, task.head, task.first_row};
     const E *keys = (const E *)a.keys, *values = (const E *)a.values;
     const int64_t d = shape.head_dim, size = page_size<E>(shape);
+    const float scale = a.scale * LOG2_E;
     for (int64_t row = 0; row < task.num_rows; ++row) {
         const T *query = rows.query(row);
         for (int64_t i = 0; i < d; ++i) {
-            s.query[row][i] = scalar(query[i]) * a.scale;
+            s.query[row][i] = scalar(query[i]) * scale;
             s.sums[row][i] = 0;
         }
         s.visible[row] = rows.visible(row);
@@ -121,12 +122,12 @@ void combine(const float *partial, int64_t spans, int64_t stride, int64_t d, T *
     for (int64_t span = 0; span < spans; ++span) peak = std::max(peak, partial[span * stride]);
     const float base = finite_or_zero(peak);
     for (int64_t span = 0; span < spans; ++span)
-        total += partial[span * stride + 1] * std::exp(partial[span * stride] - base);
+        total += partial[span * stride + 1] * std::exp2(partial[span * stride] - base);
     const float factor = 1.0f / std::max(total, 1e-37f);
     for (int64_t i = 0; i < d; i += LANES) {
         Floats sums = {};
         for (int64_t span = 0; span < spans; ++span)
-            sums += load(partial + span * stride + 2 + i) * std::exp(partial[span * stride] - base);
+            sums += load(partial + span * stride + 2 + i) * std::exp2(partial[span * stride] - base);
         store(to + i, sums * factor);
     }
 }

@@ -187,7 +187,7 @@ constexpr auto MULTIPLY_UNPACKED = multiply_groups_of<uint16_t>(std::make_intege
 // out = silu(gate) * up (arXiv:2002.05202), 32 elements; both factors are rounded before.
 void silu_and_mul(const bfloat16 *gate, const bfloat16 *up, bfloat16 *out) {
     for (int64_t i = 0; i < TILE; i += LANES) {
-        const Floats x = load(gate + i), e = exp_negative((Floats)((Ints)x | INT32_MIN));
+        const Floats x = load(gate + i), e = exp2_negative((Floats)((Ints)x | INT32_MIN) * LOG2_E);
         bfloat16 silu[LANES];
         finish(x * choose((Ints)x >> 31, e, splat(1.0f)) / (e + 1.0f), nullptr, (uint16_t *)silu, LANES);
         finish(load(silu) * load(up + i), nullptr, (uint16_t *)(out + i), LANES);

@@ -28,7 +28,7 @@ struct alignas(64) Scratch {
     Input query[MAX_TASK_ROWS * MAX_HEAD_DIM];
     float scores[TILE_ROWS * SPAN];
     Input weights[TILE_ROWS * SPAN];
-    float key_factors[SPAN], value_factors[SPAN];  // of each position's codes; the key's times the attention scale
+    float key_factors[SPAN], value_factors[SPAN];  // of each position's codes; the key's times the scale
     float maximum[MAX_TASK_ROWS], total[MAX_TASK_ROWS];
     int64_t visible[MAX_TASK_ROWS];
 };
@@ -60,7 +60,7 @@ void copy_span(Scratch &s, const Attention<bfloat16> &a, const AttentionShape &s
         for (int64_t i = 0; i < d; i += 2)
             put_paired(to + i * TILE, load(keys + i * size), load(keys + (i + 1) * size));
         const int64_t here = std::min<int64_t>(16, count - offset);
-        store(s.key_factors + offset, code_factors(key_page, shape, within) * a.scale);
+        store(s.key_factors + offset, code_factors(key_page, shape, within) * (a.scale * LOG2_E));
         store(s.value_factors + offset, code_factors(value_page, shape, within));
         std::fill(s.value_factors + offset + here, s.value_factors + offset + 16, 0.0f);
         for (int64_t i = 0; i < padded(d); i += 16) {

@@ -164,25 +164,34 @@ inline float sum(Floats x) {
     return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
-// e^x for x <= 0, to two units in the last place; 0 below -87 and for -infinity. e^r for |r| <= log(2) / 2 is a Taylor
-// polynomial; 2^n is written into the exponent.
-inline Floats exp_negative(Floats x) {
-    const Floats lowest = splat(-87.0f);
+constexpr float LOG2_E = 1.44269504f;
+
+// 2^x for x <= 0, to two units in the last place; 0 below -126 (in AVX-512 -149) and for -infinity. 2^f for |f| <= 1/2
+// is a polynomial of least relative error that is 1 at 0; 2^n is written into the exponent.
+inline Floats exp2_negative(Floats x) {
+#ifdef __AVX512F__
+    x = larger(x, splat(-200.0f));
+    const Floats n = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const Floats lowest = splat(-126.0f);
     const Ints too_low = is_less(x, lowest);
     x = choose(too_low, lowest, x);
     const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const Floats n = (x * 1.44269504f + shift) - shift;
-    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-    Floats p = splat(1.0f / 5040);
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    const Floats n = (x + shift) - shift;
+#endif
+    const Floats f = x - n;
+    Floats p = splat(1.32647005e-3f);
+    p = p * f + 9.67151485e-3f;
+    p = p * f + 5.55073395e-2f;
+    p = p * f + 0.240222424f;
+    p = p * f + 0.693147004f;
+    p = p * f + 1.0f;
+#ifdef __AVX512F__
+    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
     return choose(too_low, splat(0.0f), p * (Floats)exponent);
+#endif
 }
 
 // out = x / sqrt(mean(x^2) + eps) * weight, n elements (arXiv:1910.07467), rounded to T before and after the weight, as

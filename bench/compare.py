@@ -78,7 +78,10 @@ SUITES = {
     "short": Suite("qwen2.5-1.5b", tuple(Case(Workload(size)) for size in (1, 6, 16, 32, 128))),
     "long": Suite(
         "qwen2.5-1.5b",
-        (Case(Workload(1, 2048, 1)), Case(Workload(1, 8192, 1)), Case(Workload(8, 8192), decode_only=True)),
+        (
+            *(Case(Workload(1, tokens, 1)) for tokens in (2048, 8192, 32000)),
+            *(Case(Workload(size, tokens), decode_only=True) for size, tokens in ((1, 8192), (8, 8192), (1, 32000))),
+        ),
     ),
     "7b": Suite("qwen2.5-7b", (Case(Workload(1)), Case(Workload(32)))),
 }

@@ -134,18 +134,14 @@ inline void multiply_add(Floats (&sums)[ROWS][2], const Input *x, int64_t stride
 
 // Sixteen float16.
 inline Floats load_halves(const uint16_t *at) {
-    alignas(64) float halves[LANES];
-    for (int i = 0; i < 2; ++i)
-        _mm256_store_ps(halves + 8 * i, _mm256_cvtph_ps(_mm_load_si128((const __m128i *)at + i)));
-    return load(halves);
+    return {(EightFloats)_mm256_cvtph_ps(_mm_load_si128((const __m128i *)at)),
+            (EightFloats)_mm256_cvtph_ps(_mm_load_si128((const __m128i *)at + 1))};
 }
 
 // x * y + z, rounded once.
 inline Floats fma(Floats x, Floats y, Floats z) {
-    FloatHalves a{x}, b{y}, c{z};
-    for (int i = 0; i < 2; ++i)
-        c.half[i] = (EightFloats)_mm256_fmadd_ps((__m256)a.half[i], (__m256)b.half[i], (__m256)c.half[i]);
-    return c.whole;
+    return {(EightFloats)_mm256_fmadd_ps((__m256)x.low, (__m256)y.low, (__m256)z.low),
+            (EightFloats)_mm256_fmadd_ps((__m256)x.high, (__m256)y.high, (__m256)z.high)};
 }
 
 // The next three in whole registers: GCC moves `Floats` in pieces of 16 bytes, of which loads of 32 bytes wait.

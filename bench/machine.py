@@ -26,9 +26,14 @@ class Machine:
     cores: int
     memory_bytes: int
     threads: str | None  # OMP_NUM_THREADS, None where it is not set
+    instruction_set: str | None = None  # DISPEC_CPU_ISA, None where it is not set
 
     def as_record(self) -> dict[str, Any]:
         return asdict(self)
+
+    def describe(self) -> str:
+        restricted = f" restricted to {self.instruction_set}" if self.instruction_set else ""
+        return f"{self.device}, {self.cores} cores{restricted}"
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ def describe_machine(device: "torch.device | None" = None) -> Machine:
 
         name = torch.cuda.get_device_name(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(name, cores, psutil.virtual_memory().total, os.environ.get("OMP_NUM_THREADS"))
+    threads, instruction_set = (os.environ.get(name) for name in ("OMP_NUM_THREADS", "DISPEC_CPU_ISA"))
+    return Machine(name, cores, psutil.virtual_memory().total, threads, instruction_set)
 
 
 def choose_device(name: str | None) -> "torch.device":

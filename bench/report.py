@@ -60,7 +60,7 @@ class Report:
         chosen = {name: value for name, value in self.settings.items() if name not in _SECRET}
         self.settings = {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()}
         known = ", ".join(f"{name} {number}" for name, number in self.versions.items())
-        print(f"{self.machine.device}, {self.machine.cores} cores; commit {self._commit}; {known}", flush=True)
+        print(f"{self.machine.describe()}; commit {self._commit}; {known}", flush=True)
 
     def add(self, case: dict[str, Any], figures: dict[str, Any], cells: list[Any]) -> None:
         """Add a row: `cells` for the table; `case` and `figures` for the file, written at once."""

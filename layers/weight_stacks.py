@@ -56,7 +56,7 @@ class WeightStacks:
         if not isinstance(self._weights.get(spec.name, self._like), Tensor):
             return self._like.new_empty(shape)
         if spec.name not in self._weights:
-            self._weights[spec.name] = self._like.new_empty((self._num_layers, *shape))
+            self._weights[spec.name] = ops.on_huge_pages(self._like.new_empty((self._num_layers, *shape)))
         return self._weights[spec.name][spec.layer]
 
     def add(self, spec: WeightSpec, weight: Tensor | ops.QuantizedTensor) -> None:

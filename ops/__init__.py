@@ -8,6 +8,7 @@ they are plain functions.
 from dispec.ops.collective import all_gather_columns, all_reduce, broadcast
 from dispec.ops.decoder import MAX_QUERY_LEN, Decoder, DecoderLayers, build_decoder, decode_tokens, decoder_layers
 from dispec.ops.embedding import embedding
+from dispec.ops.huge_pages import on_huge_pages
 from dispec.ops.kv_cache import copy_blocks, write_kv
 from dispec.ops.linear import Matrix, PackedWeight, allocate_workspaces, linear, pack
 from dispec.ops.noise import uniform_noise
@@ -51,6 +52,7 @@ __all__ = [
     "layer_of",
     "linear",
     "mask_tokens",
+    "on_huge_pages",
     "pack",
     "paged_attention",
     "qkv_rope_write",

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dispec.ops.huge_pages import on_huge_pages
 from dispec.ops.linear import Matrix, PackedWeight
 
 
@@ -16,7 +17,7 @@ def empty_stack(weight: Matrix, num_layers: int) -> Matrix | None:
     """
     if isinstance(weight, PackedWeight) and weight.blocked.is_mkldnn:
         return None
-    return _map(weight, lambda part: part.new_empty((num_layers, *part.shape)))
+    return _map(weight, lambda part: on_huge_pages(part.new_empty((num_layers, *part.shape))))
 
 
 def layer_of(stack: Matrix, layer: int) -> Matrix:

@@ -7,6 +7,7 @@ from jaxtyping import BFloat16
 from torch import Tensor
 
 from dispec.ops.cpu.library import Matrix, WeightKind, address, int32, kernel
+from dispec.ops.huge_pages import on_huge_pages
 
 TILE = 32
 
@@ -17,7 +18,9 @@ def pack(
     """Return the weight in tiles: 32 rows side by side, in pairs of neighbouring elements, padded with zeros."""
     out_features, in_features = weight.shape
     weight = weight.contiguous()
-    packed = weight.new_empty(-(-out_features // TILE), -(-in_features // 2), TILE, 2) if out is None else out
+    packed = out
+    if packed is None:
+        packed = on_huge_pages(weight.new_empty(-(-out_features // TILE), -(-in_features // 2), TILE, 2))
     kernel("pack")(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
     return packed
 

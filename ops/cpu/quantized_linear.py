@@ -7,6 +7,7 @@ from torch import Tensor
 from dispec.ops.cpu.library import Matrix, WeightKind, address, kernel
 from dispec.ops.cpu.linear import TILE, multiply
 from dispec.ops.cpu.linear import read_rows as read_rows_of
+from dispec.ops.huge_pages import on_huge_pages
 
 _KINDS = {"int4": WeightKind.INT4, "int8": WeightKind.INT8}
 _LINE_BYTES = 64  # of which the codes of a group take a whole number
@@ -29,7 +30,7 @@ def pack(
     whole, rest = divmod(in_features, group_size)
     lines = whole * -(-group_size // rows_of_line) + -(-rest // rows_of_line)
     numbers = scales.shape[1] * (1 if offsets is None else 2)
-    data = torch.empty(-(-out_features // TILE), (lines + numbers) * _LINE_BYTES, dtype=torch.uint8)
+    data = on_huge_pages(torch.empty(-(-out_features // TILE), (lines + numbers) * _LINE_BYTES, dtype=torch.uint8))
     kernel("pack_quantized")(
         codes.data_ptr(),
         codes.stride(0),

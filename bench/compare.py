@@ -1,4 +1,4 @@
-"""Checkouts of DiSpec, and vLLM, in turn on one GPU: the same prompts at the same sizes.
+"""Checkouts of DiSpec, and vLLM, in turn on the same GPUs: the same prompts at the same sizes.
 
     dispec bench compare --tree new=. --tree old=/tmp/old --vllm-path /tmp/vllm/site --output compare.jsonl
     dispec bench compare --tree new=. --tree old=/tmp/old --starts 2
@@ -78,7 +78,10 @@ SUITES = {
     "short": Suite("qwen2.5-1.5b", tuple(Case(Workload(size)) for size in (1, 6, 16, 32, 128))),
     "long": Suite(
         "qwen2.5-1.5b",
-        (Case(Workload(1, 2048, 1)), Case(Workload(1, 8192, 1)), Case(Workload(8, 8192), decode_only=True)),
+        (
+            *(Case(Workload(1, tokens, 1)) for tokens in (2048, 8192, 32000)),
+            *(Case(Workload(size, tokens), decode_only=True) for size, tokens in ((1, 8192), (8, 8192), (1, 32000))),
+        ),
     ),
     "7b": Suite("qwen2.5-7b", (Case(Workload(1)), Case(Workload(32)))),
 }
@@ -128,12 +131,13 @@ def main(
     vllm_python: Annotated[str, typer.Option(help="Python that runs vLLM.")] = sys.executable,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each contestant; the median counts.")] = 3,
     minutes: Annotated[float, typer.Option(help="Begin no case after this long.")] = 9.0,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs of each contestant.")] = 1,
     cache: Annotated[
         Path | None, typer.Option(help="Keep compiled code here for a later run.", show_default="a temporary directory")
     ] = None,
     output: Output = None,
 ) -> None:
-    """Compare tokens per second of checkouts of DiSpec and of vLLM, in turn on one GPU."""
+    """Compare tokens per second of checkouts of DiSpec and of vLLM, in turn on the same GPUs."""
     settings = dict(locals())
     end = time.monotonic() + 60 * minutes
     chosen = [SUITES[name.strip()] for name in suites.split(",")]
@@ -152,16 +156,19 @@ def main(
             columns |= {f"/ {name}": ".3fx" for name in names[1:]} | {"spread": ".1%"}
             report = Report("compare", settings, machine, columns, output)
             for suite in chosen:
-                measure_suite(report, suite, contestants, folder, rounds, end)
+                measure_suite(report, suite, contestants, folder, tensor_parallel_size, rounds, end)
         report.finish()
 
 
-def measure_suite(report: Report, suite: Suite, contestants: Contestants, cache: Path, rounds: int, end: float) -> None:
+def measure_suite(
+    report: Report, suite: Suite, contestants: Contestants, cache: Path, num_gpus: int, rounds: int, end: float
+) -> None:
     """Add a row to the report for each case until `end`, in seconds of the monotonic clock."""
     if end - time.monotonic() < 30:
         print(f"{suite.model}: no time left", flush=True)
         return
     sizes = {"max_num_seqs": suite.max_num_seqs, "max_model_len": suite.max_model_len}
+    sizes |= {"tensor_parallel_size": num_gpus}
     ours = sizes | {"kv_cache_memory": suite.kv_bytes}
     theirs = sizes | {
         "enable_prefix_caching": any(case.decode_only for case in suite.cases),

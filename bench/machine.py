@@ -80,11 +80,16 @@ def read_bandwidth(device: "torch.device", size: int = 2**30, repeats: int = 7) 
 
 
 def matrix_rate(device: "torch.device", size: int = 2048, repeats: int = 7) -> float:
-    """Return floating-point operations per second of the fastest of several bf16 GEMMs of square matrices."""
+    """Return floating-point operations per second of the fastest of several bf16 GEMMs of square matrices.
+
+    In float32 on CPUs for which oneDNN has no bf16 kernels: torch then takes seconds for a GEMM in bf16.
+    """
     import torch
 
-    size = 8192 if device.type == "cuda" else size
-    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    on_cuda = device.type == "cuda"
+    size = 8192 if on_cuda else size
+    dtype = torch.bfloat16 if on_cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(seconds_of(lambda: left @ right, device) for _ in range(repeats))
 
 

@@ -47,7 +47,8 @@ inline Floats code_factors(const Element *page, const AttentionShape &shape, int
 
 // Scores of sixteen positions, -infinity from the `visible`-th on.
 inline Floats masked(Floats scores, int64_t visible) {
-    return LANE < int32_t(std::clamp<int64_t>(visible, 0, LANES)) ? scores : splat(-INFINITY);
+    const Ints is_visible = is_less(LANE, Ints{} + int32_t(std::clamp<int64_t>(visible, 0, LANES)));
+    return choose(is_visible, scores, splat(-INFINITY));
 }
 
 // A row that sees no position yet has the maximum -infinity; subtracting that from itself would be NaN.

@@ -57,9 +57,7 @@ int64_t index_of_largest(const Row<T> row, int64_t n) {
             found = larger(x, found);
             has_nan |= is_nan(x);
         }
-        bool is_nan = false;
-        for (int lane = 0; lane < LANES; ++lane) is_nan |= has_nan[lane] != 0;
-        if (is_nan) {
+        if (any(has_nan)) {
             for (int64_t i = begin; i < end; ++i)
                 if (std::isnan(row.at(i))) return i;
         }
@@ -82,8 +80,6 @@ int64_t index_of_largest(const Row<T> row, int64_t n) {
     return at;
 }
 
-typedef int64_t Longs __attribute__((vector_size(128), aligned(8), may_alias));
-
 constexpr int64_t SHARE = 4096;  // columns of a task
 template <typename T>
 constexpr T LOWEST = -INFINITY;
@@ -105,7 +101,7 @@ struct Parts {
 
     explicit Parts(Floats x) {
         const Ints exponent = ((Ints)x - 0x3f3504f3) >> 23;  // 0 from the square root of 1/2 on
-        n = __builtin_convertvector(exponent, Floats);
+        n = to_floats(exponent);
         m = (Floats)((Ints)x - (exponent << 23));
     }
 };
@@ -147,7 +143,7 @@ struct Noise {
 
     Floats of(Words tokens) const {
         const Words mixed = mix(mix(tokens ^ row) + again);
-        const Floats u = (__builtin_convertvector(mixed, Floats) + 0.5f) * 0x1p-32f;
+        const Floats u = (to_floats(mixed) + 0.5f) * 0x1p-32f;
         return -logarithm(-log_one_less(-larger(-u, splat(-BELOW_ONE))));
     }
 };
@@ -175,23 +171,23 @@ Candidate largest_logit(const Row<T> row, int64_t begin, int64_t end) {
 template <typename T>
 Candidate largest_sample(const Row<T> row, const int64_t *token_ids, int64_t begin, int64_t end, float most,
                          float temperature, const Noise &noise) {
-    constexpr Words ORDER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     alignas(64) float values[SHARE];
     const auto tokens_at = [&](int64_t i) {
-        return token_ids ? __builtin_convertvector(*(const Longs *)(token_ids + i), Words) : ORDER + uint32_t(i);
+        return token_ids ? load_words(token_ids + i) : (Words)LANE + uint32_t(i);
     };
     const auto value_of = [&](Floats x, Words tokens) { return (x - most) / temperature + noise.of(tokens); };
     int64_t i = begin;
     for (; i + LANES <= end; i += LANES)
         store(values + (i - begin), row.bits(i) ? value_of(row.vector(i), tokens_at(i)) : splat(-INFINITY));
     if (i < end) {
-        Floats rest = splat(-INFINITY);
-        Words tokens = {};
+        float rest[LANES];
+        int64_t tokens[LANES] = {};
+        std::fill_n(rest, LANES, -INFINITY);
         for (int64_t lane = 0; i + lane < end; ++lane) {
             rest[lane] = row.at(i + lane);
-            tokens[lane] = uint32_t(token_ids ? token_ids[i + lane] : i + lane);
+            tokens[lane] = token_ids ? token_ids[i + lane] : i + lane;
         }
-        store(values + (i - begin), value_of(rest, tokens));
+        store(values + (i - begin), value_of(load(rest), load_words(tokens)));
     }
     const int64_t at = index_of_largest(Row<float>{values, nullptr}, end - begin);
     return {values[at], begin + at};

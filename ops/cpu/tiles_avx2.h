@@ -14,7 +14,7 @@ constexpr int64_t MAX_ROWS = 48;  // few enough for the second-level cache, enou
 
 // With more than 3 rows, the left half of the outputs is computed for so many pairs, then the right half: memory is
 // read in order.
-constexpr int64_t PART = 16;
+constexpr int64_t PART = 64;
 
 inline void put(Input *to, Floats x) { store(to, x); }
 
@@ -37,6 +37,11 @@ inline __m256 eight_of(const Int4 *tile, int64_t pair, int eight, int element) {
     const __m256i words = _mm256_load_si256((const __m256i *)pair_of(tile, pair / 2 * 2) + eight % 2);
     const int at = 16 * element + 8 * int(pair % 2) + 4 * (eight / 2);
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sll_epi32(words, _mm_cvtsi32_si128(28 - at)), 28));
+}
+
+// sum += x * y. As an intrinsic, GCC puts the result of some into the register of a factor and spills the sums.
+inline void add_product(__m256 &sum, __m256 x, __m256 y) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(y));
 }
 
 // Add to outputs 8 * FIRST to 8 * (FIRST + WIDTH) of a tile. Inlined into a loop over groups of columns, the sums would
@@ -69,8 +74,7 @@ template <int ROWS, int FIRST, int WIDTH, typename Weight>
                 for (int i = 0; i < WIDTH; ++i) {
                     const __m256 each = column(i);
 #pragma GCC unroll 6
-                    for (int row = 0; row < ROWS; ++row)
-                        found[row][i] = _mm256_fmadd_ps(each, spreads[row], found[row][i]);
+                    for (int row = 0; row < ROWS; ++row) add_product(found[row][i], each, spreads[row]);
                 }
             } else {
                 __m256 columns[WIDTH];
@@ -80,7 +84,7 @@ template <int ROWS, int FIRST, int WIDTH, typename Weight>
                 for (int row = 0; row < ROWS; ++row) {
                     const __m256 each = spread(row);
 #pragma GCC unroll 4
-                    for (int i = 0; i < WIDTH; ++i) found[row][i] = _mm256_fmadd_ps(columns[i], each, found[row][i]);
+                    for (int i = 0; i < WIDTH; ++i) add_product(found[row][i], columns[i], each);
                 }
             }
         }
@@ -130,18 +134,14 @@ inline void multiply_add(Floats (&sums)[ROWS][2], const Input *x, int64_t stride
 
 // Sixteen float16.
 inline Floats load_halves(const uint16_t *at) {
-    alignas(64) float halves[LANES];
-    for (int i = 0; i < 2; ++i)
-        _mm256_store_ps(halves + 8 * i, _mm256_cvtph_ps(_mm_load_si128((const __m128i *)at + i)));
-    return load(halves);
+    return {(EightFloats)_mm256_cvtph_ps(_mm_load_si128((const __m128i *)at)),
+            (EightFloats)_mm256_cvtph_ps(_mm_load_si128((const __m128i *)at + 1))};
 }
 
 // x * y + z, rounded once.
 inline Floats fma(Floats x, Floats y, Floats z) {
-    FloatHalves a{x}, b{y}, c{z};
-    for (int i = 0; i < 2; ++i)
-        c.half[i] = (EightFloats)_mm256_fmadd_ps((__m256)a.half[i], (__m256)b.half[i], (__m256)c.half[i]);
-    return c.whole;
+    return {(EightFloats)_mm256_fmadd_ps((__m256)x.low, (__m256)y.low, (__m256)z.low),
+            (EightFloats)_mm256_fmadd_ps((__m256)x.high, (__m256)y.high, (__m256)z.high)};
 }
 
 // The next three in whole registers: GCC moves `Floats` in pieces of 16 bytes, of which loads of 32 bytes wait.

@@ -4,18 +4,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
+#include "vector_types.h"
+
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef int8_t Bytes __attribute__((vector_size(16)));
-
-constexpr int LANES = 16;
-constexpr Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 struct bfloat16 {
     uint16_t bits;
@@ -26,18 +19,17 @@ struct e4m3 {
     uint8_t bits;
 };
 
-inline Floats splat(float x) { return Floats{} + x; }
-
-inline Floats load(const float *at) {
-    Floats x;
-    std::memcpy(&x, at, sizeof x);
-    return x;
-}
-
 inline Floats load(const bfloat16 *at) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const auto eight = [at](int64_t i) {
+        return (EightFloats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(at + i))), 16);
+    };
+    return {eight(0), eight(8)};
+#else
     Halves x;
     std::memcpy(&x, at, sizeof x);
     return (Floats)(__builtin_convertvector(x, Words) << 16);
+#endif
 }
 
 // GCC converts vectors of bytes to longer ones piece by piece; these instructions convert them at once.
@@ -46,16 +38,13 @@ inline Floats load(const int8_t *at) {
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));
 #elif defined(__AVX2__)
     const auto eight = [at](int64_t i) {
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(at + i))));
+        return (EightFloats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(at + i))));
     };
-    const __m256 halves[2] = {eight(0), eight(8)};
-    Floats x;
-    std::memcpy(&x, halves, sizeof x);
-    return x;
+    return {eight(0), eight(8)};
 #else
     Bytes x;
     std::memcpy(&x, at, sizeof x);
-    return __builtin_convertvector(__builtin_convertvector(x, Ints), Floats);
+    return to_floats(__builtin_convertvector(x, Ints));
 #endif
 }
 
@@ -67,11 +56,8 @@ inline Floats load(const e4m3 *at) {
 #ifdef __AVX512F__
     return (Floats)_mm512_cvtph_ps(halves);
 #else
-    const __m256 found[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
-                             _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
-    Floats x;
-    std::memcpy(&x, found, sizeof x);
-    return x;
+    return {(EightFloats)_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+            (EightFloats)_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
 #endif
 #else
     Bytes x;
@@ -90,64 +76,26 @@ inline float scalar(bfloat16 x) {
     return result;
 }
 
-typedef float EightFloats __attribute__((vector_size(32)));
-typedef int32_t EightInts __attribute__((vector_size(32)));
-typedef float FourFloats __attribute__((vector_size(16)));
-
-// Comparisons and selections. GCC splits arithmetic on vectors longer than the CPU's into vectors of the CPU's size,
-// but these into sixteen scalar operations. On halves of eight floats it does not.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-union FloatHalves {
-    Floats whole;
-    EightFloats half[2];
-};
-
-union IntHalves {
-    Ints whole;
-    EightInts half[2];
-};
-
-inline Ints is_less(Floats x, Floats y) {
-    const FloatHalves a{x}, b{y};
-    IntHalves result;
-    for (int i = 0; i < 2; ++i) result.half[i] = a.half[i] < b.half[i];
-    return result.whole;
-}
-
-// x where the mask is all ones, y where it is zero.
-inline Floats choose(Ints mask, Floats x, Floats y) { return (Floats)(((Ints)x & mask) | ((Ints)y & ~mask)); }
-
-inline Floats larger(Floats x, Floats y) {
-    const FloatHalves a{x}, b{y};
-    FloatHalves result;
-    for (int i = 0; i < 2; ++i) result.half[i] = a.half[i] > b.half[i] ? a.half[i] : b.half[i];
-    return result.whole;
-}
-#else
-inline Ints is_less(Floats x, Floats y) { return x < y; }
-
-inline Floats choose(Ints mask, Floats x, Floats y) { return mask ? x : y; }
-
-inline Floats larger(Floats x, Floats y) { return x > y ? x : y; }
-#endif
-
 // All ones where x is NaN: the exponent's bits are all set, and some of the mantissa's.
 inline Ints is_nan(Floats x) { return (0x7f800000 - ((Ints)x & 0x7fffffff)) >> 31; }
-
-inline void store(float *at, Floats x) { std::memcpy(at, &x, sizeof x); }
 
 // Rounds to the nearest, ties to even, as torch does; NaN stays NaN.
 inline void store(bfloat16 *at, Floats x) {
     const Words word = (Words)x;
     const Words rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
     const Words nan = (Words)is_nan(x);
-    const Halves result = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), Halves);
+    const Words bits = (rounded & ~nan) | (0x7fc0 & nan);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i packed = _mm256_packus_epi32((__m256i)bits.low, (__m256i)bits.high);  // in each half of the register
+    _mm256_storeu_si256((__m256i *)at, _mm256_permute4x64_epi64(packed, 0xd8));
+#else
+    const Halves result = __builtin_convertvector(bits, Halves);
     std::memcpy(at, &result, sizeof result);
+#endif
 }
 
 inline float largest(Floats x) {
-    const EightFloats a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
-    const EightFloats b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    const EightFloats a = low_half(x), b = high_half(x);
     const EightFloats eight = a > b ? a : b;
     const FourFloats c = __builtin_shufflevector(eight, eight, 0, 1, 2, 3);
     const FourFloats d = __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
@@ -157,8 +105,7 @@ inline float largest(Floats x) {
 }
 
 inline float sum(Floats x) {
-    const EightFloats eight = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-                              __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    const EightFloats eight = low_half(x) + high_half(x);
     const FourFloats four =
         __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
     return (four[0] + four[1]) + (four[2] + four[3]);
@@ -189,7 +136,7 @@ inline Floats exp2_negative(Floats x) {
 #ifdef __AVX512F__
     return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-    const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
+    const Ints exponent = (to_ints(n) + 127) << 23;
     return choose(too_low, splat(0.0f), p * (Floats)exponent);
 #endif
 }

@@ -14,7 +14,6 @@ from dispec.engine.dtypes import DTYPES
 from dispec.engine.options import EngineOptions, parse_bytes
 from dispec.layers.config import ModelConfig
 from dispec.layers.types import KVCache, Weights
-from dispec.ops.huge_pages import on_huge_pages
 from dispec.ops.kv_cache import scale_rows
 
 CPU_SHARE_OF_FREE = 0.25
@@ -112,8 +111,8 @@ def allocate_kv_cache(
     if device.type != "cpu":
         return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for shape in (keys, values)))
     if memory is None:
-        # numpy allocates zeros with calloc: pages take no memory until they are touched.
-        memory = on_huge_pages(torch.from_numpy(np.zeros(kv_cache_bytes(config, plan, dtype), dtype=np.uint8)))
+        # numpy allocates zeros with calloc: pages take no memory until they are touched. It asks for huge pages itself.
+        memory = torch.from_numpy(np.zeros(kv_cache_bytes(config, plan, dtype), dtype=np.uint8))
     # Two storages over the same memory: the compiler copies inputs that share one.
     halves = (from_dlpack(to_dlpack(half)) for half in memory[: kv_cache_bytes(config, plan, dtype)].chunk(2))
     return KVCache(*(half.view(dtype).view(shape) for half, shape in zip(halves, (keys, values), strict=True)))

@@ -8,8 +8,6 @@
 
 #include <vector>
 
-#include "thread_pool.h"
-
 namespace {
 
 constexpr int MAX_ROWS = 6;
@@ -161,17 +159,17 @@ void DecodePlan::make(const int32_t *query_start, const int32_t *context_lens, i
 }
 
 template <typename T>
-void decode_attention(const Attention<T> &a, DecodePlan &plan, const AttentionShape &shape) {
+void decode_attention(Phases &phases, const Attention<T> &a, DecodePlan &plan, const AttentionShape &shape) {
     const DecodeTask *tasks = plan.tasks.data();
     float *partials = plan.partials.data();
     const int64_t count = plan.tasks.size(), size = partial_size(shape);
     with_element<T>(shape.cache_type, [&](auto element) {
-        parallel_for(count, [&](int64_t begin, int64_t end) {
+        phases.add(count, [=](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) run_task<T, decltype(element)>(tasks[i], a, shape, partials);
         }, Schedule::TASKS);
     });
     if (plan.partials.empty()) return;
-    parallel_for(count, [&](int64_t begin, int64_t end) {
+    phases.add(count, [=](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const DecodeTask &task = tasks[i];
             if (task.partial < 0 || task.begin > 0) continue;
@@ -184,8 +182,8 @@ void decode_attention(const Attention<T> &a, DecodePlan &plan, const AttentionSh
     });
 }
 
-template void decode_attention(const Attention<bfloat16> &, DecodePlan &, const AttentionShape &);
-template void decode_attention(const Attention<float> &, DecodePlan &, const AttentionShape &);
+template void decode_attention(Phases &, const Attention<bfloat16> &, DecodePlan &, const AttentionShape &);
+template void decode_attention(Phases &, const Attention<float> &, DecodePlan &, const AttentionShape &);
 
 namespace {
 
@@ -193,8 +191,10 @@ namespace {
 template <typename T>
 void paged_attention(const Attention<T> &attention, const AttentionShape &shape, int64_t max_decode_len) {
     static thread_local DecodePlan plan;
+    static thread_local Phases phases;
     plan.make(attention.query_start, attention.context_lens, attention.sequences, max_decode_len, shape);
-    decode_attention(attention, plan, shape);
+    decode_attention(phases, attention, plan, shape);
+    phases.run();
 #ifdef DISPEC_TILES
     if constexpr (std::is_same_v<T, bfloat16>) prefill_attention(attention, shape, max_decode_len);
 #endif

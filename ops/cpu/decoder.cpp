@@ -7,7 +7,6 @@
 
 #include "kernels.h"
 #ifdef DISPEC_TILES
-#include "thread_pool.h"
 
 // `Layer`, `Model` and `Step` have the fields of the structures of the same names in decoder.py.
 namespace {
@@ -53,6 +52,7 @@ struct Step {
 // Intermediate results of a layer, which the next one overwrites.
 struct LayerScratch {
     std::vector<uint16_t> normed, projected, query, attended, middle, gated;
+    std::vector<float> sums;
     DecodePlan plan;
 
     void resize(const Model &m, int64_t tokens) {
@@ -62,40 +62,49 @@ struct LayerScratch {
         attended.resize(tokens * m.heads * m.head_dim);
         middle.resize(tokens * m.hidden);
         gated.resize(tokens * m.intermediate);
+        int64_t groups = 0;
+        for (const Layer *w = m.layers; w < m.layers + m.num_layers; ++w)
+            groups = std::max({groups, group_count(w->qkv, m.hidden), group_count(w->output, m.heads * m.head_dim),
+                               group_count(w->gate_up, m.hidden), group_count(w->down, m.intermediate)});
+        sums.resize(tokens * groups);
     }
 };
 
 // Compute one layer as `layers.model.decoder_layer` does: x and out [tokens, hidden], which may be the same.
-void compute_layer(const Layer &w, const Model &m, const Step &step, const AttentionShape &shape, LayerScratch &s,
-                   const uint16_t *x, uint16_t *out) {
+void compute_layer(Phases &phases, const Layer &w, const Model &m, const Step &step, const AttentionShape &shape,
+                   LayerScratch &s, const uint16_t *x, uint16_t *out) {
     const int64_t tokens = step.tokens, query_size = m.heads * m.head_dim;
     const int64_t qkv_size = (m.heads + 2 * m.kv_heads) * m.head_dim;
     uint16_t *normed = s.normed.data(), *middle = s.middle.data(), *gated = s.gated.data();
     bfloat16 *projected = (bfloat16 *)s.projected.data(), *query = (bfloat16 *)s.query.data();
     bfloat16 *attended = (bfloat16 *)s.attended.data();
-    linear({x, m.hidden, w.attention_norm, m.eps, normed, w.qkv, w.qkv_bias, nullptr, s.projected.data(),
-            tokens, qkv_size, m.hidden, false});
-    rope_write(RopeWrite<bfloat16>{projected, qkv_size, (bfloat16 *)w.query_norm, (bfloat16 *)w.key_norm, m.eps,
+    float *sums = s.sums.data();
+    linear(phases, {x, m.hidden, w.attention_norm, m.eps, normed, sums, w.qkv, w.qkv_bias, nullptr, s.projected.data(),
+                    tokens, qkv_size, m.hidden, false});
+    rope_write(phases,
+               RopeWrite<bfloat16>{projected, qkv_size, (bfloat16 *)w.query_norm, (bfloat16 *)w.key_norm, m.eps,
                                    step.cosine, step.sine, step.slot_mapping, tokens, query, w.keys, w.values},
                shape);
-    decode_attention(Attention<bfloat16>{query, query_size, w.keys, w.values, step.block_tables, step.table_stride,
+    decode_attention(phases,
+                     Attention<bfloat16>{query, query_size, w.keys, w.values, step.block_tables, step.table_stride,
                                          step.query_start, step.context_lens, step.sequences, m.scale, attended},
                      s.plan, shape);
-    linear({s.attended.data(), query_size, nullptr, 0, nullptr, w.output, w.output_bias, x, middle, tokens,
-            m.hidden, query_size, false});
-    linear({middle, m.hidden, w.mlp_norm, m.eps, normed, w.gate_up, nullptr, nullptr, gated, tokens,
-            2 * m.intermediate, m.hidden, true});
-    linear({gated, m.intermediate, nullptr, 0, nullptr, w.down, nullptr, middle, out, tokens, m.hidden,
-            m.intermediate, false});
+    linear(phases, {s.attended.data(), query_size, nullptr, 0, nullptr, sums, w.output, w.output_bias, x, middle,
+                    tokens, m.hidden, query_size, false});
+    linear(phases, {middle, m.hidden, w.mlp_norm, m.eps, normed, sums, w.gate_up, nullptr, nullptr, gated, tokens,
+                    2 * m.intermediate, m.hidden, true});
+    linear(phases, {gated, m.intermediate, nullptr, 0, nullptr, sums, w.down, nullptr, middle, out, tokens, m.hidden,
+                    m.intermediate, false});
 }
 
-void compute_layers(const Model &m, const Step &step, const uint16_t *x, uint16_t *out) {
+// Add the phases of all layers. They use memory of this thread: run them before the next call.
+void compute_layers(Phases &phases, const Model &m, const Step &step, const uint16_t *x, uint16_t *out) {
     static thread_local LayerScratch scratch;
     const AttentionShape shape{m.heads, m.kv_heads, m.head_dim, m.block_size, m.cache_type};
     scratch.resize(m, step.tokens);
     scratch.plan.make(step.query_start, step.context_lens, step.sequences, step.tokens, shape);
     for (const Layer *layer = m.layers; layer < m.layers + m.num_layers; ++layer) {
-        compute_layer(*layer, m, step, shape, scratch, x, out);
+        compute_layer(phases, *layer, m, step, shape, scratch, x, out);
         x = out;
     }
 }
@@ -103,7 +112,7 @@ void compute_layers(const Model &m, const Step &step, const uint16_t *x, uint16_
 // Inputs and results of a step, which the next one overwrites.
 struct StepScratch {
     std::vector<uint16_t> x, logits, normed;
-    std::vector<float> cosine, sine;
+    std::vector<float> cosine, sine, sums;
     std::vector<int32_t> token_ids, slot_mapping, query_start, context_lens;
     std::vector<int64_t> columns;
 
@@ -111,6 +120,7 @@ struct StepScratch {
         x.resize(tokens * m.hidden);
         logits.resize(sequences * m.head_rows);
         normed.resize(sequences * m.hidden + 2);
+        sums.resize(sequences * group_count(m.head, m.hidden));
         cosine.resize(tokens * m.head_dim / 2);
         sine.resize(tokens * m.head_dim / 2);
         slot_mapping.resize(tokens);
@@ -136,7 +146,9 @@ void write_inputs(const Model &m, StepScratch &s, int64_t b, int64_t query_len, 
 
 // x and out [tokens, hidden], which may be the same.
 extern "C" void dispec_layers(const Model *model, const Step *step, const uint16_t *x, uint16_t *out) {
-    compute_layers(*model, *step, x, out);
+    static thread_local Phases phases;
+    compute_layers(phases, *model, *step, x, out);
+    phases.run();
 }
 
 // counts [sequences], not rising: tokens to generate for each. token_ids [sequences, query_len]: the last tokens of
@@ -148,6 +160,7 @@ extern "C" void dispec_decode(const Model *model, int64_t sequences, int64_t que
                               const int32_t *context_lens, const float *temperature, const int64_t *seed,
                               int64_t *out) {
     static thread_local StepScratch s;
+    static thread_local Phases phases;
     const Model &m = *model;
     s.resize(m, sequences, sequences * query_len);
     s.token_ids.assign(token_ids, token_ids + sequences * query_len);
@@ -162,12 +175,14 @@ extern "C" void dispec_decode(const Model *model, int64_t sequences, int64_t que
         const int64_t tokens = active * q;
         s.query_start[active] = int32_t(tokens);
         uint16_t *x = s.x.data(), *logits = s.logits.data();
-        read_rows(m.embedding, s.token_ids.data(), tokens, m.hidden, x);
-        compute_layers(m, {tokens, active, s.cosine.data(), s.sine.data(), s.slot_mapping.data(), block_tables,
-                           table_stride, s.query_start.data(), s.context_lens.data()}, x, x);
+        read_rows(phases, m.embedding, s.token_ids.data(), tokens, m.hidden, x);
+        compute_layers(phases, m,
+                       {tokens, active, s.cosine.data(), s.sine.data(), s.slot_mapping.data(), block_tables,
+                        table_stride, s.query_start.data(), s.context_lens.data()}, x, x);
         // The head reads the last token of each sequence.
-        linear({x + (q - 1) * m.hidden, q * m.hidden, m.final_norm, m.eps, s.normed.data(), m.head,
-                nullptr, nullptr, logits, active, m.head_rows, m.hidden, false});
+        linear(phases, {x + (q - 1) * m.hidden, q * m.hidden, m.final_norm, m.eps, s.normed.data(), s.sums.data(),
+                        m.head, nullptr, nullptr, logits, active, m.head_rows, m.hidden, false});
+        phases.run();
         int64_t *columns = s.columns.data();
         if (temperature)
             sample((bfloat16 *)logits, m.head_rows, active, m.columns, temperature, seed, s.context_lens.data(),

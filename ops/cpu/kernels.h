@@ -1,10 +1,11 @@
-// Kernels that call one another. Each shares its work among the threads of `thread_pool.h` and returns when all is
-// done.
+// Kernels that call one another. Each shares its work among the threads of `thread_pool.h`. Those that take `Phases`
+// add their work to them, so that a model's step is one run; the others return when all is done.
 #pragma once
 #include <cstdint>
 #include <type_traits>
 #include <vector>
 
+#include "thread_pool.h"
 #include "vectors.h"
 
 #if defined(__AVX512BF16__) || (defined(__AVX2__) && defined(__FMA__) && defined(__F16C__))
@@ -22,14 +23,15 @@ struct Matrix {
 
 // out [rows, n] = norm(x) [rows, k] @ weight.T + bias + residual [rows, n], in bf16. x: rows `x_stride` elements apart.
 // norm [k], bias [n] and residual may be null. weight: in tiles. normed: room for rows * k + 2 elements where there is
-// a norm. If `is_gated`, n is a multiple of 64, the first half of the features gates the
-// second, there is no residual, and out is [rows, n / 2].
+// a norm. sums: room for rows * group_count(weight, k) elements. If `is_gated`, n is a multiple of 64, the first half
+// of the features gates the second, there is no residual, and out is [rows, n / 2].
 struct Linear {
     const uint16_t *x;
     int64_t x_stride;
     const uint16_t *norm;
     float eps;
     uint16_t *normed;
+    float *sums;
     Matrix weight;
     const uint16_t *bias, *residual;
     uint16_t *out;
@@ -37,10 +39,15 @@ struct Linear {
     bool is_gated;
 };
 
-void linear(const Linear &linear);
+void linear(Phases &phases, const Linear &linear);
+
+// Return the groups of a row whose offsets are multiplied by sums of x: 0 without offsets.
+inline int64_t group_count(const Matrix &weight, int64_t k) {
+    return weight.has_offsets ? (k + weight.group_size - 1) / weight.group_size : 0;
+}
 
 // Read rows of a weight [n, k]: out [count, k] in bf16.
-void read_rows(const Matrix &weight, const int32_t *indices, int64_t count, int64_t k, uint16_t *out);
+void read_rows(Phases &phases, const Matrix &weight, const int32_t *indices, int64_t count, int64_t k, uint16_t *out);
 
 // The elements of the KV cache: those of the activations, or codes with a scale for each token of each head.
 enum class CacheType : int64_t { ACTIVATIONS, INT8, E4M3 };
@@ -98,7 +105,7 @@ struct RopeWrite {
 };
 
 template <typename T>
-void rope_write(const RopeWrite<T> &rope_write, const AttentionShape &shape);
+void rope_write(Phases &phases, const RopeWrite<T> &rope_write, const AttentionShape &shape);
 
 // query [tokens, heads, head_dim], tokens `query_stride` elements apart; output likewise, dense. Sequence b has query
 // tokens query_start[b] : query_start[b + 1], the last ones of context_lens[b], and blocks block_tables[b, :], rows
@@ -132,7 +139,7 @@ struct DecodePlan {
 };
 
 template <typename T>
-void decode_attention(const Attention<T> &attention, DecodePlan &plan, const AttentionShape &shape);
+void decode_attention(Phases &phases, const Attention<T> &attention, DecodePlan &plan, const AttentionShape &shape);
 
 // Attention of the sequences of more than `max_decode_len` query tokens.
 void prefill_attention(const Attention<bfloat16> &attention, const AttentionShape &shape, int64_t max_decode_len);

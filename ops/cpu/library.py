@@ -50,6 +50,7 @@ _SIGNATURES = {
     "dispec_pack_quantized": [_POINTER, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 4],
     "dispec_read_rows": [_POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER],
     "dispec_linear": [_POINTER, _NUMBER, _POINTER, ctypes.c_float, *[_POINTER] * 4, *[_NUMBER] * 4],
+    "dispec_divide": [_NUMBER, _NUMBER, _POINTER],
     "dispec_layers": [_POINTER] * 4,
     "dispec_decode": [_POINTER, *[_NUMBER] * 2, *[_POINTER] * 3, _NUMBER, *[_POINTER] * 4],
     **{f"dispec_paged_attention_{dtype}": _ATTENTION for dtype in DTYPE_NAMES.values()},

@@ -35,7 +35,7 @@ constexpr int64_t AHEAD = 2048;
 // beside the sums of a group of columns; 12 rows take 15 % longer.
 constexpr int UNPACKED_ROWS = std::min(8, TILE_ROWS);
 // To norm: fewer take one thread less time than two threads take to synchronise.
-constexpr int64_t MIN_PARALLEL_ELEMENTS = 16384;
+constexpr int64_t MIN_PARALLEL_ELEMENTS = 2048;
 
 std::atomic<uint64_t> next_job{1};
 
@@ -229,11 +229,11 @@ Rows rows_of(const Linear &p, int64_t begin, int64_t count, uint64_t job) {
     return {(const Input *)widened.data(), stride, count, most};
 }
 
-// The sums of each row of x over each group [rows, groups], for the offsets.
-void sum_groups(const Linear &p, int64_t groups, float *out) {
-    const bfloat16 *from = (const bfloat16 *)(p.norm ? p.normed : p.x);
-    const int64_t stride = p.norm ? p.k : p.x_stride;
-    const auto sum_rows = [&](int64_t begin, int64_t end) {
+// p.sums [rows, groups]: the sums of each row of x over each group, for the offsets.
+void sum_groups(Phases &phases, const Linear &p, int64_t groups) {
+    const auto sum_rows = [=](int64_t begin, int64_t end) {
+        const bfloat16 *from = (const bfloat16 *)(p.norm ? p.normed : p.x);
+        const int64_t stride = p.norm ? p.k : p.x_stride;
         for (int64_t row = begin; row < end; ++row)
             for (int64_t group = 0; group < groups; ++group) {
                 const bfloat16 *at = from + row * stride;
@@ -243,10 +243,10 @@ void sum_groups(const Linear &p, int64_t groups, float *out) {
                 for (; i + LANES <= stop; i += LANES) sums += load(at + i);
                 float total = sum(sums);
                 for (; i < stop; ++i) total += scalar(at[i]);
-                out[row * groups + group] = total;
+                p.sums[row * groups + group] = total;
             }
     };
-    p.rows * p.k > MIN_PARALLEL_ELEMENTS ? parallel_for(p.rows, sum_rows) : sum_rows(0, p.rows);
+    phases.add(p.rows, sum_rows, Schedule::RANGES, p.rows * p.k > MIN_PARALLEL_ELEMENTS ? num_threads() : 1);
 }
 
 // The GEMM of some rows with the tiles of a weight. The first group of rows unpacks int4 and int8 for the others.
@@ -307,30 +307,25 @@ private:
 
 }  // namespace
 
-void linear(const Linear &p) {
+void linear(Phases &phases, const Linear &p) {
     if (p.norm) {
-        const auto norm = [&](int64_t begin, int64_t end) {
+        const auto norm = [=](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row)
                 rms_norm((const bfloat16 *)p.x + row * p.x_stride, (const bfloat16 *)p.norm, p.eps,
                          (bfloat16 *)p.normed + row * p.k, p.k);
         };
-        p.rows * p.k > MIN_PARALLEL_ELEMENTS ? parallel_for(p.rows, norm) : norm(0, p.rows);
+        phases.add(p.rows, norm, Schedule::RANGES, p.rows * p.k > MIN_PARALLEL_ELEMENTS ? num_threads() : 1);
     }
     const int64_t outputs = p.is_gated ? p.n / 2 : p.n, tiles = (outputs + TILE - 1) / TILE;
-    const int64_t groups = p.weight.has_offsets ? (p.k + p.weight.group_size - 1) / p.weight.group_size : 0;
-    static thread_local std::vector<float> sums;
-    if (groups) {
-        sums.resize(p.rows * groups);
-        sum_groups(p, groups, sums.data());
-    }
-    const float *x_sums = groups ? sums.data() : nullptr;
+    const int64_t groups = group_count(p.weight, p.k);
+    if (groups) sum_groups(phases, p, groups);
     for (int64_t first = 0; first < p.rows; first += std::min(MAX_ROWS, p.rows)) {
         const int64_t count = std::min(MAX_ROWS, p.rows - first);
         const uint64_t job = next_job.fetch_add(1);
-        parallel_for(tiles, [&](int64_t begin, int64_t end) {
+        phases.add(tiles, [=](int64_t begin, int64_t end) {
             static thread_local std::vector<char> owners[2];
             const Rows rows = rows_of(p, first, count, job);
-            const Tiles product(p, rows, groups ? x_sums + first * groups : nullptr, groups);
+            const Tiles product(p, rows, groups ? p.sums + first * groups : nullptr, groups);
             char *memory = product.memory(owners[0]), *up_memory = p.is_gated ? product.memory(owners[1]) : nullptr;
             for (int64_t index = begin; index < end; ++index)
                 for (int64_t group = 0; group < rows.groups(); ++group) {
@@ -426,9 +421,9 @@ void read_row(const Matrix &weight, const char *tile, int64_t output, int64_t k,
 
 }  // namespace
 
-void read_rows(const Matrix &weight, const int32_t *indices, int64_t count, int64_t k, uint16_t *out) {
+void read_rows(Phases &phases, const Matrix &weight, const int32_t *indices, int64_t count, int64_t k, uint16_t *out) {
     const int64_t bytes = weight.kind == PLAIN ? 0 : tile_bytes(weight, k);
-    const auto read = [&](int64_t begin, int64_t end) {
+    const auto read = [=](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t row = indices[i];
             const char *tile = (const char *)weight.data + row / TILE * bytes;
@@ -444,7 +439,7 @@ void read_rows(const Matrix &weight, const int32_t *indices, int64_t count, int6
             }
         }
     };
-    count > 4 ? parallel_for(count, read) : read(0, count);
+    phases.add(count, read, Schedule::RANGES, count > 4 ? num_threads() : 1);
 }
 
 // The row of the table in instruction_sets.py that this library was built for.
@@ -486,14 +481,21 @@ extern "C" void dispec_pack_quantized(const int8_t *codes, int64_t codes_stride,
 
 extern "C" void dispec_read_rows(const Matrix *weight, const int32_t *indices, int64_t count, int64_t k,
                                  uint16_t *out) {
-    read_rows(*weight, indices, count, k, out);
+    static thread_local Phases phases;
+    read_rows(phases, *weight, indices, count, k, out);
+    phases.run();
 }
 
 extern "C" void dispec_linear(const uint16_t *x, int64_t x_stride, const uint16_t *norm, float eps,
                               const Matrix *weight, const uint16_t *bias, const uint16_t *residual, uint16_t *out,
                               int64_t rows, int64_t n, int64_t k, int64_t is_gated) {
     static thread_local std::vector<uint16_t> normed;
+    static thread_local std::vector<float> sums;
+    static thread_local Phases phases;
     if (norm) normed.resize(rows * k + 2);
-    linear({x, x_stride, norm, eps, normed.data(), *weight, bias, residual, out, rows, n, k, is_gated != 0});
+    sums.resize(rows * group_count(*weight, k));
+    linear(phases, {x, x_stride, norm, eps, normed.data(), sums.data(), *weight, bias, residual, out, rows, n, k,
+                    is_gated != 0});
+    phases.run();
 }
 #endif

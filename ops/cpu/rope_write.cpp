@@ -3,7 +3,6 @@
 #include <cstdint>
 
 #include "kernels.h"
-#include "thread_pool.h"
 
 namespace {
 
@@ -89,10 +88,10 @@ void write_head(const T *x, bool is_key, const AttentionShape &shape, int64_t of
 }
 
 template <typename T, typename Element>
-void rope_write_pages(const RopeWrite<T> &r, const AttentionShape &shape) {
-    const int64_t d = shape.head_dim, heads = shape.heads, kv_heads = shape.kv_heads, all = heads + 2 * kv_heads;
+void rope_write_pages(Phases &phases, const RopeWrite<T> &r, const AttentionShape &shape) {
     // Slots are distinct, except that padding shares slots that are never read.
-    const auto write = [&](int64_t begin, int64_t end) {
+    const auto write = [=](int64_t begin, int64_t end) {
+        const int64_t d = shape.head_dim, heads = shape.heads, kv_heads = shape.kv_heads;
         for (int64_t index = begin; index < end; ++index) {
             const int64_t head = index / r.tokens, token = index % r.tokens;
             const T *from = r.projected + token * r.stride + head * d;
@@ -111,28 +110,32 @@ void rope_write_pages(const RopeWrite<T> &r, const AttentionShape &shape) {
             write_head(is_key ? key : from, is_key, shape, slot % shape.block_size, page);
         }
     };
-    const int64_t heads_of_tokens = all * r.tokens;
-    heads_of_tokens * d > MIN_PARALLEL_ELEMENTS ? parallel_for(heads_of_tokens, write) : write(0, heads_of_tokens);
+    const int64_t heads_of_tokens = (shape.heads + 2 * shape.kv_heads) * r.tokens;
+    const bool is_small = heads_of_tokens * shape.head_dim <= MIN_PARALLEL_ELEMENTS;
+    phases.add(heads_of_tokens, write, Schedule::RANGES, is_small ? 1 : num_threads());
 }
 
 }  // namespace
 
 template <typename T>
-void rope_write(const RopeWrite<T> &r, const AttentionShape &shape) {
-    with_element<T>(shape.cache_type, [&](auto element) { rope_write_pages<T, decltype(element)>(r, shape); });
+void rope_write(Phases &phases, const RopeWrite<T> &r, const AttentionShape &shape) {
+    with_element<T>(shape.cache_type, [&](auto element) { rope_write_pages<T, decltype(element)>(phases, r, shape); });
 }
 
-template void rope_write(const RopeWrite<bfloat16> &, const AttentionShape &);
-template void rope_write(const RopeWrite<float> &, const AttentionShape &);
+template void rope_write(Phases &, const RopeWrite<bfloat16> &, const AttentionShape &);
+template void rope_write(Phases &, const RopeWrite<float> &, const AttentionShape &);
 
 #define ROPE_WRITE(name, T)                                                                                           \
     extern "C" void name(const T *projected, int64_t stride, const T *query_norm, const T *key_norm, float eps,       \
                          const float *cosine, const float *sine, const int32_t *slot_mapping, int64_t tokens,         \
                          int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_size,                       \
                          CacheType cache_type, T *query, void *keys, void *values) {                                  \
-        rope_write(RopeWrite<T>{projected, stride, query_norm, key_norm, eps, cosine, sine, slot_mapping, tokens,     \
+        static thread_local Phases phases;                                                                            \
+        rope_write(phases,                                                                                            \
+                   RopeWrite<T>{projected, stride, query_norm, key_norm, eps, cosine, sine, slot_mapping, tokens,     \
                                 query, keys, values},                                                                 \
                    AttentionShape{heads, kv_heads, head_dim, block_size, cache_type});                                \
+        phases.run();                                                                                                 \
     }
 
 ROPE_WRITE(dispec_rope_write_bfloat16, bfloat16)

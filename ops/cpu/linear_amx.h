@@ -110,8 +110,8 @@ private:
                             _mm_prefetch(next + (step * lines + line) * 64, _MM_HINT_T1);
                     };
                     const auto run = [&](const auto &fetch) {
-                        multiply_rows(groups.size, x(group) + column, b.stride, from, columns,
-                                      sums + (i * groups.count + group) * GROUP_SUMS, TILE, column > 0, fetch);
+                        multiply_into(groups.size, x(group) + column, b.stride, from, columns,
+                                      sums + (i * groups.count + group) * GROUP_SUMS, column > 0, fetch);
                     };
                     groups.count == 1 ? run(fetch_ahead) : run(fetch_next);
                 }
@@ -168,14 +168,14 @@ private:
                         float *sums) const {
         const auto nothing = [](int64_t) {};
         if constexpr (std::is_same_v<Weight, uint16_t>) {
-            multiply_rows(groups.size, from, b.stride, codes, columns, sums, TILE, false, nothing);
+            multiply_into(groups.size, from, b.stride, codes, columns, sums, false, nothing);
         } else {
             const bool is_only = groups.count == 1;
             for (int64_t column = 0; column < columns; column += UNPACKED_COLUMNS) {
                 const int64_t part = std::min(UNPACKED_COLUMNS, columns - column);
                 uint16_t *to = is_only ? unpacked : unpacked + column * TILE;
                 unpack(pair_of(codes, column / 2), part, to, is_only ? AHEAD : bytes);
-                multiply_rows(groups.size, from + column, b.stride, to, part, sums, TILE, column > 0, nothing);
+                multiply_into(groups.size, from + column, b.stride, to, part, sums, column > 0, nothing);
             }
         }
     }

@@ -75,23 +75,23 @@ void copy_span(Scratch &s, const Attention<bfloat16> &a, const AttentionShape &s
 // Add a span to the sums of a group of rows, at least one of which attends to a position of it.
 void add_span(Scratch &s, int64_t first, int64_t rows, int64_t start, int64_t count, int64_t d) {
     count = std::min(count, s.visible[first + rows - 1] - start);  // the last row attends to the most positions
-    for (int64_t at = 0; at < count; at += TILE)
-        multiply_rows(rows, s.query + first * d, d, s.keys + at * d, d, s.scores + at, SPAN, false);
-    const int64_t stride = padded(d);
+    const auto put_scores = [&](int64_t row, int64_t at, Floats x) {
+        const int64_t visible = s.visible[first + row] - start - at;
+        store(s.scores + row * SPAN + at, masked(x * load(s.key_factors + at), visible));
+    };
+    multiply_rows(rows, {s.query + first * d, d, s.keys, TILE * d, count, d}, nullptr, put_scores);
+    float kept[TILE_ROWS];
     for (int64_t row = 0; row < rows; ++row) {
-        float *scores = s.scores + row * SPAN, *sums = s.sums + (first + row) * stride;
-        const int64_t visible = s.visible[first + row] - start;
-        for (int64_t i = 0; i < count; i += LANES)
-            store(scores + i, masked(load(scores + i) * load(s.key_factors + i), visible - i));
         Input *weights = s.weights + row * SPAN;
-        const auto put_weights = [&](int64_t i, Floats x) { put(weights + i, x * load(s.value_factors + i)); };
-        const float kept =
-            online_softmax(scores, count, s.maximum[first + row], s.total[first + row], put_weights);
-        for (int64_t i = 0; i < stride; i += LANES) store(sums + i, load(sums + i) * kept);
+        kept[row] = online_softmax(s.scores + row * SPAN, count, s.maximum[first + row], s.total[first + row],
+                                   [&](int64_t i, Floats x) { put(weights + i, x * load(s.value_factors + i)); });
     }
-    const int64_t even = count + count % 2;
-    for (int64_t at = 0; at < stride; at += TILE)
-        multiply_rows(rows, s.weights, SPAN, s.values + at * SPAN, even, s.sums + first * stride + at, stride, true);
+    const int64_t even = count + count % 2, stride = padded(d);
+    float *sums = s.sums + first * stride;
+    multiply_rows(
+        rows, {s.weights, SPAN, s.values, SPAN * TILE, d, even},
+        [&](int64_t row, int64_t at) { return load(sums + row * stride + at) * kept[row]; },
+        [&](int64_t row, int64_t at, Floats x) { store(sums + row * stride + at, x); });
 }
 
 template <typename Element>

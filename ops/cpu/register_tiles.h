@@ -1,43 +1,47 @@
 // Products by a tile of bf16 whose sums are in vector registers (AVX512-BF16 and AVX2), see tiles.h.
 #pragma once
 #include <array>
+#include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
+
+using RowsProduct = RowsProductOf<Input>;
 
 // AMX has registers to configure.
 struct TileState {
     explicit TileState(int64_t) {}
 };
 
-template <int ROWS>
-void multiply_rows_of(const Input *x, int64_t stride, const uint16_t *tile, int64_t columns, float *sums,
-                      int64_t sums_stride, bool adds) {
-    Floats found[ROWS][2];
+template <int ROWS, typename Start, typename Finish>
+void multiply_rows_of(const RowsProduct &p, const Start &start, const Finish &finish) {
+    for (int64_t output = 0; output < p.outputs; output += TILE) {
+        Floats sums[ROWS][2] = {};
+        if constexpr (!std::is_same_v<Start, std::nullptr_t>)
 #pragma GCC unroll 12
-    for (int row = 0; row < ROWS; ++row)
+            for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half)
-            found[row][half] = adds ? load(sums + row * sums_stride + half * LANES) : Floats{};
-    multiply_add<ROWS>(found, x, stride, tile, columns, [](int64_t) {});
+                for (int half = 0; half < 2; ++half) sums[row][half] = start(row, output + half * LANES);
+        multiply_add<ROWS>(sums, p.x, p.stride, p.tiles + output / TILE * p.tile_stride, p.columns, [](int64_t) {});
 #pragma GCC unroll 12
-    for (int row = 0; row < ROWS; ++row)
+        for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) store(sums + row * sums_stride + half * LANES, found[row][half]);
+            for (int half = 0; half < 2; ++half) finish(row, output + half * LANES, sums[row][half]);
+    }
 }
 
-using MultiplyRows = void (*)(const Input *, int64_t, const uint16_t *, int64_t, float *, int64_t, bool);
-
-template <int... ROWS>
-constexpr std::array<MultiplyRows, 1 + sizeof...(ROWS)> multiply_rows_table(std::integer_sequence<int, ROWS...>) {
-    return {nullptr, multiply_rows_of<1 + ROWS>...};
+template <typename Start, typename Finish, int... ROWS>
+constexpr auto multiply_rows_table(std::integer_sequence<int, ROWS...>) {
+    using Multiply = void (*)(const RowsProduct &, const Start &, const Finish &);
+    return std::array<Multiply, 1 + sizeof...(ROWS)>{nullptr, multiply_rows_of<1 + ROWS, Start, Finish>...};
 }
 
-// sums [rows][32] = x [rows, columns] times a tile of bf16, or += that. rows: at most TILE_ROWS. The rows of the sums
-// are `sums_stride` elements apart. In AVX2, a zero follows an odd number of columns.
-inline void multiply_rows(int64_t rows, const Input *x, int64_t stride, const uint16_t *tile, int64_t columns,
-                          float *sums, int64_t sums_stride, bool adds) {
-    constexpr auto TABLE = multiply_rows_table(std::make_integer_sequence<int, TILE_ROWS>());
-    TABLE[rows](x, stride, tile, columns, sums, sums_stride, adds);
+// Multiply up to TILE_ROWS rows. Sums begin with start(row, output), of sixteen outputs, or with zeros for a nullptr;
+// finish(row, output, sums) takes them. In AVX2, a zero follows an odd number of columns.
+template <typename Start, typename Finish>
+inline void multiply_rows(int64_t rows, const RowsProduct &p, const Start &start, const Finish &finish) {
+    static constexpr auto TABLE = multiply_rows_table<Start, Finish>(std::make_integer_sequence<int, TILE_ROWS>());
+    TABLE[rows](p, start, finish);
 }
 
 // Rows of a group where `rows` rows are multiplied in groups of nearly equal size.

@@ -43,6 +43,16 @@ inline const Weight *pair_of(const Weight *tile, int64_t pair) {
     return (const Weight *)((const char *)tile + pair * PAIR<Weight>);
 }
 
+// A product of multiply_rows: x [rows, columns] times tiles of bf16, `tile_stride` elements apart, for all outputs below
+// `outputs`.
+template <typename Input>
+struct RowsProductOf {
+    const Input *x;
+    int64_t stride;
+    const uint16_t *tiles;
+    int64_t tile_stride, outputs, columns;
+};
+
 #if defined(DISPEC_AMX) && (defined(__AMX_BF16__) || defined(DISPEC_AMX_EMULATED))
 #define DISPEC_AMX_TILES
 #include "tiles_amx.h"

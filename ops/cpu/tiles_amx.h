@@ -2,6 +2,8 @@
 // tile are rows of 64 bytes of two tile registers, 128 bytes apart. The products of 32 columns are summed, then added.
 #pragma once
 #include <algorithm>
+#include <cstddef>
+#include <type_traits>
 
 #include "amx.h"
 #include "bfloat16_avx512.h"
@@ -77,50 +79,62 @@ inline void clear_sums() {
     if constexpr (HAS_BOTTOM) amx::zero<BOTTOM_LEFT>(), amx::zero<BOTTOM_RIGHT>();
 }
 
-// sums: rows `stride` floats apart.
+// sums [rows][32]
 template <bool HAS_BOTTOM>
-inline void load_sums(const float *sums, int64_t stride) {
-    const int64_t bytes = stride * sizeof(float);
-    amx::load<TOP_LEFT>(sums, bytes);
-    amx::load<TOP_RIGHT>(sums + LANES, bytes);
+inline void load_sums(const float *sums) {
+    constexpr int64_t STRIDE = TILE * sizeof(float);
+    amx::load<TOP_LEFT>(sums, STRIDE);
+    amx::load<TOP_RIGHT>(sums + LANES, STRIDE);
     if constexpr (HAS_BOTTOM) {
-        amx::load<BOTTOM_LEFT>(sums + 16 * stride, bytes);
-        amx::load<BOTTOM_RIGHT>(sums + 16 * stride + LANES, bytes);
+        amx::load<BOTTOM_LEFT>(sums + 16 * TILE, STRIDE);
+        amx::load<BOTTOM_RIGHT>(sums + 16 * TILE + LANES, STRIDE);
     }
 }
 
 template <bool HAS_BOTTOM>
-inline void store_sums(float *sums, int64_t stride) {
-    const int64_t bytes = stride * sizeof(float);
-    amx::store<TOP_LEFT>(sums, bytes);
-    amx::store<TOP_RIGHT>(sums + LANES, bytes);
+inline void store_sums(float *sums) {
+    constexpr int64_t STRIDE = TILE * sizeof(float);
+    amx::store<TOP_LEFT>(sums, STRIDE);
+    amx::store<TOP_RIGHT>(sums + LANES, STRIDE);
     if constexpr (HAS_BOTTOM) {
-        amx::store<BOTTOM_LEFT>(sums + 16 * stride, bytes);
-        amx::store<BOTTOM_RIGHT>(sums + 16 * stride + LANES, bytes);
+        amx::store<BOTTOM_LEFT>(sums + 16 * TILE, STRIDE);
+        amx::store<BOTTOM_RIGHT>(sums + 16 * TILE + LANES, STRIDE);
     }
 }
 
 template <bool HAS_BOTTOM, typename Fetch>
-inline void multiply_rows_with(int64_t rows, const Input *x, int64_t stride, const uint16_t *tile, int64_t columns,
-                               float *sums, int64_t sums_stride, bool adds, const Fetch &fetch) {
-    if (adds) load_sums<HAS_BOTTOM>(sums, sums_stride);
+inline void multiply_into_with(int64_t rows, const Input *x, int64_t stride, const uint16_t *tile, int64_t columns,
+                               float *sums, bool adds, const Fetch &fetch) {
+    if (adds) load_sums<HAS_BOTTOM>(sums);
     else clear_sums<HAS_BOTTOM>();
     multiply_columns<HAS_BOTTOM>(rows, x, stride, tile, columns, fetch);
-    store_sums<HAS_BOTTOM>(sums, sums_stride);
+    store_sums<HAS_BOTTOM>(sums);
 }
 
-// sums [rows][32] = x [rows, columns] times a tile of bf16, or += that. The rows of the sums are `sums_stride` elements
-// apart. All rows of the `TileState`, of the first 16 if `rows` is not larger, are read and written.
+// sums [rows][32] = x [rows, columns] times a tile of bf16, or += that. All rows of the `TileState`, of the first 16 if
+// `rows` is not larger, are read and written.
 template <typename Fetch>
-inline void multiply_rows(int64_t rows, const Input *x, int64_t stride, const uint16_t *tile, int64_t columns,
-                          float *sums, int64_t sums_stride, bool adds, const Fetch &fetch) {
-    (rows > 16 ? multiply_rows_with<true, Fetch> : multiply_rows_with<false, Fetch>)(
-        rows, x, stride, tile, columns, sums, sums_stride, adds, fetch);
+inline void multiply_into(int64_t rows, const Input *x, int64_t stride, const uint16_t *tile, int64_t columns,
+                          float *sums, bool adds, const Fetch &fetch) {
+    (rows > 16 ? multiply_into_with<true, Fetch> : multiply_into_with<false, Fetch>)(rows, x, stride, tile, columns,
+                                                                                     sums, adds, fetch);
 }
 
-inline void multiply_rows(int64_t rows, const Input *x, int64_t stride, const uint16_t *tile, int64_t columns,
-                          float *sums, int64_t sums_stride, bool adds) {
-    multiply_rows(rows, x, stride, tile, columns, sums, sums_stride, adds, [](int64_t) {});
+using RowsProduct = RowsProductOf<Input>;
+
+// Multiply up to TILE_ROWS rows. Sums begin with start(row, output), of sixteen outputs, or with zeros for a nullptr;
+// finish(row, output, sums) takes them. Of x, so many rows are read as `multiply_into` reads.
+template <typename Start, typename Finish>
+inline void multiply_rows(int64_t rows, const RowsProduct &p, const Start &start, const Finish &finish) {
+    alignas(64) float sums[TILE_ROWS * TILE];
+    constexpr bool ADDS = !std::is_same_v<Start, std::nullptr_t>;
+    for (int64_t first = 0; first < p.outputs; first += TILE) {
+        if constexpr (ADDS)
+            for (int64_t i = 0; i < rows * TILE; i += LANES) store(sums + i, start(i / TILE, first + i % TILE));
+        multiply_into(rows, p.x, p.stride, p.tiles + first / TILE * p.tile_stride, p.columns, sums, ADDS,
+                      [](int64_t) {});
+        for (int64_t i = 0; i < rows * TILE; i += LANES) finish(i / TILE, first + i % TILE, load(sums + i));
+    }
 }
 
 // Rows of a group where `rows` rows are multiplied in groups.

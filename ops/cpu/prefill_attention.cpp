@@ -75,9 +75,9 @@ void copy_span(Scratch &s, const Attention<bfloat16> &a, const AttentionShape &s
 // Add a span to the sums of a group of rows, at least one of which attends to a position of it.
 void add_span(Scratch &s, int64_t first, int64_t rows, int64_t start, int64_t count, int64_t d) {
     count = std::min(count, s.visible[first + rows - 1] - start);  // the last row attends to the most positions
-    const auto put_scores = [&](int64_t row, int64_t at, Floats x) {
-        const int64_t visible = s.visible[first + row] - start - at;
-        store(s.scores + row * SPAN + at, masked(x * load(s.key_factors + at), visible));
+    const auto put_scores = [scores = s.scores, factors = s.key_factors, visible = s.visible + first,
+                             start](int64_t row, int64_t at, Floats x) {
+        store(scores + row * SPAN + at, masked(x * load(factors + at), visible[row] - start - at));
     };
     multiply_rows(rows, {s.query + first * d, d, s.keys, TILE * d, count, d}, nullptr, put_scores);
     float kept[TILE_ROWS];
@@ -90,8 +90,8 @@ void add_span(Scratch &s, int64_t first, int64_t rows, int64_t start, int64_t co
     float *sums = s.sums + first * stride;
     multiply_rows(
         rows, {s.weights, SPAN, s.values, SPAN * TILE, d, even},
-        [&](int64_t row, int64_t at) { return load(sums + row * stride + at) * kept[row]; },
-        [&](int64_t row, int64_t at, Floats x) { store(sums + row * stride + at, x); });
+        [sums, stride, &kept](int64_t row, int64_t at) { return load(sums + row * stride + at) * kept[row]; },
+        [sums, stride](int64_t row, int64_t at, Floats x) { store(sums + row * stride + at, x); });
 }
 
 template <typename Element>

@@ -8,16 +8,23 @@ from dispec.layers.logit_processing import apply_top_k_top_p
 from dispec.layers.sampling import greedy, sample
 from dispec.layers.types import Sampling, SamplingFilters
 from dispec.ops import reference, uniform_noise
+from tests.instruction_sets import EMULATED_AMX, identifier, usable_instruction_sets, use
+
+# Sampling has no tiles: emulated ones are those of AVX512.
+INSTRUCTION_SETS = [item for item in usable_instruction_sets() if item is not EMULATED_AMX]
 
 
-@pytest.fixture(autouse=True, params=["kernel", "torch"])
+@pytest.fixture(autouse=True, params=[*(INSTRUCTION_SETS or ["kernel"]), "torch"], ids=identifier)
 def kind(request, monkeypatch) -> str:
-    """Every test runs with the CPU's kernel and without."""
+    """Every test runs with the CPU's kernels of each instruction set and without."""
     if request.param == "torch":
         monkeypatch.setattr(ops, "has_sample_kernel", lambda device: False)
+        return "torch"
+    if request.param != "kernel":
+        use(request.param, monkeypatch)
     elif not ops.has_sample_kernel(torch.device("cpu")):
         pytest.skip("the CPU kernels could not be built")
-    return request.param
+    return "kernel"
 
 
 def sampling(temperature, seeds, positions) -> Sampling:

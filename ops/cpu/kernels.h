@@ -37,6 +37,9 @@ struct Linear {
     uint16_t *out;
     int64_t rows, n, k;
     bool is_gated;
+
+    int64_t outputs() const { return is_gated ? n / 2 : n; }
+    int64_t tiles() const { return (outputs() + 31) / 32; }  // of them; those of the second half follow
 };
 
 void linear(Phases &phases, const Linear &linear);

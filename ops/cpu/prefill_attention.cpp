@@ -6,9 +6,7 @@
 // fixed positions, so that a row's bits depend neither on the rows beside it nor on the number of threads.
 #include "attention.h"
 #ifdef DISPEC_TILES
-#include <array>
 #include <memory>
-#include <utility>
 #include <vector>
 
 #include "thread_pool.h"
@@ -18,7 +16,7 @@ namespace {
 
 constexpr int64_t SPAN = 256;            // positions
 constexpr int64_t MAX_TASK_ROWS = 192;   // which share one copy of each span into tiles
-constexpr int64_t MIN_TASK_ROWS = 24;
+constexpr int64_t MIN_TASK_ROWS = std::max(24, TILE_ROWS);
 constexpr int64_t TASKS_PER_THREAD = 4;  // several, because later rows attend to more positions
 
 struct alignas(64) Scratch {
@@ -74,51 +72,27 @@ void copy_span(Scratch &s, const Attention<bfloat16> &a, const AttentionShape &s
     }
 }
 
-// Add a span to the sums of a group of ROWS rows, at least one of which attends to a position of it.
-template <int ROWS>
-void add_span(Scratch &s, int64_t first, int64_t start, int64_t count, int64_t d) {
-    const auto nothing = [](int64_t) {};
-    count = std::min(count, s.visible[first + ROWS - 1] - start);  // the last row attends to the most positions
-    for (int64_t at = 0; at < count; at += TILE) {
-        Floats scores[ROWS][2] = {};
-        multiply_add<ROWS>(scores, s.query + first * d, d, s.keys + at * d, d, nothing);
-        for (int row = 0; row < ROWS; ++row) {
-            const int64_t visible = s.visible[first + row] - start - at;
-            float *to = s.scores + row * SPAN + at;
-            store(to, masked(scores[row][0] * load(s.key_factors + at), visible));
-            store(to + LANES, masked(scores[row][1] * load(s.key_factors + at + LANES), visible - LANES));
-        }
-    }
-    float kept[ROWS];
-    for (int row = 0; row < ROWS; ++row) {
+// Add a span to the sums of a group of rows, at least one of which attends to a position of it.
+void add_span(Scratch &s, int64_t first, int64_t rows, int64_t start, int64_t count, int64_t d) {
+    count = std::min(count, s.visible[first + rows - 1] - start);  // the last row attends to the most positions
+    const auto put_scores = [scores = s.scores, factors = s.key_factors, visible = s.visible + first,
+                             start](int64_t row, int64_t at, Floats x) {
+        store(scores + row * SPAN + at, masked(x * load(factors + at), visible[row] - start - at));
+    };
+    multiply_rows(rows, {s.query + first * d, d, s.keys, TILE * d, count, d}, nullptr, put_scores);
+    float kept[TILE_ROWS];
+    for (int64_t row = 0; row < rows; ++row) {
         Input *weights = s.weights + row * SPAN;
         kept[row] = online_softmax(s.scores + row * SPAN, count, s.maximum[first + row], s.total[first + row],
                                    [&](int64_t i, Floats x) { put(weights + i, x * load(s.value_factors + i)); });
     }
     const int64_t even = count + count % 2, stride = padded(d);
-    for (int64_t at = 0; at < stride; at += TILE) {
-        Floats sums[ROWS][2];
-        float *to = s.sums + first * stride + at;
-        for (int row = 0; row < ROWS; ++row) {
-            sums[row][0] = load(to + row * stride) * kept[row];
-            sums[row][1] = load(to + row * stride + LANES) * kept[row];
-        }
-        multiply_add<ROWS>(sums, s.weights, SPAN, s.values + at * SPAN, even, nothing);
-        for (int row = 0; row < ROWS; ++row) {
-            store(to + row * stride, sums[row][0]);
-            store(to + row * stride + LANES, sums[row][1]);
-        }
-    }
+    float *sums = s.sums + first * stride;
+    multiply_rows(
+        rows, {s.weights, SPAN, s.values, SPAN * TILE, d, even},
+        [sums, stride, &kept](int64_t row, int64_t at) { return load(sums + row * stride + at) * kept[row]; },
+        [sums, stride](int64_t row, int64_t at, Floats x) { store(sums + row * stride + at, x); });
 }
-
-using AddSpan = void (*)(Scratch &, int64_t, int64_t, int64_t, int64_t);
-
-template <int... ROWS>
-constexpr std::array<AddSpan, 1 + sizeof...(ROWS)> spans(std::integer_sequence<int, ROWS...>) {
-    return {nullptr, add_span<1 + ROWS>...};
-}
-
-constexpr auto ADD = spans(std::make_integer_sequence<int, TILE_ROWS>());
 
 template <typename Element>
 void run_task(const Task &task, const Attention<bfloat16> &a, const AttentionShape &shape) {
@@ -134,13 +108,13 @@ void run_task(const Task &task, const Attention<bfloat16> &a, const AttentionSha
         s.total[row] = 0;
     }
     std::fill_n(s.sums, task.num_rows * padded(d), 0.0f);
-    const int64_t visible = s.visible[task.num_rows - 1], groups = (task.num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    const int64_t visible = s.visible[task.num_rows - 1], size = rows_of_group(task.num_rows);
     for (int64_t start = 0; start < visible; start += SPAN) {
         const int64_t count = std::min(SPAN, visible - start);
         copy_span<Element>(s, a, shape, rows.blocks(), task.head, start, count);
-        for (int64_t i = 0; i < groups; ++i) {
-            const int64_t first = task.num_rows * i / groups, last = task.num_rows * (i + 1) / groups;
-            if (s.visible[last - 1] > start) ADD[last - first](s, first, start, count, d);
+        for (int64_t first = 0; first < task.num_rows; first += size) {
+            const int64_t count_of_group = std::min(size, task.num_rows - first);
+            if (s.visible[first + count_of_group - 1] > start) add_span(s, first, count_of_group, start, count, d);
         }
     }
     for (int64_t row = 0; row < task.num_rows; ++row) rows.finish(row, s.sums + row * padded(d), s.total[row]);
@@ -169,6 +143,7 @@ void prefill_attention(const Attention<bfloat16> &a, const AttentionShape &shape
     }
     with_element<bfloat16>(shape.cache_type, [&](auto element) {
         parallel_for(tasks.size(), [&](int64_t begin, int64_t end) {
+            const TileState state(TILE_ROWS);
             for (int64_t i = begin; i < end; ++i) run_task<decltype(element)>(tasks[i], a, shape);
         }, Schedule::TASKS);
     });

@@ -4,11 +4,13 @@
 // int4 are [pairs / 2][32] words of 16 bits. Word i has element i % 2 of output i / 2 of the first pair in its lowest
 // four bits, then that of output 16 + i / 2, then both of the second pair. Missing outputs and columns are zeros.
 //
-// There are two implementations: AVX512-BF16, which multiplies and adds two bf16 in one instruction, and AVX2.
+// There are three implementations: AMX, which multiplies 16 rows by a tile in one instruction; AVX512-BF16, which
+// multiplies and adds two bf16 in one instruction; and AVX2.
 //
 // Each has `Input`, the element type of x in the GEMM; `put`, which stores sixteen of them; `TILE_ROWS`, the rows of x
-// that share each load of a tile; `MAX_ROWS`, the rows of x that are multiplied by all tiles before the next ones; and
-// `multiply_add`, `unpack_pairs`, `load_halves`, `fma` and `finish`.
+// that share each load of a tile; `MAX_ROWS`, the rows of x that are multiplied by all tiles before the next ones;
+// `multiply_rows`, `rows_of_group` and `TileState`; and `load_halves`, `fma` and `finish`. Those whose sums are in
+// vector registers have `multiply_add` and what register_tiles.h and linear_registers.h use beside it.
 #pragma once
 #include <cstdint>
 
@@ -41,10 +43,27 @@ inline const Weight *pair_of(const Weight *tile, int64_t pair) {
     return (const Weight *)((const char *)tile + pair * PAIR<Weight>);
 }
 
-#ifdef __AVX512BF16__
+// A product of multiply_rows: x [rows, columns] times tiles of bf16, `tile_stride` elements apart, for all outputs below
+// `outputs`.
+template <typename Input>
+struct RowsProductOf {
+    const Input *x;
+    int64_t stride;
+    const uint16_t *tiles;
+    int64_t tile_stride, outputs, columns;
+};
+
+#if defined(DISPEC_AMX) && (defined(__AMX_BF16__) || defined(DISPEC_AMX_EMULATED))
+#define DISPEC_AMX_TILES
+#include "tiles_amx.h"
+constexpr const char *INSTRUCTION_SET = "amx";
+#elif defined(__AVX512BF16__)
 #include "tiles_avx512.h"
 constexpr const char *INSTRUCTION_SET = "avx512";
 #else
 #include "tiles_avx2.h"
 constexpr const char *INSTRUCTION_SET = "avx2";
+#endif
+#ifndef DISPEC_AMX_TILES
+#include "register_tiles.h"
 #endif

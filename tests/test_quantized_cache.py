@@ -10,17 +10,31 @@ from torch import Tensor
 
 from dispec import ops
 from dispec.ops.cpu import attention as cpu_attention
+from tests.instruction_sets import EMULATED_AMX, identifier, usable_instruction_sets, use
 
 DTYPES = [torch.bfloat16, torch.float32]
 CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 
-@pytest.fixture(params=["C++", "torch"])
+# AMX kernels read and write the cache with the code of the AVX512 kernels.
+KERNELS = [item for item in usable_instruction_sets() if item is not EMULATED_AMX] or ["C++"]
+
+
+@pytest.fixture(params=[*KERNELS, "torch"], ids=identifier)
 def implementation(request, monkeypatch) -> str:
     if request.param == "torch":
         without_kernels(monkeypatch)
-    return request.param
+        return "torch"
+    if request.param != "C++":
+        use(request.param, monkeypatch)
+    return "C++"
+
+
+@pytest.fixture(params=KERNELS, ids=identifier)
+def kernels(request, monkeypatch) -> None:
+    if request.param != "C++":
+        use(request.param, monkeypatch)
 
 
 def without_kernels(monkeypatch) -> None:
@@ -128,6 +142,7 @@ def test_attention(dtype, kind, query_len, seed):
 
 @pytest.mark.parametrize("kind", CACHE_DTYPES)
 @pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.usefixtures("kernels")
 def test_each_code_and_position_counts(kind, count):
     """One token of the context has all the weight: the result is its value, whose codes are all there are."""
     torch.manual_seed(0)
@@ -204,6 +219,7 @@ def test_a_write_stores_the_nearest_codes(dtype, kind, head_dim, block_size):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", CACHE_DTYPES)
 @pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.usefixtures("kernels")
 def test_the_kernel_writes_the_bytes_of_torch(dtype, kind, has_norm):
     """Also those of one token after another: they depend on that token alone."""
     torch.manual_seed(1)
@@ -264,6 +280,7 @@ def test_copies_and_layers(kind, head_dim, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", CACHE_DTYPES)
+@pytest.mark.usefixtures("kernels")
 def test_attention_of_a_sequence_does_not_depend_on_the_others(kind):
     """To the last bit, over spans and pages, for decodes and prompts."""
     if not cpu_attention.has_cpu_kernel(CACHE_DTYPES[kind], 64, 16):

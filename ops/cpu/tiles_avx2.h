@@ -180,9 +180,13 @@ inline void add_offsets(Floats (&totals)[ROWS][2], const Floats (&offsets)[2], c
 
 // Write the first `width` of sixteen sums to `to`, rounded; with `residual`, add it and round again.
 inline void finish(Floats sums, const uint16_t *residual, uint16_t *to, int64_t width) {
+    if (width >= LANES) {
+        if (residual) sums = (Floats)(bfloat16_bits(sums) << 16) + load((const bfloat16 *)residual);
+        return store((bfloat16 *)to, sums);
+    }
     if (width <= 0) return;
     bfloat16 rounded[LANES], added[LANES] = {};
-    const int64_t bytes = std::min<int64_t>(width, LANES) * sizeof(bfloat16);
+    const int64_t bytes = width * sizeof(bfloat16);
     store(rounded, sums);
     if (residual) {
         std::memcpy(added, residual, bytes);

@@ -11,7 +11,8 @@ constexpr int LANES = 16;
 typedef float EightFloats __attribute__((vector_size(32)));
 typedef float FourFloats __attribute__((vector_size(16)));
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__)
+#define DISPEC_HALVES
 // GCC keeps its own vectors in memory where they are longer than the CPU's, and copies them in pieces of 16 bytes.
 // Halves stay in registers: decode attention takes half the time.
 template <typename T>

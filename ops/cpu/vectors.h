@@ -20,7 +20,7 @@ struct e4m3 {
 };
 
 inline Floats load(const bfloat16 *at) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#ifdef DISPEC_HALVES
     const auto eight = [at](int64_t i) {
         return (EightFloats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(at + i))), 16);
     };
@@ -36,7 +36,7 @@ inline Floats load(const bfloat16 *at) {
 inline Floats load(const int8_t *at) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));
-#elif defined(__AVX2__)
+#elif defined(DISPEC_HALVES)
     const auto eight = [at](int64_t i) {
         return (EightFloats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(at + i))));
     };
@@ -50,7 +50,7 @@ inline Floats load(const int8_t *at) {
 
 // A 256th of each value: sign, exponent and mantissa moved to their places in float16, whose bias is larger by 8.
 inline Floats load(const e4m3 *at) {
-#if defined(__AVX2__) && defined(__F16C__)
+#if defined(__AVX512F__) || defined(DISPEC_HALVES)
     const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)at));
     const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(int16_t(0xbfff)));
 #ifdef __AVX512F__
@@ -79,13 +79,17 @@ inline float scalar(bfloat16 x) {
 // All ones where x is NaN: the exponent's bits are all set, and some of the mantissa's.
 inline Ints is_nan(Floats x) { return (0x7f800000 - ((Ints)x & 0x7fffffff)) >> 31; }
 
-// Rounds to the nearest, ties to even, as torch does; NaN stays NaN.
-inline void store(bfloat16 *at, Floats x) {
+// The nearest bf16, ties to even, as torch rounds, in the lower halves of the words; NaN stays NaN.
+inline Words bfloat16_bits(Floats x) {
     const Words word = (Words)x;
     const Words rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
     const Words nan = (Words)is_nan(x);
-    const Words bits = (rounded & ~nan) | (0x7fc0 & nan);
-#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (rounded & ~nan) | (0x7fc0 & nan);
+}
+
+inline void store(bfloat16 *at, Floats x) {
+    const Words bits = bfloat16_bits(x);
+#ifdef DISPEC_HALVES
     const __m256i packed = _mm256_packus_epi32((__m256i)bits.low, (__m256i)bits.high);  // in each half of the register
     _mm256_storeu_si256((__m256i *)at, _mm256_permute4x64_epi64(packed, 0xd8));
 #else

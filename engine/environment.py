@@ -17,7 +17,8 @@ from dispec.engine.execution.execution_plan import ExecutionPlan, plan_for
 from dispec.engine.options import DTYPE_NAMES, EngineOptions
 from dispec.engine.sampling_params import SamplingParams
 from dispec.layers.config import ModelConfig
-from dispec.ops.cpu.library import build
+from dispec.ops.cpu.instruction_sets import instruction_set
+from dispec.ops.cpu.library import build, is_enabled
 from dispec.ops.linear import PackedWeight, linear, pack
 
 # bf16 keeps 8 bits: a product of rounded inputs, summed in float32, ends within one rounding of the exact one.
@@ -137,8 +138,18 @@ def try_bf16(device: str) -> Outcome:
     return _attempt(run)
 
 
+def cpu_instruction_set() -> str:
+    """Return the name of the instruction set of our C++ kernels. Raises ValueError for a wrong `DISPEC_CPU_ISA`."""
+    return instruction_set().name
+
+
 def try_cpu_kernels() -> Outcome:
-    """Build our C++ kernels, or find them built; in a temporary directory if the cache cannot be written."""
+    """Build our C++ kernels, or find them built; in a temporary directory if the cache cannot be written.
+
+    Raises ValueError for a wrong `DISPEC_CPU_KERNELS`.
+    """
+    if not is_enabled():
+        return Outcome(False, "DISPEC_CPU_KERNELS is off", 0.0)
 
     def run() -> None:
         try:

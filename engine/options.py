@@ -123,7 +123,7 @@ class EngineOptions:
     threads: Annotated[
         int | None,
         Option(
-            "CPU threads of a step, set for the whole process; with --disaggregate, of all engines together.",
+            "CPU threads of a step, set for the whole process; with --disaggregate, of each engine.",
             ge=1,
             le=1024,
             default="the usable cores by affinity and CPU quota, or OMP_NUM_THREADS if that is less",

@@ -17,7 +17,6 @@ import uvicorn
 import uvloop
 from litestar.types import ASGIApp
 
-from dispec.engine.machine.cpu_cores import usable_cores
 from dispec.engine.process.messages import EngineInfo
 from dispec.serving.api.app import create_app
 from dispec.serving.api.context import ApiContext, version
@@ -116,12 +115,10 @@ def make_client(settings: ServerSettings, engine_options: dict[str, Any], show_p
         "restarts": RestartPolicy(settings.max_engine_restarts),
     }
     if settings.disaggregate:
-        num_cores = engine_options.get("threads") or usable_cores()
         return WorkerPool(
             engine_options,
             num_prefill=settings.num_prefill_workers,
             num_decode=settings.num_decode_workers,
-            num_cores=num_cores,
             **limits,
         )
     if settings.role != "both":

@@ -26,8 +26,8 @@ def check_start(settings: ServerSettings, engine_options: Mapping[str, Any]) -> 
         raise ValueError(
             f"kv_transfer_port is {port}, must be left out with disaggregate: each engine needs a port of its own"
         )
-    if settings.disaggregate:  # the engines share the threads
-        engine_options = worker_options(engine_options) | {"threads": engine_options.get("threads")}
+    if settings.disaggregate:
+        engine_options = worker_options(engine_options)
     options = EngineOptions(**engine_options)
     without_weights = options.load_format == "dummy"
     if not isinstance(options.model, ModelConfig):

@@ -13,6 +13,7 @@ import torch
 
 from dispec import LLM, SamplingParams
 from dispec.engine.engine import Engine
+from dispec.engine.execution import compiled_steps
 from dispec.engine.options import EngineOptions
 from dispec.layers.config import ModelConfig
 
@@ -190,3 +191,16 @@ def test_an_engine_that_verifies_drafts_has_compiled_all_that_it_runs(max_num_se
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
     assert sum(record.num_drafts for record in llm.engine.records) > 10
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize(("cores", "given", "expected"), [(1, None, 1), (3, None, 3), (3, "5", 5)])
+def test_the_compiler_uses_as_many_processes_as_there_are_usable_cores(cores, given, expected, monkeypatch):
+    from torch._inductor import config as inductor  # not imported by the program above
+
+    monkeypatch.setattr(inductor, "compile_threads", 5)
+    monkeypatch.setattr(compiled_steps, "usable_cores", lambda: cores)
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", given)
+    compiled_steps._configure()
+    assert inductor.compile_threads == expected

@@ -31,8 +31,10 @@ def system(root: Path, groups: str, files: dict[str, str]) -> Path:
     [
         ("0::/", {}, 8),
         ("0::/", {"sys/fs/cgroup/cpu.max": "max 100000"}, 8),
-        ("0::/app", {"sys/fs/cgroup/app/cpu.max": "350000 100000"}, 3),
+        ("0::/app", {"sys/fs/cgroup/app/cpu.max": "350000 100000"}, 4),
+        ("0::/app", {"sys/fs/cgroup/app/cpu.max": "340000 100000"}, 3),
         ("0::/app", {"sys/fs/cgroup/app/cpu.max": "50000 100000"}, 1),
+        ("0::/app", {"sys/fs/cgroup/app/cpu.max": "10000 100000"}, 1),
         (
             "0::/pod/app",
             {"sys/fs/cgroup/pod/cpu.max": "200000 100000", "sys/fs/cgroup/pod/app/cpu.max": "max 100000"},
@@ -53,13 +55,35 @@ def system(root: Path, groups: str, files: dict[str, str]) -> Path:
             {"sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "-1", "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000"},
             8,
         ),
-        ("0::/my app", {"sys/fs/cgroup/my app/cpu.max": "350000 100000"}, 3),
+        ("0::/my app", {"sys/fs/cgroup/my app/cpu.max": "350000 100000"}, 4),
         ("", {}, 8),
     ],
 )
 def test_quotas_of_both_kinds_of_cgroup(groups, files, cores, tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_cores.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert cpu_cores.usable_cores(system(tmp_path, groups, files)) == cores
+
+
+@pytest.mark.parametrize("name", ["core_cpus_list", "thread_siblings_list"])
+@pytest.mark.parametrize(
+    ("siblings", "mask", "cores"),
+    [
+        (["0,4", "1,5", "2,6", "3,7"] * 2, range(8), 4),
+        (["0-1", "0-1", "2-3", "2-3"], range(4), 2),
+        (["0", "1", "2"], range(3), 3),
+        (["0-1", "0-1", "2-3", "2-3"], {1, 2}, 2),
+        (["0-1", "0-1", "2-3", "2-3"], {2, 3}, 2),  # one core alone
+        (["0-1", "0-1", "2"], range(3), 2),  # only the first core has hyperthreads
+        (["0-1", "0-1"], range(4), 3),  # nothing is known of the others
+        (["0-7"] * 8, range(8), 8),
+        (["10,110", "10,110"], {0}, 1),
+    ],
+)
+def test_hyperthreads_count_once(name, siblings, mask, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu_cores.os, "sched_getaffinity", lambda _: set(mask), raising=False)
+    files = {f"sys/devices/system/cpu/cpu{cpu}/topology/{name}": text for cpu, text in enumerate(siblings)}
+    assert usable_cores(system(tmp_path, "0::/", files)) == cores
+    assert usable_cores(system(tmp_path, "0::/", {"sys/fs/cgroup/cpu.max": "100000 100000"})) == 1
 
 
 def test_affinity_counts(monkeypatch):

@@ -1,5 +1,6 @@
 """`dispec env-check`: its probes run, and its conclusions follow from them."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -7,9 +8,12 @@ import sys
 import pytest
 import torch
 
+from dispec.engine import environment
 from dispec.engine.environment import plans, try_cpu_kernels, try_replay
 from dispec.engine.execution.execution_plan import plan_for
 from dispec.engine.options import EngineOptions
+from dispec.ops.cpu.instruction_sets import INSTRUCTION_SETS
+from dispec.ops.cpu.library import built_instruction_set
 from dispec.serving.cli import env_check
 from dispec.serving.cli.env_check import Finding
 from tests.commands import running
@@ -28,6 +32,45 @@ def test_env_check_for_machines() -> None:
     plans = [name for name in report["findings"] if name.startswith("plan ")]
     assert plans[:2] == ["plan cpu bfloat16", "plan cpu float32"]  # no float16: a CPU does not run it
     assert report["findings"]["plan cpu bfloat16"]["compile"] == "off"
+    assert report["findings"]["cpu kernels"]["instruction_set"] == built_instruction_set()
+    assert not report["findings"]["cpu kernels"]["is_forced"]
+
+
+def test_env_check_names_a_forced_instruction_set(monkeypatch) -> None:
+    monkeypatch.setenv("DISPEC_CPU_ISA", INSTRUCTION_SETS[-1].name)
+    monkeypatch.setattr(environment, "instruction_set", lambda: INSTRUCTION_SETS[-1])
+    monkeypatch.setattr(environment, "build", lambda: None)
+    found = {finding.name: finding for finding in itertools.takewhile(is_before_probes, env_check.findings())}
+    assert found["cpu kernels"].text == "works (0.0 s), avx2 by DISPEC_CPU_ISA"
+    assert found["cpu kernels"].data["is_forced"]
+
+
+def test_env_check_with_the_kernels_off(monkeypatch) -> None:
+    monkeypatch.setenv("DISPEC_CPU_KERNELS", "off")
+    found = {finding.name: finding for finding in itertools.takewhile(is_before_probes, env_check.findings())}
+    assert found["cpu kernels"].text == "does not work: DISPEC_CPU_KERNELS is off"
+
+
+def is_before_probes(finding: Finding) -> bool:
+    return finding.name != "cpu bf16"
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("DISPEC_CPU_ISA", "DISPEC_CPU_ISA is 'maybe', must be one of amx, avx512, avx2"),
+        ("DISPEC_CPU_KERNELS", "DISPEC_CPU_KERNELS is 'maybe', must be on or off"),
+    ],
+)
+@pytest.mark.parametrize("command", [["env-check"], ["generate", "Hi"], ["serve", "--port", "0"]])
+def test_commands_refuse_a_wrong_variable_in_one_sentence(name, sentence, command, monkeypatch) -> None:
+    monkeypatch.setenv(name, "maybe")
+    with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.decode().splitlines()[-1] == f"error: {sentence}"
+    assert "Traceback" not in err.decode()
+    assert "could not be built" not in err.decode()
 
 
 def test_env_check_without_a_compiler() -> None:

@@ -1,6 +1,7 @@
 """A pool with prefill and decode workers answers as one process does, also when workers die or are added."""
 
 import asyncio
+import fcntl
 import os
 import random
 import signal
@@ -50,7 +51,7 @@ async def running_pool(
     """Run a pool, and check that the test left no requests or blocks in it."""
     options = OPTIONS | {"model": str(directory), "kv_transfer_lease": 2.0} | (engine or {})
     limits = {"max_queued_requests": 1000, "max_queued_tokens": 1_000_000, "stall_seconds": 60.0, "restarts": restarts}
-    pool = WorkerPool(options, **{"num_prefill": 1, "num_decode": 1, "num_cores": 2} | counts, **limits)
+    pool = WorkerPool(options, **{"num_prefill": 1, "num_decode": 1} | counts, **limits)
     try:
         await pool.start()
         yield pool
@@ -111,6 +112,28 @@ def test_workers_with_a_quantised_cache(loop, directory):
     # A rounding error of float32 may move a code to its neighbour, which may change a sequence's tokens.
     assert sum(own[0].token_ids != tokens for own, tokens in zip(answers, expected, strict=True)) <= 1
     assert sum(record.num_prompt_tokens for record in recorder.records) <= sum(map(len, prompts))
+
+
+def test_prefill_steps_hold_the_lock_that_decode_workers_look_at(loop, directory, llm):
+    prompt, params = random_prompts(1)[0], greedy(6)
+    expected = llm.generate([prompt], params)[0].token_ids
+
+    def waits_for_a_lock(pid: int) -> bool:
+        lines = (line.split() for line in Path("/proc/locks").read_text().splitlines())
+        return any(words[1] == "->" and words[2] == "FLOCK" and words[5] == str(pid) for words in lines)
+
+    async def with_the_lock_taken():
+        async with running_pool(directory) as pool:
+            pids = [worker.client.info.pid for worker in pool.workers]
+            opened = [{path.resolve() for path in Path(f"/proc/{pid}/fd").iterdir()} for pid in pids]
+            path = next(path for path in set.intersection(*opened) if path.name == "cores")
+            with path.open() as cores:
+                fcntl.flock(cores, fcntl.LOCK_EX)
+                answering = asyncio.create_task(generate(pool, prompt, params))
+                await until(lambda: waits_for_a_lock(pids[0]))
+            return (await answering)[0].token_ids
+
+    assert loop.run(with_the_lock_taken()) == expected
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])

@@ -1,5 +1,6 @@
 """Every `torch.compile` call of the steps, and the marks that the compiler needs on their tensors."""
 
+import os
 import threading
 import warnings
 from collections import defaultdict
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dispec import ops
+from dispec.engine.machine.cpu_cores import usable_cores
 from dispec.layers.config import ModelConfig
 from dispec.layers.steps import Vocabulary, decode_step, prefill_step
 from dispec.layers.types import Batch
@@ -65,6 +67,9 @@ def _configure() -> None:
 
     # Recording a graph for each shape is intended.
     config.triton.cudagraph_dynamic_shape_warn_limit = None
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        # Inductor starts one process for each core of the affinity mask, also under a smaller CPU quota.
+        config.compile_threads = min(config.compile_threads or 1, usable_cores())
     # An engine may change from eager to compiled steps during a request: both must round alike.
     config.emulate_precision_casts = True
 

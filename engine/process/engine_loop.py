@@ -21,6 +21,7 @@ import msgspec
 from dispec.engine.errors import InvalidField
 from dispec.engine.machine.cache_directory import remove_substitutes
 from dispec.engine.process.channel import Channel, log_to_frontend
+from dispec.engine.process.core_priority import CorePriority
 from dispec.engine.process.crash_report import report_crash
 from dispec.engine.process.grammar_queue import GrammarQueue
 from dispec.engine.process.messages import (
@@ -61,9 +62,10 @@ class _Request(NamedTuple):
 class EngineLoop:
     """Serves the requests of a channel with an engine, one step after another."""
 
-    def __init__(self, engine: "Engine", channel: Channel) -> None:
+    def __init__(self, engine: "Engine", channel: Channel, core_priority: CorePriority | None = None) -> None:
         self._engine = engine
         self._channel = channel
+        self._core_priority = core_priority
         self._requests: dict[str, _Request] = {}
         self._grammars = GrammarQueue(engine.grammar_compiler)
         self._last_record: StepRecord | None = None
@@ -80,7 +82,8 @@ class EngineLoop:
             if message is not None:
                 self._handle(message)
             elif engine.has_work:
-                self._step()
+                with self._core_priority.step() if self._core_priority else contextlib.nullcontext():
+                    self._step()
             elif engine.wake_ups or engine.has_idle_work:
                 engine.work_while_idle()
             if engine.runner.is_compiled != self._is_compiled:
@@ -238,7 +241,8 @@ def _serve(start: Start, channel: Channel) -> None:
     engine = Engine(EngineOptions(**start.options))
     engine.phase_seconds = {"import": imported, **engine.phase_seconds}
     channel.send(engine_info(engine))
-    EngineLoop(engine, channel).run()
+    shared = start.shared_cores if engine.device.type == "cpu" else None
+    EngineLoop(engine, channel, CorePriority(shared.path, shared.role) if shared else None).run()
     engine.close()  # the processes of other ranks do not outlive this one
 
 

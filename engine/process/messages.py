@@ -16,14 +16,24 @@ from dispec.engine.transfer.interface import RemoteBlocks
 EXIT_AFTER_CRASH_REPORT = 70  # the exit code of an engine process that has sent a `CrashReport`
 
 
+Role = Literal["prefill", "decode"]
+
+
+class SharedCores(msgspec.Struct):
+    """What a worker needs for `CorePriority`: a file that the workers of the machine share, and its own role."""
+
+    path: str
+    role: Role
+
+
 class Start(msgspec.Struct):
     """The first line of the engine's standard input, as JSON.
 
-    options: the fields of `EngineOptions`. num_threads: of a step; None takes a thread for each core.
+    options: the fields of `EngineOptions`. shared_cores: where other engines run on the same cores.
     """
 
     options: dict[str, Any]
-    num_threads: int | None = None
+    shared_cores: SharedCores | None = None
 
 
 class Submit(msgspec.Struct, tag=True):

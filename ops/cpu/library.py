@@ -76,14 +76,23 @@ class Matrix(ctypes.Structure):
     _fields_ = (("data", _POINTER), ("kind", _NUMBER), ("group_size", _NUMBER), ("has_offsets", _NUMBER))
 
 
+def is_enabled() -> bool:
+    """Return whether `DISPEC_CPU_KERNELS` is `on`, the default. Raises ValueError if it is neither `on` nor `off`."""
+    value = os.environ.get("DISPEC_CPU_KERNELS") or "on"
+    if value not in ("on", "off"):
+        raise ValueError(f"DISPEC_CPU_KERNELS is {value!r}, must be on or off")
+    return value == "on"
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the library, or None with a warning where it cannot be built, or None for `DISPEC_CPU_KERNELS=off`.
 
     A failed build is not tried again for a day. Where `instruction_set` is PORTABLE, the library lacks the kernels of
-    packed weights (linear.cpp, decoder.cpp) and prefill attention. Raises ValueError for a wrong `DISPEC_CPU_ISA`.
+    packed weights (linear.cpp, decoder.cpp) and prefill attention. Raises ValueError for a wrong `DISPEC_CPU_ISA` or
+    `DISPEC_CPU_KERNELS`.
     """
-    if os.environ.get("DISPEC_CPU_KERNELS", "on") == "off":
+    if not is_enabled():
         return None
     try:
         loaded = _load()

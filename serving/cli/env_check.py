@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import shutil
 import sys
@@ -51,7 +52,10 @@ class Feature(NamedTuple):
 
 
 def findings() -> Iterator[Finding]:
-    """Probe the machine and yield each finding as soon as it is known: compiling takes seconds."""
+    """Probe the machine and yield each finding as soon as it is known: compiling takes seconds.
+
+    Raises ValueError for a wrong `DISPEC_CPU_ISA` or `DISPEC_CPU_KERNELS`.
+    """
     python = platform.python_version()
     yield Finding("python", f"{python} ({sys.executable})", {"version": python, "executable": sys.executable})
     yield Finding("platform", platform.platform(), platform.platform())
@@ -89,7 +93,11 @@ def findings() -> Iterator[Finding]:
         for dtype, plan in environment.plans(device, compiles=compiler.works).items():
             yield Finding(f"plan {device} {dtype}", plan.describe(), dataclasses.asdict(plan))
 
-    yield tried("cpu kernels", environment.try_cpu_kernels())
+    name, is_forced = environment.cpu_instruction_set(), bool(os.environ.get("DISPEC_CPU_ISA"))
+    kernels = tried("cpu kernels", environment.try_cpu_kernels())
+    text = f"{kernels.text}, {name}{' by DISPEC_CPU_ISA' if is_forced else ''}"
+    data = kernels.data | {"instruction_set": name, "is_forced": is_forced}
+    yield Finding("cpu kernels", text if data["works"] else kernels.text, data)
     warnings.filterwarnings("ignore", "the CPU kernels could not be built")  # the line above says so
     yield from tried_on("cpu")
     yield tried("cpu packed bf16", environment.try_packed_bf16())

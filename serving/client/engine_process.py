@@ -77,8 +77,6 @@ class EngineProcess:
         self._inbox = self._socket(zmq.PULL, f"ipc://{self._directory}/to-front", _EXIT_ADDRESS)
         self._decoder = msgspec.msgpack.Decoder(EngineMessage)
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's; the engine multiplies no NumPy matrices
-        if start.num_threads is not None:
-            environment["OMP_NUM_THREADS"] = str(start.num_threads)
         # -P: ignore a "dispec" in the working directory. A session of its own: Ctrl-C reaches the server alone.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", _ENGINE_MODULE, self._directory],

@@ -21,6 +21,7 @@ from dispec.engine.process.messages import (
     Log,
     Refused,
     Resume,
+    SharedCores,
     Start,
     StepOutput,
     Submit,
@@ -45,7 +46,7 @@ class ProcessClient(EngineClient):
     max_queued_requests, max_queued_tokens: most requests, and tokens of their prompts, that the engine has not started;
         further requests raise Overloaded.
     stall_seconds: an engine with work that completes no step for so long is not ready.
-    num_threads: of the engine; None takes a thread for each core.
+    shared_cores: where other engines run on the same cores.
     has_slos: whether requests are ordered by slack.
 
     Everything but `OutputProcessor` runs in the event loop's thread.
@@ -60,12 +61,12 @@ class ProcessClient(EngineClient):
         stall_seconds: float,
         restarts: RestartPolicy | None = None,
         show_progress: bool = False,
-        num_threads: int | None = None,
+        shared_cores: SharedCores | None = None,
         has_slos: bool = False,
     ) -> None:
         super().__init__()
         self._supervisor = EngineSupervisor(
-            Start({**engine_options, "show_progress": show_progress}, num_threads),
+            Start({**engine_options, "show_progress": show_progress}, shared_cores),
             receive=self._receive,
             on_state=lambda state: self._notify(lambda observer: observer.on_state(state)),
             on_death=self._fail_all,

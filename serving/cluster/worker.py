@@ -1,15 +1,14 @@
 """One engine of a pool: its role, and counts of its work."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
+from dispec.engine.process.messages import Role
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.serving.client.engine_client import EngineObserver
 from dispec.serving.client.process_client import ProcessClient
 from dispec.serving.client.request_stream import RequestStream
 from dispec.serving.observability.distribution import BETWEEN_TOKENS, FIRST_TOKEN, STEP, Distribution
 
-Role = Literal["prefill", "decode"]
 ROLES: tuple[Role, ...] = ("prefill", "decode")
 
 

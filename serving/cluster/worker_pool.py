@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from dispec.engine.process.messages import EngineInfo, Inspection
+from dispec.engine.machine.owned_directory import OwnedDirectory
+from dispec.engine.process.messages import EngineInfo, Inspection, Role, SharedCores
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.client.engine_client import EngineClient, EngineObserver, State
@@ -22,7 +23,7 @@ from dispec.serving.client.request_stream import GenerationRequest, RequestStrea
 from dispec.serving.client.slo import Slo
 from dispec.serving.cluster.autoscaling import Observation
 from dispec.serving.cluster.request_migration import MigratedStream
-from dispec.serving.cluster.worker import Role, Worker
+from dispec.serving.cluster.worker import Worker
 
 log = logging.getLogger("dispec")
 
@@ -30,28 +31,23 @@ REPLACE_SECONDS = 5.0  # from the final death of an engine to the start of anoth
 
 
 def worker_options(engine_options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of each engine of a pool: with a KV transport, and a secret for it.
-
-    `threads` is left out: its value is for all engines together.
-    """
-    others = {name: value for name, value in engine_options.items() if name != "threads"}
-    return {"kv_transfer": "auto", "kv_transfer_secret": secrets.token_hex(16), **others}
+    """Return the options of each engine of a pool: with a KV transport, and a secret for it."""
+    return {"kv_transfer": "auto", "kv_transfer_secret": secrets.token_hex(16), **engine_options}
 
 
 class WorkerPool(EngineClient):
     """An engine client with several engine processes.
 
     engine_options: fields of `EngineOptions`, for each engine. num_prefill, num_decode: engines of each role.
-    num_cores: threads of all engines together, instead of the option `threads`. limits: as of `ProcessClient`, for each
-    engine.
+    limits: as of `ProcessClient`, for each engine.
     """
 
-    def __init__(
-        self, engine_options: dict[str, Any], *, num_prefill: int, num_decode: int, num_cores: int, **limits: Any
-    ) -> None:
+    def __init__(self, engine_options: dict[str, Any], *, num_prefill: int, num_decode: int, **limits: Any) -> None:
         super().__init__()
         self._limits = limits
-        self._num_cores = num_cores
+        self._directory = OwnedDirectory("dispec-workers-")
+        self._cores_path = os.path.join(self._directory.path, "cores")
+        open(self._cores_path, "x").close()
         self._options = worker_options(engine_options)
         self._numbers = itertools.count()
         self._keys = itertools.count()
@@ -61,9 +57,8 @@ class WorkerPool(EngineClient):
         self._tasks: set[asyncio.Task[None]] = set()
         self._notified_state: State = "loading"
         self._merged: tuple[tuple[EngineInfo, ...], EngineInfo | None] = ((), None)
-        count = num_prefill + num_decode
-        self.workers = [self._make("prefill", count) for _ in range(num_prefill)]
-        self.workers += [self._make("decode", count) for _ in range(num_decode)]
+        self.workers = [self._make("prefill") for _ in range(num_prefill)]
+        self.workers += [self._make("decode") for _ in range(num_decode)]
 
     @property
     def state(self) -> State:
@@ -93,7 +88,7 @@ class WorkerPool(EngineClient):
 
     def add_worker(self, role: Role) -> Worker:
         """Return a new worker that the caller must start. It shares the cores with the others."""
-        worker = self._make(role, 1 + sum(not worker.is_leaving for worker in self.workers))
+        worker = self._make(role)
         self.workers.append(worker)
         return worker
 
@@ -145,6 +140,7 @@ class WorkerPool(EngineClient):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(worker.client.stop() for worker in self.workers))
+        self._directory.remove()
         self._notify_state()
 
     def submit(self, request: GenerationRequest) -> RequestStream:
@@ -202,9 +198,8 @@ class WorkerPool(EngineClient):
         ready = [worker.client for worker in self.workers if worker.role == role and worker.is_ready]
         return min(ready, key=lambda client: client.load, default=None)
 
-    def _make(self, role: Role, count: int) -> Worker:
-        # Threads that wait for each other in a step lose most of their time if they share a core.
-        client = ProcessClient(self._options, num_threads=max(1, self._num_cores // count), **self._limits)
+    def _make(self, role: Role) -> Worker:
+        client = ProcessClient(self._options, shared_cores=SharedCores(self._cores_path, role), **self._limits)
         worker = Worker(next(self._numbers), role, client)
         client.observers += [worker.statistics, _Forward(self, worker)]
         return worker

@@ -1,0 +1,63 @@
+"""The order in which the steps of several workers use the cores of one machine.
+
+Each worker runs its steps with all cores. A decode step beside a prefill step would take half of them, and prompts
+would take twice as long as in one engine. The scheduler of the system does not divide them better: with a higher nice
+value for decode workers, both threads of a prefill step stayed on one of two cores for up to 200 ms.
+"""
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from dispec.engine.process.messages import Role
+
+# Of the duration of a decode step, to the next one, while a prompt is computed. On two cores of a Zen 5 with 16
+# streams of 128 tokens, the time to the first token was 2.1 times that of one engine without the wait, 1.6 with 2.
+_WAIT_PER_STEP = 4.0
+_POLL_SECONDS = 0.001
+
+
+class CorePriority:
+    """Gives the steps of prefill workers precedence over those of decode workers.
+
+    path: of a file that all workers of the machine have; a worker that ends leaves no lock behind.
+    clock, sleep: the time, replaced in tests.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        role: Role,
+        clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115  # its locks end with this object
+        self._role = role
+        self._clock = clock
+        self._sleep = sleep
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Hold during a step. After a decode step it waits while a prefill worker has one, for at most four times as
+        long as the decode step took."""
+        if self._role == "prefill":
+            fcntl.flock(self._file, fcntl.LOCK_SH)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+            return
+        began = self._clock()
+        yield
+        ended = self._clock()
+        while self._clock() < ended + _WAIT_PER_STEP * (ended - began) and self._is_prefilling():
+            self._sleep(_POLL_SECONDS)
+
+    def _is_prefilling(self) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        return False

@@ -29,6 +29,7 @@ COMMANDS = {
     "mixed-load": "time between tokens while long prompts arrive: one engine, or prompts elsewhere",
     "serve": "latencies and throughput of a server under load",
     "roofline": "steps as shares of the machine's measured limits",
+    "linear": "a CPU's GEMMs with packed weights beside oneDNN's",
     "perplexity": "what weight and KV cache formats cost in quality, beside transformers",
     "agreement": "how often the next token is transformers' next token",
     "profile-step": "where the time of a decode step goes",
@@ -105,6 +106,8 @@ def _benchmark(name: str) -> Callable[..., None]:
             from dispec.bench.serve import main
         case "roofline":
             from dispec.bench.roofline import main
+        case "linear":
+            from dispec.bench.linear import main
         case "perplexity":
             from dispec.bench.perplexity import main
         case "agreement":

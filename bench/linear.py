@@ -1,8 +1,11 @@
 """Time the CPU's GEMMs with packed bf16 weights beside oneDNN's, over the shapes of SmolLM2-135M and a larger one.
 
+    GOMP_SPINCOUNT=300000 dispec bench linear    # oneDNN's threads spin between calls as they do by default
+
 Each call takes the next of many copies of the weight, so that none is still in a cache, as in a decode step. The
-contestants take turns; times are those of the fastest round, because oneDNN waits at barriers of OpenMP for threads
-that other processes keep from running. Both are called from Python, which adds some microseconds to each call.
+contestants take turns; times are those of the fastest round. On a busy machine oneDNN waits at barriers of OpenMP for
+threads that have no core, with fewer spins up to a millisecond a call. Both are called from Python, which adds some
+microseconds to each call.
 """
 
 import time

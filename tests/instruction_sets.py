@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dispec.ops.cpu import library
+from dispec.ops.cpu import instruction_sets, library
 from dispec.ops.cpu.instruction_sets import INSTRUCTION_SETS, InstructionSet, cpu_flags
 
 _AVX512 = next(item for item in INSTRUCTION_SETS if item.name == "avx512")
@@ -18,11 +18,8 @@ EMULATED_AMX = InstructionSet(
 def usable_instruction_sets() -> list[InstructionSet]:
     """Return the instruction sets whose kernels run here, none on other CPUs than x86."""
     has = cpu_flags().split()
-    return [item for item in (*INSTRUCTION_SETS, EMULATED_AMX) if all(flag in has for flag in item.cpu_flags)]
-
-
-def _identifier(item: InstructionSet) -> str:
-    return "emulated-amx" if item is EMULATED_AMX else item.name
+    usable = [item for item in (*INSTRUCTION_SETS, EMULATED_AMX) if all(flag in has for flag in item.cpu_flags)]
+    return [item for item in usable if "amx_tile" not in item.cpu_flags or instruction_sets._may_use_tiles()]
 
 
 def identifier(item: InstructionSet | str) -> str:

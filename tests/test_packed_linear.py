@@ -1,5 +1,7 @@
 """GEMMs with packed bf16 weights on a CPU against float64, with the kernels of each instruction set."""
 
+import ctypes
+import mmap
 import random
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -128,3 +130,21 @@ def test_a_tile_does_not_read_the_next_one(columns: int) -> None:
     found = ops.linear(x, ops.pack(weight))
     torch.testing.assert_close(found[:, :32].double(), x.double() @ weight[:32].double().T, atol=0.02, rtol=2**-7)
     assert found[:, 32:].isnan().all()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "PROT_READ"), reason="needs pages that may not be read")
+@pytest.mark.parametrize("columns", [32, 33, 63, 96])
+def test_what_follows_x_is_not_read(columns: int) -> None:
+    """x ends where memory ends: reading further is a segmentation fault."""
+    size = 2**16
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0) == 0
+    numbers = torch.frombuffer(memory, dtype=torch.bfloat16, count=size // 2)
+    weight = torch.randn(70, columns).bfloat16()
+    quantized = ops.quantize(weight.float(), ops.Quantization("int8"))
+    weights = [(ops.pack(weight), weight.double()), (ops.pack(quantized), quantized.dequantize(torch.float64))]
+    for rows in (1, 2, 15, 16, 17, 31, 33, 47, 65, 70):
+        x = numbers[-rows * columns :].view(rows, columns).normal_()
+        for packed, exact in weights:
+            torch.testing.assert_close(ops.linear(x, packed).double(), x.double() @ exact.T, atol=1e-3, rtol=2**-8)

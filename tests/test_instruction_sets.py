@@ -1,5 +1,9 @@
 """The choice of an instruction set, and the library that is built for it."""
 
+import platform
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from dispec.ops.cpu import instruction_sets, library
@@ -57,3 +61,17 @@ def test_an_instruction_set_that_cannot_be_forced_is_refused(machine, monkeypatc
 
 def test_the_library_has_the_kernels_of_its_instruction_set(instruction_set: InstructionSet):  # noqa: F811
     assert library.built_instruction_set() == instruction_set.name
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or library._compiler() is None, reason="needs a compiler for x86")
+@pytest.mark.parametrize("source", ["linear", "prefill_attention"])
+def test_kernels_of_amx_compile_on_any_cpu(source: str, tmp_path: Path):
+    """Few machines have AMX: elsewhere its instructions are emulated, and the code that uses them is compiled here."""
+    flags = ("-std=c++17", "-O1", "-w", "-march=sapphirerapids", "-DDISPEC_AMX", "-c")
+    compiler = library._compiler()
+    assert compiler is not None
+    path = Path(library.__file__).with_name(f"{source}.cpp")
+    written, assembly = tmp_path / "object", tmp_path / "assembly"
+    subprocess.run([compiler, *flags, str(path), "-o", str(written)], check=True, timeout=120)
+    subprocess.run([compiler, *flags, "-S", str(path), "-o", str(assembly)], check=True, timeout=120)
+    assert "tdpbf16ps" in assembly.read_text()

@@ -41,7 +41,7 @@ inline __m256 eight_of(const Int4 *tile, int64_t pair, int eight, int element) {
 }
 
 // sum += x * y. As an intrinsic, GCC puts the result of some into the register of a factor and spills the sums. In int4
-// it spills either way, and 4 rows take 1.6 times as long with the instruction.
+// it spills with the instruction: 4 rows take 1.6 times as long.
 template <typename Weight>
 inline void add_product(__m256 &sum, __m256 x, __m256 y) {
     if constexpr (std::is_same_v<Weight, Int4>) sum = _mm256_fmadd_ps(x, y, sum);

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dispec.engine import options
+from dispec.engine.compression import quantize_model
 from dispec.engine.machine import cpu_cores
 from dispec.engine.machine.cpu_cores import usable_cores
 from dispec.engine.options import EngineOptions
+from dispec.serving.cli.quantize import quantize
 from tests.checkpoints import save_tiny
 from tests.small_engine import make
 
@@ -127,6 +130,19 @@ def test_the_threads_of_one_engine_are_no_default_for_the_next(tmp_path):
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_quantising_a_model_keeps_to_the_usable_cores(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(quantize_model, "quantize_model", lambda *_, **__: found.append(torch.get_num_threads()))
+    monkeypatch.setattr(options, "usable_cores", lambda: 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        quantize("smollm2", tmp_path, quiet=True)
+    finally:
+        torch.set_num_threads(before)
+    assert found == [1]
 
 
 @pytest.mark.parametrize(

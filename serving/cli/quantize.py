@@ -40,9 +40,11 @@ def quantize(
     with reporting(quiet=quiet, debug=debug):
         recipe = Recipe(method, bits, group_size, act_order, num_samples, sample_length)
         from dispec.engine.compression.quantize_model import quantize_model
+        from dispec.engine.machine.torch_threads import set_threads
         from dispec.engine.options import EngineOptions
 
         options = EngineOptions(model=model, device=device)
+        set_threads(options.num_threads())
         shows = not quiet and sys.stderr.isatty()
         quantize_model(model, recipe, calibration, out, options.torch_device(), show_progress=shows)
         if not quiet:

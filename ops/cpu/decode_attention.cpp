@@ -70,8 +70,11 @@ void add_page(Scratch &s, const Element *keys, const Element *values, const Elem
 // Partial results of a row: its maximum, its sum of weights and its weighted sums.
 int64_t partial_size(const AttentionShape &shape) { return shape.head_dim + 2; }
 
+// later: the task that this thread probably runs next. Its first page is fetched during the last one of this task: a
+// step of SmolLM2 takes 4 % less time at 6 to 32 sequences.
 template <typename T, typename E>
-void run_task(const DecodeTask &task, const Attention<T> &a, const AttentionShape &shape, float *partials) {
+void run_task(const DecodeTask &task, const DecodeTask &later, const Attention<T> &a, const AttentionShape &shape,
+              float *partials) {
     using AddPage = void (*)(Scratch &, const E *, const E *, const E *, const E *, const AttentionShape &, int64_t,
                              int64_t);
     constexpr AddPage ADD[MAX_ROWS + 1] = {nullptr,        add_page<E, 1>, add_page<E, 2>, add_page<E, 3>,
@@ -91,13 +94,15 @@ void run_task(const DecodeTask &task, const Attention<T> &a, const AttentionShap
         s.maximum[row] = -INFINITY;
         s.total[row] = 0;
     }
-    const int32_t *blocks = rows.blocks();
-    const auto page_at = [&](int64_t start) {
-        return (blocks[start / shape.block_size] * shape.kv_heads + task.head) * size;
+    const auto page_at = [&](const DecodeTask &of, int64_t start) {
+        const int32_t *blocks = a.block_tables + of.sequence * a.table_stride;
+        return (blocks[start / shape.block_size] * shape.kv_heads + of.head) * size;
     };
     for (int64_t start = task.begin; start < task.end; start += shape.block_size) {
-        const int64_t page = page_at(start), after = start + shape.block_size;
-        const int64_t next = after < task.end ? page_at(after) : page;
+        const int64_t page = page_at(task, start), after = start + shape.block_size;
+        const int64_t next = after < task.end          ? page_at(task, after)
+                             : later.begin < later.end ? page_at(later, later.begin)
+                                                       : page;
         ADD[task.num_rows](s, keys + page, values + page, keys + next, values + next, shape, start,
                            std::min(shape.block_size, task.end - start));
     }
@@ -162,10 +167,11 @@ template <typename T>
 void decode_attention(Phases &phases, const Attention<T> &a, DecodePlan &plan, const AttentionShape &shape) {
     const DecodeTask *tasks = plan.tasks.data();
     float *partials = plan.partials.data();
-    const int64_t count = plan.tasks.size(), size = partial_size(shape);
+    const int64_t count = plan.tasks.size(), size = partial_size(shape), threads = num_threads();
     with_element<T>(shape.cache_type, [&](auto element) {
         phases.add(count, [=](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) run_task<T, decltype(element)>(tasks[i], a, shape, partials);
+            for (int64_t i = begin; i < end; ++i)
+                run_task<T, decltype(element)>(tasks[i], tasks[std::min(count - 1, i + threads)], a, shape, partials);
         }, Schedule::TASKS);
     });
     if (plan.partials.empty()) return;

@@ -53,6 +53,12 @@ def test_a_decode_worker_waits_for_four_steps_while_a_prompt_is_computed(path):
     assert decode(path, clock, 0.01) == 0
 
 
+def test_after_a_long_step_a_decode_worker_waits_two_seconds(path):
+    clock = Clock()
+    with CorePriority(path, "prefill").step():
+        assert decode(path, clock, 3.0) == pytest.approx(2.0, abs=0.0011)
+
+
 def test_it_waits_for_the_prompts_of_all_prefill_workers(path):
     clock = Clock()
     with CorePriority(path, "prefill").step():

@@ -16,6 +16,9 @@ from dispec.engine.process.messages import Role
 # streams of 128 tokens, the 95th percentile of the time to the first token was 2.1 times that of one engine without the
 # wait, 1.6 with 2.
 _WAIT_PER_STEP = 4.0
+# A step that computes a prompt again, after a failed transfer or a preemption, may take seconds: four times as long
+# would stop all streams of the worker.
+_MAX_WAIT_SECONDS = 2.0
 _POLL_SECONDS = 0.001
 
 
@@ -41,7 +44,7 @@ class CorePriority:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Hold during a step. After a decode step it waits while a prefill worker has one, for at most four times as
-        long as the decode step took."""
+        long as the decode step took, and at most two seconds."""
         if self._role == "prefill":
             fcntl.flock(self._file, fcntl.LOCK_SH)
             try:
@@ -52,7 +55,8 @@ class CorePriority:
         began = self._clock()
         yield
         ended = self._clock()
-        while self._clock() < ended + _WAIT_PER_STEP * (ended - began) and self._is_prefilling():
+        deadline = ended + min(_WAIT_PER_STEP * (ended - began), _MAX_WAIT_SECONDS)
+        while self._clock() < deadline and self._is_prefilling():
             self._sleep(_POLL_SECONDS)
 
     def _is_prefilling(self) -> bool:

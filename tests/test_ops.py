@@ -85,6 +85,24 @@ def test_paged_attention_in_bfloat16(query_len, seed):
     torch.testing.assert_close(ops.paged_attention(*case), expected, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("query_len", [1, 40])
+def test_attention_does_not_hide_nan(dtype, query_len):
+    """In a query head, and in a key that all tokens attend to."""
+    torch.manual_seed(0)
+    keys, values = cache(8, 2, 64, 16, dtype)
+    tables, lengths = torch.arange(1, 8).view(1, 7).int(), torch.tensor([80]).int()
+    keys[1, 0, 3, 5] = torch.nan  # position 5 of the first key head
+    query = torch.randn(query_len, 6, 64).to(dtype)
+    query[:, 4, 7] = torch.nan
+    result = ops.paged_attention(
+        query, keys, values, tables, torch.tensor([0, query_len]).int(), lengths, query_len, 0.125
+    )
+    expected = torch.zeros(query_len, 6, dtype=torch.bool)
+    expected[:, :3] = expected[:, 4] = True
+    assert torch.equal(result.isnan(), expected[:, :, None].expand_as(result))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_prefill_in_bfloat16(seed):
     """Long enough for several spans and several tasks of a key head."""

@@ -121,7 +121,7 @@ constexpr float LOG2_E = 1.44269504f;
 // is a polynomial of least relative error that is 1 at 0; 2^n is written into the exponent.
 inline Floats exp2_negative(Floats x) {
 #ifdef __AVX512F__
-    x = larger(x, splat(-200.0f));
+    x = larger(splat(-200.0f), x);  // NaN stays NaN
     const Floats n = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     const Floats lowest = splat(-126.0f);

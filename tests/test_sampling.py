@@ -152,6 +152,15 @@ def test_draws_are_those_of_the_definition(dtype):
             assert torch.equal(chosen[temperature == 0], logits.float().argmax(-1)[temperature == 0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_greedy_row_beside_sampled_ones_takes_the_first_of_equal_logits(dtype):
+    """Also where they are in parts of the row that different threads take."""
+    logits = torch.zeros(2, 13_000, dtype=dtype)
+    logits[0, [5000, 5001, 9000, 12_999]] = 1
+    values = sampling([0.0, 1.0], [0, 0], [0, 0])
+    assert sample(logits, values)[0] == 5000
+
+
 def test_tiny_temperatures_are_greedy_and_not_infinite():
     torch.manual_seed(0)
     logits = torch.rand(3, 50) * 20

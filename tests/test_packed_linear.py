@@ -148,3 +148,13 @@ def test_what_follows_x_is_not_read(columns: int) -> None:
         x = numbers[-rows * columns :].view(rows, columns).normal_()
         for packed, exact in weights:
             torch.testing.assert_close(ops.linear(x, packed).double(), x.double() @ exact.T, atol=1e-3, rtol=2**-8)
+
+
+def test_an_odd_row_does_not_depend_on_the_call_before() -> None:
+    """Which left NaN in the thread's memory, behind the columns of this call."""
+    torch.manual_seed(0)
+    weights = [torch.randn(32, columns).bfloat16() for columns in (64, 33)]  # a tile: computed by the calling thread
+    ops.linear(torch.full((2, 64), torch.nan).bfloat16(), ops.pack(weights[0]))
+    x = torch.randn(2, 33).bfloat16()
+    found = ops.linear(x, ops.pack(weights[1]))
+    torch.testing.assert_close(found.double(), x.double() @ weights[1].double().T, atol=0.02, rtol=2**-7)

@@ -43,8 +43,8 @@ inline const Weight *pair_of(const Weight *tile, int64_t pair) {
     return (const Weight *)((const char *)tile + pair * PAIR<Weight>);
 }
 
-// A product of multiply_rows: x [rows, columns] times tiles of bf16, `tile_stride` elements apart, for all outputs below
-// `outputs`.
+// A product of multiply_rows: x [rows, columns] times tiles of bf16, `tile_stride` elements apart, for all outputs
+// below `outputs`.
 template <typename Input>
 struct RowsProductOf {
     const Input *x;

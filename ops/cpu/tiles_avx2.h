@@ -51,7 +51,8 @@ inline void add_product(__m256 &sum, __m256 x, __m256 y) {
 // Add to outputs 8 * FIRST to 8 * (FIRST + WIDTH) of a tile. Inlined into a loop over groups of columns, the sums would
 // live in memory, which takes a quarter longer.
 template <int ROWS, int FIRST, int WIDTH, typename Weight>
-[[gnu::noinline]] void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const Weight *tile, int64_t pairs) {
+[[gnu::noinline]] void add_columns(Floats (&sums)[ROWS][2], const Input *x, int64_t stride, const Weight *tile,
+                                   int64_t pairs) {
     // Bytes of weight to prefetch: in halves, this half of the next part.
     constexpr int64_t AHEAD = WIDTH == 4 ? 2048 : PART * PAIR<Weight>;
     __m256 found[ROWS][WIDTH];

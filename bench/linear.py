@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dispec import ops
 from dispec.bench.machine import Rates, describe_machine, measure_rates
+from dispec.bench.report import Output, Report
 from dispec.ops.cpu import linear as cpu_linear
 from dispec.ops.cpu.library import built_instruction_set
 
@@ -62,36 +63,40 @@ def seconds_in_turn(calls: dict[str, list[Callable[[Tensor], Tensor]]], x: Tenso
     return {name: min(found) for name, found in times.items()}
 
 
-def report(features: int, columns: int, counts: Sequence[int], rates: Rates) -> None:
-    """Print a line for each number of rows."""
+def measure(report: Report, features: int, columns: int, counts: Sequence[int], rates: Rates) -> None:
+    """Add a row to the report for each number of rows."""
     size = 2 * features * columns
     calls = contestants(features, columns, max(2, -(-COPIES_BYTES // size)))
     for rows in counts:
         seconds = seconds_in_turn(calls, torch.randn(rows, columns, dtype=torch.bfloat16))
         ours, theirs = seconds["ours"], seconds["oneDNN"]
         least = max(size / rates.bytes_per_second, size * rows / rates.flop_per_second)
-        print(
-            f"{features:>6} x {columns:<5} {rows:>4} rows  ours {ours * 1e6:9.1f} us  oneDNN {theirs * 1e6:9.1f} us"
-            f"  ours / oneDNN {ours / theirs:5.2f}  {size / ours / 1e9:6.1f} GB/s {size * rows / ours / 1e12:6.3f}"
-            f" TFLOP/s {least / ours:6.1%} of the limit",
-            flush=True,
+        report.add(
+            {"features": features, "columns": columns, "rows": rows},
+            {"seconds": seconds, "least_seconds": least},
+            [f"{features} x {columns}", rows, ours * 1e6, theirs * 1e6, ours / theirs, least / ours],
         )
 
 
 def main(
     shapes: Annotated[str, typer.Option(help="Comma-separated FEATURESxCOLUMNS.")] = SHAPES,
     rows: Annotated[str, typer.Option(help="Comma-separated numbers of rows.")] = "1,2,6,16,32,128,512",
+    output: Output = None,
 ) -> None:
-    """Print the time of our GEMMs over that of oneDNN's packed linear, for each shape and number of rows."""
+    """Measure the time of our GEMMs over that of oneDNN's packed linear, for each shape and number of rows."""
+    settings = dict(locals())
     if built_instruction_set() is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise typer.BadParameter("this CPU lacks our packed weights or oneDNN's in bf16")
+        raise ValueError("this CPU lacks our packed weights or oneDNN's in bf16")
+    columns = {"weight": "", "rows": "d", "ours us": ".1f", "oneDNN us": ".1f", "ours / oneDNN": ".2f", "limit": ".0%"}
+    report = Report("linear", settings, describe_machine(), columns, output)
     rates = measure_rates(torch.device("cpu"))
-    machine = describe_machine()
-    print(f"{machine.device}, {torch.get_num_threads()} threads, {built_instruction_set()}: {rates.describe()}")
+    report.rates = rates.as_record()
+    print(f"{torch.get_num_threads()} threads, {built_instruction_set()}: {rates.describe()}")
     with torch.inference_mode():
         for shape in shapes.split(","):
-            features, columns = map(int, shape.split("x"))
-            report(features, columns, [int(count) for count in rows.split(",")], rates)
+            features, width = map(int, shape.split("x"))
+            measure(report, features, width, [int(count) for count in rows.split(",")], rates)
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -197,10 +197,10 @@ def test_an_engine_that_verifies_drafts_has_compiled_all_that_it_runs(max_num_se
 def test_the_compiler_uses_as_many_processes_as_there_are_usable_cores(cores, given, expected, monkeypatch):
     from torch._inductor import config as inductor  # not imported by the program above
 
-    monkeypatch.setattr(inductor, "compile_threads", 5)
     monkeypatch.setattr(compiled_steps, "usable_cores", lambda: cores)
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
     if given:
         monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", given)
-    compiled_steps._configure()
-    assert inductor.compile_threads == expected
+    with inductor.patch(compile_threads=5):
+        compiled_steps._configure()
+        assert inductor.compile_threads == expected

@@ -1,5 +1,6 @@
 """Weights and KV cache on a CPU lie in memory that Linux may back with huge pages."""
 
+import mmap
 import sys
 from pathlib import Path
 
@@ -45,14 +46,20 @@ def may_have_huge_pages(tensor: torch.Tensor) -> bool:
     raise AssertionError("the tensor is in no mapping")
 
 
+def mapped(size: int) -> torch.Tensor:
+    """Return the numbers from 0 on in a mapping of their own: the heap may have been advised before."""
+    memory = mmap.mmap(-1, 4 * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.arange(size, dtype=torch.float32, out=torch.frombuffer(memory, dtype=torch.float32))
+
+
 def test_only_large_tensors_are_advised_and_keep_their_values():
-    large, small = (torch.arange(size, dtype=torch.float32) for size in (40_000_000, 1000))
+    large, small = mapped(4_000_000), mapped(100_000)
     assert not may_have_huge_pages(large)
     assert ops.on_huge_pages(large) is large
     assert ops.on_huge_pages(small) is small
     assert may_have_huge_pages(large)
     assert not may_have_huge_pages(small)
-    assert torch.equal(large, torch.arange(40_000_000, dtype=torch.float32))
+    assert torch.equal(large, torch.arange(4_000_000, dtype=torch.float32))
 
 
 def test_a_cache_may_have_huge_pages():

@@ -111,7 +111,7 @@ def allocate_kv_cache(
     if device.type != "cpu":
         return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for shape in (keys, values)))
     if memory is None:
-        # numpy allocates zeros with calloc: pages take no memory until they are touched. It asks for huge pages itself.
+        # numpy allocates zeros with calloc: pages take no memory until they are touched. numpy asks for huge pages.
         memory = torch.from_numpy(np.zeros(kv_cache_bytes(config, plan, dtype), dtype=np.uint8))
     # Two storages over the same memory: the compiler copies inputs that share one.
     halves = (from_dlpack(to_dlpack(half)) for half in memory[: kv_cache_bytes(config, plan, dtype)].chunk(2))

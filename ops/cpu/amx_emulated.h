@@ -85,7 +85,7 @@ inline float as_float(uint32_t word) {
 }
 
 // TO [rows][16] float32 += LEFT [rows][pairs][2] times RIGHT [pairs][16][2], of bf16. Denormals count as zeros and
-// results are rounded to the nearest, whatever the control register says.
+// results are rounded to the nearest: the control register has no effect.
 template <int TO, int LEFT, int RIGHT>
 inline void multiply_add() {
     const unsigned control = _mm_getcsr();

@@ -54,9 +54,9 @@ inline Floats masked(Floats scores, int64_t visible) {
 // A row that sees no position yet has the maximum -infinity; subtracting that from itself would be NaN.
 inline float finite_or_zero(float maximum) { return std::isinf(maximum) ? 0.0f : maximum; }
 
-// One step of a row's online softmax (arXiv:2205.14135) over `count` scores, in whole vectors. A score is a logarithm to
-// base 2: the attention scale includes log2(e). put(i, weights) stores the weights of scores i to i + 15. Updates the
-// row's maximum and sum of weights; returns the factor for its earlier weighted sums.
+// One step of a row's online softmax (arXiv:2205.14135) over `count` scores, in whole vectors. A score is a logarithm
+// to base 2: the attention scale includes log2(e). put(i, weights) stores the weights of scores i to i + 15. Updates
+// the row's maximum and sum of weights; returns the factor for its earlier weighted sums.
 template <typename Put>
 inline float online_softmax(const float *scores, int64_t count, float &maximum, float &total, const Put &put) {
     Floats peaks = splat(-INFINITY);

@@ -18,7 +18,7 @@
 #include "quantized_tiles.h"
 
 constexpr int64_t BLOCK_COLUMNS = 512;
-constexpr int64_t BLOCK_TILES = 4;  // sums of 512 rows take 256 KiB
+constexpr int64_t BLOCK_TILES = 4;         // sums of 512 rows take 256 KiB
 constexpr int64_t UNPACKED_COLUMNS = 128;  // of codes that are unpacked at once: 8 KiB
 constexpr int64_t AHEAD = 2048;  // bytes of a tile that are prefetched where rows are limited by memory
 constexpr int64_t GROUP_SUMS = TILE_ROWS * TILE;

@@ -118,6 +118,7 @@ struct Range {
 };
 
 constexpr uint32_t MAX_PHASES = 256;  // of a run
+// Phases between two renewals of all shares: less than 2^31, where the order of two numbers turns around.
 constexpr uint32_t REFRESH = 1u << 30;
 
 struct ThreadPool {

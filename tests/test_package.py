@@ -19,6 +19,8 @@ DATA = (
     "py.typed",
     "ops/cpu/*.cpp",
     "ops/cpu/*.h",
+    "ops/cuda/*.cu",
+    "ops/cuda/*.cuh",
     "serving/dashboard/page/*",
     "serving/monitoring/**/*",
     "engine/loading/data/smollm2-draft/*",

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dispec.bench.checkouts import Tree, started
+from dispec.bench.checkouts import Tree
 from dispec.bench.compare import Case, Suite, take_turns
-from dispec.bench.contestants import ContestantFailed, Worker
+from dispec.bench.contestants import ContestantFailed, Worker, started
 from dispec.bench.gpu_run import ROOT, import_path
 from dispec.bench.workload import Workload
 
@@ -40,14 +40,11 @@ def test_a_contestant_that_fails_is_left_out_from_there_on(capsys: pytest.Captur
     assert "no more" in capsys.readouterr().out
 
 
-def test_a_contestant_that_does_not_start_in_time_is_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def hang(_: Path, patience: float) -> Worker:
-        return Worker(
-            "hanging", [sys.executable, "-c", "import threading; threading.Event().wait()"], patience=patience
-        )
+def test_a_contestant_that_does_not_start_in_time_is_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    def hang() -> Worker:
+        return Worker("hanging", [sys.executable, "-c", "import threading; threading.Event().wait()"], patience=5.0)
 
-    starts = {"hanging": hang, "other": lambda _, __: worker("other")}
-    with started(starts, tmp_path, 5.0) as running:
+    with started({"hanging": hang, "other": lambda: worker("another name")}) as running:
         assert [one.name for one in running] == ["other"]
     assert "hanging ended with code -9" in capsys.readouterr().out
 

@@ -75,14 +75,17 @@ class Suite(NamedTuple):
 
     @property
     def kv_bytes(self) -> int:
-        return useful_kv_memory(model_config(self.model), self.max_num_seqs, self.max_model_len, 2)
+        """Return the bytes that the keys and values of the largest case take."""
+        config = model_config(self.model)
+        sizes = [(case.workload.concurrency, case.workload.tokens + 16) for case in self.cases]
+        return max(useful_kv_memory(config, *size, dtype_bytes=2) for size in sizes)
 
 
 SUITES = {
-    "short": Suite("qwen2.5-1.5b", tuple(Case(Workload(size)) for size in (1, 6, 16, 32, 128))),
-    "long": Suite(
+    "1.5b": Suite(
         "qwen2.5-1.5b",
         (
+            *(Case(Workload(size)) for size in (1, 6, 16, 32, 128)),
             *(Case(Workload(1, tokens, 1)) for tokens in (2048, 8192, 32000)),
             *(Case(Workload(size, tokens), decode_only=True) for size, tokens in ((1, 8192), (8, 8192), (1, 32000))),
         ),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dispec.bench.checkouts import Tree
-from dispec.bench.compare import Case, Suite, take_turns
+from dispec.bench.compare import SUITES, Case, Suite, take_turns
 from dispec.bench.contestants import ContestantFailed, Worker, started
 from dispec.bench.gpu_run import ROOT, import_path
 from dispec.bench.workload import Workload
@@ -78,3 +78,11 @@ def test_a_suites_engine_has_room_for_all_its_cases() -> None:
     suite = Suite("qwen2.5-0.5b", (Case(Workload(4, 64, 8)), Case(Workload(1, 500, 1))))
     assert (suite.max_num_seqs, suite.max_model_len) == (4, 517)
     assert [case.counted_tokens for case in suite.cases] == [32, 500]
+    token = 2 * 24 * 2 * 64 * 2  # keys and values of 24 layers of two heads of 64, at two bytes
+    assert 4 * 500 * token > suite.kv_bytes >= 501 * token
+
+
+def test_the_caches_of_all_suites_fit_on_one_gpu_beside_each_other() -> None:
+    for suite in SUITES.values():
+        assert suite.kv_bytes < 3e9
+        assert suite.max_model_len == max(case.workload.tokens for case in suite.cases) + 16

@@ -21,10 +21,10 @@ class DeviceDrafts:
     def __init__(self, num_draft_tokens: dict[Sequence, int], token_ids: Tensor, started: torch.cuda.Event) -> None:
         num_columns = token_ids.shape[1]
         self.first_index = {sequence.id: row * num_columns for row, sequence in enumerate(num_draft_tokens)}
-        self._num_draft_tokens = num_draft_tokens
-        self._token_ids = torch.empty_like(token_ids, device="cpu", pin_memory=True)
-        self._token_ids.copy_(token_ids, non_blocking=True)
-        self._started, self._ended = started, torch.cuda.Event(enable_timing=True)
+        self.num_draft_tokens, self.token_ids, self.started = num_draft_tokens, token_ids, started
+        self._host_token_ids = torch.empty_like(token_ids, device="cpu", pin_memory=True)
+        self._host_token_ids.copy_(token_ids, non_blocking=True)
+        self._ended = torch.cuda.Event(enable_timing=True)
         self._ended.record()
         for sequence, count in num_draft_tokens.items():
             sequence.draft.token_ids = [0] * count
@@ -32,8 +32,8 @@ class DeviceDrafts:
     def wait(self) -> float:
         """Write the draft tokens to their sequences, and return the seconds that they took the device."""
         self._ended.synchronize()
-        write_drafts(self._num_draft_tokens, self._token_ids)
-        return 1e-3 * self._started.elapsed_time(self._ended)
+        write_drafts(self.num_draft_tokens, self._host_token_ids)
+        return 1e-3 * self.started.elapsed_time(self._ended)
 
 
 def write_drafts(num_draft_tokens: dict[Sequence, int], token_ids: Tensor) -> None:

@@ -37,6 +37,7 @@ else:
     from dispec.ops.kv_cache import codes_and_scales, scale_rows
     from dispec.ops.kv_cache import write_kv as write_kv_on_cpu
     from dispec.ops.triton import (
+        block_transfer,
         decode_attention,
         kv_cache,
         prefill_attention,
@@ -411,3 +412,19 @@ else:
     def test_skinny_linear_without_a_configuration_is_torchs() -> None:
         x, weight = torch.randn(3, 8), torch.randn(5, 8)
         assert torch.equal(skinny_linear.linear(x, weight, None), torch.nn.functional.linear(x, weight))
+
+    @pytest.mark.parametrize("num_words", [64, 100])
+    def test_transfer_blocks(monkeypatch: pytest.MonkeyPatch, num_words: int) -> None:
+        monkeypatch.setattr(block_transfer, "TILE_WORDS", 32)
+        bits = (-(2**63), 2**63 - 1)
+        source = [torch.randint(*bits, (2, 5, num_words)) for _ in range(2)]
+        cache = [torch.randint(*bits, (2, 9, num_words)) for _ in range(2)]
+        theirs, own = torch.tensor([4, 1, 3]), torch.tensor([0, 8, 2])
+        expected = [half.clone() for half in cache]
+        for half, other in zip(expected, source, strict=True):
+            half[:, own] = other[:, theirs]
+        folds = block_transfer.transfer_blocks(*source, theirs, *cache, own)
+        assert all(map(torch.equal, cache, expected))
+        assert torch.equal(folds, reference.fold_blocks(*source, theirs))
+        assert torch.equal(block_transfer.fold_blocks(*source, theirs), folds)
+        assert block_transfer.fold_blocks(*source, theirs[:0]).shape == (0, 4)

@@ -127,7 +127,7 @@ def test_a_peer_of_another_version_is_refused_by_its_version() -> None:
     with peers(Peer("source")) as (source,):
         connection = Connection(socket.create_connection(source.engine.address, PATIENCE), PATIENCE)
         other = msgspec.structs.replace(hello(source), version=1, layer_bytes=0)  # a field that this version refuses
-        with contextlib.closing(connection), pytest.raises(HandshakeRefused, match="protocol version is 1, must be 3"):
+        with contextlib.closing(connection), pytest.raises(HandshakeRefused, match="protocol version is 1, must be 4"):
             handshake.connect(connection, SECRET.encode(), other)
 
 

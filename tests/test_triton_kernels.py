@@ -106,10 +106,15 @@ else:
 
     @pytest.fixture(autouse=True)
     def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-        """Fill what the launchers allocate with NaN, so that a row that is not written shows."""
+        """Fill what the launchers allocate with NaN or -1, so that a row that is not written shows."""
         torch.manual_seed(0)
         empty = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
+
+        def poisoned(*size: object, **options: object) -> Tensor:
+            made = empty(*size, **options)
+            return made.fill_(float("nan") if made.is_floating_point() else -1)
+
+        monkeypatch.setattr(torch, "empty", poisoned)
 
     @pytest.mark.parametrize(
         ("query_len", "heads", "kv_heads", "head_dim", "block_size", "num_splits", "dtype"),

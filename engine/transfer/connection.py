@@ -11,7 +11,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from dispec.engine.transfer.messages import MAX_MESSAGE_BYTES, encode
@@ -55,10 +55,17 @@ class Connection:
         finally:
             timer.cancel()
 
-    def send(self, message: object, buffers: Sequence[memoryview | bytes] = ()) -> None:
-        """Send a message and buffers. Raises ConnectionError if the peer is gone or takes nothing for the timeout."""
+    def send(self, message: object, parts: Iterable[Sequence[memoryview]] = ()) -> None:
+        """Send a message, then the buffers of each part as it comes.
+
+        Raises ConnectionError if the peer is gone or takes nothing for the timeout.
+        """
         encoded = encode(message)
-        _transfer(self.socket.sendmsg, [struct.pack(">I", len(encoded)), encoded, *buffers])
+        head: list[memoryview | bytes] = [struct.pack(">I", len(encoded)), encoded]
+        for part in parts:
+            _transfer(self.socket.sendmsg, [*head, *part])
+            head = []
+        _transfer(self.socket.sendmsg, head)
 
     def wait(self, seconds: float | None) -> bool:
         """Wait until there is something to receive, or the peer has closed. Returns False after `seconds`."""

@@ -6,7 +6,7 @@ Each process registers its keys and values. A puller's READ goes straight into i
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import nixl_cu12
@@ -15,7 +15,7 @@ from jaxtyping import UInt64
 
 from dispec.engine.transfer.handshake import Hello
 from dispec.engine.transfer.interface import TransferOptions
-from dispec.engine.transfer.kv_blocks import HostBlocks
+from dispec.engine.transfer.kv_blocks import CopyBlocks, HostBlocks
 
 POLL_SECONDS = 50e-6
 RELEASE_AGAIN_SECONDS = 0.1
@@ -33,6 +33,7 @@ class NixlTransport:
 
     def __init__(self, options: TransferOptions, blocks: HostBlocks) -> None:
         logging.getLogger("nixl_cu12").setLevel(logging.WARNING)
+        self._blocks = blocks
         self._timeout = options.stall_seconds
         self._lock = threading.Lock()
         config = nixl_cu12.nixl_agent_config(
@@ -49,7 +50,7 @@ class NixlTransport:
         with self._lock:
             return msgspec.msgpack.encode(_Exported(self._agent.get_agent_metadata(), self._addresses))
 
-    def open(self, metadata: bytes, peer: Hello) -> Callable[[Sequence[int], Sequence[int]], None]:
+    def open(self, metadata: bytes, peer: Hello) -> CopyBlocks:
         """Return a copy from a peer's blocks into own ones. Raises ValueError, or NIXL's error, for bad metadata."""
         exported = msgspec.msgpack.decode(metadata, type=_Exported)
         with self._lock:
@@ -57,9 +58,10 @@ class NixlTransport:
         remote = name.decode() if isinstance(name, bytes) else name
         layers = _layer_addresses(exported.addresses, peer.num_layers, peer.num_blocks, peer.layer_bytes)
 
-        def copy(source_blocks: Sequence[int], own_blocks: Sequence[int]) -> None:
+        def copy(source_blocks: Sequence[int], own_blocks: Sequence[int]) -> list[bytes]:
             source = _descriptors(layers, peer.layer_bytes, source_blocks)
             self._read(remote, source, _descriptors(self._layers, peer.layer_bytes, own_blocks))
+            return self._blocks.checksums(own_blocks)
 
         return copy
 

@@ -1,26 +1,24 @@
 """Ways to read a source's KV cache: which ones this process offers, and how a puller opens them.
 
-"tcp" needs nothing opened: the source sends. "shm" maps the source's memory, "cuda_ipc" opens its allocations on the
-same device, "nixl" reads remote memory through that library.
+"tcp" needs nothing opened: the source sends. "shm" maps the source's memory, "cuda_ipc" that of a GPU of this host,
+"nixl" reads remote memory through that library.
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dispec.engine.transfer.connection import Connection
 from dispec.engine.transfer.device_blocks import DeviceBlocks
 from dispec.engine.transfer.handshake import Hello
 from dispec.engine.transfer.interface import TRANSPORTS, TransferOptions, Transport
-from dispec.engine.transfer.kv_blocks import HostBlocks, KVBlocks
+from dispec.engine.transfer.kv_blocks import CopyBlocks, HostBlocks, KVBlocks
 from dispec.engine.transfer.messages import MemoryHandle, OpenMemory, decode_from_source
 from dispec.engine.transfer.shared_memory import SharedMemory, map_read_only
 from dispec.layers.types import KVCache
 
 if TYPE_CHECKING:
     from dispec.engine.transfer.nixl_transport import NixlTransport
-
-CopyBlocks = Callable[[Sequence[int], Sequence[int]], None]  # from the source's blocks into own ones
 
 
 class Transports:
@@ -29,8 +27,8 @@ class Transports:
     def __init__(self, options: TransferOptions, kv_cache: KVCache, shared: SharedMemory | None) -> None:
         self._options = options
         self._nixl: NixlTransport | None = None
-        on_cpu = kv_cache.keys.device.type == "cpu"
-        self.blocks: KVBlocks = HostBlocks.of_cache(kv_cache, shared) if on_cpu else DeviceBlocks(kv_cache)
+        self.blocks = blocks_of(kv_cache, shared)
+        on_cpu = self.blocks.device == "cpu"
         possible: dict[Transport, bool] = {
             "shm": shared is not None and on_cpu,
             "cuda_ipc": not on_cpu,
@@ -84,11 +82,20 @@ class Transports:
         region = map_read_only(peer.shared_memory)
         cache = HostBlocks.of_region(region, peer.num_layers, peer.num_blocks, peer.layer_bytes)
 
-        def copy(source_blocks: Sequence[int], own_blocks: Sequence[int]) -> None:
+        def copy(source_blocks: Sequence[int], own_blocks: Sequence[int]) -> list[bytes]:
+            checksums = []
             for source_block, own_block in zip(source_blocks, own_blocks, strict=True):
                 own_cache.copy_block(cache, source_block, own_block)
+                checksums += own_cache.checksums([own_block])  # which finds the block in the CPU's cache
+            return checksums
 
         return copy
+
+
+def blocks_of(kv_cache: KVCache, shared: SharedMemory | None) -> KVBlocks:
+    """Wrap a KV cache. Raises ValueError if it does not fit; shared: as in `HostBlocks.of_cache`."""
+    on_cpu = kv_cache.keys.device.type == "cpu"
+    return HostBlocks.of_cache(kv_cache, shared) if on_cpu else DeviceBlocks(kv_cache)
 
 
 def usable_transports(own: Hello, peer: Hello) -> list[Transport]:

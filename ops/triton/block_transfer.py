@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dispec.ops.block_transfer import KEYS
-
 TILE_WORDS = 2048  # of 8 bytes: 8 loads of 16 bytes in flight in each of 128 threads
-A_FACTOR, A_SUMMAND, B_FACTOR, B_SUMMAND = (tl.constexpr(number) for pair in KEYS for number in pair)
+# The keys of `ops.block_transfer`.
+A_FACTOR, A_SUMMAND = tl.constexpr(0x9E3779B1), tl.constexpr(0x85EBCA77)
+B_FACTOR, B_SUMMAND = tl.constexpr(0xC2B2AE3D), tl.constexpr(0x27D4EB2F)
 
 
 @triton.jit

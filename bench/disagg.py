@@ -8,7 +8,6 @@ publishing: the source computes checksums meanwhile. "copy" moves the same bytes
 `--device cuda` both caches are on the same GPU; with `--source-device cuda:1` beside it, on two.
 """
 
-import importlib.util
 import math
 import multiprocessing
 import random
@@ -27,10 +26,11 @@ from dispec.bench.machine import describe_machine
 from dispec.bench.report import Output, Plot, Report
 from dispec.engine.transfer import shared_memory
 from dispec.engine.transfer.interface import Pulled, RemoteBlocks, TransferOptions, Transport
+from dispec.engine.transfer.nixl_transport import find_library
 from dispec.engine.transfer.transfer_engine import TransferEngine
 from dispec.layers.types import KVCache
 
-TRANSPORTS: dict[str, tuple[Transport, ...]] = {"cpu": ("shm", "tcp", "nixl"), "cuda": ("cuda_ipc", "tcp")}
+TRANSPORTS: dict[str, tuple[Transport, ...]] = {"cpu": ("shm", "tcp", "nixl"), "cuda": ("cuda_ipc", "tcp", "nixl")}
 TIMEOUT_SECONDS = 60
 
 
@@ -139,7 +139,7 @@ def main(
     model: Annotated[str, typer.Option(help="Model with the KV geometry to use.")] = "qwen2.5-7b",
     tokens: Annotated[list[int], typer.Option(min=1)] = [512, 2048],  # noqa: B006
     transport: Annotated[
-        list[str] | None, typer.Option(help="One of shm, tcp, nixl; with CUDA cuda_ipc, tcp.", show_default="all")
+        list[str] | None, typer.Option(help="One of shm, tcp, nixl; with CUDA cuda_ipc, tcp, nixl.", show_default="all")
     ] = None,
     device: Annotated[str, typer.Option(help="Device of the KV caches: cpu, cuda or cuda:N.")] = "cpu",
     source_device: Annotated[
@@ -175,7 +175,7 @@ def main(
     for name in known:
         if transport and name not in transport:
             continue
-        if name == "nixl" and importlib.util.find_spec("nixl_cu12") is None:
+        if name == "nixl" and find_library() is None:
             print("nixl is not installed: pip install 'dispec[nixl]'")
             continue
         for count, seconds in measure(devices, name, model, block_size, tokens, rounds).items():

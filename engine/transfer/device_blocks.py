@@ -36,6 +36,8 @@ class DeviceBlocks(KVBlocks):
         if self.layer_bytes % 8:
             raise ValueError(f"a KV block has {self.layer_bytes} bytes in a layer, must have a multiple of 8 for CUDA")
         self._device = keys.device
+        self.device_index = keys.device.index or 0
+        self.addresses = (keys.data_ptr(), values.data_ptr())
         self._halves = (keys.view(torch.int64), values.view(torch.int64))
         self._read_stream, self._write_stream = (torch.cuda.Stream(self._device) for _ in range(2))
         self._local = threading.local()
@@ -48,6 +50,9 @@ class DeviceBlocks(KVBlocks):
 
     def wait_before_writing(self) -> None:
         self._write_stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def wait_until_writable(self) -> None:
+        self._write_stream.synchronize()
 
     def num_checked_at_once(self, read_bytes: int) -> int:
         return MAX_BLOCKS  # 117 MB take 50 µs; a launch and its answer as long

@@ -28,6 +28,8 @@ class KVBlocks(ABC):
     """The blocks of one KV cache. shape: (L, NB, bytes of a block in one layer) of the keys, and of the values."""
 
     device: str
+    device_index: int = 0
+    addresses: tuple[int, int]  # of keys and values
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = tuple(shape)
@@ -47,6 +49,10 @@ class KVBlocks(ABC):
 
         A step launched before blocks were freed, which may still write to them, has then ended when they are written.
         """
+
+    @abstractmethod
+    def wait_until_writable(self) -> None:
+        """Wait for what `wait_before_writing` ordered writes after, if something else than this class is to write."""
 
     @abstractmethod
     def num_checked_at_once(self, read_bytes: int) -> int:
@@ -83,6 +89,7 @@ class HostBlocks(KVBlocks):
     def __init__(self, keys: np.ndarray, values: np.ndarray) -> None:
         super().__init__(keys.shape)
         self.halves = (keys, values)
+        self.addresses = (keys.ctypes.data, values.ctypes.data)
 
     @classmethod
     def of_cache(cls, kv_cache: KVCache, shared: SharedMemory | None) -> "HostBlocks":
@@ -107,6 +114,9 @@ class HostBlocks(KVBlocks):
 
     def wait_before_writing(self) -> None:
         """Do nothing: steps on a CPU have ended when the engine pulls."""
+
+    def wait_until_writable(self) -> None:
+        """Do nothing, for the same reason."""
 
     def num_checked_at_once(self, read_bytes: int) -> int:
         return max(1, read_bytes // self.block_bytes)  # so that the first read need not wait for the last

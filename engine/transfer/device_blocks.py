@@ -1,7 +1,8 @@
 """KV blocks in a GPU's memory: copied from another process's GPU memory by one kernel, or staged in pinned memory.
 
-Reads and writes run on two streams of their own, after what the engine had launched when it published or pulled. The
-engine is told of blocks only when they are in place. Checksums are computed on the device: XXH3-64 of the 64-bit folds
+Reads and writes run on two streams of their own. Published blocks are complete, so reads do not wait for the step that
+the engine runs meanwhile. Writes come after what the engine had launched when it pulled. The engine is told of blocks
+only when they are in place. Checksums are computed on the device: XXH3-64 of the 64-bit folds
 (`ops.fold_blocks`) of a block's rows, of which 448 bytes for 28 layers come to the host. A copy folds what it reads.
 """
 
@@ -44,9 +45,6 @@ class DeviceBlocks(KVBlocks):
         # Compile both kernels now: the first transfer would wait for that.
         self._copy(self._halves, [0], [0])()
         self.checksums([0])
-
-    def wait_before_reading(self) -> None:
-        self._read_stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def wait_before_writing(self) -> None:
         self._write_stream.wait_stream(torch.cuda.current_stream(self._device))

@@ -37,13 +37,6 @@ class KVBlocks(ABC):
         self.block_bytes = 2 * self.num_layers * self.layer_bytes
 
     @abstractmethod
-    def wait_before_reading(self) -> None:
-        """Order reads from now on after what the engine has launched. For the engine's thread alone.
-
-        Published blocks are then complete when they are read.
-        """
-
-    @abstractmethod
     def wait_before_writing(self) -> None:
         """Order writes from now on after what the engine has launched. For the engine's thread alone.
 
@@ -108,9 +101,6 @@ class HostBlocks(KVBlocks):
         if region.nbytes < size:
             raise ValueError(f"a KV cache of {size} bytes does not fit in shared memory of {region.nbytes} bytes")
         return cls(*region[:size].reshape(2, num_layers, num_blocks, layer_bytes))
-
-    def wait_before_reading(self) -> None:
-        """Do nothing: steps on a CPU have ended when the engine publishes."""
 
     def wait_before_writing(self) -> None:
         """Do nothing: steps on a CPU have ended when the engine pulls."""

@@ -87,13 +87,13 @@ class TransferEngine:
         return self._blocks.block_bytes
 
     def publish(self, transfer_id: str, blocks: Sequence[int], *, payload: bytes | None = None) -> None:
-        """Publish further blocks of a transfer, in order, with their final contents. A payload completes it.
+        """Publish further blocks of a transfer, in order. A payload completes it.
 
+        Their contents are final: the host has waited for the steps that fill them.
         Raises ValueError for blocks that do not exist, a payload of more than 16 MiB, or a complete transfer.
         Blocks of one that has ended are not read; its `Released` covers them.
         """
         self._check_blocks(blocks)
-        self._blocks.wait_before_reading()
         with self._lock:
             outputs = self._sender.publish(transfer_id, blocks, payload, time.monotonic())
             self._to_check.put((transfer_id, list(blocks)))

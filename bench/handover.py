@@ -4,8 +4,8 @@
 
 Two processes have engines with random weights. One computes a prompt, the other receives its keys and values and goes
 on. "handover" is the time from the end of the step that computes the first token in the first engine until the second
-one has that token and the blocks. "alone" is the time to the first token in one engine, "ttft" that through both. "busy" has the first engine
-begin another prompt behind each one: its step is under way while the blocks are sent.
+one has that token and the blocks. "alone" is the time to the first token in one engine, "ttft" that through both.
+"busy" has the first engine begin another prompt behind each one: its step is under way while the blocks are sent.
 """
 
 import multiprocessing
@@ -33,7 +33,7 @@ STEP_TOKENS = 2048
 KINDS = ("idle", "busy")
 
 
-def make_engine(model: str, device: str, transport: str, longest: int) -> Engine:
+def make_engine(model: str, device: str, transport: Any, longest: int) -> Engine:
     return Engine(
         EngineOptions(
             model_config(model),

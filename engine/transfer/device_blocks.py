@@ -43,6 +43,7 @@ class DeviceBlocks(KVBlocks):
         self._read_stream, self._write_stream = (torch.cuda.Stream(self._device) for _ in range(2))
         self._local = threading.local()
         # Compile both kernels now: the first transfer would wait for that.
+        self.wait_before_writing()
         self._copy(self._halves, [0], [0])()
         self.checksums([0])
 

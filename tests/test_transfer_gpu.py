@@ -1,7 +1,9 @@
 """KV blocks between the caches of two processes, on one GPU and on two."""
 
 import contextlib
+import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -12,11 +14,16 @@ import msgspec
 import pytest
 import torch
 
+from dispec import LLM
+from dispec.engine.scheduling.sequence import Status
 from dispec.engine.transfer import cuda_ipc
 from dispec.engine.transfer.interface import Pulled, PullFailed, RemoteBlocks
-from tests.transfer_peers import Peer, peers
+from tests.checkpoints import save_tiny
+from tests.small_engine import greedy, make, random_prompts
+from tests.transfer_peers import PATIENCE, Peer, peers
 
 ROOT = Path(__file__).resolve().parent.parent
+DEVICE = "cuda:0"
 
 CHILD = """
 import signal, sys
@@ -33,6 +40,22 @@ print(source.next_event(), flush=True)
 signal.pause()
 """
 
+ENGINE = """
+import select, sys
+import msgspec
+from tests.small_engine import greedy, make
+engine = make(sys.argv[1], device=sys.argv[2], kv_transfer=sys.argv[3]).engine
+for number, prompt in enumerate(msgspec.json.decode(sys.stdin.readline())):
+    engine.add(prompt, greedy(), publish_as=str(number))
+print(msgspec.json.encode(engine.kv_connector.transfer_engine.remote_blocks("0")).decode(), flush=True)
+while True:
+    if not engine.has_work and sys.stdin in select.select([sys.stdin, *engine.wake_ups], [], [])[0]:
+        break
+    engine.work_while_idle()
+    engine.step()
+engine.close()
+"""
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -40,15 +63,25 @@ pytestmark = [
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
+def start(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Run code in a process of its own."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        text=True,
+    )
+
+
 class Source:
     """A source in a process of its own."""
 
     def __init__(self, transport: str, device: str, visible: str | None) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        if visible is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = visible
-        command = [sys.executable, "-c", CHILD, transport, device]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment, text=True)
+        environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+        self.process = start(CHILD, transport, device, **environment)
         self.complete, self.unfinished, self.handle = msgspec.json.decode(
             self.next_line(), type=tuple[RemoteBlocks, RemoteBlocks, bytes]
         )
@@ -65,9 +98,7 @@ def source_process(transport: str, device: str = "cuda", visible: str | None = N
         yield source
     finally:
         source.process.kill()
-        source.process.wait()
-        assert source.process.stdout is not None
-        source.process.stdout.close()
+        source.process.communicate()
 
 
 @pytest.mark.parametrize(
@@ -124,3 +155,41 @@ def test_a_killed_source_fails_its_pulls_and_leaves_the_device_usable(source_dev
             with pytest.raises(RuntimeError):
                 cuda_ipc.open_memory(keys, torch.device("cuda", 0), 4096)
             assert int(torch.ones(1000, device="cuda").sum()) == 1000
+
+
+def outputs(llm: LLM, prompts: list[list[int]], remote: RemoteBlocks | None) -> list[list[int]]:
+    engine = llm.engine
+    sequences = []
+    for number, prompt in enumerate(prompts):
+        pull = None if remote is None else msgspec.structs.replace(remote, transfer_id=str(number))
+        sequences.append(engine.add(prompt, greedy(), pull=pull))
+    while any(sequence.status is not Status.FINISHED for sequence in sequences):
+        if not engine.has_work:
+            select.select(engine.wake_ups, [], [], PATIENCE)
+        engine.work_while_idle()
+        engine.step()
+    return [list(sequence.output_token_ids) for sequence in sequences]
+
+
+@pytest.mark.parametrize(
+    ("transport", "source_device"),
+    [("cuda_ipc", "cuda:0"), ("tcp", "cuda:0"), pytest.param("cuda_ipc", "cuda:1", marks=needs_two)],
+)
+def test_prompts_computed_by_another_process_are_continued(tmp_path: Path, transport: str, source_device: str) -> None:
+    save_tiny(tmp_path, "qwen3")
+    prompts = random_prompts(12)
+    with make(tmp_path, device=DEVICE) as plain:
+        expected = outputs(plain, prompts, None)
+    child = start(ENGINE, str(tmp_path), source_device, transport)
+    try:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(json.dumps(prompts) + "\n")
+        child.stdin.flush()
+        remote = msgspec.json.decode(child.stdout.readline(), type=RemoteBlocks)
+        with make(tmp_path, device=DEVICE, kv_transfer=transport) as llm:
+            assert outputs(llm, prompts, remote) == expected
+            assert llm.engine.kv_connector.totals.num_received_prompts == len(prompts)
+    finally:
+        child.kill()
+        child.communicate()

@@ -114,8 +114,8 @@ def measure(
                 puller.engine.release(name)
                 if round_:  # the first one connects and maps memory
                     seconds[count][kind].append(taken)
-    pipe.send(None)
     puller.engine.close()
+    pipe.send(None)
     source.join()
     return seconds
 

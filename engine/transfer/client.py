@@ -1,4 +1,4 @@
-"""Threads of the puller for one source: one connects and receives, one sends, one copies and verifies."""
+"""Threads of the puller for one source: one connects and receives, one copies and verifies, one sends what must wait."""
 
 import logging
 import queue
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 DISCARD_BYTES = 1 << 20
 
+Read = tuple[int, tuple[Fetch, PendingChecksums] | None]  # its id; of a received one its blocks too
+
 
 class Client:
     """A connection to one source, from the first attempt to its end.
@@ -59,15 +61,14 @@ class Client:
         self._copy: CopyBlocks | None = None
         self._is_closed = False
         self._lock = threading.Lock()
-        self._reads: queue.SimpleQueue[tuple[int, tuple[Fetch, PendingChecksums] | None] | None] = queue.SimpleQueue()
-        self._copier = threading.Thread(target=self._copy_and_verify_all, name="kv-copy", daemon=True)
+        self._reads: queue.SimpleQueue[Read | None] = queue.SimpleQueue()
+        self._copier = threading.Thread(target=self._end_reads, name="kv-copy", daemon=True)
         self._thread = threading.Thread(target=self._run, name="kv-pull", daemon=True)
-        self._copier.start()
         self._thread.start()
 
     def send(self, message: QueryBlocks | PullDone | ReadBlocks) -> None:
         if self._send_queue is not None:
-            self._send_queue.put(lambda connection: connection.send(message))
+            self._send_queue.send(message)
 
     def fetch(self, fetch: Fetch) -> None:
         """Begin a read: copy the blocks here, or request their bytes."""
@@ -98,7 +99,8 @@ class Client:
             reason = f"{host}:{port}: {type(error).__name__}: {error}"
         finally:
             self._reads.put(None)
-            self._copier.join()
+            if self._copier.is_alive():
+                self._copier.join()
             self._copy = None  # unmaps the source's memory
             if self._send_queue is not None:
                 self._send_queue.close()
@@ -122,7 +124,12 @@ class Client:
         read_blocks = MAX_BLOCKS if self.transport == "cuda_ipc" else options.read_bytes // peer.block_bytes
         max_read_blocks = max(1, min(MAX_BLOCKS, read_blocks))
         self._apply(self._receiver.connected, self.key, query_seconds, max_read_blocks)
+        copies_here = self.transport == "cuda_ipc"  # in 0.1 ms, which is what another thread takes to wake up
+        if not copies_here:
+            self._copier.start()
         while True:
+            while copies_here and not self._reads.empty():
+                self._end_read(self._reads.get())
             is_waiting = self._receiver.is_waiting_for(self.key)
             if connection.wait(options.stall_seconds):
                 self._handle(connection, connection.receive(decode_from_source))
@@ -189,20 +196,25 @@ class Client:
             raise
         self._reads.put((message.read_id, (fetch, checksums)))
 
-    def _copy_and_verify_all(self) -> None:
-        """Copy the blocks of reads that were not received, and verify all."""
+    def _end_reads(self) -> None:
         while (read := self._reads.get()) is not None:
-            read_id, received = read
-            fetch = received[0] if received else self._start_read(read_id)
-            if fetch is None:
-                continue
-            try:
-                if received:
-                    checksums = received[1]()
-                else:
-                    assert self._copy is not None
-                    checksums = self._copy(fetch.source_blocks, fetch.own_blocks)
-                problem = mismatch(checksums, fetch.checksums, fetch.first)
-            except Exception as error:
-                problem = f"{self.transport}: {type(error).__name__}: {error}"
-            self._apply(self._receiver.end_read, read_id, problem)
+            self._end_read(read)
+
+    def _end_read(self, read: Read | None) -> None:
+        """Copy the blocks of a read that was not received, and verify them."""
+        if read is None:
+            return
+        read_id, received = read
+        fetch = received[0] if received else self._start_read(read_id)
+        if fetch is None:
+            return
+        try:
+            if received:
+                checksums = received[1]()
+            else:
+                assert self._copy is not None
+                checksums = self._copy(fetch.source_blocks, fetch.own_blocks)
+            problem = mismatch(checksums, fetch.checksums, fetch.first)
+        except Exception as error:
+            problem = f"{self.transport}: {type(error).__name__}: {error}"
+        self._apply(self._receiver.end_read, read_id, problem)

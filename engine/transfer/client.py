@@ -1,4 +1,4 @@
-"""Threads of the puller for one source: one connects and receives, one copies and verifies, one sends what must wait."""
+"""Threads of the puller for one source: one connects and receives, one verifies, one sends what must wait."""
 
 import logging
 import queue

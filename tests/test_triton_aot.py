@@ -25,6 +25,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from dispec.ops.kv_cache import scale_rows  # noqa: E402
 from dispec.ops.norm import Norm  # noqa: E402
 from dispec.ops.triton import (  # noqa: E402
+    argmax,
     block_transfer,
     decode_attention,
     fp8_linear,
@@ -62,6 +63,7 @@ KERNELS = {
     rope_write: ("rope_write_kernel",),
     qkv_rope_write: ("qkv_rope_write_kernel",),
     token_threshold: ("token_threshold_kernel",),
+    argmax: ("argmax_kernel",),
 }
 
 TYPES = {
@@ -352,6 +354,14 @@ def test_token_threshold(monkeypatch: pytest.MonkeyPatch, size: int, capability:
     )
     assert len(launches) == 1
     check(launches[0], capability, widest_load=size % 16 == 0)
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize(("rows", "size"), [(1, 151_936), (32, 151_936), (128, 49_152), (600, 50_257)])
+def test_argmax(monkeypatch: pytest.MonkeyPatch, rows: int, size: int, capability: int) -> None:
+    logits = torch.empty(rows, size, dtype=HALF, device="meta")
+    (launch,) = record(monkeypatch, capability, lambda: argmax.argmax(logits))
+    check(launch, capability, widest_load=size % 16 == 0)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

@@ -37,6 +37,7 @@ else:
     from dispec.ops.kv_cache import codes_and_scales, scale_rows
     from dispec.ops.kv_cache import write_kv as write_kv_on_cpu
     from dispec.ops.triton import (
+        argmax,
         block_transfer,
         decode_attention,
         kv_cache,
@@ -46,6 +47,7 @@ else:
         token_threshold,
     )
     from dispec.ops.triton.tuning import DecodeConfig, PrefillConfig, SkinnyGemmConfig
+    from tests.argmax_cases import rows_with_first_largest
     from tests.threshold_cases import cases, expect_thresholds
 
     # No bfloat16: the interpreter's dot takes its bits for integers. tests/test_gpu_kernels.py covers it.
@@ -111,8 +113,8 @@ else:
         empty = torch.empty
 
         def poisoned(*size: object, **options: object) -> Tensor:
-            made = empty(*size, **options)
-            return made.fill_(float("nan") if made.is_floating_point() else -1)
+            tensor = empty(*size, **options)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
 
         monkeypatch.setattr(torch, "empty", poisoned)
 
@@ -385,6 +387,16 @@ else:
     def test_token_threshold_ends_on_nan() -> None:
         broken = torch.full((2, 90), float("nan"))
         token_threshold.token_threshold(broken, torch.tensor([5, 90]), torch.tensor([0.5, 0.5]))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize(("size", "programs"), [(5, 16), (33, 1), (128, 16), (1000, 16), (1001, 12)])
+    def test_argmax(monkeypatch: pytest.MonkeyPatch, size: int, programs: int, dtype: torch.dtype) -> None:
+        monkeypatch.setattr(argmax, "ARGMAX_BLOCK", 32)
+        monkeypatch.setattr(argmax, "ARGMAX_PROGRAMS_PER_MULTIPROCESSOR", programs)  # 4 multiprocessors, 16 rows
+        logits, expected = rows_with_first_largest(size, dtype)
+        for _ in range(2):  # the counters are zero again
+            assert argmax.argmax(logits).tolist() == expected
+        assert argmax.argmax(logits[:0]).tolist() == []
 
     @pytest.mark.parametrize("has_bias", [False, True])
     @pytest.mark.parametrize(

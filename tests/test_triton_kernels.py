@@ -108,7 +108,7 @@ else:
 
     @pytest.fixture(autouse=True)
     def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-        """Fill what the launchers allocate with NaN or -1, so that a row that is not written shows."""
+        """Fill what the launchers allocate with NaN or 77, so that a row that is not written shows."""
         torch.manual_seed(0)
         empty = torch.empty
 

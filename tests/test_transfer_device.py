@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -17,7 +18,7 @@ from dispec.engine.transfer.kv_blocks import HostBlocks, KVBlocks
 from dispec.engine.transfer.shared_memory import SharedMemory
 from dispec.layers.types import KVCache
 from dispec.ops import reference
-from tests.transfer_peers import Peer, peers
+from tests.transfer_peers import PATIENCE, Peer, peers
 
 
 class Device:
@@ -223,6 +224,67 @@ def test_memory_that_does_not_open_leaves_tcp_and_one_warning(
         assert puller.transport_used() == "tcp"
         (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert "cuda_ipc cannot be used: CUDA error: peer access is not supported" in warning
+
+
+def test_the_memory_of_a_source_that_ends_is_unmapped(device: Device) -> None:
+    with peers(peer("puller", "cuda_ipc", seed=1)) as (puller,):
+        with peers(peer("source", "cuda_ipc")) as (source,):
+            source.engine.publish("a", [5], payload=b"")
+            puller.engine.pull(source.engine.remote_blocks("a"), 0, [1])
+            assert puller.next_event() == Pulled("a", b"")
+            source.engine.publish("unfinished", [6])
+            puller.engine.pull(source.engine.remote_blocks("unfinished"), 0, [2, 3])
+            (client,) = puller.engine._clients.values()
+            assert client._copy is not None
+            mapped = weakref.ref(client._copy)
+        assert isinstance(puller.next_event(), PullFailed)
+        client.join()
+        assert mapped() is None
+
+
+def test_a_cancelled_pull_by_ipc_writes_nothing_more(device: Device) -> None:
+    with peers(peer("source", "cuda_ipc"), peer("puller", "cuda_ipc", seed=1)) as (source, puller):
+        source.engine.publish("a", [5])
+        source.engine.publish("b", [7], payload=b"")
+        puller.engine.pull(source.engine.remote_blocks("a"), 0, [1, 2])
+        puller.engine.pull(source.engine.remote_blocks("b"), 0, [3])
+        assert puller.next_event() == Pulled("b", b"")  # so the source has the puller's query
+        puller.engine.release("a")
+        assert puller.next_event() == PullFailed("a", "it was cancelled")
+        before = puller.block(2)
+        assert source.next_event() == Released("a", was_expired=False)
+        source.engine.publish("a", [6], payload=b"")
+        source.engine.publish("c", [8], payload=b"")
+        puller.engine.pull(source.engine.remote_blocks("c"), 0, [4])
+        assert puller.next_event() == Pulled("c", b"")
+        assert torch.equal(puller.block(2), before)
+
+
+def test_blocks_that_are_reused_after_the_lease_are_not_taken(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The puller stands still, as a stopped process, until the lease has run out, and reads the mapped memory then."""
+    resume = threading.Event()
+    with peers(
+        peer("source", "cuda_ipc", lease_seconds=0.2, stall_seconds=PATIENCE),
+        peer("puller", "cuda_ipc", seed=1, stall_seconds=PATIENCE),
+    ) as (source, puller):
+        own = puller.engine._blocks
+        assert isinstance(own, DeviceBlocks)
+        copy = own._copy
+
+        def late(*arguments: object) -> object:
+            assert resume.wait(PATIENCE)
+            return copy(*arguments)
+
+        monkeypatch.setattr(own, "_copy", late)
+        monkeypatch.setattr(puller.engine._receiver, "tick", lambda now: [])  # nor does it renew the lease
+        source.engine.publish("a", [5, 6], payload=b"")
+        puller.engine.pull(source.engine.remote_blocks("a"), 0, [1, 2])
+        assert source.next_event() == Released("a", was_expired=True)
+        source.memory.fill_(7)  # the blocks are another request's now
+        resume.set()
+        event = puller.next_event()
+        assert isinstance(event, PullFailed)
+        assert "checksum of block 0 is wrong" in event.reason or "lease" in event.reason
 
 
 def test_a_block_that_is_not_of_whole_words_is_refused(device: Device) -> None:

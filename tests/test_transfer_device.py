@@ -94,6 +94,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
         recorded(name)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream(made, next(made.names)))
     monkeypatch.setattr(torch.cuda, "stream", made.use)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: made.stream())
     monkeypatch.setattr(device_blocks, "pinned", lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8))
     monkeypatch.setattr(cuda_ipc, "export", export)

@@ -6,6 +6,7 @@ only when they are in place. Checksums are computed on the device: XXH3-64 of th
 (`ops.fold_blocks`) of a block's rows, of which 448 bytes for 28 layers come to the host. A copy folds what it reads.
 """
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -44,8 +45,9 @@ class DeviceBlocks(KVBlocks):
         self._local = threading.local()
         # Compile both kernels now: the first transfer would wait for that.
         self.wait_before_writing()
-        self._copy(self._halves, [0], [0])()
-        self.checksums([0])
+        with torch.cuda.device(self._device):
+            self._copy(self._halves, [0], [0])()
+            self.checksums([0])
 
     def wait_before_writing(self) -> None:
         self._write_stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -57,13 +59,13 @@ class DeviceBlocks(KVBlocks):
         return MAX_BLOCKS  # 117 MB take 50 µs; a launch and its answer as long
 
     def checksums(self, blocks: Sequence[int]) -> list[bytes]:
-        with torch.inference_mode(), torch.cuda.stream(self._read_stream):
+        with self._on(writes=False):
             pending = _to_host(ops.fold_blocks(*self._halves, self._numbers(blocks)))
         return pending()
 
     def send_buffers(self, blocks: Sequence[int]) -> Iterator[list[memoryview]]:
         """Gather blocks in one buffer, and yield its slices as they reach this thread's pinned memory."""
-        with torch.inference_mode(), torch.cuda.stream(self._read_stream):
+        with self._on(writes=False):
             gathered = self._halves[0].new_empty(2, self.num_layers, len(blocks), self.layer_bytes // 8)
             keys, values = gathered
             ops.transfer_blocks(*self._halves, self._numbers(blocks), keys, values, self._numbers(range(len(blocks))))
@@ -87,7 +89,7 @@ class DeviceBlocks(KVBlocks):
     def finish_receive(self, blocks: Sequence[int], source_device: str) -> PendingChecksums:
         turn = self._local.turn
         staged = self._staging(f"receive {turn}", len(blocks))
-        with torch.inference_mode(), torch.cuda.stream(self._write_stream):
+        with self._on(writes=True):
             received = staged.to(self._device, non_blocking=True).view(torch.int64)
             halves = received.view(2, self.num_layers, len(blocks), -1)
             folds = self._copy((halves[0], halves[1]), range(len(blocks)), blocks)
@@ -121,6 +123,16 @@ class DeviceBlocks(KVBlocks):
         halves = opened(keys), opened(values)
         return lambda source_blocks, own_blocks: self._copy(halves, source_blocks, own_blocks)()
 
+    @contextlib.contextmanager
+    def _on(self, *, writes: bool) -> Iterator[None]:
+        """Launch on the stream of reads or of writes, with this thread's current device that of the cache.
+
+        A new thread's is GPU 0: on the way back to it CUDA would take 0.5 GB of a GPU that the process does not use.
+        """
+        torch.cuda.set_device(self._device)
+        with torch.inference_mode(), torch.cuda.stream(self._write_stream if writes else self._read_stream):
+            yield
+
     def _copy(
         self,
         source: tuple[Int64[Tensor, "L NS W"], Int64[Tensor, "L NS W"]],
@@ -128,7 +140,7 @@ class DeviceBlocks(KVBlocks):
         own_blocks: Sequence[int],
     ) -> PendingChecksums:
         """Launch a copy into own blocks."""
-        with torch.inference_mode(), torch.cuda.stream(self._write_stream):
+        with self._on(writes=True):
             numbers = self._numbers([*source_blocks, *own_blocks]).view(2, -1)
             return _to_host(ops.transfer_blocks(*source, numbers[0], *self._halves, numbers[1]))
 

@@ -1,5 +1,6 @@
 """Tensor parallelism on two GPUs: the tokens of one, with a graph for each step and a step queued ahead."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from dispec import SamplingParams
 from tests.gpu_engine import (
+    CONFIG,
     NEEDS_CUDA,
     count_launches,
     decoding,
@@ -25,7 +27,11 @@ pytestmark = [*NEEDS_CUDA, pytest.mark.skipif(torch.cuda.device_count() < 2, rea
 TWO: dict[str, Any] = {"device": "cuda:0", "tensor_parallel_size": 2}
 
 
-@pytest.mark.parametrize("speculation", [{}, {"speculative_model": "ngram"}], ids=["plain", "n-grams"])
+@pytest.mark.parametrize(
+    "speculation",
+    [{}, {"speculative_model": "ngram"}, {"speculative_model": replace(CONFIG, num_layers=1)}],
+    ids=["plain", "n-grams", "draft model"],
+)
 def test_two_gpus_answer_as_one_in_float32(speculation: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
     given, params = prompts(12), mixed_params(12)
     with make(dtype="float32", enforce_eager=True) as alone:

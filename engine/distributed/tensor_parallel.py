@@ -160,6 +160,8 @@ def _start(
     config = options.model if isinstance(options.model, ModelConfig) else None
     own = {
         "model": "" if config else str(options.model),
+        # Followers do not run a draft model, but their plan depends on whether there is one.
+        "speculative_model": None if options.speculative_model is None else str(options.speculative_model),
         "device": f"cuda:{(device.index or 0) + rank}" if device.type == "cuda" else "cpu",
     }
     values = {field.name: getattr(options, field.name) for field in fields(options)} | own

@@ -8,7 +8,6 @@ Each field starts at a multiple of 16 bytes, because Inductor copies inputs at o
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeVar
 
@@ -162,6 +161,7 @@ def write_inputs(
     `logits_indices` every token has one.
     """
     _write_token_ids(inputs, scheduled, sampled_index, draft_index)
+    _write_block_tables(inputs.block_tables, scheduled)
     _write_positions(inputs, scheduled, block_size)
     return _write_sampling(inputs, scheduled)
 
@@ -173,42 +173,61 @@ def _write_token_ids(
     draft_index: Mapping[int, int],
 ) -> None:
     token_ids: list[int] = []
+    places: list[int] = []  # of tokens that are on the device
+    indices: list[int] = []
     for item in scheduled:
-        sequence = item.sequence
-        end = len(token_ids) + item.num_tokens
-        token_ids += sequence.token_ids[item.start : item.start + item.num_tokens]
-        if (num_known := len(token_ids)) == end:
+        sequence, end = item.sequence, item.start + item.num_tokens
+        own = sequence.token_ids
+        token_ids += own[item.start : end]
+        num_unknown = min(end - len(own), item.num_tokens)
+        if num_unknown <= 0:
             continue
-        drafts = item.draft_token_ids
+        place = len(token_ids)
+        drafts = item.draft_token_ids if sequence.draft.token_ids else []
         if not drafts:
-            inputs.previous_indices[num_known] = sampled_index[sequence.id] + 1
+            places.append(place)
+            indices.append(sampled_index[sequence.id] + 1)
         elif sequence.id in draft_index:
             first = draft_index[sequence.id] + 1
-            inputs.previous_indices[num_known:end] = range(first, first + end - num_known)
-        token_ids += drafts[num_known - end :] or [0]
+            places += range(place, place + num_unknown)
+            indices += range(first, first + num_unknown)
+        token_ids += drafts[-num_unknown:] or [0]
     inputs.token_ids[: len(token_ids)] = token_ids
+    if places:
+        inputs.previous_indices[places] = indices
+
+
+def _write_block_tables(block_tables: np.ndarray, scheduled: tuple[ScheduledSequence, ...]) -> None:
+    # Slices of memoryviews are copied in 0.07 us, rows of numpy arrays in 0.3 us, and lists element by element.
+    flat, width = block_tables.reshape(-1).data, block_tables.shape[1]
+    for row, item in enumerate(scheduled):
+        block_table = item.sequence.block_table
+        flat[row * width : row * width + len(block_table)] = block_table
 
 
 def _write_positions(inputs: StepInputs[np.ndarray], scheduled: tuple[ScheduledSequence, ...], block_size: int) -> None:
-    """Write positions, block tables, slots, and where each sequence's tokens and context end."""
+    """Write positions, slots, and where each sequence's tokens and context end."""
     query_start, context_lens = inputs.query_start, inputs.context_lens
-    num_seqs, counts = len(scheduled), [item.num_tokens for item in scheduled]
+    num_seqs = len(scheduled)
+    starts = np.array([item.start for item in scheduled], np.int32)
+    counts = [item.num_tokens for item in scheduled]
     num_tokens = sum(counts)
-    query_start[1 : num_seqs + 1] = list(accumulate(counts))
-    context_lens[:num_seqs] = [item.start + item.num_tokens for item in scheduled]
-    for row, item in zip(inputs.block_tables, scheduled, strict=False):
-        block_table = item.sequence.block_table
-        row[: len(block_table)] = block_table
-    tokens = np.arange(num_tokens)
-    owners = tokens if num_tokens == num_seqs else np.repeat(np.arange(num_seqs), counts)
-    # The last token of a sequence is the last one of its context.
-    positions = tokens + (context_lens - query_start[1:])[owners]
+    query_start[1 : num_seqs + 1] = np.cumsum(counts)
+    context_lens[:num_seqs] = starts + counts
+    if num_tokens == num_seqs:
+        owners, positions = np.arange(num_seqs), starts
+    else:
+        owners = np.repeat(np.arange(num_seqs), counts)
+        positions = np.arange(num_tokens) + (starts - query_start[:num_seqs])[owners]
     inputs.positions[:num_tokens] = positions
     block_ids = inputs.block_tables[owners, positions // block_size]
     inputs.slot_mapping[:num_tokens] = slots_of(block_ids, positions, block_size)
+    if num_seqs == len(context_lens):
+        return
     if inputs.query_len is not None:
         # A padding sequence attends to itself alone, in the padding block.
-        query_start[num_seqs + 1 :] = range(num_tokens + inputs.query_len, len(inputs.positions) + 1, inputs.query_len)
+        first, step = num_tokens + inputs.query_len, inputs.query_len
+        query_start[num_seqs + 1 :] = np.arange(first, len(inputs.positions) + 1, step)
         context_lens[num_seqs:] = inputs.query_len
     else:
         # Padding tokens belong to no sequence: all sequences may be taken, and no block table has room for all padding.
@@ -224,6 +243,10 @@ def _write_sampling(
     end = 0
     for item in scheduled:
         end += item.num_tokens
+        if item.num_tokens == 1 and item.samples:  # the usual case
+            rows.append(item)
+            tokens.append(end - 1)
+            continue
         num_rows = item.num_sampled or (0 if inputs.query_len is None else 1)
         first = end - num_rows
         if inputs.logits_indices is None:
@@ -234,7 +257,9 @@ def _write_sampling(
     size = len(rows)
     if inputs.logits_indices is not None:
         inputs.logits_indices[:size] = tokens
-    inputs.temperature[:size] = [0.0 if item is None else item.sequence.params.temperature for item in rows]
-    inputs.seed[:size] = [0 if item is None else item.sequence.seed for item in rows]
-    inputs.sample_position[:size] = inputs.positions[tokens] + 1 if size else 0
+    temperatures = [0.0 if item is None else item.sequence.params.temperature for item in rows]
+    if any(temperatures):  # greedy rows need no random numbers
+        inputs.temperature[:size] = temperatures
+        inputs.seed[:size] = [0 if item is None else item.sequence.seed for item in rows]
+        inputs.sample_position[:size] = inputs.positions[tokens] + 1
     return rows

@@ -46,8 +46,9 @@ class SamplerOutput:
             values = None if self.logprobs is None else [value.tolist() for value in self.logprobs]
             for first, item in first_rows(self.rows):
                 sequence = item.sequence
-                drafts = item.draft_token_ids if item.num_draft_tokens else []
-                end = first + 1 + num_accepted(drafts, sampled[first:])
+                end = first + 1
+                if num_drafts := item.num_draft_tokens:
+                    end += num_accepted(item.draft_token_ids, sampled[first : first + num_drafts])
                 token_ids[sequence.id] = sampled[first:end]
                 if values is not None and (count := sequence.params.logprobs) is not None:
                     rows = range(first, end)
@@ -68,7 +69,7 @@ def first_rows(rows: list[ScheduledSequence | None]) -> Iterator[tuple[int, Sche
         item = rows[row]
         if item is not None:
             yield row, item
-        row += 1 if item is None else item.num_sampled
+        row += 1 if item is None else 1 + item.num_draft_tokens
 
 
 def num_accepted(drafts: list[int], sampled: list[int]) -> int:

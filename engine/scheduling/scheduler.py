@@ -159,16 +159,17 @@ class Scheduler:
         outputs: list[TokenOutput] = []
         ended = False
         block_size, pins_blocks = self.pool.block_size, self.kv_cache.holds_remote_blocks
+        running, finished = Status.RUNNING, Status.FINISHED
         for scheduled in step.scheduled_sequences:
-            sequence = scheduled.sequence
-            if sequence.status is Status.FINISHED:
+            sequence, start, num_tokens, samples, num_draft_tokens = scheduled
+            if sequence.status is finished:
                 continue  # ended while the step ran
-            end = scheduled.start + scheduled.num_tokens
+            end = start + num_tokens
             # A sequence that was preempted while the step ran has no blocks left, but its token is kept.
-            holds_blocks = sequence.status is Status.RUNNING and sequence.num_computed_tokens >= end
-            token_ids = result.token_ids[sequence.id] if scheduled.samples else ()
-            if scheduled.num_draft_tokens:
-                num_rejected = scheduled.num_draft_tokens + 1 - len(token_ids)
+            holds_blocks = sequence.status is running and sequence.num_computed_tokens >= end
+            token_ids = result.token_ids[sequence.id] if samples else ()
+            if num_draft_tokens:
+                num_rejected = num_draft_tokens + 1 - len(token_ids)
                 end -= num_rejected
                 if holds_blocks:
                     sequence.num_computed_tokens -= num_rejected
@@ -179,16 +180,17 @@ class Scheduler:
                     self.kv_cache.pin_filled(sequence, end)
             if sequence.params.prompt_logprobs is not None:
                 num_known = len(sequence.prompt_logprobs)
-                if scheduled.start <= num_known:  # after a preemption, some are computed again
+                if start <= num_known:  # after a preemption, some are computed again
                     found = result.prompt_logprobs.get(sequence.id, [])
-                    sequence.prompt_logprobs += found[num_known - scheduled.start :]
-            if not scheduled.samples:
+                    sequence.prompt_logprobs += found[num_known - start :]
+            if not samples:
                 continue
             if sequence.forks:
                 self._start_forks(sequence, holds_blocks)
             sequence.num_pending_tokens -= 1
             _append_tokens(scheduled, token_ids, result, outputs)
-            self._compute_again(sequence)
+            if len(sequence.token_ids) + sequence.num_pending_tokens <= sequence.num_computed_tokens:
+                self._compute_again(sequence)
             if sequence.finish_reason is not None:
                 if sequence.status is Status.WAITING:
                     self.waiting.remove(sequence)
@@ -268,21 +270,23 @@ class Scheduler:
         insort(self.waiting, sequence, key=self._rank)
 
     def _schedule_running(self, plan: _StepPlan) -> None:
+        running = Status.RUNNING
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self.running:
-            num_tokens = sequence.num_uncomputed_tokens
-            if num_tokens > 1:
+            num_tokens = len(sequence.token_ids) + sequence.num_pending_tokens - sequence.num_computed_tokens
+            if num_tokens == 1:
+                if sequence.can_continue:
+                    decoding.append(sequence)
+            elif num_tokens > 1:
                 prefilling.append(sequence)
-            elif num_tokens == 1 and sequence.can_continue:
-                decoding.append(sequence)
         prefilling.sort(key=self._rank)
         num_others = len(decoding)
         for sequence in decoding:
             if plan.budget == 0:
                 return
             num_others -= 1
-            if sequence.status is not Status.RUNNING:
+            if sequence.status is not running:
                 continue  # preempted for another one
             # Draft tokens take the budget that is left by the other sequences' own tokens, and preempt no sequence.
             if sequence.draft.num_tokens:
@@ -290,7 +294,10 @@ class Scheduler:
                 if num_draft_tokens and self.kv_cache.grow(sequence, 1 + num_draft_tokens, plan.copies):
                     self._add_to_step(plan, sequence, 1 + num_draft_tokens, num_draft_tokens)
                     continue
-            self._schedule_or_preempt(plan, sequence, 1)
+            if self.kv_cache.grow(sequence, 1, plan.copies):
+                self._add_to_step(plan, sequence, 1)
+            else:
+                self._schedule_or_preempt(plan, sequence, 1)
         for sequence in prefilling:
             if plan.budget == 0:
                 return
@@ -323,8 +330,8 @@ class Scheduler:
         plan.budget -= num_tokens
 
     def _compute_again(self, sequence: Sequence) -> None:
-        """Compute a sequence's last token again if it is computed: its grammar has dropped the token after it."""
-        if sequence.status is Status.RUNNING and sequence.num_uncomputed_tokens <= 0:
+        """Compute a sequence's last token again: its grammar has dropped the token after it."""
+        if sequence.status is Status.RUNNING:
             self.kv_cache.truncate(sequence, len(sequence.token_ids) - 1)
 
     def _start_forks(self, sequence: Sequence, holds_blocks: bool) -> None:
@@ -366,7 +373,10 @@ def _append_tokens(
     """Append sampled tokens up to the sequence's end, each with an output."""
     sequence = scheduled.sequence
     logprobs = result.logprobs[sequence.id] if sequence.params.logprobs is not None else None
-    num_accepted = len(token_ids) - 1 if scheduled.num_draft_tokens else 0
+    if not scheduled.num_draft_tokens:
+        outputs += append_sampled(sequence, token_ids[0], logprobs[0] if logprobs is not None else None)
+        return
+    num_accepted = len(token_ids) - 1
     num_rejected = scheduled.num_draft_tokens - num_accepted
     size = len(sequence.token_ids)
     for index, token_id in enumerate(token_ids):

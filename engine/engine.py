@@ -237,10 +237,13 @@ class Engine:
                 outputs += self._commit(self._launched.popleft())
             self.speculator.plan(self.scheduler.running)
         step = self.scheduler.schedule()
+        overlaps = False
         if step.scheduled_sequences:
             self._launch(step, start)
+            # A step that may reject draft tokens decides what the next one computes.
+            overlaps = self.plan.overlaps and not self._launched[-1].record.num_draft_tokens
         outputs += self.kv_connector.take_outputs()
-        while len(self._launched) > (self._overlaps(step) if step.scheduled_sequences else 0):
+        while len(self._launched) > overlaps:
             outputs += self._commit(self._launched.popleft())
         if not step.scheduled_sequences and not outputs and self.scheduler.has_work:
             if not self.scheduler.kv_cache.holds_remote_blocks:
@@ -268,10 +271,6 @@ class Engine:
             launch=launch_seconds,
         )
         self._launched.append(_LaunchedStep(step, pending, record))
-
-    def _overlaps(self, step: SchedulerOutput) -> bool:
-        """Whether the next step may be scheduled before this one's result: not if that may reject draft tokens."""
-        return self.plan.overlaps and not any(scheduled.num_draft_tokens for scheduled in step.scheduled_sequences)
 
     def _commit(self, launched: _LaunchedStep) -> list[TokenOutput]:
         """Wait for a step and return its tokens."""

@@ -25,11 +25,17 @@ class SamplerOutput:
     logprobs: Logprobs | None = None
     prompt_logprobs: list[tuple[ScheduledSequence, Logprobs]] = field(default_factory=list)
 
-    def to_host(self) -> "SamplerOutput":
-        """Start the copy of all tensors to memory that the host can read."""
+    def to_host(self, token_ids: Tensor) -> "SamplerOutput":
+        """Start the copy of all tensors to memory that the host can read.
+
+        token_ids: pinned memory for the token ids, where they are on another device.
+        """
+        sampled = self.token_ids
+        if sampled is not None and sampled.device != token_ids.device:
+            sampled = token_ids[: len(sampled)].copy_(sampled, non_blocking=True)
         return SamplerOutput(
             self.rows,
-            None if self.token_ids is None else _to_host(self.token_ids),
+            sampled,
             None if self.logprobs is None else Logprobs(*map(_to_host, self.logprobs)),
             [(item, Logprobs(*map(_to_host, values))) for item, values in self.prompt_logprobs],
         )

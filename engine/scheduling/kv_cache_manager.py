@@ -60,13 +60,13 @@ class KVCacheManager:
 
         A shared block that the sequence writes to is replaced by a copy: `copies` gets (source, destination).
         """
-        pool, table = self.pool, sequence.block_table
-        first = sequence.num_computed_tokens // pool.block_size
-        # After rejected draft tokens the table has more blocks than are needed.
-        num_new = max(0, pool.num_blocks_for(sequence.num_computed_tokens + num_tokens) - len(table))
-        continues_block = first < len(table)
-        if not num_new and pool.is_private(table[first]):
+        pool, table, num_computed = self.pool, sequence.block_table, sequence.num_computed_tokens
+        first = num_computed // pool.block_size
+        if num_computed + num_tokens <= len(table) * pool.block_size and pool.is_private(table[first]):
             return True
+        # After rejected draft tokens the table has more blocks than are needed.
+        num_new = max(0, pool.num_blocks_for(num_computed + num_tokens) - len(table))
+        continues_block = first < len(table)
         needs_copy = continues_block and pool.is_shared(table[first])
         if num_new + needs_copy > pool.num_free:
             return False

@@ -24,7 +24,7 @@ from dispec.engine.scheduling.scheduler_output import (
     append_sampled,
 )
 from dispec.engine.scheduling.sequence import Sequence, Status
-from dispec.engine.scheduling.token_output import FinishReason, TokenOutput
+from dispec.engine.scheduling.token_output import FinishReason, TokenLogprobs, TokenOutput
 
 
 @dataclass(slots=True)
@@ -160,8 +160,7 @@ class Scheduler:
         ended = False
         block_size, pins_blocks = self.pool.block_size, self.kv_cache.holds_remote_blocks
         running, finished = Status.RUNNING, Status.FINISHED
-        for scheduled in step.scheduled_sequences:
-            sequence, start, num_tokens, samples, num_draft_tokens = scheduled
+        for sequence, start, num_tokens, samples, num_draft_tokens in step.scheduled_sequences:
             if sequence.status is finished:
                 continue  # ended while the step ran
             end = start + num_tokens
@@ -188,7 +187,11 @@ class Scheduler:
             if sequence.forks:
                 self._start_forks(sequence, holds_blocks)
             sequence.num_pending_tokens -= 1
-            _append_tokens(scheduled, token_ids, result, outputs)
+            logprobs = result.logprobs[sequence.id] if sequence.params.logprobs is not None else None
+            if num_draft_tokens:
+                _append_verified(sequence, token_ids, logprobs, num_draft_tokens, outputs)
+            else:
+                outputs += append_sampled(sequence, token_ids[0], None if logprobs is None else logprobs[0])
             if len(sequence.token_ids) + sequence.num_pending_tokens <= sequence.num_computed_tokens:
                 self._compute_again(sequence)
             if sequence.finish_reason is not None:
@@ -323,7 +326,7 @@ class Scheduler:
     def _add_to_step(self, plan: _StepPlan, sequence: Sequence, num_tokens: int, num_draft_tokens: int = 0) -> None:
         """Add a sequence with allocated blocks to the step."""
         start = sequence.num_computed_tokens
-        samples = num_tokens - num_draft_tokens == sequence.num_uncomputed_tokens
+        samples = start + num_tokens - num_draft_tokens == len(sequence.token_ids) + sequence.num_pending_tokens
         sequence.num_computed_tokens = start + num_tokens
         sequence.num_pending_tokens += samples
         plan.scheduled[sequence] = ScheduledSequence(sequence, start, num_tokens, samples, num_draft_tokens)
@@ -367,17 +370,16 @@ def _num_draft_tokens(sequence: Sequence, budget: int) -> int:
     return max(0, min(sequence.draft.num_tokens, num_left, budget))
 
 
-def _append_tokens(
-    scheduled: ScheduledSequence, token_ids: Series[int], result: ModelRunnerOutput, outputs: list[TokenOutput]
+def _append_verified(
+    sequence: Sequence,
+    token_ids: Series[int],
+    logprobs: Series[TokenLogprobs] | None,
+    num_draft_tokens: int,
+    outputs: list[TokenOutput],
 ) -> None:
-    """Append sampled tokens up to the sequence's end, each with an output."""
-    sequence = scheduled.sequence
-    logprobs = result.logprobs[sequence.id] if sequence.params.logprobs is not None else None
-    if not scheduled.num_draft_tokens:
-        outputs += append_sampled(sequence, token_ids[0], logprobs[0] if logprobs is not None else None)
-        return
+    """Append accepted draft tokens and the token after them up to the sequence's end, each with an output."""
     num_accepted = len(token_ids) - 1
-    num_rejected = scheduled.num_draft_tokens - num_accepted
+    num_rejected = num_draft_tokens - num_accepted
     size = len(sequence.token_ids)
     for index, token_id in enumerate(token_ids):
         if index < len(sequence.token_ids) - size:

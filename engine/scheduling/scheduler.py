@@ -42,7 +42,8 @@ class Scheduler:
 
     max_num_seqs: most sequences that run at once.
     max_num_batched_tokens: most tokens of a step.
-    max_prefill_chunk: most prompt tokens of one sequence in a step.
+    max_prefill_chunk: most prompt tokens of one sequence in a step, and most tokens of a step with prompts and decodes,
+        where prompts have at least half of them.
     priority_aging: seconds of waiting that make up for one step of priority.
     enable_prefix_caching: as in `KVCacheManager`.
     """
@@ -301,6 +302,11 @@ class Scheduler:
                 self._add_to_step(plan, sequence, 1)
             else:
                 self._schedule_or_preempt(plan, sequence, 1)
+        if num_decoded := self.max_num_batched_tokens - plan.budget:
+            # All prompts together delay the decodes by one chunk, which the decodes are a part of: with 32 decodes
+            # beside it, a chunk of 2048 tokens would be padded to 3072 on CUDA.
+            chunk = self.max_prefill_chunk
+            plan.budget = min(plan.budget, max(chunk - num_decoded, -(-chunk // 2)))
         for sequence in prefilling:
             if plan.budget == 0:
                 return

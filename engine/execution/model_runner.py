@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dispec import ops
 from dispec.engine.execution.compiled_steps import (
-    StepFunctions,
     begin_replay,
     compiled_steps,
     eager_steps,
@@ -27,7 +26,6 @@ from dispec.engine.execution.compiled_steps import (
     replay_lock,
     root_cause,
     warn_about_eager_fallback,
-    without_guards,
 )
 from dispec.engine.execution.execution_plan import ExecutionPlan
 from dispec.engine.execution.input_buffers import (
@@ -243,8 +241,6 @@ class ModelRunner:
                 for _ in range(2):
                     self._run_dummy(shape, is_compiled=True)
                 yield
-            # Later steps have recorded shapes only.
-            self._compiled = StepFunctions(*map(without_guards, self._compiled))
         self._functions = self._compiled
         self.sampler.functions = sampler
 

@@ -41,11 +41,13 @@ from dispec.ops.triton import (  # noqa: E402
     rope_write,
     skinny_linear,
     token_threshold,
+    tuning,
 )
 from dispec.ops.triton.tuning import PREFILL, Device  # noqa: E402
 from tests.layer_cases import Shape, products  # noqa: E402
 
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that one program may use
+DECODE_SPILLED = 8  # bytes: the assembler of Triton 3.9 spills an address, that of 3.6 does not
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 KERNELS = {
@@ -110,6 +112,7 @@ def record(monkeypatch: pytest.MonkeyPatch, capability: int, launch: Callable[[]
     for module, names in KERNELS.items():
         for name in names:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
+    for module in (*KERNELS, tuning):
         if hasattr(module, "describe"):
             monkeypatch.setattr(module, "describe", lambda _: device)
     launch()
@@ -229,7 +232,7 @@ def test_decode(
         lambda: decode_attention.decode(query, keys, values, tables, integers(batch), query_len, 0.125),
     )
     assert len(launches) == 2
-    check(launches[0], capability)
+    check(launches[0], capability, spilled=DECODE_SPILLED)
     if query_len == 1:
         check(launches[1], capability)
 
@@ -294,7 +297,7 @@ def test_decode_of_a_quantized_cache(
         capability,
         lambda: decode_attention.decode(query, keys, values, tables, integers(1), query_len, 0.125),
     )
-    check(launches[0], capability)
+    check(launches[0], capability, spilled=DECODE_SPILLED)
 
 
 @pytest.mark.parametrize(("cache_dtype", "capability"), QUANTIZED)

@@ -1,0 +1,433 @@
+// Causal attention of tiles of queries over a paged KV cache, for Hopper.
+//
+// FlashAttention-3 (Shah et al., 2024): a warpgroup copies pages to shared memory (TMA), the others multiply (wgmma).
+// Within a warpgroup, the products of one block of positions run while the softmax of the next is computed; between
+// warpgroups, named barriers keep the softmax of one under the products of the others.
+//
+// Macros: HEAD_DIM 64 or 128; GROUP: query heads of a key head; BLOCK_SIZE: positions of a page, 16, 32 or 64;
+// WARPGROUPS: consumers, of 64 rows each; BLOCK_N: positions of a step; STAGES: steps in shared memory; OVERLAP: 1 if
+// the scores of a step are computed before the output of the step before; TURNS: 1 if warpgroups take turns.
+#include "hopper.cuh"
+
+constexpr int BLOCK_M = 64 * WARPGROUPS;
+constexpr int TOKENS = BLOCK_M / GROUP;  // row r of a tile is query head r % GROUP of token r / GROUP
+constexpr int PAGES = BLOCK_N / BLOCK_SIZE;
+constexpr int CONSUMERS = 128 * WARPGROUPS;
+constexpr int PAGE_BYTES = 2 * HEAD_DIM * BLOCK_SIZE;
+constexpr int STEP_BYTES = PAGES * PAGE_BYTES;
+constexpr int QUERY_BYTES = 2 * HEAD_DIM * BLOCK_M;
+constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 240 : 160;
+constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 24 : 32;
+constexpr float LOWEST = -1e30f;  // finite: the difference of two of them is 0
+constexpr float LAZY = 8.0f;      // powers of two by which weights may exceed 1 before the output is rescaled
+static_assert(BLOCK_N % BLOCK_SIZE == 0 && PAGES <= 32 && TOKENS > 0, "a step has whole pages, a tile whole tokens");
+
+// Names of barriers, and their order in shared memory.
+enum { QUERY_FULL, QUERY_EMPTY, KEYS_FULL, KEYS_EMPTY = KEYS_FULL + STAGES, VALUES_FULL = KEYS_EMPTY + STAGES,
+       VALUES_EMPTY = VALUES_FULL + STAGES, BARRIERS = VALUES_EMPTY + STAGES };
+enum { ALL_CONSUMERS = 1, FIRST_TURN };  // named barriers
+
+struct Tile {
+    int sequence, kv_head, first_row, first_token, query_len, context_len, prefix, steps;
+};
+
+// A slot of a ring of shared memory, and the parity of the phase in which it is filled.
+struct Slot {
+    int index = 0;
+    u32 parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++index == STAGES) {
+            index = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Find tile `number` of the launch; false if there is none. Sequence b's tiles of a key head are numbered from
+// query_start[b] / TOKENS + b on, at least as many as it has. The last ones, which see most positions, start first.
+static __device__ __forceinline__ bool find_tile(Tile &tile, int number, int num_tiles, int kv_heads, int num_sequences,
+                                                 const int *query_start, const int *context_lens) {
+    if (number >= num_tiles * kv_heads)
+        return false;
+    tile.kv_head = number % kv_heads;
+    const int index = num_tiles - 1 - number / kv_heads;
+    int low = 0, high = num_sequences;
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (query_start[middle] / TOKENS + middle <= index)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    tile.sequence = low - 1;
+    tile.first_row = query_start[tile.sequence];
+    tile.query_len = query_start[tile.sequence + 1] - tile.first_row;
+    tile.first_token = (index - (tile.first_row / TOKENS + tile.sequence)) * TOKENS;
+    if (tile.first_token >= tile.query_len)
+        return false;
+    tile.context_len = context_lens[tile.sequence];
+    tile.prefix = tile.context_len - tile.query_len;
+    const int seen = tile.prefix + min(tile.first_token + TOKENS, tile.query_len);
+    tile.steps = seen <= 0 ? 0 : (seen + BLOCK_N - 1) / BLOCK_N;
+    return true;
+}
+
+// The number of this block's tile in a round: every other round goes backwards, so that blocks share the work evenly.
+static __device__ __forceinline__ int tile_number(int round) {
+    return round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
+// Copy the pages of one step of keys or values; all lanes of the producer call it. pages: each lane's, by `first`.
+template <bool KEYS>
+static __device__ __forceinline__ void load_step(const TensorMap &map, u32 to, u32 full, int page, int lane, int kv_head) {
+    if (lane == 0)
+        arrive_expecting(full, STEP_BYTES);
+    __syncwarp();
+    if (lane < PAGES) {
+        if (KEYS)
+            load_box(to + lane * PAGE_BYTES, map, full, 0, 0, kv_head, page);
+        else
+            load_box(to + lane * PAGE_BYTES, map, full, 0, 0, 0, kv_head, page);
+    }
+}
+
+// S = Q K of a warpgroup's rows. query: its first row; keys: the step's pages.
+static __device__ __forceinline__ void multiply_keys(float (&scores)[BLOCK_N / 2], u32 query, u32 keys) {
+#pragma unroll
+    for (int k = 0; k < HEAD_DIM / 16; ++k)
+        wgmma(scores, matrix(query + k / 4 * (BLOCK_M * 128) + k % 4 * 32, 128, 16, 1024),
+              matrix(keys + k * 32 * BLOCK_SIZE, 2 * BLOCK_SIZE, PAGE_BYTES, 16 * BLOCK_SIZE), k > 0);
+}
+
+// O += P V.
+static __device__ __forceinline__ void multiply_values(float (&output)[HEAD_DIM / 2], const u32 (&weights)[BLOCK_N / 4],
+                                                       u32 values) {
+#pragma unroll
+    for (int k = 0; k < BLOCK_N / 16; ++k)
+        wgmma(output, weights + 4 * k,
+              matrix(values + k * 16 / BLOCK_SIZE * PAGE_BYTES + k * 16 % BLOCK_SIZE * 128, 128, 128 * BLOCK_SIZE, 1024),
+              1);
+}
+
+// What a thread knows of its two rows: row r / 4 of its warp (r: lane) and the row 8 below.
+struct Rows {
+    float maximum[2], sum[2];
+    int visible[2];  // positions that the row sees
+};
+
+static __device__ __forceinline__ void mask(float (&scores)[BLOCK_N / 2], const Rows &rows, int first_position) {
+    const int low = rows.visible[0] - first_position - 2 * (threadIdx.x % 4);
+    const int high = rows.visible[1] - first_position - 2 * (threadIdx.x % 4);
+    const float nothing = __int_as_float(0xFF800000);
+#pragma unroll
+    for (int j = 0; j < BLOCK_N / 8; ++j) {
+        scores[4 * j] = 8 * j < low ? scores[4 * j] : nothing;
+        scores[4 * j + 1] = 8 * j + 1 < low ? scores[4 * j + 1] : nothing;
+        scores[4 * j + 2] = 8 * j < high ? scores[4 * j + 2] : nothing;
+        scores[4 * j + 3] = 8 * j + 1 < high ? scores[4 * j + 3] : nothing;
+    }
+}
+
+// Turn scores into weights; fold them into maximum and sum. Returns in `factor` by what the output must be multiplied.
+// The maximum only follows if weights would exceed 2 ** LAZY (FlashAttention-4): rescaling is rare, the result the same.
+static __device__ __forceinline__ bool softmax(float (&scores)[BLOCK_N / 2], Rows &rows, float scale, float (&factor)[2]) {
+    bool moved = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float a = scores[2 * r], b = scores[2 * r + 1];
+#pragma unroll
+        for (int j = 1; j < BLOCK_N / 8; ++j) {
+            a = fmaxf(a, scores[4 * j + 2 * r]);
+            b = fmaxf(b, scores[4 * j + 2 * r + 1]);
+        }
+        a = fmaxf(a, b);
+        a = fmaxf(a, __shfl_xor_sync(~0u, a, 1));
+        a = fmaxf(a, __shfl_xor_sync(~0u, a, 2));
+        const bool moves = (a - rows.maximum[r]) * scale > LAZY;
+        const float maximum = moves ? a : rows.maximum[r];
+        factor[r] = exp2_approx((rows.maximum[r] - maximum) * scale);
+        rows.maximum[r] = maximum;
+        moved |= moves;
+        const float shift = maximum * scale;
+        float even = 0.0f, odd = 0.0f;
+#pragma unroll
+        for (int j = 0; j < BLOCK_N / 8; ++j) {
+            float &x = scores[4 * j + 2 * r], &y = scores[4 * j + 2 * r + 1];
+            x = exp2_approx(__fmaf_rn(x, scale, -shift));
+            y = exp2_approx(__fmaf_rn(y, scale, -shift));
+            even += x;
+            odd += y;
+        }
+        rows.sum[r] = __fmaf_rn(rows.sum[r], factor[r], even + odd);
+    }
+    return __any_sync(~0u, moved);
+}
+
+static __device__ __forceinline__ void pack_weights(u32 (&weights)[BLOCK_N / 4], const float (&scores)[BLOCK_N / 2]) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 4; ++i)
+        weights[i] = pack(scores[2 * i], scores[2 * i + 1]);
+}
+
+static __device__ __forceinline__ void rescale(float (&output)[HEAD_DIM / 2], const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; ++i)
+        output[i] *= factor[i / 2 % 2];
+}
+
+// Zero the values of positions past the context: a weight of 0 times NaN is NaN. All consumers call it.
+static __device__ __forceinline__ void clear_values(u32 values, int context_len, int first_position) {
+    const int end = first_position + BLOCK_N;
+    if (end <= context_len)
+        return;
+    constexpr int CHUNKS = HEAD_DIM / 64 * 8;  // of 16 bytes
+    for (int i = threadIdx.x; i < (end - context_len) * CHUNKS; i += CONSUMERS) {
+        const int position = context_len - first_position + i / CHUNKS, chunk = i % CHUNKS;
+        const u32 row = values + position / BLOCK_SIZE * PAGE_BYTES + position % BLOCK_SIZE * 128;
+        // The order of chunks within a row does not matter: all become 0.
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(row + chunk / 8 * (128 * BLOCK_SIZE) + chunk % 8 * 16),
+                     "r"(0)
+                     : "memory");
+    }
+    fence_async_proxy();
+    sync_threads(ALL_CONSUMERS, CONSUMERS);
+}
+
+// Exchange words within groups of four lanes: word i of lane l becomes word l of lane i.
+static __device__ __forceinline__ void transpose(u32 (&words)[4]) {
+#pragma unroll
+    for (int distance = 1; distance <= 2; distance *= 2) {
+        const bool upper = threadIdx.x & distance;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i & distance)
+                continue;
+            const u32 got = __shfl_xor_sync(~0u, upper ? words[i] : words[i | distance], distance);
+            if (upper)
+                words[i] = got;
+            else
+                words[i | distance] = got;
+        }
+    }
+}
+
+// Write the output of a thread's two rows, 16 bytes a store. row: the first one's in the tile.
+static __device__ __forceinline__ void store(void *to, float (&output)[HEAD_DIM / 2], const Rows &rows, const Tile &tile,
+                                             int row, int heads) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float sum = rows.sum[r] + __shfl_xor_sync(~0u, rows.sum[r], 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        const float inverse = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+        const int tile_row = row + 8 * r, token = tile.first_token + tile_row / GROUP;
+        const bool stored = tile_row < TOKENS * GROUP && token < tile.query_len;
+        const long long head = static_cast<long long>(tile.first_row + token) * heads + tile.kv_head * GROUP + tile_row % GROUP;
+        char *target = static_cast<char *>(to) + head * (2 * HEAD_DIM) + threadIdx.x % 4 * 16;
+#pragma unroll
+        for (int j = 0; j < HEAD_DIM / 32; ++j) {
+            u32 words[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                words[i] = pack(output[16 * j + 4 * i + 2 * r] * inverse, output[16 * j + 4 * i + 2 * r + 1] * inverse);
+            transpose(words);
+            if (stored)
+                asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(target + 64 * j), "r"(words[0]),
+                             "r"(words[1]), "r"(words[2]), "r"(words[3])
+                             : "memory");
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
+    prefill_attention(const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap key_map,
+                      const __grid_constant__ TensorMap value_map, void *output, const int *block_tables,
+                      const int *query_start, const int *context_lens, long long table_stride, long long num_blocks,
+                      long long num_sequences, long long num_tiles, long long kv_heads, float scale) {
+    extern __shared__ char dynamic[];
+    const u32 query = (shared_address(dynamic) + 1023) & ~1023u;
+    const u32 keys = query + QUERY_BYTES, values = keys + STAGES * STEP_BYTES;
+    const u32 barriers = values + STAGES * STEP_BYTES;
+    const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        init_barrier(barriers + 8 * QUERY_FULL, 1);
+        init_barrier(barriers + 8 * QUERY_EMPTY, CONSUMERS / 32);
+        for (int i = 0; i < STAGES; ++i) {
+            init_barrier(barriers + 8 * (KEYS_FULL + i), 1);
+            init_barrier(barriers + 8 * (VALUES_FULL + i), 1);
+            init_barrier(barriers + 8 * (KEYS_EMPTY + i), CONSUMERS / 32);
+            init_barrier(barriers + 8 * (VALUES_EMPTY + i), CONSUMERS / 32);
+        }
+        fence_barriers();
+    }
+    __syncthreads();
+    const int total = num_tiles * kv_heads;
+    u32 query_parity = 0;
+    Tile tile;
+
+    if (warpgroup == WARPGROUPS) {  // the producer, one warp
+        lower_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x / 32 != CONSUMERS / 32)
+            return;
+        if (lane == 0) {
+            prefetch(query_map);
+            prefetch(key_map);
+            prefetch(value_map);
+        }
+        Slot slot;
+        for (int round = 0; round * gridDim.x < total; ++round) {
+            if (!find_tile(tile, tile_number(round), num_tiles, kv_heads, num_sequences, query_start, context_lens) ||
+                tile.steps == 0)
+                continue;
+            wait(barriers + 8 * QUERY_EMPTY, query_parity ^ 1, QUERY_EMPTY);
+            query_parity ^= 1;
+            if (lane == 0) {
+                arrive_expecting(barriers + 8 * QUERY_FULL, 2 * HEAD_DIM * TOKENS * GROUP);
+                for (int half = 0; half < HEAD_DIM / 64; ++half)
+                    load_box(query + half * (BLOCK_M * 128), query_map, barriers + 8 * QUERY_FULL, 64 * half, 0,
+                             tile.first_row + tile.first_token, tile.kv_head);
+            }
+            // Each lane reads the block of one page, for as many steps at a time as fit. Pages past the context get a
+            // number out of bounds, which reads as zeros.
+            constexpr int STEPS = 32 / PAGES;
+            const int *table = block_tables + tile.sequence * table_stride;
+            int next = 0;
+            const auto read_ahead = [&](int last_step) {
+                const int page = (last_step - lane / PAGES) * PAGES + lane % PAGES;
+                const bool exists = lane < STEPS * PAGES && page >= 0 && page * BLOCK_SIZE < tile.context_len;
+                next = exists ? table[page] : static_cast<int>(num_blocks);
+            };
+            read_ahead(tile.steps - 1);
+            for (int last = tile.steps - 1; last >= 0; last -= STEPS) {
+                const int pages = next;
+                read_ahead(last - STEPS);
+                for (int i = 0; i < STEPS && i <= last; ++i) {
+                    const int page = __shfl_sync(~0u, pages, (i * PAGES + lane) % 32);
+                    wait(barriers + 8 * (KEYS_EMPTY + slot.index), slot.parity ^ 1, KEYS_EMPTY);
+                    load_step<true>(key_map, keys + slot.index * STEP_BYTES, barriers + 8 * (KEYS_FULL + slot.index), page,
+                                    lane, tile.kv_head);
+                    wait(barriers + 8 * (VALUES_EMPTY + slot.index), slot.parity ^ 1, VALUES_EMPTY);
+                    load_step<false>(value_map, values + slot.index * STEP_BYTES,
+                                     barriers + 8 * (VALUES_FULL + slot.index), page, lane, tile.kv_head);
+                    slot.next();
+                }
+            }
+        }
+    } else {
+        raise_registers<CONSUMER_REGISTERS>();
+        const u32 own_query = query + warpgroup * (64 * 128);
+        const int row = threadIdx.x / 32 * 16 + lane / 4;
+        const int turn = FIRST_TURN + warpgroup, next_turn = FIRST_TURN + (warpgroup + 1) % WARPGROUPS;
+        if (TURNS && warpgroup == WARPGROUPS - 1)
+            arrive_threads(next_turn, 256);
+        Slot key_slot, value_slot;
+        const auto await_keys = [&] {
+            wait(barriers + 8 * (KEYS_FULL + key_slot.index), key_slot.parity, KEYS_FULL);
+        };
+        const auto await_values = [&] {
+            wait(barriers + 8 * (VALUES_FULL + value_slot.index), value_slot.parity, VALUES_FULL);
+        };
+        const auto release_keys = [&] {
+            if (lane == 0)
+                arrive(barriers + 8 * (KEYS_EMPTY + key_slot.index));
+            key_slot.next();
+        };
+        const auto release_values = [&] {
+            if (lane == 0)
+                arrive(barriers + 8 * (VALUES_EMPTY + value_slot.index));
+            value_slot.next();
+        };
+        for (int round = 0; round * gridDim.x < total; ++round) {
+            if (!find_tile(tile, tile_number(round), num_tiles, kv_heads, num_sequences, query_start, context_lens))
+                continue;
+            float out[HEAD_DIM / 2];
+            Rows rows;
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 2; ++i)
+                out[i] = 0.0f;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                rows.maximum[r] = LOWEST;
+                rows.sum[r] = 0.0f;
+                rows.visible[r] = min(tile.prefix + tile.first_token + (row + 8 * r) / GROUP + 1, tile.context_len);
+            }
+            if (tile.steps > 0) {
+                float scores[BLOCK_N / 2], factor[2];
+                u32 weights[BLOCK_N / 4];
+                const int unmasked = max(tile.prefix + tile.first_token + 1, 0) / BLOCK_N;  // steps that all rows see
+                wait(barriers + 8 * QUERY_FULL, query_parity, QUERY_FULL);
+                query_parity ^= 1;
+                await_keys();
+                wgmma_fence();
+                multiply_keys(scores, own_query, keys + key_slot.index * STEP_BYTES);
+                wgmma_commit();
+                wgmma_wait<0>();
+                pin(scores);
+                release_keys();
+                mask(scores, rows, (tile.steps - 1) * BLOCK_N);
+                softmax(scores, rows, scale, factor);
+                pack_weights(weights, scores);
+                await_values();
+                clear_values(values + value_slot.index * STEP_BYTES, tile.context_len, (tile.steps - 1) * BLOCK_N);
+                for (int step = tile.steps - 2; step >= 0; --step) {
+#if OVERLAP
+                    await_keys();
+                    if (TURNS)
+                        sync_threads(turn, 256);
+                    wgmma_fence();
+                    multiply_keys(scores, own_query, keys + key_slot.index * STEP_BYTES);
+                    wgmma_commit();
+                    await_values();
+                    multiply_values(out, weights, values + value_slot.index * STEP_BYTES);
+                    wgmma_commit();
+                    if (TURNS)
+                        arrive_threads(next_turn, 256);
+                    wgmma_wait<1>();
+                    pin(scores);
+                    release_keys();
+                    if (step >= unmasked)
+                        mask(scores, rows, step * BLOCK_N);
+                    const bool moved = softmax(scores, rows, scale, factor);
+                    wgmma_wait<0>();
+                    pin(out);
+                    release_values();
+#else
+                    await_values();
+                    wgmma_fence();
+                    multiply_values(out, weights, values + value_slot.index * STEP_BYTES);
+                    wgmma_commit();
+                    wgmma_wait<0>();
+                    pin(out);
+                    release_values();
+                    await_keys();
+                    if (TURNS)
+                        sync_threads(turn, 256);
+                    wgmma_fence();
+                    multiply_keys(scores, own_query, keys + key_slot.index * STEP_BYTES);
+                    wgmma_commit();
+                    if (TURNS)
+                        arrive_threads(next_turn, 256);
+                    wgmma_wait<0>();
+                    pin(scores);
+                    release_keys();
+                    if (step >= unmasked)
+                        mask(scores, rows, step * BLOCK_N);
+                    const bool moved = softmax(scores, rows, scale, factor);
+#endif
+                    if (moved)
+                        rescale(out, factor);
+                    pack_weights(weights, scores);
+                }
+                if (lane == 0)
+                    arrive(barriers + 8 * QUERY_EMPTY);
+                await_values();
+                wgmma_fence();
+                multiply_values(out, weights, values + value_slot.index * STEP_BYTES);
+                wgmma_commit();
+                wgmma_wait<0>();
+                pin(out);
+                release_values();
+            }
+            store(output, out, rows, tile, row, GROUP * static_cast<int>(kv_heads));
+        }
+    }
+}

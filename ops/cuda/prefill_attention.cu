@@ -163,6 +163,13 @@ static __device__ __forceinline__ bool softmax(float (&scores)[BLOCK_N / 2], Row
     return __any_sync(~0u, moved);
 }
 
+// Have the sums, and so the weights, computed here. The compiler sees no reason to compute them before it waits for
+// products, and moves them behind the wait but for an instruction that it must keep in order and that needs them.
+static __device__ __forceinline__ void finish(const Rows &rows) {
+    asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}" ::"f"(rows.sum[0] + rows.sum[1]), "r"(0)
+                 : "memory");
+}
+
 static __device__ __forceinline__ void pack_weights(u32 (&weights)[BLOCK_N / 4], const float (&scores)[BLOCK_N / 2]) {
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 4; ++i)
@@ -387,6 +394,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
                     if (step >= unmasked)
                         mask(scores, rows, step * BLOCK_N);
                     const bool moved = softmax(scores, rows, scale, factor);
+                    finish(rows);
                     wgmma_wait<0>();
                     pin(out);
                     release_values();

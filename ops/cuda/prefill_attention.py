@@ -2,18 +2,16 @@
 `ops.triton.prefill_attention` for 16-bit pages.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dispec.ops.cuda.library import Kernel, is_available, kernel, tensor_map
+from dispec.ops.cuda.library import Kernel, kernel, tensor_map
 
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (16, 32, 64)
-_SHARED_BYTES = 227 * 1024  # that a block may use
 
 
 class FlashConfig(NamedTuple):
@@ -35,7 +33,7 @@ WIDE = FlashConfig(warpgroups=3, block_n=64, stages=4)
 NARROW = FlashConfig(warpgroups=2, block_n=128, stages=2)
 
 
-def constants(head_dim: int, group: int, block_size: int, config: FlashConfig) -> dict[str, int]:
+def constants(head_dim: int, group: int, block_size: int, dtype: torch.dtype, config: FlashConfig) -> dict[str, int]:
     """Return the macros of the kernel's source."""
     return {
         "HEAD_DIM": head_dim,
@@ -46,6 +44,7 @@ def constants(head_dim: int, group: int, block_size: int, config: FlashConfig) -
         "STAGES": config.stages,
         "OVERLAP": config.overlap,
         "TURNS": config.turns,
+        **({"FLOAT16": 1} if dtype is torch.float16 else {}),
     }
 
 
@@ -55,26 +54,23 @@ def shared_bytes(head_dim: int, config: FlashConfig) -> int:
     return 2 * head_dim * rows + 8 * (2 + 4 * config.stages) + 1024
 
 
-@functools.cache
-def _build(
-    head_dim: int, group: int, block_size: int, dtype: torch.dtype, config: FlashConfig, device: torch.device
-) -> Kernel | None:
-    macros = constants(head_dim, group, block_size, config)
-    if dtype is torch.float16:
-        macros["FLOAT16"] = 1
-    return kernel("prefill_attention.cu", "prefill_attention", macros, device)
-
-
-def has_kernel(query: Tensor, keys: Tensor) -> bool:
-    """Return whether `prefill` takes such queries [T, H, D] and keys [NB, KV, D, BS]."""
+def takes(query: Tensor, keys: Tensor, values: Tensor, config: FlashConfig = NARROW) -> bool:
+    """Return whether `prefill` takes such queries [T, H, D], keys [NB, KV, D, BS] and values: the kernel is built."""
     return (
         query.dtype in (torch.bfloat16, torch.float16)
         and keys.dtype is query.dtype
         and query.shape[2] in HEAD_DIMS
         and keys.shape[3] in BLOCK_SIZES
-        and query.shape[1] // keys.shape[1] <= 64 * NARROW.warpgroups
-        and is_available(query.device)
+        and query.shape[1] // keys.shape[1] <= 64 * config.warpgroups
+        and all(stride % 8 == 0 for stride in query.stride()[:2])
+        and all(tensor.data_ptr() % 16 == 0 for tensor in (query, keys, values))
+        and _kernel(query, keys, config) is not None
     )
+
+
+def _kernel(query: Tensor, keys: Tensor, config: FlashConfig) -> Kernel | None:
+    macros = constants(query.shape[2], query.shape[1] // keys.shape[1], keys.shape[3], query.dtype, config)
+    return kernel("prefill_attention.cu", "prefill_attention", macros, query.device)
 
 
 def prefill(
@@ -86,10 +82,10 @@ def prefill(
     context_lens: Tensor,
     scale: float,
     config: FlashConfig | None = None,
-) -> Tensor | None:
-    """Compute `ops.triton.prefill_attention.prefill`, or return None where the kernel cannot be built.
+) -> Tensor:
+    """Compute `ops.triton.prefill_attention.prefill`, with arguments as there, for which `takes` must be true.
 
-    Arguments as there; `has_kernel` must be true. Strides of the query must be multiples of 8 elements, but for D.
+    config: replaces the choice by shapes in tests and tuning.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_blocks, kv_heads, _, block_size = keys.shape
@@ -99,9 +95,8 @@ def prefill(
         return output
     if config is None:
         config = NARROW
-    built = _build(head_dim, group, block_size, query.dtype, config, query.device)
-    if built is None:
-        return None
+    built = _kernel(query, keys, config)
+    assert built is not None
     tokens = 64 * config.warpgroups // group
     num_tiles = num_tokens // tokens + batch
     query_map = tensor_map(

@@ -59,6 +59,44 @@ static __device__ __forceinline__ void wait(u32 barrier, u32 parity, int name) {
 #endif
 }
 
+// Clusters: the rank of this block, the address of the same variable in another block, a barrier of all threads.
+static __device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+static __device__ __forceinline__ u32 address_in(u32 rank, u32 address) {
+    u32 mapped;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+    return mapped;
+}
+
+static __device__ __forceinline__ void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+static __device__ __forceinline__ void arrive_remote(u32 barrier) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// `wait` for arrivals of other blocks.
+static __device__ __forceinline__ void wait_remote(u32 barrier, u32 parity, int name) {
+    wait(barrier, parity, name);
+    asm volatile("fence.acq_rel.cluster;" ::: "memory");
+}
+
+static __device__ __forceinline__ void store_remote(u32 to, float a, float b, float c, float d) {
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+
+static __device__ __forceinline__ float4 load_shared(u32 from) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(from)
+                 : "memory");
+    return x;
+}
+
 static __device__ __forceinline__ void sync_threads(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }

@@ -6,7 +6,8 @@
 //
 // Macros: HEAD_DIM 64 or 128; GROUP: query heads of a key head; BLOCK_SIZE: positions of a page, 16, 32 or 64;
 // WARPGROUPS: consumers, of 64 rows each; BLOCK_N: positions of a step; STAGES: steps in shared memory; OVERLAP: 1 if
-// the scores of a step are computed before the output of the step before; TURNS: 1 if warpgroups take turns.
+// the scores of a step are computed before the output of the step before; TURNS: 1 if warpgroups take turns; SPLIT: 2 if
+// the positions of a tile are shared by a cluster of two blocks, else 1.
 #include "hopper.cuh"
 
 constexpr int BLOCK_M = 64 * WARPGROUPS;
@@ -16,19 +17,22 @@ constexpr int CONSUMERS = 128 * WARPGROUPS;
 constexpr int PAGE_BYTES = 2 * HEAD_DIM * BLOCK_SIZE;
 constexpr int STEP_BYTES = PAGES * PAGE_BYTES;
 constexpr int QUERY_BYTES = 2 * HEAD_DIM * BLOCK_M;
-constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 240 : 160;
-constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 24 : 32;
+constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
+constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 48 : 32;
 constexpr float LOWEST = -1e30f;  // finite: the difference of two of them is 0
 constexpr float LAZY = 8.0f;      // powers of two by which weights may exceed 1 before the output is rescaled
+constexpr int EXCHANGE_BYTES = SPLIT == 2 ? 128 * 4 * (HEAD_DIM / 2 + 4) : 0;
+static_assert(SPLIT == 1 || WARPGROUPS == 2, "each block of a cluster finishes the rows of one warpgroup");
 static_assert(BLOCK_N % BLOCK_SIZE == 0 && PAGES <= 32 && TOKENS > 0, "a step has whole pages, a tile whole tokens");
 
 // Names of barriers, and their order in shared memory.
 enum { QUERY_FULL, QUERY_EMPTY, KEYS_FULL, KEYS_EMPTY = KEYS_FULL + STAGES, VALUES_FULL = KEYS_EMPTY + STAGES,
-       VALUES_EMPTY = VALUES_FULL + STAGES, BARRIERS = VALUES_EMPTY + STAGES };
+       VALUES_EMPTY = VALUES_FULL + STAGES, EXCHANGE_FULL = VALUES_EMPTY + STAGES, EXCHANGE_EMPTY };
 enum { ALL_CONSUMERS = 1, FIRST_TURN };  // named barriers
 
 struct Tile {
-    int sequence, kv_head, first_row, first_token, query_len, context_len, prefix, steps;
+    int sequence, kv_head, first_row, first_token, query_len, context_len, prefix;
+    int first_step, end_step;  // those of this block
 };
 
 // A slot of a ring of shared memory, and the parity of the phase in which it is filled.
@@ -68,13 +72,22 @@ static __device__ __forceinline__ bool find_tile(Tile &tile, int number, int num
     tile.context_len = context_lens[tile.sequence];
     tile.prefix = tile.context_len - tile.query_len;
     const int seen = tile.prefix + min(tile.first_token + TOKENS, tile.query_len);
-    tile.steps = seen <= 0 ? 0 : (seen + BLOCK_N - 1) / BLOCK_N;
+    tile.first_step = 0;
+    tile.end_step = seen <= 0 ? 0 : (seen + BLOCK_N - 1) / BLOCK_N;
+    if (SPLIT == 2) {
+        const int half = tile.end_step / 2;
+        if (cluster_rank())
+            tile.first_step = half;
+        else
+            tile.end_step = half;
+    }
     return true;
 }
 
-// The number of this block's tile in a round: every other round goes backwards, so that blocks share the work evenly.
+// The number of this block's tile in a round: every other round goes backwards, for an even share of the work.
 static __device__ __forceinline__ int tile_number(int round) {
-    return round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    const int count = gridDim.x / SPLIT, index = blockIdx.x / SPLIT;
+    return round * count + (round & 1 ? count - 1 - index : index);
 }
 
 // Copy the pages of one step of keys or values; all lanes of the producer call it. pages: each lane's, by `first`.
@@ -218,6 +231,45 @@ static __device__ __forceinline__ void transpose(u32 (&words)[4]) {
     }
 }
 
+// Combine the results of a cluster's two blocks: each sends the rows that the other finishes. Returns whether this
+// warpgroup finishes its rows here. buffer: EXCHANGE_BYTES at the same place of both blocks.
+static __device__ __forceinline__ bool exchange(float (&output)[HEAD_DIM / 2], Rows &rows, u32 buffer, u32 barriers,
+                                                u32 parity, float scale) {
+    const u32 rank = cluster_rank(), thread = threadIdx.x % 128;
+    buffer += 16 * thread;
+    if (threadIdx.x / 128 != rank) {
+        const u32 to = address_in(rank ^ 1, buffer);
+        wait_remote(barriers + 8 * EXCHANGE_EMPTY, parity ^ 1, EXCHANGE_EMPTY);
+        store_remote(to, rows.maximum[0], rows.maximum[1], rows.sum[0], rows.sum[1]);
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 8; ++i)
+            store_remote(to + 2048 * (i + 1), output[4 * i], output[4 * i + 1], output[4 * i + 2], output[4 * i + 3]);
+        arrive_remote(address_in(rank ^ 1, barriers + 8 * EXCHANGE_FULL));
+        return false;
+    }
+    wait_remote(barriers + 8 * EXCHANGE_FULL, parity, EXCHANGE_FULL);
+    const float4 other = load_shared(buffer);
+    const float maxima[2] = {other.x, other.y}, sums[2] = {other.z, other.w};
+    float own[2], theirs[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float maximum = fmaxf(rows.maximum[r], maxima[r]);
+        own[r] = exp2_approx((rows.maximum[r] - maximum) * scale);
+        theirs[r] = exp2_approx((maxima[r] - maximum) * scale);
+        rows.sum[r] = rows.sum[r] * own[r] + sums[r] * theirs[r];
+    }
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; ++i) {
+        const float4 x = load_shared(buffer + 2048 * (i + 1));
+        output[4 * i] = output[4 * i] * own[0] + x.x * theirs[0];
+        output[4 * i + 1] = output[4 * i + 1] * own[0] + x.y * theirs[0];
+        output[4 * i + 2] = output[4 * i + 2] * own[1] + x.z * theirs[1];
+        output[4 * i + 3] = output[4 * i + 3] * own[1] + x.w * theirs[1];
+    }
+    arrive_remote(address_in(rank ^ 1, barriers + 8 * EXCHANGE_EMPTY));
+    return true;
+}
+
 // Write the output of a thread's two rows, 16 bytes a store. row: the first one's in the tile.
 static __device__ __forceinline__ void store(void *to, float (&output)[HEAD_DIM / 2], const Rows &rows, const Tile &tile,
                                              int row, int heads) {
@@ -245,197 +297,251 @@ static __device__ __forceinline__ void store(void *to, float (&output)[HEAD_DIM 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
+// What a step of the engine is made of, and the shared memory of a block.
+struct Launch {
+    const int *block_tables, *query_start, *context_lens;
+    long long table_stride;
+    int num_blocks, num_sequences, num_tiles, kv_heads;
+    u32 query, keys, values, buffer, barriers;
+
+    __device__ __forceinline__ u32 barrier(int name) const { return barriers + 8 * name; }
+    __device__ __forceinline__ int rounds() const {
+        const int count = gridDim.x / SPLIT;
+        return (num_tiles * kv_heads + count - 1) / count;
+    }
+    __device__ __forceinline__ bool find(Tile &tile, int round) const {
+        return find_tile(tile, tile_number(round), num_tiles, kv_heads, num_sequences, query_start, context_lens);
+    }
+};
+
+// Copy queries, keys and values of all tiles of a block. One warp runs this.
+static __device__ __forceinline__ void produce(const Launch &launch, const TensorMap &query_map, const TensorMap &key_map,
+                                               const TensorMap &value_map) {
+    const int lane = threadIdx.x % 32;
+    if (lane == 0) {
+        prefetch(query_map);
+        prefetch(key_map);
+        prefetch(value_map);
+    }
+    Slot slot;
+    u32 query_parity = 0;
+    Tile tile;
+    for (int round = 0; round < launch.rounds(); ++round) {
+        if (!launch.find(tile, round) || tile.first_step == tile.end_step)
+            continue;
+        wait(launch.barrier(QUERY_EMPTY), query_parity ^ 1, QUERY_EMPTY);
+        query_parity ^= 1;
+        if (lane == 0) {
+            arrive_expecting(launch.barrier(QUERY_FULL), 2 * HEAD_DIM * TOKENS * GROUP);
+            for (int half = 0; half < HEAD_DIM / 64; ++half)
+                load_box(launch.query + half * (BLOCK_M * 128), query_map, launch.barrier(QUERY_FULL), 64 * half, 0,
+                         tile.first_row + tile.first_token, tile.kv_head);
+        }
+        // Each lane reads the block of one page, for as many steps at a time as fit. Pages past the context get a number
+        // out of bounds, which reads as zeros.
+        constexpr int STEPS = 32 / PAGES;
+        const int *table = launch.block_tables + tile.sequence * launch.table_stride;
+        int next = 0;
+        const auto read_ahead = [&](int last_step) {
+            const int page = (last_step - lane / PAGES) * PAGES + lane % PAGES;
+            const bool exists = lane < STEPS * PAGES && page >= 0 && page * BLOCK_SIZE < tile.context_len;
+            next = exists ? table[page] : launch.num_blocks;
+        };
+        read_ahead(tile.end_step - 1);
+        for (int last = tile.end_step - 1; last >= tile.first_step; last -= STEPS) {
+            const int pages = next;
+            read_ahead(last - STEPS);
+            for (int i = 0; i < STEPS && last - i >= tile.first_step; ++i) {
+                const int page = __shfl_sync(~0u, pages, (i * PAGES + lane) % 32);
+                wait(launch.barrier(KEYS_EMPTY + slot.index), slot.parity ^ 1, KEYS_EMPTY);
+                load_step<true>(key_map, launch.keys + slot.index * STEP_BYTES, launch.barrier(KEYS_FULL + slot.index), page,
+                                lane, tile.kv_head);
+                wait(launch.barrier(VALUES_EMPTY + slot.index), slot.parity ^ 1, VALUES_EMPTY);
+                load_step<false>(value_map, launch.values + slot.index * STEP_BYTES,
+                                 launch.barrier(VALUES_FULL + slot.index), page, lane, tile.kv_head);
+                slot.next();
+            }
+        }
+    }
+}
+
+// The steps of keys, or of values, that the producer fills one after the other.
+template <int FULL, int EMPTY> struct Ring {
+    u32 memory, barriers;
+    Slot slot;
+
+    __device__ __forceinline__ u32 await() const {
+        wait(barriers + 8 * (FULL + slot.index), slot.parity, FULL);
+        return memory + slot.index * STEP_BYTES;
+    }
+    __device__ __forceinline__ void release() {
+        if (threadIdx.x % 32 == 0)
+            arrive(barriers + 8 * (EMPTY + slot.index));
+        slot.next();
+    }
+};
+
+using KeyRing = Ring<KEYS_FULL, KEYS_EMPTY>;
+using ValueRing = Ring<VALUES_FULL, VALUES_EMPTY>;
+
+// Wait for the whole output of a step, and give its values' memory back.
+static __device__ __forceinline__ void finish_output(float (&out)[HEAD_DIM / 2], ValueRing &values) {
+    wgmma_wait<0>();
+    pin(out);
+    values.release();
+}
+
+static __device__ __forceinline__ void start_output(float (&out)[HEAD_DIM / 2], const u32 (&weights)[BLOCK_N / 4],
+                                                    const ValueRing &values) {
+    const u32 memory = values.await();
+    wgmma_fence();
+    multiply_values(out, weights, memory);
+    wgmma_commit();
+}
+
+// The attention of a warpgroup's rows to the steps of a tile, of which there must be one. query: its first row.
+static __device__ __forceinline__ void attend(float (&out)[HEAD_DIM / 2], Rows &rows, const Tile &tile, u32 query,
+                                              KeyRing &keys, ValueRing &values, float scale) {
+    const int warpgroup = threadIdx.x / 128;
+    const int turn = FIRST_TURN + warpgroup, next_turn = FIRST_TURN + (warpgroup + 1) % WARPGROUPS;
+    const int unmasked = max(tile.prefix + tile.first_token + 1, 0) / BLOCK_N;  // steps that all rows see
+    float scores[BLOCK_N / 2], factor[2];
+    u32 weights[BLOCK_N / 4];
+    const auto start_scores = [&] {
+        const u32 memory = keys.await();
+        if (TURNS && OVERLAP)
+            sync_threads(turn, 256);
+        wgmma_fence();
+        multiply_keys(scores, query, memory);
+        wgmma_commit();
+    };
+    const auto weigh = [&](int step) {
+        if (step >= unmasked)
+            mask(scores, rows, step * BLOCK_N);
+        return softmax(scores, rows, scale, factor);
+    };
+    int step = tile.end_step - 1;
+    {
+        const u32 memory = keys.await();
+        wgmma_fence();
+        multiply_keys(scores, query, memory);
+        wgmma_commit();
+    }
+    wgmma_wait<0>();
+    pin(scores);
+    keys.release();
+    weigh(step);
+    pack_weights(weights, scores);
+    clear_values(values.await(), tile.context_len, step * BLOCK_N);
+    while (--step >= tile.first_step) {
+        if (OVERLAP) {
+            start_scores();
+            start_output(out, weights, values);
+            if (TURNS)
+                arrive_threads(next_turn, 256);
+            wgmma_wait<1>();
+            pin(scores);
+            keys.release();
+            const bool moved = weigh(step);
+            finish(rows);
+            finish_output(out, values);
+            if (moved)
+                rescale(out, factor);
+        } else {
+            start_output(out, weights, values);
+            finish_output(out, values);
+            start_scores();
+            wgmma_wait<0>();
+            pin(scores);
+            keys.release();
+            if (weigh(step))
+                rescale(out, factor);
+        }
+        pack_weights(weights, scores);
+    }
+    start_output(out, weights, values);
+    finish_output(out, values);
+}
+
+// Multiply, and write the output of all tiles of a block. The consumers run this.
+static __device__ __forceinline__ void consume(const Launch &launch, void *output, float scale) {
+    const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int row = threadIdx.x / 32 * 16 + lane / 4;
+    u32 query_parity = 0, exchange_parity = 0;
+    KeyRing keys{launch.keys, launch.barriers};
+    ValueRing values{launch.values, launch.barriers};
+    Tile tile;
+    if (TURNS && OVERLAP && warpgroup == WARPGROUPS - 1)
+        arrive_threads(FIRST_TURN, 256);
+    for (int round = 0; round < launch.rounds(); ++round) {
+        if (!launch.find(tile, round))
+            continue;
+        float out[HEAD_DIM / 2];
+        Rows rows;
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 2; ++i)
+            out[i] = 0.0f;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            rows.maximum[r] = LOWEST;
+            rows.sum[r] = 0.0f;
+            rows.visible[r] = min(tile.prefix + tile.first_token + (row + 8 * r) / GROUP + 1, tile.context_len);
+        }
+        if (tile.first_step < tile.end_step) {
+            wait(launch.barrier(QUERY_FULL), query_parity, QUERY_FULL);
+            query_parity ^= 1;
+            attend(out, rows, tile, launch.query + warpgroup * (64 * 128), keys, values, scale);
+            if (lane == 0)
+                arrive(launch.barrier(QUERY_EMPTY));
+        }
+        if (SPLIT == 2) {
+            const bool finishes = exchange(out, rows, launch.buffer, launch.barriers, exchange_parity, scale);
+            exchange_parity ^= 1;
+            if (!finishes)
+                continue;
+        }
+        store(output, out, rows, tile, row, GROUP * launch.kv_heads);
+    }
+}
+
+extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(CONSUMERS + 128, 1)
     prefill_attention(const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap key_map,
                       const __grid_constant__ TensorMap value_map, void *output, const int *block_tables,
                       const int *query_start, const int *context_lens, long long table_stride, long long num_blocks,
                       long long num_sequences, long long num_tiles, long long kv_heads, float scale) {
     extern __shared__ char dynamic[];
-    const u32 query = (shared_address(dynamic) + 1023) & ~1023u;
-    const u32 keys = query + QUERY_BYTES, values = keys + STAGES * STEP_BYTES;
-    const u32 barriers = values + STAGES * STEP_BYTES;
-    const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
+    Launch launch{block_tables, query_start, context_lens, table_stride, static_cast<int>(num_blocks),
+                  static_cast<int>(num_sequences), static_cast<int>(num_tiles), static_cast<int>(kv_heads)};
+    launch.query = (shared_address(dynamic) + 1023) & ~1023u;  // swizzles repeat every 1024 bytes
+    launch.keys = launch.query + QUERY_BYTES;
+    launch.values = launch.keys + STAGES * STEP_BYTES;
+    launch.buffer = launch.values + STAGES * STEP_BYTES;
+    launch.barriers = launch.buffer + EXCHANGE_BYTES;
     if (threadIdx.x == 0) {
-        init_barrier(barriers + 8 * QUERY_FULL, 1);
-        init_barrier(barriers + 8 * QUERY_EMPTY, CONSUMERS / 32);
+        init_barrier(launch.barrier(QUERY_FULL), 1);
+        init_barrier(launch.barrier(QUERY_EMPTY), CONSUMERS / 32);
         for (int i = 0; i < STAGES; ++i) {
-            init_barrier(barriers + 8 * (KEYS_FULL + i), 1);
-            init_barrier(barriers + 8 * (VALUES_FULL + i), 1);
-            init_barrier(barriers + 8 * (KEYS_EMPTY + i), CONSUMERS / 32);
-            init_barrier(barriers + 8 * (VALUES_EMPTY + i), CONSUMERS / 32);
+            init_barrier(launch.barrier(KEYS_FULL + i), 1);
+            init_barrier(launch.barrier(VALUES_FULL + i), 1);
+            init_barrier(launch.barrier(KEYS_EMPTY + i), CONSUMERS / 32);
+            init_barrier(launch.barrier(VALUES_EMPTY + i), CONSUMERS / 32);
         }
+        init_barrier(launch.barrier(EXCHANGE_FULL), 128);
+        init_barrier(launch.barrier(EXCHANGE_EMPTY), 128);
         fence_barriers();
     }
-    __syncthreads();
-    const int total = num_tiles * kv_heads;
-    u32 query_parity = 0;
-    Tile tile;
-
-    if (warpgroup == WARPGROUPS) {  // the producer, one warp
+    if (SPLIT == 2)
+        sync_cluster();
+    else
+        __syncthreads();
+    if (threadIdx.x >= CONSUMERS) {
         lower_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x / 32 != CONSUMERS / 32)
-            return;
-        if (lane == 0) {
-            prefetch(query_map);
-            prefetch(key_map);
-            prefetch(value_map);
-        }
-        Slot slot;
-        for (int round = 0; round * gridDim.x < total; ++round) {
-            if (!find_tile(tile, tile_number(round), num_tiles, kv_heads, num_sequences, query_start, context_lens) ||
-                tile.steps == 0)
-                continue;
-            wait(barriers + 8 * QUERY_EMPTY, query_parity ^ 1, QUERY_EMPTY);
-            query_parity ^= 1;
-            if (lane == 0) {
-                arrive_expecting(barriers + 8 * QUERY_FULL, 2 * HEAD_DIM * TOKENS * GROUP);
-                for (int half = 0; half < HEAD_DIM / 64; ++half)
-                    load_box(query + half * (BLOCK_M * 128), query_map, barriers + 8 * QUERY_FULL, 64 * half, 0,
-                             tile.first_row + tile.first_token, tile.kv_head);
-            }
-            // Each lane reads the block of one page, for as many steps at a time as fit. Pages past the context get a
-            // number out of bounds, which reads as zeros.
-            constexpr int STEPS = 32 / PAGES;
-            const int *table = block_tables + tile.sequence * table_stride;
-            int next = 0;
-            const auto read_ahead = [&](int last_step) {
-                const int page = (last_step - lane / PAGES) * PAGES + lane % PAGES;
-                const bool exists = lane < STEPS * PAGES && page >= 0 && page * BLOCK_SIZE < tile.context_len;
-                next = exists ? table[page] : static_cast<int>(num_blocks);
-            };
-            read_ahead(tile.steps - 1);
-            for (int last = tile.steps - 1; last >= 0; last -= STEPS) {
-                const int pages = next;
-                read_ahead(last - STEPS);
-                for (int i = 0; i < STEPS && i <= last; ++i) {
-                    const int page = __shfl_sync(~0u, pages, (i * PAGES + lane) % 32);
-                    wait(barriers + 8 * (KEYS_EMPTY + slot.index), slot.parity ^ 1, KEYS_EMPTY);
-                    load_step<true>(key_map, keys + slot.index * STEP_BYTES, barriers + 8 * (KEYS_FULL + slot.index), page,
-                                    lane, tile.kv_head);
-                    wait(barriers + 8 * (VALUES_EMPTY + slot.index), slot.parity ^ 1, VALUES_EMPTY);
-                    load_step<false>(value_map, values + slot.index * STEP_BYTES,
-                                     barriers + 8 * (VALUES_FULL + slot.index), page, lane, tile.kv_head);
-                    slot.next();
-                }
-            }
-        }
+        if (threadIdx.x < CONSUMERS + 32)
+            produce(launch, query_map, key_map, value_map);
     } else {
         raise_registers<CONSUMER_REGISTERS>();
-        const u32 own_query = query + warpgroup * (64 * 128);
-        const int row = threadIdx.x / 32 * 16 + lane / 4;
-        const int turn = FIRST_TURN + warpgroup, next_turn = FIRST_TURN + (warpgroup + 1) % WARPGROUPS;
-        if (TURNS && warpgroup == WARPGROUPS - 1)
-            arrive_threads(next_turn, 256);
-        Slot key_slot, value_slot;
-        const auto await_keys = [&] {
-            wait(barriers + 8 * (KEYS_FULL + key_slot.index), key_slot.parity, KEYS_FULL);
-        };
-        const auto await_values = [&] {
-            wait(barriers + 8 * (VALUES_FULL + value_slot.index), value_slot.parity, VALUES_FULL);
-        };
-        const auto release_keys = [&] {
-            if (lane == 0)
-                arrive(barriers + 8 * (KEYS_EMPTY + key_slot.index));
-            key_slot.next();
-        };
-        const auto release_values = [&] {
-            if (lane == 0)
-                arrive(barriers + 8 * (VALUES_EMPTY + value_slot.index));
-            value_slot.next();
-        };
-        for (int round = 0; round * gridDim.x < total; ++round) {
-            if (!find_tile(tile, tile_number(round), num_tiles, kv_heads, num_sequences, query_start, context_lens))
-                continue;
-            float out[HEAD_DIM / 2];
-            Rows rows;
-#pragma unroll
-            for (int i = 0; i < HEAD_DIM / 2; ++i)
-                out[i] = 0.0f;
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                rows.maximum[r] = LOWEST;
-                rows.sum[r] = 0.0f;
-                rows.visible[r] = min(tile.prefix + tile.first_token + (row + 8 * r) / GROUP + 1, tile.context_len);
-            }
-            if (tile.steps > 0) {
-                float scores[BLOCK_N / 2], factor[2];
-                u32 weights[BLOCK_N / 4];
-                const int unmasked = max(tile.prefix + tile.first_token + 1, 0) / BLOCK_N;  // steps that all rows see
-                wait(barriers + 8 * QUERY_FULL, query_parity, QUERY_FULL);
-                query_parity ^= 1;
-                await_keys();
-                wgmma_fence();
-                multiply_keys(scores, own_query, keys + key_slot.index * STEP_BYTES);
-                wgmma_commit();
-                wgmma_wait<0>();
-                pin(scores);
-                release_keys();
-                mask(scores, rows, (tile.steps - 1) * BLOCK_N);
-                softmax(scores, rows, scale, factor);
-                pack_weights(weights, scores);
-                await_values();
-                clear_values(values + value_slot.index * STEP_BYTES, tile.context_len, (tile.steps - 1) * BLOCK_N);
-                for (int step = tile.steps - 2; step >= 0; --step) {
-#if OVERLAP
-                    await_keys();
-                    if (TURNS)
-                        sync_threads(turn, 256);
-                    wgmma_fence();
-                    multiply_keys(scores, own_query, keys + key_slot.index * STEP_BYTES);
-                    wgmma_commit();
-                    await_values();
-                    multiply_values(out, weights, values + value_slot.index * STEP_BYTES);
-                    wgmma_commit();
-                    if (TURNS)
-                        arrive_threads(next_turn, 256);
-                    wgmma_wait<1>();
-                    pin(scores);
-                    release_keys();
-                    if (step >= unmasked)
-                        mask(scores, rows, step * BLOCK_N);
-                    const bool moved = softmax(scores, rows, scale, factor);
-                    finish(rows);
-                    wgmma_wait<0>();
-                    pin(out);
-                    release_values();
-#else
-                    await_values();
-                    wgmma_fence();
-                    multiply_values(out, weights, values + value_slot.index * STEP_BYTES);
-                    wgmma_commit();
-                    wgmma_wait<0>();
-                    pin(out);
-                    release_values();
-                    await_keys();
-                    if (TURNS)
-                        sync_threads(turn, 256);
-                    wgmma_fence();
-                    multiply_keys(scores, own_query, keys + key_slot.index * STEP_BYTES);
-                    wgmma_commit();
-                    if (TURNS)
-                        arrive_threads(next_turn, 256);
-                    wgmma_wait<0>();
-                    pin(scores);
-                    release_keys();
-                    if (step >= unmasked)
-                        mask(scores, rows, step * BLOCK_N);
-                    const bool moved = softmax(scores, rows, scale, factor);
-#endif
-                    if (moved)
-                        rescale(out, factor);
-                    pack_weights(weights, scores);
-                }
-                if (lane == 0)
-                    arrive(barriers + 8 * QUERY_EMPTY);
-                await_values();
-                wgmma_fence();
-                multiply_values(out, weights, values + value_slot.index * STEP_BYTES);
-                wgmma_commit();
-                wgmma_wait<0>();
-                pin(out);
-                release_values();
-            }
-            store(output, out, rows, tile, row, GROUP * static_cast<int>(kv_heads));
-        }
+        consume(launch, output, scale);
     }
+    if (SPLIT == 2)
+        sync_cluster();  // the other block may still write to this one's memory
 }

@@ -27,6 +27,7 @@ class FlashConfig(NamedTuple):
     overlap: int = 1
     turns: int = 1
     persistent: bool = True
+    split: int = 1
 
 
 WIDE = FlashConfig(warpgroups=3, block_n=64, stages=4)
@@ -44,6 +45,7 @@ def constants(head_dim: int, group: int, block_size: int, dtype: torch.dtype, co
         "STAGES": config.stages,
         "OVERLAP": config.overlap,
         "TURNS": config.turns,
+        "SPLIT": config.split,
         **({"FLOAT16": 1} if dtype is torch.float16 else {}),
     }
 
@@ -51,7 +53,8 @@ def constants(head_dim: int, group: int, block_size: int, dtype: torch.dtype, co
 def shared_bytes(head_dim: int, config: FlashConfig) -> int:
     """Return the shared memory of a block: queries, keys and values, barriers, and up to 1 KiB of alignment."""
     rows = 64 * config.warpgroups + 2 * config.stages * config.block_n
-    return 2 * head_dim * rows + 8 * (2 + 4 * config.stages) + 1024
+    exchange = 128 * 4 * (head_dim // 2 + 4) if config.split == 2 else 0
+    return 2 * head_dim * rows + exchange + 8 * (4 + 4 * config.stages) + 1024
 
 
 def takes(query: Tensor, keys: Tensor, values: Tensor, config: FlashConfig = NARROW) -> bool:
@@ -125,7 +128,7 @@ def prefill(
     )
     tiles = num_tiles * kv_heads
     multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    blocks = min(tiles, multiprocessors) if config.persistent else tiles
+    blocks = config.split * (min(tiles, multiprocessors // config.split) if config.persistent else tiles)
     built.launch(
         (blocks, 1, 1),
         (128 * config.warpgroups + 128, 1, 1),

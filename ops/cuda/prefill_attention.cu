@@ -399,9 +399,10 @@ static __device__ __forceinline__ void start_output(float (&out)[HEAD_DIM / 2], 
     wgmma_commit();
 }
 
-// The attention of a warpgroup's rows to the steps of a tile, of which there must be one. query: its first row.
+// The attention of a warpgroup's rows to the steps of a tile, of which there must be one. query: its first row. query_empty:
+// the barrier that gives the queries' memory back.
 static __device__ __forceinline__ void attend(float (&out)[HEAD_DIM / 2], Rows &rows, const Tile &tile, u32 query,
-                                              KeyRing &keys, ValueRing &values, float scale) {
+                                              u32 query_empty, KeyRing &keys, ValueRing &values, float scale) {
     const int warpgroup = threadIdx.x / 128;
     const int turn = FIRST_TURN + warpgroup, next_turn = FIRST_TURN + (warpgroup + 1) % WARPGROUPS;
     const int unmasked = max(tile.prefix + tile.first_token + 1, 0) / BLOCK_N;  // steps that all rows see
@@ -459,6 +460,8 @@ static __device__ __forceinline__ void attend(float (&out)[HEAD_DIM / 2], Rows &
         }
         pack_weights(weights, scores);
     }
+    if (threadIdx.x % 32 == 0)
+        arrive(query_empty);
     start_output(out, weights, values);
     finish_output(out, values);
 }
@@ -490,9 +493,7 @@ static __device__ __forceinline__ void consume(const Launch &launch, void *outpu
         if (tile.first_step < tile.end_step) {
             wait(launch.barrier(QUERY_FULL), query_parity, QUERY_FULL);
             query_parity ^= 1;
-            attend(out, rows, tile, launch.query + warpgroup * (64 * 128), keys, values, scale);
-            if (lane == 0)
-                arrive(launch.barrier(QUERY_EMPTY));
+            attend(out, rows, tile, launch.query + warpgroup * (64 * 128), launch.barrier(QUERY_EMPTY), keys, values, scale);
         }
         if (SPLIT == 2) {
             const bool finishes = exchange(out, rows, launch.buffer, launch.barriers, exchange_parity, scale);

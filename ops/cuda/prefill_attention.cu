@@ -466,6 +466,25 @@ static __device__ __forceinline__ void attend(float (&out)[HEAD_DIM / 2], Rows &
     finish_output(out, values);
 }
 
+// Take part in the steps of a tile for a warpgroup that has no rows in it.
+static __device__ __forceinline__ void skip(const Tile &tile, u32 query_empty, KeyRing &keys, ValueRing &values) {
+    const int warpgroup = threadIdx.x / 128;
+    for (int step = tile.end_step - 1; step >= tile.first_step; --step) {
+        keys.await();
+        keys.release();
+        const u32 memory = values.await();
+        if (step == tile.end_step - 1)
+            clear_values(memory, tile.context_len, step * BLOCK_N);
+        else if (TURNS && OVERLAP) {
+            sync_threads(FIRST_TURN + warpgroup, 256);
+            arrive_threads(FIRST_TURN + (warpgroup + 1) % WARPGROUPS, 256);
+        }
+        values.release();
+    }
+    if (threadIdx.x % 32 == 0)
+        arrive(query_empty);
+}
+
 // Multiply, and write the output of all tiles of a block. The consumers run this.
 static __device__ __forceinline__ void consume(const Launch &launch, void *output, float scale) {
     const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
@@ -493,7 +512,11 @@ static __device__ __forceinline__ void consume(const Launch &launch, void *outpu
         if (tile.first_step < tile.end_step) {
             wait(launch.barrier(QUERY_FULL), query_parity, QUERY_FULL);
             query_parity ^= 1;
-            attend(out, rows, tile, launch.query + warpgroup * (64 * 128), launch.barrier(QUERY_EMPTY), keys, values, scale);
+            if (warpgroup * 64 < (tile.query_len - tile.first_token) * GROUP)
+                attend(out, rows, tile, launch.query + warpgroup * (64 * 128), launch.barrier(QUERY_EMPTY), keys, values,
+                       scale);
+            else
+                skip(tile, launch.barrier(QUERY_EMPTY), keys, values);
         }
         if (SPLIT == 2) {
             const bool finishes = exchange(out, rows, launch.buffer, launch.barriers, exchange_parity, scale);

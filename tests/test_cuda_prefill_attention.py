@@ -55,7 +55,7 @@ class TestOnDevice:
         contexts = [300, 0, 777, 1065, 130, 4097, 0]
         keys, values, tables = poisoned_cache(contexts, kv_heads, head_dim, block_size, dtype)
         query = query_view(sum(lengths), heads, kv_heads, head_dim, dtype)
-        if not prefill_attention.takes(query, keys, values):
+        if not prefill_attention.has_kernel(query, keys, values):
             pytest.skip("needs a Hopper GPU and NVRTC")
         lens = torch.tensor(contexts, dtype=torch.int32, device="cuda")
         arguments = (query, keys, values, tables, starts(lengths), lens, head_dim**-0.5, config)
@@ -73,7 +73,7 @@ class TestOnDevice:
         for stack, pages in zip(stacked, (keys, values), strict=True):
             stack[1] = pages
         query = query_view(420, 12, 2, 128, torch.bfloat16)
-        if not prefill_attention.takes(query, keys, values):
+        if not prefill_attention.has_kernel(query, keys, values):
             pytest.skip("needs a Hopper GPU and NVRTC")
         lens = torch.tensor([500], dtype=torch.int32, device="cuda")
         actual = prefill_attention.prefill(query, stacked[0][1], stacked[1][1], tables, starts([400]), lens, 0.1)
@@ -87,7 +87,7 @@ class TestOnDevice:
             query = torch.ones(8, 4, 128, dtype=torch.bfloat16, device="cuda")
             for column, block in enumerate(tables[0, :63].tolist()):
                 keys[block] = sign * column / 64
-            if not prefill_attention.takes(query, keys, values):
+            if not prefill_attention.has_kernel(query, keys, values):
                 pytest.skip("needs a Hopper GPU and NVRTC")
             lens = torch.tensor([2000], dtype=torch.int32, device="cuda")
             actual = prefill_attention.prefill(query, keys, values, tables, starts([8]), lens, 1.0)

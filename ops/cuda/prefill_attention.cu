@@ -18,10 +18,14 @@ constexpr int PAGE_BYTES = 2 * HEAD_DIM * BLOCK_SIZE;
 constexpr int STEP_BYTES = PAGES * PAGE_BYTES;
 constexpr int QUERY_BYTES = 2 * HEAD_DIM * BLOCK_M;
 constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
-constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 48 : 32;
+constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
 constexpr float LOWEST = -1e30f;  // finite: the difference of two of them is 0
 constexpr float LAZY = 8.0f;      // powers of two by which weights may exceed 1 before the output is rescaled
 constexpr int EXCHANGE_BYTES = SPLIT == 2 ? 128 * 4 * (HEAD_DIM / 2 + 4) : 0;
+// What warpgroups give back is all that others can get: more, and they wait forever. A thread starts with a share of the
+// register file that is a multiple of 8.
+static_assert(WARPGROUPS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (WARPGROUPS + 1) * (512 / (WARPGROUPS + 1) / 8 * 8),
+              "registers of all warpgroups exceed those that they start with");
 static_assert(SPLIT == 1 || WARPGROUPS == 2, "each block of a cluster finishes the rows of one warpgroup");
 static_assert(BLOCK_N % BLOCK_SIZE == 0 && PAGES <= 32 && TOKENS > 0, "a step has whole pages, a tile whole tokens");
 

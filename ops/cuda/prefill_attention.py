@@ -57,7 +57,7 @@ def shared_bytes(head_dim: int, config: FlashConfig) -> int:
     return 2 * head_dim * rows + exchange + 8 * (4 + 4 * config.stages) + 1024
 
 
-def takes(query: Tensor, keys: Tensor, values: Tensor, config: FlashConfig = NARROW) -> bool:
+def has_kernel(query: Tensor, keys: Tensor, values: Tensor, config: FlashConfig = NARROW) -> bool:
     """Return whether `prefill` takes such queries [T, H, D], keys [NB, KV, D, BS] and values: the kernel is built."""
     return (
         query.dtype in (torch.bfloat16, torch.float16)
@@ -86,7 +86,7 @@ def prefill(
     scale: float,
     config: FlashConfig | None = None,
 ) -> Tensor:
-    """Compute `ops.triton.prefill_attention.prefill`, with arguments as there, for which `takes` must be true.
+    """Compute `ops.triton.prefill_attention.prefill`, with arguments as there, for which `has_kernel` must be true.
 
     config: replaces the choice by shapes in tests and tuning.
     """

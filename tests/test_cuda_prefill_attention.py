@@ -48,11 +48,25 @@ class TestOnDevice:
     @pytest.mark.parametrize(
         ("heads", "kv_heads", "head_dim"), [(12, 2, 128), (28, 4, 128), (8, 8, 128), (14, 2, 64), (9, 3, 64)]
     )
+    @pytest.mark.parametrize(
+        ("lengths", "contexts"),
+        [
+            ([300, 0, 1, 65, 130, 3, 5], [300, 0, 777, 1065, 130, 4097, 0]),
+            ([2048, 600], [2100, 1000]),  # more tiles than multiprocessors
+        ],
+        ids=["short", "long"],
+    )
     def test_prefill(
-        self, heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, config: FlashConfig
+        self,
+        lengths: list[int],
+        contexts: list[int],
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+        config: FlashConfig,
     ) -> None:
-        lengths = [300, 0, 1, 65, 130, 3, 5]
-        contexts = [300, 0, 777, 1065, 130, 4097, 0]
         keys, values, tables = poisoned_cache(contexts, kv_heads, head_dim, block_size, dtype)
         query = query_view(sum(lengths), heads, kv_heads, head_dim, dtype)
         if not prefill_attention.has_kernel(query, keys, values):

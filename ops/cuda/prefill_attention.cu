@@ -6,12 +6,12 @@
 //
 // Macros: HEAD_DIM 64 or 128; GROUP: query heads of a key head; BLOCK_SIZE: positions of a page, 16, 32 or 64;
 // WARPGROUPS: consumers, of 64 rows each; BLOCK_N: positions of a step; STAGES: steps in shared memory; OVERLAP: 1 if
-// the scores of a step are computed before the output of the step before; TURNS: 1 if warpgroups take turns; SPLIT: 2 if
-// the positions of a tile are shared by a cluster of two blocks, else 1.
+// the scores of a step are computed before the output of the step before; TURNS: 1 if warpgroups take turns; SPLIT: 2
+// if the positions of a tile are shared by a cluster of two blocks, else 1.
 #include "hopper.cuh"
 
 constexpr int BLOCK_M = 64 * WARPGROUPS;
-constexpr int TOKENS = BLOCK_M / GROUP;  // row r of a tile is query head r % GROUP of token r / GROUP
+constexpr int TOKENS = BLOCK_M / GROUP; // row r of a tile is query head r % GROUP of token r / GROUP
 constexpr int PAGES = BLOCK_N / BLOCK_SIZE;
 constexpr int CONSUMERS = 128 * WARPGROUPS;
 constexpr int PAGE_BYTES = 2 * HEAD_DIM * BLOCK_SIZE;
@@ -19,24 +19,33 @@ constexpr int STEP_BYTES = PAGES * PAGE_BYTES;
 constexpr int QUERY_BYTES = 2 * HEAD_DIM * BLOCK_M;
 constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
 constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
-constexpr float LOWEST = -1e30f;  // finite: the difference of two of them is 0
-constexpr float LAZY = 8.0f;      // powers of two by which weights may exceed 1 before the output is rescaled
+constexpr float LOWEST = -1e30f; // finite: the difference of two of them is 0
+constexpr float LAZY = 8.0f;     // powers of two by which weights may exceed 1 before the output is rescaled
 constexpr int EXCHANGE_BYTES = SPLIT == 2 ? 128 * 4 * (HEAD_DIM / 2 + 4) : 0;
-// What warpgroups give back is all that others can get: more, and they wait forever. A thread starts with a share of the
-// register file that is a multiple of 8.
-static_assert(WARPGROUPS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (WARPGROUPS + 1) * (512 / (WARPGROUPS + 1) / 8 * 8),
+// What warpgroups give back is all that others can get: more, and they wait forever. A thread starts with a share of
+// the register file that is a multiple of 8.
+static_assert(WARPGROUPS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <=
+                  (WARPGROUPS + 1) * (512 / (WARPGROUPS + 1) / 8 * 8),
               "registers of all warpgroups exceed those that they start with");
 static_assert(SPLIT == 1 || WARPGROUPS == 2, "each block of a cluster finishes the rows of one warpgroup");
 static_assert(BLOCK_N % BLOCK_SIZE == 0 && PAGES <= 32 && TOKENS > 0, "a step has whole pages, a tile whole tokens");
 
 // Names of barriers, and their order in shared memory.
-enum { QUERY_FULL, QUERY_EMPTY, KEYS_FULL, KEYS_EMPTY = KEYS_FULL + STAGES, VALUES_FULL = KEYS_EMPTY + STAGES,
-       VALUES_EMPTY = VALUES_FULL + STAGES, EXCHANGE_FULL = VALUES_EMPTY + STAGES, EXCHANGE_EMPTY };
-enum { ALL_CONSUMERS = 1, FIRST_TURN };  // named barriers
+enum {
+    QUERY_FULL,
+    QUERY_EMPTY,
+    KEYS_FULL,
+    KEYS_EMPTY = KEYS_FULL + STAGES,
+    VALUES_FULL = KEYS_EMPTY + STAGES,
+    VALUES_EMPTY = VALUES_FULL + STAGES,
+    EXCHANGE_FULL = VALUES_EMPTY + STAGES,
+    EXCHANGE_EMPTY
+};
+enum { ALL_CONSUMERS = 1, FIRST_TURN }; // named barriers
 
 struct Tile {
     int sequence, kv_head, first_row, first_token, query_len, context_len, prefix;
-    int first_step, end_step;  // those of this block
+    int first_step, end_step; // those of this block
 };
 
 // A slot of a ring of shared memory, and the parity of the phase in which it is filled.
@@ -53,8 +62,8 @@ struct Slot {
 
 // Find tile `number` of the launch; false if there is none. Sequence b's tiles of a key head are numbered from
 // query_start[b] / TOKENS + b on, at least as many as it has. The last ones, which see most positions, start first.
-static __device__ __forceinline__ bool find_tile(Tile &tile, int number, int num_tiles, int kv_heads, int num_sequences,
-                                                 const int *query_start, const int *context_lens) {
+DEVICE bool find_tile(Tile &tile, int number, int num_tiles, int kv_heads, int num_sequences, const int *query_start,
+                      const int *context_lens) {
     if (number >= num_tiles * kv_heads)
         return false;
     tile.kv_head = number % kv_heads;
@@ -89,14 +98,13 @@ static __device__ __forceinline__ bool find_tile(Tile &tile, int number, int num
 }
 
 // The number of this block's tile in a round: every other round goes backwards, for an even share of the work.
-static __device__ __forceinline__ int tile_number(int round) {
+DEVICE int tile_number(int round) {
     const int count = gridDim.x / SPLIT, index = blockIdx.x / SPLIT;
     return round * count + (round & 1 ? count - 1 - index : index);
 }
 
 // Copy the pages of one step of keys or values; all lanes of the producer call it. pages: each lane's, by `first`.
-template <bool KEYS>
-static __device__ __forceinline__ void load_step(const TensorMap &map, u32 to, u32 full, int page, int lane, int kv_head) {
+template <bool KEYS> DEVICE void load_step(const TensorMap &map, u32 to, u32 full, int page, int lane, int kv_head) {
     if (lane == 0)
         arrive_expecting(full, STEP_BYTES);
     __syncwarp();
@@ -109,7 +117,7 @@ static __device__ __forceinline__ void load_step(const TensorMap &map, u32 to, u
 }
 
 // S = Q K of a warpgroup's rows. query: its first row; keys: the step's pages.
-static __device__ __forceinline__ void multiply_keys(float (&scores)[BLOCK_N / 2], u32 query, u32 keys) {
+DEVICE void multiply_keys(float (&scores)[BLOCK_N / 2], u32 query, u32 keys) {
 #pragma unroll
     for (int k = 0; k < HEAD_DIM / 16; ++k)
         wgmma(scores, matrix(query + k / 4 * (BLOCK_M * 128) + k % 4 * 32, 128, 16, 1024),
@@ -117,22 +125,22 @@ static __device__ __forceinline__ void multiply_keys(float (&scores)[BLOCK_N / 2
 }
 
 // O += P V.
-static __device__ __forceinline__ void multiply_values(float (&output)[HEAD_DIM / 2], const u32 (&weights)[BLOCK_N / 4],
-                                                       u32 values) {
+DEVICE void multiply_values(float (&output)[HEAD_DIM / 2], const u32 (&weights)[BLOCK_N / 4], u32 values) {
 #pragma unroll
     for (int k = 0; k < BLOCK_N / 16; ++k)
-        wgmma(output, weights + 4 * k,
-              matrix(values + k * 16 / BLOCK_SIZE * PAGE_BYTES + k * 16 % BLOCK_SIZE * 128, 128, 128 * BLOCK_SIZE, 1024),
-              1);
+        wgmma(
+            output, weights + 4 * k,
+            matrix(values + k * 16 / BLOCK_SIZE * PAGE_BYTES + k * 16 % BLOCK_SIZE * 128, 128, 128 * BLOCK_SIZE, 1024),
+            1);
 }
 
 // What a thread knows of its two rows: row r / 4 of its warp (r: lane) and the row 8 below.
 struct Rows {
     float maximum[2], sum[2];
-    int visible[2];  // positions that the row sees
+    int visible[2]; // positions that the row sees
 };
 
-static __device__ __forceinline__ void mask(float (&scores)[BLOCK_N / 2], const Rows &rows, int first_position) {
+DEVICE void mask(float (&scores)[BLOCK_N / 2], const Rows &rows, int first_position) {
     const int low = rows.visible[0] - first_position - 2 * (threadIdx.x % 4);
     const int high = rows.visible[1] - first_position - 2 * (threadIdx.x % 4);
     const float nothing = __int_as_float(0xFF800000);
@@ -146,8 +154,9 @@ static __device__ __forceinline__ void mask(float (&scores)[BLOCK_N / 2], const 
 }
 
 // Turn scores into weights; fold them into maximum and sum. Returns in `factor` by what the output must be multiplied.
-// The maximum only follows if weights would exceed 2 ** LAZY (FlashAttention-4): rescaling is rare, the result the same.
-static __device__ __forceinline__ bool softmax(float (&scores)[BLOCK_N / 2], Rows &rows, float scale, float (&factor)[2]) {
+// The maximum only follows if weights would exceed 2 ** LAZY (FlashAttention-4): rescaling is rare, the result the
+// same.
+DEVICE bool softmax(float (&scores)[BLOCK_N / 2], Rows &rows, float scale, float (&factor)[2]) {
     bool moved = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -182,43 +191,46 @@ static __device__ __forceinline__ bool softmax(float (&scores)[BLOCK_N / 2], Row
 
 // Have the sums, and so the weights, computed here. The compiler sees no reason to compute them before it waits for
 // products, and moves them behind the wait but for an instruction that it must keep in order and that needs them.
-static __device__ __forceinline__ void finish(const Rows &rows) {
-    asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}" ::"f"(rows.sum[0] + rows.sum[1]), "r"(0)
+DEVICE void finish(const Rows &rows) {
+    asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}" ::"f"(rows.sum[0] +
+                                                                                                         rows.sum[1]),
+                 "r"(0)
                  : "memory");
 }
 
-static __device__ __forceinline__ void pack_weights(u32 (&weights)[BLOCK_N / 4], const float (&scores)[BLOCK_N / 2]) {
+DEVICE void pack_weights(u32 (&weights)[BLOCK_N / 4], const float (&scores)[BLOCK_N / 2]) {
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 4; ++i)
         weights[i] = pack(scores[2 * i], scores[2 * i + 1]);
 }
 
-static __device__ __forceinline__ void rescale(float (&output)[HEAD_DIM / 2], const float (&factor)[2]) {
+DEVICE void rescale(float (&output)[HEAD_DIM / 2], const float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i)
         output[i] *= factor[i / 2 % 2];
 }
 
 // Zero the values of positions past the context: a weight of 0 times NaN is NaN. All consumers call it.
-static __device__ __forceinline__ void clear_values(u32 values, int context_len, int first_position) {
+DEVICE void clear_values(u32 values, int context_len, int first_position) {
     const int end = first_position + BLOCK_N;
     if (end <= context_len)
         return;
-    constexpr int CHUNKS = HEAD_DIM / 64 * 8;  // of 16 bytes
+    constexpr int CHUNKS = HEAD_DIM / 64 * 8; // of 16 bytes
     for (int i = threadIdx.x; i < (end - context_len) * CHUNKS; i += CONSUMERS) {
         const int position = context_len - first_position + i / CHUNKS, chunk = i % CHUNKS;
         const u32 row = values + position / BLOCK_SIZE * PAGE_BYTES + position % BLOCK_SIZE * 128;
         // The order of chunks within a row does not matter: all become 0.
-        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(row + chunk / 8 * (128 * BLOCK_SIZE) + chunk % 8 * 16),
-                     "r"(0)
-                     : "memory");
+        asm volatile(
+            "st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(row + chunk / 8 * (128 * BLOCK_SIZE) + chunk % 8 * 16),
+            "r"(0)
+            : "memory");
     }
     fence_async_proxy();
     sync_threads(ALL_CONSUMERS, CONSUMERS);
 }
 
 // Exchange words within groups of four lanes: word i of lane l becomes word l of lane i.
-static __device__ __forceinline__ void transpose(u32 (&words)[4]) {
+DEVICE void transpose(u32 (&words)[4]) {
 #pragma unroll
     for (int distance = 1; distance <= 2; distance *= 2) {
         const bool upper = threadIdx.x & distance;
@@ -237,8 +249,7 @@ static __device__ __forceinline__ void transpose(u32 (&words)[4]) {
 
 // Combine the results of a cluster's two blocks: each sends the rows that the other finishes. Returns whether this
 // warpgroup finishes its rows here. buffer: EXCHANGE_BYTES at the same place of both blocks.
-static __device__ __forceinline__ bool exchange(float (&output)[HEAD_DIM / 2], Rows &rows, u32 buffer, u32 barriers,
-                                                u32 parity, float scale) {
+DEVICE bool exchange(float (&output)[HEAD_DIM / 2], Rows &rows, u32 buffer, u32 barriers, u32 parity, float scale) {
     const u32 rank = cluster_rank(), thread = threadIdx.x % 128;
     buffer += 16 * thread;
     if (threadIdx.x / 128 != rank) {
@@ -275,8 +286,7 @@ static __device__ __forceinline__ bool exchange(float (&output)[HEAD_DIM / 2], R
 }
 
 // Write the output of a thread's two rows, 16 bytes a store. row: the first one's in the tile.
-static __device__ __forceinline__ void store(void *to, float (&output)[HEAD_DIM / 2], const Rows &rows, const Tile &tile,
-                                             int row, int heads) {
+DEVICE void store(void *to, float (&output)[HEAD_DIM / 2], const Rows &rows, const Tile &tile, int row, int heads) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         float sum = rows.sum[r] + __shfl_xor_sync(~0u, rows.sum[r], 1);
@@ -284,7 +294,8 @@ static __device__ __forceinline__ void store(void *to, float (&output)[HEAD_DIM 
         const float inverse = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
         const int tile_row = row + 8 * r, token = tile.first_token + tile_row / GROUP;
         const bool stored = tile_row < TOKENS * GROUP && token < tile.query_len;
-        const long long head = static_cast<long long>(tile.first_row + token) * heads + tile.kv_head * GROUP + tile_row % GROUP;
+        const long long head =
+            static_cast<long long>(tile.first_row + token) * heads + tile.kv_head * GROUP + tile_row % GROUP;
         char *target = static_cast<char *>(to) + head * (2 * HEAD_DIM) + threadIdx.x % 4 * 16;
 #pragma unroll
         for (int j = 0; j < HEAD_DIM / 32; ++j) {
@@ -319,8 +330,8 @@ struct Launch {
 };
 
 // Copy queries, keys and values of all tiles of a block. One warp runs this.
-static __device__ __forceinline__ void produce(const Launch &launch, const TensorMap &query_map, const TensorMap &key_map,
-                                               const TensorMap &value_map) {
+DEVICE void produce(const Launch &launch, const TensorMap &query_map, const TensorMap &key_map,
+                    const TensorMap &value_map) {
     const int lane = threadIdx.x % 32;
     if (lane == 0) {
         prefetch(query_map);
@@ -341,8 +352,8 @@ static __device__ __forceinline__ void produce(const Launch &launch, const Tenso
                 load_box(launch.query + half * (BLOCK_M * 128), query_map, launch.barrier(QUERY_FULL), 64 * half, 0,
                          tile.first_row + tile.first_token, tile.kv_head);
         }
-        // Each lane reads the block of one page, for as many steps at a time as fit. Pages past the context get a number
-        // out of bounds, which reads as zeros.
+        // Each lane reads the block of one page, for as many steps at a time as fit. Pages past the context get a
+        // number out of bounds, which reads as zeros.
         constexpr int STEPS = 32 / PAGES;
         const int *table = launch.block_tables + tile.sequence * launch.table_stride;
         int next = 0;
@@ -358,8 +369,8 @@ static __device__ __forceinline__ void produce(const Launch &launch, const Tenso
             for (int i = 0; i < STEPS && last - i >= tile.first_step; ++i) {
                 const int page = __shfl_sync(~0u, pages, (i * PAGES + lane) % 32);
                 wait(launch.barrier(KEYS_EMPTY + slot.index), slot.parity ^ 1, KEYS_EMPTY);
-                load_step<true>(key_map, launch.keys + slot.index * STEP_BYTES, launch.barrier(KEYS_FULL + slot.index), page,
-                                lane, tile.kv_head);
+                load_step<true>(key_map, launch.keys + slot.index * STEP_BYTES, launch.barrier(KEYS_FULL + slot.index),
+                                page, lane, tile.kv_head);
                 wait(launch.barrier(VALUES_EMPTY + slot.index), slot.parity ^ 1, VALUES_EMPTY);
                 load_step<false>(value_map, launch.values + slot.index * STEP_BYTES,
                                  launch.barrier(VALUES_FULL + slot.index), page, lane, tile.kv_head);
@@ -389,27 +400,26 @@ using KeyRing = Ring<KEYS_FULL, KEYS_EMPTY>;
 using ValueRing = Ring<VALUES_FULL, VALUES_EMPTY>;
 
 // Wait for the whole output of a step, and give its values' memory back.
-static __device__ __forceinline__ void finish_output(float (&out)[HEAD_DIM / 2], ValueRing &values) {
+DEVICE void finish_output(float (&out)[HEAD_DIM / 2], ValueRing &values) {
     wgmma_wait<0>();
     pin(out);
     values.release();
 }
 
-static __device__ __forceinline__ void start_output(float (&out)[HEAD_DIM / 2], const u32 (&weights)[BLOCK_N / 4],
-                                                    const ValueRing &values) {
+DEVICE void start_output(float (&out)[HEAD_DIM / 2], const u32 (&weights)[BLOCK_N / 4], const ValueRing &values) {
     const u32 memory = values.await();
     wgmma_fence();
     multiply_values(out, weights, memory);
     wgmma_commit();
 }
 
-// The attention of a warpgroup's rows to the steps of a tile, of which there must be one. query: its first row. query_empty:
-// the barrier that gives the queries' memory back.
-static __device__ __forceinline__ void attend(float (&out)[HEAD_DIM / 2], Rows &rows, const Tile &tile, u32 query,
-                                              u32 query_empty, KeyRing &keys, ValueRing &values, float scale) {
+// The attention of a warpgroup's rows to the steps of a tile, of which there must be one. query: its first row.
+// query_empty: the barrier that gives the queries' memory back.
+DEVICE void attend(float (&out)[HEAD_DIM / 2], Rows &rows, const Tile &tile, u32 query, u32 query_empty, KeyRing &keys,
+                   ValueRing &values, float scale) {
     const int warpgroup = threadIdx.x / 128;
     const int turn = FIRST_TURN + warpgroup, next_turn = FIRST_TURN + (warpgroup + 1) % WARPGROUPS;
-    const int unmasked = max(tile.prefix + tile.first_token + 1, 0) / BLOCK_N;  // steps that all rows see
+    const int unmasked = max(tile.prefix + tile.first_token + 1, 0) / BLOCK_N; // steps that all rows see
     float scores[BLOCK_N / 2], factor[2];
     u32 weights[BLOCK_N / 4];
     const auto start_scores = [&] {
@@ -471,7 +481,7 @@ static __device__ __forceinline__ void attend(float (&out)[HEAD_DIM / 2], Rows &
 }
 
 // Take part in the steps of a tile for a warpgroup that has no rows in it.
-static __device__ __forceinline__ void skip(const Tile &tile, u32 query_empty, KeyRing &keys, ValueRing &values) {
+DEVICE void skip(const Tile &tile, u32 query_empty, KeyRing &keys, ValueRing &values) {
     const int warpgroup = threadIdx.x / 128;
     for (int step = tile.end_step - 1; step >= tile.first_step; --step) {
         keys.await();
@@ -490,7 +500,7 @@ static __device__ __forceinline__ void skip(const Tile &tile, u32 query_empty, K
 }
 
 // Multiply, and write the output of all tiles of a block. The consumers run this.
-static __device__ __forceinline__ void consume(const Launch &launch, void *output, float scale) {
+DEVICE void consume(const Launch &launch, void *output, float scale) {
     const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
     const int row = threadIdx.x / 32 * 16 + lane / 4;
     u32 query_parity = 0, exchange_parity = 0;
@@ -517,8 +527,8 @@ static __device__ __forceinline__ void consume(const Launch &launch, void *outpu
             wait(launch.barrier(QUERY_FULL), query_parity, QUERY_FULL);
             query_parity ^= 1;
             if (warpgroup * 64 < (tile.query_len - tile.first_token) * GROUP)
-                attend(out, rows, tile, launch.query + warpgroup * (64 * 128), launch.barrier(QUERY_EMPTY), keys, values,
-                       scale);
+                attend(out, rows, tile, launch.query + warpgroup * (64 * 128), launch.barrier(QUERY_EMPTY), keys,
+                       values, scale);
             else
                 skip(tile, launch.barrier(QUERY_EMPTY), keys, values);
         }
@@ -538,9 +548,15 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(CONSU
                       const int *query_start, const int *context_lens, long long table_stride, long long num_blocks,
                       long long num_sequences, long long num_tiles, long long kv_heads, float scale) {
     extern __shared__ char dynamic[];
-    Launch launch{block_tables, query_start, context_lens, table_stride, static_cast<int>(num_blocks),
-                  static_cast<int>(num_sequences), static_cast<int>(num_tiles), static_cast<int>(kv_heads)};
-    launch.query = (shared_address(dynamic) + 1023) & ~1023u;  // swizzles repeat every 1024 bytes
+    Launch launch{block_tables,
+                  query_start,
+                  context_lens,
+                  table_stride,
+                  static_cast<int>(num_blocks),
+                  static_cast<int>(num_sequences),
+                  static_cast<int>(num_tiles),
+                  static_cast<int>(kv_heads)};
+    launch.query = (shared_address(dynamic) + 1023) & ~1023u; // swizzles repeat every 1024 bytes
     launch.keys = launch.query + QUERY_BYTES;
     launch.values = launch.keys + STAGES * STEP_BYTES;
     launch.buffer = launch.values + STAGES * STEP_BYTES;
@@ -571,5 +587,5 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(CONSU
         consume(launch, output, scale);
     }
     if (SPLIT == 2)
-        sync_cluster();  // the other block may still write to this one's memory
+        sync_cluster(); // the other block may still write to this one's memory
 }

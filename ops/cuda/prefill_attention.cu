@@ -542,7 +542,13 @@ DEVICE void consume(const Launch &launch, void *output, float scale) {
     }
 }
 
-extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(CONSUMERS + 128, 1)
+#if SPLIT == 2
+#define CLUSTER __cluster_dims__(2, 1, 1)
+#else
+#define CLUSTER
+#endif
+
+extern "C" __global__ void CLUSTER __launch_bounds__(CONSUMERS + 128, 1)
     prefill_attention(const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap key_map,
                       const __grid_constant__ TensorMap value_map, void *output, const int *block_tables,
                       const int *query_start, const int *context_lens, long long table_stride, long long num_blocks,

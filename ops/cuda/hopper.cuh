@@ -3,6 +3,7 @@
 #pragma once
 
 #define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -91,6 +92,16 @@ DEVICE void wait_remote(u32 barrier, u32 parity, int name) {
 DEVICE void store_remote(u32 to, float a, float b, float c, float d) {
     asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d)
                  : "memory");
+}
+
+DEVICE void store_shared(u32 to, int x) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
+
+DEVICE int load_shared_int(u32 from) {
+    int x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+    return x;
 }
 
 DEVICE float4 load_shared(u32 from) {

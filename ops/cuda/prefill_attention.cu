@@ -1,33 +1,36 @@
 // Causal attention of tiles of queries over a paged KV cache, for Hopper.
 //
-// FlashAttention-3 (Shah et al., 2024): a warpgroup copies pages to shared memory (TMA), the others multiply (wgmma).
-// Within a warpgroup, the products of one block of positions run while the softmax of the next is computed; between
-// warpgroups, named barriers keep the softmax of one under the products of the others.
+// FlashAttention-3 (Shah et al., 2024): a warpgroup copies pages to shared memory (TMA), the others multiply (wgmma),
+// and the products of one step of positions run while the softmax of the next is computed. Unlike there, warpgroups
+// take no turns: named barriers that order their softmaxes made the kernel 4 % slower on an H200.
 //
-// Macros: HEAD_DIM 64 or 128; GROUP: query heads of a key head; BLOCK_SIZE: positions of a page, 16, 32 or 64;
-// WARPGROUPS: consumers, of 64 rows each; BLOCK_N: positions of a step; STAGES: steps in shared memory; OVERLAP: 1 if
-// the scores of a step are computed before the output of the step before; TURNS: 1 if warpgroups take turns; SPLIT: 2
-// if the positions of a tile are shared by a cluster of two blocks, else 1.
+// Blocks are launched in clusters of two. In a launch with a long context, the blocks of a cluster share the positions
+// of a tile, else each has tiles of its own.
+//
+// Macros: HEAD_DIM 64 or 128; GROUP: query heads of a key head; BLOCK_SIZE: positions of a page, 16, 32 or 64; FLOAT16:
+// defined for float16 instead of bfloat16.
 #include "hopper.cuh"
 
+constexpr int WARPGROUPS = 2; // that multiply, 64 rows each
+constexpr int STAGES = 2;     // steps in shared memory
 constexpr int BLOCK_M = 64 * WARPGROUPS;
+constexpr int BLOCK_N = 128;            // positions of a step
 constexpr int TOKENS = BLOCK_M / GROUP; // row r of a tile is query head r % GROUP of token r / GROUP
 constexpr int PAGES = BLOCK_N / BLOCK_SIZE;
 constexpr int CONSUMERS = 128 * WARPGROUPS;
 constexpr int PAGE_BYTES = 2 * HEAD_DIM * BLOCK_SIZE;
 constexpr int STEP_BYTES = PAGES * PAGE_BYTES;
 constexpr int QUERY_BYTES = 2 * HEAD_DIM * BLOCK_M;
-constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
-constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
+constexpr int CONSUMER_REGISTERS = 232;
+constexpr int PRODUCER_REGISTERS = 40;
 constexpr float LOWEST = -1e30f; // finite: the difference of two of them is 0
 constexpr float LAZY = 8.0f;     // powers of two by which weights may exceed 1 before the output is rescaled
-constexpr int EXCHANGE_BYTES = SPLIT == 2 ? 128 * 4 * (HEAD_DIM / 2 + 4) : 0;
+constexpr int EXCHANGE_BYTES = 128 * 4 * (HEAD_DIM / 2 + 4);
 // What warpgroups give back is all that others can get: more, and they wait forever. A thread starts with a share of
 // the register file that is a multiple of 8.
 static_assert(WARPGROUPS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <=
                   (WARPGROUPS + 1) * (512 / (WARPGROUPS + 1) / 8 * 8),
               "registers of all warpgroups exceed those that they start with");
-static_assert(SPLIT == 1 || WARPGROUPS == 2, "each block of a cluster finishes the rows of one warpgroup");
 static_assert(BLOCK_N % BLOCK_SIZE == 0 && PAGES <= 32 && TOKENS > 0, "a step has whole pages, a tile whole tokens");
 
 // Names of barriers, and their order in shared memory.
@@ -39,9 +42,10 @@ enum {
     VALUES_FULL = KEYS_EMPTY + STAGES,
     VALUES_EMPTY = VALUES_FULL + STAGES,
     EXCHANGE_FULL = VALUES_EMPTY + STAGES,
-    EXCHANGE_EMPTY
+    EXCHANGE_EMPTY,
+    BARRIERS
 };
-enum { ALL_CONSUMERS = 1, FIRST_TURN }; // named barriers
+constexpr int ALL_CONSUMERS = 1; // a named barrier
 
 struct Tile {
     int sequence, kv_head, first_row, first_token, query_len, context_len, prefix;
@@ -52,7 +56,7 @@ struct Tile {
 struct Slot {
     int index = 0;
     u32 parity = 0;
-    __device__ __forceinline__ void next() {
+    DEVICE_MEMBER void next() {
         if (++index == STAGES) {
             index = 0;
             parity ^= 1;
@@ -60,10 +64,29 @@ struct Slot {
     }
 };
 
-// Find tile `number` of the launch; false if there is none. Sequence b's tiles of a key head are numbered from
-// query_start[b] / TOKENS + b on, at least as many as it has. The last ones, which see most positions, start first.
-DEVICE bool find_tile(Tile &tile, int number, int num_tiles, int kv_heads, int num_sequences, const int *query_start,
-                      const int *context_lens) {
+// What a step of the engine is made of, and the shared memory of a block.
+struct Launch {
+    const int *block_tables, *query_start, *context_lens;
+    long long table_stride;
+    int num_blocks, num_sequences, num_tiles, kv_heads;
+    u32 query, keys, values, buffer, barriers;
+
+    DEVICE_MEMBER u32 barrier(int name) const { return barriers + 8 * name; }
+    DEVICE_MEMBER u32 flag() const { return barriers + 8 * BARRIERS; }
+    // Whether the blocks of a cluster share tiles.
+    DEVICE_MEMBER bool shares() const { return load_shared_int(flag()); }
+    DEVICE_MEMBER int units() const { return shares() ? gridDim.x / 2 : gridDim.x; }
+    DEVICE_MEMBER int rounds() const { return (num_tiles * kv_heads + units() - 1) / units(); }
+    DEVICE_MEMBER bool find(Tile &tile, int round) const;
+};
+
+// Find this block's tile of a round; false if there is none. Every other round goes backwards, for an even share of the
+// work. Sequence b's tiles of a key head are numbered from query_start[b] / TOKENS + b on, at least as many as it has.
+// The last ones, which see most positions, start first.
+DEVICE_MEMBER bool Launch::find(Tile &tile, int round) const {
+    const bool shared = shares();
+    const int count = shared ? gridDim.x / 2 : gridDim.x, unit = shared ? blockIdx.x / 2 : blockIdx.x;
+    const int number = round * count + (round & 1 ? count - 1 - unit : unit);
     if (number >= num_tiles * kv_heads)
         return false;
     tile.kv_head = number % kv_heads;
@@ -85,22 +108,10 @@ DEVICE bool find_tile(Tile &tile, int number, int num_tiles, int kv_heads, int n
     tile.context_len = context_lens[tile.sequence];
     tile.prefix = tile.context_len - tile.query_len;
     const int seen = tile.prefix + min(tile.first_token + TOKENS, tile.query_len);
-    tile.first_step = 0;
-    tile.end_step = seen <= 0 ? 0 : (seen + BLOCK_N - 1) / BLOCK_N;
-    if (SPLIT == 2) {
-        const int half = tile.end_step / 2;
-        if (cluster_rank())
-            tile.first_step = half;
-        else
-            tile.end_step = half;
-    }
+    const int steps = seen <= 0 ? 0 : (seen + BLOCK_N - 1) / BLOCK_N;
+    tile.first_step = shared && cluster_rank() == 1 ? steps / 2 : 0;
+    tile.end_step = shared && cluster_rank() == 0 ? steps / 2 : steps;
     return true;
-}
-
-// The number of this block's tile in a round: every other round goes backwards, for an even share of the work.
-DEVICE int tile_number(int round) {
-    const int count = gridDim.x / SPLIT, index = blockIdx.x / SPLIT;
-    return round * count + (round & 1 ? count - 1 - index : index);
 }
 
 // Copy the pages of one step of keys or values; all lanes of the producer call it. pages: each lane's, by `first`.
@@ -312,23 +323,6 @@ DEVICE void store(void *to, float (&output)[HEAD_DIM / 2], const Rows &rows, con
     }
 }
 
-// What a step of the engine is made of, and the shared memory of a block.
-struct Launch {
-    const int *block_tables, *query_start, *context_lens;
-    long long table_stride;
-    int num_blocks, num_sequences, num_tiles, kv_heads;
-    u32 query, keys, values, buffer, barriers;
-
-    __device__ __forceinline__ u32 barrier(int name) const { return barriers + 8 * name; }
-    __device__ __forceinline__ int rounds() const {
-        const int count = gridDim.x / SPLIT;
-        return (num_tiles * kv_heads + count - 1) / count;
-    }
-    __device__ __forceinline__ bool find(Tile &tile, int round) const {
-        return find_tile(tile, tile_number(round), num_tiles, kv_heads, num_sequences, query_start, context_lens);
-    }
-};
-
 // Copy queries, keys and values of all tiles of a block. One warp runs this.
 DEVICE void produce(const Launch &launch, const TensorMap &query_map, const TensorMap &key_map,
                     const TensorMap &value_map) {
@@ -385,11 +379,11 @@ template <int FULL, int EMPTY> struct Ring {
     u32 memory, barriers;
     Slot slot;
 
-    __device__ __forceinline__ u32 await() const {
+    DEVICE_MEMBER u32 await() const {
         wait(barriers + 8 * (FULL + slot.index), slot.parity, FULL);
         return memory + slot.index * STEP_BYTES;
     }
-    __device__ __forceinline__ void release() {
+    DEVICE_MEMBER void release() {
         if (threadIdx.x % 32 == 0)
             arrive(barriers + 8 * (EMPTY + slot.index));
         slot.next();
@@ -413,65 +407,43 @@ DEVICE void start_output(float (&out)[HEAD_DIM / 2], const u32 (&weights)[BLOCK_
     wgmma_commit();
 }
 
+DEVICE void start_scores(float (&scores)[BLOCK_N / 2], u32 query, const KeyRing &keys) {
+    const u32 memory = keys.await();
+    wgmma_fence();
+    multiply_keys(scores, query, memory);
+    wgmma_commit();
+}
+
 // The attention of a warpgroup's rows to the steps of a tile, of which there must be one. query: its first row.
 // query_empty: the barrier that gives the queries' memory back.
 DEVICE void attend(float (&out)[HEAD_DIM / 2], Rows &rows, const Tile &tile, u32 query, u32 query_empty, KeyRing &keys,
                    ValueRing &values, float scale) {
-    const int warpgroup = threadIdx.x / 128;
-    const int turn = FIRST_TURN + warpgroup, next_turn = FIRST_TURN + (warpgroup + 1) % WARPGROUPS;
     const int unmasked = max(tile.prefix + tile.first_token + 1, 0) / BLOCK_N; // steps that all rows see
     float scores[BLOCK_N / 2], factor[2];
     u32 weights[BLOCK_N / 4];
-    const auto start_scores = [&] {
-        const u32 memory = keys.await();
-        if (TURNS && OVERLAP)
-            sync_threads(turn, 256);
-        wgmma_fence();
-        multiply_keys(scores, query, memory);
-        wgmma_commit();
-    };
-    const auto weigh = [&](int step) {
-        if (step >= unmasked)
-            mask(scores, rows, step * BLOCK_N);
-        return softmax(scores, rows, scale, factor);
-    };
     int step = tile.end_step - 1;
-    {
-        const u32 memory = keys.await();
-        wgmma_fence();
-        multiply_keys(scores, query, memory);
-        wgmma_commit();
-    }
+    start_scores(scores, query, keys);
     wgmma_wait<0>();
     pin(scores);
     keys.release();
-    weigh(step);
+    if (step >= unmasked)
+        mask(scores, rows, step * BLOCK_N);
+    softmax(scores, rows, scale, factor);
     pack_weights(weights, scores);
     clear_values(values.await(), tile.context_len, step * BLOCK_N);
     while (--step >= tile.first_step) {
-        if (OVERLAP) {
-            start_scores();
-            start_output(out, weights, values);
-            if (TURNS)
-                arrive_threads(next_turn, 256);
-            wgmma_wait<1>();
-            pin(scores);
-            keys.release();
-            const bool moved = weigh(step);
-            finish(rows);
-            finish_output(out, values);
-            if (moved)
-                rescale(out, factor);
-        } else {
-            start_output(out, weights, values);
-            finish_output(out, values);
-            start_scores();
-            wgmma_wait<0>();
-            pin(scores);
-            keys.release();
-            if (weigh(step))
-                rescale(out, factor);
-        }
+        start_scores(scores, query, keys);
+        start_output(out, weights, values);
+        wgmma_wait<1>();
+        pin(scores);
+        keys.release();
+        if (step >= unmasked)
+            mask(scores, rows, step * BLOCK_N);
+        const bool moved = softmax(scores, rows, scale, factor);
+        finish(rows);
+        finish_output(out, values);
+        if (moved)
+            rescale(out, factor);
         pack_weights(weights, scores);
     }
     if (threadIdx.x % 32 == 0)
@@ -482,17 +454,12 @@ DEVICE void attend(float (&out)[HEAD_DIM / 2], Rows &rows, const Tile &tile, u32
 
 // Take part in the steps of a tile for a warpgroup that has no rows in it.
 DEVICE void skip(const Tile &tile, u32 query_empty, KeyRing &keys, ValueRing &values) {
-    const int warpgroup = threadIdx.x / 128;
     for (int step = tile.end_step - 1; step >= tile.first_step; --step) {
         keys.await();
         keys.release();
         const u32 memory = values.await();
         if (step == tile.end_step - 1)
             clear_values(memory, tile.context_len, step * BLOCK_N);
-        else if (TURNS && OVERLAP) {
-            sync_threads(FIRST_TURN + warpgroup, 256);
-            arrive_threads(FIRST_TURN + (warpgroup + 1) % WARPGROUPS, 256);
-        }
         values.release();
     }
     if (threadIdx.x % 32 == 0)
@@ -507,8 +474,6 @@ DEVICE void consume(const Launch &launch, void *output, float scale) {
     KeyRing keys{launch.keys, launch.barriers};
     ValueRing values{launch.values, launch.barriers};
     Tile tile;
-    if (TURNS && OVERLAP && warpgroup == WARPGROUPS - 1)
-        arrive_threads(FIRST_TURN, 256);
     for (int round = 0; round < launch.rounds(); ++round) {
         if (!launch.find(tile, round))
             continue;
@@ -532,7 +497,7 @@ DEVICE void consume(const Launch &launch, void *output, float scale) {
             else
                 skip(tile, launch.barrier(QUERY_EMPTY), keys, values);
         }
-        if (SPLIT == 2) {
+        if (launch.shares()) {
             const bool finishes = exchange(out, rows, launch.buffer, launch.barriers, exchange_parity, scale);
             exchange_parity ^= 1;
             if (!finishes)
@@ -542,17 +507,20 @@ DEVICE void consume(const Launch &launch, void *output, float scale) {
     }
 }
 
-#if SPLIT == 2
-#define CLUSTER __cluster_dims__(2, 1, 1)
-#else
-#define CLUSTER
-#endif
+// The longest context, by one warp.
+DEVICE int longest_context(const int *context_lens, int num_sequences) {
+    int longest = 0;
+    for (int i = threadIdx.x % 32; i < num_sequences; i += 32)
+        longest = max(longest, context_lens[i]);
+    return __reduce_max_sync(~0u, longest);
+}
 
-extern "C" __global__ void CLUSTER __launch_bounds__(CONSUMERS + 128, 1)
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(CONSUMERS + 128, 1)
     prefill_attention(const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap key_map,
                       const __grid_constant__ TensorMap value_map, void *output, const int *block_tables,
                       const int *query_start, const int *context_lens, long long table_stride, long long num_blocks,
-                      long long num_sequences, long long num_tiles, long long kv_heads, float scale) {
+                      long long num_sequences, long long num_tiles, long long kv_heads, long long min_shared_context,
+                      float scale) {
     extern __shared__ char dynamic[];
     Launch launch{block_tables,
                   query_start,
@@ -579,11 +547,9 @@ extern "C" __global__ void CLUSTER __launch_bounds__(CONSUMERS + 128, 1)
         init_barrier(launch.barrier(EXCHANGE_FULL), 128);
         init_barrier(launch.barrier(EXCHANGE_EMPTY), 128);
         fence_barriers();
-    }
-    if (SPLIT == 2)
-        sync_cluster();
-    else
-        __syncthreads();
+    } else if (threadIdx.x / 32 == 1)
+        store_shared(launch.flag(), longest_context(context_lens, launch.num_sequences) >= min_shared_context);
+    sync_cluster();
     if (threadIdx.x >= CONSUMERS) {
         lower_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x < CONSUMERS + 32)
@@ -592,6 +558,5 @@ extern "C" __global__ void CLUSTER __launch_bounds__(CONSUMERS + 128, 1)
         raise_registers<CONSUMER_REGISTERS>();
         consume(launch, output, scale);
     }
-    if (SPLIT == 2)
-        sync_cluster(); // the other block may still write to this one's memory
+    sync_cluster(); // the other block may still write to this one's memory
 }

@@ -51,10 +51,18 @@ class TestOnDevice:
     """Ragged steps, with NaN in all slots past a context and page numbers out of range past its last page."""
 
     @pytest.mark.parametrize("shared_from", [0, 2**31], ids=["shared", "alone"])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("block_size", BLOCK_SIZES)
     @pytest.mark.parametrize(
-        ("heads", "kv_heads", "head_dim"), [(12, 2, 128), (28, 4, 128), (8, 8, 128), (14, 2, 64), (9, 3, 64)]
+        ("heads", "kv_heads", "head_dim", "block_size", "dtype"),
+        [
+            (12, 2, 128, 16, torch.bfloat16),
+            (12, 2, 128, 32, torch.bfloat16),
+            (12, 2, 128, 64, torch.bfloat16),
+            (12, 2, 128, 32, torch.float16),
+            (28, 4, 128, 64, torch.bfloat16),
+            (8, 8, 128, 32, torch.bfloat16),
+            (14, 2, 64, 32, torch.bfloat16),
+            (9, 3, 64, 64, torch.float16),
+        ],
     )
     @pytest.mark.parametrize(
         ("lengths", "contexts"),

@@ -6,14 +6,14 @@ from typing import Any, Literal
 Kind = Literal["lines", "bars"]
 
 
-def require_matplotlib(path: Path) -> None:
-    """Raise ValueError if a plot cannot be written to `path`."""
+def require_matplotlib(path: Path, option: str = "--plot") -> None:
+    """Raise ValueError if a plot cannot be written to `path`, which `option` named."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError('--plot needs matplotlib: pip install "dispec[bench]"') from None
+        raise ValueError(f'{option} needs matplotlib: pip install "dispec[bench]"') from None
     if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot is {path}, must end in .png, .svg or .pdf")
+        raise ValueError(f"{option} is {path}, must end in .png, .svg or .pdf")
 
 
 def draw(path: Path, points: dict[str, list[tuple[Any, float]]], title: str, x: str, y: str, kind: Kind) -> None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "startup": "seconds to the first token of a fresh process, cold and warm cache",
     "memory": "resident memory of one long request, beside the peers'",
     "compare": "tokens per second of checkouts and of vLLM, in turn on one GPU",
+    "plot": "a picture of compare's results",
     "ablations": "tokens per second as techniques are added one by one",
     "structured": "what grammars cost and forced tokens save, beside free text and vLLM",
     "grammar-engines": "llguidance beside xgrammar: compile times, masks, memory, correctness",
@@ -86,6 +87,8 @@ def _benchmark(name: str) -> Callable[..., None]:
             from dispec.bench.memory import main
         case "compare":
             from dispec.bench.compare import main
+        case "plot":
+            from dispec.bench.plot import main
         case "ablations":
             from dispec.bench.ablations import main
         case "structured":

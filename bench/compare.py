@@ -16,22 +16,26 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from dispec.bench.checkouts import VLLM, Start, Tree, started
-from dispec.bench.contestants import ContestantFailed, Worker
+from dispec.bench.checkouts import Tree, cached_in
+from dispec.bench.contestants import ContestantFailed, Worker, started
 from dispec.bench.geometries import model_config
 from dispec.bench.loading import useful_kv_memory
 from dispec.bench.machine import choose_device, describe_machine
 from dispec.bench.report import Output, Report
+from dispec.bench.vllm_peer import VLLM, VllmPath, memory_on_cuda
 from dispec.bench.workload import Workload
 
 START_SECONDS = 270.0  # vLLM needs 80 alone, and more beside others that compile
 ANSWER_SECONDS = 60.0
+
+# Starts a contestant. Arguments: folder for its compiled code, and seconds to wait for each answer.
+Start = Callable[[Path, float], Worker]
 
 
 class Case(NamedTuple):
@@ -71,14 +75,17 @@ class Suite(NamedTuple):
 
     @property
     def kv_bytes(self) -> int:
-        return useful_kv_memory(model_config(self.model), self.max_num_seqs, self.max_model_len, 2)
+        """Return the bytes that the keys and values of the largest case take."""
+        config = model_config(self.model)
+        sizes = [(case.workload.concurrency, case.workload.tokens + 16) for case in self.cases]
+        return max(useful_kv_memory(config, *size, dtype_bytes=2) for size in sizes)
 
 
 SUITES = {
-    "short": Suite("qwen2.5-1.5b", tuple(Case(Workload(size)) for size in (1, 6, 16, 32, 128))),
-    "long": Suite(
+    "1.5b": Suite(
         "qwen2.5-1.5b",
         (
+            *(Case(Workload(size)) for size in (1, 6, 16, 32, 128)),
             *(Case(Workload(1, tokens, 1)) for tokens in (2048, 8192, 32000)),
             *(Case(Workload(size, tokens), decode_only=True) for size, tokens in ((1, 8192), (8, 8192), (1, 32000))),
         ),
@@ -118,8 +125,16 @@ class Contestants(NamedTuple):
     def starts(self, model: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Start]:
         """Return a function for each contestant that starts it. ours, theirs: options of DiSpec and of vLLM."""
         found: dict[str, Start] = {tree.name: functools.partial(tree.start, model, ours) for tree in self.trees}
-        if self.vllm is not None:
-            found["vllm"] = functools.partial(self.vllm.start, model, theirs)
+        vllm = self.vllm
+        if vllm is not None:
+
+            def start(cache: Path, patience: float) -> Worker:
+                environment = cached_in(cache)
+                return vllm.start(
+                    model, theirs, cache / model, is_cuda=True, environment=environment, patience=patience
+                )
+
+            found["vllm"] = start
         return found
 
 
@@ -127,7 +142,7 @@ def main(
     tree: Annotated[list[str], typer.Option(help="NAME=DIRECTORY of a checkout; the first one is compared.")],
     suites: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(SUITES)}.")] = ",".join(SUITES),
     starts: Annotated[int, typer.Option(min=0, help="Measure as many warm starts of the first suite.")] = 0,
-    vllm_path: Annotated[Path | None, typer.Option(help="Directory of vLLM's packages.")] = None,
+    vllm_path: VllmPath = None,
     vllm_python: Annotated[str, typer.Option(help="Python that runs vLLM.")] = sys.executable,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each contestant; the median counts.")] = 3,
     minutes: Annotated[float, typer.Option(help="Begin no case after this long.")] = 9.0,
@@ -142,7 +157,7 @@ def main(
     end = time.monotonic() + 60 * minutes
     chosen = [SUITES[name.strip()] for name in suites.split(",")]
     trees = [Tree(name, Path(folder).resolve()) for name, folder in (given.split("=", 1) for given in tree)]
-    contestants = Contestants(trees, None if vllm_path is None else VLLM(vllm_python, vllm_path))
+    contestants = Contestants(trees, None if vllm_path is None else VLLM(vllm_python, vllm_path.absolute()))
     names = list(contestants.starts("", {}, {}))
     machine = describe_machine(choose_device(None))
     with tempfile.TemporaryDirectory(prefix="dispec-bench-compare-", ignore_cleanup_errors=True) as temporary:
@@ -170,15 +185,12 @@ def measure_suite(
     sizes = {"max_num_seqs": suite.max_num_seqs, "max_model_len": suite.max_model_len}
     sizes |= {"tensor_parallel_size": num_gpus}
     ours = sizes | {"kv_cache_memory": suite.kv_bytes}
-    theirs = sizes | {
-        "enable_prefix_caching": any(case.decode_only for case in suite.cases),
-        "gpu_memory_utilization": 0.3,
-        "kv_cache_memory_bytes": 2 * suite.kv_bytes,
-    }
+    theirs = sizes | {"enable_prefix_caching": any(case.decode_only for case in suite.cases)}
+    theirs |= memory_on_cuda(suite.kv_bytes)
     starts = contestants.starts(suite.model, ours, theirs)
-    with started(starts, cache, min(START_SECONDS, end - time.monotonic())) as running:
-        ready = ", ".join(f"{worker.name} {worker.start_seconds:.0f} s" for worker in running)
-        print(f"{suite.model}: started beside each other: {ready}", flush=True)
+    patience = min(START_SECONDS, end - time.monotonic())
+    print(f"{suite.model}: all start beside each other", flush=True)
+    with started({name: functools.partial(start, cache / name, patience) for name, start in starts.items()}) as running:
         for worker in running:
             report.versions |= worker.versions
         for case in suite.cases:

@@ -8,9 +8,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from dispec.bench.llama_cpp import parse_batched_bench
 from dispec.bench.resident_memory import cpu_seconds, peak_bytes
@@ -47,6 +48,9 @@ class Contestant(Protocol):
     def run(self, workload: Workload, prompts: list[list[int]], decode_only: bool) -> float: ...
     def cpu(self) -> float: ...
     def close(self) -> None: ...
+
+
+Started = TypeVar("Started", bound=Contestant)
 
 
 class Worker:
@@ -238,3 +242,31 @@ def _version(program: Path) -> str:
         if line.startswith("version:"):
             return line.removeprefix("version:").strip()
     return "unknown"
+
+
+@contextlib.contextmanager
+def started(starts: Mapping[str, Callable[[], Started]], *, at_once: bool = True) -> Iterator[list[Started]]:
+    """Start contestants, yield those that start, in order and with these names, and end them afterwards.
+
+    A contestant that does not start is left out, with its error printed.
+    """
+    running: dict[str, Started] = {}
+
+    def start(name: str) -> None:
+        try:
+            contestant = starts[name]()
+        except ContestantFailed as error:
+            print(error, flush=True)
+            return
+        contestant.name = name
+        running[name] = contestant
+        seconds = contestant.start_seconds
+        print(f"{name}: ready{'' if seconds is None else f' after {seconds:.0f} s'}", flush=True)
+
+    try:
+        with ThreadPoolExecutor(len(starts) if at_once else 1) as threads:
+            list(threads.map(start, starts))
+        yield [running[name] for name in starts if name in running]
+    finally:
+        with ThreadPoolExecutor(len(starts)) as threads:
+            list(threads.map(lambda contestant: contestant.close(), running.values()))

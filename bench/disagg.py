@@ -5,10 +5,9 @@
 Two processes have KV caches with the geometry of a real model, and no model. Blocks are scattered, as after hours of
 service. "pull" moves blocks published before: from the call to the event, checksums verified. "whole" begins with the
 publishing: the source computes checksums meanwhile. "copy" moves the same bytes within one process. With
-`--device cuda` both caches are on the same GPU.
+`--device cuda` both caches are on the same GPU; with `--source-device cuda:1` beside it, on two.
 """
 
-import importlib.util
 import math
 import multiprocessing
 import random
@@ -27,10 +26,11 @@ from dispec.bench.machine import describe_machine
 from dispec.bench.report import Output, Plot, Report
 from dispec.engine.transfer import shared_memory
 from dispec.engine.transfer.interface import Pulled, RemoteBlocks, TransferOptions, Transport
+from dispec.engine.transfer.nixl_transport import find_library
 from dispec.engine.transfer.transfer_engine import TransferEngine
 from dispec.layers.types import KVCache
 
-TRANSPORTS: dict[str, tuple[Transport, ...]] = {"cpu": ("shm", "tcp", "nixl"), "cuda": ("cuda_ipc", "tcp")}
+TRANSPORTS: dict[str, tuple[Transport, ...]] = {"cpu": ("shm", "tcp", "nixl"), "cuda": ("cuda_ipc", "tcp", "nixl")}
 TIMEOUT_SECONDS = 60
 
 
@@ -77,16 +77,19 @@ def _serve(pipe: Pipe, arguments: tuple[Any, ...]) -> None:
 
 
 def measure(
-    device: str, transport: Transport, model: str, block_size: int, tokens: list[int], rounds: int
+    devices: tuple[str, str], transport: Transport, model: str, block_size: int, tokens: list[int], rounds: int
 ) -> dict[int, dict[str, list[float]]]:
-    """Return the seconds of each round of "pull" and of "whole", by number of tokens."""
+    """Return the seconds of each round of "pull" and of "whole", by number of tokens.
+
+    devices: of the source and of the puller.
+    """
     num_blocks = 2 * -(-max(tokens) // block_size) + 1
-    arguments = (device, transport, model, num_blocks, block_size)
+    arguments = (transport, model, num_blocks, block_size)
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
-    source = context.Process(target=_serve, args=(other, arguments), daemon=True)
+    source = context.Process(target=_serve, args=(other, (devices[0], *arguments)), daemon=True)
     source.start()
-    puller = Peer("puller", *arguments)
+    puller = Peer("puller", devices[1], *arguments)
     host, port = pipe.recv()
     draw = random.Random(0)
     seconds: dict[int, dict[str, list[float]]] = {count: {"pull": [], "whole": []} for count in tokens}
@@ -111,23 +114,23 @@ def measure(
                 puller.engine.release(name)
                 if round_:  # the first one connects and maps memory
                     seconds[count][kind].append(taken)
-    pipe.send(None)
     puller.engine.close()
+    pipe.send(None)
     source.join()
     return seconds
 
 
-def copy_seconds(num_bytes: int, rounds: int, device: str) -> float:
+def copy_seconds(num_bytes: int, rounds: int, devices: tuple[str, str]) -> float:
     """Return the median time of a plain copy, by one thread on a CPU."""
-    source, target = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+    source, target = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for device in devices)
     taken = []
     for _ in range(rounds):
         start = time.perf_counter()
-        if device == "cpu":
+        if target.device.type == "cpu":
             np.copyto(target.numpy(), source.numpy())
         else:
             target.copy_(source)
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(target.device)
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
 
@@ -136,9 +139,12 @@ def main(
     model: Annotated[str, typer.Option(help="Model with the KV geometry to use.")] = "qwen2.5-7b",
     tokens: Annotated[list[int], typer.Option(min=1)] = [512, 2048],  # noqa: B006
     transport: Annotated[
-        list[str] | None, typer.Option(help="One of shm, tcp, nixl; with CUDA cuda_ipc, tcp.", show_default="all")
+        list[str] | None, typer.Option(help="One of shm, tcp, nixl; with CUDA cuda_ipc, tcp, nixl.", show_default="all")
     ] = None,
-    device: Annotated[str, typer.Option(help="Device of the KV caches: cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device of the KV caches: cpu, cuda or cuda:N.")] = "cpu",
+    source_device: Annotated[
+        str | None, typer.Option(help="Device of the source's KV cache.", show_default="the same")
+    ] = None,
     block_size: Annotated[int, typer.Option(min=1)] = 32,
     rounds: Annotated[int, typer.Option(min=1)] = 9,
     output: Output = None,
@@ -146,12 +152,22 @@ def main(
 ) -> None:
     """Measure the GB/s of KV blocks between two processes, by transport."""
     settings = dict(locals())
-    if device not in TRANSPORTS:
-        raise ValueError(f"device is {device!r}, must be one of {', '.join(TRANSPORTS)}")
-    known = TRANSPORTS[device]
+    devices = source_device or device, device
+    kinds = {torch.device(name).type for name in devices}
+    if len(kinds) > 1 or not kinds <= TRANSPORTS.keys():
+        raise ValueError(f"devices are {' and '.join(devices)}, must both be one of {', '.join(TRANSPORTS)}")
+    known = TRANSPORTS[kinds.pop()]
     if unknown := set(transport or ()) - set(known):
         raise ValueError(f"transport has {', '.join(sorted(unknown))}, must be of {', '.join(known)}")
-    columns = {"": "", "tokens": "d", "MB": ".1f", "pull ms": ".1f", "pull GB/s": ".2f", "whole GB/s": ".2f"}
+    columns = {
+        "": "",
+        "tokens": "d",
+        "MB": ".1f",
+        "pull ms": ".2f",
+        "whole ms": ".2f",
+        "pull GB/s": ".2f",
+        "whole GB/s": ".2f",
+    }
     columns |= {"copy GB/s": ".2f", "of copy": ".2f"}
     report = Report("disagg", settings, describe_machine(torch.device(device)), columns, output, plot)
     config = model_config(model)
@@ -159,17 +175,18 @@ def main(
     for name in known:
         if transport and name not in transport:
             continue
-        if name == "nixl" and importlib.util.find_spec("nixl_cu12") is None:
+        if name == "nixl" and find_library() is None:
             print("nixl is not installed: pip install 'dispec[nixl]'")
             continue
-        for count, seconds in measure(device, name, model, block_size, tokens, rounds).items():
+        for count, seconds in measure(devices, name, model, block_size, tokens, rounds).items():
             size = -(-count // block_size) * block_size * token_bytes
             rates = {kind: size / statistics.median(taken) for kind, taken in seconds.items()}
-            copied = size / copy_seconds(size, rounds, device)
+            copied = size / copy_seconds(size, rounds, devices)
             report.add(
                 {"transport": name, "tokens": count},
                 {"bytes": size, "seconds": seconds, "bytes_per_second": rates, "copy_bytes_per_second": copied},
-                [name, count, size / 1e6, statistics.median(seconds["pull"]) * 1e3]
+                [name, count, size / 1e6]
+                + [statistics.median(seconds[kind]) * 1e3 for kind in ("pull", "whole")]
                 + [rate / 1e9 for rate in (rates["pull"], rates["whole"], copied)]
                 + [rates["pull"] / copied],
             )

@@ -13,24 +13,22 @@ format is the one that the others are compared with. vLLM runs the shapes of a n
 import contextlib
 import functools
 import json
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from dispec.bench.checkouts import VLLM
-from dispec.bench.contestants import Contestant, ContestantFailed, LlamaCpp, dispec_engine
+from dispec.bench.contestants import Contestant, LlamaCpp, dispec_engine, started
 from dispec.bench.loading import Device, Model, config_of, useful_kv_memory
 from dispec.bench.machine import choose_device, describe_machine
 from dispec.bench.peers import PeerBin
 from dispec.bench.report import Output, Report
 from dispec.bench.rounds import NOISY, take_turns
+from dispec.bench.vllm_peer import VLLM, VllmPath, memory_on_cuda
 from dispec.bench.weight_formats import format_options
 from dispec.bench.workload import Workload, sizes
 
@@ -58,7 +56,7 @@ def main(
     device: Device = None,
     peer_bin: PeerBin = None,
     gguf: Annotated[list[str] | None, typer.Option(help="llama.cpp: NAME=FILE; can be given several times.")] = None,
-    vllm_path: Annotated[Path | None, typer.Option(help="Directory of vLLM's packages.")] = None,
+    vllm_path: VllmPath = None,
     vllm: Annotated[str, typer.Option(help=f"vLLM's formats: {', '.join(VLLM_FORMATS)}.")] = "gptq",
     minutes: Annotated[float, typer.Option(help="Begin no workload after this long.")] = 60.0,
     output: Output = None,
@@ -95,14 +93,12 @@ def main(
             )
         if vllm_path is not None:
             cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dispec-bench-formats-")))
-            theirs = common | {
-                "enable_prefix_caching": False,
-                "gpu_memory_utilization": 0.3,
-                "kv_cache_memory_bytes": 2 * memory,
-            }
+            theirs = common | {"enable_prefix_caching": False} | memory_on_cuda(memory)
             for name in map(str.strip, vllm.split(",")):
-                peer = VLLM(sys.executable, vllm_path, VLLM_FORMATS[name])
-                starts[f"vllm {name}"] = functools.partial(peer.start, model, theirs, cache / name, START_SECONDS)
+                peer = VLLM(site=vllm_path, config=VLLM_FORMATS[name])
+                starts[f"vllm {name}"] = functools.partial(
+                    peer.start, model, theirs, cache / name, is_cuda=True, patience=START_SECONDS
+                )
         running = stack.enter_context(started(starts))
         for contestant in running:
             report.versions |= contestant.versions
@@ -137,31 +133,6 @@ def main(
         if noisiest > NOISY:
             print(f"not a quiet machine: other processes took up to {noisiest:.1f} cores during the runs")
         report.finish()
-
-
-@contextlib.contextmanager
-def started(starts: Mapping[str, Callable[[], Contestant]]) -> Iterator[list[Contestant]]:
-    """Start all contestants at once, yield those that start, in order, and end them afterwards."""
-    running: dict[str, Contestant] = {}
-
-    def start(name: str) -> None:
-        try:
-            contestant = starts[name]()
-        except ContestantFailed as error:
-            print(error, flush=True)
-            return
-        contestant.name = name
-        running[name] = contestant
-        seconds = contestant.start_seconds
-        print(f"{name}: ready{'' if seconds is None else f' after {seconds:.0f} s'}", flush=True)
-
-    with ThreadPoolExecutor(len(starts)) as threads:
-        list(threads.map(start, starts))
-    try:
-        yield [running[name] for name in starts if name in running]
-    finally:
-        with ThreadPoolExecutor(len(starts)) as threads:
-            list(threads.map(lambda contestant: contestant.close(), running.values()))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ CHECKS = [
     _tests("gpu_engine", 4),
     _tests("gpu_memory", 2),
     _tests("gpu_speculation", 3),
+    _tests("block_transfer"),
     _tests("transfer_gpu"),
     _tests("gpu_kernels", 5),
     _tests("gpu_quantized", 8),

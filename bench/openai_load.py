@@ -7,6 +7,7 @@ during the load would take time from the server.
 import asyncio
 import json
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -172,6 +173,17 @@ class Client:
         return made
 
 
+def named_urls(urls: list[str]) -> dict[str, str]:
+    """Return the URLs of servers by name, of NAME=URL or of a URL alone. Raises ValueError if two have one name."""
+    named = {}
+    for given in urls:
+        name, url = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", given).groups(default="server")  # type: ignore[union-attr]
+        if name in named:
+            raise ValueError(f"--url names {name!r} twice: give each server as NAME=URL")
+        named[name] = url.rstrip("/").removesuffix("/v1")
+    return named
+
+
 def read(answer: Answer, status: int, pieces: list[tuple[float, bytes]]) -> Answer:
     """Parse the pieces into times of text and the number of tokens, or an error."""
     if status != 200:
@@ -211,9 +223,17 @@ def _read_events(answer: Answer, pieces: list[tuple[float, bytes]]) -> str | Non
 
 
 async def run_load(
-    client: Client, load: Load, model: str, seed: int, on_answer: Callable[[], object] = lambda: None
+    client: Client,
+    load: Load,
+    model: str,
+    seed: int,
+    on_answer: Callable[[], object] = lambda: None,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> list[Answer]:
-    """Put the load on the server and return one answer for each request, with `error` where it failed."""
+    """Put the load on the server and return one answer for each request, with `error` where it failed.
+
+    is_over: whether to send no further request.
+    """
     path = "/v1/chat/completions" if load.chat else "/v1/completions"
     bodies = [json.dumps(load.body(prompt, model)).encode() for prompt in load.prompts(seed)]
     rng = random.Random(seed)
@@ -233,5 +253,7 @@ async def run_load(
             due += rng.expovariate(load.rate)
             await asyncio.sleep(start + due - time.perf_counter())
         await limit.acquire()
+        if is_over():
+            break
         tasks.append(asyncio.create_task(one(body)))
     return [read(*found) for found in await asyncio.gather(*tasks)]

@@ -1,19 +1,29 @@
 """Peers chosen on the command line, started; bench/RESULTS.md says how to install them."""
 
-import json
-import os
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dispec.bench.contestants import ROOT, Contestant, LlamaCpp, Worker, dispec_engine, peer_environment, transformers
-from dispec.bench.geometries import NAMES, geometry
+from dispec.bench.contestants import (
+    Contestant,
+    ContestantFailed,
+    LlamaCpp,
+    Worker,
+    dispec_engine,
+    peer_environment,
+    started,
+    transformers,
+)
+from dispec.bench.geometries import NAMES
 from dispec.bench.loading import config_of, useful_kv_memory
+from dispec.bench.vllm_peer import VLLM, memory_on_cuda
 from dispec.engine.dtypes import DTYPES
 
 PEERS = ("transformers", "vllm", "llama.cpp")
@@ -37,11 +47,6 @@ PeerGguf = Annotated[
     Path | None, typer.Option(help="llama.cpp: the same model as a GGUF file.", show_default="--model")
 ]
 
-_TCMALLOC = (
-    "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4",
-    "/usr/lib/aarch64-linux-gnu/libtcmalloc_minimal.so.4",
-)
-
 
 @dataclass(frozen=True)
 class PeerChoice:
@@ -53,13 +58,17 @@ class PeerChoice:
     preload: str | None
     program: Path | None
     gguf: Path | None
+    site: Path | None = None
 
     def __post_init__(self) -> None:
         for name in self.names:
             if name not in PEERS:
                 raise ValueError(f"--peer is {name!r}, must be one of {', '.join(PEERS)}, none")
         if "vllm" in self.names:
-            _require_file("--peer-python", self.python, "vllm")
+            if self.site is None:
+                _require_file("--peer-python", self.python, "vllm", "--vllm-path")
+            elif not (self.site / "vllm").is_dir():
+                raise ValueError(f"--vllm-path is {self.site}, which has no package vllm")
         if "llama.cpp" in self.names:
             _require_file("--peer-bin", self.program, "llama.cpp")
 
@@ -71,10 +80,12 @@ def choose_peers(
     preload: str | None,
     program: Path | None,
     gguf: Path | None,
+    site: Path | None = None,
 ) -> PeerChoice:
-    """Return the choice that the options make."""
+    """Return the choice that the options make. site: of --vllm-path."""
     chosen = tuple(dict.fromkeys(["transformers"] if names is None else names))
-    return PeerChoice(() if chosen == ("none",) else chosen, python, hf, preload, program, gguf)
+    chosen = () if chosen == ("none",) else chosen
+    return PeerChoice(chosen, python and python.absolute(), hf, preload, program, gguf, site and site.absolute())
 
 
 @contextmanager
@@ -83,31 +94,28 @@ def contestants(
 ) -> Iterator[list[Contestant]]:
     """Start DiSpec and the peers, ready for `sequences` of `tokens`, and end them when the context ends.
 
-    options: of DiSpec's engine.
+    options: of DiSpec's engine. Raises ContestantFailed if one of them does not start.
     """
-    is_cuda = (device or "").startswith("cuda") or (device is None and _has_cuda())
+    is_cuda = on_cuda(device)
     options |= {"dtype": dtype, "device": device, "max_num_seqs": sequences, "max_model_len": tokens}
     if is_cuda:  # otherwise it takes all free memory, and peers find none
         memory = useful_kv_memory(config_of(model), sequences, tokens, DTYPES[dtype].itemsize)
         options.setdefault("kv_cache_memory", memory)
-    with ExitStack() as stack:
-        started: list[Contestant] = []
-
-        def add(contestant: Contestant) -> None:
-            stack.callback(contestant.close)
-            started.append(contestant)
-
-        add(dispec_engine(model, options))
+    with tempfile.TemporaryDirectory(prefix="dispec-bench-peers-", ignore_cleanup_errors=True) as folder:
+        starts: dict[str, Callable[[], Contestant]] = {"dispec": partial(dispec_engine, model, options)}
         for name in peers.names:
             if name == "transformers":
                 settings = {"model": model, "is_geometry": model in NAMES, "dtype": dtype, "device": device}
-                add(transformers(name, settings))
+                starts[name] = partial(transformers, name, settings)
             elif name == "vllm":
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dispec-bench-shapes-")))
-                add(start_vllm(peers, model, dtype, is_cuda, sequences, tokens, folder))
+                starts[name] = partial(start_vllm, peers, model, dtype, is_cuda, sequences, tokens, Path(folder))
             else:
-                add(_llama_cpp(peers, model))
-        yield started
+                starts[name] = partial(_llama_cpp, peers, model)
+        # On a GPU's machine cores are many; on a CPU one would compile while another measures its memory.
+        with started(starts, at_once=is_cuda) as running:
+            if missing := starts.keys() - {contestant.name for contestant in running}:
+                raise ContestantFailed(f"{', '.join(sorted(missing))} did not start")
+            yield running
 
 
 def start_vllm(
@@ -122,34 +130,21 @@ def start_vllm(
     **more: Any,
 ) -> Worker:
     """Start vLLM, ready for `sequences` of `tokens`. folder: for files of its process. more: options of its engine."""
-    assert peers.python is not None
-    settings = {"dtype": dtype, "max_num_seqs": sequences, "max_model_len": tokens, "enable_prefix_caching": True}
-    settings |= more
-    if model in NAMES:
-        (folder / "config.json").write_text(json.dumps(geometry(model) | {"torch_dtype": dtype}))
-        settings |= {"model": str(folder), "load_format": "dummy"}
-    else:
-        directory = peers.hf or Path(model)
-        if not (directory / "config.json").is_file():
+    options = {"dtype": dtype, "max_num_seqs": sequences, "max_model_len": tokens, "enable_prefix_caching": True} | more
+    directory = model
+    if model not in NAMES:
+        directory = str(peers.hf or model)
+        if not (Path(directory) / "config.json").is_file():
             raise ValueError(f"--peer vllm needs the model as a Hugging Face directory: --peer-hf, {directory} is none")
-        settings["model"] = str(directory)
-    environment = peer_environment() | {"HF_HUB_OFFLINE": "1"}
-    if not is_cuda:
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        kv_memory = useful_kv_memory(config_of(model), sequences, tokens, DTYPES[dtype].itemsize, block_size=128)
-        environment |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(max(2, -(-kv_memory // 2**30))),  # GiB
-            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-        }
-        preload = peers.preload if peers.preload is not None else ":".join(_preload(peers.python))
-        if preload:
-            environment["LD_PRELOAD"] = preload
-            print(f"{name}: LD_PRELOAD={preload}", flush=True)
-    # -I: file names of this folder must not hide modules of vLLM's environment.
-    return Worker(
-        name, [str(peers.python), "-I", str(ROOT / "bench" / "vllm_worker.py"), json.dumps(settings)], environment
-    )
+    environment = peer_environment()
+    block_size = 32 if is_cuda else 128
+    memory = useful_kv_memory(config_of(model), sequences, tokens, DTYPES[dtype].itemsize, block_size=block_size)
+    if is_cuda:
+        options |= memory_on_cuda(memory)
+    else:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(2, -(-memory // 2**30)))  # GiB
+    vllm = VLLM(str(peers.python or sys.executable), peers.site, preload=peers.preload)
+    return vllm.start(directory, options, folder, is_cuda=is_cuda, name=name, environment=environment)
 
 
 def _llama_cpp(peers: PeerChoice, model: str) -> LlamaCpp:
@@ -162,20 +157,17 @@ def _llama_cpp(peers: PeerChoice, model: str) -> LlamaCpp:
     return LlamaCpp(peers.program.absolute(), gguf.absolute(), torch.get_num_threads())
 
 
-def _preload(python: Path) -> list[str]:
-    """Return the libraries that vLLM's documentation recommends to preload on CPU, if installed."""
-    own = python.absolute().parent.parent / "lib" / "libiomp5.so"
-    return [path for path in (*_TCMALLOC, str(own)) if Path(path).is_file()]
-
-
-def _require_file(option: str, path: Path | None, peer: str) -> None:
+def _require_file(option: str, path: Path | None, peer: str, other: str = "") -> None:
     if path is None:
-        raise ValueError(f"--peer {peer} needs {option}")
+        raise ValueError(f"--peer {peer} needs {option}{f' or {other}' if other else ''}")
     if not path.is_file():
         raise ValueError(f"{option} is {path}, which is not a file")
 
 
-def _has_cuda() -> bool:
+def on_cuda(device: str | None) -> bool:
+    """Return whether contestants run on a GPU. device: of the command line."""
+    if device is not None:
+        return device.startswith("cuda")
     import torch
 
     return bool(torch.cuda.is_available())

@@ -1,18 +1,21 @@
-"""Latencies, throughput and goodput of any server with OpenAI's completions API under load.
+"""Latencies, throughput and goodput of servers with OpenAI's completions API under load.
 
     dispec serve &
     dispec bench serve --concurrency 1,8,16 --offline smollm2
     dispec bench serve --rate 2,4 --slo-ttft 0.5 --slo-tpot 0.05 --url http://127.0.0.1:8080
+    dispec bench serve --concurrency 1,16,64,128 --requests-per-client 4 --rounds 2 \\
+        --url dispec=http://127.0.0.1:8000 --url vllm=http://127.0.0.1:8001
 
-With `--rate`, requests arrive as a Poisson process, whether or not earlier ones have been answered; with
-`--concurrency`, so many run at once. `--offline` runs the same prompts through `LLM.generate` at the same concurrency,
-in turns with the server, which sleeps meanwhile. The load generator takes a share of one core, which is in the results.
+Several servers get the same prompts in turns. With `--rate`, requests arrive as a Poisson process, whether or not
+earlier ones have been answered; with `--concurrency`, so many run at once. `--offline` runs the same prompts through
+`LLM.generate` at the same concurrency, in turns with the server, which sleeps meanwhile. The load generator takes a
+share of one core, which is in the results.
 """
 
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -22,7 +25,7 @@ import uvloop
 from tqdm import tqdm
 
 from dispec.bench.machine import describe_machine
-from dispec.bench.openai_load import Answer, Client, Load, run_load
+from dispec.bench.openai_load import Answer, Client, Load, named_urls, run_load
 from dispec.bench.report import Output, Plot, Report
 
 PERCENTILES = (50, 90, 99)
@@ -88,7 +91,7 @@ async def serve_once(url: str, api_key: str | None, model: str, load: Load, seed
     warm = Load(1, load.prompt_tokens, load.output_tokens, load.vocab_size, concurrency=1, chat=load.chat)
     await run_load(client, warm, model, seed=-1 - seed)
     name = f"c={load.concurrency}" if load.concurrency else f"{load.rate:g}/s"
-    with tqdm(total=load.num_requests, desc=name, unit="request", leave=False, mininterval=1.0) as bar:
+    with tqdm(total=load.num_requests, desc=name, unit="request", leave=False, mininterval=1.0, disable=None) as bar:
         began, cpu = time.perf_counter(), time.process_time()
         answers = await run_load(client, load, model, seed, bar.update)
         share = (time.process_time() - cpu) / (time.perf_counter() - began)
@@ -115,22 +118,70 @@ def offline_rate(model: str, options: dict[str, Any], load: Load) -> Callable[[i
     return run
 
 
-def cells(name: str, summary: dict[str, Any]) -> list[Any]:
+def cells(server: str, name: str, summary: dict[str, Any]) -> list[Any]:
     """Return the figures as a row of the table."""
 
     def milliseconds(kind: str) -> str:
         values = summary[kind]
-        return "/".join(f"{1000 * values[f'p{share}']:.0f}" for share in PERCENTILES) if values else "-"
+        return "/".join(f"{1000 * values[f'p{share}']:.3g}" for share in PERCENTILES) if values else "-"
 
     rates = [summary["output_tokens_per_second"], summary["goodput_requests_per_second"]]
-    return [name, *rates, *map(milliseconds, KINDS), sum(summary["errors"].values())]
+    return [server, name, *rates, *map(milliseconds, KINDS), sum(summary["errors"].values())]
+
+
+def measure(
+    report: Report,
+    servers: Mapping[str, tuple[str, str]],
+    load: Load,
+    rounds: int,
+    objective: Objective,
+    api_key: str | None,
+    offline: Callable[[int], float] | None,
+) -> None:
+    """Put a load on each server in turns, and add a row for each round. servers: URL and model by name."""
+    size = load.concurrency or load.rate
+    assert size is not None
+    label = f"c={size}" if load.concurrency else f"{size:g}/s"
+    served: dict[str, list[float]] = {name: [] for name in servers}
+    alone: list[float] = []
+    for seed in range(rounds):
+        if offline is not None:
+            alone.append(offline(seed))
+        order = list(servers)[seed % len(servers) :] + list(servers)[: seed % len(servers)]
+        for name in order:
+            url, model = servers[name]
+            answers, client_share = uvloop.run(serve_once(url, api_key, model, load, seed))
+            summary = summarize(answers, objective) | {"client_cores": client_share}
+            served[name].append(summary["output_tokens_per_second"])
+            if alone:
+                summary["offline_tokens_per_second"] = alone[-1]
+            report.add({"server": name, "seed": seed, **asdict(load)}, summary, cells(name, label, summary))
+            for error, count in summary["errors"].items():
+                print(f"{name}, {label}: {count} x {error}")
+    medians = {name: statistics.median(rates) for name, rates in served.items()}
+    for name, rate in medians.items():
+        report.point(name, float(size), rate)
+    first, *others = medians
+    for name in others:
+        if medians[name]:
+            print(f"{label}: {first} / {name} {medians[first] / medians[name]:.2f}, of medians", flush=True)
+    if alone:
+        median = statistics.median(alone)
+        report.point("offline", float(size), median)
+        print(f"{label}: offline {median:.1f} tokens/s, served / offline {medians[first] / median:.2f}, of medians")
 
 
 def main(
-    url: Annotated[str, typer.Option(help="Of the server, without /v1.")] = "http://127.0.0.1:8000",
+    url: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a server, or NAME=URL; several take turns.", show_default="http://127.0.0.1:8000"),
+    ] = None,
     rate: Annotated[str | None, typer.Option(help="Requests per second, Poisson; several with commas.")] = None,
     concurrency: Annotated[str | None, typer.Option(help="Requests under way at once; several with commas.")] = None,
     num_requests: Annotated[int, typer.Option(min=1, help="Of each run.")] = 64,
+    requests_per_client: Annotated[
+        int | None, typer.Option(min=1, help="With --concurrency, in place of --num-requests.")
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     output_tokens: Annotated[int, typer.Option(min=1)] = 128,
     chat: Annotated[bool, typer.Option(help="Chat completions of words, not completions of token ids.")] = False,
@@ -148,20 +199,25 @@ def main(
     output: Output = None,
     plot: Plot = None,
 ) -> None:
-    """Latencies, throughput and goodput of a server under load."""
+    """Latencies, throughput and goodput of servers under load."""
     settings = dict(locals())
     if (rate is None) == (concurrency is None):
         raise ValueError("give either --rate or --concurrency")
-    if offline is not None and concurrency is None:
-        raise ValueError("--offline needs --concurrency")
+    for option, value in (("--offline", offline), ("--requests-per-client", requests_per_client)):
+        if value is not None and concurrency is None:
+            raise ValueError(f"{option} needs --concurrency")
+    urls = named_urls(url or ["http://127.0.0.1:8000"])
     objective = Objective(slo_ttft, slo_tpot, slo_e2e)
-    columns = {"load": " ", "tok/s": ".1f", "good/s": ".2f"} | {f"{kind} p50/90/99 ms": " " for kind in KINDS}
-    report = Report("serve", settings, describe_machine(), columns | {"errors": "d"}, output, plot)
-    name_of_model = model or served_model(url, api_key)
-    shared = (num_requests, prompt_tokens, output_tokens, vocab_size)
+    columns = {"server": "", "load": " ", "tok/s": ".1f", "good/s": ".2f"}
+    columns |= {f"{kind} p50/90/99 ms": " " for kind in KINDS} | {"errors": "d"}
+    report = Report("serve", settings, describe_machine(), columns, output, plot)
+    servers = {name: (address, model or served_model(address, api_key)) for name, address in urls.items()}
     for size in (rate or concurrency or "").split(","):
         load = Load(
-            *shared,
+            num_requests if requests_per_client is None else requests_per_client * int(size),
+            prompt_tokens,
+            output_tokens,
+            vocab_size,
             rate=float(size) if rate else None,
             concurrency=None if rate else int(size),
             chat=chat,
@@ -169,25 +225,7 @@ def main(
         )
         options = {"dtype": dtype, "compile": "off" if enforce_eager else "startup"}
         peer = None if offline is None else offline_rate(offline, options, load)
-        served, alone = [], []
-        for seed in range(rounds):
-            answers, client_share = uvloop.run(serve_once(url, api_key, name_of_model, load, seed))
-            summary = summarize(answers, objective) | {"client_cores": client_share}
-            served.append(summary["output_tokens_per_second"])
-            if peer is not None:
-                alone.append(peer(seed))
-                summary["offline_tokens_per_second"] = alone[-1]
-            name = f"c={size}" if concurrency else f"{size}/s"
-            report.add({"seed": seed, **asdict(load)}, summary, cells(name, summary))
-            for error, count in summary["errors"].items():
-                print(f"{name}: {count} x {error}")
-        report.point("served", float(size), statistics.median(served))
-        if alone:
-            ratio = statistics.median(served) / statistics.median(alone)
-            report.point("offline", float(size), statistics.median(alone))
-            print(
-                f"c={size}: offline {statistics.median(alone):.1f} tokens/s, served / offline {ratio:.2f}, of medians"
-            )
+        measure(report, servers, load, rounds, objective, api_key, peer)
     report.finish("requests per second" if rate else "requests under way", "output tokens/s")
 
 

@@ -3,11 +3,12 @@
     dispec bench spec --draft smollm2-draft
 
 First each workload with and without speculation; the two take turns of a few tokens on one engine, and their answers
-are compared token by token. Then the costs: seconds of a step that decodes, of one that verifies, of the draft tokens.
-Last, with `--acceptance`, draft tokens that are accepted with a given probability: the draft model runs for what it
-costs, and its tokens are replaced by the known answer's or by wrong ones. Measured speed-ups stand beside those that
-follow from costs and acceptance (arXiv:2211.17192, theorem 3.8). Of shapes with random weights, such as qwen2.5-7b with
-a draft of qwen2.5-0.5b, this last part alone is measured.
+are compared token by token. A difference is an error on a CPU and in float32; in 16 bits on CUDA, where steps of other
+sizes round differently, answers that differ are counted. Then the costs: seconds of a step that decodes, of one that
+verifies, of the draft tokens. Last, with `--acceptance`, draft tokens that are accepted with a given probability: the
+draft model runs for what it costs, and its tokens are replaced by the known answer's or by wrong ones. Measured
+speed-ups stand beside those that follow from costs and acceptance (arXiv:2211.17192, theorem 3.8). Of shapes with
+random weights, such as qwen2.5-7b with a draft of qwen2.5-0.5b, costs and simulated acceptance alone are measured.
 """
 
 import statistics
@@ -17,10 +18,20 @@ import typer
 from tqdm import tqdm
 
 from dispec.bench.geometries import NAMES, model_config
-from dispec.bench.loading import Device, Dtype, EnforceEager, Model, load
+from dispec.bench.loading import Device, Dtype, EnforceEager, Model, config_of, load, useful_kv_memory
 from dispec.bench.machine import choose_device, describe_machine
 from dispec.bench.report import Output, Plot, Report
-from dispec.bench.speculative_run import Costs, Run, SimulatedProposer, measure_costs, predicted_speedup, take_turns
+from dispec.bench.spec_prompts import CHAT, COPYING, PASSAGES
+from dispec.bench.speculative_run import (
+    Costs,
+    Run,
+    SimulatedProposer,
+    first_differences,
+    measure_costs,
+    predicted_speedup,
+    separate_logits,
+    take_turns,
+)
 from dispec.bench.weight_formats import format_options
 from dispec.bench.workload import Workload, sizes
 from dispec.engine.api.llm import LLM
@@ -29,36 +40,7 @@ from dispec.engine.speculation.ngram import NgramProposer
 from dispec.engine.speculation.proposer import Proposer
 from dispec.engine.speculation.speculator import Speculator
 
-_PASSAGES = (
-    "The lighthouse at Carrow Point was built in 1868 after three ships were lost in a single winter. Its lamp "
-    "burned whale oil, later kerosene, and since 1931 electricity. The keeper's cottage, a low stone house with "
-    "two rooms, now holds a small museum. Visitors can climb the 142 steps to the gallery, from where the islands "
-    "of the bay can be seen on clear days. The fog signal, a horn driven by compressed air, was silenced in 1987 "
-    "and is sounded only once a year, on the first Sunday of June.",
-    "The committee met on Tuesday, 4 March, in the town hall. Present were Mr. Abbott, Ms. Chen, Dr. Okafor and "
-    "Mrs. Lindqvist. The minutes of the last meeting were approved. Ms. Chen reported that the repair of the "
-    "northern bridge will cost 48,500 euros, of which the county pays half. Dr. Okafor asked for a second offer. "
-    "It was decided to wait for it until the end of the month. Mrs. Lindqvist presented the programme of the "
-    "summer festival, which begins on 12 July with a concert in the park.",
-    "To change the filter, switch the machine off and unplug it. Open the lid on the left side and pull the grey "
-    "handle towards you until it clicks. Lift the old filter out and let it drip over a bowl. Rinse the holder "
-    "with cold water, never with soap. Insert the new filter with the arrow pointing up, push the handle back and "
-    "close the lid. Plug the machine in, hold the green button for five seconds, and run two cups of water "
-    "through it before you use it again.",
-)
-_COPYING = (
-    "Repeat the following text word for word, without any changes:\n\n{}",
-    "Copy this text exactly as it is:\n\n{}",
-    "Quote the following text in full, and nothing else:\n\n{}",
-)
-_CHAT = (
-    "Explain how rain forms.",
-    "Write a short story about a dog who learns to swim.",
-    "What should I consider when I buy a used car?",
-    "Give me five ideas for a birthday party.",
-    "Describe the difference between cats and dogs as pets.",
-    "How do I prepare for a long hike?",
-)
+_MAX_MODEL_LEN = 1024
 
 
 class Work(NamedTuple):
@@ -71,23 +53,41 @@ class Work(NamedTuple):
 
 
 class Rounds(NamedTuple):
-    """The runs of each round without and with speculation."""
+    """The runs of each round without and with speculation.
+
+    differences: the place of the first token that differs, of each answer with speculation that is another one.
+    """
 
     plain: list[list[Run]]
     speculative: list[list[Run]]
+    differences: list[int]
+
+    def compare_answers(self, llm: LLM, name: str, answers: list[list[int]], others: list[list[int]]) -> None:
+        """Add what differs. Raises RuntimeError if anything does where steps of all sizes round alike."""
+        differences = first_differences(answers, others)
+        if differences and (llm.engine.device.type == "cpu" or llm.engine.options.dtype == "float32"):
+            raise RuntimeError(f"{name}: answers with speculation differ from those without")
+        self.differences.extend(differences)
+
+    def describe_differences(self) -> str:
+        """Return how many answers differ, and the mean place of their first differing token."""
+        if not self.differences:
+            return ""
+        total = sum(len(run.tokens) for runs in self.speculative for run in runs)
+        return f"{len(self.differences)} of {total} from token {statistics.fmean(self.differences):.0f}"
 
     def speedups(self, field: str) -> list[float]:
         """Return, of each round, the seconds without speculation over those with it. field: of `Run`, in seconds."""
         return [
             sum(getattr(run, field) for run in plain) / sum(getattr(run, field) for run in speculative)
-            for plain, speculative in zip(*self, strict=True)
+            for plain, speculative in zip(self.plain, self.speculative, strict=True)
         ]
 
 
 def compare(llm: LLM, speculator: Speculator, work: Work, output_tokens: int, rounds: int) -> Rounds:
-    """Run a workload without and with the speculator. Raises RuntimeError if the answers differ."""
+    """Run a workload without and with the speculator. Raises RuntimeError as `Rounds.compare_answers` does."""
     prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in work.prompts]
-    found = Rounds([], [])
+    found = Rounds([], [], [])
     for round_ in range(rounds + 1):
         plain_runs, speculative_runs = [], []
         for first in range(0, len(prompts), work.concurrency):
@@ -99,8 +99,7 @@ def compare(llm: LLM, speculator: Speculator, work: Work, output_tokens: int, ro
             # The order alternates: the place of a group changes its seconds by a percent.
             both = take_turns(llm, batch, params, [None, speculator] if round_ % 2 else [speculator, None])
             plain, speculative = both if round_ % 2 else reversed(both)
-            if plain.tokens != speculative.tokens:
-                raise RuntimeError(f"{work.name}: answers with speculation differ from those without")
+            found.compare_answers(llm, work.name, plain.tokens, speculative.tokens)
             plain_runs.append(plain)
             speculative_runs.append(speculative)
         if round_ > 0:  # the first round warms up, and teaches the controller the costs
@@ -124,7 +123,7 @@ def simulate(
     The prediction uses steps of the same minutes: a shared machine's speed drifts.
     """
     params = [SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)] * concurrency
-    found, accepted_runs = Rounds([], []), []
+    found, accepted_runs = Rounds([], [], []), []
     for round_ in range(rounds):
         plain_runs, runs = [], []
         for first in range(0, len(prompts), concurrency):
@@ -139,8 +138,7 @@ def simulate(
                 for probability, seed in ((1.0, 0), (acceptance, round_ * len(prompts) + first))
             ]
             plain, accepted, run = take_turns(llm, batch, params, [None, *speculators], answers)
-            if not plain.tokens == accepted.tokens == run.tokens == answers:
-                raise RuntimeError("answers with speculation differ from those without")
+            found.compare_answers(llm, f"simulated, {acceptance:g}", answers, run.tokens)
             plain_runs.append(plain)
             accepted_runs.append(accepted)
             runs.append(run)
@@ -181,33 +179,40 @@ def main(
         "predicted": "",
         "draft tokens": ".2f",
         "accepted": ".0%",
+        "differ": "",
     }
     report = Report("spec", settings, describe_machine(choose_device(device)), columns, output, plot)
+    memory = {}
+    if choose_device(device).type == "cuda":  # otherwise it takes all free memory
+        # Up to three groups of sequences run in turns. A draft model's part is smaller than the target's.
+        memory["kv_cache_memory"] = 2 * useful_kv_memory(config_of(model), 3 * max(widths), _MAX_MODEL_LEN, 4)
     llm = load(
         model,
         **({"dtype": dtype} | (format_options(target_format) if target_format else {})),
         device=device,
         max_num_seqs=max(widths),
-        max_model_len=1024,
+        max_model_len=_MAX_MODEL_LEN,
         enforce_eager=enforce_eager,
         speculative_model=model_config(draft) if draft in NAMES else draft or "ngram",
         enable_prefix_caching=False,  # in bf16, keys of an earlier run are not those that this one would compute
         num_speculative_tokens=num_speculative_tokens,
+        **memory,
     )
     assert llm.engine.speculator is not None
     draft_model = llm.engine.speculator.proposer if draft is not None else None
-    chats = [_CHAT[index % len(_CHAT)] for index in range(max(len(_CHAT), *widths))]
-    copies = [form.format(passage) for form, passage in zip(_COPYING, _PASSAGES, strict=True)]
+    chats = [CHAT[index % len(CHAT)] for index in range(max(len(CHAT), *widths))]
+    copies = [form.format(passage) for form, passage in zip(COPYING, PASSAGES, strict=True)]
     works: list[tuple[Work, Proposer]] = [
         (Work("copying, n-gram", copies, 0.0, 1), NgramProposer()),
-        (Work("chat, n-gram", list(_CHAT), 0.0, 1), NgramProposer()),
+        (Work("chat, n-gram", list(CHAT), 0.0, 1), NgramProposer()),
     ]
     has_text = model not in NAMES
     if not has_text:
         works = []
+        separate_logits(llm)
     elif draft_model is not None:
         for width in widths:
-            several = list(_CHAT) if width == 1 else chats[:width]
+            several = list(CHAT) if width == 1 else chats[:width]
             works.append((Work("chat, draft", several, 0.0, width), draft_model))
             works.append((Work("chat, draft, temperature 1", several, 1.0, width), draft_model))
     for work, proposer in tqdm(works, desc="workloads", leave=False, disable=None):
@@ -216,7 +221,7 @@ def main(
         text = ", ".join(f"{share:.0%}" for share in shares)
         print(f"{work.name}, c={work.concurrency}: share of drafts accepted up to each position: {text}", flush=True)
     for width in widths:
-        size = max(1, len(_CHAT) // width) * width
+        size = max(1, (len(CHAT) if has_text else 2) // width) * width
         if has_text:
             prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in chats[:size]]
         else:
@@ -263,11 +268,13 @@ def _add_row(
         "accepted_per_position": shares,
         "drafts": num_drafts,
         "predicted": predicted,
+        "differences": found.differences,
     }
     of_rounds = f"{min(ratios):.2f}-{max(ratios):.2f}"
     prediction = "" if predicted is None else f"{predicted:.2f}x"
     per_draft, accepted = num_draft_tokens / max(1, num_drafts), sum(num_accepted) / max(1, num_draft_tokens)
     cells = [name, concurrency, speedup, of_rounds, to_the_end, prediction, per_draft, accepted]
+    cells.append(found.describe_differences())
     keys = {"work": name, "concurrency": concurrency}
     report.add(keys if acceptance is None else keys | {"acceptance": acceptance}, figures, cells)
     report.point(f"c={concurrency}", name, speedup)

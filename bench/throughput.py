@@ -3,6 +3,7 @@
     dispec bench throughput --concurrency 1,6,16,32
     dispec bench throughput --concurrency 1 --prompt-tokens 2048 --output-tokens 1       # prefill
     dispec bench throughput --concurrency 8 --prompt-tokens 4096 --decode-only           # decoding at a long context
+    dispec bench throughput --model qwen2.5-1.5b --peer vllm --vllm-path /tmp/vllm/site  # on a GPU, random weights
 
 Each figure is the median of the rounds: output tokens over the seconds from first prompt to last token. With one
 output token, prompt tokens count; with `--decode-only`, the prompts' time is left out. The limit is the rate that the
@@ -19,6 +20,7 @@ from dispec.bench.machine import choose_device, describe_machine, measure_rates
 from dispec.bench.peers import PeerBin, PeerGguf, PeerHf, PeerPreload, PeerPython, Peers, choose_peers, contestants
 from dispec.bench.report import Output, Plot, Report
 from dispec.bench.rounds import NOISY, take_turns
+from dispec.bench.vllm_peer import VllmPath
 from dispec.bench.workload import Workload, sizes
 from dispec.engine.execution.kv_cache_memory import format_bytes
 
@@ -39,12 +41,13 @@ def main(
     peer_preload: PeerPreload = None,
     peer_bin: PeerBin = None,
     peer_gguf: PeerGguf = None,
+    vllm_path: VllmPath = None,
     output: Output = None,
     plot: Plot = None,
 ) -> None:
     """Measure tokens per second beside transformers, vLLM and llama.cpp, and the share of the machine's limit."""
     settings = dict(locals())
-    peers = choose_peers(peer, peer_python, peer_hf, peer_preload, peer_bin, peer_gguf)
+    peers = choose_peers(peer, peer_python, peer_hf, peer_preload, peer_bin, peer_gguf, vllm_path)
     workloads = [Workload(size, prompt_tokens, output_tokens) for size in sizes(concurrency)]
     names = ("dispec", *peers.names)
     columns = {"c": "d"} | {f"{name} tok/s": ".1f" for name in names} | {f"/ {name}": ".2fx" for name in peers.names}

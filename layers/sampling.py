@@ -31,6 +31,7 @@ def sample(
     """
     if ops.has_sample_kernel(logits.device):
         return ops.sample(logits, sampling.temperature, sampling.seed, sampling.position, token_ids, allowed)
+    likeliest = greedy(logits)
     logits = logits.float()
     if token_ids is None:
         token_ids = torch.arange(logits.shape[-1], device=logits.device)
@@ -39,7 +40,7 @@ def sample(
     # would be -inf, and an allowed token would tie with those of logit -inf.
     gumbel = -torch.log(-torch.log1p(-uniform.clamp(max=_BELOW_ONE)))
     sampled = (scale_by_temperature(logits, sampling.temperature) + gumbel).argmax(dim=-1)
-    return torch.where(sampling.temperature == 0, greedy(logits), sampled)
+    return torch.where(sampling.temperature == 0, likeliest, sampled)
 
 
 def scale_by_temperature(logits: Float[Tensor, "R V"], temperature: Float[Tensor, "R"]) -> Float[Tensor, "R V"]:

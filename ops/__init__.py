@@ -5,6 +5,7 @@ Each op has a fake implementation for tracing, a Triton one for CUDA, a torch on
 they are plain functions.
 """
 
+from dispec.ops.block_transfer import fold_blocks, transfer_blocks
 from dispec.ops.collective import all_gather_columns, all_reduce, broadcast
 from dispec.ops.decoder import MAX_QUERY_LEN, Decoder, DecoderLayers, build_decoder, decode_tokens, decoder_layers
 from dispec.ops.embedding import embedding
@@ -46,6 +47,7 @@ __all__ = [
     "decoder_layers",
     "embedding",
     "empty_stack",
+    "fold_blocks",
     "has_quantized_kernel",
     "has_sample_kernel",
     "is_alike",
@@ -62,6 +64,7 @@ __all__ = [
     "rope_write",
     "sample",
     "token_threshold",
+    "transfer_blocks",
     "uniform_noise",
     "write_kv",
 ]

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from dispec.ops.noise import uniform_noise
@@ -35,6 +35,23 @@ def copy_blocks(
         for layer_keys, layer_values in zip(keys, values, strict=True):
             layer_keys[new] = layer_keys[old]
             layer_values[new] = layer_values[old]
+
+
+def fold_blocks(
+    keys: Int64[Tensor, "L NB W"], values: Int64[Tensor, "L NB W"], blocks: Int[Tensor, "N"]
+) -> Int64[Tensor, "N 2*L"]:
+    """Fold each block's words, row by row, in Python's integers."""
+    folds = torch.empty(len(blocks), 2 * keys.shape[0], dtype=torch.int64)
+    for item, block in enumerate(blocks.tolist()):
+        for row, layer in enumerate([*keys, *values]):
+            total = 0
+            for position, word in enumerate(layer[block].tolist()):
+                high, low = divmod(word % 2**64, 2**32)
+                a = (position * 0x9E3779B1 + 0x85EBCA77) % 2**32
+                b = (position * 0xC2B2AE3D + 0x27D4EB2F) % 2**32
+                total += ((low + a) % 2**32) * ((high + b) % 2**32)
+            folds[item, row] = (total + 2**63) % 2**64 - 2**63
+    return folds
 
 
 def paged_attention(

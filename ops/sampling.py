@@ -1,4 +1,4 @@
-"""Masking logits and sampling a token of each row, one kernel each on a CPU."""
+"""Masking logits and choosing a token of each row."""
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +23,7 @@ def argmax(logits: Float[Tensor, "R V"], allowed: Int[Tensor, "R W"] | None = No
 
     allowed: as in `mask_tokens`, contiguous; only where `has_sample_kernel`. None allows all tokens.
     """
-    if logits.device.type == "cpu" and has_kernels():
+    if logits.is_cuda or (logits.device.type == "cpu" and has_kernels()):
         return torch.ops.dispec.argmax(logits, allowed)
     return logits.argmax(dim=-1)
 
@@ -54,13 +54,20 @@ def _fake(logits: Tensor, *_: object) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
+def _argmax_cuda(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    from dispec.ops.triton.argmax import argmax as kernel
+
+    assert allowed is None
+    return kernel(logits if logits.stride(1) == 1 else logits.contiguous())
+
+
 register(
     "mask_tokens(Tensor(a!) logits, Tensor allowed) -> ()",
     returns_nothing,
     cpu=cpu_sampling.mask_tokens,
     cuda=cpu_sampling.fill_masked,
 )
-register("argmax(Tensor logits, Tensor? allowed=None) -> Tensor", _fake, cpu=cpu_sampling.argmax)
+register("argmax(Tensor logits, Tensor? allowed=None) -> Tensor", _fake, cpu=cpu_sampling.argmax, cuda=_argmax_cuda)
 register(
     "sample(Tensor logits, Tensor temperature, Tensor seed, Tensor position, Tensor? token_ids,"
     " Tensor? allowed=None) -> Tensor",

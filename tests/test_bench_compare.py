@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dispec.bench.checkouts import Tree, started
-from dispec.bench.compare import Case, Suite, take_turns
-from dispec.bench.contestants import ContestantFailed, Worker
+from dispec.bench.checkouts import Tree
+from dispec.bench.compare import SUITES, Case, Suite, take_turns
+from dispec.bench.contestants import ContestantFailed, Worker, started
 from dispec.bench.gpu_run import ROOT, import_path
 from dispec.bench.workload import Workload
 
@@ -40,14 +40,11 @@ def test_a_contestant_that_fails_is_left_out_from_there_on(capsys: pytest.Captur
     assert "no more" in capsys.readouterr().out
 
 
-def test_a_contestant_that_does_not_start_in_time_is_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def hang(_: Path, patience: float) -> Worker:
-        return Worker(
-            "hanging", [sys.executable, "-c", "import threading; threading.Event().wait()"], patience=patience
-        )
+def test_a_contestant_that_does_not_start_in_time_is_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    def hang() -> Worker:
+        return Worker("hanging", [sys.executable, "-c", "import threading; threading.Event().wait()"], patience=5.0)
 
-    starts = {"hanging": hang, "other": lambda _, __: worker("other")}
-    with started(starts, tmp_path, 5.0) as running:
+    with started({"hanging": hang, "other": lambda: worker("another name")}) as running:
         assert [one.name for one in running] == ["other"]
     assert "hanging ended with code -9" in capsys.readouterr().out
 
@@ -81,3 +78,11 @@ def test_a_suites_engine_has_room_for_all_its_cases() -> None:
     suite = Suite("qwen2.5-0.5b", (Case(Workload(4, 64, 8)), Case(Workload(1, 500, 1))))
     assert (suite.max_num_seqs, suite.max_model_len) == (4, 517)
     assert [case.counted_tokens for case in suite.cases] == [32, 500]
+    token = 2 * 24 * 2 * 64 * 2  # keys and values of 24 layers of two heads of 64, at two bytes
+    assert 4 * 500 * token > suite.kv_bytes >= 501 * token
+
+
+def test_the_caches_of_all_suites_fit_on_one_gpu_beside_each_other() -> None:
+    for suite in SUITES.values():
+        assert suite.kv_bytes < 3e9
+        assert suite.max_model_len == max(case.workload.tokens for case in suite.cases) + 16

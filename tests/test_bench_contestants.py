@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dispec import ops
-from dispec.bench import ablations
+from dispec.bench import ablations, cli
 from dispec.bench.contestants import ContestantFailed, LlamaCpp, Worker, dispec_engine, transformers
 from dispec.bench.llama_cpp import BatchTiming, parse_batched_bench
-from dispec.bench.peers import choose_peers
+from dispec.bench.peers import choose_peers, start_vllm
 from dispec.bench.rounds import take_turns
 from dispec.bench.workload import Workload
 from dispec.engine.options import EngineOptions
@@ -117,11 +117,76 @@ def test_llama_cpp_is_asked_for_the_workload(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("names", "said"),
-    [(["vllm"], "needs --peer-python"), (["llama.cpp"], "needs --peer-bin"), (["other"], "must be one of")],
+    [
+        (["vllm"], "needs --peer-python or --vllm-path"),
+        (["llama.cpp"], "needs --peer-bin"),
+        (["other"], "must be one of"),
+    ],
 )
 def test_peers_that_cannot_be_had(names, said) -> None:
     with pytest.raises(ValueError, match=said):
         choose_peers(names, None, None, None, None, None)
+
+
+# A package that stands in for vLLM: it writes down how it was made, and generates as many tokens as it is asked for.
+VLLM_STAND_IN = """
+import json, os, types
+__version__ = "0.0"
+class SamplingParams(types.SimpleNamespace): pass
+class LLM:
+    def __init__(self, **options):
+        with open(os.path.join(os.path.dirname(__file__), "made.json"), "w") as file:
+            json.dump({"options": options, "environment": dict(os.environ)}, file)
+    def generate(self, prompts, params, use_tqdm):
+        one = types.SimpleNamespace(token_ids=[0] * params.max_tokens, text="")
+        return [types.SimpleNamespace(outputs=[one], num_cached_tokens=0) for _ in prompts]
+"""
+
+
+@pytest.fixture
+def vllm_site(tmp_path: Path) -> Path:
+    package = tmp_path / "site" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(VLLM_STAND_IN)
+    return tmp_path / "site"
+
+
+@pytest.mark.parametrize("is_cuda", [True, False])
+def test_vllm_of_a_directory_of_packages_runs_a_geometry(vllm_site: Path, tmp_path: Path, is_cuda: bool) -> None:
+    peers = choose_peers(["vllm"], None, None, None, None, None, vllm_site)
+    worker = start_vllm(peers, "qwen2.5-0.5b", "bfloat16", is_cuda, 4, 300, tmp_path)
+    try:
+        assert worker.versions == {"vllm": "0.0"}
+        workload = Workload(4, 8, 5)
+        assert worker.run(workload, workload.prompts(1000), False) > 0
+    finally:
+        worker.close()
+    made = json.loads((vllm_site / "vllm" / "made.json").read_text())
+    options, environment = made["options"], made["environment"]
+    assert (options["max_num_seqs"], options["max_model_len"], options["load_format"]) == (4, 300, "dummy")
+    assert json.loads((Path(options["model"]) / "config.json").read_text())["hidden_size"] == 896
+    assert environment["PYTHONPATH"] == str(vllm_site)
+    # Keys and values of a token in 24 layers of two heads of 64, at two bytes.
+    assert ("kv_cache_memory_bytes" in options) == is_cuda
+    assert options.get("kv_cache_memory_bytes", 2 * 4 * 300 * 12288) >= 2 * 4 * 300 * 12288
+    assert (environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0") == is_cuda
+    assert ("VLLM_CPU_KVCACHE_SPACE" in environment) != is_cuda
+
+
+def test_a_directory_without_vllm_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no package vllm"):
+        choose_peers(["vllm"], None, None, None, None, None, tmp_path)
+
+
+def test_throughput_beside_vllm(vllm_site: Path, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "tiny", "llama")
+    output = tmp_path / "results.jsonl"
+    arguments = f"--model {tmp_path / 'tiny'} --device cpu --dtype float32 --enforce-eager --peer vllm --rounds 1"
+    arguments += f" --vllm-path {vllm_site} --concurrency 2 --prompt-tokens 8 --output-tokens 4 --output {output}"
+    assert not cli.main(["throughput", *arguments.split()])
+    (record,) = [json.loads(line) for line in output.read_text().splitlines()]
+    assert set(record["figures"]["tokens_per_second"]) == {"dispec", "vllm"}
+    assert record["versions"]["vllm"] == "0.0"
 
 
 def test_peers_by_default_and_none() -> None:

@@ -1,13 +1,25 @@
 """The benchmark of speculation: groups of sequences that take turns on one engine."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
+import torch
 
 from dispec import LLM, SamplingParams
-from dispec.bench.spec import Work, compare
-from dispec.bench.speculative_run import SimulatedProposer, measure_costs, take_turns
+from dispec.bench.spec import Rounds, Work, compare
+from dispec.bench.speculative_run import (
+    SimulatedProposer,
+    first_differences,
+    measure_costs,
+    separate_logits,
+    take_turns,
+)
 from dispec.engine.speculation.ngram import NgramProposer
 from dispec.engine.speculation.speculator import Speculator
 from tests.checkpoints import save_tiny
+from tests.gpu_engine import CONFIG
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], list(range(20, 60))]  # the last one takes two steps
 
@@ -70,6 +82,42 @@ def test_a_speculator_that_changes_answers_is_refused(llm, monkeypatch) -> None:
     )
     with pytest.raises(RuntimeError, match="broken: answers with speculation differ"):
         compare(llm, Speculator(2, NgramProposer()), work, 12, 1)
+
+
+def test_where_answers_differ() -> None:
+    answers = [[1, 2, 3], [4, 5], [6, 7, 8]]
+    assert first_differences(answers, [[1, 2, 3], [4, 9], [6, 7, 8, 9]]) == [1, 3]
+    assert first_differences(answers, answers) == []
+
+
+def test_answers_that_differ_on_cuda_in_16_bits_are_counted(llm) -> None:
+    """Steps of several sizes round differently there; this engine only says that it is such a one."""
+
+    def engine(device: str, dtype: str) -> LLM:
+        options = SimpleNamespace(dtype=dtype)
+        return cast(LLM, SimpleNamespace(engine=SimpleNamespace(device=torch.device(device), options=options)))
+
+    run = take_turns(llm, PROMPTS, params(8, 8, 8), [None])[0]
+    found = Rounds([[run]], [[run]], [])
+    other = [[*run.tokens[0][:6], 0, 0], *run.tokens[1:]]
+    found.compare_answers(engine("cuda", "bfloat16"), "work", run.tokens, run.tokens)
+    assert found.describe_differences() == ""
+    found.compare_answers(engine("cuda", "bfloat16"), "work", run.tokens, other)
+    assert found.describe_differences() == "1 of 3 from token 6"
+    for exact in (engine("cpu", "bfloat16"), engine("cuda", "float32")):
+        with pytest.raises(RuntimeError, match="work: answers with speculation differ"):
+            found.compare_answers(exact, "work", run.tokens, other)
+
+
+def test_separated_logits_are_no_near_ties() -> None:
+    """The largest logit exceeds the second by more than a layer's rounding: the answer follows from the last token."""
+    llm = LLM(replace(CONFIG, tie_embeddings=False), load_format="dummy", dtype="float32", enforce_eager=True)
+    given = [[5, 6, 7], [40, 41, 42, 43, 7]]
+    before = [output.token_ids[0] for output in llm.generate(given, params(1, 1))]
+    separate_logits(llm)
+    after = [output.token_ids[0] for output in llm.generate(given, params(1, 1))]
+    assert after[0] == after[1]
+    assert before[0] != before[1]
 
 
 def test_costs_are_measured_for_each_number_of_draft_tokens(llm) -> None:

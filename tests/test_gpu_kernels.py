@@ -10,6 +10,7 @@ from torch import Tensor
 from dispec import ops
 from dispec.ops import reference
 from dispec.ops.kv_cache import codes_and_scales, quantize_heads, scale_rows
+from tests.argmax_cases import rows_with_first_largest
 from tests.layer_cases import (
     Shape,
     expect_product,
@@ -377,6 +378,20 @@ def test_registration(query_len: int | None) -> None:
     slots = torch.tensor([3, 4, 17], device="cuda")
     written = (keys.nan_to_num(), values.nan_to_num(), rows, rows, slots)
     torch.library.opcheck(torch.ops.dispec.write_kv.default, written, test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [5, 5_003, 151_936])
+def test_argmax(size: int, dtype: torch.dtype) -> None:
+    logits, expected = rows_with_first_largest(size, dtype)
+    on_device = logits.cuda()
+    for _ in range(3):
+        assert ops.argmax(on_device).tolist() == expected
+    for row in range(len(logits)):
+        assert ops.argmax(on_device[row : row + 1]).tolist() == expected[row : row + 1]
+    many = on_device.repeat(50, 1)  # more rows than are split
+    assert ops.argmax(many).tolist() == expected * 50
+    assert ops.argmax(on_device.T.contiguous().T).tolist() == expected
 
 
 @pytest.mark.parametrize("size", [1, 100, 5_003])

@@ -23,7 +23,7 @@ def needs(transport: str) -> None:
 def test_the_bytes_of_blocks_are_their_keys_then_their_values_layer_by_layer() -> None:
     with peers(Peer("source")) as (source,):
         blocks = [7, 8, 3]
-        sent = b"".join(source.engine._blocks.send_buffers(blocks))
+        sent = b"".join(buffer for part in source.engine._blocks.send_buffers(blocks) for buffer in part)
         keys, values = (half[:, blocks].view(torch.uint8).numpy().tobytes() for half in source.kv_cache)
         assert sent == keys + values
         expected = [xxhash.xxh3_64_digest(source.block(block).numpy().tobytes()) for block in blocks]

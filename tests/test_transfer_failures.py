@@ -127,7 +127,7 @@ def test_a_peer_of_another_version_is_refused_by_its_version() -> None:
     with peers(Peer("source")) as (source,):
         connection = Connection(socket.create_connection(source.engine.address, PATIENCE), PATIENCE)
         other = msgspec.structs.replace(hello(source), version=1, layer_bytes=0)  # a field that this version refuses
-        with contextlib.closing(connection), pytest.raises(HandshakeRefused, match="protocol version is 1, must be 3"):
+        with contextlib.closing(connection), pytest.raises(HandshakeRefused, match="protocol version is 1, must be 4"):
             handshake.connect(connection, SECRET.encode(), other)
 
 
@@ -267,6 +267,27 @@ def test_a_send_that_is_queued_after_closing_still_runs() -> None:
         send_queue.put(runs.append)
         assert runs == [connection]
         connection.close()
+
+
+def test_messages_stay_in_order_whether_they_must_wait_or_not() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    send_queue = SendQueue(Connection(near, PATIENCE), "test")
+    messages = [{"number": number, "filling": bytes(2_000_000 * (number % 3))} for number in range(12)]
+    for message in messages[:9]:
+        send_queue.send(message)  # returns, although nothing is read
+    reader = Connection(far, PATIENCE)
+    assert [reader.receive(msgspec.msgpack.decode) for _ in range(9)] == messages[:9]
+    for message in messages[9:]:
+        send_queue.send(message)
+        assert reader.receive(msgspec.msgpack.decode) == message
+    send_queue.close()
+    with pytest.raises(ConnectionError):
+        reader.receive(msgspec.msgpack.decode)
+    far.close()
+    near.close()
 
 
 def test_a_handle_of_other_memory_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from triton.compiler import ASTSource  # noqa: E402
 from dispec.ops.kv_cache import scale_rows  # noqa: E402
 from dispec.ops.norm import Norm  # noqa: E402
 from dispec.ops.triton import (  # noqa: E402
+    argmax,
+    block_transfer,
     decode_attention,
     fp8_linear,
     gated_linear,
@@ -47,6 +49,7 @@ SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that on
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 KERNELS = {
+    block_transfer: ("transfer_blocks_kernel",),
     linear_residual: ("linear_residual_kernel",),
     decode_attention: ("decode_kernel", "combine_kernel"),
     skinny_linear: ("gemv_kernel", "split_k_kernel", "reduce_splits_kernel"),
@@ -60,6 +63,7 @@ KERNELS = {
     rope_write: ("rope_write_kernel",),
     qkv_rope_write: ("qkv_rope_write_kernel",),
     token_threshold: ("token_threshold_kernel",),
+    argmax: ("argmax_kernel",),
 }
 
 TYPES = {
@@ -352,6 +356,14 @@ def test_token_threshold(monkeypatch: pytest.MonkeyPatch, size: int, capability:
     check(launches[0], capability, widest_load=size % 16 == 0)
 
 
+@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize(("rows", "size"), [(1, 151_936), (32, 151_936), (128, 49_152), (600, 50_257)])
+def test_argmax(monkeypatch: pytest.MonkeyPatch, rows: int, size: int, capability: int) -> None:
+    logits = torch.empty(rows, size, dtype=HALF, device="meta")
+    (launch,) = record(monkeypatch, capability, lambda: argmax.argmax(logits))
+    check(launch, capability, widest_load=size % 16 == 0)
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(
     ("rows", "features", "columns", "kernels"),
@@ -531,3 +543,18 @@ def test_quantized_linear(
     expected = "dequantize_kernel" if tokens > 512 else "quantized_linear_kernel"
     assert {launch.kernel.__name__ for launch in launches} == {expected}
     check(launches[0], capability)
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize("num_words", [4096, 1088])  # a page of 7B in bf16, and of 1.5B in int8
+def test_transfer_blocks(monkeypatch: pytest.MonkeyPatch, num_words: int, capability: int) -> None:
+    cache = torch.empty(28, 4096, num_words, dtype=torch.int64, device="meta")
+    blocks = torch.empty(64, dtype=torch.int64, device="meta")
+
+    def launch() -> None:
+        block_transfer.fold_blocks(cache, cache, blocks)
+        block_transfer.transfer_blocks(cache, cache, blocks, cache, cache, blocks)
+
+    for one in record(monkeypatch, capability, launch):
+        compiled = check(one, capability, widest_load=False)
+        assert re.search(r"ld\.global[.\w:]*\.v2\.b64", compiled.asm["ptx"])

@@ -37,6 +37,8 @@ else:
     from dispec.ops.kv_cache import codes_and_scales, scale_rows
     from dispec.ops.kv_cache import write_kv as write_kv_on_cpu
     from dispec.ops.triton import (
+        argmax,
+        block_transfer,
         decode_attention,
         kv_cache,
         prefill_attention,
@@ -45,6 +47,7 @@ else:
         token_threshold,
     )
     from dispec.ops.triton.tuning import DecodeConfig, PrefillConfig, SkinnyGemmConfig
+    from tests.argmax_cases import rows_with_first_largest
     from tests.threshold_cases import cases, expect_thresholds
 
     # No bfloat16: the interpreter's dot takes its bits for integers. tests/test_gpu_kernels.py covers it.
@@ -105,10 +108,15 @@ else:
 
     @pytest.fixture(autouse=True)
     def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-        """Fill what the launchers allocate with NaN, so that a row that is not written shows."""
+        """Fill what the launchers allocate with NaN or 77, so that a row that is not written shows."""
         torch.manual_seed(0)
         empty = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
+
+        def poisoned(*size: object, **options: object) -> Tensor:
+            tensor = empty(*size, **options)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
+
+        monkeypatch.setattr(torch, "empty", poisoned)
 
     @pytest.mark.parametrize(
         ("query_len", "heads", "kv_heads", "head_dim", "block_size", "num_splits", "dtype"),
@@ -380,6 +388,16 @@ else:
         broken = torch.full((2, 90), float("nan"))
         token_threshold.token_threshold(broken, torch.tensor([5, 90]), torch.tensor([0.5, 0.5]))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize(("size", "programs"), [(5, 16), (33, 1), (128, 16), (1000, 16), (1001, 12)])
+    def test_argmax(monkeypatch: pytest.MonkeyPatch, size: int, programs: int, dtype: torch.dtype) -> None:
+        monkeypatch.setattr(argmax, "ARGMAX_BLOCK", 32)
+        monkeypatch.setattr(argmax, "ARGMAX_PROGRAMS_PER_MULTIPROCESSOR", programs)  # 4 multiprocessors, 16 rows
+        logits, expected = rows_with_first_largest(size, dtype)
+        for _ in range(2):  # the counters are zero again
+            assert argmax.argmax(logits).tolist() == expected
+        assert argmax.argmax(logits[:0]).tolist() == []
+
     @pytest.mark.parametrize("has_bias", [False, True])
     @pytest.mark.parametrize(
         ("rows", "features", "columns", "config"),
@@ -411,3 +429,19 @@ else:
     def test_skinny_linear_without_a_configuration_is_torchs() -> None:
         x, weight = torch.randn(3, 8), torch.randn(5, 8)
         assert torch.equal(skinny_linear.linear(x, weight, None), torch.nn.functional.linear(x, weight))
+
+    @pytest.mark.parametrize("num_words", [64, 100])
+    def test_transfer_blocks(monkeypatch: pytest.MonkeyPatch, num_words: int) -> None:
+        monkeypatch.setattr(block_transfer, "TILE_WORDS", 32)
+        bits = (-(2**63), 2**63 - 1)
+        source = [torch.randint(*bits, (2, 5, num_words)) for _ in range(2)]
+        cache = [torch.randint(*bits, (2, 9, num_words)) for _ in range(2)]
+        theirs, own = torch.tensor([4, 1, 3]), torch.tensor([0, 8, 2])
+        expected = [half.clone() for half in cache]
+        for half, other in zip(expected, source, strict=True):
+            half[:, own] = other[:, theirs]
+        folds = block_transfer.transfer_blocks(*source, theirs, *cache, own)
+        assert all(map(torch.equal, cache, expected))
+        assert torch.equal(folds, reference.fold_blocks(*source, theirs))
+        assert torch.equal(block_transfer.fold_blocks(*source, theirs), folds)
+        assert block_transfer.fold_blocks(*source, theirs[:0]).shape == (0, 4)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dispec import ops
 from dispec.engine.execution.compiled_steps import (
+    StepFunctions,
     begin_replay,
     compiled_steps,
     eager_steps,
@@ -26,6 +27,7 @@ from dispec.engine.execution.compiled_steps import (
     replay_lock,
     root_cause,
     warn_about_eager_fallback,
+    without_guards,
 )
 from dispec.engine.execution.execution_plan import ExecutionPlan
 from dispec.engine.execution.input_buffers import (
@@ -109,7 +111,10 @@ class ModelRunner:
             max_query_len=self._max_query_len,
         )
         largest = self.shapes.largest
-        self._hosts = [HostBuffer(largest.size, is_pinned=self.is_cuda) for _ in range(2 if self.is_cuda else 1)]
+        self._hosts = [
+            HostBuffer(largest.size, largest.num_sampled, is_pinned=self.is_cuda)
+            for _ in range(2 if self.is_cuda else 1)
+        ]
         self._inputs = (
             torch.zeros_like(self._hosts[0].flat, device=self.device) if self.is_cuda else self._hosts[0].flat
         )
@@ -145,15 +150,18 @@ class ModelRunner:
             if self._ranks is not None:
                 self._ranks.send(CopyBlocks(step.copies))
             self.copy_blocks(step.copies)
+        stream = torch.cuda.current_stream(self.device) if self.is_cuda else None
         with replay_lock() if self.plan.replays else nullcontext():
-            outputs = self._launch(step.scheduled_sequences, drafts)
+            outputs = self._launch(step.scheduled_sequences, drafts, stream)
         event = None
-        if self.is_cuda:
+        if stream is not None:
             event = torch.cuda.Event()
-            event.record()
-        return PendingStep(outputs, event, drafts)
+            event.record(stream)
+        return PendingStep(outputs, event, drafts, self._ranks)
 
-    def _launch(self, scheduled: tuple[ScheduledSequence, ...], drafts: DeviceDrafts | None) -> list[SamplerOutput]:
+    def _launch(
+        self, scheduled: tuple[ScheduledSequence, ...], drafts: DeviceDrafts | None, stream: torch.cuda.Stream | None
+    ) -> list[SamplerOutput]:
         results: list[SamplerOutput] = []
         sampled_index: dict[int, int] = {}
         num_sampled = 0
@@ -161,7 +169,7 @@ class ModelRunner:
         for items, exact in split_step(scheduled, self._max_query_len, mixes=self.plan.mixes):
             shape = self.shapes.padded(exact, is_compiled=self.is_compiled)
             rows = write_inputs(self._zeroed_inputs(shape), items, self.block_size, self._sampled_index, draft_index)
-            inputs = self._upload(shape)
+            inputs = self._upload(shape, stream)
             outputs = self._compute(shape, inputs, is_compiled=self.is_compiled)
             result = self.sampler.sample(items, rows, *outputs, inputs.sampling)
             if result.token_ids is not None and self.plan.overlaps:
@@ -171,7 +179,7 @@ class ModelRunner:
                     item.sequence.id: num_sampled + row for row, item in enumerate(rows) if item is not None
                 }
                 num_sampled = end
-            results.append(result.to_host())
+            results.append(result.to_host(self._hosts[0].token_ids))
         self._sampled_index = sampled_index
         return results
 
@@ -235,6 +243,8 @@ class ModelRunner:
                 for _ in range(2):
                     self._run_dummy(shape, is_compiled=True)
                 yield
+            # Later steps have recorded shapes only.
+            self._compiled = StepFunctions(*map(without_guards, self._compiled))
         self._functions = self._compiled
         self.sampler.functions = sampler
 
@@ -261,11 +271,12 @@ class ModelRunner:
         self._hosts.reverse()
         return self._hosts[0].zeroed(shape)
 
-    def _upload(self, shape: StepShape) -> StepInputs[Tensor]:
+    def _upload(self, shape: StepShape, stream: torch.cuda.Stream | None = None) -> StepInputs[Tensor]:
         """Return the inputs that were written on the host as the device reads them."""
+        inputs = self._device_inputs(shape)
         if self.is_cuda:
-            self._hosts[0].copy_to(self._inputs, shape.size)
-        return self._device_inputs(shape)
+            self._hosts[0].copy_to(inputs.flat, stream)
+        return inputs
 
     def _marked_views(self, shape: StepShape) -> StepInputs[Tensor]:
         """Return a shape's inputs as the device reads them, with the marks that the compiler needs."""

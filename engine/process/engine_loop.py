@@ -235,10 +235,12 @@ def _serve(start: Start, channel: Channel) -> None:
     from dispec.engine.engine import Engine  # takes seconds, and may fail: that is reported
     from dispec.engine.options import EngineOptions
     from dispec.engine.process.engine_info import engine_info
+    from dispec.engine.process.worker_place import place_worker
 
     tqdm.monitor_interval = 0  # its thread would wake the process periodically
     imported = time.perf_counter() - start_time
-    engine = Engine(EngineOptions(**start.options))
+    options = place_worker(start.options, start.place) if start.place is not None else start.options
+    engine = Engine(EngineOptions(**options))
     engine.phase_seconds = {"import": imported, **engine.phase_seconds}
     channel.send(engine_info(engine))
     shared = start.shared_cores if engine.device.type == "cpu" else None

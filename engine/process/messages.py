@@ -26,14 +26,22 @@ class SharedCores(msgspec.Struct):
     role: Role
 
 
+class WorkerPlace(msgspec.Struct):
+    """A worker's number among those of its pool, which share the GPUs of the machine."""
+
+    number: int
+    num_workers: int
+
+
 class Start(msgspec.Struct):
     """The first line of the engine's standard input, as JSON.
 
-    options: the fields of `EngineOptions`. shared_cores: where other engines run on the same cores.
+    options: the fields of `EngineOptions`. shared_cores: where other engines run on the same cores. place: of a worker.
     """
 
     options: dict[str, Any]
     shared_cores: SharedCores | None = None
+    place: WorkerPlace | None = None
 
 
 class Submit(msgspec.Struct, tag=True):

@@ -1,4 +1,4 @@
-"""Threads of the puller for one source: one connects and receives, one sends, one copies and verifies."""
+"""Threads of the puller for one source: one connects and receives, one verifies, one sends what must wait."""
 
 import logging
 import queue
@@ -10,6 +10,7 @@ from dispec.engine.transfer import handshake
 from dispec.engine.transfer.connection import Connection, SendQueue
 from dispec.engine.transfer.handshake import HandshakeRefused, Hello
 from dispec.engine.transfer.interface import TransferOptions, Transport, is_loopback
+from dispec.engine.transfer.kv_blocks import CopyBlocks, PendingChecksums, mismatch
 from dispec.engine.transfer.messages import (
     MAX_BLOCKS,
     BlockData,
@@ -23,11 +24,13 @@ from dispec.engine.transfer.messages import (
 )
 from dispec.engine.transfer.receiver import Fetch, PeerKey, Receiver
 from dispec.engine.transfer.server import Apply
-from dispec.engine.transfer.transports import CopyBlocks, Transports, usable_transports
+from dispec.engine.transfer.transports import Transports, usable_transports
 
 log = logging.getLogger(__name__)
 
 DISCARD_BYTES = 1 << 20
+
+Read = tuple[int, tuple[Fetch, PendingChecksums] | None]  # its id; of a received one its blocks too
 
 
 class Client:
@@ -58,15 +61,14 @@ class Client:
         self._copy: CopyBlocks | None = None
         self._is_closed = False
         self._lock = threading.Lock()
-        self._reads: queue.SimpleQueue[tuple[int, Fetch | None] | None] = queue.SimpleQueue()
-        self._copier = threading.Thread(target=self._copy_and_verify_all, name="kv-copy", daemon=True)
+        self._reads: queue.SimpleQueue[Read | None] = queue.SimpleQueue()
+        self._copier = threading.Thread(target=self._end_reads, name="kv-copy", daemon=True)
         self._thread = threading.Thread(target=self._run, name="kv-pull", daemon=True)
-        self._copier.start()
         self._thread.start()
 
     def send(self, message: QueryBlocks | PullDone | ReadBlocks) -> None:
         if self._send_queue is not None:
-            self._send_queue.put(lambda connection: connection.send(message))
+            self._send_queue.send(message)
 
     def fetch(self, fetch: Fetch) -> None:
         """Begin a read: copy the blocks here, or request their bytes."""
@@ -97,7 +99,9 @@ class Client:
             reason = f"{host}:{port}: {type(error).__name__}: {error}"
         finally:
             self._reads.put(None)
-            self._copier.join()
+            if self._copier.is_alive():
+                self._copier.join()
+            self._copy = None  # unmaps the source's memory
             if self._send_queue is not None:
                 self._send_queue.close()
             if self._connection is not None:
@@ -113,12 +117,19 @@ class Client:
             raise HandshakeRefused(f"engine {peer.engine_id} answers, {engine_id} was expected: was it restarted?")
         connection.set_timeout(options.stall_seconds)
         self.transport = self._open_transport(connection, peer)
-        self._num_source_blocks = peer.num_blocks
+        self._num_source_blocks, self._source_device = peer.num_blocks, peer.device
         self._send_queue = SendQueue(connection, "kv-query")
         query_seconds = min(peer.lease_seconds, options.stall_seconds) / 4
-        max_read_blocks = max(1, min(MAX_BLOCKS, options.read_bytes // peer.block_bytes))
+        # By CUDA IPC a read is one launch, whatever its size.
+        read_blocks = MAX_BLOCKS if self.transport == "cuda_ipc" else options.read_bytes // peer.block_bytes
+        max_read_blocks = max(1, min(MAX_BLOCKS, read_blocks))
         self._apply(self._receiver.connected, self.key, query_seconds, max_read_blocks)
+        copies_here = self.transport == "cuda_ipc"  # in 0.1 ms, which is what another thread takes to wake up
+        if not copies_here:
+            self._copier.start()
         while True:
+            while copies_here and not self._reads.empty():
+                self._end_read(self._reads.get())
             is_waiting = self._receiver.is_waiting_for(self.key)
             if connection.wait(options.stall_seconds):
                 self._handle(connection, connection.receive(decode_from_source))
@@ -179,36 +190,31 @@ class Client:
             if message.num_bytes != len(fetch.own_blocks) * cache.block_bytes:
                 raise ConnectionError(f"a read has {message.num_bytes} bytes for {len(fetch.own_blocks)} blocks")
             connection.receive_into(cache.receive_buffers(fetch.own_blocks))
-            cache.finish_receive(fetch.own_blocks)
+            checksums = cache.finish_receive(fetch.own_blocks, self._source_device)
         except BaseException as error:
             self._apply(self._receiver.end_read, message.read_id, f"the connection to the source broke: {error}")
             raise
-        self._reads.put((message.read_id, fetch))
+        self._reads.put((message.read_id, (fetch, checksums)))
 
-    def _copy_and_verify_all(self) -> None:
-        """Copy the blocks of reads that were not received, and verify all."""
+    def _end_reads(self) -> None:
         while (read := self._reads.get()) is not None:
-            read_id, received = read
-            fetch = received or self._start_read(read_id)
-            if fetch is None:
-                continue
-            try:
-                problem = self._verify(fetch) if received else self._copy_and_verify(fetch)
-            except Exception as error:
-                problem = f"{self.transport}: {type(error).__name__}: {error}"
-            self._apply(self._receiver.end_read, read_id, problem)
+            self._end_read(read)
 
-    def _copy_and_verify(self, fetch: Fetch) -> str | None:
-        assert self._copy is not None
-        if self.transport != "shm":
-            self._copy(fetch.source_blocks, fetch.own_blocks)
-            return self._verify(fetch)
-        # A block at a time, so that its checksum finds it in the CPU's cache.
-        for offset, (source, own) in enumerate(zip(fetch.source_blocks, fetch.own_blocks, strict=True)):
-            self._copy([source], [own])
-            if problem := self._transports.blocks.verify([own], [fetch.checksums[offset]], fetch.first + offset):
-                return problem
-        return None
-
-    def _verify(self, fetch: Fetch) -> str | None:
-        return self._transports.blocks.verify(fetch.own_blocks, fetch.checksums, fetch.first)
+    def _end_read(self, read: Read | None) -> None:
+        """Copy the blocks of a read that was not received, and verify them."""
+        if read is None:
+            return
+        read_id, received = read
+        fetch = received[0] if received else self._start_read(read_id)
+        if fetch is None:
+            return
+        try:
+            if received:
+                checksums = received[1]()
+            else:
+                assert self._copy is not None
+                checksums = self._copy(fetch.source_blocks, fetch.own_blocks)
+            problem = mismatch(checksums, fetch.checksums, fetch.first)
+        except Exception as error:
+            problem = f"{self.transport}: {type(error).__name__}: {error}"
+        self._apply(self._receiver.end_read, read_id, problem)

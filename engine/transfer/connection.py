@@ -11,7 +11,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from dispec.engine.transfer.messages import MAX_MESSAGE_BYTES, encode
@@ -55,10 +55,27 @@ class Connection:
         finally:
             timer.cancel()
 
-    def send(self, message: object, buffers: Sequence[memoryview | bytes] = ()) -> None:
-        """Send a message and buffers. Raises ConnectionError if the peer is gone or takes nothing for the timeout."""
-        encoded = encode(message)
-        _transfer(self.socket.sendmsg, [struct.pack(">I", len(encoded)), encoded, *buffers])
+    def send(self, message: object, parts: Iterable[Sequence[memoryview]] = ()) -> None:
+        """Send a message, then the buffers of each part as it comes.
+
+        Raises ConnectionError if the peer is gone or takes nothing for the timeout.
+        """
+        head: list[memoryview | bytes] = [_frame(message)]
+        for part in parts:
+            _transfer(self.socket.sendmsg, [*head, *part])
+            head = []
+        _transfer(self.socket.sendmsg, head)
+
+    def send_now(self, data: bytes) -> int:
+        """Send what goes without waiting, and return the number of bytes. Raises OSError if the peer is gone."""
+        try:
+            return self.socket.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+
+    def send_rest(self, data: bytes) -> None:
+        """Send bytes of a frame. Raises ConnectionError as `send`."""
+        _transfer(self.socket.sendmsg, [data])
 
     def wait(self, seconds: float | None) -> bool:
         """Wait until there is something to receive, or the peer has closed. Returns False after `seconds`."""
@@ -94,6 +111,11 @@ class Connection:
         self.socket.close()
 
 
+def _frame(message: object) -> bytes:
+    encoded = encode(message)
+    return struct.pack(">I", len(encoded)) + encoded
+
+
 def _transfer(call: Callable[[list[memoryview]], int], buffers: Sequence[memoryview | bytes]) -> None:
     """Repeat a scatter or gather call until all buffers are through."""
     left = [memoryview(buffer) for buffer in buffers if len(buffer)]
@@ -120,7 +142,7 @@ SendJob = Callable[[Connection], None]
 
 
 class SendQueue:
-    """Sends over a connection in order, in a thread of its own.
+    """Sends over a connection in order: jobs in a thread of its own, a message at once where nothing waits before it.
 
     Every job runs once, even after a failure: it then finds the connection closed.
     """
@@ -128,16 +150,31 @@ class SendQueue:
     def __init__(self, connection: Connection, thread_name: str) -> None:
         self._connection = connection
         self._jobs: queue.SimpleQueue[SendJob | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._is_closed = False
+        self._num_waiting = 0  # jobs that have not ended
         self._thread = threading.Thread(target=self._run_all, name=thread_name, daemon=True)
         self._thread.start()
+
+    def send(self, message: object) -> None:
+        """Send a message, from this thread if that takes no waiting: another thread would take 0.1 ms to wake up."""
+        data = _frame(message)
+        with self._lock:
+            if not self._num_waiting and not self._is_closed:
+                try:
+                    data = data[self._connection.send_now(data) :]
+                except OSError:
+                    self._connection.abort()
+                    return
+            if data:
+                self.put(lambda connection: connection.send_rest(data))
 
     def put(self, job: SendJob) -> None:
         if self._jobs.qsize() > MAX_QUEUED_SENDS:
             self._connection.abort()
         with self._lock:
             if not self._is_closed:
+                self._num_waiting += 1
                 self._jobs.put(job)
                 return
         self._run(job)
@@ -153,6 +190,8 @@ class SendQueue:
     def _run_all(self) -> None:
         while (job := self._jobs.get()) is not None:
             self._run(job)
+            with self._lock:
+                self._num_waiting -= 1
 
     def _run(self, job: SendJob) -> None:
         try:

@@ -15,7 +15,7 @@ from dispec.engine.transfer.connection import Connection
 from dispec.engine.transfer.interface import Identifier
 from dispec.engine.transfer.messages import Reason, TransportName, encode
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 NONCE_BYTES = 32
 MAX_GREETING_BYTES = 512  # read from a peer that has proved nothing
 MAX_HELLO_BYTES = 64 << 10

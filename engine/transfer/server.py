@@ -53,7 +53,7 @@ class Server:
     def send(self, peer: int, message: BlocksReady | TransferEnded | MemoryHandle) -> None:
         """Queue a message to a puller; nothing if it has disconnected."""
         if send_queue := self._send_queues.get(peer):
-            send_queue.put(lambda connection: connection.send(message))
+            send_queue.send(message)
 
     def send_blocks(self, peer: int, transfer_id: str, read_id: int, blocks: list[int]) -> None:
         """Queue the bytes of blocks to a puller. `Sender.sent` follows, whether they could be sent or not."""

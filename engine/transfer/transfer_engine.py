@@ -87,13 +87,13 @@ class TransferEngine:
         return self._blocks.block_bytes
 
     def publish(self, transfer_id: str, blocks: Sequence[int], *, payload: bytes | None = None) -> None:
-        """Publish further blocks of a transfer, in order, with their final contents. A payload completes it.
+        """Publish further blocks of a transfer, in order. A payload completes it.
 
+        Their contents are final: the host has waited for the steps that fill them.
         Raises ValueError for blocks that do not exist, a payload of more than 16 MiB, or a complete transfer.
         Blocks of one that has ended are not read; its `Released` covers them.
         """
         self._check_blocks(blocks)
-        self._blocks.wait_for_engine()
         with self._lock:
             outputs = self._sender.publish(transfer_id, blocks, payload, time.monotonic())
             self._to_check.put((transfer_id, list(blocks)))
@@ -113,7 +113,7 @@ class TransferEngine:
             raise ValueError("blocks has a block twice")
         if skip < 0:
             raise ValueError(f"skip is {skip}, must be at least 0")
-        self._blocks.wait_for_engine()
+        self._blocks.wait_before_writing()
         self._apply(self._receiver.pull, remote_blocks, skip, blocks)
 
     def release(self, transfer_id: str) -> None:
@@ -222,7 +222,7 @@ class TransferEngine:
                 self._compute_checksums(*job)
 
     def _compute_checksums(self, transfer_id: str, blocks: list[int]) -> None:
-        size = max(1, self.options.read_bytes // self.block_bytes)  # so that the first read need not wait for the last
+        size = self._blocks.num_checked_at_once(self.options.read_bytes)
         for start in range(0, len(blocks), size):
             with self._lock:
                 if self._is_closed or not self._sender.start_check(transfer_id):

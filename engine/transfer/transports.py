@@ -1,26 +1,20 @@
 """Ways to read a source's KV cache: which ones this process offers, and how a puller opens them.
 
-"tcp" needs nothing opened: the source sends. "shm" maps the source's memory, "cuda_ipc" opens its allocations on the
-same device, "nixl" reads remote memory through that library.
+"tcp" needs nothing opened: the source sends. "shm" maps the source's memory, "cuda_ipc" that of a GPU of this host,
+"nixl" reads remote memory through that library.
 """
 
-import importlib.util
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from dispec.engine.transfer.connection import Connection
 from dispec.engine.transfer.device_blocks import DeviceBlocks
 from dispec.engine.transfer.handshake import Hello
 from dispec.engine.transfer.interface import TRANSPORTS, TransferOptions, Transport
-from dispec.engine.transfer.kv_blocks import HostBlocks, KVBlocks
+from dispec.engine.transfer.kv_blocks import CopyBlocks, HostBlocks, KVBlocks
 from dispec.engine.transfer.messages import MemoryHandle, OpenMemory, decode_from_source
+from dispec.engine.transfer.nixl_transport import NixlTransport, find_library
 from dispec.engine.transfer.shared_memory import SharedMemory, map_read_only
 from dispec.layers.types import KVCache
-
-if TYPE_CHECKING:
-    from dispec.engine.transfer.nixl_transport import NixlTransport
-
-CopyBlocks = Callable[[Sequence[int], Sequence[int]], None]  # from the source's blocks into own ones
 
 
 class Transports:
@@ -29,12 +23,12 @@ class Transports:
     def __init__(self, options: TransferOptions, kv_cache: KVCache, shared: SharedMemory | None) -> None:
         self._options = options
         self._nixl: NixlTransport | None = None
-        on_cpu = kv_cache.keys.device.type == "cpu"
-        self.blocks: KVBlocks = HostBlocks.of_cache(kv_cache, shared) if on_cpu else DeviceBlocks(kv_cache)
+        self.blocks = blocks_of(kv_cache, shared)
+        on_cpu = self.blocks.device == "cpu"
         possible: dict[Transport, bool] = {
             "shm": shared is not None and on_cpu,
             "cuda_ipc": not on_cpu,
-            "nixl": on_cpu and importlib.util.find_spec("nixl_cu12") is not None,
+            "nixl": find_library() is not None,
             "tcp": True,
         }
         self.names: list[Transport] = [name for name in options.transports if possible[name]]
@@ -48,7 +42,7 @@ class Transports:
                 raise ValueError(f"{message.transport} is not offered here")
             if message.transport == "nixl":
                 return MemoryHandle(self._nixl_transport().export())
-            if isinstance(self.blocks, DeviceBlocks):
+            if isinstance(self.blocks, DeviceBlocks) and message.transport == "cuda_ipc":
                 return MemoryHandle(self.blocks.export())
             raise ValueError(f"{message.transport} has no handle")
         except Exception as error:  # of a library too: the puller takes its next transport
@@ -64,16 +58,13 @@ class Transports:
             raise ConnectionError(f"{type(handle).__name__} came instead of a memory handle")
         if handle.problem is not None:
             raise ConnectionError(f"the source cannot export its memory: {handle.problem}")
-        if isinstance(self.blocks, DeviceBlocks):
+        if isinstance(self.blocks, DeviceBlocks) and transport == "cuda_ipc":
             return self.blocks.open(handle.metadata, peer)
         return self._nixl_transport().open(handle.metadata, peer)
 
-    def _nixl_transport(self) -> "NixlTransport":
+    def _nixl_transport(self) -> NixlTransport:
         """Made at the first use: it starts threads."""
         if self._nixl is None:
-            from dispec.engine.transfer.nixl_transport import NixlTransport
-
-            assert isinstance(self.blocks, HostBlocks)
             self._nixl = NixlTransport(self._options, self.blocks)
         return self._nixl
 
@@ -84,11 +75,20 @@ class Transports:
         region = map_read_only(peer.shared_memory)
         cache = HostBlocks.of_region(region, peer.num_layers, peer.num_blocks, peer.layer_bytes)
 
-        def copy(source_blocks: Sequence[int], own_blocks: Sequence[int]) -> None:
+        def copy(source_blocks: Sequence[int], own_blocks: Sequence[int]) -> list[bytes]:
+            checksums = []
             for source_block, own_block in zip(source_blocks, own_blocks, strict=True):
                 own_cache.copy_block(cache, source_block, own_block)
+                checksums += own_cache.checksums([own_block])  # which finds the block in the CPU's cache
+            return checksums
 
         return copy
+
+
+def blocks_of(kv_cache: KVCache, shared: SharedMemory | None) -> KVBlocks:
+    """Wrap a KV cache. Raises ValueError if it does not fit; shared: as in `HostBlocks.of_cache`."""
+    on_cpu = kv_cache.keys.device.type == "cpu"
+    return HostBlocks.of_cache(kv_cache, shared) if on_cpu else DeviceBlocks(kv_cache)
 
 
 def usable_transports(own: Hello, peer: Hello) -> list[Transport]:
@@ -97,7 +97,7 @@ def usable_transports(own: Hello, peer: Hello) -> list[Transport]:
     possible: dict[Transport, bool] = {
         "shm": same_host and peer.shared_memory is not None,
         "cuda_ipc": same_host and own.device == peer.device != "cpu",
-        "nixl": own.device == peer.device == "cpu",
+        "nixl": own.device == peer.device,
         "tcp": True,
     }
     shared = (name for name in TRANSPORTS if possible[name] and name in own.transports and name in peer.transports)

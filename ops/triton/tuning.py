@@ -174,6 +174,12 @@ MAX_FUSED_NORM_TOKENS = 16
 # Elements of the output that one program sums the splits of, in split-K GEMMs.
 REDUCE_BLOCK = 256
 
+# Logits that one program of `argmax` reads at a time, its warps, and the programs of a multiprocessor up to which rows
+# are split.
+ARGMAX_BLOCK = 4096
+ARGMAX_WARPS = 4
+ARGMAX_PROGRAMS_PER_MULTIPROCESSOR = 16
+
 # Weights that one program of `token_threshold` reads at a time, and its warps. Larger blocks are a little faster at a
 # vocabulary of a multiple of 16, but spill at others.
 THRESHOLD_BLOCK = 8192

@@ -25,6 +25,7 @@ from dispec.engine.process.messages import (
     Start,
     StepOutput,
     Submit,
+    WorkerPlace,
     encode_params,
 )
 from dispec.engine.text.text_stream import without_texts
@@ -46,7 +47,7 @@ class ProcessClient(EngineClient):
     max_queued_requests, max_queued_tokens: most requests, and tokens of their prompts, that the engine has not started;
         further requests raise Overloaded.
     stall_seconds: an engine with work that completes no step for so long is not ready.
-    shared_cores: where other engines run on the same cores.
+    shared_cores: where other engines run on the same cores. place: among the workers of a pool.
     has_slos: whether requests are ordered by slack.
 
     Everything but `OutputProcessor` runs in the event loop's thread.
@@ -62,11 +63,12 @@ class ProcessClient(EngineClient):
         restarts: RestartPolicy | None = None,
         show_progress: bool = False,
         shared_cores: SharedCores | None = None,
+        place: WorkerPlace | None = None,
         has_slos: bool = False,
     ) -> None:
         super().__init__()
         self._supervisor = EngineSupervisor(
-            Start({**engine_options, "show_progress": show_progress}, shared_cores),
+            Start({**engine_options, "show_progress": show_progress}, shared_cores, place),
             receive=self._receive,
             on_state=lambda state: self._notify(lambda observer: observer.on_state(state)),
             on_death=self._fail_all,

@@ -50,11 +50,16 @@ class WorkerStatistics(EngineObserver):
 
 @dataclass(eq=False)
 class Worker:
-    """An engine of a pool. is_leaving: it gets no new requests, and is removed when it has none left."""
+    """An engine of a pool.
+
+    place: its number among the present ones, which decides its GPU; its replacement takes it over.
+    is_leaving: it gets no new requests, and is removed when it has none left.
+    """
 
     number: int
     role: Role
     client: ProcessClient
+    place: int
     is_leaving: bool = False
     statistics: WorkerStatistics = field(default_factory=WorkerStatistics)
 

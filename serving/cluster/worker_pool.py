@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from dispec.engine.machine.owned_directory import OwnedDirectory
-from dispec.engine.process.messages import EngineInfo, Inspection, Role, SharedCores
+from dispec.engine.process.messages import EngineInfo, Inspection, Role, SharedCores, WorkerPlace
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.client.engine_client import EngineClient, EngineObserver, State
@@ -57,8 +57,10 @@ class WorkerPool(EngineClient):
         self._tasks: set[asyncio.Task[None]] = set()
         self._notified_state: State = "loading"
         self._merged: tuple[tuple[EngineInfo, ...], EngineInfo | None] = ((), None)
-        self.workers = [self._make("prefill") for _ in range(num_prefill)]
-        self.workers += [self._make("decode") for _ in range(num_decode)]
+        self.workers: list[Worker] = []
+        self._num_first_workers = num_prefill + num_decode
+        for number in range(self._num_first_workers):
+            self.add_worker("prefill" if number < num_prefill else "decode")
 
     @property
     def state(self) -> State:
@@ -199,8 +201,15 @@ class WorkerPool(EngineClient):
         return min(ready, key=lambda client: client.load, default=None)
 
     def _make(self, role: Role) -> Worker:
-        client = ProcessClient(self._options, shared_cores=SharedCores(self._cores_path, role), **self._limits)
-        worker = Worker(next(self._numbers), role, client)
+        taken = {worker.place for worker in self.workers}
+        place = next(place for place in itertools.count() if place not in taken)
+        client = ProcessClient(
+            self._options,
+            shared_cores=SharedCores(self._cores_path, role),
+            place=WorkerPlace(place, self._num_first_workers),
+            **self._limits,
+        )
+        worker = Worker(next(self._numbers), role, client, place)
         client.observers += [worker.statistics, _Forward(self, worker)]
         return worker
 

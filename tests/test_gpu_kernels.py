@@ -443,7 +443,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 17, 32, 64, 256])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 17, 32, 64, 256, 2050])
 @pytest.mark.parametrize("name", SHAPES)
 def test_linear_of_a_layer(name: str, rows: int, dtype: torch.dtype) -> None:
     shape = SHAPES[name]

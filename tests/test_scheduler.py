@@ -78,6 +78,19 @@ class TestOrder:
         prompt = engine.add(tokens(7, 7))
         assert computed(engine.step()) == {decode.id: 1 for decode in decodes} | {prompt.id: 3}
 
+    @pytest.mark.parametrize("overlaps", [False, True])
+    def test_a_lone_prompt_takes_larger_chunks(self, overlaps: bool) -> None:
+        engine = FakeEngine(max_num_batched_tokens=12, max_prefill_chunk=4, max_lone_prefill_chunk=10)
+        first = engine.add(tokens(50), max_tokens=1)
+        assert [computed(engine.step(overlaps)) for _ in range(2)] == [{first.id: 10}] * 2
+        second = engine.add(tokens(6, 1), max_tokens=2)
+        # The second prompt runs beside the first one, and decodes beside it.
+        steps = [computed(engine.step(overlaps)) for _ in range(3)]
+        assert steps == [{first.id: 4, second.id: 4}, {first.id: 4, second.id: 2}, {first.id: 3, second.id: 1}]
+        if overlaps:
+            engine.step(overlaps)  # commits the second one's end
+        assert computed(engine.step(overlaps)) == {first.id: 10}
+
     def test_prompts_under_way_go_on_in_order_of_rank(self) -> None:
         engine = FakeEngine(max_num_seqs=2, max_num_batched_tokens=4, max_prefill_chunk=3)
         low = engine.add(tokens(20), priority=9)

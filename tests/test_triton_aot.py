@@ -21,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from dispec.ops.kv_cache import scale_rows  # noqa: E402
 from dispec.ops.norm import Norm  # noqa: E402
@@ -29,6 +30,7 @@ from dispec.ops.triton import (  # noqa: E402
     block_transfer,
     decode_attention,
     fp8_linear,
+    gated_gemm,
     gated_linear,
     kv_cache,
     linear,
@@ -56,6 +58,7 @@ KERNELS = {
     decode_attention: ("decode_kernel", "combine_kernel"),
     skinny_linear: ("gemv_kernel", "split_k_kernel", "reduce_splits_kernel"),
     gated_linear: ("gated_linear_kernel",),
+    gated_gemm: ("gated_gemm_kernel",),
     kv_cache: ("write_kv_kernel",),
     quantized_linear: ("quantized_linear_kernel", "dequantize_kernel"),
     norm_activation: ("rms_norm_kernel", "silu_and_mul_kernel"),
@@ -133,6 +136,8 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
             attributes[index,] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
@@ -152,6 +157,13 @@ def resources(compiled: Any) -> dict[str, int]:
             [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     return {name: int(size) for name, size in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
+
+
+def machine_code(compiled: Any) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run([CUOBJDUMP, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def check(launch: Launch, capability: int, widest_load: bool = True, spilled: int = 0) -> Any:
@@ -462,6 +474,16 @@ def test_gemms_of_many_tokens_are_torchs(rows: int, monkeypatch: pytest.MonkeyPa
     assert [launch.kernel.__name__ for launch in launches] == expected
     for launch in launches:
         check(launch, 90, widest_load=launch.kernel.__name__ != "rope_write_kernel")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gated_gemm_of_a_long_prompt(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = layer_launches(monkeypatch, 90, 2048, model)
+    assert [launch.kernel.__name__ for launch in launches][-1] == "gated_gemm_kernel"
+    compiled = check(launches[-1], 90, widest_load=False)
+    # An assembler that takes a result to be read too early waits after each product.
+    code = machine_code(compiled)
+    assert 0 < code.count("WARPGROUP.DEPBAR") <= code.count("HGMMA") // 3
 
 
 # N and K of the weights of Qwen2.5-7B.

@@ -29,9 +29,13 @@ from dispec.engine.scheduling.token_output import FinishReason, TokenLogprobs, T
 
 @dataclass(slots=True)
 class _StepPlan:
-    """A step that is being scheduled. budget: tokens that it can still take."""
+    """A step that is being scheduled.
+
+    budget: tokens that it can still take. max_chunk: most prompt tokens of one sequence.
+    """
 
     budget: int
+    max_chunk: int
     scheduled: dict[Sequence, ScheduledSequence] = field(default_factory=dict)
     copies: dict[Sequence, tuple[int, int]] = field(default_factory=dict)
     num_preempted: int = 0
@@ -44,6 +48,7 @@ class Scheduler:
     max_num_batched_tokens: most tokens of a step.
     max_prefill_chunk: most prompt tokens of one sequence in a step, and most tokens of a step with prompts and decodes,
         where prompts have at least half of them.
+    max_lone_prefill_chunk: most prompt tokens of a sequence in a step while no other sequence runs or waits.
     priority_aging: seconds of waiting that make up for one step of priority.
     enable_prefix_caching: as in `KVCacheManager`.
     """
@@ -55,6 +60,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         *,
         max_prefill_chunk: int | None = None,
+        max_lone_prefill_chunk: int | None = None,
         priority_aging: float = 60.0,
         enable_prefix_caching: bool = True,
     ) -> None:
@@ -64,6 +70,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_prefill_chunk = max_prefill_chunk or max_num_batched_tokens
+        self.max_lone_prefill_chunk = max_lone_prefill_chunk or self.max_prefill_chunk
         self.priority_aging = priority_aging
         self.waiting: list[Sequence] = []  # in order of rank
         self.running: list[Sequence] = []  # in order of admission
@@ -128,7 +135,9 @@ class Scheduler:
 
         The step's tokens count as computed at once, so every step must be committed, in order.
         """
-        plan = _StepPlan(self.max_num_batched_tokens)
+        is_alone = len(self.running) + len(self.waiting) + len(self._remote_ready) == 1
+        max_chunk = self.max_lone_prefill_chunk if is_alone else self.max_prefill_chunk
+        plan = _StepPlan(self.max_num_batched_tokens, max_chunk)
         while self._remote_ready and len(self.running) < self.max_num_seqs:
             self._remote_ready[0].status = Status.RUNNING
             self.running.append(self._remote_ready.pop(0))
@@ -143,7 +152,7 @@ class Scheduler:
             sequence.status = Status.RUNNING
             self.running.append(sequence)
             num_cached_tokens += sequence.num_computed_tokens
-            num_tokens = min(sequence.num_uncomputed_tokens, self.max_prefill_chunk, plan.budget)
+            num_tokens = min(sequence.num_uncomputed_tokens, plan.max_chunk, plan.budget)
             has_grown = self.kv_cache.grow(sequence, num_tokens, plan.copies)
             assert has_grown, "a sequence was admitted without room"
             self._add_to_step(plan, sequence, num_tokens)
@@ -311,7 +320,7 @@ class Scheduler:
             if plan.budget == 0:
                 return
             if sequence.status is Status.RUNNING:
-                num_tokens = min(sequence.num_uncomputed_tokens, self.max_prefill_chunk, plan.budget)
+                num_tokens = min(sequence.num_uncomputed_tokens, plan.max_chunk, plan.budget)
                 self._schedule_or_preempt(plan, sequence, num_tokens)
 
     def _schedule_or_preempt(self, plan: _StepPlan, sequence: Sequence, num_tokens: int) -> None:

@@ -50,6 +50,22 @@ class SkinnyGemmConfig(NamedTuple):
     num_stages: int = 1
 
 
+class GatedGemmConfig(NamedTuple):
+    """How to launch a GEMM of many tokens with its gated activation.
+
+    block_m: tokens, block_n: features of the output, block_k: columns of a tile. group_m: tiles of tokens that share
+    the weight in the L2 cache. programs: most programs.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    programs: int
+    num_warps: int
+    num_stages: int
+
+
 class QuantizedGemmConfig(NamedTuple):
     """How to launch a GEMM with int4 or int8 weights.
 
@@ -175,6 +191,9 @@ MIN_TILED_WRITE_TOKENS = 512
 # Most tokens of a norm that is fused into the GEMM after it. More are normed once by a kernel before it.
 MAX_FUSED_NORM_TOKENS = 16
 
+# Fewest tokens of a GEMM with a gated activation that is not torch's, where `choose_fused_linear` has no kernel.
+MIN_GATED_GEMM_TOKENS = 2048
+
 # Elements of the output that one program sums the splits of, in split-K GEMMs.
 REDUCE_BLOCK = 256
 
@@ -263,6 +282,17 @@ def choose_fused_linear(
     if is_long:
         return SkinnyGemmConfig(64, 128, min(max(device.multiprocessors * 64 // out_features, 1), 12), 4, 5)
     return SkinnyGemmConfig(16, 512, 1, 4, 3)
+
+
+def choose_gated_gemm(device: Device, num_tokens: int, out_features: int, in_features: int) -> GatedGemmConfig | None:
+    """Return how to launch a gated GEMM of many tokens; None where torch's and the activation after it are faster.
+
+    On an H200 with the shapes of Qwen2.5-1.5B: 176 us for 2,048 tokens, torch's GEMM 172 and the activation 19; 694 us
+    for 8,192 tokens, 660 and 92.
+    """
+    if device.architecture != "sm_90" or num_tokens < MIN_GATED_GEMM_TOKENS or out_features % 16 or in_features % 8:
+        return None
+    return GatedGemmConfig(128, 128, 64, 8, device.multiprocessors, 8, 4)
 
 
 def choose_fp8_linear(device: Device, num_tokens: int, out_features: int, in_features: int) -> SkinnyGemmConfig | None:

@@ -34,7 +34,7 @@ else:
     from triton.language import float8e4nv
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from dispec.ops import reference
+    from dispec.ops import reference, sampling
     from dispec.ops.kv_cache import codes_and_scales, scale_rows
     from dispec.ops.kv_cache import write_kv as write_kv_on_cpu
     from dispec.ops.triton import (
@@ -422,6 +422,8 @@ else:
         logits, expected = rows_with_first_largest(size, dtype)
         for _ in range(2):  # the counters are zero again
             assert argmax.argmax(logits).tolist() == expected
+            # As torch calls the op's implementation: without arguments that equal their default.
+            assert sampling._argmax_cuda(logits).tolist() == expected
         assert argmax.argmax(logits[:0]).tolist() == []
 
     @pytest.mark.parametrize("has_bias", [False, True])

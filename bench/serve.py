@@ -91,7 +91,7 @@ async def serve_once(url: str, api_key: str | None, model: str, load: Load, seed
     warm = Load(1, load.prompt_tokens, load.output_tokens, load.vocab_size, concurrency=1, chat=load.chat)
     await run_load(client, warm, model, seed=-1 - seed)
     name = f"c={load.concurrency}" if load.concurrency else f"{load.rate:g}/s"
-    with tqdm(total=load.num_requests, desc=name, unit="request", leave=False, mininterval=1.0) as bar:
+    with tqdm(total=load.num_requests, desc=name, unit="request", leave=False, mininterval=1.0, disable=None) as bar:
         began, cpu = time.perf_counter(), time.process_time()
         answers = await run_load(client, load, model, seed, bar.update)
         share = (time.process_time() - cpu) / (time.perf_counter() - began)

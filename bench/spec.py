@@ -18,9 +18,10 @@ import typer
 from tqdm import tqdm
 
 from dispec.bench.geometries import NAMES, model_config
-from dispec.bench.loading import Device, Dtype, EnforceEager, Model, load
+from dispec.bench.loading import Device, Dtype, EnforceEager, Model, config_of, load, useful_kv_memory
 from dispec.bench.machine import choose_device, describe_machine
 from dispec.bench.report import Output, Plot, Report
+from dispec.bench.spec_prompts import CHAT, COPYING, PASSAGES
 from dispec.bench.speculative_run import (
     Costs,
     Run,
@@ -39,36 +40,7 @@ from dispec.engine.speculation.ngram import NgramProposer
 from dispec.engine.speculation.proposer import Proposer
 from dispec.engine.speculation.speculator import Speculator
 
-_PASSAGES = (
-    "The lighthouse at Carrow Point was built in 1868 after three ships were lost in a single winter. Its lamp "
-    "burned whale oil, later kerosene, and since 1931 electricity. The keeper's cottage, a low stone house with "
-    "two rooms, now holds a small museum. Visitors can climb the 142 steps to the gallery, from where the islands "
-    "of the bay can be seen on clear days. The fog signal, a horn driven by compressed air, was silenced in 1987 "
-    "and is sounded only once a year, on the first Sunday of June.",
-    "The committee met on Tuesday, 4 March, in the town hall. Present were Mr. Abbott, Ms. Chen, Dr. Okafor and "
-    "Mrs. Lindqvist. The minutes of the last meeting were approved. Ms. Chen reported that the repair of the "
-    "northern bridge will cost 48,500 euros, of which the county pays half. Dr. Okafor asked for a second offer. "
-    "It was decided to wait for it until the end of the month. Mrs. Lindqvist presented the programme of the "
-    "summer festival, which begins on 12 July with a concert in the park.",
-    "To change the filter, switch the machine off and unplug it. Open the lid on the left side and pull the grey "
-    "handle towards you until it clicks. Lift the old filter out and let it drip over a bowl. Rinse the holder "
-    "with cold water, never with soap. Insert the new filter with the arrow pointing up, push the handle back and "
-    "close the lid. Plug the machine in, hold the green button for five seconds, and run two cups of water "
-    "through it before you use it again.",
-)
-_COPYING = (
-    "Repeat the following text word for word, without any changes:\n\n{}",
-    "Copy this text exactly as it is:\n\n{}",
-    "Quote the following text in full, and nothing else:\n\n{}",
-)
-_CHAT = (
-    "Explain how rain forms.",
-    "Write a short story about a dog who learns to swim.",
-    "What should I consider when I buy a used car?",
-    "Give me five ideas for a birthday party.",
-    "Describe the difference between cats and dogs as pets.",
-    "How do I prepare for a long hike?",
-)
+_MAX_MODEL_LEN = 1024
 
 
 class Work(NamedTuple):
@@ -210,24 +182,29 @@ def main(
         "differ": "",
     }
     report = Report("spec", settings, describe_machine(choose_device(device)), columns, output, plot)
+    memory = {}
+    if choose_device(device).type == "cuda":  # otherwise it takes all free memory
+        # Up to three groups of sequences run in turns. A draft model's part is smaller than the target's.
+        memory["kv_cache_memory"] = 2 * useful_kv_memory(config_of(model), 3 * max(widths), _MAX_MODEL_LEN, 4)
     llm = load(
         model,
         **({"dtype": dtype} | (format_options(target_format) if target_format else {})),
         device=device,
         max_num_seqs=max(widths),
-        max_model_len=1024,
+        max_model_len=_MAX_MODEL_LEN,
         enforce_eager=enforce_eager,
         speculative_model=model_config(draft) if draft in NAMES else draft or "ngram",
         enable_prefix_caching=False,  # in bf16, keys of an earlier run are not those that this one would compute
         num_speculative_tokens=num_speculative_tokens,
+        **memory,
     )
     assert llm.engine.speculator is not None
     draft_model = llm.engine.speculator.proposer if draft is not None else None
-    chats = [_CHAT[index % len(_CHAT)] for index in range(max(len(_CHAT), *widths))]
-    copies = [form.format(passage) for form, passage in zip(_COPYING, _PASSAGES, strict=True)]
+    chats = [CHAT[index % len(CHAT)] for index in range(max(len(CHAT), *widths))]
+    copies = [form.format(passage) for form, passage in zip(COPYING, PASSAGES, strict=True)]
     works: list[tuple[Work, Proposer]] = [
         (Work("copying, n-gram", copies, 0.0, 1), NgramProposer()),
-        (Work("chat, n-gram", list(_CHAT), 0.0, 1), NgramProposer()),
+        (Work("chat, n-gram", list(CHAT), 0.0, 1), NgramProposer()),
     ]
     has_text = model not in NAMES
     if not has_text:
@@ -235,7 +212,7 @@ def main(
         separate_logits(llm)
     elif draft_model is not None:
         for width in widths:
-            several = list(_CHAT) if width == 1 else chats[:width]
+            several = list(CHAT) if width == 1 else chats[:width]
             works.append((Work("chat, draft", several, 0.0, width), draft_model))
             works.append((Work("chat, draft, temperature 1", several, 1.0, width), draft_model))
     for work, proposer in tqdm(works, desc="workloads", leave=False, disable=None):
@@ -244,7 +221,7 @@ def main(
         text = ", ".join(f"{share:.0%}" for share in shares)
         print(f"{work.name}, c={work.concurrency}: share of drafts accepted up to each position: {text}", flush=True)
     for width in widths:
-        size = max(1, (len(_CHAT) if has_text else 2) // width) * width
+        size = max(1, (len(CHAT) if has_text else 2) // width) * width
         if has_text:
             prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in chats[:size]]
         else:

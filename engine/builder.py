@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,6 +48,7 @@ from dispec.engine.transfer.transfer_engine import TransferEngine
 from dispec.layers.config import ModelConfig, UnsupportedModelError
 from dispec.layers.sharding import Sharding, check_can_shard
 from dispec.layers.types import Weights
+from dispec.layers.weight_specs import declare
 from dispec.layers.weight_stacks import Packing
 from dispec.layers.weights import dummy_weights, load_weights
 from dispec.ops import Matrix
@@ -200,9 +201,19 @@ class EngineBuilder:
     def _load_draft(self, target: Weights) -> Weights:
         assert self._draft is not None
         packing = draft_packing(self._device, self._dtype)
-        checkpoint = self._draft.checkpoint
-        borrowed = checkpoint.borrowed(target, packing) if isinstance(checkpoint, SharedDraft) else None
+        checkpoint, borrowed = self._draft.checkpoint, None
+        if isinstance(checkpoint, SharedDraft):
+            borrowed = checkpoint.borrowed(self._load_tables() if self._ranks is not None else target, packing)
         return self._load(checkpoint, self._draft.config, packing, borrowed, is_sharded=False)
+
+    def _load_tables(self) -> Weights:
+        """Return the target with its first layer alone and not sharded, for its embedding and head."""
+        assert self._checkpoint is not None
+        config = replace(self._config, num_layers=1)
+        names = {source.name for spec in declare(config) for source in spec.sources}
+        tensors = self._checkpoint.tensors(self._dtype, self._options.quantization)
+        few = with_kernels(((name, one) for name, one in tensors if name in names), self._dtype, self._device)
+        return load_weights(config, few, self._dtype, self._device, packing=packing_for(self._options, self._device))
 
     def _load(
         self,
@@ -257,8 +268,9 @@ class EngineBuilder:
         is_draft: bool = False,
     ) -> ModelRunner:
         options = self._options
-        if self._ranks is not None:
-            self._ranks.send(AllocateCache(plan, self._max_num_batched_tokens))
+        ranks = None if is_draft else self._ranks  # the first rank alone runs a draft model
+        if ranks is not None:
+            ranks.send(AllocateCache(plan, self._max_num_batched_tokens))
         memory = shared_memory.tensor if shared_memory else None
         return ModelRunner(
             self._plan,
@@ -273,7 +285,7 @@ class EngineBuilder:
             max_query_len=0 if is_draft and self._device.type == "cuda" else None,
             vocab_size=self._config.vocab_size,
             head_tokens=head_tokens,
-            ranks=self._ranks,
+            ranks=ranks,
         )
 
     def _make_draft_model(

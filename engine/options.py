@@ -185,9 +185,6 @@ class EngineOptions:
             if self.kv_transfer is not None:
                 conflict = f"{size} and kv_transfer is {self.kv_transfer!r}: an engine of several ranks moves no KV"
                 raise invalid_field("tensor_parallel_size", conflict)
-            if self.speculative_model not in (None, "ngram"):
-                conflict = f"{size} and there is a speculative_model: several ranks speculate with 'ngram' alone"
-                raise invalid_field("tensor_parallel_size", conflict)
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise invalid_field("device", f"is {self.device!r}, must be 'cpu', 'cuda' or 'cuda:N'")
         parse_bytes(self.kv_cache_memory)

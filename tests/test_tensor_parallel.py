@@ -139,6 +139,28 @@ def test_answers_are_those_of_one_rank(directory, size):
             assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
 
 
+@pytest.mark.parametrize("is_target", [True, False])
+def test_the_first_rank_alone_runs_a_draft_model(directory, tmp_path, is_target):
+    """The target itself, whose draft tokens are accepted, and a model of other weights."""
+    draft = directory
+    if not is_target:
+        save_tiny(tmp_path, "llama", seed=1)
+        draft = tmp_path
+    alone = answers(directory)
+    llm = LLM(directory, **FLOAT32, tensor_parallel_size=2, speculative_model=draft)
+    try:
+        llm.engine.speculator.is_adaptive = False
+        together = [one for _ in range(2) for one in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+        records = [record for record in llm.engine.records if record.num_drafts]
+    finally:
+        llm.engine.close()
+    assert [c.token_ids for one in together for c in one.choices] == [c.token_ids for one in alone for c in one.choices]
+    num_draft_tokens = sum(record.num_draft_tokens for record in records)
+    num_accepted = sum(sum(record.num_accepted_per_position) for record in records)
+    assert num_draft_tokens > 50
+    assert num_accepted > 0.9 * num_draft_tokens if is_target else num_accepted < 0.2 * num_draft_tokens
+
+
 @pytest.mark.parametrize("options", [{}, {"speculative_model": "ngram"}, {"async_scheduling": True}])
 def test_draft_tokens_small_steps_and_overlap_change_nothing(directory, options):
     alone = answers(directory)
@@ -253,7 +275,6 @@ def test_one_engine_with_ranks_at_a_time(directory):
     ("options", "message"),
     [
         ({"kv_transfer": "tcp"}, "kv_transfer is 'tcp'"),
-        ({"speculative_model": "smollm2-draft"}, "with 'ngram' alone"),
         ({"tensor_parallel_size": 65}, "between 1 and 64"),
     ],
 )

@@ -24,6 +24,22 @@ def test_three_ranks_answer_in_float32_as_one():
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
+def test_a_draft_that_shares_the_target_s_embedding_is_run_by_the_first_rank() -> None:
+    found = []
+    for options in ({}, {"tensor_parallel_size": 2, "speculative_model": "smollm2-draft"}):
+        llm = LLM("smollm2", **OPTIONS, dtype="float32", **options)
+        try:
+            if llm.engine.speculator is not None:
+                llm.engine.speculator.is_adaptive = False
+            found.append([one.token_ids for one in llm.generate(QUESTIONS, GREEDY, use_tqdm=False)])
+            num_accepted = sum(sum(record.num_accepted_per_position) for record in llm.engine.records)
+        finally:
+            llm.engine.close()
+    assert found[0] == found[1]
+    assert num_accepted > 20
+
+
 def scored(dtype: str, size: int) -> list[TokenLogprobs]:
     """What the model says of every token of some given texts, so that no choice of it changes what it sees next."""
     llm = LLM("smollm2", **OPTIONS, dtype=dtype, tensor_parallel_size=size)

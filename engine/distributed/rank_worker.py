@@ -13,6 +13,7 @@ import msgspec
 import torch
 
 from dispec.engine.distributed.process_group import connect_store, join_group
+from dispec.engine.distributed.process_watch import ProcessWatch
 from dispec.engine.distributed.rank_messages import JoinGroup, read_message
 from dispec.engine.dtypes import DTYPES
 from dispec.engine.execution.execution_plan import plan_for
@@ -72,6 +73,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
+    # The main thread may wait for a kernel that waits for the engine's message.
+    ProcessWatch([os.getppid()], lambda: os._exit(1))
     pipe = sys.stdin.buffer
     request = msgspec.json.decode(pipe.readline(), type=JoinGroup)
     torch.set_num_threads(request.num_threads)

@@ -8,6 +8,7 @@ group of this machine: NCCL on CUDA, Gloo on CPU.
 import os
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from dispec.engine.distributed.process_group import connect_store, join_group, ready_key
+from dispec.engine.distributed.process_watch import ProcessWatch
 from dispec.engine.distributed.rank_messages import JoinGroup, encode_frame
 from dispec.engine.execution.ranks import Message
 from dispec.engine.machine.torch_threads import set_threads
@@ -27,6 +29,8 @@ from dispec.layers.config import ModelConfig
 
 _WORKER = "dispec.engine.distributed.rank_worker"
 _POLL_SECONDS = 0.05  # between two looks at a rank that is awaited
+# The connections of a process that dies close shortly before its status can be read.
+_STATUS_SECONDS = 1.0
 _EXIT_SECONDS = 10.0  # for a follower to end after its input was closed
 
 
@@ -48,6 +52,8 @@ class TensorParallel:
                 f"tensor_parallel_size is {size}, but this process has an engine with ranks already: close that first"
             )
         self._is_broken = False
+        self._failure: str | None = None
+        self._watch: ProcessWatch | None = None
         all_threads = torch.get_num_threads()
         threads = max(1, all_threads // size)
         if device.type == "cpu":
@@ -62,6 +68,13 @@ class TensorParallel:
         try:
             self._wait_for_followers(store)
             self.shard = join_group(0, size, device, store)
+            if device.type == "cuda":
+                # Gloo notices by itself that a rank has ended. A kernel would wait for its message for ever.
+                stop_waiting = weakref.WeakMethod(self._stop_waiting)
+                self._watch = ProcessWatch(
+                    [follower.pid for follower in self._followers],
+                    lambda: method() if (method := stop_waiting()) is not None else None,
+                )
         except Exception as error:
             try:
                 self._fail(error)
@@ -107,11 +120,23 @@ class TensorParallel:
 
     def close(self) -> None:
         """End the followers and leave the group."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        if self._is_broken:
+            for follower in self._followers:  # they may wait for a message of one that has ended
+                follower.kill()
         self._is_broken = True
         pidfds, self._pidfds = self._pidfds, []
         for pidfd in pidfds:
             os.close(pidfd)
         self._end()
+
+    def _stop_waiting(self) -> None:
+        """End the kernels that wait for a follower that has ended: the thread that waits for them can `check` then."""
+        group = dist.group.WORLD
+        assert group is not None
+        group._get_backend(torch.device("cuda")).abort()
 
     def _wait_for_followers(self, store: dist.TCPStore) -> None:
         """Wait until all followers are ready. Joining a group does not notice that another rank has died."""
@@ -123,13 +148,18 @@ class TensorParallel:
 
     def _fail(self, error: Exception | None) -> NoReturn:
         self._is_broken = True
+        if self._failure is None:
+            self._failure = f"the tensor-parallel model is no longer whole: {self._reason(error)}"
+        raise TensorParallelError(self._failure) from error
+
+    def _reason(self, error: Exception | None) -> str:
         ended = []
+        deadline = time.monotonic() + _STATUS_SECONDS
         for rank, follower in enumerate(self._followers, start=1):
-            # The connections of a process that dies close shortly before its status can be read.
             with suppress(subprocess.TimeoutExpired):
-                ended.append(f"rank {rank} ended with status {follower.wait(timeout=1)}")
-        reason = ", ".join(ended) or f"rank 0 failed: {error}"
-        raise TensorParallelError(f"the tensor-parallel model is no longer whole: {reason}") from error
+                status = follower.wait(timeout=max(0.0, deadline - time.monotonic()))
+                ended.append(f"rank {rank} ended with status {status}")
+        return ", ".join(ended) or f"rank 0 failed: {error}"
 
 
 def _end(followers: "list[subprocess.Popen[bytes]]", is_cuda: bool, all_threads: int) -> None:
@@ -160,6 +190,8 @@ def _start(
     config = options.model if isinstance(options.model, ModelConfig) else None
     own = {
         "model": "" if config else str(options.model),
+        # Followers do not run a draft model, but their plan depends on whether there is one.
+        "speculative_model": None if options.speculative_model is None else str(options.speculative_model),
         "device": f"cuda:{(device.index or 0) + rank}" if device.type == "cuda" else "cpu",
     }
     values = {field.name: getattr(options, field.name) for field in fields(options)} | own

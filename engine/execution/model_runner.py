@@ -151,7 +151,7 @@ class ModelRunner:
         if self.is_cuda:
             event = torch.cuda.Event()
             event.record()
-        return PendingStep(outputs, event, drafts)
+        return PendingStep(outputs, event, drafts, self._ranks)
 
     def _launch(self, scheduled: tuple[ScheduledSequence, ...], drafts: DeviceDrafts | None) -> list[SamplerOutput]:
         results: list[SamplerOutput] = []

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dispec.engine.execution.ranks import Ranks
 from dispec.engine.execution.sampler import SamplerOutput
 from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput
 from dispec.engine.scheduling.sequence import Sequence
@@ -45,21 +46,29 @@ def write_drafts(num_draft_tokens: dict[Sequence, int], token_ids: Tensor) -> No
 class PendingStep:
     """A step that the device was told to run.
 
+    ranks: the other ranks that run the step, if there are any.
     draft_seconds: device time of the draft tokens that the step verifies, where the host did not wait for them.
     """
 
     def __init__(
-        self, outputs: list[SamplerOutput], event: torch.cuda.Event | None, drafts: DeviceDrafts | None = None
+        self,
+        outputs: list[SamplerOutput],
+        event: torch.cuda.Event | None,
+        drafts: DeviceDrafts | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._outputs = outputs
         self._event = event
         self._drafts = drafts
+        self._ranks = ranks
         self.draft_seconds = 0.0
 
     def wait(self) -> ModelRunnerOutput:
-        """Return what the step sampled, once it has run."""
+        """Return what the step sampled, once it has run. Raises TensorParallelError if another rank has failed."""
         if self._event is not None:
             self._event.synchronize()
+        if self._ranks is not None:
+            self._ranks.check()
         if self._drafts is not None:
             self.draft_seconds = self._drafts.wait()
         token_ids: dict[int, list[int]] = {}

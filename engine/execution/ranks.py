@@ -47,6 +47,9 @@ class Ranks(Protocol):
     def is_broken(self) -> bool:
         """Whether a rank has failed, so that nothing can be computed any more."""
 
+    def check(self) -> None:
+        """Raise TensorParallelError if a rank has failed: results of steps since then may be wrong."""
+
     def send(self, message: Message) -> None:
         """Send a message to every other rank."""
 

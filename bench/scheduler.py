@@ -1,99 +1,131 @@
-"""Milliseconds of `schedule` and `commit` of one decode step, without a model.
+"""Milliseconds that the host spends on a decode step: `schedule`, `launch`, `wait` and `commit` without a model.
 
     dispec bench scheduler --sequences 16,64,256 --context 128,1024,8192
 
-No model runs: a step's tokens are made up. The cost should grow with the number of running sequences and not with
-their length.
+An engine runs whose model returns the same logits at once, with one step queued ahead as on CUDA. The cost should grow
+with the number of running sequences and not with their length.
 """
 
 import statistics
-import time
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, cast
 
+import torch
 import typer
+from torch import Tensor
 
 from dispec.bench.machine import describe_machine
 from dispec.bench.report import Output, Plot, Report
 from dispec.bench.workload import sizes
+from dispec.engine.engine import Engine
+from dispec.engine.execution.compiled_steps import StepFunctions
+from dispec.engine.execution.model_runner import ModelRunner
+from dispec.engine.options import EngineOptions
 from dispec.engine.sampling_params import SamplingParams
-from dispec.engine.scheduling.block_pool import BlockPool
-from dispec.engine.scheduling.scheduler import Scheduler
-from dispec.engine.scheduling.scheduler_output import ModelRunnerOutput
-from dispec.engine.scheduling.sequence import Sequence
+from dispec.engine.scheduling.step_record import StepRecord
+from dispec.layers.config import ModelConfig
+from dispec.layers.types import Batch
 
 WARM_UP = 20
+PHASES = ("schedule", "launch", "wait", "commit")
+CONFIG = ModelConfig(
+    architecture="Qwen2ForCausalLM",
+    vocab_size=512,
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=16,
+    max_position_embeddings=1 << 20,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+)
 
 
-class Cost(NamedTuple):
-    """Milliseconds of one step."""
-
-    schedule: float
-    commit: float
-
-
-def running(num_sequences: int, context: int, steps: int, block_size: int) -> Scheduler:
-    """Return a scheduler of decoding sequences that share no prefix."""
-    max_len = context + steps + 2 * WARM_UP
-    num_blocks = num_sequences * -(-max_len // block_size) + num_sequences
-    scheduler = Scheduler(BlockPool(num_blocks + 1, block_size), num_sequences, num_sequences * context)
-    params = SamplingParams(max_tokens=max_len)
-    for index in range(num_sequences):
-        prompt = [index + 1, *range(1, context)]
-        scheduler.add(Sequence(index, prompt, params, 0, frozenset((0,)), max_len, arrival_time=float(index)))
-    while scheduler.waiting or any(sequence.num_uncomputed_tokens > 1 for sequence in scheduler.running):
-        decode(scheduler)
-    assert len(scheduler.running) == num_sequences
-    return scheduler
-
-
-def decode(scheduler: Scheduler) -> Cost:
-    """Schedule and commit one step."""
-    start = time.perf_counter()
-    step = scheduler.schedule()
-    scheduled = time.perf_counter()
-    result = ModelRunnerOutput(
-        {scheduled.sequence.id: [7] for scheduled in step.scheduled_sequences if scheduled.samples}
+def engine_without_model(num_sequences: int, context: int, max_len: int, block_size: int) -> Engine:
+    """Return an engine whose steps take the host no time for the model."""
+    token_bytes = 2 * CONFIG.num_kv_heads * CONFIG.head_dim * torch.float32.itemsize
+    engine = Engine(
+        EngineOptions(
+            model=CONFIG,
+            load_format="dummy",
+            dtype="float32",
+            device="cpu",
+            compile="off",
+            async_scheduling=True,
+            block_size=cast(Any, block_size),
+            max_num_seqs=num_sequences,
+            max_num_batched_tokens=num_sequences * context,
+            max_model_len=max_len,
+            kv_cache_memory=(num_sequences + 1) * (max_len + block_size) * token_bytes,
+            show_progress=False,
+        )
     )
-    ran = time.perf_counter()
-    scheduler.commit(step, result)
-    return Cost((scheduled - start) * 1e3, (time.perf_counter() - ran) * 1e3)
+    _remove_model(engine.runner, num_sequences)
+    return engine
 
 
-def measure(num_sequences: int, context: int, steps: int, block_size: int) -> list[Cost]:
-    """Return the cost of each of `steps` decode steps."""
-    scheduler = running(num_sequences, context, steps, block_size)
-    costs = [decode(scheduler) for _ in range(WARM_UP + steps)][WARM_UP:]
-    scheduler.check()
-    assert len(scheduler.running) == num_sequences
-    return costs
+def _remove_model(runner: ModelRunner, num_sequences: int) -> None:
+    logits = torch.zeros(num_sequences, CONFIG.vocab_size)
+    argmax = torch.full((num_sequences,), 7)
+    hidden = torch.zeros(1, CONFIG.hidden_size)
+
+    def decode(weights: object, batch: Batch, kv_cache: object, previous: object) -> tuple[Tensor, Tensor]:
+        num_sampled = len(batch.context_lens if batch.logits_indices is None else batch.logits_indices)
+        return logits[:num_sampled], argmax[:num_sampled]
+
+    def prefill(weights: object, batch: Batch, kv_cache: object, previous: object) -> tuple[Tensor, Tensor, Tensor]:
+        return hidden, *decode(weights, batch, kv_cache, previous)
+
+    runner._functions = runner._eager = StepFunctions(decode, prefill)
+
+
+def measure(num_sequences: int, context: int, steps: int, block_size: int, temperature: float) -> list[StepRecord]:
+    """Return the records of decode steps of sequences that share no prefix."""
+    max_len = context + steps + 2 * WARM_UP
+    engine = engine_without_model(num_sequences, context, max_len, block_size)
+    params = SamplingParams(temperature=temperature, max_tokens=max_len, ignore_eos=True)
+    for index in range(num_sequences):
+        engine.add([index + 1, *(position % 500 for position in range(1, context))], params)
+    while engine.scheduler.waiting or not engine.records or engine.records[-1].kind != "decode":
+        engine.step()
+    engine.records.clear()
+    while len(engine.records) < WARM_UP + steps:
+        engine.step()
+    engine.scheduler.check()
+    assert len(engine.scheduler.running) == num_sequences
+    records = list(engine.records)[WARM_UP:]
+    engine.close()
+    return records
 
 
 def main(
     sequences: Annotated[str, typer.Option(help="Numbers of running sequences.")] = "16,64,256",
     context: Annotated[str, typer.Option(help="Tokens of each prompt.")] = "128,1024,8192",
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps to measure.")] = 500,
-    block_size: Annotated[int, typer.Option(min=1)] = 16,
+    steps: Annotated[int, typer.Option(min=1, max=900, help="Decode steps to measure.")] = 500,
+    block_size: Annotated[int, typer.Option(help="16, 32 or 64.")] = 16,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
     output: Output = None,
     plot: Plot = None,
 ) -> None:
-    """Measure the scheduling of a decode step without a model."""
+    """Measure the host's part of a decode step, without a model."""
     settings = dict(locals())
-    milliseconds = dict.fromkeys(("median ms", "p99 ms", "schedule", "commit"), ".3f")
+    milliseconds = dict.fromkeys(("median ms", "p99 ms", *PHASES), ".3f")
     columns = {"sequences": "d", "context": "d"} | milliseconds | {"us/seq": ".2f"}
     report = Report("scheduler", settings, describe_machine(), columns, output, plot)
     for tokens in sizes(context):
         for num_sequences in sizes(sequences):
-            costs = measure(num_sequences, tokens, steps, block_size)
-            totals = sorted(map(sum, costs))
-            median, worst = statistics.median(totals), totals[int(0.99 * (len(totals) - 1))]
-            schedule, commit = (statistics.median(values) for values in zip(*costs, strict=True))
-            figures = {"median": median, "p99": worst, "schedule": schedule, "commit": commit}
+            records = measure(num_sequences, tokens, steps, block_size, temperature)
+            totals = sorted(record.seconds for record in records)
+            median = statistics.median(totals)
+            figures = {"median": median, "p99": totals[int(0.99 * (len(totals) - 1))]}
+            figures |= {phase: statistics.median(getattr(record, phase) for record in records) for phase in PHASES}
             report.add(
                 {"sequences": num_sequences, "context": tokens},
-                {f"{name}_seconds": value / 1e3 for name, value in figures.items()},
-                [num_sequences, tokens, *figures.values(), median / num_sequences * 1e3],
+                {f"{name}_seconds": value for name, value in figures.items()},
+                [num_sequences, tokens, *(1e3 * value for value in figures.values()), median / num_sequences * 1e6],
             )
-            report.point(f"context {tokens}", num_sequences, median)
+            report.point(f"context {tokens}", num_sequences, median * 1e3)
     report.finish("running sequences", "ms a step")
 
 

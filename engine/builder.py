@@ -305,6 +305,7 @@ class EngineBuilder:
             options.max_num_seqs,
             self._max_num_batched_tokens,
             max_prefill_chunk=options.max_prefill_chunk or (2048 if self._device.type == "cuda" else None),
+            max_lone_prefill_chunk=options.max_prefill_chunk or self._max_num_batched_tokens,
             priority_aging=options.priority_aging,
             enable_prefix_caching=options.enable_prefix_caching,
         )

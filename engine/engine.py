@@ -237,10 +237,13 @@ class Engine:
                 outputs += self._commit(self._launched.popleft())
             self.speculator.plan(self.scheduler.running)
         step = self.scheduler.schedule()
+        overlaps = False
         if step.scheduled_sequences:
             self._launch(step, start)
+            # A step that may reject draft tokens decides what the next one computes.
+            overlaps = self.plan.overlaps and not self._launched[-1].record.num_draft_tokens
         outputs += self.kv_connector.take_outputs()
-        while len(self._launched) > (self._overlaps(step) if step.scheduled_sequences else 0):
+        while len(self._launched) > overlaps:
             outputs += self._commit(self._launched.popleft())
         if not step.scheduled_sequences and not outputs and self.scheduler.has_work:
             if not self.scheduler.kv_cache.holds_remote_blocks:
@@ -269,10 +272,6 @@ class Engine:
         )
         self._launched.append(_LaunchedStep(step, pending, record))
 
-    def _overlaps(self, step: SchedulerOutput) -> bool:
-        """Whether the next step may be scheduled before this one's result: not if that may reject draft tokens."""
-        return self.plan.overlaps and not any(scheduled.num_draft_tokens for scheduled in step.scheduled_sequences)
-
     def _commit(self, launched: _LaunchedStep) -> list[TokenOutput]:
         """Wait for a step and return its tokens."""
         start = time.perf_counter()
@@ -285,7 +284,7 @@ class Engine:
         self._recorded_totals = totals
         record = launched.record._replace(
             wait=waited - start,
-            num_finished=sum(output.finish_reason is not None for output in outputs),
+            num_finished=sum([output.finish_reason is not None for output in outputs]),
             **transferred,
         )
         if self.speculator is not None:
@@ -335,19 +334,20 @@ class Engine:
 
 def _make_record(step: SchedulerOutput, scheduler: Scheduler) -> StepRecord:
     """Return a step's record, without its times."""
-    scheduled_sequences = step.scheduled_sequences
-    num_prompt_tokens = sum(
-        scheduled.num_tokens
-        for scheduled in scheduled_sequences
-        if scheduled.num_tokens > 1 + scheduled.num_draft_tokens + scheduled.sequence.num_forced_tokens
-        or scheduled.start < scheduled.sequence.num_prompt_tokens
-    )
-    prefill_kind: Kind = "prefill" if num_prompt_tokens == step.num_tokens else "mixed"
+    num_tokens = num_prompt_tokens = num_drafts = num_draft_tokens = 0
+    for sequence, start, count, _, num_drafted in step.scheduled_sequences:
+        num_tokens += count
+        if start < sequence.num_prompt_tokens or count > 1 + num_drafted + sequence.num_forced_tokens:
+            num_prompt_tokens += count
+        if num_drafted:
+            num_drafts += 1
+            num_draft_tokens += num_drafted
+    prefill_kind: Kind = "prefill" if num_prompt_tokens == num_tokens else "mixed"
     pool = scheduler.pool
     return StepRecord(
         kind=prefill_kind if num_prompt_tokens else "decode",
-        num_sequences=len(scheduled_sequences),
-        num_tokens=step.num_tokens,
+        num_sequences=len(step.scheduled_sequences),
+        num_tokens=num_tokens,
         num_prompt_tokens=num_prompt_tokens,
         num_cached_tokens=step.num_cached_tokens,
         num_preempted=step.num_preempted,
@@ -355,6 +355,6 @@ def _make_record(step: SchedulerOutput, scheduler: Scheduler) -> StepRecord:
         num_running=len(scheduler.running),
         num_waiting=scheduler.num_waiting,
         num_used_blocks=pool.num_usable - pool.num_free,
-        num_drafts=sum(scheduled.num_draft_tokens > 0 for scheduled in scheduled_sequences),
-        num_draft_tokens=sum(scheduled.num_draft_tokens for scheduled in scheduled_sequences),
+        num_drafts=num_drafts,
+        num_draft_tokens=num_draft_tokens,
     )

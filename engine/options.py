@@ -72,7 +72,7 @@ class EngineOptions:
             "Most prompt tokens of one sequence in a step.",
             ge=1,
             le=2**20,
-            default="2048 on CUDA, the whole step on CPU",
+            default="2048 on CUDA while several sequences run or wait, else the whole step",
         ),
     ] = None
     enable_prefix_caching: Annotated[

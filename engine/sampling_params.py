@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Annotated
@@ -158,7 +159,7 @@ class SamplingParams:
         """Whether logits depend on the tokens so far."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
-    @property
+    @cached_property
     def needs_last_token(self) -> bool:
         """Whether sampling a token needs the token before it, besides the model's logits."""
         has_long_bad_words = any(len(words) > 1 for words in self.bad_words_token_ids)

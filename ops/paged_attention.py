@@ -1,8 +1,8 @@
 """Attention over a paged KV cache: one op for prefill, chunked prefill, decode and verification.
 
-CUDA runs the Triton kernels of `ops.triton.decode_attention` and `ops.triton.prefill_attention`. On a CPU the C++
-kernels read sequences straight from their pages; without a prefill kernel, pages are gathered for torch's own
-attention.
+CUDA runs the Triton kernels of `ops.triton.decode_attention` and `ops.triton.prefill_attention`; instead of the latter
+Hopper GPUs run `ops.cuda.prefill_attention`. On a CPU the C++ kernels read sequences straight from their pages; without
+a prefill kernel, pages are gathered for torch's own attention.
 """
 
 import torch
@@ -56,8 +56,11 @@ def _paged_attention_cuda(
 ) -> Tensor:
     keys, values = pages_of_layer(keys, values, layer)
     if query_len is None:
+        from dispec.ops.cuda import prefill_attention as hopper
         from dispec.ops.triton.prefill_attention import prefill
 
+        if hopper.has_kernel(query, keys, values):
+            return hopper.prefill(query, keys, values, block_tables, query_start, context_lens, scale)
         return prefill(query, keys, values, block_tables, query_start, context_lens, scale)
     from dispec.ops.triton.decode_attention import decode
 

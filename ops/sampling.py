@@ -54,7 +54,7 @@ def _fake(logits: Tensor, *_: object) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
-def _argmax_cuda(logits: Tensor, allowed: Tensor | None) -> Tensor:
+def _argmax_cuda(logits: Tensor, allowed: Tensor | None = None) -> Tensor:
     from dispec.ops.triton.argmax import argmax as kernel
 
     assert allowed is None

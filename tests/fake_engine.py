@@ -170,6 +170,7 @@ class FakeEngine:
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 512,
         max_prefill_chunk: int | None = None,
+        max_lone_prefill_chunk: int | None = None,
         priority_aging: float = 60.0,
         enable_prefix_caching: bool = True,
         drafts: random.Random | None = None,
@@ -181,6 +182,7 @@ class FakeEngine:
             max_num_seqs,
             max_num_batched_tokens,
             max_prefill_chunk=max_prefill_chunk,
+            max_lone_prefill_chunk=max_lone_prefill_chunk,
             priority_aging=priority_aging,
             enable_prefix_caching=enable_prefix_caching,
         )
@@ -274,8 +276,10 @@ class FakeEngine:
         assert not (step.num_preempted and step.num_admitted)
         assert len({scheduled.sequence for scheduled in step.scheduled_sequences}) == len(step.scheduled_sequences)
         assert {scheduled.sequence for scheduled in step.scheduled_sequences} <= set(scheduler.running)
+        is_lone = len(scheduler.running) + len(scheduler.waiting) == 1
+        max_chunk = scheduler.max_lone_prefill_chunk if is_lone else scheduler.max_prefill_chunk
         assert all(
-            1 <= scheduled.num_tokens - scheduled.num_draft_tokens <= scheduler.max_prefill_chunk
+            1 <= scheduled.num_tokens - scheduled.num_draft_tokens <= max_chunk
             for scheduled in step.scheduled_sequences
         )
         assert all(

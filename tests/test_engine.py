@@ -162,7 +162,7 @@ def test_abort_while_waiting_prefilling_and_running(directory):
     running, prefilling, waiting = (engine.add(list(range(length)), greedy(50)) for length in (4, 60, 5))
     engine.step()
     engine.step()
-    assert (running.num_output_tokens, prefilling.num_computed_tokens > 0, waiting.block_table) == (2, True, [])
+    assert (running.num_output_tokens, prefilling.num_computed_tokens > 0, list(waiting.block_table)) == (2, True, [])
     for sequence in (waiting, prefilling, running, running):
         engine.abort(sequence)
         engine.scheduler.check()

@@ -49,7 +49,7 @@ class TestOrder:
         steps = [engine.step(overlaps) for _ in range(24)]
         for step in steps:
             assert {sequence.id for sequence in short} < set(computed(step))
-        assert [computed(step)[long.id] for step in steps] == [256] * 23 + [6000 - 23 * 256]
+        assert [computed(step)[long.id] for step in steps] == [253] * 23 + [6000 - 23 * 253]
         assert steps[-1].scheduled_sequences[-1].samples
 
     def test_a_chunk_takes_what_the_decodes_leave_of_the_budget(self) -> None:
@@ -60,6 +60,36 @@ class TestOrder:
         assert list(computed(engine.step()).values()) == [1, 9]
         assert list(computed(engine.step()).values()) == [1, 9]
         assert computed(engine.step()) == {0: 1, first.id: 2, second.id: 7}
+
+    def test_prompts_beside_decodes_share_one_chunk(self) -> None:
+        engine = FakeEngine(num_blocks=3000, max_num_batched_tokens=512, max_prefill_chunk=64)
+        prompts = [engine.add(tokens(200, index), max_tokens=9) for index in range(3)]
+        assert computed(engine.step()) == {prompt.id: 64 for prompt in prompts}  # nothing decodes yet
+        decodes = [engine.add(tokens(5, 3 + index), max_tokens=9, priority=-1) for index in range(2)]
+        engine.step()
+        assert computed(engine.step()) == {decode.id: 1 for decode in decodes} | {prompts[0].id: 62}
+        assert computed(engine.step()) == {decode.id: 1 for decode in decodes} | {prompts[0].id: 10, prompts[1].id: 52}
+
+    def test_prompts_have_half_a_chunk_beside_many_decodes(self) -> None:
+        engine = FakeEngine(max_num_seqs=8, max_prefill_chunk=5)
+        decodes = [engine.add(tokens(3, index), max_tokens=9) for index in range(6)]
+        while len(computed(step := engine.step())) < 6 or step.num_tokens > 6:
+            pass
+        prompt = engine.add(tokens(7, 7))
+        assert computed(engine.step()) == {decode.id: 1 for decode in decodes} | {prompt.id: 3}
+
+    @pytest.mark.parametrize("overlaps", [False, True])
+    def test_a_lone_prompt_takes_larger_chunks(self, overlaps: bool) -> None:
+        engine = FakeEngine(max_num_batched_tokens=12, max_prefill_chunk=4, max_lone_prefill_chunk=10)
+        first = engine.add(tokens(50), max_tokens=1)
+        assert [computed(engine.step(overlaps)) for _ in range(2)] == [{first.id: 10}] * 2
+        second = engine.add(tokens(6, 1), max_tokens=2)
+        # The second prompt runs beside the first one, and decodes beside it.
+        steps = [computed(engine.step(overlaps)) for _ in range(3)]
+        assert steps == [{first.id: 4, second.id: 4}, {first.id: 4, second.id: 2}, {first.id: 3, second.id: 1}]
+        if overlaps:
+            engine.step(overlaps)  # commits the second one's end
+        assert computed(engine.step(overlaps)) == {first.id: 10}
 
     def test_prompts_under_way_go_on_in_order_of_rank(self) -> None:
         engine = FakeEngine(max_num_seqs=2, max_num_batched_tokens=4, max_prefill_chunk=3)
@@ -129,7 +159,9 @@ class TestMemory:
         parent, fork = engine.add(tokens(7), max_tokens=5, n=2, priority=9).choices
         engine.step()
         others = [engine.add(tokens(2, index), max_tokens=5) for index in (1, 2)]
-        for _ in range(3):
+        engine.step()
+        engine.scheduler.max_prefill_chunk = 4  # prompts have half of it beside the decodes
+        for _ in range(2):
             engine.step()
         assert engine.scheduler.running == [parent, *others, fork]
         step = engine.step()  # the parent copies its last block, then the others need one each
@@ -149,7 +181,7 @@ class TestMemory:
         assert second.output_token_ids == alone(second)
 
     def test_an_interrupted_prompt_keeps_the_logprobs_it_has(self) -> None:
-        engine = FakeEngine(num_blocks=10, max_num_batched_tokens=4, max_num_seqs=2, max_prefill_chunk=3)
+        engine = FakeEngine(num_blocks=10, max_num_batched_tokens=4, max_num_seqs=2)
         engine.add(tokens(3), max_tokens=30)
         engine.step()
         asked = engine.add(tokens(20, 1), max_tokens=1, prompt_logprobs=0)

@@ -49,6 +49,7 @@ class Traces(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         more_tokens=st.integers(0, 8),
         max_prefill_chunk=st.none() | st.integers(1, 6),
+        max_lone_prefill_chunk=st.none() | st.integers(1, 6),
         enable_prefix_caching=st.sampled_from([True, True, True, False]),
         drafts=st.none() | st.integers(0, 999).map(random.Random),
     )

@@ -78,3 +78,27 @@ def test_a_spare_sequence_of_a_ragged_step_is_empty() -> None:
     write_inputs(host_views(buffer, shape), (prompt_of(3, [5]),), 16)
     assert inputs.batch.query_start.tolist() == [0, 3, 3, 3, 3]
     assert inputs.batch.context_lens.tolist() == [3, 0, 0, 0]
+
+
+def test_a_decode_step_reads_each_token_from_the_host_or_from_the_device() -> None:
+    """The host knows the tokens of the first and third sequence; a step under way samples that of the second."""
+    shape = StepShape(num_tokens=4, num_seqs=4, max_blocks_per_seq=3, num_sampled=4, query_len=1)
+    buffer = torch.zeros(shape.size, dtype=torch.int32)
+    inputs = input_views(buffer, shape)
+    first, pending, third = prompt_of(3, [5]), prompt_of(32, [7, 9, 4]), prompt_of(17, [8, 6])
+    scheduled = (
+        first._replace(start=2, num_tokens=1),
+        pending._replace(start=32, num_tokens=1),
+        third._replace(start=16, num_tokens=1),
+    )
+    assert write_inputs(host_views(buffer, shape), scheduled, 16, sampled_index={7: 2}) == list(scheduled)
+    batch, sampling = inputs.batch, inputs.sampling
+    assert batch.token_ids.tolist() == [102, 0, 116, 0]
+    assert inputs.previous_indices.tolist() == [0, 3, 0, 0]
+    assert batch.positions.tolist() == [2, 32, 16, 0]
+    assert batch.slot_mapping.tolist() == [5 * 16 + 2, 4 * 16, 6 * 16, 0]
+    assert batch.block_tables.tolist() == [[5, 0, 0], [7, 9, 4], [8, 6, 0], [0, 0, 0]]
+    assert batch.query_start.tolist() == [0, 1, 2, 3, 4]
+    assert batch.context_lens.tolist() == [3, 33, 17, 1]
+    assert sampling.position.tolist() == [3, 33, 17, 0]
+    assert sampling.seed.tolist() == [5, 7, 8, 0]

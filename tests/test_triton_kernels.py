@@ -8,6 +8,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ else:
     from triton.language import float8e4nv
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from dispec.ops import reference
+    from dispec.ops import reference, sampling
     from dispec.ops.kv_cache import codes_and_scales, scale_rows
     from dispec.ops.kv_cache import write_kv as write_kv_on_cpu
     from dispec.ops.triton import (
@@ -204,15 +205,41 @@ else:
         actual = decode_attention.decode(query, keys, values, tables, lens, 1, 0.125, None, config)
         expect_equal(actual, reference.paged_attention(query, keys, values, tables, starts([1] * 4), lens, 0.125))
 
+    @pytest.mark.parametrize("contexts", [[129, 5, 64, 65, 0, 300], [40, 64, 128, 127, 1, 33]])
+    def test_decode_does_not_split_short_contexts(contexts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(decode_attention, "MIN_SPLIT_POSITIONS", 128)
+        keys, values, tables = poisoned_cache(contexts, 1, 64, 16, torch.float32, spare_columns=0)
+        query = query_view(len(contexts), 4, 1, 64, torch.float32)
+        lens = torch.tensor(contexts, dtype=torch.int32)
+        config = DecodeConfig(block_n=32, num_warps=4, num_stages=2, programs_per_multiprocessor=5)  # 6 of 20 programs
+        partial_sums = []
+        combine = decode_attention.combine_kernel
+
+        class Recorded:
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                def launch(*arguments: Tensor, **options: int) -> None:
+                    partial_sums.append(arguments[2])
+                    combine[grid](*arguments, **options)
+
+                return launch
+
+        monkeypatch.setattr(decode_attention, "combine_kernel", Recorded())
+        actual = decode_attention.decode(query, keys, values, tables, lens, 1, 0.125, None, config)
+        expect_equal(actual, reference.paged_attention(query, keys, values, tables, starts([1] * 6), lens, 0.125))
+        is_long = [context > 128 for context in contexts]
+        assert len(partial_sums) == any(is_long)  # no second kernel where no context can be long
+        for written in partial_sums:
+            assert (~written.isnan()).any(-1).all(-1).tolist() == is_long
+
     @pytest.mark.parametrize("positions", [1, 16, 4096, 4097, 32768, 131072])
     @pytest.mark.parametrize("programs", [1, 2, 64, 4096])
     def test_splits_cover_every_context(programs: int, positions: int) -> None:
         block_n = 64
-        balanced, longest, splits = decode_attention.plan_splits(programs, positions, block_n, 264)
+        balanced, shortest, longest, splits = decode_attention.plan_splits(programs, positions, block_n, 264)
         assert splits * min(longest, 10**9) * block_n >= positions
         for context in {1, min(65, positions), positions // 2, positions} - {0}:
             tiles = -(-context // block_n)
-            per_split = max(min(-(-tiles // balanced), longest), 1)
+            per_split = max(min(-(-tiles // balanced), longest), shortest)
             assert -(-tiles // per_split) <= splits
 
     @pytest.mark.parametrize(
@@ -389,13 +416,14 @@ else:
         token_threshold.token_threshold(broken, torch.tensor([5, 90]), torch.tensor([0.5, 0.5]))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize(("size", "programs"), [(5, 16), (33, 1), (128, 16), (1000, 16), (1001, 12)])
-    def test_argmax(monkeypatch: pytest.MonkeyPatch, size: int, programs: int, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize("size", [5, 32, 33, 128, 1001])
+    def test_argmax(monkeypatch: pytest.MonkeyPatch, size: int, dtype: torch.dtype) -> None:
         monkeypatch.setattr(argmax, "ARGMAX_BLOCK", 32)
-        monkeypatch.setattr(argmax, "ARGMAX_PROGRAMS_PER_MULTIPROCESSOR", programs)  # 4 multiprocessors, 16 rows
         logits, expected = rows_with_first_largest(size, dtype)
         for _ in range(2):  # the counters are zero again
             assert argmax.argmax(logits).tolist() == expected
+            # As torch calls the op's implementation: without arguments that equal their default.
+            assert sampling._argmax_cuda(logits).tolist() == expected
         assert argmax.argmax(logits[:0]).tolist() == []
 
     @pytest.mark.parametrize("has_bias", [False, True])

@@ -63,7 +63,7 @@ else:
 
     from dispec.ops import reference
     from dispec.ops.triton import linear, linear_residual, qkv_rope_write, rope_write
-    from dispec.ops.triton.tuning import SkinnyGemmConfig
+    from dispec.ops.triton.tuning import GatedGemmConfig, SkinnyGemmConfig
     from tests.layer_cases import (
         Shape,
         expect_product,
@@ -160,6 +160,24 @@ else:
             expect_product(arguments, added, total)
         else:
             expect_product(arguments, linear.fused_linear(*arguments))
+
+    @both_types
+    @pytest.mark.parametrize(("shape", "rows", "programs"), [(SMALL, 40, 3), (WIDE, 33, 1), (SMALL, 5, 99)])
+    def test_gated_gemm(
+        shape: Shape,
+        rows: int,
+        programs: int,
+        dtype: torch.dtype,
+        choose: Callable[[SkinnyGemmConfig | None], None],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Of parts of tiles, with programs for several tiles and for none."""
+        config = GatedGemmConfig(16, 32, 32, 2, programs, num_warps=4, num_stages=2)
+        choose(None)
+        monkeypatch.setattr(linear, "choose_gated_gemm", lambda *_: config)
+        monkeypatch.setattr(linear, "silu_and_mul", lambda *_: pytest.fail("the gate is in the GEMM"))
+        arguments = product_arguments(products(shape)["gate_up"], rows, dtype)
+        expect_product(arguments, linear.fused_linear(*arguments))
 
     @both_types
     @pytest.mark.parametrize("has_head_norms", [True, False])

@@ -8,7 +8,6 @@ Each field starts at a multiple of 16 bytes, because Inductor copies inputs at o
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeVar
 
@@ -57,8 +56,10 @@ class StepInputs(Generic[Array]):
     """The inputs of a step, in the order of the buffer: numpy arrays on the host, tensors for the model.
 
     Fields are those of `layers.types.Sampling`, `layers.steps.PreviousTokens` and `layers.types.Batch`.
+    flat: all of them, as int32.
     """
 
+    flat: Array
     seed: Array
     temperature: Array
     sample_position: Array
@@ -96,11 +97,13 @@ def input_views(buffer: Tensor, shape: StepShape) -> StepInputs[Tensor]:
     would differ between shapes. A uniform step that samples at each of its tokens has no `logits_indices`.
     """
     num_tokens, num_seqs, max_blocks_per_seq, num_sampled, query_len = shape
-    fields = buffer[: shape.size].split(shape.field_sizes())
+    flat = buffer[: shape.size]
+    fields = flat.split(shape.field_sizes())
     seed, temperature, sample_position, token_ids, previous, positions, slots, starts, contexts, tables, indices = (
         from_dlpack(to_dlpack(field)) for field in fields
     )
     return StepInputs(
+        flat=flat,
         seed=seed[: 2 * num_sampled].view(torch.int64),
         temperature=temperature[:num_sampled].view(torch.float32),
         sample_position=sample_position[:num_sampled],
@@ -124,9 +127,14 @@ def host_views(buffer: Tensor, shape: StepShape) -> StepInputs[np.ndarray]:
 
 
 class HostBuffer:
-    """A step's inputs on the host. The device may still be reading those of one step while the next are written."""
+    """A step's inputs and samples on the host. The device may still be using those of one step while the next are
+    written.
 
-    def __init__(self, size: int, *, is_pinned: bool) -> None:
+    size: int32 elements of the inputs. num_sampled: most samples.
+    """
+
+    def __init__(self, size: int, num_sampled: int, *, is_pinned: bool) -> None:
+        self.token_ids = torch.zeros(num_sampled, dtype=torch.int64, pin_memory=is_pinned)
         self.flat = torch.zeros(size, dtype=torch.int32, pin_memory=is_pinned)
         # Shapes recur, and making the views takes as long as the rest of a step's preparation.
         self._views = functools.lru_cache(256)(functools.partial(host_views, self.flat))
@@ -136,14 +144,15 @@ class HostBuffer:
         """Wait until the device has read the buffer's last inputs, and return zeroed ones."""
         if self._copied is not None:
             self._copied.synchronize()
-        self.flat[: shape.size] = 0
-        return self._views(shape)
+        inputs = self._views(shape)
+        inputs.flat[:] = 0
+        return inputs
 
-    def copy_to(self, device_buffer: Tensor, size: int) -> None:
-        """Start the copy of the first `size` elements to the device."""
-        device_buffer[:size].copy_(self.flat[:size], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+    def copy_to(self, destination: Tensor, stream: torch.cuda.Stream | None) -> None:
+        """Start the copy of the first elements to the device. stream: the current one, if it is known."""
+        destination.copy_(self.flat[: len(destination)], non_blocking=True)
+        assert self._copied is not None
+        self._copied.record(stream)
 
 
 def write_inputs(
@@ -162,7 +171,11 @@ def write_inputs(
     `logits_indices` every token has one.
     """
     _write_token_ids(inputs, scheduled, sampled_index, draft_index)
-    _write_positions(inputs, scheduled, block_size)
+    _write_block_tables(inputs.block_tables, scheduled)
+    if inputs.query_len == 1:
+        _write_decode_positions(inputs, scheduled, block_size)
+    else:
+        _write_positions(inputs, scheduled, block_size)
     return _write_sampling(inputs, scheduled)
 
 
@@ -173,42 +186,76 @@ def _write_token_ids(
     draft_index: Mapping[int, int],
 ) -> None:
     token_ids: list[int] = []
+    previous_indices: list[int] = []  # up to the last token that is on the device
     for item in scheduled:
-        sequence = item.sequence
-        end = len(token_ids) + item.num_tokens
-        token_ids += sequence.token_ids[item.start : item.start + item.num_tokens]
-        if (num_known := len(token_ids)) == end:
+        sequence, start, num_tokens, _, _ = item
+        own = sequence.token_ids
+        num_unknown = start + num_tokens - len(own)
+        if num_unknown <= 0:
+            token_ids += own[start : start + num_tokens]
             continue
-        drafts = item.draft_token_ids
-        if not drafts:
-            inputs.previous_indices[num_known] = sampled_index[sequence.id] + 1
-        elif sequence.id in draft_index:
+        if num_unknown < num_tokens:
+            token_ids += own[start:]
+        if len(previous_indices) < len(token_ids):
+            previous_indices += [0] * (len(token_ids) - len(previous_indices))
+        if not sequence.draft.token_ids:
+            token_ids.append(0)
+            previous_indices.append(sampled_index[sequence.id] + 1)
+            continue
+        drafts = item.draft_token_ids[-min(num_unknown, num_tokens) :]
+        token_ids += drafts
+        if sequence.id in draft_index:
             first = draft_index[sequence.id] + 1
-            inputs.previous_indices[num_known:end] = range(first, first + end - num_known)
-        token_ids += drafts[num_known - end :] or [0]
+            previous_indices += range(first, first + len(drafts))
     inputs.token_ids[: len(token_ids)] = token_ids
+    inputs.previous_indices[: len(previous_indices)] = previous_indices
+
+
+def _write_block_tables(block_tables: np.ndarray, scheduled: tuple[ScheduledSequence, ...]) -> None:
+    # Slices of memoryviews are copied in 0.07 us, rows of numpy arrays in 0.3 us, and lists element by element.
+    flat, width = block_tables.reshape(-1).data, block_tables.shape[1]
+    for row, item in enumerate(scheduled):
+        block_table = item.sequence.block_table
+        flat[row * width : row * width + len(block_table)] = block_table
+
+
+def _write_decode_positions(
+    inputs: StepInputs[np.ndarray], scheduled: tuple[ScheduledSequence, ...], block_size: int
+) -> None:
+    """Write what `_write_positions` does for one token of each sequence, in fewer operations."""
+    num_seqs = len(scheduled)
+    inputs.positions[:num_seqs] = [item.start for item in scheduled]
+    inputs.slot_mapping[:num_seqs] = [
+        item.sequence.block_table[item.start // block_size] * block_size + item.start % block_size for item in scheduled
+    ]
+    inputs.query_start[:] = np.arange(len(inputs.query_start))
+    # A padding sequence attends to itself alone, in the padding block.
+    np.add(inputs.positions, 1, out=inputs.context_lens)
 
 
 def _write_positions(inputs: StepInputs[np.ndarray], scheduled: tuple[ScheduledSequence, ...], block_size: int) -> None:
-    """Write positions, block tables, slots, and where each sequence's tokens and context end."""
+    """Write positions, slots, and where each sequence's tokens and context end."""
     query_start, context_lens = inputs.query_start, inputs.context_lens
-    num_seqs, counts = len(scheduled), [item.num_tokens for item in scheduled]
+    num_seqs = len(scheduled)
+    starts = np.array([item.start for item in scheduled], np.int32)
+    counts = [item.num_tokens for item in scheduled]
     num_tokens = sum(counts)
-    query_start[1 : num_seqs + 1] = list(accumulate(counts))
-    context_lens[:num_seqs] = [item.start + item.num_tokens for item in scheduled]
-    for row, item in zip(inputs.block_tables, scheduled, strict=False):
-        block_table = item.sequence.block_table
-        row[: len(block_table)] = block_table
-    tokens = np.arange(num_tokens)
-    owners = tokens if num_tokens == num_seqs else np.repeat(np.arange(num_seqs), counts)
-    # The last token of a sequence is the last one of its context.
-    positions = tokens + (context_lens - query_start[1:])[owners]
+    query_start[1 : num_seqs + 1] = np.cumsum(counts)
+    context_lens[:num_seqs] = starts + counts
+    if num_tokens == num_seqs:
+        owners, positions = np.arange(num_seqs), starts
+    else:
+        owners = np.repeat(np.arange(num_seqs), counts)
+        positions = np.arange(num_tokens) + (starts - query_start[:num_seqs])[owners]
     inputs.positions[:num_tokens] = positions
     block_ids = inputs.block_tables[owners, positions // block_size]
     inputs.slot_mapping[:num_tokens] = slots_of(block_ids, positions, block_size)
+    if num_seqs == len(context_lens):
+        return
     if inputs.query_len is not None:
         # A padding sequence attends to itself alone, in the padding block.
-        query_start[num_seqs + 1 :] = range(num_tokens + inputs.query_len, len(inputs.positions) + 1, inputs.query_len)
+        first, step = num_tokens + inputs.query_len, inputs.query_len
+        query_start[num_seqs + 1 :] = np.arange(first, len(inputs.positions) + 1, step)
         context_lens[num_seqs:] = inputs.query_len
     else:
         # Padding tokens belong to no sequence: all sequences may be taken, and no block table has room for all padding.
@@ -224,6 +271,10 @@ def _write_sampling(
     end = 0
     for item in scheduled:
         end += item.num_tokens
+        if item.num_tokens == 1 and item.samples:  # the usual case
+            rows.append(item)
+            tokens.append(end - 1)
+            continue
         num_rows = item.num_sampled or (0 if inputs.query_len is None else 1)
         first = end - num_rows
         if inputs.logits_indices is None:
@@ -234,7 +285,9 @@ def _write_sampling(
     size = len(rows)
     if inputs.logits_indices is not None:
         inputs.logits_indices[:size] = tokens
-    inputs.temperature[:size] = [0.0 if item is None else item.sequence.params.temperature for item in rows]
-    inputs.seed[:size] = [0 if item is None else item.sequence.seed for item in rows]
-    inputs.sample_position[:size] = inputs.positions[tokens] + 1 if size else 0
+    temperatures = [0.0 if item is None else item.sequence.params.temperature for item in rows]
+    if any(temperatures):  # greedy rows need no random numbers
+        inputs.temperature[:size] = temperatures
+        inputs.seed[:size] = [0 if item is None else item.sequence.seed for item in rows]
+        inputs.sample_position[:size] = inputs.positions[tokens] + 1
     return rows

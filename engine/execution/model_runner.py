@@ -109,7 +109,10 @@ class ModelRunner:
             max_query_len=self._max_query_len,
         )
         largest = self.shapes.largest
-        self._hosts = [HostBuffer(largest.size, is_pinned=self.is_cuda) for _ in range(2 if self.is_cuda else 1)]
+        self._hosts = [
+            HostBuffer(largest.size, largest.num_sampled, is_pinned=self.is_cuda)
+            for _ in range(2 if self.is_cuda else 1)
+        ]
         self._inputs = (
             torch.zeros_like(self._hosts[0].flat, device=self.device) if self.is_cuda else self._hosts[0].flat
         )
@@ -145,15 +148,18 @@ class ModelRunner:
             if self._ranks is not None:
                 self._ranks.send(CopyBlocks(step.copies))
             self.copy_blocks(step.copies)
+        stream = torch.cuda.current_stream(self.device) if self.is_cuda else None
         with replay_lock() if self.plan.replays else nullcontext():
-            outputs = self._launch(step.scheduled_sequences, drafts)
+            outputs = self._launch(step.scheduled_sequences, drafts, stream)
         event = None
-        if self.is_cuda:
+        if stream is not None:
             event = torch.cuda.Event()
-            event.record()
+            event.record(stream)
         return PendingStep(outputs, event, drafts, self._ranks)
 
-    def _launch(self, scheduled: tuple[ScheduledSequence, ...], drafts: DeviceDrafts | None) -> list[SamplerOutput]:
+    def _launch(
+        self, scheduled: tuple[ScheduledSequence, ...], drafts: DeviceDrafts | None, stream: torch.cuda.Stream | None
+    ) -> list[SamplerOutput]:
         results: list[SamplerOutput] = []
         sampled_index: dict[int, int] = {}
         num_sampled = 0
@@ -161,7 +167,7 @@ class ModelRunner:
         for items, exact in split_step(scheduled, self._max_query_len, mixes=self.plan.mixes):
             shape = self.shapes.padded(exact, is_compiled=self.is_compiled)
             rows = write_inputs(self._zeroed_inputs(shape), items, self.block_size, self._sampled_index, draft_index)
-            inputs = self._upload(shape)
+            inputs = self._upload(shape, stream)
             outputs = self._compute(shape, inputs, is_compiled=self.is_compiled)
             result = self.sampler.sample(items, rows, *outputs, inputs.sampling)
             if result.token_ids is not None and self.plan.overlaps:
@@ -171,7 +177,7 @@ class ModelRunner:
                     item.sequence.id: num_sampled + row for row, item in enumerate(rows) if item is not None
                 }
                 num_sampled = end
-            results.append(result.to_host())
+            results.append(result.to_host(self._hosts[0].token_ids))
         self._sampled_index = sampled_index
         return results
 
@@ -261,11 +267,12 @@ class ModelRunner:
         self._hosts.reverse()
         return self._hosts[0].zeroed(shape)
 
-    def _upload(self, shape: StepShape) -> StepInputs[Tensor]:
+    def _upload(self, shape: StepShape, stream: torch.cuda.Stream | None = None) -> StepInputs[Tensor]:
         """Return the inputs that were written on the host as the device reads them."""
+        inputs = self._device_inputs(shape)
         if self.is_cuda:
-            self._hosts[0].copy_to(self._inputs, shape.size)
-        return self._device_inputs(shape)
+            self._hosts[0].copy_to(inputs.flat, stream)
+        return inputs
 
     def _marked_views(self, shape: StepShape) -> StepInputs[Tensor]:
         """Return a shape's inputs as the device reads them, with the marks that the compiler needs."""

@@ -25,11 +25,17 @@ class SamplerOutput:
     logprobs: Logprobs | None = None
     prompt_logprobs: list[tuple[ScheduledSequence, Logprobs]] = field(default_factory=list)
 
-    def to_host(self) -> "SamplerOutput":
-        """Start the copy of all tensors to memory that the host can read."""
+    def to_host(self, token_ids: Tensor) -> "SamplerOutput":
+        """Start the copy of all tensors to memory that the host can read.
+
+        token_ids: pinned memory for the token ids, where they are on another device.
+        """
+        sampled = self.token_ids
+        if sampled is not None and sampled.device != token_ids.device:
+            sampled = token_ids[: len(sampled)].copy_(sampled, non_blocking=True)
         return SamplerOutput(
             self.rows,
-            None if self.token_ids is None else _to_host(self.token_ids),
+            sampled,
             None if self.logprobs is None else Logprobs(*map(_to_host, self.logprobs)),
             [(item, Logprobs(*map(_to_host, values))) for item, values in self.prompt_logprobs],
         )
@@ -46,8 +52,9 @@ class SamplerOutput:
             values = None if self.logprobs is None else [value.tolist() for value in self.logprobs]
             for first, item in first_rows(self.rows):
                 sequence = item.sequence
-                drafts = item.draft_token_ids if item.num_draft_tokens else []
-                end = first + 1 + num_accepted(drafts, sampled[first:])
+                end = first + 1
+                if num_drafts := item.num_draft_tokens:
+                    end += num_accepted(item.draft_token_ids, sampled[first : first + num_drafts])
                 token_ids[sequence.id] = sampled[first:end]
                 if values is not None and (count := sequence.params.logprobs) is not None:
                     rows = range(first, end)
@@ -68,7 +75,7 @@ def first_rows(rows: list[ScheduledSequence | None]) -> Iterator[tuple[int, Sche
         item = rows[row]
         if item is not None:
             yield row, item
-        row += 1 if item is None else item.num_sampled
+        row += 1 if item is None else 1 + item.num_draft_tokens
 
 
 def num_accepted(drafts: list[int], sampled: list[int]) -> int:

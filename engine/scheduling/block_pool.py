@@ -79,6 +79,10 @@ class BlockPool:
         """Return whether the block has several references, so that no sequence may write to it."""
         return self._references[block] > 1
 
+    def is_private(self, block: int) -> bool:
+        """Return whether a block in use has one reference and no hash, so that writing to it changes nothing else."""
+        return self._references[block] == 1 and self._hashes[block] is None
+
     def allocate(self, count: int) -> list[int]:
         """Return `count` free blocks, each with one reference. Raises RuntimeError if there are fewer."""
         if count > len(self._free):

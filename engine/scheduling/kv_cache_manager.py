@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Series
 
 from dispec.engine.scheduling.block_pool import BlockPool
-from dispec.engine.scheduling.sequence import Sequence
+from dispec.engine.scheduling.sequence import Sequence, new_block_table
 
 
 class KVCacheManager:
@@ -48,7 +48,7 @@ class KVCacheManager:
         if num_new + num_running > num_free and (num_running or self.holds_remote_blocks):
             return False
         pool.share(cached)
-        sequence.block_table = cached
+        sequence.block_table = new_block_table(cached)
         sequence.num_computed_tokens = sequence.draft.num_computed_tokens = num_computed
         sequence.num_registered_blocks = num_computed // pool.block_size
         if sequence.num_cached_tokens is None:
@@ -60,10 +60,12 @@ class KVCacheManager:
 
         A shared block that the sequence writes to is replaced by a copy: `copies` gets (source, destination).
         """
-        pool, table = self.pool, sequence.block_table
-        first = sequence.num_computed_tokens // pool.block_size
+        pool, table, num_computed = self.pool, sequence.block_table, sequence.num_computed_tokens
+        first = num_computed // pool.block_size
+        if num_computed + num_tokens <= len(table) * pool.block_size and pool.is_private(table[first]):
+            return True
         # After rejected draft tokens the table has more blocks than are needed.
-        num_new = max(0, pool.num_blocks_for(sequence.num_computed_tokens + num_tokens) - len(table))
+        num_new = max(0, pool.num_blocks_for(num_computed + num_tokens) - len(table))
         continues_block = first < len(table)
         needs_copy = continues_block and pool.is_shared(table[first])
         if num_new + needs_copy > pool.num_free:
@@ -77,7 +79,7 @@ class KVCacheManager:
             # The sequence that it forked from may have filled the block; the sequence's own hash stays valid.
             pool.forget(table[first])
         if num_new:
-            table += pool.allocate(num_new)
+            table.extend(pool.allocate(num_new))
         return True
 
     def fork(self, parent: Sequence, fork: Sequence) -> None:
@@ -113,7 +115,7 @@ class KVCacheManager:
     def free(self, sequence: Sequence) -> None:
         """Free a sequence's block table."""
         self.pool.free(sequence.block_table)
-        sequence.block_table = []
+        sequence.block_table = new_block_table()
 
     def find_prefix(self, sequence: Sequence) -> list[int]:
         """Return the cached blocks of the sequence's tokens, as far as the sequence may use them."""
@@ -144,7 +146,7 @@ class KVCacheManager:
         """Share the blocks reserved for a sequence, now filled, among `choices`; without choices they are freed."""
         table = self._remote_blocks.pop(sequence)
         for choice in choices:
-            choice.block_table = list(table)
+            choice.block_table = new_block_table(table)
             self.pool.share(table)
             # Without an output token yet, the last prompt token is computed again: its logits give the first one.
             choice.num_computed_tokens = min(sequence.num_prompt_tokens, len(choice.token_ids) - 1)
@@ -181,7 +183,7 @@ class KVCacheManager:
         count = self.pool.num_blocks_for(num_prompt_tokens) if is_whole else num_tokens // self.pool.block_size
         new = sequence.block_table[len(pinned) : count]
         self.pool.share(new)
-        pinned += new
+        pinned.extend(new)
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Prove that every block in use is in a block table of `sequences`, or held by a transfer.

@@ -24,14 +24,18 @@ from dispec.engine.scheduling.scheduler_output import (
     append_sampled,
 )
 from dispec.engine.scheduling.sequence import Sequence, Status
-from dispec.engine.scheduling.token_output import FinishReason, TokenOutput
+from dispec.engine.scheduling.token_output import FinishReason, TokenLogprobs, TokenOutput
 
 
 @dataclass(slots=True)
 class _StepPlan:
-    """A step that is being scheduled. budget: tokens that it can still take."""
+    """A step that is being scheduled.
+
+    budget: tokens that it can still take. max_chunk: most prompt tokens of one sequence.
+    """
 
     budget: int
+    max_chunk: int
     scheduled: dict[Sequence, ScheduledSequence] = field(default_factory=dict)
     copies: dict[Sequence, tuple[int, int]] = field(default_factory=dict)
     num_preempted: int = 0
@@ -42,7 +46,9 @@ class Scheduler:
 
     max_num_seqs: most sequences that run at once.
     max_num_batched_tokens: most tokens of a step.
-    max_prefill_chunk: most prompt tokens of one sequence in a step.
+    max_prefill_chunk: most prompt tokens of one sequence in a step, and most tokens of a step with prompts and decodes,
+        where prompts have at least half of them.
+    max_lone_prefill_chunk: most prompt tokens of a sequence in a step while no other sequence runs or waits.
     priority_aging: seconds of waiting that make up for one step of priority.
     enable_prefix_caching: as in `KVCacheManager`.
     """
@@ -54,6 +60,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         *,
         max_prefill_chunk: int | None = None,
+        max_lone_prefill_chunk: int | None = None,
         priority_aging: float = 60.0,
         enable_prefix_caching: bool = True,
     ) -> None:
@@ -63,6 +70,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_prefill_chunk = max_prefill_chunk or max_num_batched_tokens
+        self.max_lone_prefill_chunk = max_lone_prefill_chunk or self.max_prefill_chunk
         self.priority_aging = priority_aging
         self.waiting: list[Sequence] = []  # in order of rank
         self.running: list[Sequence] = []  # in order of admission
@@ -127,7 +135,9 @@ class Scheduler:
 
         The step's tokens count as computed at once, so every step must be committed, in order.
         """
-        plan = _StepPlan(self.max_num_batched_tokens)
+        is_alone = len(self.running) + len(self.waiting) + len(self._remote_ready) == 1
+        max_chunk = self.max_lone_prefill_chunk if is_alone else self.max_prefill_chunk
+        plan = _StepPlan(self.max_num_batched_tokens, max_chunk)
         while self._remote_ready and len(self.running) < self.max_num_seqs:
             self._remote_ready[0].status = Status.RUNNING
             self.running.append(self._remote_ready.pop(0))
@@ -142,7 +152,7 @@ class Scheduler:
             sequence.status = Status.RUNNING
             self.running.append(sequence)
             num_cached_tokens += sequence.num_computed_tokens
-            num_tokens = min(sequence.num_uncomputed_tokens, self.max_prefill_chunk, plan.budget)
+            num_tokens = min(sequence.num_uncomputed_tokens, plan.max_chunk, plan.budget)
             has_grown = self.kv_cache.grow(sequence, num_tokens, plan.copies)
             assert has_grown, "a sequence was admitted without room"
             self._add_to_step(plan, sequence, num_tokens)
@@ -159,16 +169,16 @@ class Scheduler:
         outputs: list[TokenOutput] = []
         ended = False
         block_size, pins_blocks = self.pool.block_size, self.kv_cache.holds_remote_blocks
-        for scheduled in step.scheduled_sequences:
-            sequence = scheduled.sequence
-            if sequence.status is Status.FINISHED:
+        running, finished = Status.RUNNING, Status.FINISHED
+        for sequence, start, num_tokens, samples, num_draft_tokens in step.scheduled_sequences:
+            if sequence.status is finished:
                 continue  # ended while the step ran
-            end = scheduled.start + scheduled.num_tokens
+            end = start + num_tokens
             # A sequence that was preempted while the step ran has no blocks left, but its token is kept.
-            holds_blocks = sequence.status is Status.RUNNING and sequence.num_computed_tokens >= end
-            token_ids = result.token_ids[sequence.id] if scheduled.samples else ()
-            if scheduled.num_draft_tokens:
-                num_rejected = scheduled.num_draft_tokens + 1 - len(token_ids)
+            holds_blocks = sequence.status is running and sequence.num_computed_tokens >= end
+            token_ids = result.token_ids[sequence.id] if samples else ()
+            if num_draft_tokens:
+                num_rejected = num_draft_tokens + 1 - len(token_ids)
                 end -= num_rejected
                 if holds_blocks:
                     sequence.num_computed_tokens -= num_rejected
@@ -179,16 +189,21 @@ class Scheduler:
                     self.kv_cache.pin_filled(sequence, end)
             if sequence.params.prompt_logprobs is not None:
                 num_known = len(sequence.prompt_logprobs)
-                if scheduled.start <= num_known:  # after a preemption, some are computed again
+                if start <= num_known:  # after a preemption, some are computed again
                     found = result.prompt_logprobs.get(sequence.id, [])
-                    sequence.prompt_logprobs += found[num_known - scheduled.start :]
-            if not scheduled.samples:
+                    sequence.prompt_logprobs += found[num_known - start :]
+            if not samples:
                 continue
             if sequence.forks:
                 self._start_forks(sequence, holds_blocks)
             sequence.num_pending_tokens -= 1
-            _append_tokens(scheduled, token_ids, result, outputs)
-            self._compute_again(sequence)
+            logprobs = result.logprobs[sequence.id] if sequence.params.logprobs is not None else None
+            if num_draft_tokens:
+                _append_verified(sequence, token_ids, logprobs, num_draft_tokens, outputs)
+            else:
+                outputs += append_sampled(sequence, token_ids[0], None if logprobs is None else logprobs[0])
+            if len(sequence.token_ids) + sequence.num_pending_tokens <= sequence.num_computed_tokens:
+                self._compute_again(sequence)
             if sequence.finish_reason is not None:
                 if sequence.status is Status.WAITING:
                     self.waiting.remove(sequence)
@@ -268,21 +283,23 @@ class Scheduler:
         insort(self.waiting, sequence, key=self._rank)
 
     def _schedule_running(self, plan: _StepPlan) -> None:
+        running = Status.RUNNING
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self.running:
-            num_tokens = sequence.num_uncomputed_tokens
-            if num_tokens > 1:
+            num_tokens = len(sequence.token_ids) + sequence.num_pending_tokens - sequence.num_computed_tokens
+            if num_tokens == 1:
+                if sequence.can_continue:
+                    decoding.append(sequence)
+            elif num_tokens > 1:
                 prefilling.append(sequence)
-            elif num_tokens == 1 and sequence.can_continue:
-                decoding.append(sequence)
         prefilling.sort(key=self._rank)
         num_others = len(decoding)
         for sequence in decoding:
             if plan.budget == 0:
                 return
             num_others -= 1
-            if sequence.status is not Status.RUNNING:
+            if sequence.status is not running:
                 continue  # preempted for another one
             # Draft tokens take the budget that is left by the other sequences' own tokens, and preempt no sequence.
             if sequence.draft.num_tokens:
@@ -290,12 +307,20 @@ class Scheduler:
                 if num_draft_tokens and self.kv_cache.grow(sequence, 1 + num_draft_tokens, plan.copies):
                     self._add_to_step(plan, sequence, 1 + num_draft_tokens, num_draft_tokens)
                     continue
-            self._schedule_or_preempt(plan, sequence, 1)
+            if self.kv_cache.grow(sequence, 1, plan.copies):
+                self._add_to_step(plan, sequence, 1)
+            else:
+                self._schedule_or_preempt(plan, sequence, 1)
+        if num_decoded := self.max_num_batched_tokens - plan.budget:
+            # All prompts together delay the decodes by one chunk, which the decodes are a part of: with 32 decodes
+            # beside it, a chunk of 2048 tokens would be padded to 3072 on CUDA.
+            chunk = self.max_prefill_chunk
+            plan.budget = min(plan.budget, max(chunk - num_decoded, -(-chunk // 2)))
         for sequence in prefilling:
             if plan.budget == 0:
                 return
             if sequence.status is Status.RUNNING:
-                num_tokens = min(sequence.num_uncomputed_tokens, self.max_prefill_chunk, plan.budget)
+                num_tokens = min(sequence.num_uncomputed_tokens, plan.max_chunk, plan.budget)
                 self._schedule_or_preempt(plan, sequence, num_tokens)
 
     def _schedule_or_preempt(self, plan: _StepPlan, sequence: Sequence, num_tokens: int) -> None:
@@ -316,15 +341,15 @@ class Scheduler:
     def _add_to_step(self, plan: _StepPlan, sequence: Sequence, num_tokens: int, num_draft_tokens: int = 0) -> None:
         """Add a sequence with allocated blocks to the step."""
         start = sequence.num_computed_tokens
-        samples = num_tokens - num_draft_tokens == sequence.num_uncomputed_tokens
+        samples = start + num_tokens - num_draft_tokens == len(sequence.token_ids) + sequence.num_pending_tokens
         sequence.num_computed_tokens = start + num_tokens
         sequence.num_pending_tokens += samples
         plan.scheduled[sequence] = ScheduledSequence(sequence, start, num_tokens, samples, num_draft_tokens)
         plan.budget -= num_tokens
 
     def _compute_again(self, sequence: Sequence) -> None:
-        """Compute a sequence's last token again if it is computed: its grammar has dropped the token after it."""
-        if sequence.status is Status.RUNNING and sequence.num_uncomputed_tokens <= 0:
+        """Compute a sequence's last token again: its grammar has dropped the token after it."""
+        if sequence.status is Status.RUNNING:
             self.kv_cache.truncate(sequence, len(sequence.token_ids) - 1)
 
     def _start_forks(self, sequence: Sequence, holds_blocks: bool) -> None:
@@ -360,14 +385,16 @@ def _num_draft_tokens(sequence: Sequence, budget: int) -> int:
     return max(0, min(sequence.draft.num_tokens, num_left, budget))
 
 
-def _append_tokens(
-    scheduled: ScheduledSequence, token_ids: Series[int], result: ModelRunnerOutput, outputs: list[TokenOutput]
+def _append_verified(
+    sequence: Sequence,
+    token_ids: Series[int],
+    logprobs: Series[TokenLogprobs] | None,
+    num_draft_tokens: int,
+    outputs: list[TokenOutput],
 ) -> None:
-    """Append sampled tokens up to the sequence's end, each with an output."""
-    sequence = scheduled.sequence
-    logprobs = result.logprobs[sequence.id] if sequence.params.logprobs is not None else None
-    num_accepted = len(token_ids) - 1 if scheduled.num_draft_tokens else 0
-    num_rejected = scheduled.num_draft_tokens - num_accepted
+    """Append accepted draft tokens and the token after them up to the sequence's end, each with an output."""
+    num_accepted = len(token_ids) - 1
+    num_rejected = num_draft_tokens - num_accepted
     size = len(sequence.token_ids)
     for index, token_id in enumerate(token_ids):
         if index < len(sequence.token_ids) - size:

@@ -84,8 +84,9 @@ def append_sampled(
     if logprobs is not None and num_appended:
         sequence.logprobs.append(logprobs)
     outputs = _last_outputs(sequence, num_appended)
-    for output in outputs[:1]:
-        output.logprobs, output.num_accepted, output.num_rejected = logprobs, num_accepted, num_rejected
+    if outputs:
+        first = outputs[0]
+        first.logprobs, first.num_accepted, first.num_rejected = logprobs, num_accepted, num_rejected
     return outputs
 
 
@@ -102,14 +103,13 @@ def restore(sequence: Sequence, token_ids: Series[int]) -> list[TokenOutput]:
 def _last_outputs(sequence: Sequence, count: int) -> list[TokenOutput]:
     """Return the outputs of the last `count` tokens of the sequence, which were just appended."""
     size = len(sequence.token_ids)
-    outputs = [
-        TokenOutput(sequence.request_id, sequence.index, token_id) for token_id in sequence.token_ids[size - count :]
-    ]
+    request_id, index = sequence.request_id, sequence.index
+    outputs = [TokenOutput(request_id, index, token_id) for token_id in sequence.token_ids[size - count :]]
     if outputs and sequence.finish_reason is not None:
         last = outputs[-1]
         last.finish_reason = sequence.finish_reason
         last.completes_grammar = sequence.is_whole and last.token_id not in sequence.stop_token_ids
-    if outputs and sequence.num_output_tokens == count:
+    if outputs and size - count == sequence.num_prompt_tokens:
         outputs[0].num_cached_tokens = sequence.num_cached_tokens or 0
         if sequence.params.prompt_logprobs is not None:
             outputs[0].prompt_logprobs = sequence.prompt_logprobs

@@ -21,6 +21,7 @@ from dispec.ops.triton.tuning import (
     MAX_DECODE_TILE_ROWS,
     MAX_SPLIT_POSITIONS,
     MIN_QUANTIZED_TILE,
+    MIN_SPLIT_POSITIONS,
     DecodeConfig,
     describe,
     element_bytes,
@@ -29,13 +30,13 @@ from dispec.ops.triton.tuning import (
 
 @triton.jit
 @no_type_check
-def _split_tiles(context_len, balanced_splits, longest_split, BLOCK_N: tl.constexpr):
+def _split_tiles(context_len, balanced_splits, shortest_split, longest_split, BLOCK_N: tl.constexpr):
     """Return the tiles of a sequence and the tiles of a split. Both kernels need the same."""
     tiles = tl.cdiv(context_len, BLOCK_N)
-    return tiles, tl.maximum(tl.minimum(tl.cdiv(tiles, balanced_splits), longest_split), 1)
+    return tiles, tl.maximum(tl.minimum(tl.cdiv(tiles, balanced_splits), longest_split), shortest_split)
 
 
-@triton.jit(do_not_specialize=["table_stride", "balanced_splits", "longest_split", "num_splits"])
+@triton.jit(do_not_specialize=["table_stride", "balanced_splits", "shortest_split", "longest_split", "num_splits"])
 @no_type_check
 def decode_kernel(
     output,
@@ -54,6 +55,7 @@ def decode_kernel(
     value_head_stride,
     table_stride,
     balanced_splits,
+    shortest_split,
     longest_split,
     num_splits,
     score_scale,
@@ -77,7 +79,7 @@ def decode_kernel(
     kv_head = tl.program_id(1) // ROW_TILES
     split = tl.program_id(2)
     context_len = tl.load(context_lens + sequence)
-    tiles, tiles_per_split = _split_tiles(context_len, balanced_splits, longest_split, BLOCK_N)
+    tiles, tiles_per_split = _split_tiles(context_len, balanced_splits, shortest_split, longest_split, BLOCK_N)
     first_tile = split * tiles_per_split
     # An empty context still has its rows written, as zeros, by the first split.
     if (first_tile >= tiles) & (split > 0):
@@ -94,16 +96,16 @@ def decode_kernel(
     query_tile = tl.load(query + query_rows[:, None] + dim[None, :], mask=in_query, other=0.0)
 
     visible = tl.minimum(context_len - QUERY_LEN + token + 1, context_len)
-    seen_by_all = tl.maximum(context_len - QUERY_LEN + 1, 0) // BLOCK_N
     table = block_tables + sequence.to(tl.int64) * table_stride
     keys += kv_head.to(tl.int64) * key_head_stride
     values += kv_head.to(tl.int64) * value_head_stride
 
+    # All tiles are masked: a loop of its own for the last ones would wait for its first pages again.
     result, maximum, total = attend(
         query_tile, keys, values, table,
-        first_tile, tl.minimum(last_tile, seen_by_all), tl.maximum(first_tile, seen_by_all), last_tile,
+        first_tile, first_tile, first_tile, last_tile,
         visible, context_len, key_block_stride, value_block_stride, score_scale,
-        D, D_PADDED, BLOCK_SIZE, BLOCK_M, BLOCK_N,
+        D, D_PADDED, BLOCK_SIZE, BLOCK_M, BLOCK_N, ALL_MASKED=True,
     )  # fmt: skip
     output_row = row_index * H + head
     if SPLIT:  # noqa: SIM102 (a constant: the whole branch goes away)
@@ -116,7 +118,7 @@ def decode_kernel(
     tl.store(output + output_row[:, None] * D + dim[None, :], result.to(output.dtype.element_ty), mask=in_query)
 
 
-@triton.jit(do_not_specialize=["balanced_splits", "longest_split", "num_splits"])
+@triton.jit(do_not_specialize=["balanced_splits", "shortest_split", "longest_split", "num_splits"])
 @no_type_check
 def combine_kernel(
     output,
@@ -124,6 +126,7 @@ def combine_kernel(
     partial_sum,
     context_lens,
     balanced_splits,
+    shortest_split,
     longest_split,
     num_splits,
     H: tl.constexpr,
@@ -139,7 +142,7 @@ def combine_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     context_len = tl.load(context_lens + tl.program_id(0) // (H * QUERY_LEN))
-    tiles, tiles_per_split = _split_tiles(context_len, balanced_splits, longest_split, BLOCK_N)
+    tiles, tiles_per_split = _split_tiles(context_len, balanced_splits, shortest_split, longest_split, BLOCK_N)
     if tiles <= tiles_per_split:
         return
     splits = tl.cdiv(tiles, tiles_per_split)
@@ -174,16 +177,19 @@ def combine_kernel(
 
 def plan_splits(
     programs: int, positions: int, block_n: int, wanted_programs: int, forced: int | None = None
-) -> tuple[int, int, int]:
-    """Return (balanced splits, tiles of the longest split, splits) for contexts of up to `positions` tokens.
+) -> tuple[int, int, int, int]:
+    """Return (balanced splits, tiles of the shortest and of the longest split, most splits of a context).
 
-    programs: number without splits. A sequence has `balanced` equal splits, or more where those would be longer than
-    the longest split; `splits` is the most that a context in the block table can have.
+    programs: number without splits. positions: most tokens of a context. A sequence has `balanced` equal splits, fewer
+    where those would be shorter than the shortest split, and more where they would be longer than the longest.
     """
     tiles = max(triton.cdiv(positions, block_n), 1)
-    balanced = min(forced or triton.cdiv(wanted_programs, programs), tiles)
+    # With few programs the splits save more than the second kernel takes, however short they are.
+    is_small = programs * 4 < wanted_programs
+    shortest = 1 if forced or is_small else max(MIN_SPLIT_POSITIONS // block_n, 1)
     longest = tiles if forced else max(MAX_SPLIT_POSITIONS // block_n, 1)
-    return balanced, longest, max(balanced, triton.cdiv(tiles, longest))
+    balanced = min(forced or triton.cdiv(wanted_programs, programs), triton.cdiv(tiles, shortest))
+    return balanced, shortest, longest, max(balanced, triton.cdiv(tiles, longest))
 
 
 def decode(
@@ -216,7 +222,7 @@ def decode(
     rows = query_len * shape["GROUP"]
     block_m = min(max(triton.next_power_of_2(rows), 16), MAX_DECODE_TILE_ROWS[query.element_size()])
     row_tiles = triton.cdiv(rows, block_m)
-    balanced, longest, splits = plan_splits(
+    balanced, shortest, longest, splits = plan_splits(
         batch * keys.shape[1] * row_tiles,
         max_blocks_per_seq * shape["BLOCK_SIZE"],
         config.block_n,
@@ -238,6 +244,7 @@ def decode(
         context_lens,
         *strides(query, keys, values, block_tables),
         balanced,
+        shortest,
         longest,
         splits,
         scale * math.log2(math.e),
@@ -258,6 +265,7 @@ def decode(
             partial_sum,
             context_lens,
             balanced,
+            shortest,
             longest,
             splits,
             H=num_heads,

@@ -5,10 +5,17 @@ from torch.nn.functional import linear
 
 from dispec.ops.norm import Norm
 from dispec.ops.triton import skinny_linear
+from dispec.ops.triton.gated_gemm import gated_gemm
 from dispec.ops.triton.gated_linear import gated_linear
 from dispec.ops.triton.linear_residual import norm_linear_residual
 from dispec.ops.triton.norm_activation import rms_norm, silu_and_mul
-from dispec.ops.triton.tuning import MAX_FUSED_NORM_TOKENS, SkinnyGemmConfig, choose_fused_linear, describe
+from dispec.ops.triton.tuning import (
+    MAX_FUSED_NORM_TOKENS,
+    SkinnyGemmConfig,
+    choose_fused_linear,
+    choose_gated_gemm,
+    describe,
+)
 
 
 def fused_linear(
@@ -17,7 +24,8 @@ def fused_linear(
     """Compute `ops.linear` in one kernel for few tokens; for more, with torch's GEMM between a norm and a gate kernel.
 
     x: [T, K]; weight: [N, K]; bias: [N]; norm: [K]. Returns [T, M], contiguous. The one kernel rounds once, at its end;
-    on tensor cores in bfloat16 it also rounds the rows that it norms, after the norm's weight.
+    on tensor cores in bfloat16 it also rounds the rows that it norms, after the norm's weight. For thousands of tokens
+    the gate is in the GEMM as well.
     """
     if norm is None and not is_gated:
         return skinny_linear.linear(x, weight, bias)
@@ -29,10 +37,18 @@ def fused_linear(
     if rms is not None and (config is None or num_tokens > MAX_FUSED_NORM_TOKENS):
         x, rms = rms_norm(x, rms), None
     if config is None:
-        return silu_and_mul(linear(x, weight, bias)) if is_gated else skinny_linear.linear(x, weight, bias)
+        return _many_tokens(x, weight, bias) if is_gated else skinny_linear.linear(x, weight, bias)
     if is_gated:
         return gated_linear(x, weight, rms, config)
     return norm_linear_residual(x, weight, bias, None, rms, config)
+
+
+def _many_tokens(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the gated activation of `x @ weight.T + bias`."""
+    config = choose_gated_gemm(describe(x.device), x.shape[0], *weight.shape)
+    if config is None or bias is not None or not weight.is_contiguous():
+        return silu_and_mul(linear(x, weight, bias))
+    return gated_gemm(x, weight, config)
 
 
 def linear_residual(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -276,11 +276,13 @@ def attend(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ALL_MASKED: tl.constexpr = False,
 ):
     """Attend from BLOCK_M query rows to tiles `first_tile : unmasked_end` and `masked_start : last_tile`.
 
     query: [BLOCK_M, D_PADDED]. keys and values point at block 0 of one head, block_table at the sequence's first entry.
-    Every row must see every position of the unmasked tiles; in the others row r sees positions below visible[r].
+    Every row must see every position of the unmasked tiles, of which there are none with ALL_MASKED; in the others row
+    r sees positions below visible[r].
     Returns the output [BLOCK_M, D_PADDED], zero for rows that see no position, and the maximum and the sum of the
     weights [BLOCK_M] in powers of two (`score_scale` is the softmax scale times log2 e), all float32.
     """
@@ -289,11 +291,12 @@ def attend(
     if keys.dtype.element_ty.primitive_bitwidth == 8:
         even = tl.zeros([BLOCK_M, D_PADDED // 2], tl.float32)
         odd = tl.zeros([BLOCK_M, D_PADDED // 2], tl.float32)
-        even, odd, maximum, total = _attend_quantized_tiles(
-            even, odd, maximum, total, query, keys, values, block_table, first_tile, unmasked_end,
-            visible, context_len, key_block_stride, value_block_stride, score_scale,
-            D, D_PADDED, BLOCK_SIZE, BLOCK_N, False,
-        )  # fmt: skip
+        if not ALL_MASKED:
+            even, odd, maximum, total = _attend_quantized_tiles(
+                even, odd, maximum, total, query, keys, values, block_table, first_tile, unmasked_end,
+                visible, context_len, key_block_stride, value_block_stride, score_scale,
+                D, D_PADDED, BLOCK_SIZE, BLOCK_N, False,
+            )  # fmt: skip
         even, odd, maximum, total = _attend_quantized_tiles(
             even, odd, maximum, total, query, keys, values, block_table, masked_start, last_tile,
             visible, context_len, key_block_stride, value_block_stride, score_scale,
@@ -302,11 +305,12 @@ def attend(
         accumulator = tl.reshape(tl.join(even, odd), [BLOCK_M, D_PADDED])
     else:
         accumulator = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
-        accumulator, maximum, total = _attend_tiles(
-            accumulator, maximum, total, query, keys, values, block_table, first_tile, unmasked_end,
-            visible, context_len, key_block_stride, value_block_stride, score_scale,
-            D, D_PADDED, BLOCK_SIZE, BLOCK_N, False,
-        )  # fmt: skip
+        if not ALL_MASKED:
+            accumulator, maximum, total = _attend_tiles(
+                accumulator, maximum, total, query, keys, values, block_table, first_tile, unmasked_end,
+                visible, context_len, key_block_stride, value_block_stride, score_scale,
+                D, D_PADDED, BLOCK_SIZE, BLOCK_N, False,
+            )  # fmt: skip
         accumulator, maximum, total = _attend_tiles(
             accumulator, maximum, total, query, keys, values, block_table, masked_start, last_tile,
             visible, context_len, key_block_stride, value_block_stride, score_scale,

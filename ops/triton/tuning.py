@@ -50,6 +50,22 @@ class SkinnyGemmConfig(NamedTuple):
     num_stages: int = 1
 
 
+class GatedGemmConfig(NamedTuple):
+    """How to launch a GEMM of many tokens with its gated activation.
+
+    block_m: tokens, block_n: features of the output, block_k: columns of a tile. group_m: tiles of tokens that share
+    the weight in the L2 cache. programs: most programs.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    programs: int
+    num_warps: int
+    num_stages: int
+
+
 class QuantizedGemmConfig(NamedTuple):
     """How to launch a GEMM with int4 or int8 weights.
 
@@ -85,7 +101,7 @@ DECODE: dict[str, DecodeTable] = {
         (128, 1): DecodeConfig(64, 4, 5, 2),
         (256, 1): DecodeConfig(32, 4, 5, 2),
         (64, 2): DecodeConfig(64, 4, 5, 1),
-        (128, 2): DecodeConfig(32, 4, 5, 1),
+        (128, 2): DecodeConfig(64, 4, 5, 1),
         (256, 2): DecodeConfig(32, 4, 5, 2),
         (64, 4): DecodeConfig(32, 4, 3, 4),
         (128, 4): DecodeConfig(16, 8, 3, 2),
@@ -159,6 +175,10 @@ MIN_QUANTIZED_TILE = 32
 # short ones must not run on a single multiprocessor.
 MAX_SPLIT_POSITIONS = 4096
 
+# Positions up to which a context is not split if the batch alone makes programs for a quarter of the device. On an H200
+# 32 contexts of 192 of Qwen2.5-1.5B take 6.8 us in one piece and 10.0 us in splits that a second kernel combines.
+MIN_SPLIT_POSITIONS = 512
+
 # Most rows of a decode program, by bytes per element. Verification with many draft tokens and a large group takes
 # several programs.
 MAX_DECODE_TILE_ROWS = {2: 64, 4: 16}
@@ -171,14 +191,15 @@ MIN_TILED_WRITE_TOKENS = 512
 # Most tokens of a norm that is fused into the GEMM after it. More are normed once by a kernel before it.
 MAX_FUSED_NORM_TOKENS = 16
 
+# Fewest tokens of a GEMM with a gated activation that is not torch's, where `choose_fused_linear` has no kernel.
+MIN_GATED_GEMM_TOKENS = 2048
+
 # Elements of the output that one program sums the splits of, in split-K GEMMs.
 REDUCE_BLOCK = 256
 
-# Logits that one program of `argmax` reads at a time, its warps, and the programs of a multiprocessor up to which rows
-# are split.
-ARGMAX_BLOCK = 4096
+# Logits that one program of `argmax` reads, and its warps.
+ARGMAX_BLOCK = 2048
 ARGMAX_WARPS = 4
-ARGMAX_PROGRAMS_PER_MULTIPROCESSOR = 16
 
 # Weights that one program of `token_threshold` reads at a time, and its warps. Larger blocks are a little faster at a
 # vocabulary of a multiple of 16, but spill at others.
@@ -261,6 +282,17 @@ def choose_fused_linear(
     if is_long:
         return SkinnyGemmConfig(64, 128, min(max(device.multiprocessors * 64 // out_features, 1), 12), 4, 5)
     return SkinnyGemmConfig(16, 512, 1, 4, 3)
+
+
+def choose_gated_gemm(device: Device, num_tokens: int, out_features: int, in_features: int) -> GatedGemmConfig | None:
+    """Return how to launch a gated GEMM of many tokens; None where torch's and the activation after it are faster.
+
+    On an H200 with the shapes of Qwen2.5-1.5B: 176 us for 2,048 tokens, torch's GEMM 172 and the activation 19; 694 us
+    for 8,192 tokens, 660 and 92.
+    """
+    if device.architecture != "sm_90" or num_tokens < MIN_GATED_GEMM_TOKENS or out_features % 16 or in_features % 8:
+        return None
+    return GatedGemmConfig(128, 128, 64, 8, device.multiprocessors, 8, 4)
 
 
 def choose_fp8_linear(device: Device, num_tokens: int, out_features: int, in_features: int) -> SkinnyGemmConfig | None:

@@ -56,7 +56,7 @@ class DeviceBlocks(KVBlocks):
         self._write_stream.synchronize()
 
     def num_checked_at_once(self, read_bytes: int) -> int:
-        return MAX_BLOCKS  # 117 MB take 50 µs; a launch and its answer as long
+        return MAX_BLOCKS  # 117 MB take 29 µs on an H200, less than a launch
 
     def checksums(self, blocks: Sequence[int]) -> list[bytes]:
         with self._on(writes=False):

@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_WORDS = 2048  # of 8 bytes: 8 loads of 16 bytes in flight in each of 128 threads
+# Of 8 bytes: 8 loads of 16 bytes in flight in each of 128 threads. On an H200, a transfer of 117 MB takes 63 µs (3.7
+# TB/s read and written); with tiles of 1024 words it takes 66, with 512 words in 64 threads 75.
+TILE_WORDS = 2048
 # The keys of `ops.block_transfer`.
 A_FACTOR, A_SUMMAND = tl.constexpr(0x9E3779B1), tl.constexpr(0x85EBCA77)
 B_FACTOR, B_SUMMAND = tl.constexpr(0xC2B2AE3D), tl.constexpr(0x27D4EB2F)

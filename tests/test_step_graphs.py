@@ -163,6 +163,7 @@ def test_decoding_and_verification_are_one_graph(graphs: Graphs, dtype: torch.dt
             "dispec.rope_cos_sin": 1,
             "dispec.write_kv": CONFIG.num_layers,
             "dispec.paged_attention": CONFIG.num_layers,
+            "dispec.argmax": 1,
         }
 
 
@@ -181,6 +182,7 @@ def test_steps_with_fp8_weights_are_one_graph(graphs: Graphs) -> None:
         "dispec.rope_write": CONFIG.num_layers,
         "dispec.paged_attention": CONFIG.num_layers,
         "dispec.quantized_linear": 4 * CONFIG.num_layers + 1,
+        "dispec.argmax": 1,
     }
 
 

@@ -1,6 +1,6 @@
-"""Time the Triton kernels on a CUDA device, and sweep their launch configurations.
+"""Time the kernels on a CUDA device, and sweep the launch configurations of those in Triton.
 
-    python -m dispec.bench.kernels            # the configurations in the tables of ops.triton.tuning
+    python -m dispec.bench.kernels            # the configurations in the tables of ops.triton.tuning; ops.cuda beside
     python -m dispec.bench.kernels --sweep    # candidate configurations; prints lines to copy into the tables
     python -m dispec.bench.kernels --caches   # decode over caches in bfloat16, int8 and e4m3 beside each other
 
@@ -62,6 +62,7 @@ PREFILL_STEPS = [
     ("8k", [8192], [8192]),
     ("16 x 128", [128] * 16, [128] * 16),
     ("512 after 16k", [16384 + 512], [512]),
+    ("2k after 30k", [32768], [2048]),
     ("2k and 64 decodes", [2048] + [1024] * 64, [2048] + [1] * 64),
 ]
 
@@ -197,6 +198,17 @@ def time_prefill(step: Step, config: object = None) -> float:
     )
 
 
+def time_hopper_prefill(step: Step) -> float | None:
+    """Return what `time_prefill` does for the kernel of `ops.cuda`, None where it does not run."""
+    from dispec.ops.cuda.prefill_attention import has_kernel, prefill
+
+    (keys, values), scale = step.caches[0], step.query.shape[2] ** -0.5
+    if not has_kernel(step.query, keys, values):
+        return None
+    arguments = (step.query, keys, values, step.block_tables, step.query_start, step.context_lens, scale)
+    return seconds_per_call([partial(prefill, *arguments)] * 8)
+
+
 def report(name: str, seconds: float, moved: float, operations: float, copy: float) -> None:
     print(
         f"{name:<56} {seconds * 1e6:9.1f} us {moved / seconds / 1e9:8.0f} GB/s {moved / seconds / copy:6.1%} of copy"
@@ -218,7 +230,10 @@ def time_tables(block_sizes: list[int], dtype: torch.dtype) -> None:
             report(f"{title} decode {name}", seconds, step.cache_bytes, step.operations, copy)
         for name, contexts, lengths in PREFILL_STEPS:
             step = make_step(geometry, contexts, lengths, block_size, dtype, cold=False)
-            report(f"{title} prefill {name}", time_prefill(step), step.cache_bytes, step.operations, copy)
+            times = {"": time_prefill(step), ", CUDA C++": time_hopper_prefill(step)}
+            for kernel, taken in times.items():
+                if taken is not None:
+                    report(f"{title} prefill {name}{kernel}", taken, step.cache_bytes, step.operations, copy)
         for tokens in (1, 32, 256, 8192):
             rows = torch.randn(tokens, 3, geometry.kv_heads, geometry.head_dim, device="cuda").to(dtype)
             (keys, values), slots = step.caches[0], torch.arange(tokens, device="cuda") % (step.caches[0][0].shape[0])

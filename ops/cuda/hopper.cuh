@@ -117,10 +117,6 @@ DEVICE void sync_threads(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-DEVICE void arrive_threads(int barrier, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // Make this thread's writes to shared memory visible to TMA and wgmma.
 DEVICE void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -208,14 +204,12 @@ DEVICE float exp2_approx(float x) {
 #define R8_6 ", %48, %49, %50, %51, %52, %53, %54, %55, "
 #define R8_7 "%56, %57, %58, %59, %60, %61, %62, %63"
 #define R32 R8_0 R8_1 R8_2 R8_3
-#define R48 R32 R8_4 R8_5
-#define R64 R48 R8_6 R8_7
+#define R64 R32 R8_4 R8_5 R8_6 R8_7
 #define D8(i)                                                                                                          \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
         "+f"(d[i + 7])
 #define D32 D8(0), D8(8), D8(16), D8(24)
-#define D48 D32, D8(32), D8(40)
-#define D64 D48, D8(48), D8(56)
+#define D64 D32, D8(32), D8(40), D8(48), D8(56)
 
 // d = d * accumulate + A B for 64 rows, 16 columns of A. A: K-major, in shared memory, or in registers as PTX lays out
 // A fragments; B: MN-major ("transposed"), in shared memory.
@@ -235,5 +229,4 @@ DEVICE float exp2_approx(float x) {
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                           \
     }
 WGMMA(64, R32, D32, "%32", "%33", "%34", "%33", "%34", "%35", "%36", "%37")
-WGMMA(96, R48, D48, "%48", "%49", "%50", "%49", "%50", "%51", "%52", "%53")
 WGMMA(128, R64, D64, "%64", "%65", "%66", "%65", "%66", "%67", "%68", "%69")

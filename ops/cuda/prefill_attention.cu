@@ -114,7 +114,7 @@ DEVICE_MEMBER bool Launch::find(Tile &tile, int round) const {
     return true;
 }
 
-// Copy the pages of one step of keys or values; all lanes of the producer call it. pages: each lane's, by `first`.
+// Copy the pages of one step of keys or values. All lanes of the producer call it, lane i with the block of page i.
 template <bool KEYS> DEVICE void load_step(const TensorMap &map, u32 to, u32 full, int page, int lane, int kv_head) {
     if (lane == 0)
         arrive_expecting(full, STEP_BYTES);

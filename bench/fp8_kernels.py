@@ -72,7 +72,7 @@ def random_codes(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn)
 
 
-def gemm(codes: Tensor, weight: Tensor, is_gated: bool, config: tuple[int, ...], scales: tuple[Tensor, Tensor]) -> Any:
+def gemm(codes: Tensor, weight: Tensor, is_gated: bool, config: tuple[Any, ...], scales: tuple[Tensor, Tensor]) -> Any:
     from dispec.ops.triton.fp8_linear import fp8_gemm
     from dispec.ops.triton.tuning import SkinnyGemmConfig
 

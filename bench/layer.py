@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -154,23 +154,23 @@ def linear_calls(stack: Stack, step: Step, name: str, config: "SkinnyGemmConfig 
     from dispec.ops.triton.linear_residual import norm_linear_residual
     from dispec.ops.triton.qkv_rope_write import fused_qkv_rope_write
     from dispec.ops.triton.rope_write import KVSlots
-    from dispec.ops.triton.tuning import MAX_FUSED_NORM_TOKENS
 
     x, eps = step.x, stack.config.rms_norm_eps
     calls: list[Callable[[], Tensor]] = []
     for layer, (w, kv) in enumerate(zip(unstack_layers(stack.blocks), stack.kv_cache.layers(), strict=True)):
         weight = stack.matrices(layer)[name]
         source = torch.randn(len(x), weight.shape[1], device=x.device, dtype=x.dtype)
-        norm = ops.Norm(w.mlp_norm, eps) if len(x) <= MAX_FUSED_NORM_TOKENS else None
+        norm = ops.Norm(w.mlp_norm, eps) if config is not None and config.fuses_norm else None
         if config is None:
             calls.append(partial(torch.nn.functional.linear, source, weight))
-        elif name == "qkv":
+        elif name == "qkv" and config.splits <= 1:
             slots = KVSlots(kv.keys[kv.layer], kv.values[kv.layer], step.batch.slot_mapping, *step.rotation)
             calls.append(partial(fused_qkv_rope_write, source, weight, w.attention.qkv_bias, norm, slots, config))
         elif name == "gate_up":
             calls.append(partial(gated_linear, source, weight, norm, config))
         else:
-            calls.append(partial(norm_linear_residual, source, weight, None, x, None, config))
+            residual = None if name == "qkv" else x
+            calls.append(partial(norm_linear_residual, source, weight, None, residual, None, config))
     return calls
 
 
@@ -183,8 +183,8 @@ def sweep(stack: Stack, step: Step, deadline: float) -> None:
     for name, weight in stack.matrices(0).items():
         is_normed = name in ("qkv", "gate_up")
         ours = choose_fused_linear(device, num_tokens, *weight.shape, has_norm=is_normed, is_gated=name == "gate_up")
-        tried: dict[tuple[int, ...] | None, float] = {}
-        known = [None, *([tuple(ours)] if ours else [])]
+        tried: dict[tuple[Any, ...] | None, float] = {}
+        known: list[tuple[Any, ...] | None] = [None, *([tuple(ours)] if ours else [])]
         for candidate in dict.fromkeys([*known, *candidates(name, num_tokens)]):
             if candidate not in known and time.monotonic() > deadline:
                 print("    no time left for the other candidates")

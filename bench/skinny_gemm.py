@@ -7,7 +7,7 @@ Timed inside a CUDA graph, over enough weights that none is still in the L2 cach
 """
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -48,9 +48,9 @@ def time_linear(x: Tensor, weights: list[Tensor], config: object, by_torch: bool
     return seconds_per_call(calls * (24 // len(calls) + 1))
 
 
-def candidates(num_tokens: int, out_features: int, in_features: int) -> list[tuple[int, ...]]:
+def candidates(num_tokens: int, out_features: int, in_features: int) -> list[tuple[Any, ...]]:
     """Return configurations to try beside what the table chooses."""
-    found: list[tuple[int, ...]] = []
+    found: list[tuple[Any, ...]] = []
     if num_tokens <= 4 and out_features <= 8192:
         found += [(2, 512, 0, 2), (4, 512, 0, 4), (4, 1024, 0, 4)]
     if out_features >= 64 * 100:

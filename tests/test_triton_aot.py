@@ -448,23 +448,42 @@ def layer_launches(
     return record(monkeypatch, capability, launch)
 
 
+def kernels_of_layer(capability: int, rows: int, model: str) -> list[str]:
+    """Return the kernels that are not torch's."""
+    shape, has_head_norms = MODELS[model]
+    fused = ["linear_residual_kernel", "rope_write_kernel"] if has_head_norms else ["qkv_rope_write_kernel"]
+    if rows <= 2 or (capability == 80 and rows <= 16):
+        projection = fused
+        output = ["linear_residual_kernel"]
+    elif rows <= 16:
+        projection = ["rms_norm_kernel", "linear_residual_kernel", "rope_write_kernel"]
+        if shape.qkv > 132 * 32 or shape.hidden < 1536:  # one program for all columns of a few features
+            projection = fused
+        output = ["linear_residual_kernel"]
+    else:
+        projection = ["rms_norm_kernel", "rope_write_kernel"]
+        output = ["linear_residual_kernel"] * (capability == 90 and rows <= 32 and shape.hidden == 4096)
+    norms = ["rms_norm_kernel"] * (capability == 90 or rows > 16)
+    gate = ["gated_linear_kernel"] if capability == 90 or rows <= 32 else ["silu_and_mul_kernel"]
+    down = ["linear_residual_kernel"] * (capability == 90 or rows <= 16)
+    return [*projection, *output, *norms, *gate, *down]
+
+
 @pytest.mark.parametrize("capability", [90, 80])
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("rows", [2, 4, 8, 16, 32])
+@pytest.mark.parametrize("rows", [2, 4, 8, 16, 32, 64])
 def test_layer(monkeypatch: pytest.MonkeyPatch, rows: int, model: str, capability: int) -> None:
     launches = layer_launches(monkeypatch, capability, rows, model)
-    projection = ["linear_residual_kernel", "rope_write_kernel"] if MODELS[model][1] else ["qkv_rope_write_kernel"]
-    expected = [*projection, "linear_residual_kernel", "gated_linear_kernel", "linear_residual_kernel"]
-    if rows > 16:  # the other GEMMs are torch's
-        expected = ["rms_norm_kernel", "rope_write_kernel", "rms_norm_kernel", "gated_linear_kernel"]
-    assert [launch.kernel.__name__ for launch in launches] == expected
+    assert [launch.kernel.__name__ for launch in launches] == kernels_of_layer(capability, rows, model)
     for launch in launches:
+        assert launch.options.get("launch_pdl", False) == launch.arguments["OVERLAPS"] == (capability == 90)
         check(launch, capability, widest_load=launch.kernel.__name__ != "rope_write_kernel")
 
 
-def test_float16_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    for launch in layer_launches(monkeypatch, 90, 8, "qwen2.5-1.5b", torch.float16):
-        check(launch, 90)
+@pytest.mark.parametrize("rows", [2, 8])
+def test_float16_layer(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    for launch in layer_launches(monkeypatch, 90, rows, "qwen2.5-1.5b", torch.float16):
+        check(launch, 90, widest_load=launch.kernel.__name__ != "rope_write_kernel")
 
 
 @pytest.mark.parametrize("rows", [128, 600])
@@ -473,6 +492,7 @@ def test_gemms_of_many_tokens_are_torchs(rows: int, monkeypatch: pytest.MonkeyPa
     expected = ["rms_norm_kernel", "rope_write_kernel", "rms_norm_kernel", "silu_and_mul_kernel"]
     assert [launch.kernel.__name__ for launch in launches] == expected
     for launch in launches:
+        assert "launch_pdl" not in launch.options
         check(launch, 90, widest_load=launch.kernel.__name__ != "rope_write_kernel")
 
 

@@ -17,24 +17,48 @@ H100, A100 = Device("sm_90", 132), Device("sm_80", 108)
 SMALL, LARGE = (1536, 2048, 1536, 8960), (3584, 4608, 3584, 18944)
 Products = tuple[SkinnyGemmConfig | None, SkinnyGemmConfig | None, SkinnyGemmConfig | None, SkinnyGemmConfig | None]
 
-ONE_OR_TWO: Products = (
-    SkinnyGemmConfig(4, 512, 0, 2, 1),
-    SkinnyGemmConfig(2, 512, 0, 2, 1),
-    SkinnyGemmConfig(4, 512, 0, 2, 1),
-    SkinnyGemmConfig(2, 1024, 0, 4, 1),
-)
-GATED = SkinnyGemmConfig(64, 128, 1, 4, 3)
-UP_TO_32: Products = (None, None, GATED, None)
 NONE: Products = (None, None, None, None)
+GATED = SkinnyGemmConfig(64, 128, 1, 4, 3)
+GATED_UP_TO_64 = SkinnyGemmConfig(64, 64, 1, 4, 4)
+GEMV, NORMED_GEMV = SkinnyGemmConfig(2, 512, 0, 2), SkinnyGemmConfig(4, 512, 0, 2, fuses_norm=True)
 
-
-def up_to_16(splits: int) -> Products:
-    return (
-        SkinnyGemmConfig(16, 128, 1, 2, 5),
-        SkinnyGemmConfig(16, 512, 1, 4, 3),
+# By number of tokens.
+HOPPER_SMALL: dict[int, Products] = {
+    1: (NORMED_GEMV, GEMV, GATED, SkinnyGemmConfig(64, 128, 5, 4, 5)),
+    8: (
+        SkinnyGemmConfig(64, 128, 4, 4, 3),
+        SkinnyGemmConfig(64, 128, 3, 4, 4),
         GATED,
+        SkinnyGemmConfig(64, 128, 5, 4, 5),
+    ),
+    32: (None, None, GATED, SkinnyGemmConfig(64, 128, 5, 4, 5)),
+    64: (None, None, GATED_UP_TO_64, SkinnyGemmConfig(64, 128, 5, 4, 4)),
+    65: NONE,
+}
+LONG = SkinnyGemmConfig(64, 128, 2, 4, 6)
+HOPPER_LARGE: dict[int, Products] = {
+    1: (NORMED_GEMV, SkinnyGemmConfig(4, 512, 0, 4), GATED, LONG),
+    8: (SkinnyGemmConfig(16, 128, 1, 2, 5, fuses_norm=True), LONG, GATED, LONG),
+    32: (None, LONG, GATED, LONG),
+    64: (None, None, GATED_UP_TO_64, LONG),
+    65: NONE,
+}
+
+
+def ampere(splits: int) -> dict[int, Products]:
+    up_to_16: Products = (
+        SkinnyGemmConfig(16, 128, 1, 2, 5, fuses_norm=True),
+        SkinnyGemmConfig(16, 512, 1, 4, 3),
+        GATED._replace(fuses_norm=True),
         SkinnyGemmConfig(64, 128, splits, 4, 5),
     )
+    return {
+        1: (NORMED_GEMV, GEMV, NORMED_GEMV, SkinnyGemmConfig(2, 1024, 0, 4)),
+        4: up_to_16,
+        16: up_to_16,
+        32: (None, None, GATED, None),
+        64: NONE,
+    }
 
 
 def layer(device: Device, rows: int, hidden: int, qkv: int, attended: int, intermediate: int) -> Products:
@@ -47,18 +71,10 @@ def layer(device: Device, rows: int, hidden: int, qkv: int, attended: int, inter
 
 
 @pytest.mark.parametrize(
-    ("device", "shape", "splits"), [(H100, SMALL, 5), (H100, LARGE, 2), (A100, SMALL, 4), (A100, LARGE, 1)]
+    ("device", "shape", "expected"),
+    [(H100, SMALL, HOPPER_SMALL), (H100, LARGE, HOPPER_LARGE), (A100, SMALL, ampere(4)), (A100, LARGE, ampere(1))],
 )
-def test_products_of_a_layer(device: Device, shape: tuple[int, int, int, int], splits: int) -> None:
-    expected = {
-        1: ONE_OR_TWO,
-        2: ONE_OR_TWO,
-        4: up_to_16(splits),
-        16: up_to_16(splits),
-        24: UP_TO_32,
-        32: UP_TO_32,
-        64: NONE,
-    }
+def test_products_of_a_layer(device: Device, shape: tuple[int, int, int, int], expected: dict[int, Products]) -> None:
     assert {rows: layer(device, rows, *shape) for rows in expected} == expected
 
 

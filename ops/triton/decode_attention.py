@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dispec.ops.kv_cache import LARGEST_CODE
 from dispec.ops.triton.online_softmax import attend, shape_constants, strides
+from dispec.ops.triton.overlap import launch_next, overlap_options, wait
 from dispec.ops.triton.tuning import (
     DECODE,
     MAX_DECODE_TILE_ROWS,
@@ -69,12 +70,14 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     ROW_TILES: tl.constexpr,
     SPLIT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Attend from up to BLOCK_M (token, head) rows of one sequence and key head to one split.
 
     Grid (B, KV * ROW_TILES, num_splits). Row r is query head r % GROUP of token r // GROUP. partial_output is
     [T, H, num_splits, D] and partial_sum [T, H, num_splits], both float32 and unused unless SPLIT.
     """
+    wait(OVERLAPS)
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1) // ROW_TILES
     split = tl.program_id(2)
@@ -107,6 +110,7 @@ def decode_kernel(
         visible, context_len, key_block_stride, value_block_stride, score_scale,
         D, D_PADDED, BLOCK_SIZE, BLOCK_M, BLOCK_N, ALL_MASKED=True,
     )  # fmt: skip
+    launch_next(OVERLAPS)
     output_row = row_index * H + head
     if SPLIT:  # noqa: SIM102 (a constant: the whole branch goes away)
         if tiles > tiles_per_split:
@@ -135,11 +139,13 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Combine the splits of one row, BLOCK_D of its D values at a time. Grid (T * H, ceil(D / BLOCK_D)).
 
     Rows of a sequence with a single split are complete already.
     """
+    wait(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     context_len = tl.load(context_lens + tl.program_id(0) // (H * QUERY_LEN))
     tiles, tiles_per_split = _split_tiles(context_len, balanced_splits, shortest_split, longest_split, BLOCK_N)
@@ -185,7 +191,7 @@ def plan_splits(
     """
     tiles = max(triton.cdiv(positions, block_n), 1)
     # With few programs the splits save more than the second kernel takes, however short they are.
-    is_small = programs * 4 < wanted_programs
+    is_small = programs * 8 < wanted_programs
     shortest = 1 if forced or is_small else max(MIN_SPLIT_POSITIONS // block_n, 1)
     longest = tiles if forced else max(MAX_SPLIT_POSITIONS // block_n, 1)
     balanced = min(forced or triton.cdiv(wanted_programs, programs), triton.cdiv(tiles, shortest))
@@ -254,6 +260,7 @@ def decode(
         BLOCK_N=config.block_n,
         ROW_TILES=row_tiles,
         SPLIT=splits > 1,
+        **overlap_options(query),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -274,6 +281,7 @@ def decode(
             BLOCK_D=block_d,
             BLOCK_N=config.block_n,
             BLOCK_SPLITS=32 if splits > 16 else 16,
+            **overlap_options(query),
             num_warps=4,
             num_stages=2,
         )

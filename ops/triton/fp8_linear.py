@@ -15,6 +15,7 @@ from torch import Tensor
 from dispec.ops.norm import Norm
 from dispec.ops.triton.linear_residual import MAX_COUNTERS, split_counters
 from dispec.ops.triton.norm_activation import silu_and_mul
+from dispec.ops.triton.overlap import launch_next, overlap_options, prefetch, wait
 from dispec.ops.triton.skinny_gemm import split_evenly
 from dispec.ops.triton.tuning import SkinnyGemmConfig, choose_fp8_linear, describe
 
@@ -40,9 +41,8 @@ def round_rows_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """Round one row of `norm(x)` [T, K] to e4m3. Grid (T,)."""
-    if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    launch_next(OVERLAPS)
+    wait(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < K
@@ -54,20 +54,6 @@ def round_rows_kernel(
     largest = tl.maximum(tl.max(tl.abs(wide), 0), 2.0**-100)  # whose inverse is finite
     tl.store(codes + row * K + column, (wide * tl.math.div_rn(448.0, largest)).to(tl.float8e4nv), mask=inside)
     tl.store(scales + row, tl.math.div_rn(largest, 448.0))
-
-
-@triton.jit
-@no_type_check
-def _prefetch(pointers, mask, valid):
-    """Ask for lines of 128 bytes to be read into the L2 cache; `valid` points to any memory."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [tl.where(mask, pointers, valid).to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -125,7 +111,7 @@ def fp8_gemm_kernel(
         line = weight + feature.to(tl.int64) * K + first * BLOCK_K
         for index in tl.static_range(PREFETCHED // 128):
             inside = is_feature & (first * BLOCK_K + 128 * index < K)
-            _prefetch(line + 128 * index, inside, weight)
+            prefetch(line + 128 * index, inside, weight)
         tl.extra.cuda.gdc_wait()
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for tile in range(first, tl.minimum(first + tiles_per_split, tiles)):
@@ -187,17 +173,9 @@ def round_rows(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
         HAS_NORM=norm is not None,
         BLOCK=block,
         num_warps=min(max(block // ELEMENTS_PER_WARP, 1), 16),
-        **_overlap_options(x.device),
+        **overlap_options(x),
     )
     return codes, scales
-
-
-def _overlap_options(device: torch.device) -> dict[str, bool]:
-    """Return whether a kernel starts while the one before it ends (programmatic dependent launch).
-
-    Until its `gdc_wait` a kernel reads and writes nothing, it only asks for weights to be read into the cache.
-    """
-    return {"OVERLAPS": True, "launch_pdl": True} if describe(device).architecture == "sm_90" else {"OVERLAPS": False}
 
 
 def fp8_linear(
@@ -296,6 +274,6 @@ def fp8_gemm(
         PREFETCHED=PREFETCHED_BYTES,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **_overlap_options(codes.device),
+        **overlap_options(codes),
     )
     return output

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dispec.ops.norm import Norm
+from dispec.ops.triton.overlap import launch_next, prefetch_and_wait
 from dispec.ops.triton.skinny_gemm import launch_options, skinny_gemm
 from dispec.ops.triton.tuning import SkinnyGemmConfig
 
@@ -29,6 +30,8 @@ def gated_linear_kernel(
     BLOCK_K: tl.constexpr,
     TENSOR_CORES: tl.constexpr,
     NORM: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+    PREFETCHED: tl.constexpr,
 ):
     """Write `silu(gate) * up` of the two halves of `norm(x) @ weight.T`: BLOCK_N / 2 features of all tokens.
 
@@ -37,10 +40,12 @@ def gated_linear_kernel(
     lane = tl.arange(0, BLOCK_N)
     pair = tl.program_id(0) * (BLOCK_N // 2) + lane // 2
     row = tl.arange(0, BLOCK_M)
+    prefetch_and_wait(weight, lane % 2 * F + pair, pair < F, 0, K, OVERLAPS, PREFETCHED)
     result = skinny_gemm(
         weight, lane % 2 * F + pair, pair < F, x, x_stride, num_tokens, norm, eps,
         K, BLOCK_M, BLOCK_N, BLOCK_K, TENSOR_CORES, NORM,
     )  # fmt: skip
+    launch_next(OVERLAPS)
     gate, up = tl.split(tl.reshape(result, [BLOCK_M, BLOCK_N // 2, 2]))
     result = gate / (1.0 + tl.exp(-gate)) * up
     feature = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)

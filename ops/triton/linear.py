@@ -10,7 +10,6 @@ from dispec.ops.triton.gated_linear import gated_linear
 from dispec.ops.triton.linear_residual import norm_linear_residual
 from dispec.ops.triton.norm_activation import rms_norm, silu_and_mul
 from dispec.ops.triton.tuning import (
-    MAX_FUSED_NORM_TOKENS,
     SkinnyGemmConfig,
     choose_fused_linear,
     choose_gated_gemm,
@@ -34,7 +33,7 @@ def fused_linear(
         return x.new_empty(0, out_features // 2 if is_gated else out_features)
     config = None if is_gated and bias is not None else _config(x, weight, norm is not None, is_gated)
     x, rms = x.contiguous(), None if norm is None else Norm(norm, eps)
-    if rms is not None and (config is None or num_tokens > MAX_FUSED_NORM_TOKENS):
+    if rms is not None and (config is None or not config.fuses_norm):
         x, rms = rms_norm(x, rms), None
     if config is None:
         return _many_tokens(x, weight, bias) if is_gated else skinny_linear.linear(x, weight, bias)

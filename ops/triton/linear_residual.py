@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dispec.ops.norm import Norm
+from dispec.ops.triton.overlap import launch_next, prefetch_and_wait
 from dispec.ops.triton.skinny_gemm import launch_options, multiply_on_tensor_cores, skinny_gemm, split_evenly
 from dispec.ops.triton.tuning import SkinnyGemmConfig
 
@@ -40,6 +41,8 @@ def linear_residual_kernel(
     NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ADDS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+    PREFETCHED: tl.constexpr,
 ):
     """Write `norm(x) @ weight.T + bias` to `output`, or with ADDS add it to `output`.
 
@@ -52,14 +55,16 @@ def linear_residual_kernel(
     row = tl.arange(0, BLOCK_M)
     is_feature = feature < N
     mask = (row[:, None] < num_tokens) & is_feature[None, :]
+    split = tl.program_id(1)
+    first = split * tiles_per_split
+    prefetch_and_wait(weight, feature, is_feature, first * BLOCK_K, K, OVERLAPS, PREFETCHED)
     if SPLITS > 1:
-        split = tl.program_id(1)
-        first = split * tiles_per_split
         last = tl.minimum(first + tiles_per_split, (K + BLOCK_K - 1) // BLOCK_K)
         part = multiply_on_tensor_cores(
             weight, feature, is_feature, x, x_stride, num_tokens, norm, eps, first, last,
             K, BLOCK_M, BLOCK_N, BLOCK_K, NORM,
         )  # fmt: skip
+        launch_next(OVERLAPS)
         at = row[:, None] * N + feature[None, :]
         tl.store(partial + split * num_tokens * N + at, part, mask=mask)
         tl.debug_barrier()  # all threads store their part before one of them counts it
@@ -75,6 +80,7 @@ def linear_residual_kernel(
             weight, feature, is_feature, x, x_stride, num_tokens, norm, eps,
             K, BLOCK_M, BLOCK_N, BLOCK_K, TENSOR_CORES, NORM,
         )  # fmt: skip
+        launch_next(OVERLAPS)
     if HAS_BIAS:
         result += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)[None, :]
     to = output + row[:, None] * N + feature[None, :]

@@ -8,12 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 from dispec.ops.norm import Norm
+from dispec.ops.triton.overlap import launch_next, overlap_options, wait
 
 
 @triton.jit
 @no_type_check
-def rms_norm_kernel(output, x, weight, x_stride, eps, E: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_kernel(output, x, weight, x_stride, eps, E: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
     """Norm one token of x [T, E]. Grid (T,)."""
+    launch_next(OVERLAPS)
+    wait(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < E
@@ -25,8 +28,10 @@ def rms_norm_kernel(output, x, weight, x_stride, eps, E: tl.constexpr, BLOCK: tl
 
 @triton.jit
 @no_type_check
-def silu_and_mul_kernel(output, gate_up, F, BLOCK: tl.constexpr):
+def silu_and_mul_kernel(output, gate_up, F, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
     """Gate BLOCK features of one token of gate_up [T, 2 F]. Grid (T, ceil(F / BLOCK))."""
+    launch_next(OVERLAPS)
+    wait(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = feature < F
@@ -50,6 +55,7 @@ def rms_norm(x: Tensor, norm: Norm) -> Tensor:
         E=hidden,
         BLOCK=block,
         num_warps=4 if block <= 2048 else 8,
+        **overlap_options(x),
     )
     return output
 
@@ -60,6 +66,6 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     output = torch.empty((num_tokens, intermediate), dtype=gate_up.dtype, device=gate_up.device)
     block = min(triton.next_power_of_2(intermediate), 1024)
     silu_and_mul_kernel[(num_tokens, triton.cdiv(intermediate, block))](
-        output, gate_up, intermediate, BLOCK=block, num_warps=4
+        output, gate_up, intermediate, BLOCK=block, num_warps=4, **overlap_options(output)
     )
     return output

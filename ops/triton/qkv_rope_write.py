@@ -10,6 +10,8 @@ from torch import Tensor
 from dispec.ops.kv_cache import LARGEST_CODE, pages_of_layer
 from dispec.ops.norm import Norm
 from dispec.ops.triton.linear import fused_linear
+from dispec.ops.triton.norm_activation import rms_norm
+from dispec.ops.triton.overlap import launch_next, prefetch_and_wait
 from dispec.ops.triton.rope_write import KVSlots, rope_write
 from dispec.ops.triton.skinny_gemm import launch_options, skinny_gemm
 from dispec.ops.triton.tuning import SkinnyGemmConfig, choose_fused_linear, describe
@@ -46,6 +48,8 @@ def qkv_rope_write_kernel(
     TENSOR_CORES: tl.constexpr,
     NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+    PREFETCHED: tl.constexpr,
 ):
     """Project `norm(x) @ weight.T + bias`, rotate queries [T, H, D] and keys, and write keys and values to their slots.
 
@@ -60,10 +64,12 @@ def qkv_rope_write_kernel(
     feature = wide_pair // D2 * D + lane % 2 * D2 + wide_pair % D2
     is_feature = wide_pair < HEADS * D2
     row = tl.arange(0, BLOCK_M)
+    prefetch_and_wait(weight, feature, is_feature, 0, K, OVERLAPS, PREFETCHED)
     result = skinny_gemm(
         weight, feature, is_feature, x, x_stride, num_tokens, norm, eps,
         K, BLOCK_M, BLOCK_N, BLOCK_K, TENSOR_CORES, NORM,
     )  # fmt: skip
+    launch_next(OVERLAPS)
     if HAS_BIAS:
         result += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)[None, :]
     result = result.to(query.dtype.element_ty).to(tl.float32)
@@ -160,7 +166,10 @@ def qkv_rope_write(
     slots = KVSlots(*pages_of_layer(keys, values, layer), slot_mapping, cosine.contiguous(), sine.contiguous())
     config = choose_fused_linear(describe(x.device), x.shape[0], *qkv.shape, has_norm=True)
     needs_heads = query_norm is not None or keys.dtype in LARGEST_CODE
-    if config is None or needs_heads or not qkv.is_contiguous():
+    if config is None or config.splits > 1 or needs_heads or not qkv.is_contiguous():
         projected = fused_linear(x, qkv, bias, norm, eps, is_gated=False)
         return rope_write(projected, query_norm, key_norm, eps, slots)
-    return fused_qkv_rope_write(x.contiguous(), qkv, bias, Norm(norm, eps), slots, config)
+    x = x.contiguous()
+    if config.fuses_norm:
+        return fused_qkv_rope_write(x, qkv, bias, Norm(norm, eps), slots, config)
+    return fused_qkv_rope_write(rms_norm(x, Norm(norm, eps)), qkv, bias, None, slots, config)

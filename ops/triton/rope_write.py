@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dispec.ops.kv_cache import scale_rows
 from dispec.ops.triton.kv_cache import largest_magnitude, quantize, store_scales
+from dispec.ops.triton.overlap import launch_next, overlap_options, wait
 from dispec.ops.triton.tuning import MIN_TILED_WRITE_TOKENS, TILED_WRITE_TOKENS
 
 
@@ -60,12 +61,15 @@ def rope_write_kernel(
     BLOCK_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr,
     TOKENS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Norm, rotate and write one head of TOKENS tokens, as its two halves. Grid (ceil(T / TOKENS), H + 2 KV).
 
     Keys are transposed in shared memory before they are stored: positions are innermost in their pages, and
     neighbouring tokens share memory sectors there.
     """
+    launch_next(OVERLAPS)
+    wait(OVERLAPS)
     D2: tl.constexpr = D // 2
     row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
@@ -159,5 +163,6 @@ def rope_write(
         HAS_NORM=has_norm,
         TOKENS=tokens,
         num_warps=4 if tokens > 1 else 1,
+        **overlap_options(projected),
     )
     return query

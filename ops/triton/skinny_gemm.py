@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dispec.ops.triton.tuning import SkinnyGemmConfig
+from dispec.ops.triton.overlap import overlap_options
+from dispec.ops.triton.tuning import PREFETCHED_BYTES, SkinnyGemmConfig
 
 
 @triton.jit
@@ -227,4 +228,6 @@ def launch_options(x: Tensor, config: SkinnyGemmConfig, has_norm: bool) -> dict[
         "NORM": norm,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "PREFETCHED": PREFETCHED_BYTES,
+        **overlap_options(x),
     }

@@ -40,7 +40,8 @@ class SkinnyGemmConfig(NamedTuple):
     """How to launch a skinny GEMM.
 
     block_n: output features of a program. block_k: columns of a tile. splits: programs that share the columns; 0
-    selects the kernel without tensor cores, which has no `num_stages`.
+    selects the kernel without tensor cores, which has no `num_stages`. fuses_norm: whether the kernel norms its input;
+    else a kernel before it does.
     """
 
     block_n: int
@@ -48,6 +49,7 @@ class SkinnyGemmConfig(NamedTuple):
     splits: int
     num_warps: int
     num_stages: int = 1
+    fuses_norm: bool = False
 
 
 class GatedGemmConfig(NamedTuple):
@@ -101,7 +103,7 @@ DECODE: dict[str, DecodeTable] = {
         (128, 1): DecodeConfig(64, 4, 5, 2),
         (256, 1): DecodeConfig(32, 4, 5, 2),
         (64, 2): DecodeConfig(64, 4, 5, 1),
-        (128, 2): DecodeConfig(64, 4, 5, 1),
+        (128, 2): DecodeConfig(64, 4, 5, 2),
         (256, 2): DecodeConfig(32, 4, 5, 2),
         (64, 4): DecodeConfig(32, 4, 3, 4),
         (128, 4): DecodeConfig(16, 8, 3, 2),
@@ -175,7 +177,7 @@ MIN_QUANTIZED_TILE = 32
 # short ones must not run on a single multiprocessor.
 MAX_SPLIT_POSITIONS = 4096
 
-# Positions up to which a context is not split if the batch alone makes programs for a quarter of the device. On an H200
+# Positions up to which a context is not split if the batch alone makes an eighth of the wanted programs. On an H200
 # 32 contexts of 192 of Qwen2.5-1.5B take 6.8 us in one piece and 10.0 us in splits that a second kernel combines.
 MIN_SPLIT_POSITIONS = 512
 
@@ -188,8 +190,11 @@ MAX_DECODE_TILE_ROWS = {2: 64, 4: 16}
 TILED_WRITE_TOKENS = 16
 MIN_TILED_WRITE_TOKENS = 512
 
-# Most tokens of a norm that is fused into the GEMM after it. More are normed once by a kernel before it.
-MAX_FUSED_NORM_TOKENS = 16
+# Most tokens of a step whose kernels start while the one before ends, on Hopper.
+MAX_OVERLAP_TOKENS = 64
+
+# Bytes of each of its weight's rows that a program of a GEMM asks for before the kernel before it has completed.
+PREFETCHED_BYTES = 256
 
 # Fewest tokens of a GEMM with a gated activation that is not torch's, where `choose_fused_linear` has no kernel.
 MIN_GATED_GEMM_TOKENS = 2048
@@ -257,30 +262,71 @@ def choose_fused_linear(
     has_norm: bool = False,
     is_gated: bool = False,
 ) -> SkinnyGemmConfig | None:
-    """Return how to launch a layer's GEMM in one kernel with its norm, gate or residual; None for torch's GEMM.
+    """Return how to launch a layer's GEMM in one kernel with its norm, gate or residual; None where torch's was faster.
 
     has_norm: its input is normed. is_gated: half of its output features gate the others.
-
-    From `python -m dispec.bench.layer --sweep` on an H100 with the shapes of Qwen2.5-1.5B; used on an A100 as well.
-    From 17 tokens torch is faster except for gated GEMMs, from 33 tokens for those too.
     """
     if device.architecture == "fallback" or out_features % 16 or in_features % 16:
         return None
     if not is_gated and out_features // 64 >= 3 * device.multiprocessors:
         return None  # the head, for which `choose_linear` has configurations
+    choose = _choose_on_hopper if device.architecture == "sm_90" else _choose_on_ampere
+    return choose(device, num_tokens, out_features, in_features, has_norm, is_gated)
+
+
+def _column_splits(device: Device, out_features: int) -> int:
+    """Return the splits of the columns that make about one program, of 64 features, for each multiprocessor."""
+    return min(max(device.multiprocessors * 64 // out_features, 1), 12)
+
+
+def _choose_on_hopper(
+    device: Device, num_tokens: int, out_features: int, in_features: int, has_norm: bool, is_gated: bool
+) -> SkinnyGemmConfig | None:
+    """Choose for kernels that overlap.
+
+    From whole layers of Qwen2.5-1.5B and 7B on an H200. A norm in a kernel of its own then costs less than in the GEMM.
+    """
+    if num_tokens > 64:
+        return None
     is_long = in_features > 2 * out_features  # the down projection: its output features alone make too few programs
+    splits = _column_splits(device, out_features)
+    if is_gated:
+        return SkinnyGemmConfig(64, 128, 1, 4, 3) if num_tokens <= 32 else SkinnyGemmConfig(64, 64, 1, 4, 4)
+    if is_long:
+        return SkinnyGemmConfig(64, 128, splits, 4, 6 if splits <= 2 else 5 if num_tokens <= 32 else 4)
+    if num_tokens <= 2:
+        if has_norm:
+            return SkinnyGemmConfig(4, 512, 0, 2, fuses_norm=True)
+        return SkinnyGemmConfig(2, 512, 0, 2) if in_features < 3072 else SkinnyGemmConfig(4, 512, 0, 4)
+    if num_tokens > (16 if has_norm or in_features < 3072 else 32):
+        return None
+    if has_norm and (splits == 1 or in_features < 1536):
+        return SkinnyGemmConfig(16, 128, 1, 2, 5, fuses_norm=True)
+    if has_norm:
+        return SkinnyGemmConfig(64, 128, splits, 4, 3)
+    if in_features < 1536:
+        return SkinnyGemmConfig(16, 512, 1, 4, 3)
+    splits = min(splits, in_features // 512)
+    return SkinnyGemmConfig(64, 128, splits, 4, 4 if splits > 2 else 6)
+
+
+def _choose_on_ampere(
+    device: Device, num_tokens: int, out_features: int, in_features: int, has_norm: bool, is_gated: bool
+) -> SkinnyGemmConfig | None:
+    """Choose for kernels that follow one another; from `python -m dispec.bench.layer --sweep` with Qwen2.5-1.5B."""
+    is_long = in_features > 2 * out_features
     if num_tokens <= 2:
         if has_norm or is_gated:
-            return SkinnyGemmConfig(4, 512, 0, 2)
+            return SkinnyGemmConfig(4, 512, 0, 2, fuses_norm=True)
         return SkinnyGemmConfig(2, 1024, 0, 4) if is_long else SkinnyGemmConfig(2, 512, 0, 2)
     if is_gated:
-        return SkinnyGemmConfig(64, 128, 1, 4, 3) if num_tokens <= 32 else None
+        return SkinnyGemmConfig(64, 128, 1, 4, 3, fuses_norm=num_tokens <= 16) if num_tokens <= 32 else None
     if num_tokens > 16:
         return None
     if has_norm:
-        return SkinnyGemmConfig(16, 128, 1, 2, 5)
+        return SkinnyGemmConfig(16, 128, 1, 2, 5, fuses_norm=True)
     if is_long:
-        return SkinnyGemmConfig(64, 128, min(max(device.multiprocessors * 64 // out_features, 1), 12), 4, 5)
+        return SkinnyGemmConfig(64, 128, _column_splits(device, out_features), 4, 5)
     return SkinnyGemmConfig(16, 512, 1, 4, 3)
 
 

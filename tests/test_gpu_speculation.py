@@ -122,11 +122,11 @@ def test_n_grams_change_no_token() -> None:
         assert sum(sum(record.num_accepted_per_position) for record in llm.engine.records)
 
 
-def test_a_step_launches_one_graph_that_drafts_and_one_that_verifies() -> None:
+def test_a_step_launches_a_graph_for_each_draft_token_and_one_that_verifies() -> None:
     with make(dtype="bfloat16", speculative_model=DRAFT, num_speculative_tokens=3) as llm:
         engine = llm.engine
         assert engine.speculator is not None
         engine.speculator.is_adaptive = False
         with decoding(engine, 5):
-            assert count_launches(engine, 5) == 5 * 2
+            assert count_launches(engine, 5) == 5 * (3 + 1)
             assert all(record.num_drafts == 5 for record in list(engine.records)[-4:])

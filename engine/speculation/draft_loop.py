@@ -1,14 +1,14 @@
 """The draft loop: a draft model samples several draft tokens without the host between two of them.
 
 The host writes the inputs of the first draft token; `layers.speculation.draft_step` computes each further one from the
-one before it. On CUDA this step is compiled, a draft of any number of tokens is one CUDA graph, and the target's step
-reads the draft tokens from the device buffer to which the loop writes them. On a CPU whose kernels run whole layers, a
-draft is one C++ call (`ops.decode_tokens`), unless top-k, top-p or min-p is used.
+one before it. On CUDA this step is compiled, a draft is a chain of CUDA graphs, and the target's step reads the draft
+tokens from the device buffer to which the loop writes them. On a CPU whose kernels run whole layers, a draft is one C++
+call (`ops.decode_tokens`), unless top-k, top-p or min-p is used.
 """
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from dispec import ops
 from dispec.engine.execution.compiled_steps import (
+    begin_replay,
     compile_function,
     mark_inputs,
+    replay_lock,
     root_cause,
     warn_about_eager_fallback,
 )
@@ -65,13 +67,6 @@ def can_loop(sequence: Sequence) -> bool:
     )
 
 
-class _RecordedDraft(NamedTuple):
-    """A CUDA graph that drafts the same number of tokens for each sequence, and the tensor it writes them to."""
-
-    graph: torch.cuda.CUDAGraph
-    token_ids: Int[Tensor, "B K"]
-
-
 class DraftLoop:
     """Draft loops for sequences of which the draft model has computed all but the last `LAST_TOKENS` tokens.
 
@@ -96,8 +91,7 @@ class DraftLoop:
         )
         self._host_views = functools.lru_cache(256)(functools.partial(host_views, self._host))
         self._device_state = functools.lru_cache(256)(self._state)
-        self._step = _bound_step(runner)
-        self._recorded: dict[tuple[StepShape, int], _RecordedDraft] = {}  # by shape and number of draft tokens
+        self._eager_step = self._step = _bound_step(runner)
         self._decoder: ops.Decoder | None = None
         if runner.plan.fuses_layers:
             model = runner.weights, runner.config, runner.vocabulary, runner.kv_cache
@@ -119,7 +113,8 @@ class DraftLoop:
         if self._runner.is_cuda:
             started = torch.cuda.Event(enable_timing=True)
             started.record()
-            return DeviceDrafts(num_draft_tokens, self._loop(num_draft_tokens, sampling_features), started)
+            with replay_lock():
+                return DeviceDrafts(num_draft_tokens, self._loop(num_draft_tokens, sampling_features), started)
         if self._decoder is not None and not sampling_features & SamplingFeatures.TOP_K_TOP_P:
             is_random = bool(sampling_features & SamplingFeatures.RANDOM)
             write_drafts(num_draft_tokens, _decode(self._decoder, num_draft_tokens, is_random=is_random))
@@ -128,35 +123,20 @@ class DraftLoop:
         return None
 
     def compile(self) -> Iterator[None]:
-        """Compile the step and record its drafts, for one number of sequences at each `next`.
+        """Compile the step and record its chain of graphs, for one number of sequences at each `next`.
 
-        The last `next` switches to them. If the compiler fails, warn and run eagerly.
+        The last `next` switches to the compiled step. If the compiler fails, warn and run eagerly.
         """
-        recorded: dict[tuple[StepShape, int], _RecordedDraft] = {}
-        pool = torch.cuda.graph_pool_handle() if self._runner.plan.replays else None
         try:
             step = _compiled_step(self._runner)
             for shape in (_TRACED, *map(self._shape, reversed(self._sizes))):
-                self._run_padding(step, shape)
-                if pool is not None and shape is not _TRACED:
-                    for depth in range(self._max_num_draft_tokens, 0, -1):
-                        recorded[shape, depth] = self._record(step, shape, depth, pool)
+                # The first call of a chain warms its memory pool up, the second one records it.
+                for _ in range(2 if self._runner.plan.replays else 1):
+                    self._run_padding(step, shape)
                 yield
-            self._step, self._recorded = step, recorded
+            self._step = step
         except Exception as error:  # a compiler can fail in any way; the engine works without one
             warn_about_eager_fallback(root_cause(error))
-
-    @torch.inference_mode()
-    def _record(self, step: _DraftStep, shape: StepShape, depth: int, pool: Any) -> _RecordedDraft:
-        """Record a draft whose kernels are all loaded. pool: memory that all drafts share, since they run in turn.
-
-        One graph for the whole draft, not one for each token: the host's work between two of those took longer than
-        a small model's step.
-        """
-        state, graph = self._device_state(shape, _TRACED_FEATURES), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            token_ids = self._draft(step, state, depth)
-        return _RecordedDraft(graph, token_ids)
 
     @torch.inference_mode()
     def _run_padding(self, step: _DraftStep, shape: StepShape) -> None:
@@ -201,12 +181,11 @@ class DraftLoop:
                 min_p[:size],
             )
         self._upload(shape)
-        if recorded := self._recorded.get((shape, depth)):
-            recorded.graph.replay()
-            token_ids = recorded.token_ids
-        else:
-            features = sampling_features & (SamplingFeatures.RANDOM | SamplingFeatures.TOP_K_TOP_P)
-            token_ids = self._draft(self._step, self._device_state(shape, features), depth)
+        token_ids = self._draft(
+            self._step,
+            self._device_state(shape, sampling_features & (SamplingFeatures.RANDOM | SamplingFeatures.TOP_K_TOP_P)),
+            depth,
+        )
         # Without padding rows, for which the buffer that the target's steps read may have no room.
         sampled = self._sampled[: count * depth]
         sampled.copy_(token_ids[:count].flatten())
@@ -223,8 +202,9 @@ class DraftLoop:
         last, top_k = self._extra[:2, : shape.num_seqs]
         top_p, min_p = self._extra[2:, : shape.num_seqs].view(torch.float32)
         filters = SamplingFilters(top_k, top_p, min_p)
-        if self._runner.plan.compile != "off":
-            mark_inputs(inputs.batch, *inputs.sampling, last, *filters, replays=False)
+        plan = self._runner.plan
+        if plan.compile != "off":
+            mark_inputs(inputs.batch, *inputs.sampling, last, *filters, replays=plan.replays)
         return DraftState(
             inputs.batch,
             last,
@@ -233,7 +213,9 @@ class DraftLoop:
         )
 
     def _draft(self, step: _DraftStep, state: DraftState, depth: int) -> Tensor:
-        """Run so many steps, each on the state that the one before it returned. [B, depth]"""
+        """Run a chain of steps, each on the state that the one before it returned. [B, depth]"""
+        if self._runner.plan.replays and step is not self._eager_step:
+            begin_replay()
         draft_tokens = []
         for _ in range(depth):
             token_ids, state = step(self._runner.weights, state, self._runner.kv_cache)
@@ -259,7 +241,7 @@ def _compiled_step(runner: ModelRunner) -> _DraftStep:
         assert following.sampling is not None
         return token_ids, following.sampling.position, *(getattr(following.batch, name) for name in _CHANGED_FIELDS)
 
-    run = compile_function(changed_fields, replays=False)  # a recorded draft is several steps
+    run = compile_function(changed_fields, replays=runner.plan.replays)
 
     def step(weights: Weights, state: DraftState, kv_cache: KVCache) -> tuple[Tensor, DraftState]:
         # `run` returns plain tensors: the compiler of torch 2.11 breaks a named tuple within another one.

@@ -19,6 +19,8 @@ from dispec.engine.sampling_params import SamplingParams
 from dispec.layers.config import ModelConfig
 from dispec.ops.cpu.instruction_sets import instruction_set
 from dispec.ops.cpu.library import build, is_enabled
+from dispec.ops.cuda import library as cuda_library
+from dispec.ops.cuda import prefill_attention
 from dispec.ops.linear import PackedWeight, linear, pack
 
 # bf16 keeps 8 bits: a product of rounded inputs, summed in float32, ends within one rounding of the exact one.
@@ -157,6 +159,22 @@ def try_cpu_kernels() -> Outcome:
         except OSError:
             with tempfile.TemporaryDirectory(prefix="dispec-env-check-") as directory:
                 build(Path(directory))
+
+    return _attempt(run)
+
+
+def try_cuda_kernels() -> Outcome:
+    """Build a CUDA C++ kernel for Hopper GPUs, or find it built. Without it, Triton's run instead.
+
+    Raises ValueError for a wrong `DISPEC_CUDA_KERNELS`.
+    """
+    if not cuda_library.is_enabled():
+        return Outcome(False, "DISPEC_CUDA_KERNELS is off", 0.0)
+
+    def run() -> None:
+        _require(cuda_library.has_nvrtc(), "cuda.bindings, or its NVRTC, is not found")
+        constants = prefill_attention.constants(head_dim=128, group=1, block_size=32, dtype=torch.bfloat16)
+        cuda_library.cubin("prefill_attention.cu", constants, cuda_library.HOPPER)
 
     return _attempt(run)
 

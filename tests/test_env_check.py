@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from dispec.engine import environment
-from dispec.engine.environment import plans, try_cpu_kernels, try_replay
+from dispec.engine.environment import plans, try_cpu_kernels, try_cuda_kernels, try_replay
 from dispec.engine.execution.execution_plan import plan_for
 from dispec.engine.options import EngineOptions
 from dispec.ops.cpu.instruction_sets import INSTRUCTION_SETS
 from dispec.ops.cpu.library import built_instruction_set
+from dispec.ops.cuda import library as cuda_library
 from dispec.serving.cli import env_check
 from dispec.serving.cli.env_check import Finding
 from tests.commands import running
@@ -49,6 +50,13 @@ def test_env_check_with_the_kernels_off(monkeypatch) -> None:
     monkeypatch.setenv("DISPEC_CPU_KERNELS", "off")
     found = {finding.name: finding for finding in itertools.takewhile(is_before_probes, env_check.findings())}
     assert found["cpu kernels"].text == "does not work: DISPEC_CPU_KERNELS is off"
+
+
+def test_env_check_of_a_hopper_gpu_without_nvrtc(monkeypatch) -> None:
+    monkeypatch.setattr(cuda_library, "has_nvrtc", lambda: False)
+    assert try_cuda_kernels().reason == "cuda.bindings, or its NVRTC, is not found"
+    monkeypatch.setenv("DISPEC_CUDA_KERNELS", "off")
+    assert try_cuda_kernels().reason == "DISPEC_CUDA_KERNELS is off"
 
 
 def is_before_probes(finding: Finding) -> bool:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).parent
-_ARCHITECTURES = {(9, 0): "sm_90a"}  # by compute capability: those that the kernels are written for
+HOPPER = "sm_90a"
+_ARCHITECTURES = {(9, 0): HOPPER}  # by compute capability: those that the kernels are written for
 _OPTIONS = ("--std=c++17",)
 # Values of the driver's enumerations (cuda.h).
 _DATA_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}

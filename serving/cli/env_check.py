@@ -54,7 +54,7 @@ class Feature(NamedTuple):
 def findings() -> Iterator[Finding]:
     """Probe the machine and yield each finding as soon as it is known: compiling takes seconds.
 
-    Raises ValueError for a wrong `DISPEC_CPU_ISA` or `DISPEC_CPU_KERNELS`.
+    Raises ValueError for a wrong `DISPEC_CPU_ISA`, `DISPEC_CPU_KERNELS` or `DISPEC_CUDA_KERNELS`.
     """
     python = platform.python_version()
     yield Finding("python", f"{python} ({sys.executable})", {"version": python, "executable": sys.executable})
@@ -107,6 +107,8 @@ def findings() -> Iterator[Finding]:
     for device in devices:
         free = _free(device.free_bytes, device.total_bytes)
         yield Finding(device.name, f"{device.title}, capability {device.capability}, {free}", device._asdict())
+        if device.capability == "9.0":
+            yield tried(f"{device.name} c++ kernels", environment.try_cuda_kernels())
         yield from tried_on(device.name)
         yield tried(f"{device.name} graphs", environment.try_replay(device.name))
 

@@ -19,7 +19,8 @@ from dispec.engine.scheduling.step_record import StepRecord
 from dispec.engine.speculation.proposer import Proposal, Proposer
 from dispec.engine.speculation.speculator import Speculator
 
-_TURN = 2  # tokens of each sequence in a turn
+# Tokens of each sequence in a turn. On CUDA a change of turns empties the queue of steps.
+_TURN = {"cpu": 2, "cuda": 32}
 
 
 class SimulatedProposer:
@@ -201,7 +202,7 @@ def take_turns(
     groups = [_Group(llm, speculator, prompts, params, answers) for speculator in speculators]
     is_full, num_tokens, turn = True, groups[0].num_first_tokens, 0
     while any(group.has_work for group in groups):
-        num_tokens += _TURN * len(prompts)
+        num_tokens += _TURN[llm.engine.device.type] * len(prompts)
         # The order alternates: a group finds the caches as the one before it left them.
         for group in groups if turn % 2 else reversed(groups):
             if group.has_work:

@@ -51,6 +51,8 @@ from tests.layer_cases import Shape, products  # noqa: E402
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that one program may use
 DECODE_SPILLED = 8  # bytes: the assembler of Triton 3.9 spills an address, that of 3.6 does not
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# Reads and writes of global memory in PTX; prefetches and parameters are none.
+MEMORY_ACCESS = re.compile(r"\b(?:ld|st|atom|red)\.(?:[\w:]+\.)*global|\bcp\.async\.(?:c[ag]\.shared|bulk)")
 
 KERNELS = {
     block_transfer: ("transfer_blocks_kernel",),
@@ -180,7 +182,15 @@ def check(launch: Launch, capability: int, widest_load: bool = True, spilled: in
         # With loads of less than 16 bytes the kernel is several times slower.
         ptx = compiled.asm["ptx"]
         assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10|ld\.global[.\w:]*\.v4\.b32", ptx)
+    if launch.arguments.get("OVERLAPS"):
+        check_waits(compiled.asm["ptx"])
     return compiled
+
+
+def check_waits(ptx: str) -> None:
+    """Check that a kernel that starts early waits once, before its first access to global memory."""
+    parts = re.split(r"griddepcontrol\.wait *;", ptx)
+    assert [bool(MEMORY_ACCESS.search(part)) for part in parts] == [False, True]
 
 
 def cache(head_dim: int, block_size: int, kv_heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -53,6 +53,7 @@ from dispec.layers.weight_stacks import Packing
 from dispec.layers.weights import dummy_weights, load_weights
 from dispec.ops import Matrix
 from dispec.ops.cpu.library import has_kernels, is_cached
+from dispec.ops.cuda import library as cuda_library
 from dispec.ops.paged_attention import TRITON_HEAD_DIMS
 
 if TYPE_CHECKING:
@@ -98,10 +99,12 @@ class EngineBuilder:
     def build(self) -> EngineParts:
         """Return the parts.
 
-        Raises ValueError for options that the model, the device or its memory cannot fulfil, before loading weights
-        where that is possible. The processes of other ranks are closed on any error.
+        Raises ValueError for a wrong `DISPEC_CUDA_KERNELS`, and for options that the model, the device or its memory
+        cannot fulfil, before loading weights where that is possible. The processes of other ranks are closed on any
+        error.
         """
         options = self._options
+        cuda_library.is_enabled()  # raises ValueError before the weights are loaded
         set_threads(options.num_threads())
         with self._phase("find"):
             if isinstance(options.model, ModelConfig):

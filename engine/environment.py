@@ -163,12 +163,17 @@ def try_cpu_kernels() -> Outcome:
     return _attempt(run)
 
 
+def uses_cuda_kernels() -> bool:
+    """Return whether `DISPEC_CUDA_KERNELS` is `on`. Raises ValueError if it is neither `on` nor `off`."""
+    return cuda_library.is_enabled()
+
+
 def try_cuda_kernels() -> Outcome:
     """Build a CUDA C++ kernel for Hopper GPUs, or find it built. Without it, Triton's run instead.
 
     Raises ValueError for a wrong `DISPEC_CUDA_KERNELS`.
     """
-    if not cuda_library.is_enabled():
+    if not uses_cuda_kernels():
         return Outcome(False, "DISPEC_CUDA_KERNELS is off", 0.0)
 
     def run() -> None:

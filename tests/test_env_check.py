@@ -68,6 +68,7 @@ def is_before_probes(finding: Finding) -> bool:
     [
         ("DISPEC_CPU_ISA", "DISPEC_CPU_ISA is 'maybe', must be one of amx, avx512, avx2"),
         ("DISPEC_CPU_KERNELS", "DISPEC_CPU_KERNELS is 'maybe', must be on or off"),
+        ("DISPEC_CUDA_KERNELS", "DISPEC_CUDA_KERNELS is 'maybe', must be on or off"),
     ],
 )
 @pytest.mark.parametrize("command", [["env-check"], ["generate", "Hi"], ["serve", "--port", "0"]])

@@ -101,6 +101,7 @@ def findings() -> Iterator[Finding]:
     warnings.filterwarnings("ignore", "the CPU kernels could not be built")  # the line above says so
     yield from tried_on("cpu")
     yield tried("cpu packed bf16", environment.try_packed_bf16())
+    environment.uses_cuda_kernels()  # raises ValueError without a Hopper GPU too
     devices = environment.cuda_devices()
     if not devices:
         yield Finding("cuda", "torch sees no device", {"devices": []})

@@ -2,6 +2,8 @@
 
 import math
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +45,22 @@ def test_tiles_are_shared_where_multiprocessors_would_idle() -> None:
     assert [shares(2048, context, 196) for context in (2048, 8192)] == [False, True]
     assert [shares(8192, context, 782) for context in (8192, 32768)] == [False, False]
     assert [shares(256, context, 26) for context in (256, 4096)] == [False, True]
+
+
+def test_the_kernel_gets_integers_of_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        prefill_attention, "_kernel", lambda *_: SimpleNamespace(launch=lambda *given: launches.append(given))
+    )
+    monkeypatch.setattr(prefill_attention, "tensor_map", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    query, keys, values = torch.zeros(5, 4, 64), torch.zeros(3, 2, 64, 16), torch.zeros(3, 2, 16, 64)
+    given = torch.tensor([[2, 0, 7], [1, 7, 7]])[:, :2], torch.tensor([0, 3, 5]), torch.tensor([20, 2])
+    prefill_attention.prefill(query, keys, values, *given, 0.125)
+    passed = [argument for argument in launches[0] if isinstance(argument, torch.Tensor)][1:]
+    assert [tensor.dtype for tensor in passed] == [torch.int32] * 3
+    assert all(torch.equal(tensor.long(), original) for tensor, original in zip(passed, given, strict=True))
+    assert launches[0][10] == passed[0].stride(0)
 
 
 @pytest.mark.gpu

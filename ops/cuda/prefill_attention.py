@@ -85,6 +85,9 @@ def prefill(
         return output
     built = _kernel(query, keys)
     assert built is not None
+    block_tables, query_start, context_lens = (
+        given.to(torch.int32) for given in (block_tables, query_start, context_lens)
+    )
     tokens = _TILE_ROWS // group
     num_tiles = num_tokens // tokens + batch
     multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
-from dispec.ops.cuda.library import cubin, has_nvrtc
+from dispec.ops.cuda.library import cubin, has_nvrtc, is_available
 
 needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="needs cuda.bindings and NVRTC")
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or not is_available(torch.device("cuda")), reason="needs a Hopper GPU and NVRTC"
+)
 
 
 class Usage(NamedTuple):

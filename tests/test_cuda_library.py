@@ -7,11 +7,8 @@ import torch
 
 from dispec.ops.cuda import library
 from dispec.ops.cuda.library import cubin, is_available, is_enabled, kernel, tensor_map
-from tests.cuda_cubins import needs_nvrtc, usage
+from tests.cuda_cubins import needs_hopper, needs_nvrtc, usage
 
-needs_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or not is_available(torch.device("cuda")), reason="needs a Hopper GPU and NVRTC"
-)
 ADD = """
 extern "C" __global__ void add(float *sums, const float *terms, float factor, long long count) {
     extern __shared__ float shared[];

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from dispec import ops
 from dispec.ops.cuda import prefill_attention
 from dispec.ops.cuda.prefill_attention import BLOCK_SIZES, constants, min_shared_context, shared_bytes
-from tests.cuda_cubins import compiled, instructions, needs_nvrtc, usage
+from tests.cuda_cubins import compiled, instructions, needs_hopper, needs_nvrtc, usage
 from tests.test_gpu_kernels import attention_in_float64, poisoned_cache, query_view, starts
 
 MOST_SHARED_BYTES = 227 * 1024  # of a block
@@ -64,7 +65,7 @@ def test_the_kernel_gets_integers_of_32_bits(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_hopper
 class TestOnDevice:
     """Ragged steps, with NaN in all slots past a context and page numbers out of range past its last page."""
 
@@ -103,8 +104,7 @@ class TestOnDevice:
     ) -> None:
         keys, values, tables = poisoned_cache(contexts, kv_heads, head_dim, block_size, dtype)
         query = query_view(sum(lengths), heads, kv_heads, head_dim, dtype)
-        if not prefill_attention.has_kernel(query, keys, values):
-            pytest.skip("needs a Hopper GPU and NVRTC")
+        assert prefill_attention.has_kernel(query, keys, values)
         lens = torch.tensor(contexts, dtype=torch.int32, device="cuda")
         arguments = (query, keys, values, tables, starts(lengths), lens, head_dim**-0.5, shared_from)
         actual = prefill_attention.prefill(*arguments)
@@ -112,6 +112,15 @@ class TestOnDevice:
         tolerance = 4e-3 if dtype is torch.float16 else 2e-2
         torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance)
         assert torch.equal(actual, prefill_attention.prefill(*arguments))
+
+    def test_the_op_runs_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        keys, values, tables = poisoned_cache([70], 2, 128, 32, torch.bfloat16)
+        query = query_view(70, 12, 2, 128, torch.bfloat16)
+        lens = torch.tensor([70], dtype=torch.int32, device="cuda")
+        arguments = (query, keys, values, tables, starts([70]), lens)
+        expected = prefill_attention.prefill(*arguments, 0.125)
+        monkeypatch.delattr("dispec.ops.triton.prefill_attention.prefill_kernel")
+        assert torch.equal(ops.paged_attention(*arguments, None, 0.125), expected)
 
     def test_a_layer_of_a_stacked_cache_and_padding(self) -> None:
         keys, values, tables = poisoned_cache([500], 2, 128, 64, torch.bfloat16)
@@ -121,8 +130,7 @@ class TestOnDevice:
         for stack, pages in zip(stacked, (keys, values), strict=True):
             stack[1] = pages
         query = query_view(420, 12, 2, 128, torch.bfloat16)
-        if not prefill_attention.has_kernel(query, keys, values):
-            pytest.skip("needs a Hopper GPU and NVRTC")
+        assert prefill_attention.has_kernel(query, keys, values)
         lens = torch.tensor([500], dtype=torch.int32, device="cuda")
         actual = prefill_attention.prefill(query, stacked[0][1], stacked[1][1], tables, starts([400]), lens, 0.1)
         expected = attention_in_float64(query, keys, values, tables, [400], [500], 0.1)
@@ -135,8 +143,7 @@ class TestOnDevice:
             query = torch.ones(8, 4, 128, dtype=torch.bfloat16, device="cuda")
             for column, block in enumerate(tables[0, :63].tolist()):
                 keys[block] = sign * column / 64
-            if not prefill_attention.has_kernel(query, keys, values):
-                pytest.skip("needs a Hopper GPU and NVRTC")
+            assert prefill_attention.has_kernel(query, keys, values)
             lens = torch.tensor([2000], dtype=torch.int32, device="cuda")
             actual = prefill_attention.prefill(query, keys, values, tables, starts([8]), lens, 1.0)
             expected = attention_in_float64(query, keys, values, tables, [8], [2000], 1.0)

@@ -155,7 +155,10 @@ def main(
     """Compare tokens per second of checkouts of DiSpec and of vLLM, in turn on the same GPUs."""
     settings = dict(locals())
     end = time.monotonic() + 60 * minutes
-    chosen = [SUITES[name.strip()] for name in suites.split(",")]
+    suite_names = [name.strip() for name in suites.split(",")]
+    if unknown := [name for name in suite_names if name not in SUITES]:
+        raise ValueError(f"--suites has {', '.join(unknown)}, must be of {', '.join(SUITES)}")
+    chosen = [SUITES[name] for name in suite_names]
     trees = [Tree(name, Path(folder).resolve()) for name, folder in (given.split("=", 1) for given in tree)]
     contestants = Contestants(trees, None if vllm_path is None else VLLM(vllm_python, vllm_path.absolute()))
     names = list(contestants.starts("", {}, {}))

@@ -153,9 +153,11 @@ def main(
     """Measure the GB/s of KV blocks between two processes, by transport."""
     settings = dict(locals())
     devices = source_device or device, device
-    kinds = {torch.device(name).type for name in devices}
+    kinds = {name.partition(":")[0] for name in devices}
     if len(kinds) > 1 or not kinds <= TRANSPORTS.keys():
         raise ValueError(f"devices are {' and '.join(devices)}, must both be one of {', '.join(TRANSPORTS)}")
+    if "cuda" in kinds and not torch.cuda.is_available():
+        raise ValueError(f"devices are {' and '.join(devices)}, but torch finds no CUDA device")
     known = TRANSPORTS[kinds.pop()]
     if unknown := set(transport or ()) - set(known):
         raise ValueError(f"transport has {', '.join(sorted(unknown))}, must be of {', '.join(known)}")

@@ -82,9 +82,11 @@ def choose_peers(
     gguf: Path | None,
     site: Path | None = None,
 ) -> PeerChoice:
-    """Return the choice that the options make. site: of --vllm-path."""
+    """Return the choice that the options make. site: of --vllm-path. Raises ValueError for that without vLLM."""
     chosen = tuple(dict.fromkeys(["transformers"] if names is None else names))
     chosen = () if chosen == ("none",) else chosen
+    if site is not None and "vllm" not in chosen:
+        raise ValueError("--vllm-path needs --peer vllm")
     return PeerChoice(chosen, python and python.absolute(), hf, preload, program, gguf, site and site.absolute())
 
 

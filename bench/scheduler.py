@@ -26,6 +26,7 @@ from dispec.layers.config import ModelConfig
 from dispec.layers.types import Batch
 
 WARM_UP = 20
+MAX_STEP_TOKENS = 2**20  # the engine's limit: more prompt tokens take several steps
 PHASES = ("schedule", "launch", "wait", "commit")
 CONFIG = ModelConfig(
     architecture="Qwen2ForCausalLM",
@@ -55,7 +56,7 @@ def engine_without_model(num_sequences: int, context: int, max_len: int, block_s
             async_scheduling=True,
             block_size=cast(Any, block_size),
             max_num_seqs=num_sequences,
-            max_num_batched_tokens=num_sequences * context,
+            max_num_batched_tokens=min(num_sequences * context, MAX_STEP_TOKENS),
             max_model_len=max_len,
             kv_cache_memory=(num_sequences + 1) * (max_len + block_size) * token_bytes,
             show_progress=False,

@@ -69,7 +69,7 @@ class EngineOptions:
     max_prefill_chunk: Annotated[
         int | None,
         Option(
-            "Most prompt tokens of one sequence in a step.",
+            "Most prompt tokens of one sequence in a step, and most tokens of a step with prompts and decodes.",
             ge=1,
             le=2**20,
             default="2048 on CUDA while several sequences run or wait, else the whole step",

@@ -5,6 +5,8 @@ import select
 import threading
 from collections.abc import Callable, Iterable
 
+_CALL_SECONDS = 5.0  # for a call that has begun when the watch is closed
+
 
 class ProcessWatch:
     """Calls a function, in a thread of its own, when the first of several processes ends.
@@ -18,13 +20,15 @@ class ProcessWatch:
         self._closing, self._closer = os.pipe()
         self._lock = threading.Lock()
         self._is_over = False
-        threading.Thread(target=self._watch, name="process watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="process watch", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
-        """Stop watching. A call of the function that has begun goes on; none begins after this returns."""
+        """Stop watching: no call begins after this returns. Waits up to 5 s for a call that has begun."""
         with self._lock:
             self._is_over = True
         os.close(self._closer)  # ends the thread, which closes the others
+        self._thread.join(_CALL_SECONDS)
 
     def _watch(self) -> None:
         fds = (self._closing, *self._pidfds)

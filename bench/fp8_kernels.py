@@ -74,7 +74,7 @@ def random_codes(rows: int, columns: int) -> Tensor:
 
 def gemm(codes: Tensor, weight: Tensor, is_gated: bool, config: tuple[Any, ...], scales: tuple[Tensor, Tensor]) -> Any:
     from dispec.ops.triton.fp8_linear import fp8_gemm
-    from dispec.ops.triton.tuning import SkinnyGemmConfig
+    from dispec.ops.triton.gemm_tuning import SkinnyGemmConfig
 
     return fp8_gemm(codes, scales[0], weight, scales[1], None, None, is_gated, SkinnyGemmConfig(*config))
 

@@ -30,7 +30,7 @@ from dispec.layers.weight_stacks import Packing
 from dispec.layers.weights import dummy_weights
 
 if TYPE_CHECKING:
-    from dispec.ops.triton.tuning import SkinnyGemmConfig
+    from dispec.ops.triton.gemm_tuning import SkinnyGemmConfig
 
 QWEN = ModelConfig(
     architecture="Qwen2ForCausalLM",
@@ -176,7 +176,8 @@ def linear_calls(stack: Stack, step: Step, name: str, config: "SkinnyGemmConfig 
 
 def sweep(stack: Stack, step: Step, deadline: float) -> None:
     """Try the candidates of each GEMM until `deadline`; print the best."""
-    from dispec.ops.triton.tuning import Device, SkinnyGemmConfig, choose_fused_linear, describe
+    from dispec.ops.triton.gemm_tuning import SkinnyGemmConfig, choose_fused_linear
+    from dispec.ops.triton.tuning import Device, describe
 
     num_tokens, is_cuda = len(step.x), step.x.is_cuda
     device = describe(step.x.device) if is_cuda else Device("sm_90", 132)

@@ -25,9 +25,10 @@ from dispec.bench.kernels import COLD_BYTES, seconds_per_call
 from dispec.ops.norm import Norm
 from dispec.ops.quantization import Kind
 from dispec.ops.triton import quantized_linear as kernel
+from dispec.ops.triton.gemm_tuning import QuantizedGemmConfig, choose_quantized_linear
 from dispec.ops.triton.quantized_layout import CODES, block_words
 from dispec.ops.triton.quantized_linear import quantized_linear
-from dispec.ops.triton.tuning import QuantizedGemmConfig, choose_quantized_linear, describe
+from dispec.ops.triton.tuning import describe
 
 # Output features, columns, whether half of the features gate the others.
 Shape = tuple[int, int, bool]

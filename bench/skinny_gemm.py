@@ -37,8 +37,8 @@ def weight_shapes(model: str) -> dict[str, tuple[int, int]]:
 
 def time_linear(x: Tensor, weights: list[Tensor], config: object, by_torch: bool = False) -> float:
     """Return seconds of one linear layer, over all the weights in turn."""
+    from dispec.ops.triton.gemm_tuning import SkinnyGemmConfig
     from dispec.ops.triton.skinny_linear import linear
-    from dispec.ops.triton.tuning import SkinnyGemmConfig
 
     assert config is None or isinstance(config, SkinnyGemmConfig)
     calls = [
@@ -67,7 +67,8 @@ def main(
     sweep: Annotated[bool, typer.Option(help="Try other configurations.")] = False,
 ) -> None:
     """Print microseconds and GB/s of each linear layer of the models."""
-    from dispec.ops.triton.tuning import SkinnyGemmConfig, choose_linear, describe
+    from dispec.ops.triton.gemm_tuning import SkinnyGemmConfig, choose_linear
+    from dispec.ops.triton.tuning import describe
 
     device = describe(torch.device("cuda", torch.cuda.current_device()))
     for model in models.split(","):

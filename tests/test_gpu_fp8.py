@@ -83,7 +83,7 @@ def test_rows_are_rounded_alike_in_every_batch() -> None:
 
 def test_every_configuration_is_exact_for_small_integers() -> None:
     from dispec.ops.triton.fp8_linear import fp8_linear
-    from dispec.ops.triton.tuning import SkinnyGemmConfig
+    from dispec.ops.triton.gemm_tuning import SkinnyGemmConfig
 
     torch.manual_seed(0)
     x = torch.randint(-8, 9, (37, 1040), device=CUDA).bfloat16()

@@ -27,8 +27,8 @@ else:
     from triton.runtime import interpreter
 
     from dispec.ops.triton import fp8_linear
+    from dispec.ops.triton.gemm_tuning import SkinnyGemmConfig
     from dispec.ops.triton.linear_residual import split_counters
-    from dispec.ops.triton.tuning import SkinnyGemmConfig
     from tests.fp8_cases import Fp8Case, expect_fp8, expected_rows, make_fp8_case
 
     ONE, WIDE, SPLIT = (

@@ -47,7 +47,8 @@ else:
         skinny_linear,
         token_threshold,
     )
-    from dispec.ops.triton.tuning import DecodeConfig, PrefillConfig, SkinnyGemmConfig
+    from dispec.ops.triton.gemm_tuning import SkinnyGemmConfig
+    from dispec.ops.triton.tuning import DecodeConfig, PrefillConfig
     from tests.argmax_cases import rows_with_first_largest
     from tests.threshold_cases import cases, expect_thresholds
 

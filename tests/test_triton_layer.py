@@ -63,7 +63,7 @@ else:
 
     from dispec.ops import reference
     from dispec.ops.triton import linear, linear_residual, qkv_rope_write, rope_write
-    from dispec.ops.triton.tuning import GatedGemmConfig, SkinnyGemmConfig
+    from dispec.ops.triton.gemm_tuning import GatedGemmConfig, SkinnyGemmConfig
     from tests.layer_cases import (
         Shape,
         expect_product,

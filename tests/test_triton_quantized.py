@@ -30,9 +30,9 @@ if not INTERPRETED:
 else:
     from dispec.ops import reference
     from dispec.ops.norm import Norm
+    from dispec.ops.triton.gemm_tuning import QuantizedGemmConfig
     from dispec.ops.triton.quantized_layout import pack_codes, pack_scales, read_rows
     from dispec.ops.triton.quantized_linear import quantized_linear
-    from dispec.ops.triton.tuning import QuantizedGemmConfig
 
     ONE, SPLIT = QuantizedGemmConfig(32, 1, 2, 3), QuantizedGemmConfig(16, 3, 1, 2, 16)
     TORCH = QuantizedGemmConfig(0, 1, 4, 1)

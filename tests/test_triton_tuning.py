@@ -4,13 +4,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-from dispec.ops.triton.tuning import (
-    Device,
+from dispec.ops.triton.gemm_tuning import (
     QuantizedGemmConfig,
     SkinnyGemmConfig,
     choose_fused_linear,
     choose_quantized_linear,
 )
+from dispec.ops.triton.tuning import Device
 
 H100, A100 = Device("sm_90", 132), Device("sm_80", 108)
 # Hidden size, features of the query, key and value projection, columns of the output projection, intermediate size.

@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dispec.ops.norm import Norm
+from dispec.ops.triton.gemm_tuning import SkinnyGemmConfig, choose_fp8_linear
 from dispec.ops.triton.linear_residual import MAX_COUNTERS, split_counters
 from dispec.ops.triton.norm_activation import silu_and_mul
 from dispec.ops.triton.overlap import launch_next, overlap_options, prefetch, wait
 from dispec.ops.triton.skinny_gemm import split_evenly
-from dispec.ops.triton.tuning import SkinnyGemmConfig, choose_fp8_linear, describe
+from dispec.ops.triton.tuning import describe
 
 MAX_TOKENS = 64  # of a program of the GEMM
 ELEMENTS_PER_WARP = 1024  # of a row that is rounded

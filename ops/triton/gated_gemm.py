@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dispec.ops.triton.tuning import GatedGemmConfig
+from dispec.ops.triton.gemm_tuning import GatedGemmConfig
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dispec.ops.norm import Norm
+from dispec.ops.triton.gemm_tuning import SkinnyGemmConfig
 from dispec.ops.triton.overlap import launch_next, prefetch_and_wait
 from dispec.ops.triton.skinny_gemm import launch_options, skinny_gemm
-from dispec.ops.triton.tuning import SkinnyGemmConfig
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

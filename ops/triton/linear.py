@@ -7,14 +7,10 @@ from dispec.ops.norm import Norm
 from dispec.ops.triton import skinny_linear
 from dispec.ops.triton.gated_gemm import gated_gemm
 from dispec.ops.triton.gated_linear import gated_linear
+from dispec.ops.triton.gemm_tuning import SkinnyGemmConfig, choose_fused_linear, choose_gated_gemm
 from dispec.ops.triton.linear_residual import norm_linear_residual
 from dispec.ops.triton.norm_activation import rms_norm, silu_and_mul
-from dispec.ops.triton.tuning import (
-    SkinnyGemmConfig,
-    choose_fused_linear,
-    choose_gated_gemm,
-    describe,
-)
+from dispec.ops.triton.tuning import describe
 
 
 def fused_linear(

@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dispec.ops.norm import Norm
+from dispec.ops.triton.gemm_tuning import SkinnyGemmConfig
 from dispec.ops.triton.overlap import launch_next, prefetch_and_wait
 from dispec.ops.triton.skinny_gemm import launch_options, multiply_on_tensor_cores, skinny_gemm, split_evenly
-from dispec.ops.triton.tuning import SkinnyGemmConfig
 
 # Counters of a device, one for each block of output features: at 64 a block, enough for 262,144.
 MAX_COUNTERS = 4096

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from dispec.ops.kv_cache import LARGEST_CODE, pages_of_layer
 from dispec.ops.norm import Norm
+from dispec.ops.triton.gemm_tuning import SkinnyGemmConfig, choose_fused_linear
 from dispec.ops.triton.linear import fused_linear
 from dispec.ops.triton.norm_activation import rms_norm
 from dispec.ops.triton.overlap import launch_next, prefetch_and_wait
 from dispec.ops.triton.rope_write import KVSlots, rope_write
 from dispec.ops.triton.skinny_gemm import launch_options, skinny_gemm
-from dispec.ops.triton.tuning import SkinnyGemmConfig, choose_fused_linear, describe
+from dispec.ops.triton.tuning import describe
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

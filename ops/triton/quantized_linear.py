@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from dispec.ops.norm import Norm
+from dispec.ops.triton.gemm_tuning import QuantizedGemmConfig, choose_quantized_linear
 from dispec.ops.triton.linear_residual import MAX_COUNTERS, split_counters
 from dispec.ops.triton.norm_activation import rms_norm, silu_and_mul
 from dispec.ops.triton.quantized_layout import CODES, ROWS
-from dispec.ops.triton.tuning import QuantizedGemmConfig, choose_quantized_linear, describe
+from dispec.ops.triton.tuning import describe
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_FUSED_NORM_COLUMNS = 2048  # for each warp, whose registers hold the token until the weight is read

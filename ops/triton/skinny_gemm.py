@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dispec.ops.triton.gemm_tuning import PREFETCHED_BYTES, SkinnyGemmConfig
 from dispec.ops.triton.overlap import overlap_options
-from dispec.ops.triton.tuning import PREFETCHED_BYTES, SkinnyGemmConfig
 
 
 @triton.jit

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dispec.ops.triton.gemm_tuning import REDUCE_BLOCK, SkinnyGemmConfig, choose_linear
 from dispec.ops.triton.skinny_gemm import split_evenly
-from dispec.ops.triton.tuning import REDUCE_BLOCK, SkinnyGemmConfig, choose_linear, describe
+from dispec.ops.triton.tuning import describe
 
 
 @triton.jit

@@ -120,7 +120,7 @@ class Client:
         self._num_source_blocks, self._source_device = peer.num_blocks, peer.device
         self._send_queue = SendQueue(connection, "kv-query")
         query_seconds = min(peer.lease_seconds, options.stall_seconds) / 4
-        # By CUDA IPC a read is one launch, whatever its size.
+        # By CUDA IPC a read of any size is one launch.
         read_blocks = MAX_BLOCKS if self.transport == "cuda_ipc" else options.read_bytes // peer.block_bytes
         max_read_blocks = max(1, min(MAX_BLOCKS, read_blocks))
         self._apply(self._receiver.connected, self.key, query_seconds, max_read_blocks)

@@ -63,42 +63,17 @@ def _kernel(query: Tensor, keys: Tensor) -> Kernel | None:
     return kernel("prefill_attention.cu", "prefill_attention", macros, query.device)
 
 
-def prefill(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    block_tables: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    shared_from: int | None = None,
-) -> Tensor:
-    """Compute `ops.triton.prefill_attention.prefill`, with arguments as there, for which `has_kernel` must be true.
-
-    shared_from: replaces `min_shared_context` in tests and tuning.
-    """
+def _tensor_maps(query: Tensor, keys: Tensor, values: Tensor) -> tuple[object, object, object]:
+    """Return how the kernel copies the queries of a tile, a page of keys and a page of values."""
     num_tokens, num_heads, head_dim = query.shape
     num_blocks, kv_heads, _, block_size = keys.shape
-    batch, group = block_tables.shape[0], num_heads // kv_heads
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if num_tokens == 0 or batch == 0:
-        return output
-    built = _kernel(query, keys)
-    assert built is not None
-    block_tables, query_start, context_lens = (
-        given.to(torch.int32) for given in (block_tables, query_start, context_lens)
-    )
-    tokens = _TILE_ROWS // group
-    num_tiles = num_tokens // tokens + batch
-    multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    if shared_from is None:
-        shared_from = min_shared_context(num_tokens, num_tiles * kv_heads, multiprocessors)
+    group = num_heads // kv_heads
     query_map = tensor_map(
         query.data_ptr(),
         query.dtype,
         (head_dim, group, num_tokens, kv_heads),
         (2 * query.stride(1), 2 * query.stride(0), 2 * group * query.stride(1)),
-        (64, group, tokens, 1),
+        (64, group, _TILE_ROWS // group, 1),
         128,
     )
     key_map = tensor_map(
@@ -117,13 +92,42 @@ def prefill(
         (64, block_size, head_dim // 64, 1, 1),
         128,
     )
+    return query_map, key_map, value_map
+
+
+def prefill(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    shared_from: int | None = None,
+) -> Tensor:
+    """Compute `ops.triton.prefill_attention.prefill`, with arguments as there, for which `has_kernel` must be true.
+
+    shared_from: replaces `min_shared_context` in tests and tuning.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    batch, (num_blocks, kv_heads) = block_tables.shape[0], keys.shape[:2]
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if num_tokens == 0 or batch == 0:
+        return output
+    built = _kernel(query, keys)
+    assert built is not None
+    block_tables, query_start, context_lens = (
+        given.to(torch.int32) for given in (block_tables, query_start, context_lens)
+    )
+    num_tiles = num_tokens // (_TILE_ROWS // (num_heads // kv_heads)) + batch
+    multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    if shared_from is None:
+        shared_from = min_shared_context(num_tokens, num_tiles * kv_heads, multiprocessors)
     built.launch(
         (2 * min(num_tiles * kv_heads, multiprocessors // 2), 1, 1),
         (_THREADS, 1, 1),
         shared_bytes(head_dim),
-        query_map,
-        key_map,
-        value_map,
+        *_tensor_maps(query, keys, values),
         output,
         block_tables,
         query_start,

@@ -9,12 +9,15 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
 from dispec.engine.machine.cache_directory import cache_directory, check_writable
 from dispec.engine.machine.cpu_cores import usable_cores
+
+if TYPE_CHECKING:  # it imports torch, which `findings` reports if it is broken
+    from dispec.engine.environment import Outcome
 
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of /proc/cpuinfo, that speed up bf16
 _CPU_FEATURES = {
@@ -81,26 +84,22 @@ def findings() -> Iterator[Finding]:
         triton = None
     yield Finding("triton", triton or "not installed", {"version": triton})
 
-    def tried(name: str, outcome: environment.Outcome) -> Finding:
-        text = f"works ({outcome.seconds:.1f} s)" if outcome.works else f"does not work: {outcome.reason}"
-        return Finding(name, text, outcome._asdict())
-
     def tried_on(device: str) -> Iterator[Finding]:
-        yield tried(f"{device} bf16", environment.try_bf16(device))
-        yield tried(f"{device} engine", environment.try_engine(device))
+        yield _tried(f"{device} bf16", environment.try_bf16(device))
+        yield _tried(f"{device} engine", environment.try_engine(device))
         compiler = environment.try_compiler(device)
-        yield tried(f"{device} compiler", compiler)
+        yield _tried(f"{device} compiler", compiler)
         for dtype, plan in environment.plans(device, compiles=compiler.works).items():
             yield Finding(f"plan {device} {dtype}", plan.describe(), dataclasses.asdict(plan))
 
     name, is_forced = environment.cpu_instruction_set(), bool(os.environ.get("DISPEC_CPU_ISA"))
-    kernels = tried("cpu kernels", environment.try_cpu_kernels())
+    kernels = _tried("cpu kernels", environment.try_cpu_kernels())
     text = f"{kernels.text}, {name}{' by DISPEC_CPU_ISA' if is_forced else ''}"
     data = kernels.data | {"instruction_set": name, "is_forced": is_forced}
     yield Finding("cpu kernels", text if data["works"] else kernels.text, data)
     warnings.filterwarnings("ignore", "the CPU kernels could not be built")  # the line above says so
     yield from tried_on("cpu")
-    yield tried("cpu packed bf16", environment.try_packed_bf16())
+    yield _tried("cpu packed bf16", environment.try_packed_bf16())
     environment.uses_cuda_kernels()  # raises ValueError without a Hopper GPU too
     devices = environment.cuda_devices()
     if not devices:
@@ -109,9 +108,14 @@ def findings() -> Iterator[Finding]:
         free = _free(device.free_bytes, device.total_bytes)
         yield Finding(device.name, f"{device.title}, capability {device.capability}, {free}", device._asdict())
         if device.capability == "9.0":
-            yield tried(f"{device.name} c++ kernels", environment.try_cuda_kernels())
+            yield _tried(f"{device.name} c++ kernels", environment.try_cuda_kernels())
         yield from tried_on(device.name)
-        yield tried(f"{device.name} graphs", environment.try_replay(device.name))
+        yield _tried(f"{device.name} graphs", environment.try_replay(device.name))
+
+
+def _tried(name: str, outcome: "Outcome") -> Finding:
+    text = f"works ({outcome.seconds:.1f} s)" if outcome.works else f"does not work: {outcome.reason}"
+    return Finding(name, text, outcome._asdict())
 
 
 def features(found: Iterable[Finding]) -> list[Feature]:

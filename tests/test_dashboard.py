@@ -193,7 +193,7 @@ def test_the_files_of_the_page(checkpoint) -> None:
         assert page.headers["content-type"].startswith("text/html")
         assert "default-src 'none'" in page.headers["content-security-policy"]
         assert client.get("/dashboard/").text == page.text
-        for name in ("dashboard.js", "charts.js", "chat.js", "stream.js", "dashboard.css"):
+        for name in ("dashboard.js", "charts.js", "chat.js", "stream.js", "dashboard.css", "chat.css"):
             assert client.get(f"/dashboard/{name}").status_code == 200
         for name in ("index.html", "nothing.js", "..%2Fmetrics.py", "%2e%2e/metrics.py"):
             assert client.get(f"/dashboard/{name}").status_code == 404

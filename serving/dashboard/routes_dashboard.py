@@ -18,7 +18,7 @@ from dispec.serving.dashboard.dashboard_state import DashboardState
 
 _DIRECTORY = Path(__file__).parent / "page"
 _TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
-_FILES = ("dashboard.css", "dashboard.js", "charts.js", "chat.js", "stream.js")
+_FILES = ("dashboard.css", "chat.css", "dashboard.js", "charts.js", "chat.js", "stream.js")
 _HEADERS = {
     # Text from a model can make the page load or send nothing elsewhere. Plotly sets styles.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline';"

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from dispec.serving.cli.console import reporting
+from dispec.serving.cli.help_layout import HelpCommand, HelpGroup
 
 COMMANDS = {
     "throughput": "tokens per second beside transformers, vLLM and llama.cpp",
@@ -37,34 +38,40 @@ COMMANDS = {
     "scheduler": "milliseconds of scheduling a step, without a model",
 }
 
-# Typer's settings of `dispec bench`, which passes its options on to the benchmark.
-PASSES_OPTIONS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
+
+class _Benchmark(HelpCommand):
+    """A benchmark that is known by its name; its module is imported for its options."""
+
+    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Return the context of the imported command."""
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app.command(cls=HelpCommand)(_reported(_benchmark(str(self.name))))
+        return typer.main.get_command(app).make_context(info_name, args, parent, **extra)
 
 
-def overview() -> str:
-    """Return the help text: usage, and a line for each benchmark."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {about}" for name, about in COMMANDS.items()]
-    return "\n".join(["Usage: dispec bench BENCHMARK [OPTIONS]", "", *lines, "", "dispec bench BENCHMARK --help"])
+class _Benchmarks(HelpGroup):
+    def __init__(self, **settings: Any) -> None:
+        commands = {name: _Benchmark(name, help=about) for name, about in COMMANDS.items()}
+        super().__init__(**settings | {"commands": commands})
 
 
-def bench(context: typer.Context) -> None:
-    """Measure: throughput, latency, startup and more; without a name it lists what there is."""
-    if code := main(context.args):
-        raise typer.Exit(code)
+bench = typer.Typer(
+    name="bench",
+    cls=_Benchmarks,
+    subcommand_metavar="BENCHMARK [OPTIONS]",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measure throughput, latency, startup and more. `dispec bench BENCHMARK --help` has the options."""
 
 
 def main(args: list[str]) -> Any:
-    """Run a benchmark with its arguments and return its exit code. Raises typer.BadParameter for an unknown name."""
-    if not args or args[0] in ("--help", "-h"):
-        print(overview())
-        return None
-    name, *rest = args
-    if name not in COMMANDS:
-        raise typer.BadParameter(f"there is no benchmark {name!r}, must be one of {', '.join(COMMANDS)}")
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(_reported(_benchmark(name)))
-    return app(args=rest, prog_name=f"dispec bench {name}", standalone_mode=False)
+    """Run a benchmark with its arguments and return its exit code."""
+    return bench(args=args, prog_name="dispec bench", standalone_mode=False)
 
 
 def _benchmark(name: str) -> Callable[..., None]:

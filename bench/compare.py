@@ -143,7 +143,7 @@ def main(
     suites: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(SUITES)}.")] = ",".join(SUITES),
     starts: Annotated[int, typer.Option(min=0, help="Measure as many warm starts of the first suite.")] = 0,
     vllm_path: VllmPath = None,
-    vllm_python: Annotated[str, typer.Option(help="Python that runs vLLM.")] = sys.executable,
+    vllm_python: Annotated[str, typer.Option(help="Python that runs vLLM.", show_default="this one")] = sys.executable,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each contestant; the median counts.")] = 3,
     minutes: Annotated[float, typer.Option(help="Begin no case after this long.")] = 9.0,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs of each contestant.")] = 1,

@@ -67,6 +67,7 @@ log = logging.getLogger("dispec")
 class EngineParts:
     """The parts of an engine.
 
+    weights_format: in words, such as "bfloat16, dequantised from GGUF Q4_1 and Q8_0".
     ranks: the processes of the other ranks of a tensor-parallel model.
     transfer_engine: exchanges KV blocks with other engines, if `kv_transfer` is on.
     phase_seconds: of each phase of the start, by its name.
@@ -74,6 +75,7 @@ class EngineParts:
 
     checkpoint: Checkpoint | None
     config: ModelConfig
+    weights_format: str
     kv_plan: KVPlan
     ranks: "TensorParallel | None"
     runner: ModelRunner
@@ -179,6 +181,7 @@ class EngineBuilder:
         parts = EngineParts(
             self._checkpoint,
             self._config,
+            weights_format(weights, options, self._checkpoint),
             kv_plan,
             self._ranks,
             runner,
@@ -349,13 +352,8 @@ class EngineBuilder:
     def _log_start(self, parts: EngineParts, activation_bytes: int) -> None:
         """Log how steps run, where memory went and how long the start took."""
         plan = parts.kv_plan
-        weights = parts.runner.weights
         lines = [
-            (
-                "weights",
-                format_bytes(weight_bytes(weights)),
-                weights_format(weights, self._options, parts.checkpoint),
-            ),
+            ("weights", format_bytes(weight_bytes(parts.runner.weights)), parts.weights_format),
             (
                 "kv cache",
                 format_bytes(plan.num_blocks * plan.block_bytes),

@@ -53,6 +53,7 @@ class Engine:
         self.checkpoint = parts.checkpoint
         self.config = parts.config
         self.grammar_compiler = parts.grammar_compiler
+        self.weights_format = parts.weights_format
         self.kv_plan = parts.kv_plan
         self.max_model_len = parts.kv_plan.max_model_len
         self.runner = parts.runner

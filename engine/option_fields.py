@@ -25,7 +25,7 @@ class Option:
 
     help: one or two sentences. ge, le, gt: inclusive limits, exclusive lower limit; `unit` follows them in errors.
     default: the meaning of a default of None. flags: instead of the field's name. aliases: earlier names of the field.
-    group: heading under which the help of the command line lists it. parse: makes the value from the command line's
+    group: heading in the help of the command line. parse: makes the value from the command line's
     text, or list of texts for a tuple. Raises ValueError.
     """
 
@@ -69,7 +69,7 @@ class OptionField(NamedTuple):
             return self.option.default
         if isinstance(self.default, bool):
             return "on" if self.default else "off"
-        return ", ".join(self.default) if isinstance(self.default, tuple) else str(self.default)
+        return ", ".join(self.default) if isinstance(self.default, tuple) else str(self.default).removesuffix(".0")
 
 
 @functools.cache

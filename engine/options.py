@@ -20,51 +20,72 @@ DTYPE_NAMES: tuple[Dtype, ...] = get_args(Dtype)
 @with_declared_fields
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine loads and runs a model. Raises InvalidField with the option, its value and the limit."""
+    """How an engine loads and runs a model. Raises InvalidField with the option, its value and the limit.
+
+    A `ModelConfig` as a model has random weights: it needs load_format="dummy".
+    """
 
     model: Annotated[
         str | Path | ModelConfig,
         Option(
-            "Directory, .gguf file, hub id, or the built-in smollm2. Python also takes a ModelConfig, which has"
-            " dummy weights.",
+            "Directory, .gguf file, hub id (owner/name) or the built-in smollm2.",
             flags=("--model", "-m"),
+            group="Model",
         ),
     ] = "smollm2"
     _: KW_ONLY
-    dtype: Annotated[Dtype, Option("bfloat16, float16 (CUDA only) or float32.")] = "bfloat16"
+    dtype: Annotated[Dtype, Option("bfloat16, float16 (CUDA only) or float32.", group="Model")] = "bfloat16"
     quantization: Annotated[
         Literal["native", "int4", "int8", "fp8", "off"] | None,
         Option(
             "Weights in fewer bits. int4, int8, fp8 (CUDA): round a checkpoint's matrices to these while loading."
             " native: keep a quantised checkpoint as it is; off: dequantise it.",
             default="native, but off for the built-in model",
+            group="Model",
         ),
     ] = None
     quantization_group_size: Annotated[
         Literal[32, 64, 128] | None,
-        Option("Columns that share a scale in quantization int4: 32, 64 or 128.", default="32"),
+        Option("Columns that share a scale in quantization int4: 32, 64 or 128.", default="32", group="Model"),
     ] = None
     kv_cache_dtype: Annotated[
         Literal["auto", "int8", "fp8"],
-        Option("Of keys and values: auto is that of the model; int8 and fp8 (e4m3) take half the memory of bfloat16."),
+        Option(
+            "Of keys and values: auto is that of the model; int8 and fp8 (e4m3) take half the memory of bfloat16.",
+            group="Memory",
+        ),
     ] = "auto"
-    device: Annotated[str | None, Option("cpu, cuda or cuda:N.", default="cuda if there is one")] = None
+    device: Annotated[
+        str | None, Option("cpu, cuda or cuda:N.", default="cuda if there is one", group="CPU and GPUs")
+    ] = None
     kv_cache_memory: Annotated[
         int | str | None,
         Option(
             "Bytes, or a size such as 2GiB.",
             default="on CUDA what gpu_memory_utilization leaves free; on CPU a quarter of the free memory, or what"
             " max_num_seqs full sequences use if that is less",
+            group="Memory",
         ),
     ] = None
-    gpu_memory_utilization: Annotated[float, Option("Share of a CUDA device's memory to use.", gt=0, le=1)] = 0.9
+    gpu_memory_utilization: Annotated[
+        float, Option("Share of a CUDA device's memory to use.", gt=0, le=1, group="Memory")
+    ] = 0.9
     max_model_len: Annotated[
-        int | None, Option("Most tokens of a sequence, prompt and answer.", ge=2, le=2**24, default="the model's limit")
+        int | None,
+        Option(
+            "Most tokens of a sequence, prompt and answer.", ge=2, le=2**24, default="the model's limit", group="Model"
+        ),
     ] = None
-    max_num_seqs: Annotated[int, Option("Most sequences that run at once.", ge=1, le=4096)] = 64
+    max_num_seqs: Annotated[int, Option("Most sequences that run at once.", ge=1, le=4096, group="Scheduling")] = 64
     max_num_batched_tokens: Annotated[
         int | None,
-        Option("Most tokens of a step, at least max_num_seqs.", ge=1, le=2**20, default="8192 on CUDA, 512 on CPU"),
+        Option(
+            "Most tokens of a step, at least max_num_seqs.",
+            ge=1,
+            le=2**20,
+            default="8192 on CUDA, 512 on CPU",
+            group="Scheduling",
+        ),
     ] = None
     max_prefill_chunk: Annotated[
         int | None,
@@ -73,6 +94,7 @@ class EngineOptions:
             ge=1,
             le=2**20,
             default="2048 on CUDA while several sequences run or wait, else the whole step",
+            group="Scheduling",
         ),
     ] = None
     enable_prefix_caching: Annotated[
@@ -80,18 +102,28 @@ class EngineOptions:
         Option(
             "Compute a prefix once and share its blocks between sequences, later ones included.",
             flags=("--prefix-caching/--no-prefix-caching",),
+            group="Memory",
         ),
     ] = True
     priority_aging: Annotated[
-        float, Option("Seconds of waiting that make up for one step of priority.", gt=0, le=10**9, unit="seconds")
+        float,
+        Option(
+            "Seconds of waiting that make up for one step of priority.",
+            gt=0,
+            le=10**9,
+            unit="seconds",
+            group="Scheduling",
+        ),
     ] = 60.0
     async_scheduling: Annotated[
-        bool | None, Option("Prepare a step while the device runs the one before it.", default="on with CUDA")
+        bool | None,
+        Option("Prepare a step while the device runs the one before it.", default="on with CUDA", group="Scheduling"),
     ] = None
     # 32 reads a third faster than 16 on CPU; smaller blocks share more.
-    block_size: Annotated[Literal[16, 32, 64], Option("Tokens per KV block: 16, 32 or 64.")] = 32
+    block_size: Annotated[Literal[16, 32, 64], Option("Tokens per KV block: 16, 32 or 64.", group="Memory")] = 32
     load_format: Annotated[
-        Literal["auto", "dummy"], Option("auto reads the checkpoint; dummy makes random weights of its shapes.")
+        Literal["auto", "dummy"],
+        Option("auto reads the checkpoint; dummy makes random weights of its shapes.", group="Model"),
     ] = "auto"
     # On CPU our kernels leave nothing to gain by compiling.
     compile: Annotated[
@@ -100,24 +132,29 @@ class EngineOptions:
             "When steps are compiled. startup: before the first request; background (CUDA, in a server): while no"
             " request runs, answering eagerly until then; off: never.",
             default="startup on CUDA, off on CPU",
+            group="Compilation",
         ),
     ] = None
-    enforce_eager: Annotated[bool, Option("The same as compile off.")] = False
+    enforce_eager: Annotated[bool, Option("The same as compile off.", group="Compilation")] = False
     speculative_model: Annotated[
         str | Path | ModelConfig | None,
         Option(
             "Propose draft tokens, which a step verifies together: ngram looks in the sequence's own text; else a"
             " smaller model of the same tokenizer, named as model is. Answers stay the same.",
             default="none",
+            group="Speculation",
         ),
     ] = None
-    num_speculative_tokens: Annotated[int, Option("Most draft tokens of a sequence in a step.", ge=1, le=15)] = 5
+    num_speculative_tokens: Annotated[
+        int, Option("Most draft tokens of a sequence in a step.", ge=1, le=15, group="Speculation")
+    ] = 5
     tensor_parallel_size: Annotated[
         int,
         Option(
             "Processes that share every layer, each on a GPU of its own or with its part of the CPU threads.",
             ge=1,
             le=64,
+            group="CPU and GPUs",
         ),
     ] = 1
     threads: Annotated[
@@ -127,6 +164,7 @@ class EngineOptions:
             ge=1,
             le=1024,
             default="the usable cores by affinity and CPU quota, or OMP_NUM_THREADS if that is less",
+            group="CPU and GPUs",
         ),
     ] = None
     seed: Annotated[int, Option("Of the random weights of load_format dummy.", ge=-(2**63), le=2**63 - 1)] = 0
@@ -135,15 +173,21 @@ class EngineOptions:
         Option(
             "How KV blocks move between engines: shm, cuda_ipc, nixl, tcp, or auto for the fastest that both can.",
             default="not at all",
+            group="KV transfer",
         ),
     ] = None
-    kv_transfer_host: Annotated[str, Option("Address where other engines reach this one.")] = "127.0.0.1"
-    kv_transfer_port: Annotated[int, Option("Port for other engines; 0 takes a free one.", ge=0, le=65535)] = 0
+    kv_transfer_host: Annotated[str, Option("Address where other engines reach this one.", group="KV transfer")] = (
+        "127.0.0.1"
+    )
+    kv_transfer_port: Annotated[
+        int, Option("Port for other engines; 0 takes a free one.", ge=0, le=65535, group="KV transfer")
+    ] = 0
     kv_transfer_secret: Annotated[
         str | None,
         Option(
             "What engines must know to reach each other, at least 16 bytes; better set in the environment.",
             default="none, on a loopback address alone",
+            group="KV transfer",
         ),
     ] = field(default=None, repr=False)
     kv_transfer_lease: Annotated[
@@ -153,6 +197,7 @@ class EngineOptions:
             ge=0.1,
             le=3600,
             unit="seconds",
+            group="KV transfer",
         ),
     ] = 30.0
     show_progress: Annotated[bool, Option("Draw progress bars while loading and compiling.")] = False

@@ -268,12 +268,15 @@ def _welcome(info: EngineInfo, settings: ServerSettings, name: str, listener: so
     seconds = ", ".join(f"{phase} {took:.1f} s" for phase, took in info.phase_seconds.items())
     key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_key else ""
     message = '{"messages": [{"role": "user", "content": "Hello!"}]}'
-    yield f"DiSpec {version()} serves {name} ({info.dtype} on {info.device}), listening on {address} port {port}"
+    yield f"DiSpec {version()} serves {name} on {info.device}, listening on {address} port {port}"
+    yield f"  weights    {info.weights_format}"
     yield f"  start      {seconds}"
     yield f"  API        {url}/v1"
     yield f"  dashboard  {url}/dashboard"
     if pages := missing_pages():
         yield f"  {INSTALL} adds {pages}"
+    else:
+        yield f"  docs       {url}/docs"
     yield f"  try        curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{message}'"
     if is_open and not settings.api_key:
         yield f"warning: every client that reaches {address} can use this server: set --api-key, or leave --host out"

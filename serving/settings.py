@@ -30,7 +30,7 @@ ReasoningParserName = Literal[
 ]  # fmt: skip
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a header's or method's name, RFC 9110
-_WORKERS, _LIMITS = "Workers", "Limits"
+_WORKERS, _LIMITS = "Several engines", "Limits"
 
 
 def _json_texts(name: str) -> Callable[[list[str]], tuple[str, ...]]:
@@ -71,10 +71,10 @@ def _seconds(help: str, default: str = "") -> Option:
 class ServerSettings:
     """How a server answers, and its limits. Raises InvalidField with the option, its value and the limit."""
 
-    host: Annotated[str, Option("Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1"
-    port: Annotated[int, Option("Port to listen on; 0 takes a free one.", ge=0, le=65535)] = 8000
+    host: Annotated[str, Option("Address to listen on; 0.0.0.0 is every one.", group="Server")] = "127.0.0.1"
+    port: Annotated[int, Option("Port to listen on; 0 takes a free one.", ge=0, le=65535, group="Server")] = 8000
     api_key: Annotated[
-        tuple[str, ...], Option("Key that requests must carry, on every route.", default="all are open")
+        tuple[str, ...], Option("Key that requests must carry, on every route.", default="all are open", group="Access")
     ] = field(default=(), repr=False)
     allowed_origins: Annotated[
         tuple[str, ...],
@@ -82,39 +82,59 @@ class ServerSettings:
             "SCHEME://HOST[:PORT] of web pages that may use this server, * for all; also as a JSON list.",
             default="none",
             parse=_json_texts("allowed_origins"),
+            group="Access",
         ),
     ] = ()
     allowed_methods: Annotated[
-        tuple[str, ...], Option("Methods that those pages may use.", parse=_json_texts("allowed_methods"))
+        tuple[str, ...],
+        Option("Methods that those pages may use.", parse=_json_texts("allowed_methods"), group="Access"),
     ] = (ANY,)
     allowed_headers: Annotated[
-        tuple[str, ...], Option("Headers that those pages may send.", parse=_json_texts("allowed_headers"))
+        tuple[str, ...],
+        Option("Headers that those pages may send.", parse=_json_texts("allowed_headers"), group="Access"),
     ] = (ANY,)
     allow_credentials: Annotated[
-        bool, Option("Let those pages send what the browser keeps, such as the key typed in for the dashboard.")
+        bool,
+        Option(
+            "Let those pages send what the browser keeps, such as the key typed in for the dashboard.", group="Access"
+        ),
     ] = False
     served_model_name: Annotated[
-        tuple[str, ...], Option("Name of the model in requests; answers carry the first.", default="its own name")
+        tuple[str, ...],
+        Option("Name of the model in requests; answers carry the first.", default="its own name", group="Server"),
     ] = ()
     generation_config: Annotated[
         Literal["auto", "none"],
-        Option("auto takes what a request leaves open from the model's generation_config.json; none does not."),
+        Option(
+            "auto takes what a request leaves open from the model's generation_config.json; none does not.",
+            group="Chat",
+        ),
     ] = "auto"
     allow_special_tokens_in_content: Annotated[
-        bool, Option("Read special tokens that messages spell out as those tokens, unless a request says otherwise.")
+        bool,
+        Option(
+            "Read special tokens that messages spell out as those tokens, unless a request says otherwise.",
+            group="Chat",
+        ),
     ] = False
     tool_call_parser: Annotated[
         ToolCallParserName,
         Option(
             "The form of the model's tool calls; auto reads it off the chat template, or has the model write JSON; none"
-            " refuses tools."
+            " refuses tools.",
+            group="Chat",
         ),
     ] = "auto"
     reasoning_parser: Annotated[
         ReasoningParserName,
-        Option("How the model marks its reasoning; auto reads it off the chat template, none leaves it in the text."),
+        Option(
+            "How the model marks its reasoning; auto reads it off the chat template, none leaves it in the text.",
+            group="Chat",
+        ),
     ] = "auto"
-    log_format: Annotated[LogFormat, Option("json, text, or auto: text on a terminal, otherwise JSON.")] = "auto"
+    log_format: Annotated[
+        LogFormat, Option("json, text, or auto: text on a terminal, otherwise JSON.", group="Server")
+    ] = "auto"
     role: Annotated[
         Role,
         Option(
@@ -147,8 +167,8 @@ class ServerSettings:
             "NAME:ttft=SECONDS,itl=SECONDS, a class that requests can name; the one named default is that of the"
             " others.",
             default="none",
-            group=_LIMITS,
             parse=_parse_slos,
+            group="Service levels",
         ),
     ] = ()
     max_queued_requests: Annotated[
@@ -188,13 +208,16 @@ class ServerSettings:
             "Size of the responses that are kept, with the conversations that they answer.",
             ge=0,
             le=2**40,
+            default="256 MiB",
             group=_LIMITS,
         ),
     ] = 256 * 2**20
-    max_body_bytes: Annotated[int, Option("Size of a request's body.", ge=1024, le=2**30, group=_LIMITS)] = 32 * 2**20
-    max_header_bytes: Annotated[int, Option("Size of a request's headers.", ge=4096, le=2**20, group=_LIMITS)] = (
-        64 * 2**10
-    )
+    max_body_bytes: Annotated[
+        int, Option("Size of a request's body.", ge=1024, le=2**30, default="32 MiB", group=_LIMITS)
+    ] = 32 * 2**20
+    max_header_bytes: Annotated[
+        int, Option("Size of a request's headers.", ge=4096, le=2**20, default="64 KiB", group=_LIMITS)
+    ] = 64 * 2**10
 
     def __post_init__(self) -> None:
         check_fields(self)

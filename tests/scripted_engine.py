@@ -141,6 +141,7 @@ class ScriptedEngine(EngineClient):
             architecture="Qwen3ForCausalLM",
             directory=None,
             dtype="float32",
+            weights_format="float32",
             device="cpu",
             vocab_size=self._tokenizer.vocab_size,
             eos_token_ids=[] if eos is None else [eos],

@@ -99,6 +99,7 @@ def test_model_routes(client: OpenAI, served: Server) -> None:
     assert served.get("/version").json()["version"]
     assert served.get("/load").json() == {"server_load": 0, "running": 0, "waiting": 0}
     assert served.get("/server_info").json()["max_model_len"] == CONTEXT
+    assert served.get("/server_info").json()["weights_format"] == "float32"
     assert served.get("/model_info").json()["is_generation"] is True
     assert served.get("/tokenizer_info").json()["eos_token_id"] == EOS_TOKEN_ID
     assert served.get("/stats").json()["engine"]["problem"] is None
@@ -288,6 +289,8 @@ def test_the_default_model(tmp_path: Path) -> None:
     with server(tmp_path, "smollm2", args=["--port", "0", "--enforce-eager", "--dtype", "float32"]) as running:
         with OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as client:
             name = client.models.list().data[0].id
+            weights = "float32, dequantised from GGUF Q4_1 and Q8_0"
+            assert running.get("/model_info").json()["weights_format"] == weights
             chunks = client.chat.completions.create(model=name, messages=question, temperature=0, stream=True)
             assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         wait_for(running.is_idle, "an idle engine")

@@ -163,14 +163,17 @@ def test_types_without_codes_are_dequantised_and_named(tmp_path, caplog):
     assert isinstance(tensors["model.layers.0.self_attn.q_proj.weight"], ops.QuantizedTensor)
 
 
+MIXED = "GGUF Q4_K, Q4_0, Q4_1, Q8_0, Q5_1, Q5_K and Q6_K"
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({}, "gguf Q4_K, Q4_0, Q4_1, Q8_0, Q5_1, Q5_K and Q6_K"),
-        ({"quantization": "off"}, "bfloat16"),
-        ({"quantization": "int4", "quantization_group_size": 64}, "int4 in groups of 64"),
-        ({"quantization": "int8"}, "int8"),
-        ({"dtype": "float32"}, "float32"),
+        ({}, MIXED),
+        ({"quantization": "off"}, "bfloat16, dequantised from " + MIXED),
+        ({"quantization": "int4", "quantization_group_size": 64}, "int4 in groups of 64, rounded from " + MIXED),
+        ({"quantization": "int8"}, "int8, rounded from " + MIXED),
+        ({"dtype": "float32"}, "float32, dequantised from " + MIXED),
     ],
 )
 def test_the_start_log_tells_the_format(options, told, mixed_file, caplog):
@@ -186,7 +189,7 @@ def test_the_start_log_tells_the_format(options, told, mixed_file, caplog):
 @pytest.mark.parametrize(("quantization", "stays"), [(None, False), ("native", True), ("off", False), ("int8", False)])
 def test_the_built_in_model_stays_quantised_on_request(quantization, stays):
     checkpoint = find_checkpoint("smollm2")
-    assert checkpoint.quantized_format == "gguf Q4_1 and Q8_0"
+    assert checkpoint.quantized_format == "GGUF Q4_1 and Q8_0"
     name, tensor = next(iter(checkpoint.tensors(torch.bfloat16, quantization)))
     assert isinstance(tensor, ops.QuantizedTensor) == stays, name
 

@@ -13,7 +13,7 @@ from dispec.serving.client.errors import EngineDied
 from tests.checkpoints import save_tiny
 from tests.servers import PATIENCE, Server, server, wait_for
 
-INFO = EngineInfo("m", "a", None, "d", "cpu", 1, [], 1, 1, 1, 1, 1, 1, 1, False, {"load": 7.0}, 1)
+INFO = EngineInfo("m", "a", None, "d", "d", "cpu", 1, [], 1, 1, 1, 1, 1, 1, 1, False, {"load": 7.0}, 1)
 
 
 class FakeProcess:

@@ -17,10 +17,13 @@ _TARGET = engine_group(max_num_seqs=32)._replace(names=("max_num_seqs", "device"
 @with_options(recipe=_RECIPE, engine=_TARGET)
 def distill(
     target: Annotated[str, Argument(help="Model to make a draft for, as --model of other commands.")],
-    layers: Annotated[int, Option(help=option_fields(Recipe)["layers"].option.help)],
-    out: Annotated[Path, Option(help="Directory of the draft; an interrupted run there is continued.")],
+    layers: Annotated[int, Option(help=option_fields(Recipe)["layers"].option.help, rich_help_panel="Recipe")],
+    out: Annotated[
+        Path, Option(help="Directory of the draft; an interrupted run there is continued.", rich_help_panel="Recipe")
+    ],
     prompts: Annotated[
-        Path | None, Option(help="Text file with a prompt in each line.", show_default="a built-in set")
+        Path | None,
+        Option(help="Text file with a prompt in each line.", show_default="a built-in set", rich_help_panel="Recipe"),
     ] = None,
     debug: Debug = False,
     *,

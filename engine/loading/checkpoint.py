@@ -46,7 +46,7 @@ class Checkpoint:
 
     directory: of tokenizer and chat template, for `Tokenizer.from_directory`. files: with the weights.
     has_only_head: whether the files have the matrix of tied embeddings under the name of the head.
-    quantized_format: of its quantised weights, such as "gguf Q4_1 and Q8_0"; None if they are not quantised.
+    quantized_format: of its quantised weights, such as "GGUF Q4_1 and Q8_0"; None if they are not quantised.
     quantization: how the matrices of safetensors files are quantised.
     """
 
@@ -140,7 +140,7 @@ def _open_gguf(path: Path, name: str, *, is_built_in: bool = False) -> Checkpoin
         directory,
         _generation_ends(directory),
         (path,),
-        quantized_format=file.formats(),
+        quantized_format=file.quantized_format(),
         is_built_in=is_built_in,
     )
 

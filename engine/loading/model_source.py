@@ -140,15 +140,16 @@ def _download(model: str, patterns: list[str]) -> Path:
 def _suggestion(model: str | Path, known: Iterable[str] = (DEFAULT_MODEL,)) -> str:
     """Return the most similar name that exists, as a question in brackets; nothing if none is similar enough."""
     path = Path(model).expanduser()
-    names = {name.lower(): name for name in (*known, *_hub_ids_in_cache())}
-    neighbours = {name.lower(): str(path.parent / name) for name in _models_in(path.parent)}
+    names = {name.lower(): name for name in (*known, *hub_ids_in_cache())}
+    neighbours = {name.lower(): str(path.parent / name) for name in models_in(path.parent)}
     for wanted, candidates in ((str(model), names), (path.name, neighbours)):
         for match in difflib.get_close_matches(wanted.lower(), candidates, n=1, cutoff=_MIN_SIMILARITY):
             return f" (did you mean {candidates[match]}?)"
     return ""
 
 
-def _models_in(directory: Path) -> Iterator[str]:
+def models_in(directory: Path) -> Iterator[str]:
+    """Yield the names of model directories and GGUF files in a directory."""
     try:
         with os.scandir(directory) as entries:
             for entry in islice(entries, _MAX_DIRECTORY_ENTRIES):
@@ -158,7 +159,8 @@ def _models_in(directory: Path) -> Iterator[str]:
         return
 
 
-def _hub_ids_in_cache() -> Iterator[str]:
+def hub_ids_in_cache() -> Iterator[str]:
+    """Yield the ids of models of which the hub's cache has files."""
     from huggingface_hub import constants
 
     try:

@@ -61,12 +61,16 @@ def with_kernels(
 
 
 def weights_format(weights: Weights, options: EngineOptions, checkpoint: Checkpoint | None) -> str:
-    """Return the format of loaded weights in words, such as "bfloat16" or "gguf Q4_1 and Q8_0"."""
+    """Return the format of loaded weights in words, and that of the files if it is another one.
+
+    Such as "bfloat16", "GGUF Q4_0", "bfloat16, dequantised from GGUF Q4_1 and Q8_0" and "int8, rounded while loading".
+    """
+    is_dummy = options.load_format == "dummy"
+    stored = None if checkpoint is None or is_dummy else checkpoint.quantized_format
     leaves = torch.utils._pytree.tree_leaves(weights, is_leaf=lambda leaf: isinstance(leaf, QuantizedWeight))
     if not any(isinstance(leaf, QuantizedWeight) for leaf in leaves):
-        return options.dtype
-    if options.quantization == "int4":
-        return f"int4 in groups of {_group_size(options)}"
-    if options.quantization in ("int8", "fp8") or checkpoint is None:
-        return str(options.quantization)
-    return checkpoint.quantized_format or "quantised"
+        return options.dtype if stored is None else f"{options.dtype}, dequantised from {stored}"
+    if options.quantization not in ("int4", "int8", "fp8"):
+        return stored or "quantised"
+    kind = f"int4 in groups of {_group_size(options)}" if options.quantization == "int4" else options.quantization
+    return kind if is_dummy else f"{kind}, rounded {'while loading' if stored is None else f'from {stored}'}"

@@ -15,6 +15,7 @@ def engine_info(engine: Engine) -> EngineInfo:
         architecture=engine.config.architecture,
         directory=str(checkpoint.directory) if checkpoint is not None else None,
         dtype=options.dtype,
+        weights_format=engine.weights_format,
         device=str(engine.device),
         vocab_size=engine.config.vocab_size,
         eos_token_ids=list(engine.eos_token_ids),

@@ -88,6 +88,7 @@ class Shutdown(msgspec.Struct, tag=True):
 class EngineInfo(msgspec.Struct, tag=True):
     """A description of the engine, which is ready.
 
+    weights_format: in words, with the format of the files if it is another one.
     directory: of the checkpoint's tokenizer, for `Tokenizer.from_directory`; None for a `ModelConfig`.
     engine_id, transfer_host, transfer_port: the address from which other engines pull KV blocks, if they can.
     transfer_block_bytes: of a block that is pulled, without a draft model's part.
@@ -99,6 +100,7 @@ class EngineInfo(msgspec.Struct, tag=True):
     architecture: str
     directory: str | None
     dtype: str
+    weights_format: str
     device: str
     vocab_size: int
     eos_token_ids: list[int]

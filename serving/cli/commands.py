@@ -1,5 +1,6 @@
 """The commands that run models. Torch is imported by a command that needs it, so that help is instant."""
 
+import difflib
 import importlib.metadata
 import json
 import logging
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from dispec.engine.loading.default_model import DEFAULT_MODEL
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.structured_output.json_schema import SchemaError, enforceable_schema, read_schema
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
+from dispec.serving.cli.completion import complete_model
 from dispec.serving.cli.console import BAD_INPUT, INTERRUPTED, reporting, say
+from dispec.serving.cli.help_layout import MEASURE, SERVE, TALK, HelpCommand, HelpGroup
 from dispec.serving.cli.option_groups import (
     SAMPLING,
     SERVER,
@@ -34,17 +38,17 @@ log = logging.getLogger("dispec")
 
 app = typer.Typer(
     name="dispec",
-    help="An LLM inference engine that can be read.",
-    no_args_is_help=True,
-    add_completion=False,
+    cls=HelpGroup,
+    help="Run language models: talk with them, serve them, measure them. `dispec COMMAND --help` has the options.",
     pretty_exceptions_enable=False,
 )
 
-# A setting of each command, not of the group: the group's prefix would continue with the command's name, and an option
-# has the same variable in all commands.
-FROM_ENVIRONMENT = {"auto_envvar_prefix": "DISPEC"}
+# The prefix is a setting of each command, not of the group: the group's would continue with the command's name, and an
+# option has the same variable in all commands.
+COMMAND: dict[str, Any] = {"cls": HelpCommand, "context_settings": {"auto_envvar_prefix": "DISPEC"}}
 System = Annotated[
-    str | None, typer.Option(help="System message, for models with a place for it in their chat template.")
+    str | None,
+    typer.Option(help="System message, for models with a place for it in their chat template.", rich_help_panel="Chat"),
 ]
 # One sequence at a time, for which fewer CUDA graphs are recorded.
 _ONE_AT_A_TIME = engine_group(max_num_seqs=1)
@@ -69,11 +73,13 @@ def _dispec(
     pass
 
 
-@app.command(context_settings=FROM_ENVIRONMENT)
+@app.command(rich_help_panel=TALK, **COMMAND)
 @with_options(sampling=SAMPLING, engine=_ONE_AT_A_TIME)
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from standard input.")],
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer; - reads it from standard input.")],
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.", rich_help_panel="Chat")
+    ] = False,
     system: System = None,
     json_schema: Annotated[
         Path | None, typer.Option(help="File with a JSON Schema that the answer follows.", rich_help_panel="Sampling")
@@ -112,7 +118,7 @@ def generate(
             say(summary(completion))
 
 
-@app.command(context_settings=FROM_ENVIRONMENT)
+@app.command(rich_help_panel=TALK, **COMMAND)
 @with_options(sampling=SAMPLING, engine=_ONE_AT_A_TIME)
 def chat(
     system: System = None,
@@ -132,10 +138,13 @@ def chat(
                 say(summary(completion))
 
 
-@app.command(context_settings=FROM_ENVIRONMENT)
+@app.command(rich_help_panel=SERVE, **COMMAND)
 @with_options(server=SERVER, engine=engine_group())
 def serve(
-    model_argument: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="The same as --model.")] = None,
+    model_argument: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="The same as --model.", autocompletion=complete_model([DEFAULT_MODEL])),
+    ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
     config: Annotated[  # `read_config` takes its values before any other option is looked at
@@ -147,13 +156,13 @@ def serve(
         ),
     ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="File with a key on each line, out of sight of `ps`.", rich_help_panel="Server")
+        Path | None, typer.Option(help="File with a key on each line, out of sight of `ps`.", rich_help_panel="Access")
     ] = None,
     *,
     server: dict[str, Any],
     engine: dict[str, Any],
 ) -> None:
-    """Answer an OpenAI-compatible API, with a dashboard. Ctrl-C lets running requests finish."""
+    """Answer OpenAI's and Anthropic's APIs over HTTP, with a dashboard. Ctrl-C lets running requests finish."""
     # Before the tokenizer is loaded: a second thread of it would take time from the engine's.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     show_progress = _shows_progress(quiet)
@@ -172,12 +181,12 @@ def serve(
             raise typer.Exit(code)
 
 
-@app.command("env-check", context_settings=FROM_ENVIRONMENT)
+@app.command("env-check", rich_help_panel=MEASURE, **COMMAND)
 def env_check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Probe this machine, and tell which parts of DiSpec will work on it."""
+    """Try what DiSpec needs on this machine, and tell what will work."""
     import dispec.serving.cli.env_check as report
 
     with reporting(quiet=True, debug=debug):
@@ -208,7 +217,13 @@ def summary(completion: "Completion") -> str:
 
 
 def run(args: list[str] | None) -> NoReturn:
-    """Run the command line and exit: with 0, 2 where an argument is invalid, 130 after Ctrl-C, else 1."""
+    """Run the command line and exit: with 0, 2 where an argument is invalid, 130 after Ctrl-C, else 1.
+
+    `dispec help COMMAND` is `dispec COMMAND --help`.
+    """
+    args = sys.argv[1:] if args is None else args
+    if args[:1] == ["help"]:
+        args = [*args[1:], "--help"]
     try:
         code = app(args=args, prog_name="dispec", standalone_mode=False)
     except KeyboardInterrupt:
@@ -216,12 +231,21 @@ def run(args: list[str] | None) -> NoReturn:
         code = INTERRUPTED
     except Exception as error:
         # Typer may bring its own copy of click, so that the class of its usage errors has no one name.
-        message = getattr(error, "format_message", None)
-        if message is None:
+        if not hasattr(error, "format_message"):
             raise
-        say(f"error: {' '.join(message().split())} (see `dispec --help`)")
+        say(f"error: {_usage_error(error)}")
         code = BAD_INPUT
     sys.exit(code or 0)
+
+
+def _usage_error(error: Any) -> str:
+    """Return click's error as a sentence, with the nearest option and the command to ask for help."""
+    message = " ".join(error.format_message().split()).removesuffix(".")
+    if known := getattr(error, "possibilities", None):
+        nearest = difflib.get_close_matches(error.option_name, known, 1, cutoff=0)[0]
+        message = f"No such option: {error.option_name}. Did you mean {nearest}?"
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "dispec"
+    return f"{message} (see `{command} --help`)"
 
 
 def _read_prompt(given: str) -> str:

@@ -10,15 +10,18 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from dispec.engine.loading.model_source import DEFAULT_MODEL, SPECULATIVE_MODELS
 from dispec.engine.option_fields import OptionField, option_fields
 from dispec.engine.options import EngineOptions
 from dispec.engine.sampling_params import SamplingParams
+from dispec.serving.cli.completion import complete_choices, complete_model
 from dispec.serving.settings import ServerSettings
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="On standard error, only warnings and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 
 _IN_PYTHON_ALONE = ("seed", "show_progress")
+_MODELS = {"model": (DEFAULT_MODEL,), "speculative_model": SPECULATIVE_MODELS}  # names that are no path or hub id
 
 
 class OptionGroup(NamedTuple):
@@ -87,7 +90,7 @@ def _parameter(group: OptionGroup, field: OptionField) -> inspect.Parameter:
     names = (field.name, *field.option.aliases)
     kind: Any = list[str] if field.is_list else field.scalar_type
     help_text = field.option.help + (" Can be given several times." if field.is_list else "")
-    if default := str(group.defaults.get(field.name, field.default_text())):
+    if default := str(group.defaults.get(field.name, field.default_text())).removesuffix(".0"):
         help_text += f" Default: {default}."
     flags = field.option.flags  # without any, Typer derives them from the name: two from that of a boolean
     if field.option.aliases:
@@ -96,11 +99,23 @@ def _parameter(group: OptionGroup, field: OptionField) -> inspect.Parameter:
         *flags,
         help=help_text,
         show_default=False,
-        envvar=[f"DISPEC_{name.upper()}" for name in names],
+        # Those of the field and of its flags, which differ for --prefix-caching.
+        envvar=list(dict.fromkeys(f"DISPEC_{name.upper()}" for name in (*names, *map(_plain, flags)))),
         rich_help_panel=field.option.group or group.title,
+        autocompletion=_completion(field),
     )
     annotation = Annotated[kind | None, option]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _completion(field: OptionField) -> Callable[[str], list[str]] | None:
+    if field.name in _MODELS:
+        return complete_model(_MODELS[field.name])
+    return complete_choices(field.choices) if field.choices else None
+
+
+def _plain(flag: str) -> str:
+    return flag.partition("/")[0].lstrip("-").replace("-", "_")
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -114,7 +129,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{path} is not TOML: {error}") from error
     options = [one for one in context.command.params if one.param_type_name == "option"]
-    known = {name.lstrip("-").replace("-", "_"): option for option in options for name in (option.name, *option.opts)}
+    known = {_plain(name): option for option in options for name in (option.name, *option.opts)}
     defaults: dict[str, Any] = {}
     for key, value in stated.items():
         option = known.get(key.replace("-", "_"))

@@ -7,6 +7,8 @@ from typing import Annotated
 from typer import Argument, Option
 
 from dispec.engine.compression.recipe import Recipe
+from dispec.engine.loading.default_model import DEFAULT_MODEL
+from dispec.serving.cli.completion import complete_model
 from dispec.serving.cli.console import reporting, say
 from dispec.serving.cli.option_groups import Debug, Quiet
 
@@ -14,7 +16,12 @@ _DEFAULTS = Recipe()
 
 
 def quantize(
-    model: Annotated[str, Argument(help="Model to quantise, as --model of other commands.")],
+    model: Annotated[
+        str,
+        Argument(
+            help="Model to quantise, as --model of other commands.", autocompletion=complete_model([DEFAULT_MODEL])
+        ),
+    ],
     out: Annotated[Path, Option(help="Directory of the quantised model, new or empty.")],
     method: Annotated[
         str, Option(help="gptq: least error on a text; rtn: round to the nearest.", metavar="<gptq|rtn>")

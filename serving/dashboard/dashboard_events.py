@@ -90,6 +90,7 @@ def _server_state(client: EngineClient) -> dict[str, Any]:
             "model": os.path.basename(info.model) if os.path.isabs(info.model) else info.model,
             "device": info.device,
             "dtype": info.dtype,
+            "weights_format": info.weights_format,
             "max_model_len": info.max_model_len,
         },
     }

@@ -1,13 +1,14 @@
 """The `dispec` command, also `python -m dispec`: the commands that run models, and the tools of `dispec.bench`."""
 
-from dispec.bench.cli import PASSES_OPTIONS_ON, bench
+from dispec.bench.cli import bench
 from dispec.bench.distillation.command import distill
-from dispec.serving.cli.commands import FROM_ENVIRONMENT, app, run
+from dispec.serving.cli.commands import COMMAND, app, run
+from dispec.serving.cli.help_layout import MEASURE, MODELS
 from dispec.serving.cli.quantize import quantize
 
-app.command(context_settings=FROM_ENVIRONMENT)(quantize)
-app.command(context_settings=FROM_ENVIRONMENT)(distill)
-app.command(context_settings=PASSES_OPTIONS_ON, add_help_option=False)(bench)
+app.command(rich_help_panel=MODELS, **COMMAND)(quantize)
+app.command(rich_help_panel=MODELS, **COMMAND)(distill)
+app.add_typer(bench, rich_help_panel=MEASURE)
 
 
 def main(args: list[str] | None = None) -> None:

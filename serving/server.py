@@ -29,6 +29,7 @@ from dispec.serving.cluster.worker_pool import WorkerPool
 from dispec.serving.dashboard.routes_dashboard import dashboard_router
 from dispec.serving.http.acceptor import Acceptor, raise_file_limit
 from dispec.serving.http.http_protocol import BoundedHttp
+from dispec.serving.http.web_assets import INSTALL, missing_pages
 from dispec.serving.observability.metrics import Metrics
 from dispec.serving.observability.structured_log import logging_to
 from dispec.serving.settings import ServerSettings
@@ -272,7 +273,10 @@ def _welcome(info: EngineInfo, settings: ServerSettings, name: str, listener: so
     yield f"  start      {seconds}"
     yield f"  API        {url}/v1"
     yield f"  dashboard  {url}/dashboard"
-    yield f"  docs       {url}/docs"
+    if pages := missing_pages():
+        yield f"  {INSTALL} adds {pages}"
+    else:
+        yield f"  docs       {url}/docs"
     yield f"  try        curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{message}'"
     if is_open and not settings.api_key:
         yield f"warning: every client that reaches {address} can use this server: set --api-key, or leave --host out"

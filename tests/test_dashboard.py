@@ -11,7 +11,7 @@ from dispec.engine.scheduling.step_record import StepRecord
 from dispec.serving.client.request_stream import RequestTiming
 from dispec.serving.dashboard.dashboard_events import KVCacheInspector, dashboard_events
 from dispec.serving.dashboard.dashboard_state import REQUESTS, SPAN, STEPS, DashboardState
-from dispec.serving.dashboard.routes_dashboard import plotly_script
+from dispec.serving.http.web_assets import plotly_script
 from tests.checkpoints import save_tiny
 from tests.engine_clients import ask, ended_request, generate, one_thread_each, running_client, until  # noqa: F401
 from tests.running_server import PATIENCE, serving

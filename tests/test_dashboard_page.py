@@ -283,5 +283,5 @@ def test_without_plotly_there_are_numbers_and_a_way_to_get_charts(visit, server)
     view.page.route("**/dashboard/plotly.js", lambda route: route.fulfill(status=404))
     view.open(server.url)
     view.until_text("#pool-free", r"^\d")
-    assert "pip install plotly" in view.text("#no-charts")
+    assert 'pip install "dispec[serve]"' in view.text("#no-charts")
     assert view.page.locator("figure.card:visible").count() == 1  # how to send a request

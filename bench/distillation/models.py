@@ -1,5 +1,6 @@
 """A target and its draft as models of transformers."""
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -8,12 +9,17 @@ from dispec.engine.loading.checkpoint import Checkpoint
 
 
 def transformers_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return a checkpoint's model in eval mode, dequantised if it is quantised."""
+    """Return a checkpoint's model in eval mode, dequantised if it is quantised.
+
+    Raises ValueError for a GGUF file without the package that transformers reads it with.
+    """
     from transformers import AutoModelForCausalLM, GgufConfig
 
     options: dict[str, Any] = {}
     directory = checkpoint.directory
     if checkpoint.files[0].suffix == ".gguf":
+        if importlib.util.find_spec("accelerate") is None:
+            raise ValueError('transformers reads GGUF files with accelerate: pip install "dispec[bench]"')
         directory = checkpoint.files[0].parent
         options = {"gguf_file": checkpoint.files[0].name, "quantization_config": GgufConfig(dequantize=True)}
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options).to(device).eval()

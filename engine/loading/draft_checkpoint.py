@@ -20,7 +20,7 @@ from torch import Tensor
 from dispec import ops
 from dispec.engine.errors import CheckpointError
 from dispec.engine.loading.checkpoint import read_safetensors
-from dispec.engine.loading.default_model import DEFAULT_DRAFT
+from dispec.engine.loading.default_model import DEFAULT_DRAFT, default_draft_directory
 from dispec.engine.loading.model_source import DRAFT_FILE
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.layers.config import ModelConfig, config_from_hugging_face
@@ -28,7 +28,6 @@ from dispec.layers.types import Weights
 from dispec.layers.weight_stacks import Packing
 
 _WEIGHTS = "model.safetensors"
-_BUILT_IN = Path(__file__).with_name("data") / DEFAULT_DRAFT
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,11 @@ class SharedDraft:
 def find_shared_draft(name: str | Path, tokenizer: Tokenizer | None, target: ModelConfig) -> SharedDraft | None:
     """Find the draft with a name or in a directory; None if it does not share its target's weights.
 
-    tokenizer: of the target, if it has one. Raises CheckpointError for an incomplete draft, ValueError for a draft of
-    another target.
+    tokenizer: of the target, if it has one. Raises CheckpointError for an incomplete draft or a failed download,
+    ValueError for a draft of another target.
     """
-    directory = _BUILT_IN if name == DEFAULT_DRAFT else Path(name).expanduser()
+    directory = default_draft_directory() if name == DEFAULT_DRAFT else Path(name).expanduser()
     if not (directory / DRAFT_FILE).is_file():
-        if name == DEFAULT_DRAFT:
-            raise CheckpointError(f"{DEFAULT_DRAFT} is not part of this installation: make one with `dispec distill`")
         return None
     try:
         about = json.loads((directory / DRAFT_FILE).read_text(encoding="utf-8"))

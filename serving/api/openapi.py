@@ -3,9 +3,7 @@
 The page's script and style come from an installed package, so that it works without a network.
 """
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,14 +22,10 @@ from dispec.serving.api.openapi_schemas import (
     ResponseInputItem,
     complete_schemas,
 )
-from dispec.serving.http.errors import ErrorBody
+from dispec.serving.http.errors import ApiError, ErrorBody
+from dispec.serving.http.web_assets import INSTALL, SWAGGER_FILES, swagger_directory
 
 _REFERENCE = "#/components/schemas/{name}"
-_ASSETS = {
-    "swagger-ui-bundle.js": "text/javascript",
-    "swagger-ui-standalone-preset.js": "text/javascript",
-    "swagger-ui.css": "text/css",
-}
 _TAGS = {
     "Generation": "Answers and continuations.",
     "Responses": "Answers as items, which the server keeps, and conversations that go on from them.",
@@ -85,7 +79,7 @@ def describe(
 def openapi_config(version: str, needs_key: bool) -> OpenAPIConfig:
     """Return Litestar's configuration of the document."""
     plugins: list[OpenAPIRenderPlugin] = [JsonRenderPlugin(path="/openapi.json")]
-    if assets_directory() is not None:
+    if swagger_directory() is not None:
         page = SwaggerRenderPlugin(
             path="/",
             js_url="/schema/assets/swagger-ui-bundle.js",
@@ -116,26 +110,20 @@ def add_schemas(app: Litestar, model_names: Sequence[str], slo_names: Sequence[s
     app.openapi_schema.components.schemas.update(found)
 
 
-def assets_directory() -> Path | None:
-    """Return the directory of the page's script and style; None if swagger-ui-py is not installed."""
-    spec = importlib.util.find_spec("swagger_ui")
-    places = spec.submodule_search_locations if spec is not None else None
-    directory = Path(next(iter(places))) / "static" if places else None
-    return directory if directory is not None and all((directory / name).is_file() for name in _ASSETS) else None
-
-
 @get("/schema/assets/{name:str}", include_in_schema=False, sync_to_thread=True)
 def schema_asset(name: FromPath[str]) -> Response[bytes]:
     """Return a file of the document's page."""
-    directory = assets_directory()
-    if directory is None or name not in _ASSETS:
+    directory = swagger_directory()
+    if directory is None or name not in SWAGGER_FILES:
         raise NotFoundException
-    return Response((directory / name).read_bytes(), media_type=_ASSETS[name])
+    return Response((directory / name).read_bytes(), media_type=SWAGGER_FILES[name])
 
 
 @get("/docs", include_in_schema=False, sync_to_thread=False)
 def docs() -> Redirect:
     """Redirect to the document's page."""
+    if swagger_directory() is None:
+        raise ApiError(404, f"/docs needs Swagger UI: {INSTALL}; the document is at /schema/openapi.json")
     return Redirect("/schema")
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import gzip
-import importlib.util
 from collections.abc import AsyncIterator
 from functools import cache
 from pathlib import Path
@@ -10,11 +9,14 @@ from pathlib import Path
 import msgspec
 from litestar import Request, Response, Router, get
 from litestar.exceptions import NotFoundException
+from litestar.params import FromPath
 from litestar.response import Stream
 
 from dispec.serving.client.engine_client import EngineClient
 from dispec.serving.dashboard.dashboard_events import KVCacheInspector, dashboard_events
 from dispec.serving.dashboard.dashboard_state import DashboardState
+from dispec.serving.http.errors import ApiError
+from dispec.serving.http.web_assets import INSTALL, plotly_script
 
 _DIRECTORY = Path(__file__).parent / "page"
 _TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
@@ -27,16 +29,6 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-
-
-def plotly_script() -> Path | None:
-    """Return the path of Plotly's JavaScript in its Python package, without importing the package."""
-    spec = importlib.util.find_spec("plotly")
-    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
-        path = Path(place, "package_data", "plotly.min.js")
-        if path.is_file():
-            return path
-    return None
 
 
 @cache
@@ -54,7 +46,7 @@ def dashboard_router(client: EngineClient) -> Router:
         return _file(_DIRECTORY / "index.html")
 
     @get("/{name:str}", sync_to_thread=False)
-    def asset(name: str) -> Response[bytes]:
+    def asset(name: FromPath[str]) -> Response[bytes]:
         if name not in _FILES:
             raise NotFoundException(f"there is no {name}")
         return _file(_DIRECTORY / name)
@@ -63,7 +55,7 @@ def dashboard_router(client: EngineClient) -> Router:
     async def plotly(request: Request) -> Response[bytes]:
         path = plotly_script()
         if path is None:
-            raise NotFoundException("the Python package plotly is not installed")
+            raise ApiError(404, f"the charts need Plotly: {INSTALL}")
         headers = _HEADERS | {"Cache-Control": "private, max-age=86400", "Vary": "Accept-Encoding"}
         if "gzip" not in request.headers.get("accept-encoding", ""):
             content = await asyncio.to_thread(path.read_bytes)

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from dispec.bench.chart import Kind, draw, require_matplotlib
 from dispec.bench.machine import Machine, commit, versions
+from dispec.engine.loading.model_cache import weights_on_disk
 
 Output = Annotated[Path | None, typer.Option(help="Append results to this file, as JSON lines.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the results into this file, .png, .svg or .pdf.")]
@@ -60,7 +61,10 @@ class Report:
         chosen = {name: value for name, value in self.settings.items() if name not in _SECRET}
         self.settings = {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()}
         known = ", ".join(f"{name} {number}" for name, number in self.versions.items())
-        print(f"{self.machine.describe()}; commit {self._commit}; {known}", flush=True)
+        model = self.settings.get("model")
+        stored = None if model is None else weights_on_disk(str(model))
+        weights = "" if stored is None else f"; weights of {model} on disk: {stored}"
+        print(f"{self.machine.describe()}; commit {self._commit}; {known}{weights}", flush=True)
 
     def add(self, case: dict[str, Any], figures: dict[str, Any], cells: list[Any]) -> None:
         """Add a row: `cells` for the table; `case` and `figures` for the file, written at once."""

@@ -85,6 +85,17 @@ class ModelConfig:
             raise ValueError(f"model config: head_dim is {self.head_dim}, rotary positions need an even number")
 
     @property
+    def num_parameters(self) -> int:
+        """The number of weights; tied ones count once."""
+        heads, width = self.num_heads + 2 * self.num_kv_heads, self.num_heads * self.head_dim
+        attention = self.hidden_size * (heads * self.head_dim + width)
+        biases = heads * self.head_dim * self.qkv_bias + self.hidden_size * self.output_bias
+        norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
+        layer = attention + biases + norms + 3 * self.hidden_size * self.intermediate_size
+        tables = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return tables + self.num_layers * layer + self.hidden_size
+
+    @property
     def attention_scale(self) -> float:
         return self.head_dim**-0.5
 

@@ -59,6 +59,7 @@ WITHOUT_TORCH = [
     "engine.scheduling",
     "engine.request_checks",
     "engine.options",
+    "engine.loading.model_cache",
     "engine.loading.model_source",
     "engine.text",
     "serving",

@@ -16,7 +16,7 @@ from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.structured_output.json_schema import SchemaError, enforceable_schema, read_schema
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 from dispec.serving.cli.completion import complete_model
-from dispec.serving.cli.console import BAD_INPUT, INTERRUPTED, reporting, say
+from dispec.serving.cli.console import BAD_INPUT, INTERRUPTED, reporting, say, shows_progress
 from dispec.serving.cli.help_layout import MEASURE, SERVE, TALK, HelpCommand, HelpGroup
 from dispec.serving.cli.option_groups import (
     SAMPLING,
@@ -165,7 +165,7 @@ def serve(
     """Answer OpenAI's and Anthropic's APIs over HTTP, with a dashboard. Ctrl-C lets running requests finish."""
     # Before the tokenizer is loaded: a second thread of it would take time from the engine's.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    show_progress = _shows_progress(quiet)
+    show_progress = shows_progress(quiet)
     with reporting(quiet=quiet, debug=debug):
         from dispec.serving.server import run
 
@@ -289,16 +289,8 @@ def read_keys(path: Path) -> tuple[str, ...]:
 
 
 def _load(engine: dict[str, Any], quiet: bool) -> "LLM":
-    show_progress = _shows_progress(quiet)
+    show_progress = shows_progress(quiet)
     log.info("loading %s", engine["model"])
     from dispec.engine.api.llm import LLM
 
     return LLM(**engine, show_progress=show_progress)
-
-
-def _shows_progress(quiet: bool) -> bool:
-    """Return whether to draw progress bars; without them, keep the hub's client from drawing its own."""
-    shows = not quiet and sys.stderr.isatty()
-    if not shows:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the client is first imported
-    return shows

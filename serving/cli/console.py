@@ -31,6 +31,14 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
+def shows_progress(quiet: bool) -> bool:
+    """Return whether to draw progress bars; without them, keep the hub's client from drawing its own."""
+    shows = not quiet and sys.stderr.isatty()
+    if not shows:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the client is first imported
+    return shows
+
+
 @contextmanager
 def reporting(*, quiet: bool, debug: bool) -> Iterator[None]:
     """Run a command: write its log lines, warnings and errors as one line each, and turn errors into an exit code.

@@ -4,10 +4,11 @@ from dispec.bench.cli import bench
 from dispec.bench.distillation.command import distill
 from dispec.serving.cli.commands import COMMAND, app, run
 from dispec.serving.cli.help_layout import MEASURE, MODELS
+from dispec.serving.cli.models import models, pull, rm
 from dispec.serving.cli.quantize import quantize
 
-app.command(rich_help_panel=MODELS, **COMMAND)(quantize)
-app.command(rich_help_panel=MODELS, **COMMAND)(distill)
+for command in (models, pull, rm, quantize, distill):
+    app.command(rich_help_panel=MODELS, **COMMAND)(command)
 app.add_typer(bench, rich_help_panel=MEASURE)
 
 

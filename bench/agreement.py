@@ -42,16 +42,16 @@ def main(
     checkpoint = llm.engine.checkpoint
     assert checkpoint is not None
     params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
-    completions = llm.generate(list(_STARTS), params)
-    choices: dict[str, list[int]] = {"dispec": [token for c in completions for token in c.token_ids]}
+    outputs = llm.generate(list(_STARTS), params)
+    choices: dict[str, list[int]] = {"dispec": [token for one in outputs for token in one.outputs[0].token_ids]}
     for name, kind in ((f"transformers {dtype}", DTYPES[dtype]), ("transformers float32", torch.float32)):
         reference = transformers_model(model, checkpoint, kind, llm.engine.device)
         choices[name] = []
-        for completion in completions:
-            ids = torch.tensor([completion.prompt_token_ids + completion.token_ids], device=llm.engine.device)
+        for one in outputs:
+            ids = torch.tensor([one.prompt_token_ids + one.outputs[0].token_ids], device=llm.engine.device)
             with torch.inference_mode():
                 logits = reference(ids).logits[0]
-            choices[name] += logits[len(completion.prompt_token_ids) - 1 : -1].argmax(-1).tolist()
+            choices[name] += logits[len(one.prompt_token_ids) - 1 : -1].argmax(-1).tolist()
         del reference
     names = list(choices)
     for left, right in ((0, 1), (0, 2), (1, 2)):

@@ -80,9 +80,10 @@ def engine_perplexity(llm: LLM, prompts: list[list[int]]) -> float:
     """Return the perplexity of token ids under an engine's model."""
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     total, count = 0.0, 0
-    for completion in llm.generate(prompts, params, use_tqdm=False):
-        assert completion.prompt_logprobs is not None
-        found = [token.logprob for token in completion.prompt_logprobs if token is not None]
+    for output in llm.generate(prompts, params, use_tqdm=False):
+        assert output.prompt_logprobs is not None
+        entries = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+        found = [entry[token].logprob for token, entry in entries if entry is not None]
         total, count = total + sum(found), count + len(found)
     return math.exp(-total / count)
 

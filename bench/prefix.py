@@ -26,9 +26,9 @@ def first_token_seconds(llm: LLM, prompts: list[list[int]]) -> tuple[float, int]
     """Return the mean time to first token of simultaneous prompts, and the number of prompt tokens computed."""
     llm.engine.records.clear()
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-    completions = llm.generate(prompts, params, use_tqdm=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     computed = sum(record.num_prompt_tokens for record in llm.engine.records if isinstance(record, StepRecord))
-    return statistics.mean(completion.timing.first_token for completion in completions), computed
+    return statistics.mean(output.metrics.first_token_latency for output in outputs), computed
 
 
 def main(

@@ -112,8 +112,8 @@ def offline_rate(model: str, options: dict[str, Any], load: Load) -> Callable[[i
 
     def run(seed: int) -> float:
         start = time.perf_counter()
-        completions = llm.generate(load.prompts(seed), params, use_tqdm=False)
-        return sum(len(completion.token_ids) for completion in completions) / (time.perf_counter() - start)
+        outputs = llm.generate(load.prompts(seed), params, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - start)
 
     return run
 

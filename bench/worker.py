@@ -34,14 +34,14 @@ def dispec(settings: dict[str, Any]) -> Run:
             given: dict[str, Any] = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True} | dict(fields or {})
             params = SamplingParams(**given)
             start = time.perf_counter()
-            completions = llm.generate(prompts, params, use_tqdm=False)
+            outputs = llm.generate(prompts, params, use_tqdm=False)
             answer: Answer = {
                 "seconds": time.perf_counter() - start,
-                "output_tokens": [len(completion.token_ids) for completion in completions],
-                "cached_tokens": sum(completion.num_cached_tokens for completion in completions),
+                "output_tokens": [len(output.outputs[0].token_ids) for output in outputs],
+                "cached_tokens": sum(output.num_cached_tokens for output in outputs),
             }
             if fields is not None:
-                answer["texts"] = [completion.text for completion in completions]
+                answer["texts"] = [output.outputs[0].text for output in outputs]
             return answer
 
         if decode_only:

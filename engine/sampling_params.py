@@ -1,5 +1,6 @@
 """The sampling parameters of a request, declared and checked in one place."""
 
+import enum
 import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Series
@@ -18,6 +19,18 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024  # characters
 MAX_LOGIT_BIAS = 1024
 _MAX_INT = 2**31 - 1
+
+
+class RequestOutputKind(enum.Enum):
+    """What each `RequestOutput` of a request holds.
+
+    CUMULATIVE: all tokens so far. DELTA: the tokens since the output before. FINAL_ONLY: one output, all tokens.
+    """
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
 
 _LISTS = ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids", "allowed_token_ids")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dispec import LLM
-from dispec.engine.api.outputs import Completion
+from dispec.engine.api.outputs import RequestOutput
 from dispec.engine.process.messages import Inspection
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.step_record import StepRecord
@@ -21,7 +21,7 @@ from dispec.serving.client.engine_client import EngineClient, EngineObserver, St
 from dispec.serving.client.process_client import ProcessClient
 from dispec.serving.client.request_stream import GenerationRequest, RequestStream, RequestTiming
 from tests.checkpoints import save_tiny
-from tests.small_engine import OPTIONS, make, mixed_params, random_prompts
+from tests.small_engine import OPTIONS, make, mixed_params, prompt_logprobs, random_prompts
 
 PATIENCE = 120  # seconds after which a condition counts as never coming
 
@@ -164,10 +164,10 @@ def many_requests(llm: LLM) -> list[tuple[list[int], SamplingParams]]:
     for index in range(0, 64, 4):
         params[index] = replace(params[index], n=1 + index // 4 % 4)
     for index in range(1, 64, 6):  # a stop string that comes for certain, sometimes inside a token
-        text = llm.generate([prompts[index]], params[index])[0].text
+        text = llm.generate([prompts[index]], params[index])[0].outputs[0].text
         params[index] = replace(params[index], stop=(text[len(text) // 2 :][:3] or "x",))
     for index in range(2, 64, 6):
-        tokens = llm.generate([prompts[index]], params[index])[0].token_ids
+        tokens = llm.generate([prompts[index]], params[index])[0].outputs[0].token_ids
         params[index] = replace(params[index], stop_token_ids=(tokens[9],))
     for index in range(3, 64, 6):
         params[index] = replace(params[index], logprobs=2, prompt_logprobs=1)
@@ -176,23 +176,22 @@ def many_requests(llm: LLM) -> list[tuple[list[int], SamplingParams]]:
     return list(zip(prompts, params, strict=True))
 
 
-def assert_same(expected: list[Completion], found: list[list[Answer]]) -> set[tuple[Any, type]]:
+def assert_same(expected: list[RequestOutput], found: list[list[Answer]]) -> set[tuple[Any, type]]:
     """Check that answers are those of `LLM`; return the reasons for which they ended."""
     reasons = set()
     for completion, answers in zip(expected, found, strict=True):
-        for choice, answer in zip(completion.choices, answers, strict=True):
+        for choice, answer in zip(completion.outputs, answers, strict=True):
             assert answer.token_ids == choice.token_ids
             assert answer.text == choice.text
             assert (answer.finish_reason, answer.stop_reason) == (choice.finish_reason, choice.stop_reason)
             reasons.add((answer.finish_reason, type(answer.stop_reason)))
             assert (answer.logprobs is None) == (choice.logprobs is None)
             for entry, wanted in zip(answer.logprobs or (), choice.logprobs or (), strict=True):
-                assert entry.logprob == pytest.approx(wanted.logprob, abs=1e-4)
-                assert [token for token, _ in entry.top] == [token for token, _ in wanted.top]
-        prompt_logprobs = completion.prompt_logprobs and completion.prompt_logprobs[1:]
+                assert entry.logprob == pytest.approx(wanted[entry.token_id].logprob, abs=1e-4)
+                assert {entry.token_id, *(token for token, _ in entry.top)} == wanted.keys()
         of_prompt = answers[0].prompt_logprobs
-        assert (of_prompt is None) == (prompt_logprobs is None)
-        for prompt_entry, wanted_entry in zip(of_prompt or (), prompt_logprobs or (), strict=True):
-            assert wanted_entry is not None
-            assert prompt_entry.logprob == pytest.approx(wanted_entry.logprob, abs=1e-4)
+        assert (of_prompt is None) == (completion.prompt_logprobs is None)
+        if of_prompt is not None:
+            for prompt_entry, wanted_entry in zip(of_prompt, prompt_logprobs(completion), strict=True):
+                assert prompt_entry.logprob == pytest.approx(wanted_entry.logprob, abs=1e-4)
     return reasons

@@ -11,12 +11,13 @@ import torch
 from torch._dynamo.utils import counters
 
 from dispec import LLM, SamplingParams
-from dispec.engine.api.outputs import Completion
+from dispec.engine.api.outputs import RequestOutput
 from dispec.engine.engine import Engine
 from dispec.engine.execution.sampler import Sampler
 from dispec.engine.scheduling.sequence import Sequence
 from dispec.layers.config import ModelConfig
 from dispec.layers.steps import decode_step
+from tests.small_engine import sampled_logprobs
 
 NEEDS_CUDA = [
     pytest.mark.gpu,
@@ -74,8 +75,8 @@ def greedy(max_tokens: int = 16) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
-def token_ids(completions: list[Completion]) -> list[list[int]]:
-    return [choice.token_ids for completion in completions for choice in completion.choices]
+def token_ids(completions: list[RequestOutput]) -> list[list[int]]:
+    return [choice.token_ids for completion in completions for choice in completion.outputs]
 
 
 def finish(engine: Engine) -> None:
@@ -125,12 +126,12 @@ def expect_replayed() -> None:
     assert not counters["graph_break"]
 
 
-def expect_close_logprobs(found: list[Completion], expected: list[Completion], tolerance: float = 0.06) -> None:
+def expect_close_logprobs(found: list[RequestOutput], expected: list[RequestOutput], tolerance: float = 0.06) -> None:
     """Compare the logprobs of chosen tokens, of each completion up to the first token that differs."""
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours.logprobs is not None
-        assert theirs.logprobs is not None
-        for index, (one, other) in enumerate(zip(ours.logprobs, theirs.logprobs, strict=True)):
-            if ours.token_ids[:index] != theirs.token_ids[:index]:
+        output, wanted = ours.outputs[0], theirs.outputs[0]
+        both = zip(sampled_logprobs(output), sampled_logprobs(wanted), strict=True)
+        for index, (one, other) in enumerate(both):
+            if output.token_ids[:index] != wanted.token_ids[:index]:
                 break  # a tie was decided otherwise, and the texts differ from here on
             assert one.logprob == pytest.approx(other.logprob, abs=tolerance)

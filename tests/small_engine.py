@@ -1,9 +1,10 @@
 """Small engines in fp32 for the tests of scheduling: what they generate must not depend on how they got there."""
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
-from dispec import LLM, SamplingParams
+from dispec import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
 from tests.checkpoints import VOCAB_SIZE
 
 BLOCK_SIZE = 16
@@ -61,4 +62,22 @@ def speculating(directory: Path, speculative_model, *, is_adaptive=False, **opti
 def alone(llm: LLM, prompts: list[list[int]], params) -> list[list[int]]:
     """What each prompt gets when nothing else is in the engine."""
     each = params if isinstance(params, list) else [params] * len(prompts)
-    return [llm.generate([prompt], param)[0].token_ids for prompt, param in zip(prompts, each, strict=True)]
+    return [llm.generate([prompt], param)[0].outputs[0].token_ids for prompt, param in zip(prompts, each, strict=True)]
+
+
+def tokens_of(stream: Iterable[RequestOutput]) -> list[int]:
+    """The tokens of a stream's first outputs."""
+    return [token for piece in stream for token in piece.outputs[0].token_ids]
+
+
+def sampled_logprobs(output: CompletionOutput) -> list[Logprob]:
+    """Those of the output's own tokens."""
+    assert output.logprobs is not None
+    return [entry[token] for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+
+
+def prompt_logprobs(request: RequestOutput) -> list[Logprob]:
+    """Those of the prompt's own tokens, from the second one on."""
+    assert request.prompt_logprobs is not None
+    entries = zip(request.prompt_token_ids, request.prompt_logprobs, strict=True)
+    return [entry[token] for token, entry in entries if entry is not None]

@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from dispec import LLM, Completion, SamplingParams
+from dispec import LLM, RequestOutput, SamplingParams
 from tests.api_server import CONTEXT, MESSAGES, PARAMETERS, chat, complete
 from tests.checkpoints import EOS_TOKEN_ID
 from tests.servers import Server, server, wait_for
@@ -83,7 +83,10 @@ def test_tokenize_and_detokenize(served: Server, llm: LLM) -> None:
 def test_generate_route(served: Server, llm: LLM) -> None:
     body = {"prompt": "The quick", "max_new_tokens": 9, "temperature": 0, "priority": -1}
     expected = llm.generate("The quick", SamplingParams(temperature=0, max_tokens=9))[0]
-    assert served.post("/generate", body).json() == {"text": expected.text, "num_tokens": len(expected.token_ids)}
+    assert served.post("/generate", body).json() == {
+        "text": expected.outputs[0].text,
+        "num_tokens": len(expected.outputs[0].token_ids),
+    }
 
 
 # What is served
@@ -331,9 +334,9 @@ def test_64_concurrent_requests(served: Server, llm: LLM) -> None:
         return SamplingParams(**given)
 
     found = asyncio.run(ask_all())
-    expected: list[Completion] = llm.generate(prompts, [params(body) for body in bodies])
+    expected: list[RequestOutput] = llm.generate(prompts, [params(body) for body in bodies])
     for texts, completion in zip(found, expected, strict=True):
-        assert texts == [choice.text for choice in completion.choices]
+        assert texts == [choice.text for choice in completion.outputs]
     wait_for(served.is_idle, "an idle engine")
 
 

@@ -45,7 +45,7 @@ def params(*lengths: int) -> list[SamplingParams]:
 
 def test_groups_that_take_turns_give_the_same_answers_as_alone(llm) -> None:
     given = params(20, 40, 31)
-    alone = [list(output.token_ids) for output in llm.generate(PROMPTS, given)]
+    alone = [list(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, given)]
     simulated = SimulatedProposer(None, 0.5, llm.engine.config.vocab_size, seed=1)
     plain, speculative = take_turns(llm, PROMPTS, given, [None, Speculator(3, simulated, is_adaptive=False)], alone)
     assert plain.tokens == speculative.tokens == alone
@@ -113,9 +113,9 @@ def test_separated_logits_are_no_near_ties() -> None:
     """The largest logit exceeds the second by more than a layer's rounding: the answer follows from the last token."""
     llm = LLM(replace(CONFIG, tie_embeddings=False), load_format="dummy", dtype="float32", enforce_eager=True)
     given = [[5, 6, 7], [40, 41, 42, 43, 7]]
-    before = [output.token_ids[0] for output in llm.generate(given, params(1, 1))]
+    before = [output.outputs[0].token_ids[0] for output in llm.generate(given, params(1, 1))]
     separate_logits(llm)
-    after = [output.token_ids[0] for output in llm.generate(given, params(1, 1))]
+    after = [output.outputs[0].token_ids[0] for output in llm.generate(given, params(1, 1))]
     assert after[0] == after[1]
     assert before[0] != before[1]
 

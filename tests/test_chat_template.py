@@ -321,7 +321,7 @@ def test_a_flag_allows_special_tokens(served: Server, llm: LLM) -> None:
     assert safe.count(EOS_TOKEN_ID) == 3
     assert allowed.count(EOS_TOKEN_ID) == 4
     assert allowed == llm.tokenizer.encode(llm.tokenizer.apply_chat_template(messages), add_special_tokens=False)
-    assert llm.chat(messages, SamplingParams(max_tokens=1)).prompt_token_ids == safe
+    assert llm.chat(messages, SamplingParams(max_tokens=1))[0].prompt_token_ids == safe
     body = {"messages": messages, "max_tokens": 1, "return_token_ids": True}
     for given, expected in ((None, safe), (False, safe), (True, allowed)):
         extra = {"allow_special_tokens_in_content": given}

@@ -271,7 +271,7 @@ def test_config_and_tokenizer_are_enough_without_weights(sharded, hub_cache, tmp
     llm = LLM(model, load_format="dummy", enforce_eager=True, kv_cache_memory="1MiB", dtype="float32")
     known = LLM(sharded, load_format="dummy", enforce_eager=True, kv_cache_memory="1MiB", dtype="float32")
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    assert llm.generate("the sea", params)[0].text == known.generate("the sea", params)[0].text
+    assert llm.generate("the sea", params)[0].outputs[0].text == known.generate("the sea", params)[0].outputs[0].text
 
 
 def test_only_the_small_files_of_a_hub_model_are_fetched_without_weights(sharded, monkeypatch):

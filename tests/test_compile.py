@@ -84,7 +84,10 @@ def test_another_thread_runs_the_same_graphs(compiled):
     params = (every_feature() * 2)[:9]
 
     def answers() -> list[list[int]]:
-        return [one.token_ids for one in compiled.generate(prompts(9), params) + compiled.generate([[5]], params[1])]
+        return [
+            one.outputs[0].token_ids
+            for one in compiled.generate(prompts(9), params) + compiled.generate([[5]], params[1])
+        ]
 
     with ThreadPoolExecutor(1) as another:
         found = another.submit(answers).result()
@@ -126,8 +129,8 @@ def test_a_draft_model_adds_its_steps_and_one_graph_of_its_loop():
         llm.engine.speculator.is_adaptive = False
         if not enforce_eager:
             assert counters["stats"]["unique_graphs"] == GRAPHS + DRAFT_GRAPHS
-        found.append([llm.generate(given[:1], param)[0].token_ids for param in features])
-        found[-1] += [one.token_ids for one in llm.generate(given, features[:4])]
+        found.append([llm.generate(given[:1], param)[0].outputs[0].token_ids for param in features])
+        found[-1] += [one.outputs[0].token_ids for one in llm.generate(given, features[:4])]
         assert any(record.num_drafts > 1 for record in llm.engine.records)
     assert found[0] == found[1]
     assert counters["stats"]["unique_graphs"] == GRAPHS + DRAFT_GRAPHS
@@ -164,7 +167,9 @@ def test_compiled_tokens_equal_eager_ones_in_float32():
     torch._dynamo.reset()
     features = [replace(param, max_tokens=20, n=1, prompt_logprobs=None) for param in every_feature()]
     params = [replace(features[i % len(features)], seed=i) for i in range(9)]
-    results = [[c.token_ids for c in make("float32", eager).generate(prompts(9), params)] for eager in (False, True)]
+    results = [
+        [c.outputs[0].token_ids for c in make("float32", eager).generate(prompts(9), params)] for eager in (False, True)
+    ]
     assert results[0] == results[1]
 
 
@@ -179,12 +184,12 @@ def test_two_compiled_engines_do_not_take_each_other_for_themselves():
         None,  # bf16 rounds differently when compiled: it is only here to disturb
         make("float32", True, config=other).generate(prompts(5), params),
     ]
-    assert [c.token_ids for c in expected[0]] != [c.token_ids for c in expected[2]]
+    assert [c.outputs[0].token_ids for c in expected[0]] != [c.outputs[0].token_ids for c in expected[2]]
     for _ in range(2):
         for llm, known in zip(engines, expected, strict=True):
             found = llm.generate(prompts(5), params)
             if known is not None:
-                assert [c.token_ids for c in found] == [c.token_ids for c in known]
+                assert [c.outputs[0].token_ids for c in found] == [c.token_ids for c in known]
 
 
 def test_a_budget_smaller_than_the_warm_up():
@@ -199,7 +204,7 @@ def test_a_budget_smaller_than_the_warm_up():
         compile="startup",
     )
     assert llm.engine.runner.is_compiled
-    assert len(llm.generate(prompts(2), SamplingParams(max_tokens=3, ignore_eos=True))[1].token_ids) == 3
+    assert len(llm.generate(prompts(2), SamplingParams(max_tokens=3, ignore_eos=True))[1].outputs[0].token_ids) == 3
 
 
 def test_a_failed_compilation_falls_back_with_one_warning(monkeypatch):
@@ -213,4 +218,4 @@ def test_a_failed_compilation_falls_back_with_one_warning(monkeypatch):
     assert not llm.engine.runner.is_compiled
     expected = make("float32", enforce_eager=True).generate(prompts(2), SamplingParams(temperature=0, max_tokens=5))
     found = llm.generate(prompts(2), SamplingParams(temperature=0, max_tokens=5))
-    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+    assert [c.outputs[0].token_ids for c in found] == [c.outputs[0].token_ids for c in expected]

@@ -131,7 +131,7 @@ def background(monkeypatch) -> Iterator[None]:
 )
 def test_compiled_steps_take_over_in_the_middle_of_an_answer_without_changing_it(background, options):
     """One piece between two steps."""
-    expected = [found.token_ids for found in make(compile="off").generate(PROMPTS, PARAMS)]
+    expected = [found.outputs[0].token_ids for found in make(compile="off").generate(PROMPTS, PARAMS)]
     engine = make(**options).engine
     if engine.speculator is not None:
         engine.speculator.is_adaptive = False
@@ -155,7 +155,7 @@ def work_through(engine: Engine) -> None:
 
 
 def test_a_compiler_that_fails_in_the_background_is_told_of_once(background, monkeypatch):
-    expected = [found.token_ids for found in make(compile="off").generate(PROMPTS, PARAMS)]
+    expected = [found.outputs[0].token_ids for found in make(compile="off").generate(PROMPTS, PARAMS)]
 
     def fail(*_, **__):
         raise RuntimeError("no compiler today\nand more")
@@ -167,7 +167,7 @@ def test_a_compiler_that_fails_in_the_background_is_told_of_once(background, mon
     assert [str(warning.message).count("\n") for warning in said if warning.category is RuntimeWarning] == [0]
     assert not llm.engine.runner.is_compiled
     assert llm.engine.compiled_seconds is None
-    assert [found.token_ids for found in llm.generate(PROMPTS, PARAMS)] == expected
+    assert [found.outputs[0].token_ids for found in llm.generate(PROMPTS, PARAMS)] == expected
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 4])
@@ -188,7 +188,7 @@ def test_an_engine_that_verifies_drafts_has_compiled_all_that_it_runs(max_num_se
     assert llm.engine.runner.is_compiled
     graphs = counters["stats"]["unique_graphs"]
     found = [llm.generate([prompt], one)[0] for one in params]
-    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    assert [one.outputs[0].token_ids for one in found] == [one.outputs[0].token_ids for one in expected]
     assert sum(record.num_drafts for record in llm.engine.records) > 10
     assert counters["stats"]["unique_graphs"] == graphs
 

@@ -57,12 +57,12 @@ def test_twenty_greedy_answers_equal_transformers_in_float32():
                 eos_token_id=None,
                 pad_token_id=0,
             )[0, len(prompt) :]
-        assert completion.token_ids == expected.tolist()
+        assert completion.outputs[0].token_ids == expected.tolist()
 
 
 def test_it_knows_the_capital_of_france():
     llm = LLM("smollm2", device="cpu", enforce_eager=True, kv_cache_memory="64MiB", max_model_len=512)
-    answer = llm.chat([{"role": "user", "content": QUESTIONS[0]}], SamplingParams(temperature=0, max_tokens=20))
-    assert "Paris" in answer.text
-    assert answer.finish_reason == "stop"
-    assert "<|im_end|>" not in answer.text
+    (answer,) = llm.chat([{"role": "user", "content": QUESTIONS[0]}], SamplingParams(temperature=0, max_tokens=20))
+    assert "Paris" in answer.outputs[0].text
+    assert answer.outputs[0].finish_reason == "stop"
+    assert "<|im_end|>" not in answer.outputs[0].text

@@ -39,10 +39,10 @@ def draft(target, tmp_path_factory):
 
 def test_a_draft_with_a_borrowed_head_changes_no_token(target, draft) -> None:
     prompts, params = random_prompts(6), greedy(24)
-    expected = [completion.token_ids for completion in make(target).generate(prompts, params)]
+    expected = [completion.outputs[0].token_ids for completion in make(target).generate(prompts, params)]
     llm = make(target, speculative_model=str(draft))
     llm.engine.speculator.is_adaptive = False
-    assert [completion.token_ids for completion in llm.generate(prompts, params)] == expected
+    assert [completion.outputs[0].token_ids for completion in llm.generate(prompts, params)] == expected
     known = set(json.loads((draft / "draft.json").read_text())["head_tokens"])
     assert len(known) == RECIPE.head_tokens
     assert sum(record.num_draft_tokens for record in llm.engine.records) > 0
@@ -85,7 +85,7 @@ def test_dummy_weights_need_configurations_alone(target, tmp_path) -> None:
     save_shared_draft(tmp_path / "draft", config, {}, [1, 2, 3], Tokenizer.from_directory(bare))
     (tmp_path / "draft/model.safetensors").unlink()
     llm = make(bare, load_format="dummy", speculative_model=str(tmp_path / "draft"))
-    assert len(llm.generate([[1, 2, 3]], greedy(8))[0].token_ids) == 8
+    assert len(llm.generate([[1, 2, 3]], greedy(8))[0].outputs[0].token_ids) == 8
 
 
 def test_invalid_settings_are_refused(target, tmp_path) -> None:

@@ -113,8 +113,8 @@ def test_a_padded_draft_fits_into_the_room_of_an_engine_for_one_sequence(target,
     runner = llm.engine.speculator.proposer._runner
     runner.plan = replace(runner.plan, compile="startup")  # so that drafts are padded, as on CUDA
     prompts, params = random_prompts(2), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    expected = [completion.token_ids for completion in plain.generate(prompts, params)]
-    assert [completion.token_ids for completion in llm.generate(prompts, params)] == expected
+    expected = [completion.outputs[0].token_ids for completion in plain.generate(prompts, params)]
+    assert [completion.outputs[0].token_ids for completion in llm.generate(prompts, params)] == expected
     assert sum(record.num_draft_tokens for record in llm.engine.records) > 20
     assert "a step failed" not in caplog.text
 

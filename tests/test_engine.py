@@ -1,6 +1,7 @@
 """The engine on small checkpoints: each prompt of a batch gets the tokens that it gets alone."""
 
 import random
+import time
 
 import jaxtyping
 import pytest
@@ -38,7 +39,7 @@ def greedy(max_tokens: int = 12) -> SamplingParams:
 
 def alone(llm: LLM, prompts: list[list[int]], params) -> list[list[int]]:
     each = params if isinstance(params, list) else [params] * len(prompts)
-    return [llm.generate([prompt], param)[0].token_ids for prompt, param in zip(prompts, each, strict=True)]
+    return [llm.generate([prompt], param)[0].outputs[0].token_ids for prompt, param in zip(prompts, each, strict=True)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,7 +52,7 @@ def test_greedy_tokens_equal_transformers(family, tmp_path):
             expected = reference.generate(
                 torch.tensor([prompt]), max_new_tokens=12, min_new_tokens=12, do_sample=False, eos_token_id=None
             )[0, len(prompt) :]
-        assert completion.token_ids == expected.tolist()
+        assert completion.outputs[0].token_ids == expected.tolist()
         assert completion.prompt_token_ids == prompt
 
 
@@ -61,7 +62,7 @@ def test_a_mixed_batch_equals_each_prompt_alone(llm):
         SamplingParams(temperature=0.9 * (index % 2), max_tokens=4 + index, ignore_eos=True, seed=index)
         for index in range(12)
     ]
-    together = [completion.token_ids for completion in llm.generate(prompts, params)]
+    together = [completion.outputs[0].token_ids for completion in llm.generate(prompts, params)]
     assert together == alone(llm, prompts, params)
     assert [len(tokens) for tokens in together] == [4 + index for index in range(12)]
 
@@ -69,7 +70,7 @@ def test_a_mixed_batch_equals_each_prompt_alone(llm):
 def test_chunked_prefill_equals_whole(directory, llm):
     prompts = random_prompts(5, longest=200)
     chunked = LLM(directory, max_num_batched_tokens=8, max_num_seqs=4, **OPTIONS)
-    assert [c.token_ids for c in chunked.generate(prompts, greedy())] == alone(llm, prompts, greedy())
+    assert [c.outputs[0].token_ids for c in chunked.generate(prompts, greedy())] == alone(llm, prompts, greedy())
 
 
 def test_preemption_changes_no_output_and_loses_no_request(directory, llm):
@@ -111,13 +112,13 @@ def test_step_budget_and_decodes_before_prompts(directory):
 
 def test_end_of_sequence_and_stop_tokens(llm):
     prompt = random_prompts(1)[0]
-    tokens = llm.generate([prompt], greedy(30))[0].token_ids
+    tokens = llm.generate([prompt], greedy(30))[0].outputs[0].token_ids
     stop = tokens[10]
     first = tokens.index(stop)
     stopped = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=30, stop_token_ids=(stop,)))[0]
-    assert stopped.token_ids == tokens[: first + 1]
-    assert stopped.finish_reason == "stop"
-    assert llm.generate([prompt], greedy(7))[0].finish_reason == "length"
+    assert stopped.outputs[0].token_ids == tokens[: first + 1]
+    assert stopped.outputs[0].finish_reason == "stop"
+    assert llm.generate([prompt], greedy(7))[0].outputs[0].finish_reason == "length"
     assert llm.engine.eos_token_ids == (EOS_TOKEN_ID,)
     scheduler = llm.engine.scheduler
     for ignore_eos, expected in ((False, {EOS_TOKEN_ID, 9}), (True, {9})):
@@ -130,26 +131,29 @@ def test_end_of_sequence_and_stop_tokens(llm):
 def test_a_sequence_ends_at_the_context(directory):
     llm = LLM(directory, max_model_len=32, **OPTIONS)
     completion = llm.generate([list(range(20))], greedy(100))[0]
-    assert len(completion.token_ids) == 12
-    assert completion.finish_reason == "length"
+    assert len(completion.outputs[0].token_ids) == 12
+    assert completion.outputs[0].finish_reason == "length"
 
 
 def test_seeds(llm):
     prompt = [1, 2, 3]
-    hot = [llm.generate([prompt], SamplingParams(temperature=5, max_tokens=20, seed=s))[0].token_ids for s in (1, 1, 2)]
+    hot = [
+        llm.generate([prompt], SamplingParams(temperature=5, max_tokens=20, seed=s))[0].outputs[0].token_ids
+        for s in (1, 1, 2)
+    ]
     assert hot[0] == hot[1]
     assert hot[0] != hot[2]
     unseeded = llm.generate([prompt] * 2, SamplingParams(temperature=5, max_tokens=20))
-    assert unseeded[0].token_ids != unseeded[1].token_ids
+    assert unseeded[0].outputs[0].token_ids != unseeded[1].outputs[0].token_ids
 
 
 def test_stream_is_generate_in_pieces_and_closing_it_aborts(llm):
     whole = llm.generate(["Es war einmal 😀"], greedy(25))[0]
     pieces = list(llm.stream("Es war einmal 😀", greedy(25)))
-    assert [piece.token_id for piece in pieces] == whole.token_ids
-    assert "".join(piece.text for piece in pieces) == whole.text == pieces[-1].completion.text
-    assert whole.text == llm.tokenizer.decode(whole.token_ids)
-    assert all(piece.completion is None for piece in pieces[:-1])
+    assert [token for piece in pieces for token in piece.outputs[0].token_ids] == whole.outputs[0].token_ids
+    assert "".join(piece.outputs[0].text for piece in pieces) == whole.outputs[0].text
+    assert whole.outputs[0].text == llm.tokenizer.decode(whole.outputs[0].token_ids)
+    assert [piece.finished for piece in pieces] == [False] * 24 + [True]
     stream = llm.stream("Es war", greedy(25))
     next(stream)
     stream.close()
@@ -174,13 +178,19 @@ def test_abort_while_waiting_prefilling_and_running(directory):
 def test_chat_uses_the_template(llm):
     messages = [{"role": "user", "content": "hi"}]
     expected = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert llm.chat(messages, greedy(3)).prompt_token_ids == llm.tokenizer.encode(expected, add_special_tokens=False)
+    assert llm.chat(messages, greedy(3))[0].prompt_token_ids == llm.tokenizer.encode(expected, False)
 
 
-def test_timing_is_ordered(llm):
-    for completion in llm.generate(random_prompts(3), greedy(5)):
-        assert 0 < completion.timing.first_token < completion.timing.finished
-        assert completion.timing.tokens_per_second(5) > 0
+def test_metrics(llm):
+    before = time.time()
+    for request in llm.generate(random_prompts(3), SamplingParams(n=2, max_tokens=5, ignore_eos=True)):
+        metrics = request.metrics
+        assert before <= metrics.arrival_time <= time.time()
+        assert metrics.first_token_latency == pytest.approx(metrics.queued_time + metrics.prefill_time)
+        assert min(metrics.queued_time, metrics.prefill_time, metrics.decode_time) > 0
+        assert metrics.e2e_latency == pytest.approx(metrics.first_token_latency + metrics.decode_time)
+        assert metrics.num_generation_tokens == 10
+        assert metrics.tokens_per_second == pytest.approx(8 / metrics.decode_time)
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,8 @@ def test_a_slow_reader_gets_everything_in_few_updates(loop, client, llm):
 
     for answers in (loop.run(read_late()), loop.run(wait_then_read())):
         assert [answer.num_updates for answer in answers] == [1, 1, 1]
-        assert [answer.token_ids for answer in answers] == [choice.token_ids for choice in expected.choices]
-        assert [answer.text for answer in answers] == [choice.text for choice in expected.choices]
+        assert [answer.token_ids for answer in answers] == [choice.token_ids for choice in expected.outputs]
+        assert [answer.text for answer in answers] == [choice.text for choice in expected.outputs]
         assert [len(answer.logprobs) for answer in answers] == [60, 60, 60]
         assert answers[0].num_cached_tokens is not None
 
@@ -178,7 +178,9 @@ def test_an_abort_leaves_the_others_alone(loop, client, llm):
         return [await read(stream) for stream in streams[1::2]]
 
     answers = loop.run(abort_every_other())
-    assert [answer[0].token_ids for answer in answers] == [completion.token_ids for completion in expected[1::2]]
+    assert [answer[0].token_ids for answer in answers] == [
+        completion.outputs[0].token_ids for completion in expected[1::2]
+    ]
 
 
 def test_aborting_a_request_after_one_of_its_choices_has_ended(loop, client):
@@ -249,7 +251,7 @@ def test_ids_that_clients_choose_need_not_differ(loop, client, llm):
         return await asyncio.gather(*(generate(client, prompt, greedy(9)) for prompt in prompts))
 
     found = [answers[0].token_ids for answers in loop.run(all_at_once())]
-    assert found == [completion.token_ids for completion in expected]
+    assert found == [completion.outputs[0].token_ids for completion in expected]
 
 
 def test_times_add_up_and_are_told(loop, client):
@@ -363,7 +365,7 @@ def test_ten_thousand_queued_requests_are_served_or_given_up(directory):
 
 def test_draining_loses_nothing_and_takes_nothing(directory, llm):
     prompts = random_prompts(20)
-    expected = [completion.token_ids for completion in llm.generate(prompts, greedy(30))]
+    expected = [completion.outputs[0].token_ids for completion in llm.generate(prompts, greedy(30))]
 
     async def drain() -> None:
         async with running_client(directory, {"max_num_seqs": 4}) as client:

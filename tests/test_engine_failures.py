@@ -70,7 +70,7 @@ def test_a_sequence_that_fails_alone(llm):
     with pytest.raises(RuntimeError, match="the engine failed: MemoryError: injected"):
         llm.generate([random_tokens(5)], greedy(9))
     assert not llm.engine.has_work
-    assert len(llm.generate([random_tokens(5)], greedy(2))[0].token_ids) == 2
+    assert len(llm.generate([random_tokens(5)], greedy(2))[0].outputs[0].token_ids) == 2
 
 
 def test_an_error_of_all_is_no_request_s_fault(llm):

@@ -50,7 +50,7 @@ async def expect_death(streams, match: str) -> None:
 
 def test_killing_the_engine_fails_what_is_under_way_and_restarts_it(directory, llm, caplog):
     prompt = random_tokens(9)
-    expected = llm.generate([prompt], greedy(8))[0].token_ids
+    expected = llm.generate([prompt], greedy(8))[0].outputs[0].token_ids
 
     async def kill_twice() -> None:
         async with running_client(directory, restarts=RestartPolicy(max_restarts=1)) as client:
@@ -272,12 +272,12 @@ def test_too_little_memory_under_load_loses_nothing(directory, llm):
             return answers
 
     for completion, answers in zip(expected, asyncio.run(starve()), strict=True):
-        assert [answer.token_ids for answer in answers] == [choice.token_ids for choice in completion.choices]
+        assert [answer.token_ids for answer in answers] == [choice.token_ids for choice in completion.outputs]
 
 
 def test_an_error_in_the_engine_fails_the_request_that_caused_it(directory, llm, faulty_engine):
     prompts = random_prompts(6)
-    expected = [completion.token_ids for completion in llm.generate(prompts, greedy(20))]
+    expected = [completion.outputs[0].token_ids for completion in llm.generate(prompts, greedy(20))]
 
     async def fail() -> None:
         async with running_client(directory) as client:

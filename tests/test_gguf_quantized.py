@@ -183,7 +183,7 @@ def test_the_start_log_tells_the_format(options, told, mixed_file, caplog):
     dequantised = {message.split()[0] for message in caplog.messages if "are dequantised: there is no" in message}
     assert dequantised == ({"int4", "int8"} if "dtype" in options else set())
     completion = llm.generate("The sea", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False)
-    assert len(completion[0].token_ids) == 4
+    assert len(completion[0].outputs[0].token_ids) == 4
 
 
 @pytest.mark.parametrize(("quantization", "stays"), [(None, False), ("native", True), ("off", False), ("int8", False)])

@@ -28,7 +28,7 @@ from tests.gpu_engine import (
     unchecked,
 )
 from tests.grammar_cases import check_text, grammar_params, text_of
-from tests.small_engine import mixed_params
+from tests.small_engine import mixed_params, prompt_logprobs
 
 __all__ = ["unchecked"]
 pytestmark = NEEDS_CUDA
@@ -92,7 +92,7 @@ def test_compiled_equals_eager_and_batched_equals_alone_in_float32(async_schedul
         assert compiled.engine.plan.overlaps == async_scheduling
         assert token_ids(compiled.generate(given, params)) == expected
         pairs = zip(given, params, strict=True)
-        assert [compiled.generate([prompt], param)[0].token_ids for prompt, param in pairs] == expected
+        assert [compiled.generate([prompt], param)[0].outputs[0].token_ids for prompt, param in pairs] == expected
         expect_replayed()
 
 
@@ -174,10 +174,8 @@ def test_the_padding_of_a_prefill_step_changes_nothing(dtype: str) -> None:
         found = [compiled.generate([prompt], params)[0] for prompt in given]
     tolerance = 1e-3 if dtype == "float32" else 0.06
     for ours, theirs in zip(found, expected, strict=True):
-        assert dtype != "float32" or ours.token_ids == theirs.token_ids
-        assert ours.prompt_logprobs is not None
-        assert theirs.prompt_logprobs is not None
-        for one, other in zip(ours.prompt_logprobs[1:], theirs.prompt_logprobs[1:], strict=True):
+        assert dtype != "float32" or ours.outputs[0].token_ids == theirs.outputs[0].token_ids
+        for one, other in zip(prompt_logprobs(ours), prompt_logprobs(theirs), strict=True):
             assert one.logprob == pytest.approx(other.logprob, abs=tolerance)
 
 

@@ -81,7 +81,7 @@ def test_other_threads_replay_the_same_graphs(llm: LLM) -> None:
     params = [SamplingParams(temperature=index % 2, seed=index, max_tokens=20, ignore_eos=True) for index in range(6)]
 
     def answer(index: int) -> list[int]:
-        return llm.generate([given[index]], params[index])[0].token_ids
+        return llm.generate([given[index]], params[index])[0].outputs[0].token_ids
 
     expected = [answer(index) for index in range(6)]
     before = num_graphs()

@@ -119,7 +119,7 @@ def test_an_output_found_in_the_cache_goes_on_as_before(directory, plain):
                 temperature=1, seed=0, max_tokens=max_tokens, logprobs=logprobs, structured_outputs=structure
             )
             first = llm.generate([random_tokens(20)], params)[0]
-            longer = first.prompt_token_ids + first.token_ids + random_tokens(3)
+            longer = first.prompt_token_ids + first.outputs[0].token_ids + random_tokens(3)
             free = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
             assert alone(llm, [longer], free) == alone(plain, [longer], free)
             llm.engine.scheduler.check()
@@ -141,7 +141,7 @@ def test_an_output_that_another_engine_began(directory, plain, front, shortens):
         )
         for index in range(8)
     ]
-    expected = [[choice.token_ids for choice in one.choices] for one in plain.generate(prompts, params)]
+    expected = [[choice.token_ids for choice in one.outputs] for one in plain.generate(prompts, params)]
     pair = Pair(directory, Network(), front=front)
     for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
         pair.add(f"r{index}", prompt, param)
@@ -178,6 +178,6 @@ def test_two_ranks(directory, cases, expected):
     prompts, params = cases
     llm = make(directory, tensor_parallel_size=2, speculative_model="ngram")
     try:
-        assert [completion.token_ids for completion in llm.generate(prompts, params)] == expected
+        assert [completion.outputs[0].token_ids for completion in llm.generate(prompts, params)] == expected
     finally:
         llm.close()

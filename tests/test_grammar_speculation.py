@@ -8,7 +8,7 @@ import pytest
 from dispec import LLM, SamplingParams
 from tests.checkpoints import save_tiny
 from tests.grammar_cases import FORM, check_text, grammar_params, text_of
-from tests.small_engine import make, random_prompts, random_tokens, speculating
+from tests.small_engine import make, prompt_logprobs, random_prompts, random_tokens, sampled_logprobs, speculating
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,12 @@ def test_outputs_are_those_without_speculation(directory, other, plain, cases, p
     llm = speculating(directory, name, async_scheduling=overlaps)
     found = llm.generate(prompts, params)
     for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        check_text(index, text_of(llm, ours.token_ids))
-        assert (ours.token_ids, ours.finish_reason) == (theirs.token_ids, theirs.finish_reason)
-        if theirs.logprobs is not None:
-            assert [one.logprob for one in ours.logprobs] == pytest.approx(
-                [one.logprob for one in theirs.logprobs], abs=1e-4
+        check_text(index, text_of(llm, ours.outputs[0].token_ids))
+        output, wanted = ours.outputs[0], theirs.outputs[0]
+        assert (output.token_ids, output.finish_reason) == (wanted.token_ids, wanted.finish_reason)
+        if wanted.logprobs is not None:
+            assert [one.logprob for one in sampled_logprobs(output)] == pytest.approx(
+                [one.logprob for one in sampled_logprobs(wanted)], abs=1e-4
             )
     llm.engine.scheduler.check()
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_usable
@@ -65,7 +66,7 @@ def test_a_model_agrees_with_itself_under_a_grammar(directory):
     llm = speculating(directory, directory)
     params = SamplingParams(temperature=1, seed=0, max_tokens=200, structured_outputs={"regex": "[a-z ]{60}"})
     completion = llm.generate([random_tokens(9)], params)[0]
-    assert len(text_of(llm, completion.token_ids)) == 60
+    assert len(text_of(llm, completion.outputs[0].token_ids)) == 60
     records = [record for record in llm.engine.records if record.num_drafts]
     rejected = sum(record.num_draft_tokens - sum(record.num_accepted_per_position) for record in records)
     assert rejected <= llm.engine.speculator.max_num_draft_tokens
@@ -98,10 +99,10 @@ def test_reasoning_and_speculation(directory, plain):
         for seed in range(4)
     ]
     prompts = random_prompts(4)
-    expected = [completion.token_ids for completion in plain.generate(prompts, params)]
+    expected = [completion.outputs[0].token_ids for completion in plain.generate(prompts, params)]
     for name in ("ngram", directory):
         llm = speculating(directory, name)
-        assert [completion.token_ids for completion in llm.generate(prompts, params)] == expected
+        assert [completion.outputs[0].token_ids for completion in llm.generate(prompts, params)] == expected
 
 
 @pytest.mark.parametrize("name", [None, "other"])
@@ -112,7 +113,7 @@ def test_sampled_tokens_have_the_models_distribution_among_the_allowed_ones(dire
     params = SamplingParams(temperature=temperature, max_tokens=9, n=128, structured_outputs={"regex": "~[A-X]~"})
     counts = np.zeros(24)
     for batch in range(4):
-        for choice in llm.generate([prompt], replace(params, seed=1000 * batch))[0].choices:
+        for choice in llm.generate([prompt], replace(params, seed=1000 * batch))[0].outputs:
             counts[ord(choice.text[1]) - ord("A")] += 1
     if name is not None:
         assert any(record.num_draft_tokens for record in llm.engine.records)
@@ -120,7 +121,7 @@ def test_sampled_tokens_have_the_models_distribution_among_the_allowed_ones(dire
     tilde, *letters = (plain.tokenizer.encode(letter)[0] for letter in "~ABCDEFGHIJKLMNOPQRSTUVWX")
     scored = SamplingParams(max_tokens=1, prompt_logprobs=0)
     found = plain.generate([[*prompt, tilde, letter] for letter in letters], scored)
-    expected = np.exp(np.array([completion.prompt_logprobs[-1].logprob for completion in found]) / temperature)
+    expected = np.exp(np.array([prompt_logprobs(completion)[-1].logprob for completion in found]) / temperature)
     expected *= counts.sum() / expected.sum()
     order = np.argsort(expected)
     rare = order[: np.searchsorted(expected[order].cumsum(), 5) + 1]  # together at least five

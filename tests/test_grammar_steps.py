@@ -8,7 +8,7 @@ from dispec import LLM, SamplingParams
 from dispec.engine.execution.sampler import Sampler
 from tests.checkpoints import EOS_TOKEN_ID, save_tiny
 from tests.grammar_cases import CHOICES, FORM, PERSON, check_text, grammar_params, text_of
-from tests.small_engine import alone, greedy, make, random_prompts, random_tokens
+from tests.small_engine import alone, greedy, make, prompt_logprobs, random_prompts, random_tokens, sampled_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +29,21 @@ def test_outputs_follow_their_grammars_in_any_batch(llm):
     params = [*grammar_params(16), *(greedy(20) for _ in range(2))]
     together = llm.generate(prompts, params)
     for index, completion in enumerate(together[:16]):
-        if completion.finish_reason == "stop":
-            check_text(index, completion.text)
-    assert sum(completion.finish_reason == "stop" for completion in together[:16]) > 8
+        if completion.outputs[0].finish_reason == "stop":
+            check_text(index, completion.outputs[0].text)
+    assert sum(completion.outputs[0].finish_reason == "stop" for completion in together[:16]) > 8
     llm.engine.scheduler.check()
-    assert [completion.token_ids for completion in together] == alone(llm, prompts, params)
+    assert [completion.outputs[0].token_ids for completion in together] == alone(llm, prompts, params)
 
 
 def test_forced_tokens_take_no_step(llm):
     params = SamplingParams(temperature=1, seed=3, max_tokens=200, structured_outputs={"regex": FORM})
     llm.engine.records.clear()
     completion = llm.generate([random_tokens(20)], params)[0]
-    assert re.fullmatch(FORM, completion.text)
+    assert re.fullmatch(FORM, completion.outputs[0].text)
     records = list(llm.engine.records)
     # "Name: ", "\nAge: " and "\nQuestion: " are forced but for the letters that their last tokens may share.
-    assert len(records) < len(completion.token_ids) - 8
+    assert len(records) < len(completion.outputs[0].token_ids) - 8
     assert sum(record.num_prompt_tokens for record in records) == 20
     assert sum(record.num_decoded_tokens for record in records) == sum(record.num_tokens for record in records[1:])
     assert {record.kind for record in records[1:]} == {"decode"}
@@ -74,12 +74,11 @@ def test_with_logprobs_every_token_is_sampled(llm):
             temperature=temperature, seed=1, max_tokens=200, logprobs=0, structured_outputs={"json": PERSON}
         )
         llm.engine.records.clear()
-        completion = llm.generate([prompt], params)[0]
-        assert len(llm.engine.records) == len(completion.token_ids) == len(completion.logprobs)
-        again = llm.generate([prompt + completion.token_ids], SamplingParams(max_tokens=1, prompt_logprobs=0))[0]
-        expected = again.prompt_logprobs[len(prompt) :]
-        for ours, other in zip(completion.logprobs, expected, strict=True):
-            assert (ours.token_id, ours.rank) == (other.token_id, other.rank)
+        output = llm.generate([prompt], params)[0].outputs[0]
+        assert len(llm.engine.records) == len(output.token_ids)
+        again = llm.generate([prompt + output.token_ids], SamplingParams(max_tokens=1, prompt_logprobs=0))[0]
+        for ours, other in zip(sampled_logprobs(output), prompt_logprobs(again)[len(prompt) - 1 :], strict=True):
+            assert ours.rank == other.rank
             assert ours.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
@@ -108,19 +107,19 @@ def test_reasoning_comes_first_and_has_no_end_token(llm, logprobs):
     )
     for prompt in random_prompts(4):
         completion = llm.generate([prompt], params)[0]
-        tokens = completion.token_ids
+        tokens = completion.outputs[0].token_ids
         assert tuple(tokens[:2]) == start
         at = next(index for index in range(2, len(tokens)) if tuple(tokens[index : index + 2]) == end)
         assert at >= 2
         assert EOS_TOKEN_ID not in tokens[:at]
         assert text_of(llm, tokens[at + 2 :]) in CHOICES
-        assert completion.finish_reason == "stop"
+        assert completion.outputs[0].finish_reason == "stop"
 
 
 def test_a_choice_of_a_request_is_what_its_seed_gives_alone(llm):
     prompt = random_tokens(30)
     params = SamplingParams(temperature=1, seed=4, n=3, max_tokens=100, structured_outputs={"regex": FORM})
-    choices = llm.generate([prompt], params)[0].choices
+    choices = llm.generate([prompt], params)[0].outputs
     for index, choice in enumerate(choices):
         assert re.fullmatch(FORM, choice.text)
         single = SamplingParams(temperature=1, seed=4 + index, max_tokens=100, structured_outputs={"regex": FORM})
@@ -140,7 +139,7 @@ def test_the_grammar_wins_where_other_parameters_leave_nothing(llm):
             temperature=0.7, seed=0, max_tokens=200, structured_outputs={"choice": CHOICES}, **others
         )
         completion = llm.generate([prompt], params)[0]
-        assert (completion.text in CHOICES, completion.finish_reason) == (True, "stop"), others
+        assert (completion.outputs[0].text in CHOICES, completion.outputs[0].finish_reason) == (True, "stop"), others
 
 
 def test_an_end_token_that_is_ignored_is_not_sampled_while_the_text_can_go_on(llm):
@@ -153,8 +152,8 @@ def test_an_end_token_that_is_ignored_is_not_sampled_while_the_text_can_go_on(ll
         structured_outputs={"regex": "[0-9]{5,30}"},
     )
     completion = llm.generate([random_tokens(9)], params)[0]
-    assert re.fullmatch("[0-9]{30}", completion.text)
-    assert completion.finish_reason == "stop"
+    assert re.fullmatch("[0-9]{30}", completion.outputs[0].text)
+    assert completion.outputs[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize("logprobs", [None, 0])
@@ -165,11 +164,13 @@ def test_an_output_that_reaches_its_last_token_is_closed_in_time(llm, logprobs):
     for max_tokens in (29, 31, 36, 47):
         params = grammar_params(10, max_tokens=max_tokens, logprobs=logprobs, min_tokens=0)
         for index, (completion, param) in enumerate(zip(llm.generate(prompts, params), params, strict=True)):
-            assert len(completion.token_ids) <= max_tokens
-            check_text(index, text_of(llm, completion.token_ids))
-            reasons.add(completion.finish_reason)
+            assert len(completion.outputs[0].token_ids) <= max_tokens
+            check_text(index, text_of(llm, completion.outputs[0].token_ids))
+            reasons.add(completion.outputs[0].finish_reason)
             if param.logprobs is not None:
-                assert [entry.token_id for entry in completion.logprobs] == completion.token_ids
+                assert [[*entry] for entry in completion.outputs[0].logprobs] == [
+                    [token] for token in completion.outputs[0].token_ids
+                ]
         llm.engine.scheduler.check()
     assert reasons == {"stop", "length"}
 
@@ -178,14 +179,12 @@ def test_logprobs_of_a_closing_are_the_models_own(llm):
     prompt = random_tokens(20)
     structure = {"regex": '"[a-z]{1,90}"'}
     params = SamplingParams(temperature=1, seed=1, max_tokens=17, logprobs=0, structured_outputs=structure)
-    completion = llm.generate([prompt], params)[0]
-    assert (completion.finish_reason, completion.text[-1]) == ("length", '"')
-    again = llm.generate([prompt + completion.token_ids], SamplingParams(max_tokens=1, prompt_logprobs=0))[0]
-    expected = again.prompt_logprobs[len(prompt) :]
-    assert [entry.rank for entry in completion.logprobs] == [entry.rank for entry in expected]
-    assert [entry.logprob for entry in completion.logprobs] == pytest.approx(
-        [entry.logprob for entry in expected], abs=1e-4
-    )
+    output = llm.generate([prompt], params)[0].outputs[0]
+    assert (output.finish_reason, output.text[-1]) == ("length", '"')
+    again = llm.generate([prompt + output.token_ids], SamplingParams(max_tokens=1, prompt_logprobs=0))[0]
+    found, expected = sampled_logprobs(output), prompt_logprobs(again)[len(prompt) - 1 :]
+    assert [entry.rank for entry in found] == [entry.rank for entry in expected]
+    assert [entry.logprob for entry in found] == pytest.approx([entry.logprob for entry in expected], abs=1e-4)
 
 
 def test_reasoning_that_does_not_end_is_closed(llm):
@@ -193,12 +192,12 @@ def test_reasoning_that_does_not_end_is_closed(llm):
     for max_tokens in (12, 30):
         params = SamplingParams(temperature=1, seed=0, max_tokens=max_tokens, structured_outputs=structure)
         completion = llm.generate([random_tokens(7)], params)[0]
-        tokens = completion.token_ids
+        tokens = completion.outputs[0].token_ids
         at = tokens.index(301)
         assert tokens[at : at + 2] == [301, 302]
         assert text_of(llm, tokens[at + 2 :]) == CHOICES[0]
         assert max_tokens - 1 <= len(tokens) <= max_tokens
-        assert completion.finish_reason == "length"
+        assert completion.outputs[0].finish_reason == "length"
 
 
 def test_an_output_that_may_end_ends_where_no_longer_one_fits(llm):
@@ -210,9 +209,9 @@ def test_an_output_that_may_end_ends_where_no_longer_one_fits(llm):
         structured_outputs={"regex": "([qxz][qxz][qxz])+"},
     )
     completion = llm.generate([random_tokens(7)], params)[0]
-    assert re.fullmatch("[qxz]{3}", completion.text)
-    assert completion.token_ids[3:] == [EOS_TOKEN_ID]
-    assert completion.finish_reason == "stop"
+    assert re.fullmatch("[qxz]{3}", completion.outputs[0].text)
+    assert completion.outputs[0].token_ids[3:] == [EOS_TOKEN_ID]
+    assert completion.outputs[0].finish_reason == "stop"
 
 
 def test_a_limit_below_every_known_output_is_refused(llm):
@@ -235,9 +234,9 @@ def test_reasoning_of_limited_length(llm, logprobs):
         structured_outputs=structure | {"reasoning_max_tokens": 7},
     )
     completion = llm.generate([random_tokens(7)], params)[0]
-    assert completion.token_ids[8:10] == [301, 302]
-    assert text_of(llm, completion.token_ids[10:]) in CHOICES
-    assert completion.finish_reason == "stop"
+    assert completion.outputs[0].token_ids[8:10] == [301, 302]
+    assert text_of(llm, completion.outputs[0].token_ids[10:]) in CHOICES
+    assert completion.outputs[0].finish_reason == "stop"
 
 
 def test_a_negative_limit_of_reasoning_is_refused():
@@ -250,7 +249,7 @@ def test_reasoning_of_limited_length_before_a_free_answer(llm):
     params = SamplingParams(temperature=1, seed=0, max_tokens=30, structured_outputs=structure, stop_token_ids=(7,))
     free = SamplingParams(temperature=1, seed=0, max_tokens=30, stop_token_ids=(7,))
     prompt = random_tokens(7)
-    tokens = llm.generate([prompt], params)[0].token_ids
+    tokens = llm.generate([prompt], params)[0].outputs[0].token_ids
     assert tokens[7:9] == [301, 302]
-    assert tokens[:7] == llm.generate([prompt], free)[0].token_ids[:7]
+    assert tokens[:7] == llm.generate([prompt], free)[0].outputs[0].token_ids[:7]
     assert len(tokens) == 30 or tokens[-1] in (7, EOS_TOKEN_ID)

@@ -97,8 +97,8 @@ def outputs() -> dict[str, list[Completion]]:
 def texts(completions: list[Completion]) -> list[str]:
     """Return the texts of outputs, all of which are whole."""
     assert len(completions) == NUM_OUTPUTS
-    assert {completion.finish_reason for completion in completions} <= {"stop", "length"}
-    return [completion.text for completion in completions]
+    assert {completion.outputs[0].finish_reason for completion in completions} <= {"stop", "length"}
+    return [completion.outputs[0].text for completion in completions]
 
 
 @pytest.mark.parametrize("name", NAMES)

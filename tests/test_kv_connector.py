@@ -11,7 +11,15 @@ from dispec.engine.scheduling.sequence import Sequence, Status
 from dispec.engine.transfer.interface import RemoteBlocks
 from tests.checkpoints import save_tiny
 from tests.fake_transfer_engine import FakeTransferEngine, Network
-from tests.small_engine import greedy, make, mixed_params, random_prompts, random_tokens
+from tests.small_engine import (
+    greedy,
+    make,
+    mixed_params,
+    prompt_logprobs,
+    random_prompts,
+    random_tokens,
+    sampled_logprobs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +132,7 @@ def test_answers_are_those_of_one_engine(directory, plain, front, failure, optio
         for _ in range(rng.randint(0, 3)):
             pair.step()
     pair.run()
-    assert pair.answers() == [[choice.token_ids for choice in one.choices] for one in expected]
+    assert pair.answers() == [[choice.token_ids for choice in one.outputs] for one in expected]
     pair.assert_empty()
     if not failure:
         # A request that ended with its first token is not pulled if the frontend knows that in time.
@@ -142,12 +150,12 @@ def test_logprobs_and_first_tokens_come_with_the_blocks(directory, plain):
     received = pair.add("one", prompt, params)
     pair.run()
     assert [entry.logprob for entry in received.prompt_logprobs] == pytest.approx(
-        [entry.logprob for entry in expected.prompt_logprobs[1:]], abs=1e-4
+        [entry.logprob for entry in prompt_logprobs(expected)], abs=1e-4
     )
-    for choice, reference in zip(received.choices, expected.choices, strict=True):
+    for choice, reference in zip(received.choices, expected.outputs, strict=True):
         assert [entry.token_id for entry in choice.logprobs] == reference.token_ids
         assert [entry.logprob for entry in choice.logprobs] == pytest.approx(
-            [entry.logprob for entry in reference.logprobs], abs=1e-4
+            [entry.logprob for entry in sampled_logprobs(reference)], abs=1e-4
         )
 
 
@@ -193,7 +201,7 @@ def test_blocks_of_another_prompt_are_rejected(directory, plain):
     sequence = pair.decode.add(mine, params, pull=RemoteBlocks("p", "one", "127.0.0.1", 1))
     while sequence.status is not Status.FINISHED:
         pair.step()
-    assert sequence.output_token_ids == plain.generate([mine], [params])[0].token_ids
+    assert sequence.output_token_ids == plain.generate([mine], [params])[0].outputs[0].token_ids
     assert pair.decode.kv_connector.totals.num_failed_receives == 1
 
 
@@ -205,11 +213,11 @@ def test_a_request_resumes_from_its_tokens_alone(directory, plain):
     (expected,) = plain.generate([prompt], [params])
     first = engine.add(prompt, params, is_resumed=True)
     assert not engine.has_work
-    engine.resume(first, [expected.choices[0].token_ids[:4], None])
+    engine.resume(first, [expected.outputs[0].token_ids[:4], None])
     while engine.has_work:
         engine.step()
         engine.scheduler.check()
-    assert first.output_token_ids == expected.choices[0].token_ids
+    assert first.output_token_ids == expected.outputs[0].token_ids
     assert len(first.logprobs) == 6
     assert first.choices[1].finish_reason == "abort"
 

@@ -9,7 +9,7 @@ from dispec import LLM, EngineOptions, SamplingParams, generate
 from dispec.engine.engine import Engine
 from dispec.engine.text.chat_template import ChatTemplate
 from tests.checkpoints import CHATML, save_tiny, save_tokenizer
-from tests.small_engine import OPTIONS, greedy, make
+from tests.small_engine import OPTIONS, greedy, make, tokens_of
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 THINKING = CHATML + "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>' }}{% endif %}"
@@ -43,10 +43,10 @@ def test_mappings_as_vllm_takes_them(llm):
     forms = [{"prompt": text}, {"prompt_token_ids": ids}, {"prompt_token_ids": tuple(ids), "prompt": text}]
     for form in forms:
         (alone,) = llm.generate(form, params)
-        assert (alone.prompt_token_ids, alone.token_ids) == (ids, expected.token_ids)
-        assert [piece.token_id for piece in llm.stream(form, params)] == expected.token_ids
+        assert (alone.prompt_token_ids, alone.outputs[0].token_ids) == (ids, expected.outputs[0].token_ids)
+        assert tokens_of(llm.stream(form, params)) == expected.outputs[0].token_ids
     together = llm.generate([*forms, text, ids], params)
-    assert [one.token_ids for one in together] == [expected.token_ids] * 5
+    assert [one.outputs[0].token_ids for one in together] == [expected.outputs[0].token_ids] * 5
     assert [one.prompt_token_ids for one in together] == [ids] * 5
 
 
@@ -107,11 +107,11 @@ def test_a_stream_takes_one_prompt(llm, unchecked):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"max_tokens": 3}, r"^params is dict, must be SamplingParams: write SamplingParams\(max_tokens=3\)$"),
+        ({"max_tokens": 3}, r"^sampling_params is dict, must be SamplingParams: write SamplingParams\(max_tokens=3\)$"),
         ({"max_token": 3}, r"^SamplingParams has no max_token: did you mean max_tokens\?$"),
-        ([{"max_tokens": 3}], r"^params\[0\] is dict, must be SamplingParams$"),
-        (3, "^params is int, must be SamplingParams or a list of them$"),
-        ("x", "^params is str, must be SamplingParams or a list of them$"),
+        ([{"max_tokens": 3}], r"^sampling_params\[0\] is dict, must be SamplingParams$"),
+        (3, "^sampling_params is int, must be SamplingParams or a list of them$"),
+        ("x", "^sampling_params is str, must be SamplingParams or a list of them$"),
     ],
 )
 def test_parameters_of_another_type_are_named(llm, unchecked, params, message):
@@ -128,11 +128,11 @@ def test_parameters_of_another_type_are_named(llm, unchecked, params, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("max_tokens", r"has no max_tokens: did you mean params=SamplingParams\(max_tokens=…\)\?$"),
-        ("max_token", r"has no max_token: did you mean params=SamplingParams\(max_tokens=…\)\?$"),
-        ("sampling_params", r"has no sampling_params: did you mean params\?$"),
+        ("max_tokens", r"has no max_tokens: did you mean sampling_params=SamplingParams\(max_tokens=…\)\?$"),
+        ("max_token", r"has no max_token: did you mean sampling_params=SamplingParams\(max_tokens=…\)\?$"),
+        ("params", r"has no params: did you mean sampling_params\?$"),
         ("block_size", r"has no block_size: did you mean LLM\(block_size=…\)\?$"),
-        ("qqq", "has no qqq: it has .*params"),
+        ("qqq", "has no qqq: it has .*sampling_params"),
     ],
 )
 def test_names_that_a_call_does_not_have(llm, name, message):
@@ -149,9 +149,12 @@ def test_names_that_a_call_does_not_have(llm, name, message):
         (lambda: LLM(max_model_length=12), r"^LLM has no max_model_length: did you mean max_model_len\?$"),
         (
             lambda: LLM("x", temperature=0),
-            r"^LLM has no temperature: did you mean params=SamplingParams\(temperature=…",
+            r"^LLM has no temperature: did you mean sampling_params=SamplingParams\(temperature=…",
         ),
-        (lambda: generate("x", "a", max_tokens=3), r"^LLM has no max_tokens: did you mean params=SamplingParams\("),
+        (
+            lambda: generate("x", "a", max_tokens=3),
+            r"^LLM has no max_tokens: did you mean sampling_params=SamplingParams\(",
+        ),
         (lambda: EngineOptions(max_seqs=3), r"^EngineOptions has no max_seqs: did you mean max_num_seqs\?$"),
         (lambda: SamplingParams(max_token=3), r"^SamplingParams has no max_token: did you mean max_tokens\?$"),
         (lambda: SamplingParams(beam_width=3), r"^SamplingParams has no beam_width: it has n, temperature, "),
@@ -200,7 +203,7 @@ def test_variables_of_the_template_reach_it(llm):
     plain = llm.chat_prompt(MESSAGES)
     closed = llm.chat_prompt(MESSAGES, enable_thinking=False)
     assert llm.tokenizer.decode(closed)[len(llm.tokenizer.decode(plain)) :] == "<think>\n\n</think>"
-    assert llm.chat(MESSAGES, greedy(2), enable_thinking=False).prompt_token_ids == closed
+    assert llm.chat(MESSAGES, greedy(2), enable_thinking=False)[0].prompt_token_ids == closed
     assert llm.chat_prompt(MESSAGES, chat_template_kwargs={"enable_thinking": False}) == closed
     assert llm.chat_prompt(MESSAGES, chat_template_kwargs={"another_model_s": 1}) == plain
     bare = llm.chat_prompt(MESSAGES, add_generation_prompt=False)
@@ -246,14 +249,14 @@ def test_variables_that_a_template_sets_itself_where_they_are_missing():
 def test_several_conversations(llm):
     others = [{"role": "system", "content": "Be brief."}, *MESSAGES]
     params = [greedy(3), greedy(5)]
-    expected = [llm.chat(conversation, one) for conversation, one in zip([MESSAGES, others], params, strict=True)]
+    expected = [llm.chat(conversation, one)[0] for conversation, one in zip([MESSAGES, others], params, strict=True)]
     found = llm.chat([MESSAGES, others], params)
-    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    assert [one.outputs[0].token_ids for one in found] == [one.outputs[0].token_ids for one in expected]
     assert [one.prompt_token_ids for one in found] == [one.prompt_token_ids for one in expected]
-    assert [one.token_ids for one in llm.chat([MESSAGES], greedy(3))] == [expected[0].token_ids]
+    assert [one.outputs[0].token_ids for one in llm.chat([MESSAGES], greedy(3))] == [expected[0].outputs[0].token_ids]
     with pytest.raises(ValueError, match=r"^conversation 1: messages\[0\].role"):
         llm.chat([MESSAGES, [{"content": "hi"}]], greedy(3))
-    with pytest.raises(ValueError, match=r"^params holds 2 SamplingParams for 1 prompts"):
+    with pytest.raises(ValueError, match=r"^sampling_params holds 2 SamplingParams for 1 prompts"):
         llm.chat(MESSAGES, params)
 
 
@@ -278,7 +281,7 @@ def test_the_module_s_generate_closes_what_it_opened(directory, monkeypatch):
 
     monkeypatch.setattr(Engine, "close", note)
     (completion,) = generate(directory, {"prompt": "The sea"}, greedy(4), **OPTIONS)
-    assert len(completion.token_ids) == 4
+    assert len(completion.outputs[0].token_ids) == 4
     assert len(closed) == 1
 
 

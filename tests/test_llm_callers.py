@@ -17,7 +17,7 @@ from dispec import LLM, SamplingParams
 from dispec.engine.api.fair_lock import FairLock
 from dispec.engine.api.interrupts import deferred_interrupt
 from tests.checkpoints import save_tiny
-from tests.small_engine import alone, greedy, make, mixed_params, random_prompts, random_tokens
+from tests.small_engine import alone, greedy, make, mixed_params, random_prompts, random_tokens, tokens_of
 
 PATIENCE = 120  # seconds, after which a thread is taken to wait for ever
 
@@ -55,12 +55,12 @@ def test_streams_read_in_turns_each_get_their_own(llm):
     while not all(len(tokens) == 20 for tokens in found):
         for index, stream in enumerate(streams):
             piece = next(stream)
-            found[index].append(piece.token_id)
-            texts[index] += piece.text
+            found[index] += piece.outputs[0].token_ids
+            texts[index] += piece.outputs[0].text
             last = piece
     assert found == expected
     assert texts == [llm.tokenizer.decode(tokens) for tokens in expected]
-    assert last.completion.token_ids == expected[-1]
+    assert last.finished
     assert [next(stream, None) for stream in streams] == [None] * 3
     assert is_idle(llm)
 
@@ -70,17 +70,19 @@ def test_answers_inside_a_half_read_stream(llm):
     (expected,) = alone(llm, [prompt], greedy(30))
     expected_others = alone(llm, others, greedy(12))
     stream = llm.stream(prompt, greedy(30))
-    tokens = [next(stream).token_id for _ in range(3)]
-    assert [one.token_ids for one in llm.generate(others, greedy(12))] == expected_others
-    tokens.append(next(stream).token_id)
-    assert llm.generate(others[0], greedy(40))[0].token_ids[:12] == expected_others[0]  # ends after the stream's
-    tokens += [piece.token_id for piece in stream]
+    tokens = [next(stream).outputs[0].token_ids[0] for _ in range(3)]
+    assert [one.outputs[0].token_ids for one in llm.generate(others, greedy(12))] == expected_others
+    tokens += next(stream).outputs[0].token_ids
+    assert (
+        llm.generate(others[0], greedy(40))[0].outputs[0].token_ids[:12] == expected_others[0]
+    )  # ends after the stream's
+    tokens += tokens_of(stream)
     assert tokens == expected
     assert is_idle(llm)
 
 
 def test_a_stop_string_and_the_several_choices_of_a_stream_that_another_call_steps(llm):
-    whole = llm.generate("the quick", greedy(40))[0].text
+    whole = llm.generate("the quick", greedy(40))[0].outputs[0].text
     stop = whole[len(whole) // 2 :][:4]
     params = SamplingParams(n=3, temperature=1.0, seed=4, max_tokens=15, ignore_eos=True)
     expected = [llm.generate("the quick", one)[0] for one in (greedy(40, stop=(stop,)), params)]
@@ -89,10 +91,10 @@ def test_a_stop_string_and_the_several_choices_of_a_stream_that_another_call_ste
     llm.generate("Es war", greedy(60))
     for stream, first, complete in zip(streams, begun, expected, strict=True):
         pieces = [first, *stream]
-        assert pieces[-1].completion.choices[0].text == complete.text
-        for index, choice in enumerate(complete.choices):
-            own = [piece for piece in pieces if piece.index == index]
-            assert [piece.token_id for piece in own] == choice.token_ids
+        assert [piece.finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+        for index, choice in enumerate(complete.outputs):
+            own = [output for piece in pieces for output in piece.outputs if output.index == index]
+            assert [token for piece in own for token in piece.token_ids] == choice.token_ids
             assert "".join(piece.text for piece in own) == choice.text
             assert own[-1].finish_reason == choice.finish_reason
     assert is_idle(llm)
@@ -104,23 +106,23 @@ def test_threads_that_generate_stream_and_chat(directory, options):
     prompts, params = random_prompts(12), mixed_params(12)
     expected = alone(llm, prompts, params)
     question = [{"role": "user", "content": "hi"}]
-    answer = llm.chat(question, greedy(20)).token_ids
+    answer = llm.chat(question, greedy(20))[0].outputs[0].token_ids
 
     def generate(index: int) -> bool:
-        return llm.generate(prompts[index], params[index])[0].token_ids == expected[index]
+        return llm.generate(prompts[index], params[index])[0].outputs[0].token_ids == expected[index]
 
     def generate_all(_: int) -> bool:
-        return [one.token_ids for one in llm.generate(prompts, params, use_tqdm=False)] == expected
+        return [one.outputs[0].token_ids for one in llm.generate(prompts, params, use_tqdm=False)] == expected
 
     def stream(index: int) -> bool:
-        return [piece.token_id for piece in llm.stream(prompts[index], params[index])] == expected[index]
+        return tokens_of(llm.stream(prompts[index], params[index])) == expected[index]
 
     def chat(_: int) -> bool:
-        return llm.chat(question, greedy(20)).token_ids == answer
+        return llm.chat(question, greedy(20))[0].outputs[0].token_ids == answer
 
     def leave(index: int) -> bool:
         pieces = llm.stream(prompts[index], params[index])
-        got = [next(pieces).token_id for _ in range(3)]
+        got = [next(pieces).outputs[0].token_ids[0] for _ in range(3)]
         pieces.close()
         return got == expected[index][:3]
 
@@ -139,14 +141,14 @@ def test_a_half_read_stream_of_one_thread_holds_up_no_other(llm):
 
     def read() -> None:
         stream = llm.stream(prompts[0], greedy(25))
-        tokens.append(next(stream).token_id)
+        tokens.extend(next(stream).outputs[0].token_ids)
         begun.set()
         answered.wait(PATIENCE)
-        tokens.extend(piece.token_id for piece in stream)
+        tokens.extend(tokens_of(stream))
 
     reader = in_thread(read)
     assert begun.wait(PATIENCE)
-    assert llm.generate(prompts[1], greedy(25))[0].token_ids == expected[1]
+    assert llm.generate(prompts[1], greedy(25))[0].outputs[0].token_ids == expected[1]
     answered.set()
     reader.join(PATIENCE)
     assert tokens == expected[0]
@@ -155,19 +157,19 @@ def test_a_half_read_stream_of_one_thread_holds_up_no_other(llm):
 def test_a_stream_may_be_read_by_another_thread_than_began_it(llm):
     (expected,) = alone(llm, [[5, 6, 7]], greedy(10))
     stream = llm.stream([5, 6, 7], greedy(10))
-    tokens = [next(stream).token_id]
-    in_thread(lambda: tokens.extend(piece.token_id for piece in stream)).join(PATIENCE)
+    tokens = next(stream).outputs[0].token_ids
+    in_thread(lambda: tokens.extend(tokens_of(stream))).join(PATIENCE)
     assert tokens == expected
 
 
 def test_a_prompt_that_is_refused_costs_other_callers_nothing(llm):
     (expected,) = alone(llm, [[5, 6, 7]], greedy(10))
     stream = llm.stream([5, 6, 7], greedy(10))
-    tokens = [next(stream).token_id]
+    tokens = next(stream).outputs[0].token_ids
     with pytest.raises(ValueError, match=r"prompts\[1\]: prompt holds token id"):
         llm.generate([[1], [10**6]], greedy(4))
     assert len(llm._shared._places) == 1
-    tokens += [piece.token_id for piece in stream]
+    tokens += tokens_of(stream)
     assert tokens == expected
 
 
@@ -189,7 +191,7 @@ def test_a_stream_that_is_collected_amid_a_step_is_aborted_after_it(llm, monkeyp
     caller = in_thread(lambda: done.extend(llm.generate([1, 2], greedy(6))))
     caller.join(PATIENCE)
     assert len(done) == 1
-    assert len(done[0].token_ids) == 6
+    assert len(done[0].outputs[0].token_ids) == 6
     assert is_idle(llm)
 
 
@@ -207,7 +209,7 @@ def test_an_engine_that_fails_tells_each_caller(llm, monkeypatch):
             with pytest.raises(RuntimeError, match=r"^out of order$"):
                 list(stream)
     assert is_idle(llm)
-    assert len(llm.generate([3], greedy(4))[0].token_ids) == 4
+    assert len(llm.generate([3], greedy(4))[0].outputs[0].token_ids) == 4
 
 
 def test_a_request_that_fails_alone_is_told_to_its_owner(llm, monkeypatch):
@@ -223,7 +225,7 @@ def test_a_request_that_fails_alone_is_told_to_its_owner(llm, monkeypatch):
         return launch(step, *rest)
 
     monkeypatch.setattr(llm.engine.runner, "launch", faulty)
-    assert llm.generate([7, 7, 7], greedy(12))[0].token_ids == expected
+    assert llm.generate([7, 7, 7], greedy(12))[0].outputs[0].token_ids == expected
     with pytest.raises(RuntimeError, match="the engine failed: ValueError: not this one"):
         list(guilty)
     assert is_idle(llm)
@@ -308,7 +310,7 @@ def test_ctrl_c_waits_for_the_end_of_a_step(llm, monkeypatch, caplog):
     """Nothing of a step is lost by it, to a half-read stream least of all."""
     (expected,) = alone(llm, [[5, 6, 7]], greedy(10))
     stream = llm.stream([5, 6, 7], greedy(10))
-    tokens = [next(stream).token_id]
+    tokens = next(stream).outputs[0].token_ids
     launch = llm.engine.runner.launch
 
     def interrupted(*step):
@@ -321,7 +323,7 @@ def test_ctrl_c_waits_for_the_end_of_a_step(llm, monkeypatch, caplog):
         with pytest.raises(KeyboardInterrupt):
             llm.generate([[1, 2], [3]], greedy(10))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    tokens += [piece.token_id for piece in stream]
+    tokens += tokens_of(stream)
     assert tokens == expected
     assert "a step failed" not in caplog.text  # nothing had to be put right again
     assert is_idle(llm)

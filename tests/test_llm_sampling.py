@@ -9,7 +9,16 @@ import torch
 
 from dispec import LLM, SamplingParams
 from tests.checkpoints import EOS_TOKEN_ID, VOCAB_SIZE, save_tiny
-from tests.small_engine import BLOCK_SIZE, greedy, make, mixed_params, random_prompts, random_tokens
+from tests.small_engine import (
+    BLOCK_SIZE,
+    greedy,
+    make,
+    mixed_params,
+    prompt_logprobs,
+    random_prompts,
+    random_tokens,
+    sampled_logprobs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +46,22 @@ def test_logprobs_are_those_of_the_model_itself(llm, checkpoint, temperature):
     )
     # Beside one that asks for none and one that asks for fewer.
     completion, fewer, none = llm.generate([prompt, [1, 2], [3]], [params, greedy(5, logprobs=1), greedy(9)])
-    expected = reference_logprobs(checkpoint, prompt + completion.token_ids)
-    assert none.logprobs is None
-    assert [len(entry.top) for entry in fewer.logprobs] == [1] * 5
-    assert len(completion.logprobs) == 20
-    for position, (token_id, found) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
+    expected = reference_logprobs(checkpoint, prompt + completion.outputs[0].token_ids)
+    assert none.outputs[0].logprobs is None
+    assert [[*entry] for entry in fewer.outputs[0].logprobs] == [[token] for token in fewer.outputs[0].token_ids]
+    assert len(completion.outputs[0].logprobs) == 20
+    output = completion.outputs[0]
+    for position, (token_id, entry) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
         row = expected[len(prompt) + position - 1]
-        assert found.token_id == token_id
-        assert found.logprob == pytest.approx(row[token_id].item(), abs=1e-4)
+        assert next(iter(entry)) == token_id
+        assert entry[token_id].logprob == pytest.approx(row[token_id].item(), abs=1e-4)
+        assert entry[token_id].rank == 1 + int((row > row[token_id]).sum())
         values, ids = row.topk(20)
-        assert [token for token, _ in found.top] == ids.tolist()
-        assert [value for _, value in found.top] == pytest.approx(values.tolist(), abs=1e-4)
-        assert found.rank == 1 + int((row > row[token_id]).sum())
-        if found.rank == 1:
-            assert found.top[0] == (found.token_id, found.logprob)  # exactly: they are one tensor's
+        top = {token: one for token, one in entry.items() if one.rank <= 20}
+        assert sorted(top, key=lambda token: top[token].rank) == ids.tolist()
+        assert sorted((one.logprob for one in top.values()), reverse=True) == pytest.approx(values.tolist(), abs=1e-4)
+        assert all(one.decoded_token == llm.tokenizer.decode([token], False) for token, one in entry.items())
+    assert output.cumulative_logprob == pytest.approx(sum(one.logprob for one in sampled_logprobs(output)))
 
 
 @pytest.mark.parametrize("budget", [None, 8])
@@ -67,9 +78,9 @@ def test_prompt_logprobs(checkpoint, budget):
         assert completion.prompt_logprobs[0] is None
         for position, found in enumerate(completion.prompt_logprobs[1:], 1):
             row = expected[position - 1]
-            assert found.token_id == prompt[position]
-            assert found.logprob == pytest.approx(row[prompt[position]].item(), abs=1e-4)
-            assert [token for token, _ in found.top] == row.topk(4).indices.tolist()
+            assert found[prompt[position]].logprob == pytest.approx(row[prompt[position]].item(), abs=1e-4)
+            top = {token: one for token, one in found.items() if one.rank <= 4}
+            assert sorted(top, key=lambda token: top[token].rank) == row.topk(4).indices.tolist()
     assert all(completion.prompt_logprobs is None for completion in completions[5:])
 
 
@@ -99,7 +110,7 @@ def test_prompt_logprobs_read_no_cached_prefix_but_leave_theirs(checkpoint):
     first = llm.generate([prompt], greedy(2, prompt_logprobs=1))[0]
     again = llm.generate([prompt], greedy(2, prompt_logprobs=1))[0]
     assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 0)
-    assert [e.logprob for e in first.prompt_logprobs[1:]] == [e.logprob for e in again.prompt_logprobs[1:]]
+    assert first.prompt_logprobs == again.prompt_logprobs
     assert llm.generate([prompt], greedy(2))[0].num_cached_tokens == 79
 
 
@@ -110,9 +121,9 @@ def test_prompt_logprobs_of_preempted_requests(checkpoint):
     completions = small.generate(prompts, greedy(60, prompt_logprobs=0, logprobs=0))
     assert sum(record.num_preempted for record in small.engine.records) > 2
     for prompt, completion in zip(prompts, completions, strict=True):
-        expected = reference_logprobs(checkpoint, prompt + completion.token_ids)
-        tokens = prompt + completion.token_ids
-        found = [entry.logprob for entry in completion.prompt_logprobs[1:] + completion.logprobs]
+        expected = reference_logprobs(checkpoint, prompt + completion.outputs[0].token_ids)
+        tokens = prompt + completion.outputs[0].token_ids
+        found = [one.logprob for one in prompt_logprobs(completion) + sampled_logprobs(completion.outputs[0])]
         assert found == pytest.approx([expected[i, tokens[i + 1]].item() for i in range(len(found))], abs=1e-4)
 
 
@@ -128,7 +139,9 @@ def test_repetition_penalty_equals_transformers(llm, checkpoint, penalty):
                 eos_token_id=None,
                 repetition_penalty=penalty,
             )[0, len(prompt) :]
-        assert llm.generate([prompt], greedy(30, repetition_penalty=penalty))[0].token_ids == expected.tolist()
+        assert (
+            llm.generate([prompt], greedy(30, repetition_penalty=penalty))[0].outputs[0].token_ids == expected.tolist()
+        )
 
 
 def test_presence_and_frequency_penalties_follow_the_published_formula(llm, checkpoint):
@@ -142,18 +155,20 @@ def test_presence_and_frequency_penalties_follow_the_published_formula(llm, chec
                 logits[token] -= presence + frequency * count
             tokens.append(int(logits.argmax()))
         params = greedy(30, presence_penalty=presence, frequency_penalty=frequency)
-        assert llm.generate([prompt], params)[0].token_ids == tokens[len(prompt) :]
+        assert llm.generate([prompt], params)[0].outputs[0].token_ids == tokens[len(prompt) :]
 
 
 def test_logit_bias_allowed_tokens_and_bad_words(llm):
     prompt = random_tokens(10)
     hot = {"temperature": 3.0, "max_tokens": 60, "ignore_eos": True, "seed": 5}
-    assert llm.generate([prompt], greedy(5, logit_bias={7: 100.0}))[0].token_ids == [7] * 5
-    assert 7 not in llm.generate([prompt], SamplingParams(logit_bias={7: -100.0}, **hot))[0].token_ids
+    assert llm.generate([prompt], greedy(5, logit_bias={7: 100.0}))[0].outputs[0].token_ids == [7] * 5
+    assert 7 not in llm.generate([prompt], SamplingParams(logit_bias={7: -100.0}, **hot))[0].outputs[0].token_ids
     allowed = (3, 5, 8, 400)
-    assert set(llm.generate([prompt], SamplingParams(allowed_token_ids=allowed, **hot))[0].token_ids) == set(allowed)
+    assert set(llm.generate([prompt], SamplingParams(allowed_token_ids=allowed, **hot))[0].outputs[0].token_ids) == set(
+        allowed
+    )
     without = SamplingParams(allowed_token_ids=allowed, bad_words_token_ids=((3,), (5, 8), (8, 8, 5)), **hot)
-    tokens = llm.generate([prompt], without)[0].token_ids
+    tokens = llm.generate([prompt], without)[0].outputs[0].token_ids
     assert 3 not in tokens
     assert (5, 8) not in set(pairwise(tokens))
     assert (8, 8, 5) not in set(zip(tokens, tokens[1:], tokens[2:], strict=False))
@@ -162,12 +177,12 @@ def test_logit_bias_allowed_tokens_and_bad_words(llm):
 
 def test_bad_words_as_texts(llm):
     params = greedy(40)
-    text = llm.generate(["the"], params)[0].text
+    text = llm.generate(["the"], params)[0].outputs[0].text
     word = next(word for word in text.split() if word.isascii())
-    clean = llm.generate(["the"], greedy(40, bad_words=(word,)))[0].text
+    clean = llm.generate(["the"], greedy(40, bad_words=(word,)))[0].outputs[0].text
     ids = llm.tokenizer.bad_word_token_ids([word])
     assert word in text
-    tokens = llm.generate(["the"], greedy(40, bad_words=(word,)))[0].token_ids
+    tokens = llm.generate(["the"], greedy(40, bad_words=(word,)))[0].outputs[0].token_ids
     for forbidden in ids:
         assert all(tuple(tokens[i : i + len(forbidden)]) != forbidden for i in range(len(tokens)))
     assert clean != text
@@ -175,10 +190,10 @@ def test_bad_words_as_texts(llm):
 
 def test_top_k_of_one_and_a_tiny_top_p_are_greedy(llm):
     prompts = random_prompts(5)
-    expected = [c.token_ids for c in llm.generate(prompts, greedy())]
+    expected = [c.outputs[0].token_ids for c in llm.generate(prompts, greedy())]
     for setting in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
         params = SamplingParams(temperature=2.0, max_tokens=12, ignore_eos=True, **setting)
-        assert [c.token_ids for c in llm.generate(prompts, params)] == expected
+        assert [c.outputs[0].token_ids for c in llm.generate(prompts, params)] == expected
 
 
 def test_draws_through_the_engine_follow_the_processed_distribution(llm, checkpoint):
@@ -189,7 +204,7 @@ def test_draws_through_the_engine_follow_the_processed_distribution(llm, checkpo
     params = [
         SamplingParams(temperature=0.7, top_k=8, max_tokens=1, seed=seed, ignore_eos=True) for seed in range(3000)
     ]
-    counts = Counter(c.token_ids[0] for c in llm.generate([prompt] * 3000, params, use_tqdm=False))
+    counts = Counter(c.outputs[0].token_ids[0] for c in llm.generate([prompt] * 3000, params, use_tqdm=False))
     expected = (kept.values.softmax(-1) * 3000).tolist()
     assert set(counts) <= set(kept.indices.tolist())
     statistic = sum(
@@ -201,30 +216,32 @@ def test_draws_through_the_engine_follow_the_processed_distribution(llm, checkpo
 def test_min_tokens_withholds_the_end(llm):
     prompt = random_tokens(10)
     eager_to_end = {"logit_bias": {EOS_TOKEN_ID: 100.0}, "temperature": 0}
-    assert llm.generate([prompt], SamplingParams(max_tokens=9, **eager_to_end))[0].token_ids == [EOS_TOKEN_ID]
+    assert llm.generate([prompt], SamplingParams(max_tokens=9, **eager_to_end))[0].outputs[0].token_ids == [
+        EOS_TOKEN_ID
+    ]
     completion = llm.generate([prompt], SamplingParams(max_tokens=9, min_tokens=4, **eager_to_end))[0]
-    assert len(completion.token_ids) == 5
-    assert completion.token_ids[-1] == EOS_TOKEN_ID
-    assert EOS_TOKEN_ID not in completion.token_ids[:-1]
-    assert (completion.finish_reason, completion.stop_reason) == ("stop", None)
+    assert len(completion.outputs[0].token_ids) == 5
+    assert completion.outputs[0].token_ids[-1] == EOS_TOKEN_ID
+    assert EOS_TOKEN_ID not in completion.outputs[0].token_ids[:-1]
+    assert (completion.outputs[0].finish_reason, completion.outputs[0].stop_reason) == ("stop", None)
 
 
 def test_stop_strings_end_the_text_and_the_work(llm):
     prompt = "the quick"
     whole = llm.generate([prompt], greedy(60))[0]
-    middle = len(whole.text) // 2
-    stop = whole.text[middle : middle + 4]
-    first = whole.text.index(stop)
+    middle = len(whole.outputs[0].text) // 2
+    stop = whole.outputs[0].text[middle : middle + 4]
+    first = whole.outputs[0].text.index(stop)
     stopped = llm.generate([prompt], greedy(60, stop=("not there", stop)))[0]
-    assert stopped.text == whole.text[:first]
-    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
-    assert stopped.token_ids == whole.token_ids[: len(stopped.token_ids)]
-    assert len(stopped.token_ids) < 60
+    assert stopped.outputs[0].text == whole.outputs[0].text[:first]
+    assert (stopped.outputs[0].finish_reason, stopped.outputs[0].stop_reason) == ("stop", stop)
+    assert stopped.outputs[0].token_ids == whole.outputs[0].token_ids[: len(stopped.outputs[0].token_ids)]
+    assert len(stopped.outputs[0].token_ids) < 60
     with_it = llm.generate([prompt], greedy(60, stop=(stop,), include_stop_str_in_output=True))[0]
-    assert with_it.text == whole.text[: first + len(stop)]
+    assert with_it.outputs[0].text == whole.outputs[0].text[: first + len(stop)]
     pieces = list(llm.stream(prompt, greedy(60, stop=(stop,))))
-    assert "".join(piece.text for piece in pieces) == stopped.text
-    assert pieces[-1].finish_reason == "stop"
+    assert "".join(piece.outputs[0].text for piece in pieces) == stopped.outputs[0].text
+    assert pieces[-1].outputs[0].finish_reason == "stop"
     assert not llm.engine.has_work
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_usable
 
@@ -232,16 +249,16 @@ def test_stop_strings_end_the_text_and_the_work(llm):
 def test_the_same_tokens_in_any_batch(llm):
     """The guarantee of the README, over every feature at once."""
     prompts, params = random_prompts(16), mixed_params(16)
-    together = [c.token_ids for c in llm.generate(prompts, params)]
+    together = [c.outputs[0].token_ids for c in llm.generate(prompts, params)]
     for start in (0, 5, 11):
         part = llm.generate(prompts[start : start + 5], params[start : start + 5])
-        assert [c.token_ids for c in part] == together[start : start + 5]
+        assert [c.outputs[0].token_ids for c in part] == together[start : start + 5]
 
 
 def test_special_tokens_in_the_text(llm):
     biased = {"temperature": 0, "max_tokens": 3, "logit_bias": {EOS_TOKEN_ID: 100.0}, "ignore_eos": True}
-    assert llm.generate([[5]], SamplingParams(**biased))[0].text == ""
-    shown = llm.generate([[5]], SamplingParams(skip_special_tokens=False, **biased))[0].text
+    assert llm.generate([[5]], SamplingParams(**biased))[0].outputs[0].text == ""
+    shown = llm.generate([[5]], SamplingParams(skip_special_tokens=False, **biased))[0].outputs[0].text
     assert shown == llm.tokenizer.decode([EOS_TOKEN_ID] * 3, skip_special_tokens=False)
     assert shown
 

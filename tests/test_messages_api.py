@@ -46,13 +46,13 @@ def stream(claude: Anthropic, **body: Any) -> Any:
 def test_a_message_equals_the_engine_output(claude: Anthropic, llm: LLM) -> None:
     answer = ask(claude, system="Be brief.")
     chat = [{"role": "system", "content": "Be brief."}, *QUESTION]
-    expected = llm.chat(chat, SamplingParams(temperature=0, max_tokens=24))
+    (expected,) = llm.chat(chat, SamplingParams(temperature=0, max_tokens=24))
     assert (answer.type, answer.role, answer.model) == ("message", "assistant", "tiny")
     assert answer.id.startswith("msg_")
-    assert [(block.type, block.text) for block in answer.content] == [("text", expected.text)]
-    assert answer.stop_reason == {"length": "max_tokens", "stop": "end_turn"}[expected.finish_reason]
+    assert [(block.type, block.text) for block in answer.content] == [("text", expected.outputs[0].text)]
+    assert answer.stop_reason == {"length": "max_tokens", "stop": "end_turn"}[expected.outputs[0].finish_reason]
     assert answer.usage.input_tokens + answer.usage.cache_read_input_tokens == len(expected.prompt_token_ids)
-    assert answer.usage.output_tokens == len(expected.token_ids)
+    assert answer.usage.output_tokens == len(expected.outputs[0].token_ids)
 
 
 def test_a_stream_is_the_message_in_pieces(claude: Anthropic) -> None:
@@ -84,7 +84,7 @@ def test_the_events_of_a_stream(served: Server) -> None:
 def test_sampling_parameters_reach_the_engine(claude: Anthropic, llm: LLM) -> None:
     for given in ({"temperature": 1.2, "seed": 2, "top_p": 0.7}, {"temperature": 1.2, "seed": 2, "top_k": 5}):
         answer = ask(claude, extra_body=given)
-        assert answer.content[0].text == llm.chat(QUESTION, SamplingParams(max_tokens=24, **given)).text
+        assert answer.content[0].text == llm.chat(QUESTION, SamplingParams(max_tokens=24, **given))[0].outputs[0].text
 
 
 def test_stop_sequences(claude: Anthropic) -> None:
@@ -112,7 +112,7 @@ def test_the_last_message_of_the_assistant_is_continued(claude: Anthropic, llm: 
     chat = [*QUESTION, {"role": "assistant", "content": "The capital of"}]
     prompt = llm.tokenizer.apply_chat_template(chat, False, continue_final_message=True)
     expected = llm.generate(llm.tokenizer.encode(prompt, False), SamplingParams(temperature=0, max_tokens=24))
-    assert ask(claude, messages=begun).content[0].text == expected[0].text
+    assert ask(claude, messages=begun).content[0].text == expected[0].outputs[0].text
 
 
 def test_counted_tokens_are_those_of_the_prompt(claude: Anthropic) -> None:

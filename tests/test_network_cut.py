@@ -108,7 +108,7 @@ def test_a_cut_link_costs_time_and_nothing_else(tmp_path: Path) -> None:
     save_tiny(tmp_path, "qwen3", max_position_embeddings=512)
     llm = make(tmp_path)
     prompts = [random_tokens(100, seed) for seed in range(12)]
-    expected = [one.token_ids for one in llm.generate(prompts, greedy(12))]
+    expected = [one.outputs[0].token_ids for one in llm.generate(prompts, greedy(12))]
     with ExitStack() as stack:
         stack.enter_context(network())
         prefill, decode = (stack.enter_context(worker(role, tmp_path)) for role in HOSTS)

@@ -13,7 +13,7 @@ from dispec.serving.api.context import generation_defaults
 from dispec.serving.api.logprobs import finite
 from tests.api_server import CONTEXT, MESSAGES, PARAMETERS, chat, complete
 from tests.servers import Server
-from tests.small_engine import random_tokens
+from tests.small_engine import prompt_logprobs, random_tokens, sampled_logprobs
 
 pytest_plugins = ["tests.api_server"]
 
@@ -23,15 +23,15 @@ pytest_plugins = ["tests.api_server"]
 
 def test_chat_completion_equals_the_engine_output(client: OpenAI, llm: LLM) -> None:
     answer = chat(client, temperature=0, max_tokens=24)
-    expected = llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=24))
+    (expected,) = llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=24))
     assert answer.object == "chat.completion"
     assert answer.model == "tiny"
     assert answer.choices[0].message.role == "assistant"
-    assert answer.choices[0].message.content == expected.text
-    assert answer.choices[0].finish_reason == expected.finish_reason
+    assert answer.choices[0].message.content == expected.outputs[0].text
+    assert answer.choices[0].finish_reason == expected.outputs[0].finish_reason
     assert answer.usage.prompt_tokens == len(expected.prompt_token_ids)
-    assert answer.usage.completion_tokens == len(expected.token_ids)
-    assert answer.usage.total_tokens == len(expected.prompt_token_ids) + len(expected.token_ids)
+    assert answer.usage.completion_tokens == len(expected.outputs[0].token_ids)
+    assert answer.usage.total_tokens == len(expected.prompt_token_ids) + len(expected.outputs[0].token_ids)
 
 
 def test_stream_concatenates_to_the_response(client: OpenAI) -> None:
@@ -82,7 +82,7 @@ def test_a_prompt_in_its_four_forms(client: OpenAI, llm: LLM, form: str) -> None
     prompt = {"text": texts[0], "texts": texts, "ids": ids[0], "lists of ids": ids}[form]
     answer = complete(client, prompt, temperature=0, max_tokens=12)
     expected = llm.generate(texts[: len(answer.choices)], SamplingParams(temperature=0, max_tokens=12))
-    assert [choice.text for choice in answer.choices] == [completion.text for completion in expected]
+    assert [choice.text for choice in answer.choices] == [completion.outputs[0].text for completion in expected]
     assert len(answer.choices) == (1 if form in ("text", "ids") else 2)
     assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))
 
@@ -92,7 +92,7 @@ def test_choices_of_several_prompts_are_numbered_through(client: OpenAI, llm: LL
     prompts = ["The quick brown fox", "Es war einmal", "def add(a, b):"]
     answer = complete(client, prompts, n=2, seed=5, max_tokens=10, temperature=0.8, stream=stream)
     params = SamplingParams(n=2, seed=5, max_tokens=10, temperature=0.8)
-    expected = [choice.text for completion in llm.generate(prompts, params) for choice in completion.choices]
+    expected = [choice.text for completion in llm.generate(prompts, params) for choice in completion.outputs]
     found = [""] * 6
     for chunk in answer if stream else [answer]:
         for choice in chunk.choices:
@@ -110,7 +110,7 @@ def test_parameters_reach_the_engine(client: OpenAI, llm: LLM, body: dict[str, A
     if "logit_bias" in given:
         given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
     expected = llm.generate("The quick brown fox", SamplingParams(max_tokens=20, **given))[0]
-    for found, choice in zip(answer.choices, expected.choices, strict=True):
+    for found, choice in zip(answer.choices, expected.outputs, strict=True):
         assert found.text == choice.text
         assert found.finish_reason == choice.finish_reason
         assert found.stop_reason == choice.stop_reason
@@ -173,13 +173,16 @@ def test_sampling_defaults_of_the_checkpoint(tmp_path: Path, model: Path) -> Non
 
 def test_logprobs_of_a_chat(client: OpenAI, llm: LLM) -> None:
     answer = chat(client, temperature=0, max_tokens=8, logprobs=True, top_logprobs=3)
-    expected = llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=8, logprobs=3))
+    (expected,) = llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=8, logprobs=3))
     content = answer.choices[0].logprobs.content
-    assert len(content) == len(expected.token_ids)
-    for found, entry in zip(content, expected.logprobs or [], strict=True):
-        assert found.logprob == pytest.approx(entry.logprob, abs=1e-4)
-        assert bytes(found.bytes) == llm.tokenizer.token_bytes(entry.token_id)
-        assert [top.logprob for top in found.top_logprobs] == pytest.approx([value for _, value in entry.top], abs=1e-4)
+    assert len(content) == len(expected.outputs[0].token_ids)
+    for found, token, entry in zip(
+        content, expected.outputs[0].token_ids, expected.outputs[0].logprobs or [], strict=True
+    ):
+        assert found.logprob == pytest.approx(entry[token].logprob, abs=1e-4)
+        assert bytes(found.bytes) == llm.tokenizer.token_bytes(token)
+        top = [one.logprob for one in entry.values()]  # greedy: the token is the likeliest one
+        assert [one.logprob for one in found.top_logprobs] == pytest.approx(top, abs=1e-4)
         assert found.token == found.top_logprobs[0].token
     chunks = chat(client, temperature=0, max_tokens=8, logprobs=True, stream=True)
     pieces = [chunk.choices[0].logprobs for chunk in chunks]
@@ -198,7 +201,7 @@ def test_loglikelihood_requests_of_evaluation_harnesses(client: OpenAI, llm: LLM
         assert len(values) == len(tops) == len(logprobs.tokens) == len(logprobs.text_offset) == len(prompt) + 1
         assert values[0] is None
         assert tops[0] is None
-        entries = [*(expected.prompt_logprobs or [])[1:], *(expected.logprobs or [])]
+        entries = prompt_logprobs(expected) + sampled_logprobs(expected.outputs[0])
         assert values[1:] == pytest.approx([entry.logprob for entry in entries], abs=1e-4)
         for value, top, entry in zip(values[1:], tops[1:], entries, strict=True):
             assert (value == max(top.values())) == (entry.rank == 1)  # exactly
@@ -238,34 +241,37 @@ def test_prompt_logprobs_in_the_shape_of_vllm(served: Server, llm: LLM) -> None:
     body = {"prompt": ids, "prompt_logprobs": 2, "max_tokens": 1}
     found = served.post("/v1/completions", body).json()["choices"][0]["prompt_logprobs"]
     expected = llm.generate([ids], SamplingParams(prompt_logprobs=2, max_tokens=1))[0].prompt_logprobs or []
-    assert found[0] is None
+    assert found[0] is expected[0] is None
     for path, given in (("/v1/completions", {"prompt": ids}), ("/v1/chat/completions", {"messages": MESSAGES})):
         answer = served.post(path, given | {"max_tokens": 1}).json()
         where = answer["choices"][0] if path == "/v1/completions" else answer
         assert where["prompt_logprobs"] is None  # and not left out
     for shown, entry in zip(found[1:], expected[1:], strict=True):
         assert entry is not None
-        assert shown[str(entry.token_id)]["rank"] == entry.rank
-        assert shown[str(entry.token_id)]["logprob"] == pytest.approx(entry.logprob, abs=1e-4)
-        assert {str(token) for token, _ in entry.top} <= shown.keys()
+        assert shown.keys() == {str(token) for token in entry}
+        for token, one in entry.items():
+            assert shown[str(token)]["rank"] == one.rank
+            assert shown[str(token)]["logprob"] == pytest.approx(one.logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_tokens_as_their_ids(client: OpenAI, llm: LLM, stream: bool) -> None:
     body = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "return_tokens_as_token_ids": True, "stream": stream}
     expected = llm.generate("The quick", SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=2))[0]
-    ids = [f"token_id:{token}" for token in expected.token_ids]
+    ids = [f"token_id:{token}" for token in expected.outputs[0].token_ids]
     answer = complete(client, "The quick", logprobs=2, **body)
     found = [chunk.choices[0].logprobs for chunk in (answer if stream else [answer])]
     assert [token for logprobs in found for token in logprobs.tokens] == ids
     tops = [top for logprobs in found for top in logprobs.top_logprobs]
-    assert tops[0].keys() == {f"token_id:{token}" for token, _ in (expected.logprobs or [])[0].top}
+    assert tops[0].keys() == {f"token_id:{token}" for token in (expected.outputs[0].logprobs or [])[0]}
     answer = chat(client, logprobs=True, top_logprobs=2, **body)
     pieces = [chunk.choices[0].logprobs for chunk in (answer if stream else [answer])]
     entries = [entry for piece in pieces if piece is not None for entry in piece.content]
-    told = llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=2))
-    assert [entry.token for entry in entries] == [f"token_id:{token}" for token in told.token_ids]
-    assert [bytes(entry.bytes) for entry in entries] == [llm.tokenizer.token_bytes(token) for token in told.token_ids]
+    (told,) = llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=2))
+    assert [entry.token for entry in entries] == [f"token_id:{token}" for token in told.outputs[0].token_ids]
+    assert [bytes(entry.bytes) for entry in entries] == [
+        llm.tokenizer.token_bytes(token) for token in told.outputs[0].token_ids
+    ]
     assert all(top.token.startswith("token_id:") for entry in entries for top in entry.top_logprobs)
 
 

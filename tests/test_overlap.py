@@ -30,7 +30,7 @@ def llm(directory) -> LLM:
 
 def test_a_mixed_batch_equals_each_prompt_alone(llm, reference):
     prompts, params = random_prompts(24), mixed_params(24)
-    assert [c.token_ids for c in llm.generate(prompts, params)] == alone(reference, prompts, params)
+    assert [c.outputs[0].token_ids for c in llm.generate(prompts, params)] == alone(reference, prompts, params)
 
 
 def test_tokens_lag_one_step_behind_and_none_is_computed_in_vain(llm):
@@ -60,7 +60,7 @@ def test_preemption_and_chunks_under_overlap(directory, expected):
         max_num_batched_tokens=24,
         async_scheduling=True,
     )
-    assert [c.token_ids for c in small.generate(PROMPTS, PARAMS)] == expected
+    assert [c.outputs[0].token_ids for c in small.generate(PROMPTS, PARAMS)] == expected
     assert sum(record.num_preempted for record in small.engine.records) > 3
     small.engine.scheduler.check()
 
@@ -71,9 +71,9 @@ def test_a_stop_token_discards_the_step_that_ran_ahead(llm, reference):
     stop = tokens[10]
     expected = tokens[: tokens.index(stop) + 1]
     completion = llm.generate([prompt], greedy(30, stop_token_ids=(stop,)))[0]
-    assert completion.token_ids == expected
-    assert completion.finish_reason == "stop"
-    assert completion.stop_reason == stop
+    assert completion.outputs[0].token_ids == expected
+    assert completion.outputs[0].finish_reason == "stop"
+    assert completion.outputs[0].stop_reason == stop
     llm.engine.step()
     assert not llm.engine.has_work
     llm.engine.scheduler.check()
@@ -109,7 +109,7 @@ def test_the_device_feeds_a_token_that_the_host_has_not_seen(directory):
         return launch(step, *others)
 
     runner.launch = poisoned
-    assert llm.generate([prompt], greedy(8))[0].token_ids == expected
+    assert llm.generate([prompt], greedy(8))[0].outputs[0].token_ids == expected
     runner.launch = launch
     sequence = llm.engine.add(prompt, greedy(8))
     for _ in range(3):
@@ -182,7 +182,7 @@ def test_speculation_changes_no_token_under_overlap(proposer, directory, draft, 
         max_num_batched_tokens=24,
         async_scheduling=True,
     )
-    assert [c.token_ids for c in llm.generate(PROMPTS, PARAMS)] == expected
+    assert [c.outputs[0].token_ids for c in llm.generate(PROMPTS, PARAMS)] == expected
     assert sum(record.num_preempted for record in llm.engine.records)
     assert sum(record.num_draft_tokens for record in llm.engine.records)
     llm.engine.scheduler.check()

@@ -32,7 +32,7 @@ def computed_tokens(llm: LLM) -> int:
 def test_a_second_turn_computes_only_what_is_new(llm, reference):
     first = llm.generate([random_tokens(50)], greedy(30))[0]
     assert first.num_cached_tokens == 0
-    conversation = first.prompt_token_ids + first.token_ids
+    conversation = first.prompt_token_ids + first.outputs[0].token_ids
     turn = conversation + random_tokens(20, 7)
     llm.engine.records.clear()
     second = llm.generate([turn], greedy(10))[0]
@@ -40,7 +40,7 @@ def test_a_second_turn_computes_only_what_is_new(llm, reference):
     cached = (len(conversation) - 1) // BLOCK_SIZE * BLOCK_SIZE
     assert second.num_cached_tokens == cached
     assert computed_tokens(llm) == len(turn) - cached
-    assert [second.token_ids] == alone(reference, [turn], greedy(10))
+    assert [second.outputs[0].token_ids] == alone(reference, [turn], greedy(10))
 
 
 @pytest.mark.parametrize("length", [BLOCK_SIZE, 3 * BLOCK_SIZE])
@@ -50,7 +50,7 @@ def test_a_prompt_that_is_there_entirely_computes_one_token(llm, reference, leng
     for cached in (0, length - 1, length - 1):
         llm.engine.records.clear()
         completion = llm.generate([prompt], greedy())[0]
-        assert completion.token_ids == expected
+        assert completion.outputs[0].token_ids == expected
         assert completion.num_cached_tokens == cached
         assert computed_tokens(llm) == length - cached
 
@@ -60,7 +60,7 @@ def test_the_same_whole_prompt_many_times_at_once_while_its_owner_runs(llm, refe
     expected = alone(reference, [prompt], greedy(30))[0]
     llm.generate([prompt], greedy(2))
     for completion in llm.generate([prompt] * 6, greedy(30)):
-        assert completion.token_ids == expected
+        assert completion.outputs[0].token_ids == expected
         assert completion.num_cached_tokens == len(prompt) - 1
     llm.engine.scheduler.check()
 
@@ -71,7 +71,7 @@ def test_a_mixed_batch_with_shared_prefixes_equals_each_prompt_alone(llm, refere
     params = mixed_params(24)
     expected = alone(reference, prompts, params)
     for _ in range(2):  # from an empty cache, and from a full one
-        assert [c.token_ids for c in llm.generate(prompts, params)] == expected
+        assert [c.outputs[0].token_ids for c in llm.generate(prompts, params)] == expected
     assert llm.generate([prompts[7]], params[7])[0].num_cached_tokens > 0
 
 
@@ -82,7 +82,7 @@ def test_preemption_recomputes_from_the_cache_and_changes_nothing(directory, ref
     assert small.engine.kv_plan.num_blocks == 24
     prompts, params = random_prompts(12, longest=40), mixed_params(12, max_tokens=60)
     expected = alone(reference, prompts, params)
-    assert [c.token_ids for c in small.generate(prompts, params)] == expected
+    assert [c.outputs[0].token_ids for c in small.generate(prompts, params)] == expected
     records = small.engine.records
     assert sum(record.num_preempted for record in records) > 3
     assert sum(record.num_cached_tokens for record in records) > 0
@@ -98,9 +98,9 @@ def test_a_prompt_as_long_as_the_pool(directory, reference):
     expected = alone(reference, [prompt], greedy(1))
     for _ in range(3):
         completion = llm.generate([prompt], greedy(5))[0]
-        assert [completion.token_ids] == expected
+        assert [completion.outputs[0].token_ids] == expected
     again = [random_tokens(8 * BLOCK_SIZE - 1, seed) for seed in range(3)]
-    assert [c.token_ids for c in llm.generate(again, greedy(5))] == alone(reference, again, greedy(1))
+    assert [c.outputs[0].token_ids for c in llm.generate(again, greedy(5))] == alone(reference, again, greedy(1))
     with pytest.raises(ValueError, match=r"128 tokens, must be below max_model_len \(128\)"):
         llm.generate([random_tokens(8 * BLOCK_SIZE)], greedy(1))
 
@@ -108,7 +108,9 @@ def test_a_prompt_as_long_as_the_pool(directory, reference):
 def test_chunked_prefill_of_a_shared_prefix(directory, reference):
     llm = make(directory, max_num_batched_tokens=40, max_prefill_chunk=8, max_num_seqs=8)
     prompts = [random_tokens(100) + random_tokens(index, index) for index in range(1, 9)]
-    assert [c.token_ids for c in llm.generate(prompts, mixed_params(8))] == alone(reference, prompts, mixed_params(8))
+    assert [c.outputs[0].token_ids for c in llm.generate(prompts, mixed_params(8))] == alone(
+        reference, prompts, mixed_params(8)
+    )
     assert all(record.num_tokens <= 40 for record in llm.engine.records)
 
 
@@ -129,9 +131,9 @@ def test_several_choices_share_the_prompt_and_differ_as_their_seeds(directory, r
     params = SamplingParams(n=n, seed=100, temperature=1.5, max_tokens=20, ignore_eos=True, logprobs=2)
     completion = llm.generate([prompt], params)[0]
     each = [SamplingParams(seed=100 + i, temperature=1.5, max_tokens=20, ignore_eos=True) for i in range(n)]
-    assert [choice.token_ids for choice in completion.choices] == alone(reference, [prompt] * n, each)
-    assert len({tuple(choice.token_ids) for choice in completion.choices}) == n
-    assert all(len(choice.logprobs) == 20 for choice in completion.choices)
+    assert [choice.token_ids for choice in completion.outputs] == alone(reference, [prompt] * n, each)
+    assert len({tuple(choice.token_ids) for choice in completion.outputs}) == n
+    assert all(len(choice.logprobs) == 20 for choice in completion.outputs)
     # The prompt once; of each further choice its last token, or, for those that had to wait for room, what is not a
     # full block.
     assert computed_tokens(llm) <= len(prompt) + (n - 1) * (5 + 1)
@@ -146,7 +148,7 @@ def test_choices_of_preempted_and_chunked_requests(directory, reference):
     params = SamplingParams(n=4, seed=3, temperature=1.0, max_tokens=60, ignore_eos=True)
     each = [SamplingParams(seed=3 + i, temperature=1.0, max_tokens=60, ignore_eos=True) for i in range(4)]
     for prompt, completion in zip(prompts, llm.generate(prompts, params), strict=True):
-        assert [choice.token_ids for choice in completion.choices] == alone(reference, [prompt] * 4, each)
+        assert [choice.token_ids for choice in completion.outputs] == alone(reference, [prompt] * 4, each)
     assert sum(record.num_preempted for record in llm.engine.records) > 0
 
 

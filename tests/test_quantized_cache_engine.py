@@ -58,12 +58,12 @@ def test_shared_prefixes_and_copied_blocks(directory, kind, plain):
     params = mixed_params(16, max_tokens=12)
     expected = alone(plain, prompts, params)
     for _ in range(2):  # from an empty cache, and from a full one
-        assert_same([c.token_ids for c in llm.generate(prompts, params)], expected)
+        assert_same([c.outputs[0].token_ids for c in llm.generate(prompts, params)], expected)
     assert llm.generate([prompts[7]], params[7])[0].num_cached_tokens > 0
     choices = SamplingParams(n=8, seed=100, temperature=1.5, max_tokens=12, ignore_eos=True)
     each = [SamplingParams(seed=100 + i, temperature=1.5, max_tokens=12, ignore_eos=True) for i in range(8)]
     prompt = random_tokens(3 * BLOCK_SIZE + 5)  # the choices copy its last block
-    found = llm.generate([prompt], choices)[0].choices
+    found = llm.generate([prompt], choices)[0].outputs
     assert_same([choice.token_ids for choice in found], alone(plain, [prompt] * 8, each))
     llm.engine.scheduler.check()
 
@@ -72,7 +72,7 @@ def test_preempted_sequences(directory, kind, plain):
     llm = make(directory, kv_cache_dtype=kind, kv_cache_memory=16 * BLOCK_BYTES, max_num_seqs=8)
     assert llm.engine.kv_plan.num_blocks == 16
     prompts, params = random_prompts(8, longest=40), mixed_params(8, max_tokens=40)
-    assert_same([c.token_ids for c in llm.generate(prompts, params)], alone(plain, prompts, params))
+    assert_same([c.outputs[0].token_ids for c in llm.generate(prompts, params)], alone(plain, prompts, params))
     assert sum(record.num_preempted for record in llm.engine.records) > 1
     llm.engine.scheduler.check()
 
@@ -88,7 +88,7 @@ def test_a_draft_model_with_a_cache_of_its_own(directory, tmp_path, kind, draft)
     llm.engine.speculator.is_adaptive = False
     prompts, params = random_prompts(6), mixed_params(6, max_tokens=20)
     expected = make(directory, **options).generate(prompts, params)
-    assert [c.token_ids for c in llm.generate(prompts, params)] == [c.token_ids for c in expected]
+    assert [c.outputs[0].token_ids for c in llm.generate(prompts, params)] == [c.outputs[0].token_ids for c in expected]
     caches = [llm.engine.runner.kv_cache, llm.engine.speculator.proposer._runner.kv_cache]
     assert all(cache.keys.dtype is KINDS[kind] for cache in caches)
     if draft == "itself":
@@ -104,7 +104,7 @@ def test_blocks_that_another_engine_computed(directory, kind, plain, failure):
         pair.add(f"t{number}", prompt, params)
         pair.step()
     pair.run()
-    assert_same(pair.answers(), [[choice.token_ids for choice in one.choices] for one in expected])
+    assert_same(pair.answers(), [[choice.token_ids for choice in one.outputs] for one in expected])
     pair.assert_empty()
     assert pair.network.num_pulled > 0
     if not failure:
@@ -132,7 +132,7 @@ def test_transfers_between_caches_of_one_dtype(directory, kind, plain, transport
     prefill, decode = (make(directory, **options).engine for _ in range(2))
     try:
         sequence = run_together(prefill, decode, prompt, params)
-        assert sequence.output_token_ids == plain.generate([prompt], params)[0].token_ids
+        assert sequence.output_token_ids == plain.generate([prompt], params)[0].outputs[0].token_ids
         assert decode.kv_connector.totals.num_failed_receives == 0
         assert sum(record.num_prompt_tokens for record in decode.records) == 0
     finally:
@@ -154,7 +154,7 @@ def test_blocks_of_another_dtype_are_refused_and_computed_again(directory, sourc
     prefill, decode = (make(directory, **both, **options).engine for options in (source, own))
     try:
         sequence = run_together(prefill, decode, prompt, params)
-        assert sequence.output_token_ids == make(directory, **own).generate([prompt], params)[0].token_ids
+        assert sequence.output_token_ids == make(directory, **own).generate([prompt], params)[0].outputs[0].token_ids
         assert decode.kv_connector.totals.num_failed_receives == 1
     finally:
         prefill.close()
@@ -167,7 +167,7 @@ def test_ranks_of_a_model(directory, kind, plain):
     try:
         expected = alone(plain, prompts, params)
         for _ in range(2):
-            assert_same([c.token_ids for c in llm.generate(prompts, params)], expected)
+            assert_same([c.outputs[0].token_ids for c in llm.generate(prompts, params)], expected)
     finally:
         llm.engine.close()
 
@@ -189,7 +189,7 @@ def test_a_head_size_without_a_kernel(tmp_path, kind, dtype):
     assert not llm.engine.runner.plan.fuses_layers
     assert not llm.engine.runner.plan.mixes
     prompts = random_prompts(8, longest=24)
-    found = [c.token_ids for c in llm.generate(prompts, greedy(6))]
+    found = [c.outputs[0].token_ids for c in llm.generate(prompts, greedy(6))]
     assert all(len(tokens) == 6 for tokens in found)
     if dtype == "float32":
         other = make(tmp_path, kv_cache_dtype=kind, max_num_batched_tokens=64, block_size=32)

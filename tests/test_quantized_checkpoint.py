@@ -217,7 +217,7 @@ def test_an_engine_runs_it_and_says_how_it_is_quantised(tmp_path, caplog):
             (output,) = llm.generate([PROMPT], params)
         assert any("weights" in line and line.endswith(note) for line in caplog.messages)
     expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=8, do_sample=False, eos_token_id=None)
-    assert list(output.token_ids) == expected[0, len(PROMPT) :].tolist()
+    assert list(output.outputs[0].token_ids) == expected[0, len(PROMPT) :].tolist()
 
 
 @pytest.mark.parametrize(("target", "draft"), [("gptq", None), (None, "awq"), ("packed-4", "gptq-8-act-order")])
@@ -232,7 +232,7 @@ def test_quantised_targets_and_drafts_work_together(target, draft, tmp_path):
     outputs = []
     for draft_options in ({}, {"speculative_model": str(tmp_path / "draft"), "num_speculative_tokens": 2}):
         with LLM(str(tmp_path / "target"), dtype="bfloat16", **options, **draft_options) as llm:
-            outputs.append(llm.generate([PROMPT], params)[0].token_ids)
+            outputs.append(llm.generate([PROMPT], params)[0].outputs[0].token_ids)
     assert outputs[0] == outputs[1]
 
 

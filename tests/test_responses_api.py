@@ -21,19 +21,19 @@ def test_a_response_equals_the_engine_output(client: OpenAI, llm: LLM) -> None:
     found = client.responses.create(
         model="tiny", instructions=MESSAGES[0]["content"], input=QUESTION, temperature=0, max_output_tokens=24
     )
-    expected = llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=24))
+    (expected,) = llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=24))
     Response.model_validate(found.to_dict())
-    assert found.output_text == expected.text
+    assert found.output_text == expected.outputs[0].text
     (message,) = found.output
     assert message.type == "message"
     assert message.content[0].type == "output_text"
     assert message.content[0].annotations == []
     assert found.usage is not None
     assert found.usage.input_tokens == len(expected.prompt_token_ids)
-    assert found.usage.output_tokens == len(expected.token_ids)
+    assert found.usage.output_tokens == len(expected.outputs[0].token_ids)
     assert found.usage.total_tokens == found.usage.input_tokens + found.usage.output_tokens
     assert (found.model, found.temperature, found.max_output_tokens) == ("tiny", 0, 24)
-    is_cut = expected.finish_reason == "length"
+    is_cut = expected.outputs[0].finish_reason == "length"
     assert found.status == message.status == ("incomplete" if is_cut else "completed")
     assert (found.incomplete_details is not None) == is_cut
 

@@ -71,8 +71,8 @@ def test_chats_go_on_after_their_prompt(served, theirs):
 def test_python_goes_on_after_a_prompt(model, theirs):
     llm = make(model)
     params = SamplingParams(max_tokens=2, allowed_token_ids=body(theirs)["allowed_token_ids"])
-    assert llm.generate(["the cap"], params)[0].text == " F F"
-    assert "".join(piece.text for piece in llm.stream("the cap", params)) == " F F"
+    assert llm.generate(["the cap"], params)[0].outputs[0].text == " F F"
+    assert "".join(piece.outputs[0].text for piece in llm.stream("the cap", params)) == " F F"
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from dispec import LLM, SamplingParams
+from dispec import LLM, RequestOutput, SamplingParams
 from dispec.engine.scheduling.logits_processors import LogitsProcessors
 from dispec.engine.speculation.ngram import NgramIndex
 from tests.checkpoints import save_tiny
-from tests.small_engine import greedy, make, mixed_params, random_prompts, random_tokens, speculating
+from tests.small_engine import greedy, make, mixed_params, random_prompts, random_tokens, sampled_logprobs, speculating
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +37,14 @@ def num_accepted(llm: LLM) -> int:
     return sum(sum(record.num_accepted_per_position) for record in llm.engine.records)
 
 
-def assert_same(ours, expected) -> None:
+def assert_same(ours: list[RequestOutput], expected: list[RequestOutput]) -> None:
     for one, other in zip(ours, expected, strict=True):
-        assert [choice.token_ids for choice in one.choices] == [choice.token_ids for choice in other.choices]
-        for choice, reference in zip(one.choices, other.choices, strict=True):
+        assert [choice.token_ids for choice in one.outputs] == [choice.token_ids for choice in other.outputs]
+        for choice, reference in zip(one.outputs, other.outputs, strict=True):
             assert choice.finish_reason == reference.finish_reason
             if reference.logprobs is not None:
-                assert [entry.token_id for entry in choice.logprobs] == choice.token_ids
-                assert [entry.logprob for entry in choice.logprobs] == pytest.approx(
-                    [entry.logprob for entry in reference.logprobs], abs=1e-4
+                assert [entry.logprob for entry in sampled_logprobs(choice)] == pytest.approx(
+                    [entry.logprob for entry in sampled_logprobs(reference)], abs=1e-4
                 )
 
 
@@ -83,10 +82,10 @@ def test_while_the_controller_rests_no_sequence_is_prepared(directory, monkeypat
 @pytest.mark.parametrize("wrong", [lambda drafts, chosen: len(drafts), lambda drafts, chosen: min(1, len(drafts))])
 def test_accepting_wrong_draft_tokens_would_be_noticed(directory, other, plain, wrong, monkeypatch):
     prompts, params = random_prompts(8), mixed_params(8, max_tokens=30)
-    expected = [[choice.token_ids for choice in one.choices] for one in plain.generate(prompts, params)]
+    expected = [[choice.token_ids for choice in one.outputs] for one in plain.generate(prompts, params)]
     llm = speculating(directory, other)
     monkeypatch.setattr("dispec.engine.execution.sampler_output.num_accepted", wrong)
-    found = [[choice.token_ids for choice in one.choices] for one in llm.generate(prompts, params)]
+    found = [[choice.token_ids for choice in one.outputs] for one in llm.generate(prompts, params)]
     assert found != expected
 
 
@@ -107,7 +106,7 @@ def test_under_preemption_and_prefix_hits(directory, plain, proposer):
 
 def test_stops_limits_and_choices(directory, plain):
     prompt = random_tokens(20)
-    free = plain.generate([prompt], greedy(30))[0].token_ids
+    free = plain.generate([prompt], greedy(30))[0].outputs[0].token_ids
     cases = [
         SamplingParams(temperature=0, max_tokens=30, stop_token_ids=(free[7],), min_tokens=3),
         SamplingParams(temperature=0, max_tokens=30, stop_token_ids=(free[2],), min_tokens=12),

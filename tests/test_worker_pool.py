@@ -100,7 +100,7 @@ def test_64_concurrent_requests_are_answered_as_in_one_process(loop, directory, 
 def test_workers_with_a_quantised_cache(loop, directory):
     prompts, params = random_prompts(8), greedy(12)
     llm = make(directory, kv_cache_dtype="fp8")
-    expected = [each.token_ids for each in llm.generate(prompts, params)]
+    expected = [each.outputs[0].token_ids for each in llm.generate(prompts, params)]
 
     async def all_at_once():
         async with running_pool(directory, {"kv_cache_dtype": "fp8"}) as pool:
@@ -116,7 +116,7 @@ def test_workers_with_a_quantised_cache(loop, directory):
 
 def test_prefill_steps_hold_the_lock_that_decode_workers_look_at(loop, directory, llm):
     prompt, params = random_prompts(1)[0], greedy(6)
-    expected = llm.generate([prompt], params)[0].token_ids
+    expected = llm.generate([prompt], params)[0].outputs[0].token_ids
 
     def waits_for_a_lock(pid: int) -> bool:
         lines = (line.split() for line in Path("/proc/locks").read_text().splitlines())

@@ -99,10 +99,10 @@ def _answers(llm: LLM, prompts: list[str], number: int, max_tokens: int) -> list
         SamplingParams(temperature=asked.temperature, seed=each, max_tokens=max_tokens)
         for each, asked in zip(numbers, questions, strict=True)
     ]
-    completions = llm.generate(encoded, params, use_tqdm=False)
+    outputs = llm.generate(encoded, params, use_tqdm=False)
     return [
-        Text(prompt + completion.token_ids, len(prompt), asked.is_held_out)
-        for prompt, completion, asked in zip(encoded, completions, questions, strict=True)
+        Text(prompt + output.outputs[0].token_ids, len(prompt), asked.is_held_out)
+        for prompt, output, asked in zip(encoded, outputs, questions, strict=True)
     ]
 
 
@@ -113,7 +113,7 @@ def _own_prompts(llm: LLM, seeds: list[int]) -> list[str]:
     opening = tokenizer.encode(rendered[: rendered.index(_MARK)], add_special_tokens=False)
     params = [SamplingParams(temperature=1.0, top_p=0.95, seed=seed, max_tokens=64, stop=("\n\n",)) for seed in seeds]
     found = llm.generate([opening] * len(seeds), params, use_tqdm=False)
-    return [completion.text.strip() or "Hello!" for completion in found]
+    return [output.outputs[0].text.strip() or "Hello!" for output in found]
 
 
 def _drop_unfinished_line(file: Path) -> None:

@@ -1,87 +1,121 @@
-"""The results of a request: completions, and pieces of a stream."""
+"""The results of a request, under vLLM's names."""
 
+import reprlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from dispec.engine.scheduling.token_output import FinishReason, TokenLogprobs
+from dispec.engine.scheduling.token_output import FinishReason
 
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds from a request's arrival to its first token, queueing and prefill included, and to its end."""
-
-    first_token: float
-    finished: float
-
-    def tokens_per_second(self, num_tokens: int) -> float:
-        """Return the rate of decoding after the first token; 0 for a single token."""
-        elapsed = self.finished - self.first_token
-        return (num_tokens - 1) / elapsed if num_tokens > 1 and elapsed > 0 else 0.0
+_SHOWN_CHARACTERS = 60  # of a text in a repr
+_SHOWN_TOKENS = 6
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One continuation of a prompt.
+class Logprob(NamedTuple):
+    """How probable a token was at its position, by the model itself: before penalties, temperature and filters.
 
-    token_ids: with special tokens, which `text` has only without `skip_special_tokens`.
-    stop_reason: the stop string, or the one of `stop_token_ids`, that ended the choice.
-    logprobs: of each of `token_ids`, where asked for.
+    logprob: natural logarithm. rank: 1 for the likeliest token.
+    decoded_token: the token's text alone, with U+FFFD for parts of characters; None without a tokenizer.
     """
 
-    token_ids: list[int]
-    text: str
-    finish_reason: FinishReason
-    stop_reason: str | int | None
-    logprobs: list[TokenLogprobs] | None
-    timing: Timing
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+TokenLogprobs = dict[int, Logprob]
+"""The token at a position and the likeliest ones, by token id: the position's own token first, then by rank."""
 
 
 @dataclass(frozen=True)
-class Completion:
-    """A finished request: its `n` choices, the first of which is also read from the properties.
+class RequestMetrics:
+    """Times of a request up to its newest token, in seconds.
 
-    prompt_logprobs: of each token of the prompt, where asked for; the first token's is None.
+    arrival_time: since the epoch.
+    first_token_latency: from the arrival to the first token, so `queued_time` + `prefill_time`.
+    queued_time: from the arrival to the first step that computes the request.
+    prefill_time: from that step to the first token.
+    decode_time: from the first token to the newest one.
+    num_generation_tokens: tokens of all outputs.
+    tokens_per_second: tokens of an output after its first, per second of `decode_time`, added up over the outputs;
+        0 without any.
+    """
+
+    arrival_time: float
+    first_token_latency: float
+    queued_time: float
+    prefill_time: float
+    decode_time: float
+    num_generation_tokens: int
+    tokens_per_second: float
+
+    @property
+    def e2e_latency(self) -> float:
+        """Seconds from the arrival to the newest token."""
+        return self.first_token_latency + self.decode_time
+
+
+@dataclass(frozen=True, repr=False)
+class CompletionOutput:
+    """One continuation of a prompt: all of it, or what is new in it, as the call says.
+
+    index: of the continuation, from 0 to n - 1.
+    text: without special tokens, unless `skip_special_tokens` is off. token_ids: with them.
+    cumulative_logprob: sum of the log-probabilities of all tokens so far, where `logprobs` are asked for.
+    logprobs: an entry for each of `token_ids`, where asked for.
+    finish_reason: "stop", "length" or "abort"; None while the continuation runs.
+    stop_reason: the stop string, or the one of `stop_token_ids`, that ended the continuation.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def __repr__(self) -> str:
+        return (
+            f"CompletionOutput(index={self.index}, text={_cut(self.text)}, {_counted(self.token_ids)},"
+            f" finish_reason={self.finish_reason!r}, stop_reason={self.stop_reason!r})"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class RequestOutput:
+    """The outputs of a request for one prompt.
+
+    prompt: the text, where the prompt was given or rendered as one.
+    prompt_logprobs: an entry for each of `prompt_token_ids`, where asked for; the first is None.
+    outputs: continuations in the order of their indices.
+    finished: whether all continuations have ended.
     num_cached_tokens: prompt tokens that were found in the KV cache.
     """
 
+    request_id: str
+    prompt: str | None
     prompt_token_ids: list[int]
-    choices: tuple[Choice, ...]
     prompt_logprobs: list[TokenLogprobs | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
     num_cached_tokens: int
 
-    @property
-    def token_ids(self) -> list[int]:
-        return self.choices[0].token_ids
-
-    @property
-    def text(self) -> str:
-        return self.choices[0].text
-
-    @property
-    def finish_reason(self) -> FinishReason:
-        return self.choices[0].finish_reason
-
-    @property
-    def stop_reason(self) -> str | int | None:
-        return self.choices[0].stop_reason
-
-    @property
-    def logprobs(self) -> list[TokenLogprobs] | None:
-        return self.choices[0].logprobs
-
-    @property
-    def timing(self) -> Timing:
-        return self.choices[0].timing
+    def __repr__(self) -> str:
+        prompt = _counted(self.prompt_token_ids, "prompt_token_ids") if self.prompt is None else _cut(self.prompt)
+        shown = prompt if self.prompt is None else f"prompt={prompt}"
+        return f"RequestOutput({self.request_id!r}, {shown}, outputs={self.outputs!r}, finished={self.finished})"
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A token of a streamed request, with the text that it makes certain.
+def _cut(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…")
 
-    index: of the choice. finish_reason: in the choice's last piece. completion: in the request's last piece.
-    """
 
-    text: str
-    token_id: int | None
-    index: int = 0
-    finish_reason: FinishReason | None = None
-    completion: Completion | None = None
+def _counted(token_ids: list[int], name: str = "token_ids") -> str:
+    shown = reprlib.Repr()
+    shown.maxlist = _SHOWN_TOKENS
+    return f"{name}={shown.repr(token_ids)} ({len(token_ids)})"

@@ -12,16 +12,18 @@ _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
 
 class PromptInput(NamedTuple):
-    """A prompt as text or token ids. cache_salt: prefixes are shared only with prompts of the same salt."""
+    """A prompt as text, token ids or both. cache_salt: prefixes are shared only with prompts of the same salt."""
 
-    content: str | list[int]
+    text: str | None
+    token_ids: list[int] | None = None
     cache_salt: str | None = None
 
 
 class TokenizedPrompt(NamedTuple):
-    """A prompt as token ids."""
+    """A prompt as token ids. text: where it was given as text."""
 
     token_ids: list[int]
+    text: str | None = None
     cache_salt: str | None = None
 
 
@@ -38,7 +40,7 @@ def as_prompts(prompts: Prompt | Series[Prompt]) -> list[PromptInput]:
         raise ValueError(f"prompts is {type(prompts).__name__}, must be one prompt or a list of them")
     several: list[Any] = list(prompts)
     if several and all(isinstance(item, int) for item in several):
-        return [PromptInput(several)]
+        return [PromptInput(None, several)]
     if not several:
         raise ValueError("prompts is empty: give at least one prompt")
     return [_as_prompt(item, f"prompts[{index}]") for index, item in enumerate(several)]
@@ -50,7 +52,7 @@ def _as_prompt(given: Any, where: str) -> PromptInput:
     if isinstance(given, str):
         return PromptInput(given)
     if _is_token_ids(given):
-        return PromptInput(list(given))
+        return PromptInput(None, list(given))
     raise ValueError(
         f"{where} is {type(given).__name__}, must be a text, a list of token ids or a mapping with one of them"
     )
@@ -67,9 +69,7 @@ def _from_mapping(given: Mapping[str, Any], where: str) -> PromptInput:
         raise ValueError(f"{where}: prompt_token_ids is {type(token_ids).__name__}, must be a list of token ids")
     if salt is not None and not (isinstance(salt, str) and salt):
         raise ValueError(f"{where}: cache_salt is {salt!r:.50}, must be a text that is not empty")
-    # Given both, the text only spells the token ids.
-    content: Any = text if token_ids is None else list(token_ids)
-    return PromptInput(content, salt)
+    return PromptInput(text, None if token_ids is None else list(token_ids), salt)
 
 
 def _is_token_ids(given: Any) -> bool:

@@ -11,27 +11,27 @@ import torch
 
 from dispec.engine.api.fair_lock import FairLock
 from dispec.engine.api.interrupts import deferred_interrupt
-from dispec.engine.api.outputs import Piece
+from dispec.engine.api.outputs import RequestOutput
 from dispec.engine.api.prompts import TokenizedPrompt
-from dispec.engine.api.running_request import RunningChoice, completion_of
+from dispec.engine.api.running_request import RunningRequest
 from dispec.engine.engine import Engine
-from dispec.engine.sampling_params import SamplingParams
+from dispec.engine.sampling_params import RequestOutputKind, SamplingParams
 from dispec.engine.scheduling.token_output import TokenOutput
-from dispec.engine.text.text_stream import TextStream, without_texts
+from dispec.engine.text.text_stream import without_texts
 from dispec.engine.text.tokenizer import Tokenizer
 
 
 @dataclass(eq=False)
 class _Call:
-    """The requests of one caller, each a list of choices.
+    """The requests of one caller.
 
-    pieces: in the order of arrival, each with its request's index, until the caller reads them.
-    num_open: choices that have not ended.
-    error: the reason why no more pieces come.
+    outputs: in the order of arrival, each with its request's index, until the caller reads them.
+    num_open: requests that have not ended.
+    error: the reason why no more outputs come.
     """
 
-    requests: list[list[RunningChoice]] = field(default_factory=list)
-    pieces: deque[tuple[int, Piece]] = field(default_factory=deque)
+    requests: list[RunningRequest] = field(default_factory=list)
+    outputs: deque[tuple[int, RequestOutput]] = field(default_factory=deque)
     num_open: int = 0
     error: RuntimeError | None = None
 
@@ -39,7 +39,7 @@ class _Call:
 class SharedEngine:
     """Runs requests of several callers in one batch, without a thread of its own.
 
-    A caller that waits for a piece runs a step, and each output goes to the call of its request. One thread at a time
+    A caller that waits for an output runs a step, and each token goes to the call of its request. One thread at a time
     uses the engine, for one step, in the order of asking.
     """
 
@@ -52,17 +52,19 @@ class SharedEngine:
         self._thread = threading.get_ident()
         self._is_closed = False
 
-    def run(self, prompts: Series[TokenizedPrompt], params: Series[SamplingParams]) -> Generator[tuple[int, Piece]]:
-        """Start requests and yield a piece for each of their tokens, with its request's index.
+    def run(
+        self, prompts: Series[TokenizedPrompt], params: Series[SamplingParams], kind: RequestOutputKind
+    ) -> Generator[tuple[int, RequestOutput]]:
+        """Start requests and yield their outputs, each with its request's index.
 
         Closing the iterator aborts the requests. Raises ValueError, before anything runs, if a prompt cannot be served.
         """
         call = _Call()
         try:
-            self._start(call, prompts, params)
-            while call.pieces or call.num_open:
-                if call.pieces:
-                    yield call.pieces.popleft()
+            self._start(call, prompts, params, kind)
+            while call.outputs or call.num_open:
+                if call.outputs:
+                    yield call.outputs.popleft()
                 elif call.error is not None:
                     raise call.error
                 else:
@@ -79,7 +81,13 @@ class SharedEngine:
                 self._is_closed = True
                 self._engine.close()
 
-    def _start(self, call: _Call, prompts: Series[TokenizedPrompt], params: Series[SamplingParams]) -> None:
+    def _start(
+        self,
+        call: _Call,
+        prompts: Series[TokenizedPrompt],
+        params: Series[SamplingParams],
+        kind: RequestOutputKind,
+    ) -> None:
         engine_params = [without_texts(param, self._tokenizer) for param in params]
         grammars = []
         for index, param in enumerate(engine_params):  # without the lock: other callers run steps meanwhile
@@ -92,19 +100,15 @@ class SharedEngine:
                     first = self._engine.add(
                         prompt.token_ids, engine_params[index], cache_salt=prompt.cache_salt, grammar=grammars[index]
                     )
-                call.requests.append(
-                    [
-                        RunningChoice(sequence, TextStream(self._tokenizer, param, prompt.token_ids))
-                        for sequence in first.choices
-                    ]
-                )
-                call.num_open += len(first.choices)
+                request = RunningRequest(first, prompt, param, kind, self._tokenizer)
+                call.requests.append(request)
+                call.num_open += 1
                 self._places[first.request_id] = call, index
 
     def _step_for(self, call: _Call) -> None:
-        """Run a step, unless a step of another thread has brought pieces for this call in the meantime."""
+        """Run a step, unless a step of another thread has brought outputs for this call in the meantime."""
         with deferred_interrupt(), self._lock:
-            if call.pieces or call.error is not None:
+            if call.outputs or call.error is not None:
                 return
             self._check_usable()
             self._abort_calls()
@@ -114,35 +118,35 @@ class SharedEngine:
                 )
             with self._thread_state():
                 outputs = self._engine.step()
-            for output in outputs:
-                self._distribute(output)
+            self._distribute(outputs)
             for sequence in self._engine.failed:
                 if sequence.request_id in self._places:
                     failed_call, _ = self._places[sequence.request_id]
                     failed_call.error = RuntimeError(f"the engine failed: {sequence.error}")
         self._abort_abandoned()
 
-    def _distribute(self, output: TokenOutput) -> None:
-        """Append the piece of a token to its call."""
-        place = self._places.get(output.request_id)
-        if place is None:
-            return
-        call, request_index = place
-        choices = call.requests[request_index]
-        choice = choices[output.index]
-        if choice.result is not None:
-            return  # a token after a stop string, of the same step
-        text = choice.process(output)
-        finish_reason = completion = None
-        if choice.text.stop_reason is not None:
-            self._engine.finish(choice.sequence, "stop")
-        if choice.result is not None:
-            call.num_open -= 1
-            finish_reason = choice.result.finish_reason
-            completion = completion_of(choices)
-            if completion is not None:
-                del self._places[output.request_id]
-        call.pieces.append((request_index, Piece(text, output.token_id, output.index, finish_reason, completion)))
+    def _distribute(self, tokens: Series[TokenOutput]) -> None:
+        """Give the tokens of a step to their requests, and append what is due to the calls."""
+        changed: dict[str, tuple[_Call, int]] = {}
+        for token in tokens:
+            place = self._places.get(token.request_id)
+            if place is None:
+                continue
+            call, index = place
+            request = call.requests[index]
+            if not request.process(token):
+                continue  # a token after a stop string, of the same step
+            changed[token.request_id] = place
+            output = request.outputs[token.index]
+            if output.text.stop_reason is not None:
+                self._engine.finish(output.sequence, "stop")
+        for request_id, (call, index) in changed.items():
+            request = call.requests[index]
+            if request.is_finished:
+                call.num_open -= 1
+                del self._places[request_id]
+            if (due := request.take()) is not None:
+                call.outputs.append((index, due))
 
     def _abort_abandoned(self) -> None:
         """Abort the requests of abandoned calls, or leave that to the thread that has the lock."""
@@ -158,10 +162,10 @@ class SharedEngine:
     def _abort_calls(self) -> None:
         while self._abandoned:
             call = self._abandoned.popleft()
-            for choices in call.requests:
-                if self._places.pop(choices[0].sequence.request_id, None) is not None:
-                    for choice in choices:
-                        self._engine.abort(choice.sequence)
+            for request in call.requests:
+                if self._places.pop(request.first.request_id, None) is not None:
+                    for sequence in request.first.choices:
+                        self._engine.abort(sequence)
 
     def _check_usable(self) -> None:
         if self._is_closed:

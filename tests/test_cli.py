@@ -60,9 +60,10 @@ def test_prompt_from_standard_input_and_quiet(tiny: str, monkeypatch: pytest.Mon
     assert given.out.strip()
     assert "loading" not in given.err
     assert "first token" not in given.err
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The quick brown fox\n")))
-    read = dispec("generate", "-", *eager(tiny, "--raw", "--max-tokens", "8", "--ignore-eos", "-q"))
-    assert read.out == given.out
+    for prompt in (["-"], []):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The quick brown fox\n")))
+        read = dispec("generate", *prompt, *eager(tiny, "--raw", "--max-tokens", "8", "--ignore-eos", "-q"))
+        assert read.out == given.out
 
 
 def test_system_message_and_template_reach_the_model(tiny: str) -> None:
@@ -190,10 +191,9 @@ def test_options_by_environment_variable(tiny: str, monkeypatch: pytest.MonkeyPa
         (["hi", "--device", "cuda:99"], "device is 'cuda:99', but torch sees"),
         (["hi", "--block-size", "17"], "block_size is 17"),
         (["hi", "--kv-cache-memory", "much"], "kv_cache_memory is 'much'"),
-        (["hi", "--max-tokens", "few"], "'--max-tokens'"),
+        (["hi", "--max-tokens", "few"], "Invalid value for '--max-tokens': "),
         (["hi", "--no-such-option"], "--no-such-option"),
         (["\udcff"], "not UTF-8"),
-        ([], "Missing argument"),
     ],
     ids=lambda value: " ".join(value).encode(errors="replace").decode() if isinstance(value, list) else "",
 )
@@ -202,6 +202,19 @@ def test_bad_input_is_one_sentence(args: list[str], said: str) -> None:
     assert result.code == 2
     assert said in one_sentence(result)
     assert result.out == ""
+
+
+def test_a_prompt_is_asked_for_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(b""))
+    monkeypatch.setattr(sys, "stdin", terminal)
+    assert "the prompt is empty" in one_sentence(dispec("generate"))
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    assert "there is no prompt: give one, as in" in one_sentence(dispec("generate"))
+
+
+def test_a_wrong_value_of_a_variable_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISPEC_PORT", "x")
+    assert "env var" not in one_sentence(dispec("serve"))
 
 
 def test_a_prompt_that_does_not_fit(tiny: str) -> None:

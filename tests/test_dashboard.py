@@ -2,18 +2,25 @@ import asyncio
 import gzip
 import itertools
 import json
+import os
+from types import SimpleNamespace
 
 import httpx
+import psutil
 import pytest
 
+from dispec.engine.process.messages import Inspection
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.serving.client.request_stream import RequestTiming
-from dispec.serving.dashboard.dashboard_events import KVCacheInspector, dashboard_events
-from dispec.serving.dashboard.dashboard_state import REQUESTS, SPAN, STEPS, DashboardState
+from dispec.serving.client.request_stream import RequestStream, RequestTiming
+from dispec.serving.dashboard.dashboard_events import dashboard_events
+from dispec.serving.dashboard.dashboard_state import STEPS, DashboardState
+from dispec.serving.dashboard.engine_usage import EngineUsage, pool_of
+from dispec.serving.dashboard.request_rows import MOST_ROWS
+from dispec.serving.dashboard.time_buckets import RANGES
 from dispec.serving.http.web_assets import plotly_script
 from tests.checkpoints import save_tiny
-from tests.engine_clients import ask, ended_request, generate, one_thread_each, running_client, until  # noqa: F401
+from tests.engine_clients import ask, ended_request, generate, one_thread_each, running_client  # noqa: F401
 from tests.running_server import PATIENCE, serving
 
 
@@ -25,14 +32,41 @@ class Clock:
         return self.now
 
 
+class Client:
+    """What the state reads of an engine client."""
+
+    def __init__(self) -> None:
+        self.observers: list[DashboardState] = []
+        self.streams: list[RequestStream] = []
+        self.kv_usage = 0.0
+
+    @property
+    def load(self) -> int:
+        return len(self.streams)
+
+    @property
+    def num_running(self) -> int:
+        return sum(stream.has_started for stream in self.streams)
+
+    @property
+    def num_waiting(self) -> int:
+        return self.load - self.num_running
+
+
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
 
 
 @pytest.fixture
-def live(clock) -> DashboardState:
-    return DashboardState(clock)
+def client() -> Client:
+    return Client()
+
+
+@pytest.fixture
+def live(client, clock, monkeypatch) -> DashboardState:
+    monkeypatch.setattr("time.time", lambda: 1_700_000_000 + clock.now)  # whole seconds of both clocks coincide
+    return DashboardState(client, clock)
 
 
 def step(live: DashboardState, clock: Clock, **fields) -> None:
@@ -40,119 +74,193 @@ def step(live: DashboardState, clock: Clock, **fields) -> None:
     live.on_step(StepRecord(**usual | fields), clock.now)
 
 
-def finish(live: DashboardState, number: int = 0, **fields) -> None:
+def request(key: str = "0", **fields) -> RequestStream:
     usual = {
-        "request_id": f"r{number}",
+        "request_id": f"r{key}",
         "num_cached_tokens": 5,
         "num_output_tokens": 3,
-        "finish_reasons": ("stop", "stop"),
+        "finish_reasons": ["stop", "stop"],
         "timing": RequestTiming(990.0, 990.25, 990.75, 992.75),
         "gaps": [1.0, 1.0],
         "error": None,
     }
-    ended = ended_request(**usual | fields)
+    return ended_request(**usual | fields, key=key)
+
+
+def finish(live: DashboardState, key: str = "0", **fields) -> None:
+    ended = request(key, **fields)
     if ended.timing.first_token is not None:
         live.on_first_token(ended)
     live.on_request_finished(ended)
 
 
-def test_a_view_holds_whole_seconds_and_the_next_what_is_new(live, clock) -> None:
-    views = live.views()
+def test_a_view_holds_whole_seconds_and_the_next_what_is_new(live, client, clock) -> None:
+    views = live.views("1m")
     first = next(views)
     assert first["first"]
-    assert first["seconds"] == []  # the current one is not over
-    step(live, clock, num_tokens=40, num_prompt_tokens=30, num_cached_tokens=16, num_running=3, num_waiting=2)
-    step(live, clock, num_tokens=3, num_running=3, num_waiting=1)
-    clock.now += 1
+    assert first["points"] == []  # the current second is not over
+    assert first["range"] == {"span": 60, "width": 1}
+    client.streams = [request(key, timing=RequestTiming(999.0, 999.5), num_output_tokens=0, gaps=[]) for key in "01"]
+    client.streams.append(request("2", timing=RequestTiming(999.0), num_output_tokens=0, gaps=[]))
+    client.kv_usage = 0.25
+    step(live, clock, num_tokens=40, num_prompt_tokens=30, num_cached_tokens=16, num_preempted=1)
+    client.streams[0].num_output_tokens = 7
+    clock.now += 0.2
+    step(live, clock, num_tokens=3)
+    clock.now += 0.8
     second = next(views)
     assert not second["first"]
-    (point,) = second["seconds"]
-    assert (point["output"], point["computed"], point["cached"]) == (13, 30, 16)
-    assert (point["running"], point["waiting"]) == (3, 1)
+    (point,) = second["points"]
+    assert point["at"] == 1_700_001_000
+    assert (point["output"], point["computed"], point["cached"], point["preemptions"]) == (7, 30, 16, 1)
+    assert (point["running"], point["waiting"], point["kv_usage"]) == (2, 1, 0.25)
     assert [(entry["prefill"], entry["decode"]) for entry in second["steps"]] == [(30, 10), (0, 3)]
     third = next(views)
-    assert third["seconds"] == third["steps"] == third["requests"] == []
+    assert third["points"] == third["steps"] == third["ended"] == []
+    assert len(third["unfinished"]) == 3
     # A page that opens later gets the whole window.
-    late = next(live.views())
-    assert late["seconds"] == [point]
+    late = next(live.views("1m"))
+    assert late["points"] == [point]
     assert late["steps"] == second["steps"]
 
 
-def test_seconds_without_events_keep_the_load(live, clock) -> None:
-    step(live, clock, num_tokens=3, num_running=3, num_waiting=1)
-    clock.now += 4
-    points = next(live.views())["seconds"]
-    assert [point["output"] for point in points] == [3, 0, 0, 0]
-    assert [point["running"] for point in points] == [3, 3, 3, 3]
-    assert [later["at"] - earlier["at"] for earlier, later in itertools.pairwise(points)] == [1, 1, 1]
-
-
-def test_the_window_is_bounded(live, clock) -> None:
-    for number in range(3 * SPAN):
-        step(live, clock, num_tokens=1)
-        finish(live, number)
-        clock.now += 1
-    view = next(live.views())
-    assert len(view["seconds"]) == SPAN - 1
-    assert len(view["steps"]) == STEPS
-    assert [entry["id"] for entry in view["requests"]] == [f"r{3 * SPAN - REQUESTS + i}" for i in range(REQUESTS)]
-    clock.now += 1e6
-    view = next(live.views())
-    assert len(view["seconds"]) == SPAN - 1
-    assert not any(point["output"] for point in view["seconds"])
-
-
-def test_percentiles_are_of_the_last_seconds(live, clock) -> None:
-    for _ in range(21):
-        step(live, clock, num_tokens=2)
-        clock.now += 0.05
-    finish(live)
+def test_tokens_are_counted_once_while_a_request_runs_and_at_its_end(live, client, clock) -> None:
+    stream = request(timing=RequestTiming(999.0, 999.5, 1000.0), num_output_tokens=2, gaps=[0.1])
+    client.streams = [stream]
+    for _ in range(3):
+        step(live, clock)
+        clock.now += 0.4
+    stream.num_output_tokens, stream.gaps = 5, [0.1, 0.2, 0.2, 0.4]
+    client.streams = []
+    live.on_request_finished(stream)
     clock.now += 1
-    view = next(live.views())
-    assert view["gap"] == [pytest.approx(0.05, rel=0.06)] * 2
-    assert view["ttft"] == [pytest.approx(0.75, rel=0.06)] * 2
-    assert view["hit_rate"] == 0.5
+    view = next(live.views("1m"))
+    assert sum(point["output"] for point in view["points"]) == 5
+    assert view["summary"]["itl"] == [pytest.approx(0.2, rel=0.06), pytest.approx(0.4, rel=0.06)]
+
+
+def test_the_output_rate_is_the_mean_of_ten_seconds(live, client, clock) -> None:
+    for second in range(20):
+        finish(live, str(second), num_output_tokens=100 if second < 10 else 30)
+        clock.now += 1
+    assert next(live.views("1m"))["summary"]["output"] == 30
+    clock.now += 5
+    assert next(live.views("1m"))["summary"]["output"] == 15
+
+
+def test_seconds_without_events_keep_the_load(live, client, clock) -> None:
+    client.streams = [request(timing=RequestTiming(999.0, 999.5), num_output_tokens=0, gaps=[])]
+    step(live, clock, num_tokens=3)
+    clock.now += 4
+    points = next(live.views("1m"))["points"]
+    assert [point["running"] for point in points] == [1, 1, 1, 1]
+    assert [later["at"] - earlier["at"] for earlier, later in itertools.pairwise(points)] == [1, 1, 1]
+    client.streams = []
+    clock.now += 1
+    live.on_request_finished(request())
+    clock.now += 2
+    assert [point["running"] for point in next(live.views("1m"))["points"]][-2:] == [1, 0]
+
+
+def test_ranges_hold_an_hour_in_bounded_memory(live, clock) -> None:
+    """One token a second and one request every ten, for two hours, seen in buckets of 1, 5 and 30 seconds."""
+    for second in range(7200):
+        step(live, clock, num_tokens=1, num_prompt_tokens=second % 2)
+        if second % 10 == 0:
+            finish(live, str(second))
+        clock.now += 1
+    for name, (span, width) in RANGES.items():
+        view = next(live.views(name))
+        points = view["points"]
+        assert len(points) == span // width
+        assert {later["at"] - earlier["at"] for earlier, later in itertools.pairwise(points)} == {width}
+        assert points[-1]["at"] + width <= view["now"] < points[-1]["at"] + 2 * width
+        assert sum(point["output"] for point in points) * width == pytest.approx(3 * span / 10)
+        assert sum(point["finished"] for point in points) * width == pytest.approx(span / 10)
+        assert view["summary"]["finished"] == pytest.approx(0.1, rel=0.35 if name == "1m" else 0.04)
+        assert len(view["steps"]) == STEPS
+        assert [entry["id"] for entry in view["ended"]][-1] == "r7190"
+        assert len(view["ended"]) == MOST_ROWS
+        assert view["num_ended"] == 720
+    clock.now += 1e6
+    for name, (span, width) in RANGES.items():
+        view = next(live.views(name))
+        assert len(view["points"]) == span // width
+        assert not any(point["output"] for point in view["points"])
+
+
+def test_percentiles_are_of_the_range_and_of_the_last_seconds_in_a_point(live, clock) -> None:
+    finish(live, gaps=[0.05, 0.05])
+    clock.now += 1
+    view = next(live.views("1m"))
+    for latencies in (view["summary"], view["points"][-1]):
+        assert latencies["itl"] == [pytest.approx(0.05, rel=0.06)] * 2
+        assert latencies["ttft"] == [pytest.approx(0.75, rel=0.06)] * 2
+        assert latencies["queue"] == [pytest.approx(0.25, rel=0.06)] * 2
+        assert latencies["e2e"] == [pytest.approx(2.75, rel=0.06)] * 2
+    assert view["summary"]["hit_rate"] == 0.5
+    clock.now += 30
+    view = next(live.views("1m"))
+    assert view["points"][-1]["itl"] is None
+    assert view["summary"]["ttft"] is not None
     clock.now += 60
-    view = next(live.views())
-    assert view["seconds"][-1]["gap"] is None
-    assert view["gap"] is view["ttft"] is None
-    assert view["hit_rate"] == 0.5
-    clock.now += SPAN
-    assert next(live.views())["hit_rate"] is None
+    view = next(live.views("1m"))
+    assert view["summary"]["itl"] is view["summary"]["ttft"] is view["summary"]["hit_rate"] is None
+    for name in ("10m", "1h"):
+        assert next(live.views(name))["summary"]["ttft"] == [pytest.approx(0.75, rel=0.06)] * 2
 
 
-def test_a_requests_phases(live) -> None:
+def test_a_requests_row(live) -> None:
     finish(live)
-    finish(live, timing=RequestTiming(990.0, finished=992.75), finish_reasons=("error",), error="it was too long")
-    done, failed = next(live.views())["requests"]
+    finish(live, timing=RequestTiming(990.0, finished=992.75), finish_reasons=["error"], error="it was too long")
+    view = next(live.views("1m"))
+    done, failed = view["ended"]
     assert (done["queue"], done["prefill"], done["decode"]) == (0.25, 0.5, 2.0)
-    assert (done["reason"], done["error"]) == ("stop", None)
+    assert (done["state"], done["reason"], done["error"], done["worker"]) == ("finished", "stop", None, None)
+    assert (done["prompt"], done["cached"], done["output"]) == (10, 5, 3)
+    assert view["now"] - done["arrival"] == pytest.approx(10.0)
     assert (failed["queue"], failed["prefill"], failed["decode"]) == (2.75, 0, 0)
-    assert (failed["reason"], failed["error"]) == ("error", "it was too long")
+    assert (failed["state"], failed["reason"], failed["error"]) == ("error", "error", "it was too long")
+    assert (view["num_ended"], view["num_errors"]) == (2, 1)
+    assert view["summary"]["errors"] == 1
+
+
+def test_unfinished_requests_come_by_state_and_are_bounded(live, client) -> None:
+    waiting = [request(f"w{number}", timing=RequestTiming(990.0), finish_reasons=[None]) for number in range(200)]
+    prefill = request("p", timing=RequestTiming(990.0, 991.0), finish_reasons=[None])
+    decode = request("d", timing=RequestTiming(990.0, 991.0, 992.0), finish_reasons=[None])
+    client.streams = [*waiting[:100], decode, *waiting[100:], prefill]
+    view = next(live.views("1m"))
+    rows = view["unfinished"]
+    assert [row["state"] for row in rows] == ["decode", "prefill", *["waiting"] * (MOST_ROWS - 2)]
+    assert [row["key"] for row in rows[:4]] == ["d", "p", "w0", "w1"]
+    assert view["num_unfinished"] == 202
 
 
 def test_speculation_is_absent_until_there_is_some(live) -> None:
-    assert next(live.views())["speculation"] is None
+    assert next(live.views("1m"))["summary"]["speculation"] is None
     live.on_drafts(num_drafts=4, num_draft_tokens=12, accepted_per_position=[3, 2, 1])
-    assert next(live.views())["speculation"] == {"rate": 0.5, "accepted_per_draft": 1.5}
+    assert next(live.views("1m"))["summary"]["speculation"] == {"rate": 0.5, "accepted_per_draft": 1.5}
 
 
 def test_events_of_a_real_engine(tmp_path, monkeypatch) -> None:
     save_tiny(tmp_path, "llama")
     monkeypatch.setattr("dispec.serving.dashboard.dashboard_events.INTERVAL", 0.01)
+    monkeypatch.setattr("dispec.serving.dashboard.engine_usage.MIN_SECONDS", 0.01)
 
     async def run() -> None:
         async with running_client(tmp_path) as client:
-            live = DashboardState()
-            live.attach(client)
-            events = dashboard_events(client, live, KVCacheInspector(client))
+            events = dashboard_events(client, DashboardState(client), EngineUsage(client), "1m")
             while (event := await anext(events))["pool"] is None:
                 pass
             pool = event["pool"]
-            assert pool["free"] == pool["total"] == client.info.num_blocks
-            assert pool["block_size"] == client.info.block_size
+            assert pool["free"] == pool["total"] == client.info.num_blocks == event["info"]["num_blocks"]
+            assert event["info"]["block_size"] == client.info.block_size
             assert event["info"]["max_model_len"] == client.info.max_model_len
-            assert event["state"] == "ready"
+            assert (event["state"], event["reason"]) == ("ready", "")
+            server, engine = event["engines"]
+            assert (server["pid"], engine["pid"]) == (os.getpid(), client.info.pid)
+            assert engine["memory"] == pytest.approx(psutil.Process(client.info.pid).memory_info().rss, rel=0.5)
 
             await generate(client, list(range(64)), SamplingParams(max_tokens=3))
             while (event := await anext(events))["pool"]["cached"] == 0:
@@ -161,16 +269,20 @@ def test_events_of_a_real_engine(tmp_path, monkeypatch) -> None:
             assert event["pool"] == pool | {"cached": 4, "free": pool["total"] - 4}
 
             stream = ask(client, list(range(64)), SamplingParams(max_tokens=400, ignore_eos=True))
-            while (event := await anext(events))["pool"]["used"] == 0:
+            while (event := await anext(events))["pool"]["used"] == 0 or event["unfinished"][0]["state"] != "decode":
                 pass
             assert event["running"] == 1
+            assert event["kv_usage"] > 0
             assert sum(event["pool"][kind] for kind in ("used", "cached", "free")) == pool["total"]
+            (row,) = event["unfinished"]
+            assert (row["id"], row["prompt"], row["cached"]) == ("test", 64, 63)
             stream.abort()
             while (event := await anext(events))["pool"]["used"] > 0:
                 pass
             # No step reports the end of the last request.
-            assert event["running"] == event["waiting"] == 0
-            while not any(point["running"] == 0 for point in event["seconds"]):
+            assert event["running"] == event["waiting"] == event["kv_usage"] == 0
+            assert event["unfinished"] == []
+            while not any(point["running"] == 0 for point in event["points"]):
                 event = await anext(events)
 
             # An open page does not keep a server from shutting down.
@@ -178,6 +290,46 @@ def test_events_of_a_real_engine(tmp_path, monkeypatch) -> None:
             assert [event["state"] async for event in events] == ["draining"]
 
     asyncio.run(run())
+
+
+def test_an_idle_engine_is_not_woken(monkeypatch) -> None:
+    """The engine is asked for its counts at first, after new steps, and until it has told that it is idle."""
+    asked = []
+
+    class Idle(Client):
+        state, info = "ready", SimpleNamespace(pid=os.getpid())
+
+        async def inspect(self, *, verify: bool) -> Inspection:
+            asked.append(verify)
+            return Inspection(0, 0, 0, 0, 3, 100_000, None)
+
+    async def run() -> None:
+        clock = Clock()
+        usage = EngineUsage(Idle(), clock)
+
+        async def read(num_steps: int) -> list:
+            clock.now += 1
+            usage.rows(num_steps)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            clock.now += 1
+            return usage.rows(num_steps)
+
+        _, engine = await read(0)
+        assert engine["pool"] == {"used": 0, "cached": 3, "free": 99_997, "total": 100_000}
+        assert asked == [False]  # without the check of 100,000 blocks
+        await read(0)
+        assert asked == [False]
+        await read(1)
+        assert asked == [False, False]
+
+    asyncio.run(run())
+
+
+def test_a_pool_of_100_000_blocks_is_three_numbers_in_an_event(live, client) -> None:
+    rows = [{"pool": {"used": 40_000, "cached": 20_000, "free": 40_000, "total": 100_000}}] * 2
+    assert pool_of(rows) == {"used": 80_000, "cached": 40_000, "free": 80_000, "total": 200_000}
+    assert pool_of([*rows, {"pool": None}]) is pool_of([{"name": "server"}]) is None
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +345,7 @@ def test_the_files_of_the_page(checkpoint) -> None:
         assert page.headers["content-type"].startswith("text/html")
         assert "default-src 'none'" in page.headers["content-security-policy"]
         assert client.get("/dashboard/").text == page.text
-        for name in ("dashboard.js", "charts.js", "chat.js", "stream.js", "dashboard.css", "chat.css"):
+        for name in ("dashboard.js", "charts.js", "chat.js", "tables.css"):
             assert client.get(f"/dashboard/{name}").status_code == 200
         for name in ("index.html", "nothing.js", "..%2Fmetrics.py", "%2e%2e/metrics.py"):
             assert client.get(f"/dashboard/{name}").status_code == 404

@@ -126,6 +126,14 @@ def free_memory(device: torch.device, utilization: float) -> int:
     return psutil.virtual_memory().available
 
 
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Return the used and all bytes of a GPU, those of other processes included; zeros for a CPU."""
+    if device.type != "cuda":
+        return 0, 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free, total
+
+
 def weight_bytes(weights: Weights) -> int:
     """Return the bytes of all weights. A tensor that is used in two places counts once."""
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(weights) if isinstance(leaf, Tensor)]

@@ -101,8 +101,8 @@ class EngineLoop:
                     self._engine.resume(self._requests[message.request_id].choices[0], message.outputs)
             case Abort():
                 self._abort(message)
-            case Inspect():
-                self._channel.send(self._inspection())
+            case Inspect(verify=verify):
+                self._channel.send(self._inspection(verify))
             case Shutdown():
                 self._is_running = False
 
@@ -210,13 +210,15 @@ class EngineLoop:
                 self._engine.finish(sequence, "error")
             self._channel.send(Failed(failed.request_id, failed.error or "the engine could not continue it"))
 
-    def _inspection(self) -> Inspection:
+    def _inspection(self, verify: bool) -> Inspection:
         scheduler = self._engine.scheduler
         problem = None
         try:
-            scheduler.check()
+            if verify:
+                scheduler.check()
         except AssertionError as error:
             problem = str(error)
+        used, total = self._engine.device_memory()
         return Inspection(
             num_requests=len(self._requests) + len(self._grammars),
             num_running=len(scheduler.running),
@@ -225,6 +227,8 @@ class EngineLoop:
             num_cached_blocks=scheduler.pool.num_cached,
             num_blocks=scheduler.pool.num_usable,
             problem=problem,
+            device_memory_used=used,
+            device_memory_total=total,
         )
 
 

@@ -78,7 +78,9 @@ class Abort(msgspec.Struct, tag=True):
 
 
 class Inspect(msgspec.Struct, tag=True):
-    """Ask for an `Inspection`."""
+    """Ask for an `Inspection`. verify: with `Scheduler.check`, whose time grows with the number of blocks."""
+
+    verify: bool = True
 
 
 class Shutdown(msgspec.Struct, tag=True):
@@ -160,6 +162,7 @@ class Inspection(msgspec.Struct, tag=True):
     """Counts of requests, of their choices and of KV blocks. problem: the assertion of `Scheduler.check` that failed.
 
     num_requests: requests that have not ended; num_running and num_waiting count their choices.
+    device_memory_used, device_memory_total: bytes of the GPU, those of other processes included; 0 on a CPU.
     """
 
     num_requests: int
@@ -169,6 +172,8 @@ class Inspection(msgspec.Struct, tag=True):
     num_cached_blocks: int
     num_blocks: int
     problem: str | None
+    device_memory_used: int = 0
+    device_memory_total: int = 0
 
 
 class IsCompiled(msgspec.Struct, tag=True):

@@ -3,12 +3,13 @@
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal
 
 from dispec.engine.process.messages import EngineInfo, Inspection
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.engine.text.tokenizer import Tokenizer
+from dispec.serving.client.errors import EngineDied
 from dispec.serving.client.request_stream import GenerationRequest, RequestStream
 from dispec.serving.client.slo import Slo
 
@@ -62,6 +63,16 @@ class EngineClient(ABC):
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer; None until the engine is ready, and for a model without one."""
 
+    @property
+    def num_used_blocks(self) -> int:
+        """KV blocks that the last step used; 0 without requests."""
+        return 0
+
+    @property
+    def last_death(self) -> EngineDied | None:
+        """Why the engine that died last did; None before."""
+        return None
+
     @abstractmethod
     async def start(self) -> EngineInfo:
         """Start the engine and wait until it can serve. Raises EngineDied with the engine's own error and a hint."""
@@ -79,8 +90,11 @@ class EngineClient(ABC):
         """Return whether requests are accepted and make progress, and the reason if not."""
 
     @abstractmethod
-    async def inspect(self) -> Inspection:
-        """Return the scheduler's counts, verified between two steps. Raises NotReady or EngineDied."""
+    async def inspect(self, *, verify: bool = True) -> Inspection:
+        """Return the scheduler's counts between two steps. Raises NotReady or EngineDied.
+
+        verify: check that the block pool's books agree, which takes time proportional to the number of blocks.
+        """
 
     @abstractmethod
     def _stop_accepting(self) -> None:
@@ -101,6 +115,16 @@ class EngineClient(ABC):
         return not unfinished
 
     @property
+    def streams(self) -> Collection[RequestStream]:
+        """Unfinished requests, in the order of their arrival."""
+        return self._streams.values()
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV blocks that the last step used; 0 without requests."""
+        return self.num_used_blocks / self.info.num_blocks if self.info is not None else 0.0
+
+    @property
     def load(self) -> int:
         """Number of unfinished requests."""
         return len(self._streams)
@@ -108,12 +132,12 @@ class EngineClient(ABC):
     @property
     def num_running(self) -> int:
         """Unfinished choices of requests that an engine has started."""
-        return sum(stream.num_open for stream in self._streams.values() if stream.timing.started is not None)
+        return sum(stream.num_open for stream in self._streams.values() if stream.has_started)
 
     @property
     def num_waiting(self) -> int:
         """Choices of requests that no engine has started."""
-        return sum(stream.num_open for stream in self._streams.values() if stream.timing.started is None)
+        return sum(stream.num_open for stream in self._streams.values() if not stream.has_started)
 
     def _notify(self, call: Callable[[EngineObserver], None]) -> None:
         for observer in self.observers:

@@ -50,6 +50,7 @@ class EngineSupervisor:
     clock, sleep: the time, replaced in tests.
 
     info, tokenizer: of the engine that runs or ran last; None until the first one is ready.
+    last_death: why the engine that died last did; None before.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class EngineSupervisor:
         self.state: State = "loading"
         self.info: EngineInfo | None = None
         self.tokenizer: Tokenizer | None = None
+        self.last_death: EngineDied | None = None
         self._start = start
         self._receive = receive
         self._on_state = on_state
@@ -195,6 +197,7 @@ class EngineSupervisor:
         assert self._process is not None
         self._process.close()
         self._process = None
+        self.last_death = ending
         if ending.traceback:
             log.error("%s", ending.traceback.rstrip())
         if self.state == "ready":

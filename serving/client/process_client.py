@@ -82,6 +82,7 @@ class ProcessClient(EngineClient):
         self._processors: dict[str, OutputProcessor] = {}  # the reading thread only looks them up
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._inspections: deque[asyncio.Future[Inspection]] = deque()
+        self._num_used_blocks = 0
         self._last_message = 0.0  # when it came from the engine
         self._busy_since = 0.0
 
@@ -96,6 +97,14 @@ class ProcessClient(EngineClient):
     @property
     def tokenizer(self) -> Tokenizer | None:
         return self._supervisor.tokenizer
+
+    @property
+    def num_used_blocks(self) -> int:
+        return self._num_used_blocks if self._streams else 0  # no step follows the last one to report free blocks
+
+    @property
+    def last_death(self) -> EngineDied | None:
+        return self._supervisor.last_death
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -166,7 +175,7 @@ class ProcessClient(EngineClient):
     def _shed_late(self, stream: RequestStream) -> None:
         """End a request that missed its TTFT target in the queue."""
         slo = stream.request.slo
-        if slo is None or stream.has_ended or stream.timing.started is not None:
+        if slo is None or stream.has_ended or stream.has_started:
             return
         self._notify(lambda observer: observer.on_shed(slo))
         self._end(stream, Overloaded(f"the request waited for {slo.ttft:g} s, the target of {slo.name!r}"))
@@ -185,21 +194,21 @@ class ProcessClient(EngineClient):
         quiet = time.perf_counter() - max(self._last_message, self._busy_since)
         if self._has_work and quiet > self._stall_seconds:
             if not self._inspections:
-                self._request_inspection()  # keeps the time counting after the requests have been aborted
+                self._request_inspection(verify=False)  # keeps the time counting after the requests have been aborted
             return False, f"the engine has work and has not ended a step for {quiet:.0f} s"
         return True, "ready"
 
-    async def inspect(self) -> Inspection:
+    async def inspect(self, *, verify: bool = True) -> Inspection:
         if self.state not in ("ready", "draining"):
             raise self._supervisor.not_ready()
-        return await self._request_inspection()
+        return await self._request_inspection(verify=verify)
 
-    def _request_inspection(self) -> asyncio.Future[Inspection]:
+    def _request_inspection(self, *, verify: bool) -> asyncio.Future[Inspection]:
         if not self._has_work:
             self._busy_since = time.perf_counter()
         future: asyncio.Future[Inspection] = self._loop.create_future()
         self._inspections.append(future)
-        self._supervisor.send(Inspect())
+        self._supervisor.send(Inspect(verify))
         return future
 
     @property
@@ -265,7 +274,7 @@ class ProcessClient(EngineClient):
         for key, started in message.started.items():
             self._admission.leave(key, started=True)
             if key in self._streams:
-                self._streams[key].timing.started = started
+                self._streams[key].start(started)
         for key, update in updates:
             stream = self._streams.get(key)
             if stream is None:
@@ -283,6 +292,7 @@ class ProcessClient(EngineClient):
                 self._forget(stream)
         record = message.record
         if record is not None:
+            self._num_used_blocks = record.num_used_blocks
             self._admission.prefill_throughput.observe(record)
             self._notify(lambda observer: observer.on_step(record, message.finished))
 

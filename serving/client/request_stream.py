@@ -157,6 +157,11 @@ class RequestStream(AsyncIterator[ChoiceUpdate]):
         return slo.is_met(self.timing.ttft if has_token else None, self.gaps)
 
     @property
+    def has_started(self) -> bool:
+        """Whether an engine has scheduled it."""
+        return self.timing.started is not None
+
+    @property
     def has_ended(self) -> bool:
         return self.timing.finished is not None
 
@@ -201,6 +206,10 @@ class RequestStream(AsyncIterator[ChoiceUpdate]):
     def accept(self) -> None:
         self.is_accepted = True
         self._wake()
+
+    def start(self, now: float) -> None:
+        """The engine scheduled the request for the first time at `now`."""
+        self.timing.started = now
 
     def take(self, update: ChoiceUpdate, now: float) -> None:
         """Add an update of a step that ended at `now`."""

@@ -27,6 +27,10 @@ class SubRequest(RequestStream):
         self.whole = whole
         self.client = client
 
+    def start(self, now: float) -> None:
+        super().start(now)
+        self.whole.sub_request_started(now)
+
     def accept(self) -> None:
         self.is_accepted = True
         self.whole.sub_request_accepted()
@@ -72,10 +76,16 @@ class MigratedStream(RequestStream):
         return "prefill" if self._prefill is not None else "decode"
 
     @property
-    def has_started(self) -> bool:
-        """Whether that engine has started it."""
+    def engine(self) -> ProcessClient | None:
+        """The engine that serves it now, or did last."""
         current = self._prefill or self._decode
-        return current is not None and current.timing.started is not None
+        return current.client if current is not None else None
+
+    @property
+    def has_started_there(self) -> bool:
+        """Whether that engine has scheduled it."""
+        current = self._prefill or self._decode
+        return current is not None and current.has_started
 
     def begin(self, prefill: ProcessClient, decode: ProcessClient, transfer_id: str) -> None:
         """Compute the prompt on one engine and continue with the other. Raises as `EngineClient.submit`."""
@@ -96,12 +106,14 @@ class MigratedStream(RequestStream):
         if all(sub_request.is_accepted for sub_request in self._sub_requests):
             self.accept()
 
+    def sub_request_started(self, now: float) -> None:
+        if not self.has_started:
+            self.start(now)
+
     def sub_request_updated(self, sub_request: SubRequest, update: ChoiceUpdate, now: float) -> None:
         if self.has_ended or sub_request not in self._sub_requests:
             return
         self._outputs[update.index] += update.token_ids
-        if self.timing.started is None:
-            self.timing.started = sub_request.timing.started
         is_first = self.timing.first_token is None
         self.take(update, now)
         if is_first:

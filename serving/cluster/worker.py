@@ -18,14 +18,13 @@ class WorkerStatistics(EngineObserver):
     num_prompt_tokens: computed here; num_output_tokens: generated here, by requests that have ended. ttft: seconds from
     the engine's receipt of a request to its first token of it; itl: between its tokens; step: of a step.
     num_received_prompts, num_failed_receives, num_sent_prompts: prompts with KV that came, that did not come, and that
-    was published for other engines; num_received_blocks and num_sent_blocks: their blocks. num_used_blocks: by the last
-    step.
+    was published for other engines; num_received_blocks and num_sent_blocks: their blocks.
     """
 
     def __init__(self) -> None:
         self.num_prompt_tokens = self.num_output_tokens = self.num_requests = self.num_preemptions = 0
         self.num_received_prompts = self.num_failed_receives = self.num_sent_prompts = 0
-        self.num_received_blocks = self.num_sent_blocks = self.num_used_blocks = 0
+        self.num_received_blocks = self.num_sent_blocks = 0
         self.ttft, self.itl, self.step = Distribution(FIRST_TOKEN), Distribution(BETWEEN_TOKENS), Distribution(STEP)
 
     def on_step(self, record: StepRecord, finished: float) -> None:
@@ -36,7 +35,6 @@ class WorkerStatistics(EngineObserver):
         self.num_sent_prompts += record.num_sent_prompts
         self.num_received_blocks += record.num_received_blocks
         self.num_sent_blocks += record.num_sent_blocks
-        self.num_used_blocks = record.num_used_blocks
         self.step.add([record.seconds])
 
     def on_first_token(self, stream: RequestStream) -> None:
@@ -66,9 +64,3 @@ class Worker:
     @property
     def is_ready(self) -> bool:
         return self.client.state == "ready" and not self.is_leaving
-
-    @property
-    def kv_usage(self) -> float:
-        """Share of its KV blocks that its last step used; 0 without requests."""
-        info = self.client.info
-        return self.statistics.num_used_blocks / info.num_blocks if info is not None and self.client.load else 0.0

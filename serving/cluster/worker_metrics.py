@@ -21,7 +21,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[Worker], float]], ...] = (
     ("up", "1 if this engine takes requests, else 0.", lambda worker: float(worker.is_ready)),
     ("running_requests", "Requests in this engine's batches.", lambda worker: worker.client.num_running),
     ("waiting_requests", "Requests that wait in this engine.", lambda worker: worker.client.num_waiting),
-    ("kv_cache_usage", "Share of this engine's KV cache in use.", lambda worker: worker.kv_usage),
+    ("kv_cache_usage", "Share of this engine's KV cache in use.", lambda worker: worker.client.kv_usage),
 )
 _COUNTERS: tuple[tuple[str, str, Callable[[WorkerStatistics], float]], ...] = (
     ("requests", "Requests that this engine had a part in.", lambda counts: counts.num_requests),

@@ -88,6 +88,15 @@ class WorkerPool(EngineClient):
     def tokenizer(self) -> Tokenizer | None:
         return next((worker.client.tokenizer for worker in self.workers if worker.client.tokenizer is not None), None)
 
+    @property
+    def num_used_blocks(self) -> int:
+        return sum(worker.client.num_used_blocks for worker in self.workers)
+
+    @property
+    def last_death(self) -> EngineDied | None:
+        deaths = (worker.client.last_death for worker in self.workers if worker.client.state != "ready")
+        return next((death for death in deaths if death is not None), None)
+
     def add_worker(self, role: Role) -> Worker:
         """Return a new worker that the caller must start. It shares the cores with the others."""
         worker = self._make(role)
@@ -111,8 +120,8 @@ class WorkerPool(EngineClient):
             rates = (worker.client.prefill_tokens_per_second for worker in workers)
             capacity = max(1, round(max(rates, default=0.0)) or 1000)
             sizes = [len(stream.request.prompt_token_ids) for stream in streams]
-        running = sum(size for stream, size in zip(streams, sizes, strict=True) if stream.has_started)
-        usage = max((worker.kv_usage for worker in workers), default=0.0)
+        running = sum(size for stream, size in zip(streams, sizes, strict=True) if stream.has_started_there)
+        usage = max((worker.client.kv_usage for worker in workers), default=0.0)
         attainment = sum(self._met_slos) / len(self._met_slos) if self._met_slos else 1.0
         return Observation(sum(sizes) - running, running, capacity, usage, attainment)
 
@@ -174,10 +183,12 @@ class WorkerPool(EngineClient):
         answers = [worker.client.is_ready() for worker in self.workers if worker.is_ready]
         return next((answer for answer in answers if answer[0]), answers[0] if answers else (False, "no engine is up"))
 
-    async def inspect(self) -> Inspection:
+    async def inspect(self, *, verify: bool = True) -> Inspection:
         """Return the sums of all engines' counts. Raises NotReady or EngineDied."""
         found = [
-            await worker.client.inspect() for worker in self.workers if worker.client.state in ("ready", "draining")
+            await worker.client.inspect(verify=verify)
+            for worker in self.workers
+            if worker.client.state in ("ready", "draining")
         ]
         if not found:
             raise self._not_ready()

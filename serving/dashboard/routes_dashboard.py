@@ -13,14 +13,16 @@ from litestar.params import FromPath
 from litestar.response import Stream
 
 from dispec.serving.client.engine_client import EngineClient
-from dispec.serving.dashboard.dashboard_events import KVCacheInspector, dashboard_events
+from dispec.serving.dashboard.dashboard_events import dashboard_events
 from dispec.serving.dashboard.dashboard_state import DashboardState
+from dispec.serving.dashboard.engine_usage import EngineUsage
+from dispec.serving.dashboard.time_buckets import RANGES
 from dispec.serving.http.errors import ApiError
 from dispec.serving.http.web_assets import INSTALL, plotly_script
 
 _DIRECTORY = Path(__file__).parent / "page"
 _TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
-_FILES = ("dashboard.css", "chat.css", "dashboard.js", "charts.js", "chat.js", "stream.js")
+_FILES = frozenset(path.name for path in _DIRECTORY.iterdir()) - {"index.html"}
 _HEADERS = {
     # Text from a model can make the page load or send nothing elsewhere. Plotly sets styles.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline';"
@@ -38,8 +40,7 @@ def _gzipped(path: Path) -> bytes:
 
 def dashboard_router(client: EngineClient) -> Router:
     """Return the routes below /dashboard."""
-    state, inspector = DashboardState(), KVCacheInspector(client)
-    state.attach(client)
+    state, usage = DashboardState(client), EngineUsage(client)
 
     @get("/", sync_to_thread=False)
     def page() -> Response[bytes]:
@@ -65,9 +66,13 @@ def dashboard_router(client: EngineClient) -> Router:
         return Response(content, media_type=_TYPES["js"], headers=headers)
 
     @get("/events")
-    async def events() -> Stream:
+    async def events(request: Request) -> Stream:
+        name = request.query_params.get("range", "1m")
+        if name not in RANGES:
+            raise ApiError(400, f"range is {name!r:.100}, must be one of {', '.join(RANGES)}", param="range")
+
         async def encoded() -> AsyncIterator[bytes]:
-            async for event in dashboard_events(client, state, inspector):
+            async for event in dashboard_events(client, state, usage, name):
                 yield b"data: " + msgspec.json.encode(event) + b"\n\n"
 
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

@@ -10,7 +10,6 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from dispec.engine.process.messages import EngineInfo
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.serving.client.engine_client import EngineClient, EngineObserver
 from dispec.serving.client.request_stream import RequestStream
@@ -35,7 +34,6 @@ class Metrics(EngineObserver):
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self.labels = {"model_name": model_name, "engine": "0"}
-        self._num_used_blocks = 0
         self._make_vllm_counters()
         self._make_vllm_histograms()
         self._make_own_metrics()
@@ -52,11 +50,9 @@ class Metrics(EngineObserver):
             gauge.set_function(lambda: client.num_running)
         for gauge in (self._vllm_waiting, self._waiting):
             gauge.set_function(lambda: client.num_waiting)
-        # No step follows the last one to report that its blocks are free.
-        self._vllm_kv_usage.set_function(lambda: self._used_share(client.info) if client.load else 0.0)
+        self._vllm_kv_usage.set_function(lambda: client.kv_usage)
 
     def on_step(self, record: StepRecord, finished: float) -> None:
-        self._num_used_blocks = record.num_used_blocks
         self._preemptions.inc(record.num_preempted)
         self._iteration_tokens.observe(record.num_tokens)
         self._batch_tokens.observe(record.num_tokens)
@@ -82,7 +78,7 @@ class Metrics(EngineObserver):
         for reason in stream.finish_reasons:
             self._success.labels(**self.labels, finished_reason=reason).inc()
         timing = stream.timing
-        if timing.started is None:
+        if not stream.has_started:
             return  # rejected, or aborted in the queue: it says nothing about the speed of requests
         for counter in (self._generation_tokens, self._tokens_generated):
             counter.inc(stream.num_output_tokens)
@@ -112,9 +108,6 @@ class Metrics(EngineObserver):
 
     def _count_slo(self, slo: Slo, outcome: str) -> None:
         self._slo_requests.labels(**self.labels, slo=slo.name, outcome=outcome).inc()
-
-    def _used_share(self, info: EngineInfo | None) -> float:
-        return self._num_used_blocks / info.num_blocks if info is not None else 0.0
 
     def _make_vllm_counters(self) -> None:
         counter, gauge = self._counter, self._gauge

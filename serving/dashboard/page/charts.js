@@ -1,16 +1,17 @@
 // Plotly charts of the server's events. Colours come from the style sheet, which has the light and the dark theme.
+// A chart is drawn while it is on the screen.
 
-export const SPAN = 120; // seconds of history
+const SMOOTHING = 10; // seconds, as of the server's rates
+const visible = new Set();
 
-const drawn = new Set();
-const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+export const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 // Plotly shows times as UTC: shifted, they are local times.
 const localTime = (seconds) => new Date((seconds - new Date().getTimezoneOffset() * 60) * 1000).toISOString();
 
 function layout(extra) {
   const axis = { gridcolor: color("line"), linecolor: color("line"), zeroline: false, fixedrange: true };
   const merged = {
-    margin: { l: 42, r: 8, t: 6, b: 20 },
+    margin: { l: 44, r: 8, t: 6, b: 20 },
     paper_bgcolor: "transparent",
     plot_bgcolor: "transparent",
     font: { family: getComputedStyle(document.body).fontFamily, size: 11, color: color("muted") },
@@ -20,20 +21,25 @@ function layout(extra) {
     ...extra,
   };
   merged.xaxis = { ...axis, showgrid: false, ...extra.xaxis };
-  merged.yaxis = { ...axis, nticks: 4, rangemode: "tozero", ...extra.yaxis };
+  merged.yaxis = { ...axis, nticks: 4, rangemode: "tozero", separatethousands: true, ...extra.yaxis };
   return merged;
 }
 
 function draw(id, traces, extra) {
-  drawn.add(id);
   window.Plotly.react(id, traces, layout(extra), { displayModeBar: false, responsive: true });
 }
 
-function drawOverTime(id, now, traces, extra = {}) {
+function drawOverTime(id, { now, range }, traces, yaxis) {
   draw(id, traces, {
     hovermode: "x unified",
-    xaxis: { type: "date", range: [localTime(now - SPAN), localTime(now)], nticks: 4, tickformat: "%H:%M:%S" },
-    ...extra,
+    xaxis: {
+      type: "date",
+      range: [localTime(now - range.span), localTime(now)],
+      nticks: 5,
+      tickformat: range.span > 60 ? "%H:%M" : "%H:%M:%S",
+      hoverformat: "%H:%M:%S",
+    },
+    yaxis,
   });
 }
 
@@ -41,111 +47,103 @@ const line = (x, y, name, colorName, more = {}) => ({
   x, y, name, type: "scatter", mode: "lines", line: { color: color(colorName), width: 1.8 }, ...more,
 });
 const area = (x, y, name, colorName) => line(x, y, name, colorName, {
-  stackgroup: "all", line: { color: color(colorName), width: 0, shape: "hv" }, fillcolor: color(colorName),
+  stackgroup: "all", line: { color: color(colorName), width: 0, shape: "hv" }, fillcolor: color(colorName), hovertemplate: "%{y:,.3~r}",
 });
 
-export function drawHistory(seconds, now) {
-  const x = seconds.map((second) => localTime(second.at));
-  const series = (name) => seconds.map((second) => second[name]);
-  const rate = { hovertemplate: "%{y:.0f}" };
-  drawOverTime("chart-out", now, [line(x, series("output"), "output", "decode", rate)], { yaxis: atLeast(seconds, ["output"], 10) });
-  drawOverTime(
-    "chart-in",
-    now,
-    [{ ...area(x, series("computed"), "computed", "prefill"), ...rate }, { ...area(x, series("cached"), "cached", "cached"), ...rate }],
-    { yaxis: atLeast(seconds, ["computed", "cached"], 10) },
-  );
-  for (const [id, name] of [["chart-ttft", "ttft"], ["chart-gap", "gap"]]) {
-    const milliseconds = (index) => seconds.map((second) => (second[name] ? second[name][index] * 1000 : null));
-    const shown = { mode: "lines+markers", marker: { size: 3.5 }, hovertemplate: "%{y:.1f} ms" };
-    drawOverTime(id, now, [line(x, milliseconds(1), "p95", "faint", shown), line(x, milliseconds(0), "median", "decode", shown)], {
-      yaxis: seconds.some((second) => second[name]) ? {} : { range: [0, 100] },
+// An axis from 0 to at least `minimum`, so that small numbers look small.
+function atLeast(minimum, ...series) {
+  const sums = series[0].map((_, index) => series.reduce((sum, one) => sum + (one[index] ?? 0), 0));
+  return Math.max(0, ...sums) < minimum ? { range: [0, 1.05 * minimum] } : {};
+}
+
+// The mean of the points of the last seconds, at each point.
+export function smoothed(values, width) {
+  const count = Math.max(1, Math.round(SMOOTHING / width));
+  return values.map((_, index) => {
+    const last = values.slice(Math.max(0, index + 1 - count), index + 1);
+    return last.reduce((sum, value) => sum + value, 0) / last.length;
+  });
+}
+
+function latency(id, name, factor, unit) {
+  return (view) => {
+    const x = times(view);
+    const values = (index) => view.points.map((point) => (point[name] ? point[name][index] * factor : null));
+    const shown = { mode: "lines+markers", marker: { size: 3.5 }, hovertemplate: `%{y:,.3~r} ${unit}` };
+    const yaxis = view.points.some((point) => point[name]) ? {} : { range: [0, 105] };
+    drawOverTime(id, view, [line(x, values(1), "p95", "faint", shown), line(x, values(0), "p50", "decode", shown)], yaxis);
+  };
+}
+
+// A point stands at the end of its bucket.
+const times = ({ points, range }) => points.map((point) => localTime(point.at + range.width));
+const column = ({ points }, name) => points.map((point) => point[name]);
+
+function steps(id, name) {
+  return ({ steps: list }) => {
+    const x = list.map((step) => step.number);
+    const y = list.map((step) => step[name]);
+    const bars = {
+      x, y, name, type: "bar", marker: { color: color(name) }, customdata: list.map((step) => step.seconds * 1000),
+      hovertemplate: `step %{x}: %{y:,} ${name} tokens, %{customdata:.1f} ms<extra></extra>`,
+    };
+    const last = Math.max(80, x.at(-1) ?? 0);
+    draw(id, [bars], {
+      bargap: 0.15,
+      xaxis: { range: [last - 79.5, last + 0.5], nticks: 5, tickformat: ",d" },
+      yaxis: atLeast(4, y),
     });
-  }
-  drawOverTime("chart-load", now, [area(x, series("running"), "running", "decode"), area(x, series("waiting"), "waiting", "queue")], {
-    yaxis: atLeast(seconds, ["running", "waiting"], 4),
-  });
+  };
 }
 
-function atLeast(seconds, names, minimum) {
-  const highest = Math.max(0, ...seconds.map((second) => names.reduce((sum, name) => sum + second[name], 0)));
-  return highest < minimum ? { range: [0, minimum] } : {};
-}
+const CHARTS = {
+  "chart-output": (view) => {
+    const x = times(view);
+    const rates = column(view, "output");
+    const shown = { hovertemplate: "%{y:,.0f}" };
+    const traces = [line(x, rates, `${view.range.width} s`, "faint", shown)];
+    traces.push(line(x, smoothed(rates, view.range.width), "mean of 10 s", "decode", { ...shown, line: { color: color("decode"), width: 2.2 } }));
+    drawOverTime("chart-output", view, traces, atLeast(10, rates));
+  },
+  "chart-input": (view) => {
+    const [computed, cached] = [column(view, "computed"), column(view, "cached")];
+    const traces = [area(times(view), computed, "computed", "prefill"), area(times(view), cached, "cached", "cached")];
+    drawOverTime("chart-input", view, traces, atLeast(10, computed, cached));
+  },
+  "chart-ttft": latency("chart-ttft", "ttft", 1000, "ms"),
+  "chart-itl": latency("chart-itl", "itl", 1000, "ms"),
+  "chart-e2e": latency("chart-e2e", "e2e", 1, "s"),
+  "chart-queue": latency("chart-queue", "queue", 1000, "ms"),
+  "chart-load": (view) => {
+    const [running, waiting] = [column(view, "running"), column(view, "waiting")];
+    const traces = [area(times(view), running, "running", "decode"), area(times(view), waiting, "waiting", "queue")];
+    drawOverTime("chart-load", view, traces, atLeast(4, running, waiting));
+  },
+  "chart-finished": (view) => {
+    const rates = column(view, "finished");
+    drawOverTime("chart-finished", view, [area(times(view), rates, "requests/s", "decode")], atLeast(2, rates));
+  },
+  "chart-kv": (view) => {
+    const shares = column(view, "kv_usage").map((share) => 100 * share);
+    drawOverTime("chart-kv", view, [area(times(view), shares, "%", "decode")], { range: [0, 105], ticksuffix: " %" });
+  },
+  "chart-decode": steps("chart-decode", "decode"),
+  "chart-prefill": steps("chart-prefill", "prefill"),
+};
 
-export function drawSteps(steps) {
-  const x = steps.map((step) => step.number);
-  const customdata = steps.map((step) => step.seconds * 1000);
-  const bar = (name) => ({
-    x, y: steps.map((step) => step[name]), name, type: "bar", customdata, marker: { color: color(name) },
-    hovertemplate: `%{y} ${name}, %{customdata:.1f} ms<extra></extra>`,
-  });
-  const last = x.at(-1) ?? 0;
-  draw("chart-steps", [bar("decode"), bar("prefill")], {
-    barmode: "stack",
-    bargap: 0.15,
-    xaxis: { range: [last - 79.5, last + 0.5], nticks: 5, tickformat: "d" },
-    yaxis: steps.length ? {} : { range: [0, 10] },
-  });
-}
-
-// Each cell stands for the same number of blocks: first used blocks, then cached ones, then free ones.
-export function drawPool(pool, width) {
-  const columns = Math.max(16, Math.min(64, Math.floor(width / 15)));
-  const perCell = Math.max(1, Math.ceil(pool.total / (columns * 8)));
-  const cells = Math.max(1, Math.ceil(pool.total / perCell));
-  const rows = Math.ceil(cells / columns);
-  const used = Math.min(cells, Math.ceil(pool.used / perCell));
-  const usedOrCached = Math.min(cells, Math.max(used, Math.ceil((pool.used + pool.cached) / perCell)));
-  const kind = (cell) => (cell >= cells ? null : cell < used ? 0 : cell < usedOrCached ? 1 : 2);
-  const z = Array.from({ length: rows }, (_, row) => Array.from({ length: columns }, (_, column) => kind(row * columns + column)));
-  const shades = ["decode", "cached", "free"].map(color);
-  const colorscale = shades.flatMap((shade, index) => [[index / 3, shade], [(index + 1) / 3, shade]]);
-  const hidden = { visible: false, showgrid: false };
-  document.getElementById("chart-pool").style.height = `${(rows * width) / columns}px`;
-  draw("chart-pool", [{ z, type: "heatmap", zmin: -0.5, zmax: 2.5, colorscale, showscale: false, xgap: 2, ygap: 2, hoverinfo: "skip" }], {
-    margin: { l: 0, r: 0, t: 0, b: 0 },
-    xaxis: hidden,
-    yaxis: { ...hidden, autorange: "reversed" },
-  });
-  return perCell;
-}
-
-export function drawRequests(requests, width) {
-  const narrow = width < 560;
-  const shown = requests.slice(0, narrow ? 8 : 14);
-  const y = shown.map((_, index) => index);
-  const bar = (phase) => ({
-    y, x: shown.map((request) => request[phase]), name: phase, type: "bar", orientation: "h",
-    marker: { color: color(phase) },
-    customdata: shown.map((request) => [request.id, request.error ?? ""]),
-    hovertemplate: `${phase} %{x:.3f} s<br>%{customdata[0]}<br>%{customdata[1]}<extra></extra>`,
-  });
-  const element = document.getElementById("chart-requests");
-  element.style.height = `${shown.length * 22 + 28}px`;
-  draw("chart-requests", ["queue", "prefill", "decode"].map(bar), {
-    barmode: "stack",
-    bargap: 0.35,
-    margin: { l: 8, r: 12, t: 0, b: 20 },
-    xaxis: { showgrid: true, rangemode: "tozero", ticksuffix: " s", nticks: 6 },
-    yaxis: {
-      tickvals: y, ticktext: shown.map((request) => label(request, narrow)), autorange: "reversed", nticks: 0,
-      automargin: true, showgrid: false,
-      tickfont: { family: "ui-monospace, SFMono-Regular, Menlo, DejaVu Sans Mono, monospace", size: narrow ? 10 : 11 },
+// onVisible: called when a chart comes onto the screen.
+export function watchCharts(onVisible) {
+  const observer = new IntersectionObserver(
+    (entries) => {
+      for (const { target, isIntersecting } of entries) visible[isIntersecting ? "add" : "delete"](target.id);
+      onVisible();
     },
-  });
+    { rootMargin: "200px" },
+  );
+  for (const id of Object.keys(CHARTS)) observer.observe(document.getElementById(id));
 }
 
-function label(request, narrow) {
-  const wide = (text, length) => String(text).padStart(length, "\u00a0");
-  const time = new Date(request.at * 1000).toTimeString().slice(0, 8);
-  const total = request.queue + request.prefill + request.decode;
-  const seconds = `${wide(total.toFixed(2), 6)} s`;
-  const reason = request.reason.padEnd(6, "\u00a0");
-  if (narrow) return `${time} ${reason} ${seconds} `;
-  return `${time}  ${wide(request.prompt, 6)} in ${wide(request.output, 5)} out  ${reason} ${seconds} `;
-}
-
-export function purgeCharts() {
-  for (const id of drawn) window.Plotly.purge(id);
-  drawn.clear();
+// view: {now, range, points, steps}.
+export function drawCharts(view) {
+  for (const id of visible) CHARTS[id](view);
 }

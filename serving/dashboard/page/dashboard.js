@@ -1,16 +1,29 @@
-// The page: receives an event each second, keeps two minutes of them, and shows them.
+// The page: receives an event each second, keeps the points of the chosen range, and shows them.
 
-import { drawHistory, drawPool, drawRequests, drawSteps, purgeCharts, SPAN } from "./charts.js";
+import { color, drawCharts, watchCharts } from "./charts.js";
 import { startChat } from "./chat.js";
+import { age, duration, integer, percent, plural, rate } from "./format.js";
+import { drawPool } from "./pool.js";
 import { request, events, hasKey, HttpError, setKey } from "./stream.js";
+import { forgetRequests, keepEnded, showProcesses, showRequests } from "./tables.js";
 
 const STEPS = 80;
-const REQUESTS = 14;
 const TIMEOUT = 6000; // milliseconds without data after which the connection counts as lost
 const THEMES = ["auto", "light", "dark"];
+const RANGE_NAMES = { "1m": "1 min", "10m": "10 min", "1h": "1 h" };
+const STALE = ["connecting", "unreachable", "locked", "dead"]; // the numbers are of before
+const MESSAGES = {
+  loading: () => "The engine is loading the model. This page updates itself.",
+  draining: ({ running, waiting }) => `The server is shutting down: it finishes ${plural(running + waiting, "request")} and accepts no new ones.`,
+  restarting: ({ reason }) => `The engine died${reason && `: ${reason}`}. It is being restarted.`,
+  dead: ({ reason }) => `The engine is dead${reason && `: ${reason}`}. The server ends.`,
+  stalled: ({ reason }) => `Requests make no progress: ${reason}.`,
+};
 
 const element = (id) => document.getElementById(id);
-const shown = { last: null, seconds: [], steps: [], requests: [], receivedAt: null };
+const shown = { last: null, points: [], steps: [], receivedAt: null };
+let range = localStorage.getItem("dispec-range") in RANGE_NAMES ? localStorage.getItem("dispec-range") : "1m";
+let connection = new AbortController();
 let retrySeconds = 1;
 let wake = () => {};
 
@@ -21,95 +34,85 @@ function append(list, more, most) {
 
 function receive(update) {
   if (update.first) {
-    shown.seconds.length = shown.steps.length = shown.requests.length = 0;
+    shown.points.length = shown.steps.length = 0;
+    forgetRequests();
   }
   shown.last = update;
   shown.receivedAt = new Date();
-  append(shown.seconds, update.seconds, SPAN);
+  append(shown.points, update.points, update.range.span / update.range.width);
   append(shown.steps, update.steps, STEPS);
-  append(shown.requests, update.requests, REQUESTS);
+  keepEnded(update.ended);
   render();
 }
 
 function render() {
   if (document.hidden || !shown.last) return;
-  showNumbers(shown.last);
-  if (!window.Plotly) {
-    element("no-charts").hidden = false;
-    document.querySelectorAll("figure:not(:has(#no-requests))").forEach((figure) => (figure.hidden = true));
-    element("no-requests").hidden = false;
-    return;
-  }
-  drawHistory(shown.seconds, shown.last.now);
-  drawSteps(shown.steps);
-  const { pool } = shown.last;
-  if (pool) {
-    const perCell = drawPool(pool, element("chart-pool").clientWidth);
-    element("pool-scale").textContent = `${pool.total} blocks of ${pool.block_size} tokens` + (perCell > 1 ? `, ${perCell} a cell` : "");
-  }
-  element("no-requests").hidden = shown.requests.length > 0;
-  element("chart-requests").hidden = shown.requests.length === 0;
-  if (shown.requests.length) drawRequests([...shown.requests].reverse(), element("chart-requests").clientWidth);
+  const { last } = shown;
+  showNumbers(last);
+  showRequests(last);
+  showProcesses(last);
+  drawPool(last.pool, last.info?.block_size, color);
+  const hasCharts = Boolean(window.Plotly);
+  element("no-charts").hidden = hasCharts;
+  document.querySelectorAll("figure:not(.plain)").forEach((figure) => (figure.hidden = !hasCharts));
+  if (hasCharts) drawCharts({ now: last.now, range: last.range, points: shown.points, steps: shown.steps });
 }
 
-const integer = (value) => Math.round(value).toLocaleString("en");
-const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(0)} %`);
-const duration = (seconds) =>
-  seconds === undefined ? "–" : seconds >= 1 ? `${seconds.toFixed(2)} s` : `${(seconds * 1000).toFixed(seconds < 0.1 ? 1 : 0)} ms`;
+const text = (id, value) => (element(id).textContent = value);
 
 function showNumbers(update) {
-  const text = (id, value) => (element(id).textContent = value);
-  const last = shown.seconds.slice(-3);
-  const mean = (name) => last.reduce((sum, second) => sum + second[name], 0) / Math.max(1, last.length);
-  text("out-rate", integer(mean("output")));
-  text("in-rate", integer(mean("computed") + mean("cached")));
-  text("ttft-median", duration(update.ttft?.[0]));
-  text("ttft-high", duration(update.ttft?.[1]));
-  text("gap-median", duration(update.gap?.[0]));
-  text("gap-high", duration(update.gap?.[1]));
+  const { summary, info, pool } = update;
+  text("out-rate", rate(summary.output));
+  text("in-rate", rate(summary.input));
+  for (const name of ["ttft", "itl", "e2e", "queue"]) {
+    text(`${name}-median`, duration(summary[name]?.[0]));
+    text(`${name}-high`, duration(summary[name]?.[1]));
+  }
   text("running", integer(update.running));
   text("waiting", integer(update.waiting));
-  text("hit-rate", percent(update.hit_rate));
-  for (const name of ["used", "cached", "free"]) text(`pool-${name}`, update.pool ? integer(update.pool[name]) : "–");
-  element("speculation").hidden = !update.speculation;
-  if (update.speculation) {
-    text("acceptance", percent(update.speculation.rate));
-    text("accepted-length", update.speculation.accepted_per_draft.toFixed(2));
-  }
-  const { info } = update;
-  text("model", info ? [info.model, info.device, info.dtype, `${integer(info.max_model_len)} tokens of context`].join(" · ") : "");
+  text("request-rate", rate(summary.finished));
+  text("busy", percent(Math.min(1, summary.busy)));
+  text("errors", integer(summary.errors + summary.shed));
+  text("errors-unit", summary.errors + summary.shed === 1 ? "request" : "requests");
+  element("errors").parentElement.classList.toggle("alert", summary.errors + summary.shed > 0);
+  text("preemptions", plural(summary.preemptions, "preemption"));
+  text("kv-usage", info ? percent(update.kv_usage) : "–");
+  text("kv-tokens", info ? integer(info.num_blocks * info.block_size) : "–");
+  text("hit-rate", percent(summary.hit_rate));
+  for (const name of ["used", "cached", "free"]) text(`pool-${name}`, pool ? integer(pool[name]) : "–");
+  text("acceptance", summary.speculation ? percent(summary.speculation.rate) : "–");
+  text("acceptance-unit", summary.speculation ? "accepted" : "");
+  text("accepted-length", summary.speculation ? `${summary.speculation.accepted_per_draft.toFixed(2)} tokens per draft` : "no drafts");
+  text("model", info ? [info.model, info.device, info.weights_format, `${integer(info.max_model_len)} tokens of context`].join(" · ") : "");
+  text("bucket", `${update.range.width} s buckets · up `);
+  text("uptime", age(update.uptime));
+  document.querySelectorAll("[data-bucket]").forEach((item) => (item.textContent = `${update.range.width} s`));
+  element("model").title = element("model").textContent; // whole where it is cut
+  document.title = info ? `${info.model} · DiSpec` : "DiSpec";
 }
 
 function showState(state, message) {
   element("state").dataset.state = state;
   element("state").textContent = state;
-  element("banner").textContent = message;
+  if (element("banner").textContent !== message) element("banner").textContent = message; // a reader says it once
   element("banner").hidden = !message;
-  document.body.classList.toggle("stale", state !== "ready");
+  document.body.classList.toggle("stale", STALE.includes(state));
 }
 
-function showServerState({ state, reason }) {
-  const messages = {
-    loading: "The engine is loading the model; this page updates itself.",
-    draining: "The server is shutting down: it finishes running requests and accepts no new ones.",
-    restarting: "The engine died and is being restarted.",
-    dead: "The engine is dead after its last restart: the server ends.",
-    stalled: "Requests are pending, but no step ends.",
-  };
-  const message = messages[state] ?? "";
-  showState(state, message && reason ? `${message} (${reason})` : message);
+function showServerState(update) {
+  showState(update.state, MESSAGES[update.state]?.(update) ?? "");
 }
 
 async function follow() {
   for (;;) {
-    const abort = new AbortController();
+    const abort = (connection = new AbortController());
     let watchdog = setTimeout(() => abort.abort(), TIMEOUT);
     const resetWatchdog = () => {
       clearTimeout(watchdog);
       watchdog = setTimeout(() => abort.abort(), TIMEOUT);
     };
     try {
-      const response = await request("/dashboard/events", { signal: abort.signal });
+      const response = await request(`/dashboard/events?range=${range}`, { signal: abort.signal });
       element("key-form").hidden = true;
       for await (const data of events(response, resetWatchdog)) {
         retrySeconds = 1;
@@ -119,6 +122,7 @@ async function follow() {
       }
       showDisconnected();
     } catch (error) {
+      if (abort.signal.reason === "range") continue;
       if (error instanceof HttpError && error.status === 401) requestKey();
       else if (error instanceof HttpError) showState("unreachable", `The server rejects the request: ${error.message}`);
       else showDisconnected();
@@ -135,6 +139,10 @@ async function follow() {
 }
 
 function showDisconnected() {
+  if (shown.last?.state === "dead") {
+    showState("dead", `${MESSAGES.dead(shown.last).replace("The server ends.", "The server has ended.")} The page waits for a new one.`);
+    return;
+  }
   const last = shown.receivedAt ? ` Last event at ${shown.receivedAt.toTimeString().slice(0, 8)}.` : "";
   showState("unreachable", `The server does not answer.${last} The page retries.`);
 }
@@ -146,10 +154,27 @@ function requestKey() {
   element("key").focus();
 }
 
+function showRange() {
+  document.querySelector(`#ranges input[value="${range}"]`).checked = true;
+  document.querySelectorAll("[data-window]").forEach((item) => (item.textContent = `last\u00a0${RANGE_NAMES[range].replace(" ", "\u00a0")}`));
+}
+
+function startRanges() {
+  element("ranges").addEventListener("change", (event) => {
+    range = event.target.value;
+    localStorage.setItem("dispec-range", range);
+    showRange();
+    connection.abort("range");
+    wake();
+  });
+  showRange();
+}
+
 function applyTheme(theme) {
   const dark = theme === "dark" || (theme === "auto" && matchMedia("(prefers-color-scheme: dark)").matches);
   document.documentElement.dataset.theme = dark ? "dark" : "light";
   element("theme").textContent = theme;
+  element("theme").setAttribute("aria-label", `Colour theme: ${theme}`);
   render();
 }
 
@@ -175,6 +200,9 @@ element("key-form").addEventListener("submit", (event) => {
   wake();
 });
 document.addEventListener("visibilitychange", render);
+window.addEventListener("resize", render);
+startRanges();
 startTheme();
+watchCharts(render);
 startChat(requestKey);
 follow();

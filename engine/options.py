@@ -34,7 +34,13 @@ class EngineOptions:
         ),
     ] = "smollm2"
     _: KW_ONLY
-    dtype: Annotated[Dtype, Option("bfloat16, float16 (CUDA only) or float32.", group="Model")] = "bfloat16"
+    dtype: Annotated[
+        Dtype,
+        Option(
+            "Type of weights that are not quantised, and of activations: bfloat16, float16 (CUDA only) or float32.",
+            group="Model",
+        ),
+    ] = "bfloat16"
     quantization: Annotated[
         Literal["native", "int4", "int8", "fp8", "off"] | None,
         Option(
@@ -51,17 +57,17 @@ class EngineOptions:
     kv_cache_dtype: Annotated[
         Literal["auto", "int8", "fp8"],
         Option(
-            "Of keys and values: auto is that of the model; int8 and fp8 (e4m3) take half the memory of bfloat16.",
+            "Type of the KV cache: auto is the model's; int8 and fp8 (e4m3) take half the memory of bfloat16.",
             group="Memory",
         ),
     ] = "auto"
     device: Annotated[
-        str | None, Option("cpu, cuda or cuda:N.", default="cuda if there is one", group="CPU and GPUs")
+        str | None, Option("Where to run: cpu, cuda or cuda:N.", default="cuda if there is one", group="CPU and GPUs")
     ] = None
     kv_cache_memory: Annotated[
         int | str | None,
         Option(
-            "Bytes, or a size such as 2GiB.",
+            "Size of the KV cache: bytes, or such as 2GiB.",
             default="on CUDA what gpu_memory_utilization leaves free; on CPU a quarter of the free memory, or what"
             " max_num_seqs full sequences use if that is less",
             group="Memory",
@@ -135,7 +141,7 @@ class EngineOptions:
             group="Compilation",
         ),
     ] = None
-    enforce_eager: Annotated[bool, Option("The same as compile off.", group="Compilation")] = False
+    enforce_eager: Annotated[bool, Option("Compile nothing, as compile off does.", group="Compilation")] = False
     speculative_model: Annotated[
         str | Path | ModelConfig | None,
         Option(
@@ -167,7 +173,7 @@ class EngineOptions:
             group="CPU and GPUs",
         ),
     ] = None
-    seed: Annotated[int, Option("Of the random weights of load_format dummy.", ge=-(2**63), le=2**63 - 1)] = 0
+    seed: Annotated[int, Option("Seed of the random weights of load_format dummy.", ge=-(2**63), le=2**63 - 1)] = 0
     kv_transfer: Annotated[
         Literal["auto", Transport] | None,
         Option(
@@ -185,7 +191,7 @@ class EngineOptions:
     kv_transfer_secret: Annotated[
         str | None,
         Option(
-            "What engines must know to reach each other, at least 16 bytes; better set in the environment.",
+            "Shared secret of engines that exchange KV blocks, at least 16 bytes; safer as a variable than as a flag.",
             default="none, on a loopback address alone",
             group="KV transfer",
         ),

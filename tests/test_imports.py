@@ -48,6 +48,7 @@ PACKAGES = [
     "serving.chat_output",
     "serving.dashboard",
     "serving.api",
+    "serving.service_manager",
     "serving.start_check",
     "serving.server",
     "serving.cli",

@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.step_record import StepRecord
+from dispec.serving.client.process_client import ProcessClient
 from dispec.serving.client.request_stream import RequestStream, RequestTiming
 from dispec.serving.observability.distribution import Distribution, geometric, percentiles
 from dispec.serving.observability.metrics import Metrics
@@ -25,7 +26,8 @@ spec_decode_num_accepted_tokens_per_pos
 """
 OURS = """
 requests tokens_generated ttft_seconds tpot_seconds request_seconds step_seconds batch_tokens running_requests
-waiting_requests draft_replicas_desired draft_replicas_actual kv_transfers slo_requests
+waiting_requests draft_replicas_desired draft_replicas_actual kv_transfers slo_requests server_info engine_up
+engine_restarts
 """
 
 
@@ -69,6 +71,24 @@ def test_the_names_are_all_there_and_no_others() -> None:
     assert sorted(families(Metrics("m"))) == sorted(
         [f"vllm:{name}" for name in VLLM.split()] + [f"dispec_{name}" for name in OURS.split()]
     )
+
+
+def test_the_server_describes_itself() -> None:
+    metrics = Metrics("m", "prefill", "1.2.3")
+    (sample,) = families(metrics)["dispec_server_info"].samples
+    assert (sample.labels, sample.value) == (metrics.labels | {"role": "prefill", "version": "1.2.3"}, 1)
+
+
+def test_an_engine_that_is_restarted() -> None:
+    metrics = Metrics("m")
+    client = ProcessClient({}, max_queued_requests=1, max_queued_tokens=1, stall_seconds=1)  # never started
+    metrics.attach(client)
+    assert samples(metrics)["dispec_engine_up"] == 0
+    client.is_ready = lambda: (True, "ready")  # type: ignore[method-assign]
+    assert samples(metrics)["dispec_engine_up"] == 1
+    for state in ("ready", "restarting", "ready", "restarting", "dead"):
+        metrics.on_state(state)
+    assert samples(metrics)["dispec_engine_restarts_total"] == 2
 
 
 def test_every_sample_says_which_model_and_engine() -> None:

@@ -29,7 +29,7 @@ DATA = (
     "ops/cuda/*.cu",
     "ops/cuda/*.cuh",
     "serving/dashboard/page/*",
-    "serving/monitoring/**/*",
+    "serving/deploy/**/*",
     "bench/distillation/data/seed_prompts.txt",
 )
 # Without site, so that no other installation of dispec is found; argv[1:] are directories whose .pth files count.

@@ -15,9 +15,9 @@ from dispec.serving.client.errors import EngineDied, NotReady
 _INSPECTION_SECONDS = 2.0  # /health tells why an engine does not answer
 
 
-@get("/health", **describe(None, None, tag="Monitoring"))
+@get("/health", **describe(None, None, tag="Monitoring", needs_key=False))
 async def health(request: Request) -> ASGIApp:
-    """Ready: 200, or 503 and the reason. An engine with work that ends no step is not ready."""
+    """Ready: 200, or 503 and the reason. Open without a key. An engine with work that ends no step is not ready."""
     is_ready, why = context_of(request).client.is_ready()
     if not is_ready:
         raise NotReady(why)

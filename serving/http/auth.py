@@ -1,11 +1,14 @@
-"""API keys. With keys set, every route needs one, unknown routes too, except those that prove liveness."""
+"""API keys. With keys set, every route needs one, unknown routes too, except those that prove liveness and readiness.
+
+Probes of containers, load balancers and routers carry no key.
+"""
 
 import base64
 import binascii
 import hmac
 from collections.abc import Iterable
 
-OPEN_PATHS = frozenset({"/live", "/ping"})
+OPEN_PATHS = frozenset({"/health", "/live", "/ping"})
 _PAGES = ("/dashboard", "/docs", "/schema")  # pages, for which a browser asks for the key
 
 

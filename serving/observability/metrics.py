@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.serving.client.engine_client import EngineClient, EngineObserver
+from dispec.serving.client.engine_client import EngineClient, EngineObserver, State
 from dispec.serving.client.request_stream import RequestStream
 from dispec.serving.client.slo import Slo
 from dispec.serving.observability.distribution import (
@@ -31,12 +31,13 @@ disable_created_metrics()  # one more gauge beside every counter and histogram, 
 class Metrics(EngineObserver):
     """The metrics of one server. A request is counted when it ends, except for its prompt and first token."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, role: str = "both", version: str = "") -> None:
         self.registry = CollectorRegistry()
         self.labels = {"model_name": model_name, "engine": "0"}
         self._make_vllm_counters()
         self._make_vllm_histograms()
         self._make_own_metrics()
+        self._gauge("dispec_server_info", "1; the labels describe the server.", role=role, version=version).set(1)
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus's text format."""
@@ -51,6 +52,7 @@ class Metrics(EngineObserver):
         for gauge in (self._vllm_waiting, self._waiting):
             gauge.set_function(lambda: client.num_waiting)
         self._vllm_kv_usage.set_function(lambda: client.kv_usage)
+        self._engine_up.set_function(lambda: client.is_ready()[0])
 
     def on_step(self, record: StepRecord, finished: float) -> None:
         self._preemptions.inc(record.num_preempted)
@@ -94,6 +96,10 @@ class Metrics(EngineObserver):
         self._gaps.distribution.add(stream.gaps)
         if stream.gaps:
             self._tpot.observe(sum(stream.gaps) / len(stream.gaps))
+
+    def on_state(self, state: State) -> None:
+        if state == "restarting":
+            self._engine_restarts.inc()
 
     def on_shed(self, slo: Slo) -> None:
         self._count_slo(slo, "shed")
@@ -156,6 +162,8 @@ class Metrics(EngineObserver):
 
     def _make_own_metrics(self) -> None:
         counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        self._engine_up = gauge("dispec_engine_up", "1 if requests are accepted and make progress, else 0.")
+        self._engine_restarts = counter("dispec_engine_restarts", "Engines that died and are restarted.")
         self._requests = counter("dispec_requests", "Requests that ended, in any way.")
         self._tokens_generated = counter("dispec_tokens_generated", "Tokens generated.")
         self._ttft = histogram("dispec_ttft_seconds", "From a request's arrival to its first token.", FIRST_TOKEN)
@@ -191,8 +199,9 @@ class Metrics(EngineObserver):
     def _counter(self, name: str, text: str) -> Counter:
         return self._family(name, text).labels(**self.labels)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, tuple(self.labels), registry=self.registry).labels(**self.labels)
+    def _gauge(self, name: str, text: str, **more_labels: str) -> Gauge:
+        labels = self.labels | more_labels
+        return Gauge(name, text, tuple(labels), registry=self.registry).labels(**labels)
 
     def _histogram(self, name: str, text: str, edges: Sequence[float]) -> Histogram:
         histogram = Histogram(name, text, tuple(self.labels), buckets=edges, registry=self.registry)

@@ -8,18 +8,16 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from dispec import SamplingParams
-from dispec.engine.text.text_stream import TextStream
-from dispec.serving.cli.chat import Turn, converse, fit
+from dispec.serving.cli.chat.conversation import Turn, fit
+from dispec.serving.cli.chat.converse import converse, open_reader
+from tests.chat_models import chat_session
 from tests.checkpoints import save_tiny
 from tests.commands import dispec, eager, one_sentence, read_until, running
-from tests.scripted_engine import thinking_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_conversation_remembers_stops_and_forgets() -> None:
     with running(
-        ["chat", "--enforce-eager", "--max-tokens", "48"],
+        ["chat", "--enforce-eager", "--max-tokens", "48", "--temperature", "0"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -85,39 +83,19 @@ def test_the_oldest_turns_go_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert "3 oldest turns are forgotten" in capsys.readouterr().err
 
 
-class Thinker:
-    """A model that reasons before each answer, as far as `converse` needs one."""
-
-    engine = SimpleNamespace(max_model_len=4096)
-
-    def __init__(self) -> None:
-        self.tokenizer = thinking_tokenizer(are_special=True)
-        self.prompts: list[str] = []
-
-    def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
-
-    def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[SimpleNamespace]:
-        self.prompts.append(self.tokenizer.decode(prompt, skip_special_tokens=False))
-        text = TextStream(self.tokenizer, params, prompt)
-        tokens = self.tokenizer.encode("<think>\nHm.\n</think>\n\nIt is Paris.")
-        for index, token in enumerate(tokens):
-            is_last = index == len(tokens) - 1
-            yield SimpleNamespace(text=text.add(token, ends=False), completion="whole" if is_last else None)
-
-
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_reasoning_is_dimmed_and_forgotten(
     is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = Thinker()
     monkeypatch.setattr(sys, "stdin", io.StringIO("Where?\nWhere again?\n"))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
-    assert list(converse(model, SamplingParams(max_tokens=100))) == ["whole"] * 2  # type: ignore[arg-type]
+    session = chat_session(*["<think>\nHm.\n</think>\n\nIt is Paris."] * 2)
+    converse(session, open_reader(keeps_history=False))
     shown = capsys.readouterr().out
     dimmed = "".join(re.findall(r"\x1b\[2m(.*?)\x1b\[0m", shown))
     assert dimmed == ("Hm." * 2 if is_terminal else "")
     assert re.sub(r"\x1b\[2m.*?\x1b\[0m", "", shown).replace("\n\n", "") == "It is Paris.\n" * 2
+    model: Any = session.llm
     assert "It is Paris." in model.prompts[1]
     assert "Hm." not in model.prompts[1]
 
@@ -131,28 +109,63 @@ def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
     assert dispec("generate", "hello", *eager(str(tmp_path), "--max-tokens", "2")).code == 0
 
 
+def test_run_answers_one_prompt(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--enforce-eager", "--kv-cache-memory", "4MiB", "--max-tokens", "8", "--ignore-eos", "--seed", "1"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
+    result = dispec("run", tiny, "hello", *options)
+    assert result.code == 0
+    assert result.out.strip()
+    assert result.err.splitlines()[-1].startswith("8 tokens, ")
+    assert dispec("chat", tiny, "-", *options, "-q") == (0, result.out, "")
+    refused = dispec("run", tiny, "word " * 200, "--max-model-len", "96", *options)
+    assert refused.code == 2
+    assert "prompt has" in one_sentence(refused)
+
+
+def test_run_samples_as_the_model_recommends(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "qwen3")
+    options = [*("--enforce-eager", "--kv-cache-memory", "4MiB", "--max-tokens", "12", "--ignore-eos", "-q", "--seed")]
+    (tmp_path / "generation_config.json").write_text('{"temperature": 5.0}')
+    varied = [dispec("run", str(tmp_path), "hello", *options, seed).out for seed in ("1", "2")]
+    assert varied[0] != varied[1]
+    chosen = [dispec("run", str(tmp_path), "hello", "--temperature", "0", *options, seed).out for seed in ("1", "2")]
+    assert chosen[0] == chosen[1]
+    (tmp_path / "generation_config.json").write_text('{"temperature": 5.0, "top_k": 1}')
+    assert dispec("run", str(tmp_path), "hello", *options, "1").out == chosen[0]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-@pytest.mark.parametrize("key", [b"\x03", b"\x04"], ids=["Ctrl-C", "Ctrl-D"])
-def test_a_key_at_the_prompt_ends_the_conversation(tiny: str, key: bytes) -> None:
+def test_a_conversation_in_a_terminal(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pty
 
+    monkeypatch.setenv("DISPEC_HISTORY", str(tmp_path / "history"))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("PROMPT_TOOLKIT_NO_CPR", "1")  # this terminal does not tell where its cursor is
     leader, follower = pty.openpty()
     terminal = {"stdin": follower, "stdout": follower, "stderr": follower}
-    with os.fdopen(leader, "rb", buffering=0) as screen, running(["chat", *eager(tiny, "-q")], **terminal) as process:
+    args = ["chat", *eager(tiny, "--max-tokens", "4", "--ignore-eos")]
+    with os.fdopen(leader, "rb", buffering=0) as screen, running(args, **terminal) as process:
         os.close(follower)
-        seen = read_until(screen, "> ")
-        if key == b"\x03":  # the terminal is not the session's own, so that the key alone sends no signal
-            # Again if need be: one that comes between the prompt and the wait for a line is only noticed after that.
-            while process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=5)
-        else:
-            os.write(leader, key)
+        start = read_until(screen, "> ")
+        assert " parameters in bfloat16" in start
+        assert "  kv cache " not in start  # the log of the start is for scripts
+        os.write(leader, b"/st")
+        read_until(screen, "Show the speed")  # the menu
+        os.write(leader, b"\t\r")
+        read_until(screen, "answers       0")
+        read_until(screen, "> ")
+        os.write(leader, b"Who is\\\rthere?\r")
+        read_until(screen, "\x1b[2m4 tokens, ")
+        read_until(screen, "> ")
+        process.send_signal(signal.SIGINT)
+        read_until(screen, "Ctrl-D leaves, as does /exit")
+        read_until(screen, "> ")
+        os.write(leader, b"\x04")
         assert process.wait() == 0
-        try:
+        seen = ""
+        with contextlib.suppress(OSError):  # what Linux says when the other side has closed
             while more := os.read(leader, 1000):
                 seen += more.decode()
-        except OSError:  # what Linux says when the other side has closed
-            pass
     assert "Traceback" not in seen
+    lines = [line for line in (tmp_path / "history").read_text().splitlines() if line.startswith("+")]
+    assert lines == ["+/stats", "+Who is", "+there?"]

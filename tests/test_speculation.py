@@ -57,7 +57,11 @@ def test_answers_are_those_without_speculation(directory, other, plain, proposer
     expected = plain.generate(prompts, params)
     name = {"ngram": "ngram", "itself": directory, "other": other}[proposer]
     llm = speculating(directory, name, is_adaptive=is_adaptive)
-    assert_same(llm.generate(prompts, params), expected)
+    answers = llm.generate(prompts, params)
+    assert_same(answers, expected)
+    assert sum(answer.metrics.num_accepted_tokens for answer in answers) == num_accepted(llm)
+    num_drafted = sum(record.num_draft_tokens for record in llm.engine.records)
+    assert sum(answer.metrics.num_draft_tokens for answer in answers) == num_drafted
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_usable
     if proposer == "itself" and not is_adaptive:
         # A model agrees with itself, at any temperature and with any penalty: six tokens a step but for the ends.

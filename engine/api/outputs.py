@@ -38,6 +38,7 @@ class RequestMetrics:
     num_generation_tokens: tokens of all outputs.
     tokens_per_second: tokens of an output after its first, per second of `decode_time`, added up over the outputs;
         0 without any.
+    num_draft_tokens, num_accepted_tokens: draft tokens that were verified, and those of them that were accepted.
     """
 
     arrival_time: float
@@ -47,6 +48,8 @@ class RequestMetrics:
     decode_time: float
     num_generation_tokens: int
     tokens_per_second: float
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     @property
     def e2e_latency(self) -> float:

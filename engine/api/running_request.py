@@ -90,6 +90,7 @@ class RunningRequest:
         self._arrival_time = time.time()
         self._first_token_time: float | None = None
         self._last_token_time = first.arrival_time
+        self._num_draft_tokens = self._num_accepted_tokens = 0
         self._changed: dict[int, None] = {}  # indices of outputs with news
 
     @property
@@ -104,6 +105,8 @@ class RunningRequest:
         self._last_token_time = time.perf_counter()
         if self._first_token_time is None:
             self._first_token_time = self._last_token_time
+        self._num_draft_tokens += token.num_accepted + token.num_rejected
+        self._num_accepted_tokens += token.num_accepted
         output.process(token)
         self._changed[token.index] = None
         return True
@@ -156,6 +159,8 @@ class RunningRequest:
             decode_time=decode_time,
             num_generation_tokens=num_tokens,
             tokens_per_second=num_decoded / decode_time if decode_time > 0 else 0.0,
+            num_draft_tokens=self._num_draft_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
         )
 
 

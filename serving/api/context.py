@@ -1,24 +1,21 @@
 """The state that routes share: the engine's client, the settings, and the model once it is loaded."""
 
 import importlib.metadata
-import json
-import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from litestar import Request
 
+from dispec.engine.loading.generation_config import generation_defaults
 from dispec.engine.process.messages import EngineInfo
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.serving.api.logprobs import TokenTexts
 from dispec.serving.api.prompts import Prompts
 from dispec.serving.api.request_body import read_body
 from dispec.serving.api.responses.store import ResponseStore
-from dispec.serving.api.sampling import GENERATION_DEFAULTS
 from dispec.serving.chat_output.reasoning import choose_reasoning_format
 from dispec.serving.chat_output.tool_formats import choose_tool_format
 from dispec.serving.chat_output.tools import ToolFormat
@@ -26,8 +23,6 @@ from dispec.serving.client.engine_client import EngineClient
 from dispec.serving.client.errors import NotReady
 from dispec.serving.http.errors import ApiError
 from dispec.serving.settings import ServerSettings
-
-log = logging.getLogger("dispec.server")
 
 T = TypeVar("T")
 
@@ -123,17 +118,3 @@ def version() -> str:
         return importlib.metadata.version("dispec")
     except importlib.metadata.PackageNotFoundError:
         return "0"
-
-
-def generation_defaults(directory: str | None) -> Mapping[str, Any]:
-    """Return the sampling defaults in the checkpoint's generation_config.json; none without such a file."""
-    path = None if directory is None else Path(directory) / "generation_config.json"
-    if path is None or not path.is_file():
-        return MappingProxyType({})
-    try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        log.warning("%s cannot be read (%s): requests are sampled with the usual defaults", path, error)
-        return MappingProxyType({})
-    found = {name: stated.get(name) for name in GENERATION_DEFAULTS} if isinstance(stated, dict) else {}
-    return MappingProxyType({name: value for name, value in found.items() if type(value) in (int, float)})

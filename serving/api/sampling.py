@@ -12,9 +12,6 @@ from dispec.serving.settings import MAX_STOPS, MAX_TOKEN_IDS
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's
 
-# Fields that a request may leave to the checkpoint's generation_config.json.
-GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
 _SAME_NAME = (
     "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
     "logit_bias", "seed", "stop_token_ids", "include_stop_str_in_output", "min_tokens", "ignore_eos",

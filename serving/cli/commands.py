@@ -52,8 +52,12 @@ System = Annotated[
     str | None,
     typer.Option(help="System message, for models with a place for it in their chat template.", rich_help_panel="Chat"),
 ]
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="The same as --model.", autocompletion=complete_model([DEFAULT_MODEL])),
+]
 # One sequence at a time, for which fewer CUDA graphs are recorded.
-_ONE_AT_A_TIME = engine_group(max_num_seqs=1)
+ONE_AT_A_TIME = engine_group(max_num_seqs=1)
 
 
 def _print_version(wanted: bool) -> None:
@@ -76,7 +80,7 @@ def _dispec(
 
 
 @app.command(rich_help_panel=TALK, **COMMAND)
-@with_options(sampling=SAMPLING, engine=_ONE_AT_A_TIME)
+@with_options(sampling=SAMPLING, engine=ONE_AT_A_TIME)
 def generate(
     prompt: Annotated[
         str | None,
@@ -102,8 +106,8 @@ def generate(
         params = SamplingParams(**sampling)
         if raw and system is not None:
             raise ValueError("--system is part of a chat template, which --raw leaves out: give one of them")
-        text = _read_prompt(prompt)
-        llm = _load(engine, quiet)
+        text = read_prompt(prompt)
+        llm = load_model(engine, quiet)
         if raw or (system is None and not llm.tokenizer.has_chat_template):
             token_ids = llm.tokenizer.encode(text)
         else:
@@ -123,33 +127,10 @@ def generate(
             say(summary(output))
 
 
-@app.command(rich_help_panel=TALK, **COMMAND)
-@with_options(sampling=SAMPLING, engine=_ONE_AT_A_TIME)
-def chat(
-    system: System = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-    *,
-    sampling: dict[str, Any],
-    engine: dict[str, Any],
-) -> None:
-    """Talk with a model. /clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
-    from dispec.serving.cli.chat import converse
-
-    with reporting(quiet=quiet, debug=debug):
-        params = SamplingParams(**sampling)
-        for output in converse(_load(engine, quiet), params, system):
-            if not quiet:
-                say(summary(output))
-
-
 @app.command(rich_help_panel=SERVE, **COMMAND)
 @with_options(server=SERVER, engine=engine_group())
 def serve(
-    model_argument: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="The same as --model.", autocompletion=complete_model([DEFAULT_MODEL])),
-    ] = None,
+    model_argument: ModelArgument = None,
     quiet: Quiet = False,
     debug: Debug = False,
     config: Annotated[  # `read_config` takes its values before any other option is looked at
@@ -255,7 +236,8 @@ def _usage_error(error: Any) -> str:
     return f"{message} (see `{command} --help`)"
 
 
-def _read_prompt(given: str | None) -> str:
+def read_prompt(given: str | None) -> str:
+    """Return a prompt of the command line; None and - are standard input. Raises ValueError if there is no text."""
     if given is None and sys.stdin.isatty():
         raise ValueError(
             'there is no prompt: give one, as in `dispec generate "Why is the sky blue?"`, or talk in `dispec chat`'
@@ -298,7 +280,8 @@ def read_keys(path: Path) -> tuple[str, ...]:
     return keys
 
 
-def _load(engine: dict[str, Any], quiet: bool) -> "LLM":
+def load_model(engine: dict[str, Any], quiet: bool) -> "LLM":
+    """Return a model with the options of a command."""
     show_progress = shows_progress(quiet)
     log.info("loading %s", engine["model"])
     from dispec.engine.api.llm import LLM

@@ -25,12 +25,17 @@ _MODELS = {"model": (DEFAULT_MODEL,), "speculative_model": SPECULATIVE_MODELS}  
 
 
 class OptionGroup(NamedTuple):
-    """Fields of a class that become options. defaults: those of the command, where they differ from the class's."""
+    """Fields of a class that become options.
+
+    defaults: those of the command, where they differ from the class's. found_defaults: in words, those that the command
+    finds out itself.
+    """
 
     cls: type
     title: str
     names: tuple[str, ...]
     defaults: Mapping[str, Any] = MappingProxyType({})
+    found_defaults: Mapping[str, str] = MappingProxyType({})
 
     def fields(self) -> list[OptionField]:
         return [option_fields(self.cls)[name] for name in self.names]
@@ -90,7 +95,8 @@ def _parameter(group: OptionGroup, field: OptionField) -> inspect.Parameter:
     names = (field.name, *field.option.aliases)
     kind: Any = list[str] if field.is_list else field.scalar_type
     help_text = field.option.help + (" Can be given several times." if field.is_list else "")
-    if default := str(group.defaults.get(field.name, field.default_text())).removesuffix(".0"):
+    stated = {**group.defaults, **group.found_defaults}
+    if default := str(stated.get(field.name, field.default_text())).removesuffix(".0"):
         help_text += f" Default: {default}."
     flags = field.option.flags  # without any, Typer derives them from the name: two from that of a boolean
     if field.option.aliases:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 Picture = Literal["idle", "light", "dark", "phone", "dead"]
 PICTURES: tuple[Picture, ...] = ("idle", "light", "dark", "phone", "dead")
-WIDE, PHONE = (1440, 1100), (390, 844)  # pixels
+WIDE, PHONE = (1440, 1000), (390, 844)  # pixels
 _PATIENCE = 60  # seconds
 _TOPICS = ("the sea", "a lighthouse", "winter", "an old train", "bread", "the moon", "a garden", "two brothers")
 

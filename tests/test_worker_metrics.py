@@ -1,6 +1,7 @@
 """What /metrics of `dispec serve --disaggregate` says of each engine behind it."""
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -104,7 +105,17 @@ def test_the_whole_servers_numbers_are_not_the_workers_twice(apart: Server) -> N
     of_workers = [s.value for s in families["dispec_worker_generation_tokens"].samples]
     assert generated == sum(of_workers)
     assert not any("worker" in s.labels for s in families["vllm:generation_tokens"].samples)
-    assert apart.get("/dashboard").status_code == 200
+
+
+def test_the_dashboard_has_a_row_for_each_engine_and_the_worker_of_a_request(apart: Server) -> None:
+    ask(apart, PROMPT)
+    with apart.http.stream("GET", "/dashboard/events") as stream:
+        event = json.loads(next(stream.iter_lines()).removeprefix("data: "))
+    names = [(row["name"], row["role"], row["state"]) for row in event["engines"]]
+    assert names == [("server", None, None), ("prefill 0", "prefill", "ready"), ("decode 1", "decode", "ready")]
+    row = event["ended"][-1]
+    assert (row["worker"], row["state"], row["prompt"], row["output"]) == ("decode 1", "finished", len(PROMPT), OUTPUT)
+    assert row["prefill"] > 0
 
 
 def test_a_worker_that_is_down_says_so_and_one_that_is_gone_says_nothing(directory: Path) -> None:

@@ -6,7 +6,6 @@ No task runs here. Events are added to the current second; a page asks for views
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 from dispec.engine.scheduling.step_record import StepRecord
@@ -134,7 +133,7 @@ class DashboardState(EngineObserver):
         num_tokens, num_gaps = self._seen.get(stream.key, (0, 0))
         if stream.num_output_tokens > num_tokens:
             second.output += stream.num_output_tokens - num_tokens
-            second.itl.add(list(islice(stream.gaps, num_gaps, None)))
+            second.itl.add(stream.gaps[num_gaps:])
             self._seen[stream.key] = stream.num_output_tokens, len(stream.gaps)
 
     def _summary(self, range_name: str) -> dict[str, Any]:

@@ -124,7 +124,14 @@ class History:
     def points(self, name: str, after: int) -> list[dict[str, Any]]:
         """Return the buckets of a range that are over and begin after second `after`: counts as rates per second."""
         series = self.series[name]
-        return [self._point(series, bucket) for bucket in series.over if bucket.at > after]
+        over, width = list(series.over), series.range.width
+        # Percentiles of a point are over at least SMOOTHING seconds.
+        num_recent = max(1, SMOOTHING // width)
+        return [
+            _point(width, over[max(0, index + 1 - num_recent) : index + 1])
+            for index, bucket in enumerate(over)
+            if bucket.at > after
+        ]
 
     def window(self, name: str) -> list[Bucket]:
         """Return all buckets of a range, the open ones included."""
@@ -135,13 +142,12 @@ class History:
         """Return the last seconds that are over, at most SMOOTHING of them."""
         return list(self._seconds.over)[-SMOOTHING:]
 
-    @staticmethod
-    def _point(series: Series, bucket: Bucket) -> dict[str, Any]:
-        width = series.range.width
-        recent = [one for one in series.over if bucket.at - max(SMOOTHING, width) < one.at <= bucket.at]
-        rates = {name: getattr(bucket, name) / width for name in ("output", "computed", "cached", "finished")}
-        names = ("at", "errors", "preemptions", *_PEAKS)
-        return {name: getattr(bucket, name) for name in names} | rates | latencies(recent)
+
+def _point(width: int, recent: list[Bucket]) -> dict[str, Any]:
+    """Return the last of these buckets, each `width` seconds long, with the latencies of all of them."""
+    bucket = recent[-1]
+    rates = {name: getattr(bucket, name) / width for name in ("output", "computed", "cached", "finished")}
+    return {name: getattr(bucket, name) for name in ("at", *_PEAKS)} | rates | latencies(recent)
 
 
 def latencies(buckets: Sequence[Bucket]) -> dict[str, list[float] | None]:

@@ -9,7 +9,7 @@ import hmac
 from collections.abc import Iterable
 
 OPEN_PATHS = frozenset({"/health", "/live", "/ping"})
-_PAGES = ("/dashboard", "/docs", "/schema")  # pages, for which a browser asks for the key
+_PAGES = ("/dashboard", "/docs", "/schema", "/metrics")  # pages, for which a browser asks for the key
 
 
 class Keys:

@@ -21,7 +21,7 @@ function layout(extra) {
     ...extra,
   };
   merged.xaxis = { ...axis, showgrid: false, ...extra.xaxis };
-  merged.yaxis = { ...axis, nticks: 4, rangemode: "tozero", separatethousands: true, ...extra.yaxis };
+  merged.yaxis = { ...axis, nticks: 4, rangemode: "tozero", separatethousands: true, exponentformat: "none", ...extra.yaxis };
   return merged;
 }
 
@@ -65,9 +65,13 @@ export function smoothed(values, width) {
   });
 }
 
-function latency(id, name, factor, unit) {
+// In seconds if a point is above two of them, else in milliseconds.
+function latency(id, name) {
   return (view) => {
     const x = times(view);
+    const inSeconds = view.points.some((point) => point[name] && point[name][1] >= 2);
+    const [factor, unit] = inSeconds ? [1, "s"] : [1000, "ms"];
+    document.querySelector(`[data-unit="${id}"]`).textContent = unit;
     const values = (index) => view.points.map((point) => (point[name] ? point[name][index] * factor : null));
     const shown = { mode: "lines+markers", marker: { size: 3.5 }, hovertemplate: `%{y:,.3~r} ${unit}` };
     const yaxis = view.points.some((point) => point[name]) ? {} : { range: [0, 105] };
@@ -110,10 +114,10 @@ const CHARTS = {
     const traces = [area(times(view), computed, "computed", "prefill"), area(times(view), cached, "cached", "cached")];
     drawOverTime("chart-input", view, traces, atLeast(10, computed, cached));
   },
-  "chart-ttft": latency("chart-ttft", "ttft", 1000, "ms"),
-  "chart-itl": latency("chart-itl", "itl", 1000, "ms"),
-  "chart-e2e": latency("chart-e2e", "e2e", 1, "s"),
-  "chart-queue": latency("chart-queue", "queue", 1000, "ms"),
+  "chart-ttft": latency("chart-ttft", "ttft"),
+  "chart-itl": latency("chart-itl", "itl"),
+  "chart-e2e": latency("chart-e2e", "e2e"),
+  "chart-queue": latency("chart-queue", "queue"),
   "chart-load": (view) => {
     const [running, waiting] = [column(view, "running"), column(view, "waiting")];
     const traces = [area(times(view), running, "running", "decode"), area(times(view), waiting, "waiting", "queue")];

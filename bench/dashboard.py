@@ -133,7 +133,7 @@ class Photographer:
         if full_page:  # charts off the screen are not drawn
             height = page.evaluate("() => document.documentElement.scrollHeight")
             page.set_viewport_size({"width": page.viewport_size["width"], "height": height})
-        page.locator("h1").click()  # no focus ring
+        page.evaluate("() => document.activeElement.blur()")  # no focus ring
         page.wait_for_timeout(1500)  # an event, and the charts that come onto the screen with it
         path = self._directory / f"dashboard-{picture}.png"
         page.screenshot(path=path)

@@ -141,9 +141,14 @@ class Photographer:
 
 
 def _chat(page: Any) -> None:
-    """Ask the model something through the page, so that the chat is not empty."""
-    page.fill("#chat textarea", "What is the capital of France? Answer briefly.")
-    page.press("#chat textarea", "Enter")
+    """Ask the model something through the page, so that the chat is not empty, and wait for its answer."""
+    page.locator("#chat summary").click()
+    page.fill("#chat-temperature", "0")
+    page.locator("#chat summary").click()
+    page.fill("#chat-input", "What is the capital of France? Answer briefly.")
+    page.press("#chat-input", "Enter")
+    page.wait_for_timeout(8000)
+    page.wait_for_function("() => document.getElementById('chat-send').textContent.trim() === 'Send'")
 
 
 def _kill_engine(server: Server) -> None:
@@ -179,7 +184,6 @@ def main(
                     if scheme in wanted:
                         with camera.page(scheme, WIDE) as page:
                             _chat(page)
-                            page.wait_for_timeout(8000)
                             camera.take(page, scheme)
                 if "phone" in wanted:
                     with camera.page("light", PHONE) as page:

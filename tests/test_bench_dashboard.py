@@ -7,6 +7,7 @@ import pytest
 
 from dispec.bench import cli
 from tests.checkpoints import save_tiny
+from tests.commands import ROOT
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -30,3 +31,10 @@ def test_pictures_are_taken(tmp_path, monkeypatch) -> None:
     cli.main(["dashboard", *options, "--picture", "phone", "--picture", "dead"])
     assert {path.name for path in pictures.iterdir()} == {"dashboard-phone.png", "dashboard-dead.png"}
     assert all(path.read_bytes().startswith(PNG) for path in pictures.iterdir())
+
+
+def test_the_pictures_of_the_readme_are_small() -> None:
+    for scheme in ("light", "dark"):
+        picture = (ROOT / f"serving/dashboard/dashboard-{scheme}.png").read_bytes()
+        assert picture.startswith(PNG)
+        assert len(picture) < 200_000

@@ -1,4 +1,4 @@
-"""Draw the results of `dispec bench compare` as a picture, for pages with a light or a dark background.
+"""Draw the results of `dispec bench compare` or `throughput` as a picture, for pages of light or dark background.
 
 dispec bench plot compare.jsonl --output bench/compare.svg
 """
@@ -17,7 +17,12 @@ from dispec.bench.workload import Workload
 # Colours and a grey for text that have enough contrast on white and on near-black.
 _COLORS = ("#2f81f7", "#8b949e", "#d29922", "#3fb950")
 _TEXT = "#7d8590"
-_TITLES = {"qwen2.5-0.5b": "Qwen2.5-0.5B", "qwen2.5-1.5b": "Qwen2.5-1.5B", "qwen2.5-7b": "Qwen2.5-7B"}
+_TITLES = {
+    "qwen2.5-0.5b": "Qwen2.5-0.5B",
+    "qwen2.5-1.5b": "Qwen2.5-1.5B",
+    "qwen2.5-7b": "Qwen2.5-7B",
+    "smollm2": "SmolLM2-135M",
+}
 
 
 class Row(NamedTuple):
@@ -33,27 +38,33 @@ class Row(NamedTuple):
 
 
 def read_rows(lines: Iterable[str]) -> tuple[list[Row], str]:
-    """Return the rows of `bench compare`'s JSON lines, and the device. The last line of a case counts.
+    """Return the rows of both benchmarks' JSON lines, and the machine. The last line of a case counts.
 
     Raises ValueError if no line has figures of two contestants or more.
     """
     rows: dict[str, Row] = {}
-    device = ""
+    machine = ""
     for record in map(json.loads, lines):
-        if record["bench"] != "compare":
+        if record["bench"] not in ("compare", "throughput"):
             continue
         rates = {name: rate for name, rate in record["figures"]["tokens_per_second"].items() if rate}
         if len(rates) > 1:
-            device = record["machine"]["device"]
-            row = _row(record["case"], rates)
+            machine = _describe(record["machine"])
+            # `throughput` has one model and one kind of case in all its rows: they are settings.
+            row = _row(record.get("settings", {}) | record["case"], rates)
             rows[f"{row.heading} {row.label}"] = row
     if not rows:
         raise ValueError("no line holds tokens per second of two contestants or more, as `dispec bench compare` writes")
-    return sorted(rows.values(), key=lambda row: row.order), device
+    return sorted(rows.values(), key=lambda row: row.order), machine
+
+
+def _describe(machine: dict[str, Any]) -> str:
+    device = str(machine["device"])
+    return device if device.startswith("NVIDIA") else f"{device}, {machine['cores']} cores"
 
 
 def _row(case: dict[str, Any], rates: dict[str, float]) -> Row:
-    sizes = {name: case[name] for name in ("concurrency", "prompt_tokens", "output_tokens", "shared_tokens")}
+    sizes = {name: case[name] for name in ("concurrency", "prompt_tokens", "output_tokens")}
     one = Case(Workload(**sizes), case["decode_only"])
     model, count, prompt = _TITLES.get(case["model"], case["model"]), case["concurrency"], case["prompt_tokens"]
     if one.is_prefill:
@@ -64,7 +75,7 @@ def _row(case: dict[str, Any], rates: dict[str, float]) -> Row:
     return Row(0, heading, f"{count} request{'s' if count > 1 else ''}", rates)
 
 
-def draw_rows(path: Path, rows: list[Row], device: str) -> None:
+def draw_rows(path: Path, rows: list[Row], machine: str) -> None:
     """Draw bars for each row, in two columns: each contestant's rate over the last one's, labelled with its rate."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -79,7 +90,7 @@ def draw_rows(path: Path, rows: list[Row], device: str) -> None:
             _draw_column(one, column, names)
             one.set_ylim(num_lines, 0)
         axes[0].margins(x=0.12)
-        title = f"Tokens per second, bf16, {device} (bars relative to {_title(names[-1])})"
+        title = f"Tokens per second, bf16, {machine} (bars relative to {_title(names[-1])})"
         figure.suptitle(title, fontsize=11, color=_TEXT)
         handles = axes[0].get_legend_handles_labels()
         place = {"loc": "outside lower center", "ncols": len(names)}
@@ -137,13 +148,15 @@ def _title(name: str) -> str:
 
 
 def main(
-    results: Annotated[list[Path], typer.Argument(help="JSON lines that `dispec bench compare --output` wrote.")],
+    results: Annotated[
+        list[Path], typer.Argument(help="JSON lines that `compare` or `throughput` wrote with --output.")
+    ],
     output: Annotated[Path, typer.Option(help="The picture, .svg, .png or .pdf.")],
 ) -> None:
     """Draw tokens per second of contestants side by side."""
     require_matplotlib(output, "--output")
-    rows, device = read_rows(line for path in results for line in path.read_text().splitlines() if line)
-    draw_rows(output, rows, device)
+    rows, machine = read_rows(line for path in results for line in path.read_text().splitlines() if line)
+    draw_rows(output, rows, machine)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
+from dispec.__main__ import main
+from dispec.serving.cli import commands
 from dispec.serving.cli.chat.conversation import Turn, fit
 from dispec.serving.cli.chat.converse import converse, open_reader
-from tests.chat_models import chat_session
+from dispec.serving.cli.console import printable
+from tests.chat_models import ScriptedModel, chat_session
 from tests.checkpoints import save_tiny
 from tests.commands import dispec, eager, one_sentence, read_until, running
 
@@ -98,6 +101,22 @@ def test_reasoning_is_dimmed_and_forgotten(
     model: Any = session.llm
     assert "It is Paris." in model.prompts[1]
     assert "Hm." not in model.prompts[1]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_terminal_gets_no_control_characters(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    assert printable("a\tb\nc é😀") == "a\tb\nc é😀"
+    session = chat_session("A\x1b]52;c;eA==\x07B\x9b1mC\r\n")
+    session.ask("Where?")
+    shown = "A]52;c;eA==B1mC\n" if is_terminal else "A\x1b]52;c;eA==\x07B\x9b1mC\r\n"
+    assert capsys.readouterr().out == shown
+    monkeypatch.setattr(commands, "load_model", lambda *_: ScriptedModel("A\x1b]52;c;eA==\x07B\x9b1mC\r\n"))
+    with contextlib.suppress(SystemExit):
+        main(["generate", "Where?", "-q"])
+    assert capsys.readouterr().out == shown
 
 
 def test_a_model_without_a_chat_template(tmp_path: Path) -> None:

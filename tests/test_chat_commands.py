@@ -51,7 +51,9 @@ def test_commands_change_the_conversation(said: Said) -> None:
 
 def test_an_answer_is_tried_again(said: Said) -> None:
     session = chat_session("one", "two", "three", None, "four")
-    talk(session, "first?", "second?", "/retry", "/retry", "/retry")
+    talk(session, "first?", "second?", "/retry", "/retry")
+    assert session.turns == [Turn("first?", "one"), Turn("second?", "three")]  # an answer without text changes nothing
+    talk(session, "/retry")
     assert session.turns == [Turn("first?", "one"), Turn("second?", "four")]
     assert prompts(session)[2] == prompts(session)[1] == prompts(session)[4]
     assert "stopped" in said()
@@ -105,6 +107,7 @@ def test_a_line_that_is_no_command_is_a_question(line: str) -> None:
     [
         ("temperature", "0.5", 0.5),
         ("temperature", "1", 1.0),
+        ("temperature", "= 0.3", 0.3),
         ("top_k", "40", 40),
         ("seed", "7", 7),
         ("seed", "none", None),

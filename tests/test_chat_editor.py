@@ -86,7 +86,7 @@ def test_a_history_without_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err.startswith(f"warning: the history cannot be kept in {tmp_path} (Is a directory): ")
 
 
-def test_a_history_that_can_no_longer_be_written(tmp_path: Path) -> None:
+def test_a_history_that_can_no_longer_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "history"
     with editor(path) as read:
         assert read(f"one{ENTER}") == "one"
@@ -94,6 +94,7 @@ def test_a_history_that_can_no_longer_be_written(tmp_path: Path) -> None:
         path.mkdir()
         assert read(f"two{ENTER}") == "two"
         assert read(f"{UP}{ENTER}") == "two"
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_place_of_the_history(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

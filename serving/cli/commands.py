@@ -17,7 +17,7 @@ from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.structured_output.json_schema import SchemaError, enforceable_schema, read_schema
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
 from dispec.serving.cli.completion import complete_model
-from dispec.serving.cli.console import BAD_INPUT, INTERRUPTED, reporting, say, shows_progress
+from dispec.serving.cli.console import BAD_INPUT, INTERRUPTED, printable, reporting, say, shows_progress
 from dispec.serving.cli.help_layout import MEASURE, SERVE, TALK, HelpCommand, HelpGroup
 from dispec.serving.cli.option_groups import (
     SAMPLING,
@@ -119,7 +119,7 @@ def generate(
             for output in llm.stream(token_ids, params):
                 text = output.outputs[0].text
                 written = text or written
-                print(text, end="", flush=True)
+                print(printable(text), end="", flush=True)
         finally:
             if not written.endswith("\n"):
                 print(flush=True)

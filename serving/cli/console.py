@@ -18,6 +18,8 @@ BAD_INPUT = 2
 INTERRUPTED = 130  # as shells report a process that SIGINT ended
 BROKEN_PIPE = 141  # the same for SIGPIPE
 
+# Characters but tab and newline that C0, DEL and C1 give to terminals as orders.
+_CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10})
 _LOGGERS = ("dispec", "engine")
 
 
@@ -29,6 +31,14 @@ def say(line: str) -> None:
     else:
         print(line, file=sys.stderr)
     sys.stderr.flush()
+
+
+def printable(text: str) -> str:
+    """Return what of a generated text to write to standard output.
+
+    A terminal gets no control characters, by which a text could rename its window or fill the clipboard.
+    """
+    return text.translate(_CONTROLS) if sys.stdout.isatty() else text
 
 
 def shows_progress(quiet: bool) -> bool:

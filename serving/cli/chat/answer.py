@@ -14,6 +14,7 @@ from dispec.serving.chat_output.chat_parser import ChatParser
 from dispec.serving.chat_output.deltas import ContentDelta, ReasoningDelta
 from dispec.serving.chat_output.reasoning import choose_reasoning_format
 from dispec.serving.cli.chat.terminal import dimmed
+from dispec.serving.cli.console import printable
 
 if TYPE_CHECKING:
     from dispec.engine.api.llm import LLM
@@ -48,10 +49,10 @@ def write_answer(llm: "LLM", prompt: list[int], params: SamplingParams) -> Answe
                 for delta in [*parser.add(output.outputs[0].text), *(parser.finish() if output.finished else ())]:
                     if isinstance(delta, ContentDelta):
                         begins_answer = not texts and parser.has_reasoning and shows_reasoning
-                        print(f"{_BLANK_LINE if begins_answer else ''}{delta.text}", end="", flush=True)
+                        print(f"{_BLANK_LINE if begins_answer else ''}{printable(delta.text)}", end="", flush=True)
                         texts.append(delta.text)
                     elif isinstance(delta, ReasoningDelta) and shows_reasoning:
-                        print(dimmed(delta.text), end="", flush=True)
+                        print(dimmed(printable(delta.text)), end="", flush=True)
     except KeyboardInterrupt:
         pass
     text = "".join(texts)

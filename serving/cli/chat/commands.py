@@ -64,13 +64,13 @@ def _system(session: ChatSession, argument: str) -> None:
 
 
 def _set(session: ChatSession, argument: str) -> None:
-    name, _, value = argument.partition(" ")
+    name, *values = re.split(r"\s*=\s*|\s+", argument, maxsplit=1)
     if not name:
         for line in setting_lines(session.params):
             say(line)
         return
-    if value:
-        session.params = with_setting(session.params, name, value.strip(), session.default_params)
+    if values:
+        session.params = with_setting(session.params, name, values[0], session.default_params)
     say(setting_line(session.params, name))
 
 

@@ -1,7 +1,8 @@
 """The Python API for asyncio: `AsyncLLM.generate` and `.chat` as async generators."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import Sequence as Series
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Any
 from dispec.engine.api.arguments import IN_PARAMS, one_for_each, refusing_unknown_names, with_parameters_of
 from dispec.engine.api.engine_thread import EngineThread
 from dispec.engine.api.outputs import RequestOutput
-from dispec.engine.api.prompt_processor import Messages, PromptProcessor
+from dispec.engine.api.prompt_processor import Messages, PromptProcessor, template_arguments
 from dispec.engine.api.prompts import Prompt, as_prompts
 from dispec.engine.api.shared_engine import Call, PreparedRequest, SharedEngine, describe
 from dispec.engine.options import EngineOptions
@@ -73,18 +74,31 @@ class AsyncLLM:
         messages: Messages,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
+        *,
+        tools: Series[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_special_tokens_in_content: bool = False,
         **template: Any,
     ) -> AsyncGenerator[RequestOutput]:
         """Answer a conversation with the model's chat template; yields and raises as `generate`.
 
-        template: as in `LLM.chat_prompt`.
+        The others: as in `LLM.chat_prompt`.
         """
-        own = ("messages", "sampling_params", "request_id", "allow_special_tokens_in_content")
-        self._prompts.check_template_names("chat", template, own)
+        self._prompts.check_template_names("chat", template, ("messages", "sampling_params", "request_id"))
+        given = template_arguments(
+            template,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+            allow_special_tokens_in_content=allow_special_tokens_in_content,
+        )
         params = one_for_each(sampling_params, 1)
 
         def prepare() -> list[PreparedRequest]:
-            return self._shared.prepare([self._prompts.chat(messages, **template)], params)
+            return self._shared.prepare([self._prompts.chat(messages, **given)], params)
 
         return self._run(prepare, request_id)
 

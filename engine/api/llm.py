@@ -1,6 +1,6 @@
 """The Python API of the engine: `LLM.generate`, `.chat`, `.stream`."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Series
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +16,7 @@ from dispec.engine.api.arguments import (
 )
 from dispec.engine.api.outputs import RequestOutput
 from dispec.engine.api.progress import Progress
-from dispec.engine.api.prompt_processor import Messages, PromptProcessor
+from dispec.engine.api.prompt_processor import Messages, PromptProcessor, template_arguments
 from dispec.engine.api.prompts import Prompt, PromptInput, TokenizedPrompt, as_prompts
 from dispec.engine.api.shared_engine import SharedEngine, describe
 from dispec.engine.options import EngineOptions
@@ -49,7 +49,10 @@ class LLM:
         return describe("LLM", self.engine)
 
     def close(self) -> None:
-        """End the processes and connections of the engine. Later calls raise RuntimeError."""
+        """End the processes and connections of the engine, after the step that runs. Any thread may call it.
+
+        Calls of other threads that run, and later calls, raise RuntimeError. A second `close` does nothing.
+        """
         self._shared.close()
 
     def __enter__(self) -> "LLM":
@@ -93,7 +96,8 @@ class LLM:
             `cache_salt`; a prompt shares cached prefixes only with prompts of the same salt.
         sampling_params: one for all prompts, or one for each.
         use_tqdm: show a progress bar with tokens per second; by default in a terminal and in a notebook.
-        Raises ValueError, before anything runs, if any prompt cannot be served.
+        Raises ValueError, before anything runs, if any prompt cannot be served, and RuntimeError if the engine fails or
+        is closed.
         """
         several = as_prompts(prompts)
         each = one_for_each(sampling_params, len(several))
@@ -103,8 +107,10 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[RequestOutput]:
         """Continue one prompt and yield outputs that hold the new tokens, with the text that they make certain.
 
-        The last output is `finished`. With `n` above 1 an output holds the continuations that have new tokens. The
-        request starts when the iterator is first read; closing the iterator aborts it.
+        The last output is `finished`. With `n` above 1 an output holds the continuations that have new tokens.
+        `sampling_params.output_kind` CUMULATIVE yields all tokens so far, FINAL_ONLY one output. The request starts
+        when the iterator is first read; closing the iterator aborts it. Raises ValueError if the prompt cannot be
+        served, and RuntimeError if the engine fails or is closed.
         """
         prompts = as_prompts(prompt)
         if len(prompts) > 1:
@@ -117,21 +123,33 @@ class LLM:
         sampling_params: Params = None,
         *,
         use_tqdm: bool | None = None,
+        tools: Series[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_special_tokens_in_content: bool = False,
         **template: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several, with the model's chat template; return an output for each.
 
-        sampling_params, use_tqdm: as in `generate`. template: as in `chat_prompt`.
+        sampling_params, use_tqdm: as in `generate`. The others: as in `chat_prompt`.
         """
-        own = ("messages", "sampling_params", "use_tqdm", "allow_special_tokens_in_content")
-        self._prompts.check_template_names("chat", template, own)
+        self._prompts.check_template_names("chat", template, ("messages", "sampling_params", "use_tqdm"))
+        given = template_arguments(
+            template,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+            allow_special_tokens_in_content=allow_special_tokens_in_content,
+        )
         several = isinstance(messages, list | tuple) and bool(messages) and isinstance(messages[0], list | tuple)
         conversations: Any = messages if several else [messages]
         each = one_for_each(sampling_params, len(conversations))
         prompts = []
         for index, conversation in enumerate(conversations):
             try:
-                prompts.append(self._prompts.chat(conversation, **template))
+                prompts.append(self._prompts.chat(conversation, **given))
             except ValueError as error:
                 if not several:
                     raise
@@ -139,18 +157,35 @@ class LLM:
         return self._generate(prompts, each, use_tqdm)
 
     def chat_prompt(
-        self, messages: Messages, *, allow_special_tokens_in_content: bool = False, **template: Any
+        self,
+        messages: Messages,
+        *,
+        tools: Series[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_special_tokens_in_content: bool = False,
+        **template: Any,
     ) -> list[int]:
         """Return the token ids of a conversation in the model's chat template, up to the assistant's turn.
 
+        tools: functions that the model may call, in OpenAI's form.
+        add_generation_prompt: end with the beginning of the assistant's turn; by default it does.
+        continue_final_message: end within the last message, which the model continues.
+        chat_template_kwargs: variables of the template, which need not declare them.
         allow_special_tokens_in_content: special tokens spelled out in messages are special tokens, and not text.
-        template: `tools`, `add_generation_prompt`, `continue_final_message`, and variables that the template declares,
-            such as `enable_thinking`; another name raises ValueError. `chat_template_kwargs` is a mapping of variables
-            that need not be declared.
+        template: variables that the template declares, such as `enable_thinking`; another name raises ValueError.
         """
-        self._prompts.check_template_names("chat_prompt", template, ("messages", "allow_special_tokens_in_content"))
-        allowed = {"allow_special_tokens_in_content": allow_special_tokens_in_content}
-        return self._prompts.chat(messages, **allowed, **template).token_ids
+        self._prompts.check_template_names("chat_prompt", template, ("messages",))
+        given = template_arguments(
+            template,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+            allow_special_tokens_in_content=allow_special_tokens_in_content,
+        )
+        return self._prompts.chat(messages, **given).token_ids
 
     def _generate(
         self, prompts: list[TokenizedPrompt], params: list[SamplingParams], use_tqdm: bool | None

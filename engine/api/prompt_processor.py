@@ -15,7 +15,18 @@ Messages = Series[Mapping[str, Any]]
 # Variables that templates of other models declare.
 _OF_TEMPLATES: tuple[str, ...] = ("enable_thinking", "thinking", "reasoning_effort", "documents")
 _IN_TEMPLATES = {"chat_template_kwargs={{{!r}: …}}": _OF_TEMPLATES}
-_TEMPLATE_ARGUMENTS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+_TEMPLATE_ARGUMENTS = (
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+    "allow_special_tokens_in_content",
+)
+
+
+def template_arguments(template: Mapping[str, Any], **arguments: Any) -> dict[str, Any]:
+    """Return the arguments of `PromptProcessor.chat`: variables of the template, and arguments that are not None."""
+    return {**template, **{name: value for name, value in arguments.items() if value is not None}}
 
 
 class PromptProcessor:

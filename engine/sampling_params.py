@@ -41,6 +41,8 @@ class SamplingParams:
     """How to continue one prompt. Raises InvalidField, a ValueError, with the field, its value and the limit.
 
     A list or mapping that is None is empty.
+
+    output_kind: What each output of a stream holds. Default: DELTA in LLM.stream, CUMULATIVE in AsyncLLM.
     """
 
     n: Annotated[
@@ -113,7 +115,7 @@ class SamplingParams:
     stop_token_ids: Annotated[
         Series[int], Option("Further tokens that end the output; the one that did is its last.")
     ] = ()
-    stop: Annotated[Series[str], Option("Texts before which the output ends.")] = ()
+    stop: Annotated[Series[str], Option("Texts, or one text, before which the output ends.")] = ()
     include_stop_str_in_output: Annotated[bool, Option("End the output after the stop string.")] = False
     logprobs: Annotated[
         int | None,
@@ -132,9 +134,13 @@ class SamplingParams:
         StructuredOutputs | None,
         Option("The grammar that the output follows: json, json_object, regex, choice, grammar or structural_tag."),
     ] = None
+    # No option of the command line: it is about what a call of the Python API returns.
+    output_kind: RequestOutputKind | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not isinstance(self.output_kind, RequestOutputKind | None):
+            raise invalid_field("output_kind", f"is {self.output_kind!r:.50}, must be a RequestOutputKind")
         self._freeze()
         if self.min_tokens > self.max_tokens:
             raise invalid_field("min_tokens", f"is {self.min_tokens}, must be at most max_tokens ({self.max_tokens})")
@@ -191,7 +197,9 @@ class SamplingParams:
         """Replace lists by tuples, and None by an empty one. Raises InvalidField for values that are no lists."""
         for name in _LISTS:
             value = getattr(self, name)
-            if isinstance(value, str):
+            if isinstance(value, str) and name == "stop":
+                value = (value,)
+            elif isinstance(value, str):
                 raise invalid_field(name, "is one text, must be a list")
             if value is not None and not isinstance(value, Iterable):
                 raise invalid_field(name, f"is {value!r:.50}, must be a list")

@@ -5,8 +5,9 @@ from dataclasses import fields
 from difflib import get_close_matches
 from types import MappingProxyType
 
+from dispec.engine.names_of_vllm import ADVICE
+
 _LEAST_LIKENESS = 0.55  # of two names, as difflib rates it: "sampling_params" is that much like "params"
-_NO_ADVICE: Mapping[str, str] = MappingProxyType({})
 _NOWHERE: Mapping[str, Collection[str]] = MappingProxyType({})
 
 
@@ -15,19 +16,17 @@ def refuse_unknown(
     given: Iterable[str],
     known: Collection[str],
     elsewhere: Mapping[str, Collection[str]] = _NOWHERE,
-    advice: Mapping[str, str] = _NO_ADVICE,
 ) -> None:
     """Raise ValueError for the first given name that is not among the names known to the owner.
 
     elsewhere: names that belong to another call, by the form in which they are written there; {} stands for the name.
-    advice: what to do about names that other engines or earlier versions have.
     """
     forms = {name: form for form, names in elsewhere.items() for name in names} | dict.fromkeys(known, "{}")
     for name in given:
         if name in known:
             continue
-        if name in advice:
-            raise ValueError(f"{owner} has no {name}: {advice[name]}")
+        if (advice := ADVICE.get(owner, {}).get(name)) is not None:
+            raise ValueError(f"{owner} has no {name}: {advice}")
         likely = [name] if name in forms else get_close_matches(name, forms, 1, _LEAST_LIKENESS)
         if likely:
             raise ValueError(f"{owner} has no {name}: did you mean {forms[likely[0]].format(likely[0])}?")

@@ -16,6 +16,7 @@ PACKAGES = [
     "layers",
     "engine",
     "engine.errors",
+    "engine.names_of_vllm",
     "engine.unknown_names",
     "engine.option_fields",
     "engine.json_file",

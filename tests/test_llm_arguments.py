@@ -229,7 +229,7 @@ def test_variables_of_the_template_reach_it(llm):
         ),
     ],
 )
-def test_mistyped_variables_are_not_swallowed(llm, given, message):
+def test_mistyped_variables_are_not_swallowed(llm, unchecked, given, message):
     for call in (llm.chat, llm.chat_prompt):
         with pytest.raises(ValueError, match=message):
             call(MESSAGES, **given)

@@ -7,27 +7,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
-from dispec.engine.api.argument_names import IN_LLM, IN_PARAMS, RENAMED, refusing_unknown_names, with_parameters_of
+from dispec.engine.api.arguments import (
+    IN_PARAMS,
+    Params,
+    one_for_each,
+    refusing_unknown_names,
+    with_parameters_of,
+)
 from dispec.engine.api.outputs import RequestOutput
+from dispec.engine.api.progress import Progress
+from dispec.engine.api.prompt_processor import Messages, PromptProcessor, template_arguments
 from dispec.engine.api.prompts import Prompt, PromptInput, TokenizedPrompt, as_prompts
-from dispec.engine.api.shared_engine import SharedEngine
-from dispec.engine.engine import Engine
+from dispec.engine.api.shared_engine import SharedEngine, describe
 from dispec.engine.options import EngineOptions
 from dispec.engine.sampling_params import RequestOutputKind, SamplingParams
-from dispec.engine.text.special_token_marker import ChatText
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.engine.unknown_names import field_names, refuse_unknown
 from dispec.layers.config import ModelConfig
-
-Messages = Series[Mapping[str, Any]]
-Params = SamplingParams | Series[SamplingParams] | None
-
-# Variables that templates of other models declare.
-_OF_TEMPLATES: tuple[str, ...] = ("enable_thinking", "thinking", "reasoning_effort", "documents")
-_IN_TEMPLATES = {"chat_template_kwargs={{{!r}: …}}": _OF_TEMPLATES}
-_TEMPLATE_ARGUMENTS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 
 
 class LLM:
@@ -43,19 +39,20 @@ class LLM:
 
     @with_parameters_of(EngineOptions)
     def __init__(self, *model: Any, **given: Any) -> None:
-        refuse_unknown("LLM", given, field_names(EngineOptions), IN_PARAMS, RENAMED)
+        refuse_unknown("LLM", given, field_names(EngineOptions), IN_PARAMS)
         options = EngineOptions(*model, **given)
-        if options.compile == "background":
-            raise ValueError("compile is 'background', which is for a server: an LLM is never idle, use startup or off")
-        self.engine = Engine(options)
-        checkpoint = self.engine.checkpoint
-        self._tokenizer = None
-        if checkpoint is not None:
-            self._tokenizer = Tokenizer.from_directory(checkpoint.directory)
-        self._shared = SharedEngine(self.engine, self._tokenizer)
+        self._shared = SharedEngine.load(options)
+        self.engine = self._shared.engine
+        self._prompts = PromptProcessor(self._shared.tokenizer)
+
+    def __repr__(self) -> str:
+        return describe("LLM", self.engine)
 
     def close(self) -> None:
-        """End the processes and connections of the engine. Later calls raise RuntimeError."""
+        """End the processes and connections of the engine, after the step that runs. Any thread may call it.
+
+        Calls of other threads that run, and later calls, raise RuntimeError. A second `close` does nothing.
+        """
         self._shared.close()
 
     def __enter__(self) -> "LLM":
@@ -67,9 +64,23 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ValueError for a model that was made from a `ModelConfig`."""
-        if self._tokenizer is None:
-            raise ValueError("this model was made from a ModelConfig and has no tokenizer: pass token ids")
-        return self._tokenizer
+        return self._prompts.tokenizer
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Return `tokenizer`. It has `encode`, `decode` and `apply_chat_template`, as those of transformers have."""
+        return self.tokenizer
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a text. (vLLM's `LLM.encode` is pooling, which this engine does not have.)
+
+        add_special_tokens: add those that the model expects around a text, often BOS.
+        Raises ValueError for text that is not valid Unicode.
+        """
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def decode(self, token_ids: Series[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD; unknown ids have no text."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens)
 
     @refusing_unknown_names
     def generate(
@@ -84,23 +95,27 @@ class LLM:
         prompts: each a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids` and optionally
             `cache_salt`; a prompt shares cached prefixes only with prompts of the same salt.
         sampling_params: one for all prompts, or one for each.
-        use_tqdm: show a progress bar; by default for eight prompts or more on a terminal.
-        Raises ValueError, before anything runs, if any prompt cannot be served.
+        use_tqdm: show a progress bar with tokens per second; by default in a terminal and in a notebook.
+        Raises ValueError, before anything runs, if any prompt cannot be served, and RuntimeError if the engine fails or
+        is closed.
         """
         several = as_prompts(prompts)
-        return self._generate(self._tokenize(several), _one_each(sampling_params, len(several)), use_tqdm)
+        each = one_for_each(sampling_params, len(several))
+        return self._generate([self._prompts.tokenize(prompt) for prompt in several], each, use_tqdm)
 
     @refusing_unknown_names
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[RequestOutput]:
         """Continue one prompt and yield outputs that hold the new tokens, with the text that they make certain.
 
-        The last output is `finished`. With `n` above 1 an output holds the continuations that have new tokens. The
-        request starts when the iterator is first read; closing the iterator aborts it.
+        The last output is `finished`. With `n` above 1 an output holds the continuations that have new tokens.
+        `sampling_params.output_kind` CUMULATIVE yields all tokens so far, FINAL_ONLY one output. The request starts
+        when the iterator is first read; closing the iterator aborts it. Raises ValueError if the prompt cannot be
+        served, and RuntimeError if the engine fails or is closed.
         """
         prompts = as_prompts(prompt)
         if len(prompts) > 1:
             raise ValueError(f"prompt holds {len(prompts)} prompts, stream takes one")
-        return self._stream(prompts, _one_each(sampling_params, 1))
+        return self._stream(prompts[0], one_for_each(sampling_params, 1))
 
     def chat(
         self,
@@ -108,21 +123,33 @@ class LLM:
         sampling_params: Params = None,
         *,
         use_tqdm: bool | None = None,
+        tools: Series[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_special_tokens_in_content: bool = False,
         **template: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several, with the model's chat template; return an output for each.
 
-        sampling_params, use_tqdm: as in `generate`. template: as in `chat_prompt`.
+        sampling_params, use_tqdm: as in `generate`. The others: as in `chat_prompt`.
         """
-        own = ("messages", "sampling_params", "use_tqdm", "allow_special_tokens_in_content")
-        self._check_template_names("chat", template, own)
+        self._prompts.check_template_names("chat", template, ("messages", "sampling_params", "use_tqdm"))
+        given = template_arguments(
+            template,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+            allow_special_tokens_in_content=allow_special_tokens_in_content,
+        )
         several = isinstance(messages, list | tuple) and bool(messages) and isinstance(messages[0], list | tuple)
         conversations: Any = messages if several else [messages]
-        each = _one_each(sampling_params, len(conversations))
+        each = one_for_each(sampling_params, len(conversations))
         prompts = []
         for index, conversation in enumerate(conversations):
             try:
-                prompts.append(self._chat_prompt(conversation, **template))
+                prompts.append(self._prompts.chat(conversation, **given))
             except ValueError as error:
                 if not several:
                     raise
@@ -130,81 +157,57 @@ class LLM:
         return self._generate(prompts, each, use_tqdm)
 
     def chat_prompt(
-        self, messages: Messages, *, allow_special_tokens_in_content: bool = False, **template: Any
+        self,
+        messages: Messages,
+        *,
+        tools: Series[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_special_tokens_in_content: bool = False,
+        **template: Any,
     ) -> list[int]:
         """Return the token ids of a conversation in the model's chat template, up to the assistant's turn.
 
+        tools: functions that the model may call, in OpenAI's form.
+        add_generation_prompt: end with the beginning of the assistant's turn; by default it does.
+        continue_final_message: end within the last message, which the model continues.
+        chat_template_kwargs: variables of the template, which need not declare them.
         allow_special_tokens_in_content: special tokens spelled out in messages are special tokens, and not text.
-        template: `tools`, `add_generation_prompt`, `continue_final_message`, and variables that the template declares,
-            such as `enable_thinking`; another name raises ValueError. `chat_template_kwargs` is a mapping of variables
-            that need not be declared.
+        template: variables that the template declares, such as `enable_thinking`; another name raises ValueError.
         """
-        self._check_template_names("chat_prompt", template, ("messages", "allow_special_tokens_in_content"))
-        allowed = {"allow_special_tokens_in_content": allow_special_tokens_in_content}
-        return self._chat_prompt(messages, **allowed, **template).token_ids
-
-    def _chat_prompt(
-        self, messages: Messages, *, allow_special_tokens_in_content: bool = False, **template: Any
-    ) -> TokenizedPrompt:
-        more = template.pop("chat_template_kwargs", None) or {}
-        if not isinstance(more, Mapping):
-            raise ValueError(f"chat_template_kwargs is {type(more).__name__}, must be a mapping of template variables")
-        for name in more:
-            if not isinstance(name, str) or name == "messages" or name in template:
-                raise ValueError(f"chat_template_kwargs holds {name!r}, which is given already or is no variable")
-        text = self.tokenizer.render_chat(messages, **template, **more)
-        if allow_special_tokens_in_content:
-            text = ChatText(text.plain, text.plain, None)
-        return TokenizedPrompt(self.tokenizer.encode_chat(text), text.plain)
-
-    def _check_template_names(self, owner: str, given: Mapping[str, Any], own: tuple[str, ...]) -> None:
-        known = (*own, *_TEMPLATE_ARGUMENTS, *sorted(self.tokenizer.template_variables))
-        refuse_unknown(owner, given, known, IN_PARAMS | IN_LLM | _IN_TEMPLATES, RENAMED)
-
-    def _tokenize(self, prompts: list[PromptInput]) -> list[TokenizedPrompt]:
-        found = []
-        for text, token_ids, cache_salt in prompts:
-            ids = self.tokenizer.encode(text or "") if token_ids is None else token_ids
-            found.append(TokenizedPrompt(ids, text, cache_salt))
-        return found
+        self._prompts.check_template_names("chat_prompt", template, ("messages",))
+        given = template_arguments(
+            template,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+            allow_special_tokens_in_content=allow_special_tokens_in_content,
+        )
+        return self._prompts.chat(messages, **given).token_ids
 
     def _generate(
         self, prompts: list[TokenizedPrompt], params: list[SamplingParams], use_tqdm: bool | None
     ) -> list[RequestOutput]:
-        disable = None if use_tqdm is None and len(prompts) >= 8 else not use_tqdm
+        for index, param in enumerate(params):
+            if param.output_kind is RequestOutputKind.DELTA:
+                where = "sampling_params" if len(params) == 1 else f"sampling_params[{index}]"
+                raise ValueError(f"{where}: output_kind is DELTA, must be CUMULATIVE or FINAL_ONLY: use stream")
         done: dict[int, RequestOutput] = {}
         with (
-            closing(self._shared.run(prompts, params, RequestOutputKind.FINAL_ONLY)) as outputs,
-            tqdm(total=len(prompts), desc="generating", unit="prompt", disable=disable) as bar,
+            Progress(len(prompts), use_tqdm) as progress,
+            closing(self._shared.run(prompts, params, RequestOutputKind.FINAL_ONLY, progress.update)) as outputs,
         ):
             for index, output in outputs:
                 done[index] = output
-                bar.update()
         return [done[index] for index in range(len(prompts))]
 
-    def _stream(self, prompts: list[PromptInput], params: list[SamplingParams]) -> Generator[RequestOutput]:
-        with closing(self._shared.run(self._tokenize(prompts), params, RequestOutputKind.DELTA)) as outputs:
+    def _stream(self, prompt: PromptInput, params: list[SamplingParams]) -> Generator[RequestOutput]:
+        tokenized = [self._prompts.tokenize(prompt)]
+        with closing(self._shared.run(tokenized, params, RequestOutputKind.DELTA)) as outputs:
             for _, output in outputs:
                 yield output
-
-
-def _one_each(given: Params, count: int) -> list[SamplingParams]:
-    """Return the parameters of each prompt. Raises ValueError for anything but SamplingParams."""
-    if given is None or isinstance(given, SamplingParams):
-        return [given or SamplingParams()] * count
-    name = type(given).__name__
-    if isinstance(given, Mapping):
-        refuse_unknown("SamplingParams", map(str, given), field_names(SamplingParams))
-        fields = ", ".join(f"{field}={value!r:.50}" for field, value in given.items())
-        raise ValueError(f"sampling_params is {name}, must be SamplingParams: write SamplingParams({fields})")
-    if not isinstance(given, Series) or isinstance(given, str | bytes):
-        raise ValueError(f"sampling_params is {name}, must be SamplingParams or a list of them")
-    for index, one in enumerate(given):
-        if not isinstance(one, SamplingParams):
-            raise ValueError(f"sampling_params[{index}] is {type(one).__name__}, must be SamplingParams")
-    if len(given) != count:
-        raise ValueError(f"sampling_params holds {len(given)} SamplingParams for {count} prompts")
-    return list(given)
 
 
 def generate(
@@ -214,7 +217,6 @@ def generate(
     **options: Any,
 ) -> list[RequestOutput]:
     """Load a model, continue the prompts, close the model. Options are those of `LLM`."""
-    several = as_prompts(prompts)
-    each = _one_each(sampling_params, len(several))
+    one_for_each(sampling_params, len(as_prompts(prompts)))  # refused before a model is loaded
     with LLM(model, **options) as llm:
-        return llm._generate(llm._tokenize(several), each, None)
+        return llm.generate(prompts, sampling_params)

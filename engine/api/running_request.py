@@ -84,7 +84,7 @@ class RunningRequest:
             RunningOutput(sequence, TextStream(tokenizer, params, prompt.token_ids), tokenizer)
             for sequence in first.choices
         ]
-        self._kind = kind
+        self.kind = kind
         self._prompt = prompt
         self._tokenizer = tokenizer
         self._arrival_time = time.time()
@@ -96,6 +96,11 @@ class RunningRequest:
     @property
     def is_finished(self) -> bool:
         return all(output.finish_reason is not None for output in self.outputs)
+
+    @property
+    def has_token(self) -> bool:
+        """Whether the prompt is computed."""
+        return self._first_token_time is not None
 
     def process(self, token: TokenOutput) -> bool:
         """Take a token of one of the outputs; return False if that output has ended before."""
@@ -124,9 +129,9 @@ class RunningRequest:
         With `FINAL_ONLY` nothing is due before the request has finished.
         """
         is_finished = self.is_finished
-        if not self._changed or (self._kind is RequestOutputKind.FINAL_ONLY and not is_finished):
+        if not self._changed or (self.kind is RequestOutputKind.FINAL_ONLY and not is_finished):
             return None
-        is_delta = self._kind is RequestOutputKind.DELTA
+        is_delta = self.kind is RequestOutputKind.DELTA
         indices: Series[int] = sorted(self._changed) if is_delta else range(len(self.outputs))
         self._changed.clear()
         first = self.first

@@ -1,11 +1,13 @@
 """One engine for several callers: iterators that are read in turns, and threads."""
 
+import logging
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Series
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -15,25 +17,55 @@ from dispec.engine.api.outputs import RequestOutput
 from dispec.engine.api.prompts import TokenizedPrompt
 from dispec.engine.api.running_request import RunningRequest
 from dispec.engine.engine import Engine
+from dispec.engine.options import EngineOptions
 from dispec.engine.sampling_params import RequestOutputKind, SamplingParams
 from dispec.engine.scheduling.token_output import TokenOutput
+from dispec.engine.structured_output.grammar_compiler import Grammar
 from dispec.engine.text.text_stream import without_texts
 from dispec.engine.text.tokenizer import Tokenizer
+from dispec.layers.config import ModelConfig
+
+log = logging.getLogger("dispec")
+
+
+class PreparedRequest(NamedTuple):
+    """A request that passed the checks of its texts. engine_params: `params` without texts."""
+
+    prompt: TokenizedPrompt
+    params: SamplingParams
+    engine_params: SamplingParams
+    grammar: Grammar | None
 
 
 @dataclass(eq=False)
-class _Call:
+class Call:
     """The requests of one caller.
 
     outputs: in the order of arrival, each with its request's index, until the caller reads them.
     num_open: requests that have not ended.
+    num_prompt_tokens, num_output_tokens: that were computed so far, prompt tokens from the cache included.
     error: the reason why no more outputs come.
     """
 
     requests: list[RunningRequest] = field(default_factory=list)
     outputs: deque[tuple[int, RequestOutput]] = field(default_factory=deque)
     num_open: int = 0
-    error: RuntimeError | None = None
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    error: Exception | None = None
+
+    def take(self) -> tuple[int, RequestOutput] | None:
+        """Return the next output; None if there is none. Any thread may call it."""
+        try:
+            return self.outputs.popleft()
+        except IndexError:
+            return None
+
+    def put(self, index: int, output: RequestOutput) -> None:
+        """Append an output of a request. One that holds all tokens so far replaces one that was not read."""
+        if len(self.requests) == 1 and self.requests[0].kind is RequestOutputKind.CUMULATIVE:
+            self.outputs.clear()
+        self.outputs.append((index, output))
 
 
 class SharedEngine:
@@ -43,110 +75,199 @@ class SharedEngine:
     uses the engine, for one step, in the order of asking.
     """
 
+    @classmethod
+    def load(cls, options: EngineOptions) -> "SharedEngine":
+        """Load a model in this thread, with its tokenizer. Raises ValueError for options that are for a server."""
+        if options.compile == "background":
+            raise ValueError("compile is 'background', which is for a server: an LLM is never idle, use startup or off")
+        engine = Engine(options)
+        checkpoint = engine.checkpoint
+        return cls(engine, None if checkpoint is None else Tokenizer.from_directory(checkpoint.directory))
+
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None) -> None:
-        self._engine = engine
-        self._tokenizer = tokenizer
+        self.engine = engine
+        self.tokenizer = tokenizer
         self._lock = FairLock()
-        self._places: dict[str, tuple[_Call, int]] = {}  # call, and index of the request in it, by request id
-        self._abandoned: deque[_Call] = deque()
+        self._places: dict[str, tuple[Call, int]] = {}  # call, and index of the request in it, by request id
+        self._abandoned: deque[Call] = deque()
         self._thread = threading.get_ident()
         self._is_closed = False
 
     def run(
-        self, prompts: Series[TokenizedPrompt], params: Series[SamplingParams], kind: RequestOutputKind
+        self,
+        prompts: Series[TokenizedPrompt],
+        params: Series[SamplingParams],
+        default_kind: RequestOutputKind,
+        on_step: Callable[[Call], None] | None = None,
     ) -> Generator[tuple[int, RequestOutput]]:
         """Start requests and yield their outputs, each with its request's index.
 
-        Closing the iterator aborts the requests. Raises ValueError, before anything runs, if a prompt cannot be served.
+        default_kind: of the outputs of parameters without `output_kind`. on_step: called at least after each step.
+        Closing the iterator aborts the requests.
+        Raises ValueError, before anything runs, if a prompt cannot be served.
         """
-        call = _Call()
+        call = Call()
         try:
-            self._start(call, prompts, params, kind)
-            while call.outputs or call.num_open:
-                if call.outputs:
-                    yield call.outputs.popleft()
+            self.start(call, self.prepare(prompts, params), default_kind)
+            while True:
+                if on_step is not None:
+                    on_step(call)
+                is_open = call.num_open > 0  # before the look at the outputs, to which another thread appends the last
+                if (found := call.take()) is not None:
+                    yield found
+                elif not is_open:
+                    return
                 elif call.error is not None:
                     raise call.error
                 else:
                     self._step_for(call)
         finally:
-            # The garbage collector may close this generator anywhere, also where this thread holds the lock.
-            self._abandoned.append(call)
-            self._abort_abandoned()
+            self.abandon(call)
+
+    def prepare(self, prompts: Series[TokenizedPrompt], params: Series[SamplingParams]) -> list[PreparedRequest]:
+        """Check texts and compile grammars, while other callers run steps. Raises ValueError."""
+        found = []
+        for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+            with _naming(index, len(prompts)):
+                engine_params = without_texts(param, self.tokenizer)
+                grammar = self.engine.compile_grammar(engine_params)
+            found.append(PreparedRequest(prompt, param, engine_params, grammar))
+        return found
+
+    def start(
+        self,
+        call: Call,
+        requests: Series[PreparedRequest],
+        default_kind: RequestOutputKind,
+        request_id: str | None = None,
+    ) -> None:
+        """Queue the requests of a call. request_id: of its only request. Raises ValueError."""
+        with deferred_interrupt(), self._lock:
+            self._check_usable()
+            if request_id in self._places:
+                raise ValueError(f"request_id is {request_id!r}, which another request has that still runs")
+            for index, (prompt, param, engine_params, grammar) in enumerate(requests):
+                with _naming(index, len(requests)):
+                    first = self.engine.add(
+                        prompt.token_ids,
+                        engine_params,
+                        cache_salt=prompt.cache_salt,
+                        grammar=grammar,
+                        request_id=request_id,
+                    )
+                kind = param.output_kind or default_kind
+                call.requests.append(RunningRequest(first, prompt, param, kind, self.tokenizer))
+                call.num_open += 1
+                self._places[first.request_id] = call, index
+
+    @property
+    def has_work(self) -> bool:
+        return not self._is_closed and self.engine.has_work
+
+    def step(self) -> list[Call]:
+        """Run a step, and return the calls that have new outputs or an error."""
+        with deferred_interrupt(), self._lock:
+            self._check_usable()
+            self._abort_calls()
+            changed = self._step()
+        self._abort_abandoned()
+        return changed
+
+    def abandon(self, call: Call) -> None:
+        """Abort what runs of a call, unless another thread is in a step, which does it then."""
+        # The garbage collector may close a generator anywhere, also where this thread holds the lock.
+        self._abandoned.append(call)
+        self._abort_abandoned()
+
+    def abort(self, request_id: str) -> list[Call]:
+        """End a request with the finish reason "abort"; return its call, if the request runs."""
+        with deferred_interrupt(), self._lock:
+            place = self._places.pop(request_id, None)
+            if place is None:
+                return []
+            call, index = place
+            request = call.requests[index]
+            for sequence in request.first.choices:
+                self.engine.abort(sequence)
+            request.abort()
+            call.num_open -= 1
+            if (due := request.take()) is not None:
+                call.put(index, due)
+            return [call]
+
+    def fail(self, error: Exception) -> list[Call]:
+        """End every request with an error; return their calls."""
+        with deferred_interrupt(), self._lock:
+            calls = list(dict.fromkeys(call for call, _ in self._places.values()))
+            for call in calls:
+                call.error = error
+                self._abandoned.append(call)
+            try:
+                self._abort_calls()
+            except Exception:  # the engine is beyond use: every later call is refused
+                log.exception("the requests of a failed engine cannot be aborted: it is closed")
+                self._is_closed = True
+            return calls
 
     def close(self) -> None:
         """Close the engine, once no other thread is in a step. Later calls raise RuntimeError."""
         with deferred_interrupt(), self._lock:
             if not self._is_closed:
                 self._is_closed = True
-                self._engine.close()
+                self.engine.close()
 
-    def _start(
-        self,
-        call: _Call,
-        prompts: Series[TokenizedPrompt],
-        params: Series[SamplingParams],
-        kind: RequestOutputKind,
-    ) -> None:
-        engine_params = [without_texts(param, self._tokenizer) for param in params]
-        grammars = []
-        for index, param in enumerate(engine_params):  # without the lock: other callers run steps meanwhile
-            with _naming(index, len(prompts)):
-                grammars.append(self._engine.compile_grammar(param))
-        with deferred_interrupt(), self._lock:
-            self._check_usable()
-            for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-                with _naming(index, len(prompts)):
-                    first = self._engine.add(
-                        prompt.token_ids, engine_params[index], cache_salt=prompt.cache_salt, grammar=grammars[index]
-                    )
-                request = RunningRequest(first, prompt, param, kind, self._tokenizer)
-                call.requests.append(request)
-                call.num_open += 1
-                self._places[first.request_id] = call, index
-
-    def _step_for(self, call: _Call) -> None:
+    def _step_for(self, call: Call) -> None:
         """Run a step, unless a step of another thread has brought outputs for this call in the meantime."""
         with deferred_interrupt(), self._lock:
             if call.outputs or call.error is not None:
                 return
             self._check_usable()
             self._abort_calls()
-            if not self._engine.has_work:
+            if not self.engine.has_work:
                 raise RuntimeError(
                     "the request was ended by something other than this LLM, which still waits for its tokens"
                 )
-            with self._thread_state():
-                outputs = self._engine.step()
-            self._distribute(outputs)
-            for sequence in self._engine.failed:
-                if sequence.request_id in self._places:
-                    failed_call, _ = self._places[sequence.request_id]
-                    failed_call.error = RuntimeError(f"the engine failed: {sequence.error}")
+            self._step()
         self._abort_abandoned()
 
-    def _distribute(self, tokens: Series[TokenOutput]) -> None:
-        """Give the tokens of a step to their requests, and append what is due to the calls."""
-        changed: dict[str, tuple[_Call, int]] = {}
+    def _step(self) -> list[Call]:
+        with self._thread_state():
+            tokens = self.engine.step()
+        changed = self._distribute(tokens)
+        for sequence in self.engine.failed:
+            if sequence.request_id in self._places:
+                call, _ = self._places[sequence.request_id]
+                call.error = RuntimeError(f"the engine failed: {sequence.error}")
+                changed[call] = None
+        return list(changed)
+
+    def _distribute(self, tokens: Series[TokenOutput]) -> dict[Call, None]:
+        """Give the tokens of a step to their requests; return the calls that have new outputs."""
+        updated: dict[str, tuple[Call, int]] = {}
         for token in tokens:
             place = self._places.get(token.request_id)
             if place is None:
                 continue
             call, index = place
             request = call.requests[index]
+            call.num_prompt_tokens += 0 if request.has_token else request.first.num_prompt_tokens
             if not request.process(token):
                 continue  # a token after a stop string, of the same step
-            changed[token.request_id] = place
+            call.num_output_tokens += 1
+            updated[token.request_id] = place
             output = request.outputs[token.index]
             if output.text.stop_reason is not None:
-                self._engine.finish(output.sequence, "stop")
-        for request_id, (call, index) in changed.items():
+                self.engine.finish(output.sequence, "stop")
+        changed: dict[Call, None] = {}
+        for request_id, (call, index) in updated.items():
             request = call.requests[index]
+            if (due := request.take()) is not None:
+                call.put(index, due)
+                changed[call] = None
             if request.is_finished:
                 call.num_open -= 1
                 del self._places[request_id]
-            if (due := request.take()) is not None:
-                call.outputs.append((index, due))
+        return changed
 
     def _abort_abandoned(self) -> None:
         """Abort the requests of abandoned calls, or leave that to the thread that has the lock."""
@@ -165,13 +286,13 @@ class SharedEngine:
             for request in call.requests:
                 if self._places.pop(request.first.request_id, None) is not None:
                     for sequence in request.first.choices:
-                        self._engine.abort(sequence)
+                        self.engine.abort(sequence)
 
     def _check_usable(self) -> None:
         if self._is_closed:
             raise RuntimeError("this LLM is closed")
-        num_ranks = self._engine.options.tensor_parallel_size
-        if num_ranks > 1 and self._engine.device.type == "cuda" and threading.get_ident() != self._thread:
+        num_ranks = self.engine.options.tensor_parallel_size
+        if num_ranks > 1 and self.engine.device.type == "cuda" and threading.get_ident() != self._thread:
             raise RuntimeError(
                 f"tensor_parallel_size is {num_ranks}: on CUDA such an LLM answers in the thread that made it alone,"
                 " because it replays that thread's graphs"
@@ -180,7 +301,7 @@ class SharedEngine:
     def _thread_state(self) -> AbstractContextManager[object]:
         """Give this thread the torch settings of the thread that made the engine."""
         torch.get_num_threads()  # a thread that has not called it has an OpenMP team of its own size
-        return torch.cuda.device(self._engine.device) if self._engine.device.type == "cuda" else nullcontext()
+        return torch.cuda.device(self.engine.device) if self.engine.device.type == "cuda" else nullcontext()
 
 
 @contextmanager
@@ -192,3 +313,10 @@ def _naming(index: int, num_prompts: int) -> Iterator[None]:
         if num_prompts == 1:
             raise
         raise ValueError(f"prompts[{index}]: {error}") from error
+
+
+def describe(name: str, engine: Engine) -> str:
+    """Return the repr of an `LLM`: its model, dtype, device and context."""
+    options = engine.options
+    model = type(options.model).__name__ if isinstance(options.model, ModelConfig) else str(options.model)
+    return f"{name}({model!r}, dtype={options.dtype}, device={engine.device}, max_model_len={engine.max_model_len})"

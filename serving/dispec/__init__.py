@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import dispec.engine  # noqa: F401  # sets the spin count of OpenMP's threads before torch is loaded
 
 if TYPE_CHECKING:
+    from dispec.engine.api.async_llm import AsyncLLM as AsyncLLM
     from dispec.engine.api.llm import LLM as LLM
     from dispec.engine.api.llm import generate as generate
     from dispec.engine.api.outputs import CompletionOutput as CompletionOutput
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
     from dispec.engine.api.outputs import RequestMetrics as RequestMetrics
     from dispec.engine.api.outputs import RequestOutput as RequestOutput
     from dispec.engine.options import EngineOptions as EngineOptions
+    from dispec.engine.sampling_params import RequestOutputKind as RequestOutputKind
     from dispec.engine.sampling_params import SamplingParams as SamplingParams
 
 _MODULE_OF = {
+    "AsyncLLM": "dispec.engine.api.async_llm",
     "LLM": "dispec.engine.api.llm",
     "generate": "dispec.engine.api.llm",
     "CompletionOutput": "dispec.engine.api.outputs",
@@ -26,6 +29,7 @@ _MODULE_OF = {
     "RequestMetrics": "dispec.engine.api.outputs",
     "RequestOutput": "dispec.engine.api.outputs",
     "EngineOptions": "dispec.engine.options",
+    "RequestOutputKind": "dispec.engine.sampling_params",
     "SamplingParams": "dispec.engine.sampling_params",
 }
 

@@ -1,13 +1,16 @@
-"""Answer unknown keyword arguments with a sentence, without `**unknown` in signatures."""
+"""Checks of the arguments of `LLM`: unknown names are answered with a sentence, without `**unknown` in signatures."""
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Series
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from dispec.engine.options import EngineOptions
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.unknown_names import field_names, refuse_unknown
+
+Params = SamplingParams | Series[SamplingParams] | None
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -15,7 +18,6 @@ _R = TypeVar("_R")
 # Where a name belongs that was passed to another function.
 IN_PARAMS = {"sampling_params=SamplingParams({}=…)": field_names(SamplingParams)}
 IN_LLM = {"LLM({}=…)": field_names(EngineOptions)}
-RENAMED = {"params": "did you mean sampling_params?"}
 
 
 def refusing_unknown_names(method: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -24,7 +26,7 @@ def refusing_unknown_names(method: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(method)
     def checked(*args: _P.args, **given: _P.kwargs) -> _R:
-        refuse_unknown(method.__name__, given, names, IN_PARAMS | IN_LLM, RENAMED)
+        refuse_unknown(method.__name__, given, names, IN_PARAMS | IN_LLM)
         return method(*args, **given)
 
     return checked
@@ -43,3 +45,22 @@ def with_parameters_of(
         return method
 
     return decorate
+
+
+def one_for_each(given: Params, count: int) -> list[SamplingParams]:
+    """Return the parameters of each of `count` prompts. Raises ValueError for anything but SamplingParams."""
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams()] * count
+    name = type(given).__name__
+    if isinstance(given, Mapping):
+        refuse_unknown("SamplingParams", map(str, given), field_names(SamplingParams))
+        fields = ", ".join(f"{field}={value!r:.50}" for field, value in given.items())
+        raise ValueError(f"sampling_params is {name}, must be SamplingParams: write SamplingParams({fields})")
+    if not isinstance(given, Series) or isinstance(given, str | bytes):
+        raise ValueError(f"sampling_params is {name}, must be SamplingParams or a list of them")
+    for index, one in enumerate(given):
+        if not isinstance(one, SamplingParams):
+            raise ValueError(f"sampling_params[{index}] is {type(one).__name__}, must be SamplingParams")
+    if len(given) != count:
+        raise ValueError(f"sampling_params holds {len(given)} SamplingParams for {count} prompts")
+    return list(given)

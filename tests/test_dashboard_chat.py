@@ -493,6 +493,18 @@ def test_wide_content_scrolls_inside_and_the_chat_can_fill_the_window(chat, widt
     assert (box["x"], box["y"], box["width"], box["height"]) == (0, 0, width, 700)
 
 
+def test_a_table_of_the_model_is_one_on_a_phone(chat) -> None:
+    """The page's own tables turn into cards there."""
+    view = chat("|a|b|\n|-|-|\n|1|2|\n", viewport={"width": 390, "height": 800})
+    ask(view, "x")
+    boxes = [view.page.locator(f"{LAST} {cell}").bounding_box() for cell in ("th >> nth=1", "td >> nth=1")]
+    assert boxes[0]["x"] == boxes[1]["x"] > 0
+    assert boxes[0]["width"] == boxes[1]["width"]
+    assert (
+        view.page.locator(f"{LAST} td").first.evaluate("(cell) => getComputedStyle(cell, '::before').content") == "none"
+    )
+
+
 def test_without_the_renderer_the_text_is_shown_as_it_is(chat) -> None:
     view = chat(ANSWER)
     view.page.route("**/dashboard/markdown", lambda route: route.fulfill(status=503, body="{}"))

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 from litestar import Request, Response, Router, get, post
 from litestar.exceptions import NotFoundException
-from litestar.params import FromPath
+from litestar.params import FromPath, JSONBody
 from litestar.response import Stream
 
 from dispec.serving.client.engine_client import EngineClient
@@ -86,7 +86,7 @@ def dashboard_router(client: EngineClient) -> Router:
         return Stream(encoded(), media_type="text/event-stream", headers=headers)
 
     @post("/markdown", status_code=200, request_max_body_size=_MAX_MARKDOWN_BYTES)
-    async def markdown(data: MarkdownText) -> Response[bytes]:
+    async def markdown(data: JSONBody[MarkdownText]) -> Response[bytes]:
         """Return the HTML of each block of a text, as `serving.dashboard.markdown` makes it."""
         headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
         return Response(await renderer.render(data.text), media_type="application/json", headers=headers)

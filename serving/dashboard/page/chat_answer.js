@@ -70,7 +70,8 @@ function statistics({ start, firstToken, lastToken }, usage, finishReason) {
   const tokens = usage?.completion_tokens ?? 0;
   const seconds = (lastToken - firstToken) / 1000;
   const parts = [`${tokens} tokens`];
-  if (tokens > 1 && seconds > 0) parts.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
+  const rate = (tokens - 1) / seconds;
+  if (tokens > 1 && seconds > 0) parts.push(`${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`);
   parts.push(`TTFT ${Math.round(firstToken - start)} ms`);
   if (usage && finishReason) {
     const cached = usage.prompt_tokens_details?.cached_tokens;

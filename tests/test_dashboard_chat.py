@@ -398,6 +398,8 @@ def test_the_log_follows_the_end_only_when_it_is_there(chat, engine) -> None:
     overflows = f"() => {{ {log}; return log.scrollHeight > 1.3 * log.clientHeight; }}"
     engine.num_allowed = 160
     view.say("Lines")
+    view.until_text(f"{LAST} .note span", "^160 tokens")
+    view.until("() => !document.querySelector('[aria-busy=true]')")
     view.until(overflows)
     view.until(at_end)
     assert not view.page.locator("#chat-newest").is_visible()

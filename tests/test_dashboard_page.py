@@ -6,6 +6,7 @@ import re
 import signal
 
 import httpx
+import psutil
 import pytest
 
 from tests.browser import CONTRASTS, NEEDS_CHROMIUM, Visit
@@ -89,7 +90,7 @@ def test_the_page_shows_the_states_of_engine_and_server(visit, checkpoint) -> No
     with serving(checkpoint, "--stall-seconds", "0.5", "--max-engine-restarts", "1") as server:
         view.open(server.url)
         view.until_text("#state", "^ready$")
-        engine = _children(server.process.pid)[0]
+        engine = _engine(server)
         os.kill(engine, signal.SIGSTOP)
         view.say("Hello?")
         view.until_text("#state", "^stalled$")
@@ -101,7 +102,7 @@ def test_the_page_shows_the_states_of_engine_and_server(visit, checkpoint) -> No
         view.until_text("#state", "^restarting$")
         view.until_text("#banner", "died: .*SIGKILL.* It is being restarted")
         view.until_text("#state", "^ready$")
-        os.kill(_children(server.process.pid)[0], signal.SIGKILL)
+        os.kill(_engine(server), signal.SIGKILL)
         view.until_text("#state", "^dead$")  # no restart is left
         view.until_text("#banner", "ended by SIGKILL")
         assert server.process.wait(60) == 1
@@ -116,9 +117,10 @@ def test_the_page_shows_the_states_of_engine_and_server(visit, checkpoint) -> No
     view.until_text("#banner", "does not answer.*Last event at")
 
 
-def _children(pid: int) -> list[int]:
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [int(child) for child in file.read().split()]
+def _engine(server) -> int:
+    """The engine's process id: the renderer of Markdown is a child of the server too."""
+    children = psutil.Process(server.process.pid).children()
+    return next(child.pid for child in children if "dispec.engine.process.engine_loop" in child.cmdline())
 
 
 def test_with_a_key_the_browser_asks_for_it_and_the_page_works(visit, checkpoint) -> None:

@@ -5,17 +5,19 @@ import gzip
 from collections.abc import AsyncIterator
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
-from litestar import Request, Response, Router, get
+from litestar import Request, Response, Router, get, post
 from litestar.exceptions import NotFoundException
-from litestar.params import FromPath
+from litestar.params import FromPath, JSONBody
 from litestar.response import Stream
 
 from dispec.serving.client.engine_client import EngineClient
 from dispec.serving.dashboard.dashboard_events import dashboard_events
 from dispec.serving.dashboard.dashboard_state import DashboardState
 from dispec.serving.dashboard.engine_usage import EngineUsage
+from dispec.serving.dashboard.markdown_process import MAX_TEXT, MarkdownProcess
 from dispec.serving.dashboard.time_buckets import RANGES
 from dispec.serving.http.errors import ApiError
 from dispec.serving.http.web_assets import INSTALL, plotly_script
@@ -23,6 +25,7 @@ from dispec.serving.http.web_assets import INSTALL, plotly_script
 _DIRECTORY = Path(__file__).parent / "page"
 _TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
 _FILES = frozenset(path.name for path in _DIRECTORY.iterdir()) - {"index.html"}
+_MAX_MARKDOWN_BYTES = 2**20
 _HEADERS = {
     # Text from a model can make the page load or send nothing elsewhere. Plotly sets styles.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline';"
@@ -33,6 +36,10 @@ _HEADERS = {
 }
 
 
+class MarkdownText(msgspec.Struct):
+    text: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+
+
 @cache
 def _gzipped(path: Path) -> bytes:
     return gzip.compress(path.read_bytes(), compresslevel=6)
@@ -40,7 +47,7 @@ def _gzipped(path: Path) -> bytes:
 
 def dashboard_router(client: EngineClient) -> Router:
     """Return the routes below /dashboard."""
-    state, usage = DashboardState(client), EngineUsage(client)
+    state, usage, renderer = DashboardState(client), EngineUsage(client), MarkdownProcess()
 
     @get("/", sync_to_thread=False)
     def page() -> Response[bytes]:
@@ -78,7 +85,13 @@ def dashboard_router(client: EngineClient) -> Router:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return Stream(encoded(), media_type="text/event-stream", headers=headers)
 
-    return Router("/dashboard", route_handlers=[page, asset, plotly, events], include_in_schema=False)
+    @post("/markdown", status_code=200, request_max_body_size=_MAX_MARKDOWN_BYTES)
+    async def markdown(data: JSONBody[MarkdownText]) -> Response[bytes]:
+        """Return the HTML of each block of a text, as `serving.dashboard.markdown` makes it."""
+        headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+        return Response(await renderer.render(data.text), media_type="application/json", headers=headers)
+
+    return Router("/dashboard", route_handlers=[page, asset, plotly, events, markdown], include_in_schema=False)
 
 
 def _file(path: Path) -> Response[bytes]:

@@ -29,7 +29,7 @@ log = logging.getLogger("dispec.access")
 
 MAX_REQUEST_ID = 128  # characters
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,%d}" % MAX_REQUEST_ID)  # safe in headers and logs
-_POLLED_PATHS = frozenset({"/live", "/ping", "/health", "/metrics", "/load", "/stats"})
+_POLLED_PATHS = frozenset({"/live", "/ping", "/health", "/metrics", "/load", "/stats", "/dashboard/markdown"})
 _REPEAT_SECONDS = 60.0  # between two lines about the same failure of a polled path
 
 

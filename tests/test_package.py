@@ -62,6 +62,13 @@ def source_of(package: str) -> Path:
     raise AssertionError(f"{package} has no folder")
 
 
+def other_pythons() -> list[str]:
+    """The versions of Python that the package names, without the one that runs the tests."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [name.rpartition(" ")[2] for name in project["classifiers"] if "Python :: 3." in name]
+    return [version for version in named if version != f"{sys.version_info[0]}.{sys.version_info[1]}"]
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository: builds write beside the files that they read."""
@@ -214,6 +221,24 @@ def test_an_editable_install_beside_packages_of_the_same_names(sources: Path, pr
 def test_a_farm_of_links_beside_packages_of_the_same_names(project: Path) -> None:
     links = ROOT / ".ci/links"
     assert imported_from(project, python_path=links) == links / "dispec/engine/engine.py"
+
+
+@pytest.mark.parametrize("version", other_pythons())
+def test_the_sources_compile_without_warnings_for_each_python(version: str, tmp_path: Path) -> None:
+    installed = [*Path.home().glob(f".pyenv/versions/{version}.*/bin/python"), Path(f"/usr/bin/python{version}")]
+    python = next((path for path in installed if path.is_file()), None)
+    if python is None:
+        pytest.skip(f"no Python {version}")
+    command = [str(python), "-W", "error", "-m", "compileall", "-q", *FOLDERS]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPYCACHEPREFIX": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_farm_holds_links_alone() -> None:

@@ -5,12 +5,12 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from dispec.engine.dtypes import DTYPES
+from dispec.engine.machine.memory import usable_memory
 from dispec.engine.options import EngineOptions, parse_bytes
 from dispec.layers.config import ModelConfig
 from dispec.layers.types import KVCache, Weights
@@ -119,11 +119,11 @@ def allocate_kv_cache(
 
 
 def free_memory(device: torch.device, utilization: float) -> int:
-    """Return the free bytes: on CUDA up to `utilization` of the device, on CPU those of the system."""
+    """Return the free bytes: on CUDA up to `utilization` of the device, on CPU those of the machine or the cgroup."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(0, free - int(total * (1 - utilization)))
-    return psutil.virtual_memory().available
+    return usable_memory().available
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:

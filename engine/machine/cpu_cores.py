@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from dispec.engine.machine.control_groups import control_groups, read_text
+
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Return the cores in the process's affinity mask, or in its cgroups' CPU quota if these are fewer; at least 1.
@@ -24,39 +26,16 @@ def usable_cores(root: Path = Path("/")) -> int:
 def _first_sibling(cpu: int, root: Path) -> str:
     """Return the first hyperthread of a CPU's core (Linux: admin-guide/cputopology.rst), the CPU if that is unknown."""
     topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
-    siblings = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")  # such as "3,67" or "0-1"
+    siblings = read_text(topology / "core_cpus_list") or read_text(
+        topology / "thread_siblings_list"
+    )  # such as "3,67" or "0-1"
     return re.split("[,-]", siblings.strip())[0] or str(cpu)
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Yield CPU quotas, in cores, of the process's cgroups and their parents (Linux: admin-guide/cgroup-v2.rst)."""
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if not path:  # not a cgroup
-            continue
-        if not controllers:
-            mounts, names = [root / "sys/fs/cgroup"], ["cpu.max"]
-        elif "cpu" in controllers.split(","):
-            mounts = [root / "sys/fs/cgroup" / name for name in (controllers, "cpu")]
-            names = ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
-        else:
-            continue
-        for mount in mounts:
-            # In a container the mount may be the process's own group, and the path does not exist.
-            for group in (mount, *(mount.joinpath(*parts) for parts in _prefixes(path))):
-                words = " ".join(_read(group / name) for name in names).split()
-                if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):  # not "max", not -1
-                    yield int(words[0]) / int(words[1])
-
-
-def _prefixes(path: str) -> Iterator[list[str]]:
-    parts = [part for part in path.split("/") if part not in ("", "..")]
-    return (parts[: count + 1] for count in range(len(parts)))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""
+    """Yield CPU quotas, in cores, of the process's cgroups and their parents."""
+    for group, version in control_groups("cpu", root):
+        names = ["cpu.max"] if version == 2 else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        words = " ".join(read_text(group / name) for name in names).split()
+        if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):  # not "max", not -1
+            yield int(words[0]) / int(words[1])

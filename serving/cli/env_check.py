@@ -15,6 +15,7 @@ import psutil
 
 from dispec.engine.machine.cache_directory import cache_directory, check_writable
 from dispec.engine.machine.cpu_cores import usable_cores
+from dispec.engine.machine.memory import usable_memory
 
 if TYPE_CHECKING:  # it imports torch, which `findings` reports if it is broken
     from dispec.engine.environment import Outcome
@@ -63,7 +64,7 @@ def findings() -> Iterator[Finding]:
     yield Finding("python", f"{python} ({sys.executable})", {"version": python, "executable": sys.executable})
     yield Finding("platform", platform.platform(), platform.platform())
     yield _cpu()
-    memory = psutil.virtual_memory()
+    memory = usable_memory()
     sizes = {"free_bytes": memory.available, "total_bytes": memory.total}
     yield Finding("memory", _free(**sizes), sizes)
     yield _cache()

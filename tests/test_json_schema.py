@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from dispec import LLM, SamplingParams
 from dispec.bench.json_schemas import CASES
 from dispec.bench.random_outputs import RandomOutputs
-from dispec.engine.api.outputs import Completion
+from dispec.engine.api.outputs import RequestOutput
 from dispec.engine.errors import InvalidField
 from dispec.engine.loading.checkpoint import find_checkpoint
 from dispec.engine.structured_output.grammar_compiler import GrammarCompiler
@@ -77,7 +77,7 @@ def _structures() -> Iterator[tuple[str, StructuredOutputs]]:
 
 
 @pytest.fixture(scope="module")
-def outputs() -> dict[str, list[Completion]]:
+def outputs() -> dict[str, list[RequestOutput]]:
     """Outputs of every case at temperature 1, all in one batch."""
     llm = LLM("smollm2", device="cpu", max_num_seqs=128, max_model_len=256, kv_cache_memory="256MiB")
     prompt = llm.chat_prompt([{"role": "user", "content": "Answer with the first example that you think of."}])
@@ -88,44 +88,45 @@ def outputs() -> dict[str, list[Completion]]:
             params.append(
                 SamplingParams(temperature=1, seed=index, max_tokens=MAX_TOKENS, structured_outputs=structure)
             )
-    found: dict[str, list[Completion]] = {}
+    found: dict[str, list[RequestOutput]] = {}
     for name, completion in zip(names, llm.generate([prompt] * len(params), params, use_tqdm=False), strict=True):
         found.setdefault(name, []).append(completion)
     return found
 
 
-def texts(completions: list[Completion]) -> list[str]:
+def texts(completions: list[RequestOutput]) -> list[str]:
     """Return the texts of outputs, all of which are whole."""
     assert len(completions) == NUM_OUTPUTS
     assert {completion.outputs[0].finish_reason for completion in completions} <= {"stop", "length"}
     return [completion.outputs[0].text for completion in completions]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMES)
-def test_outputs_fit_the_schema(outputs: dict[str, list[Completion]], name: str) -> None:
+def test_outputs_fit_the_schema(outputs: dict[str, list[RequestOutput]], name: str) -> None:
     for text in texts(outputs[f"json {name}"]):
         check_json(text, CASES[name])
 
 
-def test_a_json_object_is_an_object(outputs: dict[str, list[Completion]]) -> None:
+def test_a_json_object_is_an_object(outputs: dict[str, list[RequestOutput]]) -> None:
     for text in texts(outputs["json_object"]):
         assert isinstance(json.loads(text), dict)
 
 
 @pytest.mark.parametrize("regex", REGEXES)
-def test_outputs_match_the_regex(outputs: dict[str, list[Completion]], regex: str) -> None:
+def test_outputs_match_the_regex(outputs: dict[str, list[RequestOutput]], regex: str) -> None:
     for text in texts(outputs[f"regex {regex}"]):
         assert re.fullmatch(regex, text)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_outputs_are_choices(outputs: dict[str, list[Completion]], choice: tuple[str, ...]) -> None:
+def test_outputs_are_choices(outputs: dict[str, list[RequestOutput]], choice: tuple[str, ...]) -> None:
     for text in texts(outputs[f"choice {choice[0]}"]):
         assert text in choice
 
 
 @pytest.mark.parametrize("name", GRAMMARS)
-def test_outputs_follow_the_grammar(outputs: dict[str, list[Completion]], name: str) -> None:
+def test_outputs_follow_the_grammar(outputs: dict[str, list[RequestOutput]], name: str) -> None:
     _, check = GRAMMARS[name]
     for text in texts(outputs[f"grammar {name}"]):
         assert check(text)
@@ -144,6 +145,7 @@ def random_outputs() -> RandomOutputs:
     return RandomOutputs(checkpoint.directory, checkpoint.config.vocab_size, checkpoint.eos_token_ids)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMES)
 def test_random_outputs_fit_the_schema(compiler: GrammarCompiler, random_outputs: RandomOutputs, name: str) -> None:
     """A model rarely leaves the beaten track; these outputs always do."""

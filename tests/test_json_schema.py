@@ -101,7 +101,6 @@ def texts(completions: list[RequestOutput]) -> list[str]:
     return [completion.outputs[0].text for completion in completions]
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_fit_the_schema(outputs: dict[str, list[RequestOutput]], name: str) -> None:
     for text in texts(outputs[f"json {name}"]):
@@ -145,7 +144,6 @@ def random_outputs() -> RandomOutputs:
     return RandomOutputs(checkpoint.directory, checkpoint.config.vocab_size, checkpoint.eos_token_ids)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMES)
 def test_random_outputs_fit_the_schema(compiler: GrammarCompiler, random_outputs: RandomOutputs, name: str) -> None:
     """A model rarely leaves the beaten track; these outputs always do."""

@@ -22,7 +22,7 @@ from dispec import SamplingParams
 from tests.test_compile_options import make
 import dispec.ops.cpu.library
 llm = make("bfloat16")
-print(llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0].token_ids)
+print(llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0].outputs[0].token_ids)
 print(dispec.ops.cpu.library.library() is not None)
 """
 

@@ -54,6 +54,7 @@ def test_generate_writes_an_answer_and_its_rate() -> None:
     assert first.startswith("first token after ")
 
 
+@pytest.mark.smoke
 def test_prompt_from_standard_input_and_quiet(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = dispec("generate", "The quick brown fox", *eager(tiny, "--raw", "--max-tokens", "8", "--ignore-eos", "-q"))
     assert given.code == 0
@@ -111,6 +112,7 @@ def test_a_wrong_schema_is_refused_before_the_model_is_loaded(tmp_path: Path, co
     assert said in one_sentence(result)
 
 
+@pytest.mark.smoke
 def test_version() -> None:
     result = dispec("--version")
     assert result.code == 0
@@ -133,6 +135,7 @@ def options_of(command: str) -> dict[str, Any]:
     return {option.name: option for option in commands[command].params}
 
 
+@pytest.mark.smoke
 def test_each_declared_option_is_a_flag_and_a_variable() -> None:
     serve, generate = options_of("serve"), options_of("generate")
     for name in set(option_fields(EngineOptions)) - {"seed", "show_progress"} | set(option_fields(ServerSettings)):
@@ -154,6 +157,7 @@ def test_each_option_is_a_documented_argument() -> None:
         assert f"\n{name}: {option_fields(EngineOptions)[name].option.help}" in str(LLM.__init__.__doc__)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("cls", [EngineOptions, SamplingParams, ServerSettings])
 def test_values_beyond_their_limits_are_refused(cls: type) -> None:
     for name, field in option_fields(cls).items():
@@ -168,6 +172,7 @@ def test_values_beyond_their_limits_are_refused(cls: type) -> None:
                 cls(**{name: beyond})
 
 
+@pytest.mark.smoke
 def test_options_by_environment_variable(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"MODEL": tiny, "ENFORCE_EAGER": "1", "MAX_MODEL_LEN": "16", "QUIET": "1"}.items():
         monkeypatch.setenv(f"DISPEC_{name}", value)
@@ -180,6 +185,7 @@ def test_options_by_environment_variable(tiny: str, monkeypatch: pytest.MonkeyPa
 # Errors
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("args", "said"),
     [

@@ -17,6 +17,8 @@ from dispec.layers.config import (
 from dispec.layers.rope import rope_frequencies
 from tests.checkpoints import FAMILIES, tiny_config
 
+pytestmark = pytest.mark.smoke
+
 LLAMA_OLD = {  # as transformers 4 wrote them: rope_theta and rope_scaling beside the sizes
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 100,
@@ -131,6 +133,7 @@ def their_config(raw: dict, directory) -> PreTrainedConfig:
         {"rope_scaling": LLAMA3},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
         {"rope_scaling": YARN | {"type": "linear"}},
+        {"rope_scaling": YARN | {"beta_slow": 0.001}},  # stretched past the last dimension
     ],
 )
 def test_rotary_settings_in_two_places_turn_as_fast_as_with_transformers(family, places, tmp_path):

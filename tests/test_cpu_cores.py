@@ -29,6 +29,7 @@ def system(root: Path, groups: str, files: dict[str, str]) -> Path:
     return root
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("groups", "files", "cores"),
     [
@@ -67,6 +68,7 @@ def test_quotas_of_both_kinds_of_cgroup(groups, files, cores, tmp_path, monkeypa
     assert cpu_cores.usable_cores(system(tmp_path, groups, files)) == cores
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["core_cpus_list", "thread_siblings_list"])
 @pytest.mark.parametrize(
     ("siblings", "mask", "cores"),
@@ -89,6 +91,7 @@ def test_hyperthreads_count_once(name, siblings, mask, cores, tmp_path, monkeypa
     assert usable_cores(system(tmp_path, "0::/", {"sys/fs/cgroup/cpu.max": "100000 100000"})) == 1
 
 
+@pytest.mark.smoke
 def test_affinity_counts(monkeypatch):
     monkeypatch.setattr(cpu_cores.os, "sched_getaffinity", lambda _: {3}, raising=False)
     assert cpu_cores.usable_cores() == 1

@@ -23,6 +23,7 @@ from tests.grammar_walks import (
 )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", SHORTEST)
 def test_cut_documents_are_valid(name):
     check_schema(SHORTEST[name][0], random.Random(name), 30)

@@ -94,6 +94,7 @@ def finish(live: DashboardState, key: str = "0", **fields) -> None:
     live.on_request_finished(ended)
 
 
+@pytest.mark.smoke
 def test_a_view_holds_whole_seconds_and_the_next_what_is_new(live, client, clock) -> None:
     views = live.views("1m")
     first = next(views)
@@ -125,6 +126,7 @@ def test_a_view_holds_whole_seconds_and_the_next_what_is_new(live, client, clock
     assert late["steps"] == second["steps"]
 
 
+@pytest.mark.smoke
 def test_tokens_are_counted_once_while_a_request_runs_and_at_its_end(live, client, clock) -> None:
     stream = request(timing=RequestTiming(999.0, 999.5, 1000.0), num_output_tokens=2, gaps=[0.1])
     client.streams = [stream]
@@ -140,6 +142,7 @@ def test_tokens_are_counted_once_while_a_request_runs_and_at_its_end(live, clien
     assert view["summary"]["itl"] == [pytest.approx(0.2, rel=0.06), pytest.approx(0.4, rel=0.06)]
 
 
+@pytest.mark.smoke
 def test_the_output_rate_is_the_mean_of_ten_seconds(live, client, clock) -> None:
     for second in range(20):
         finish(live, str(second), num_output_tokens=100 if second < 10 else 30)
@@ -149,6 +152,7 @@ def test_the_output_rate_is_the_mean_of_ten_seconds(live, client, clock) -> None
     assert next(live.views("1m"))["summary"]["output"] == 15
 
 
+@pytest.mark.smoke
 def test_seconds_without_events_keep_the_load(live, client, clock) -> None:
     client.streams = [request(timing=RequestTiming(999.0, 999.5), num_output_tokens=0, gaps=[])]
     step(live, clock, num_tokens=3)
@@ -163,6 +167,7 @@ def test_seconds_without_events_keep_the_load(live, client, clock) -> None:
     assert [point["running"] for point in next(live.views("1m"))["points"]][-2:] == [1, 0]
 
 
+@pytest.mark.smoke
 def test_ranges_hold_an_hour_in_bounded_memory(live, clock) -> None:
     """One token a second and one request every ten, for two hours, seen in buckets of 1, 5 and 30 seconds."""
     for second in range(7200):
@@ -190,6 +195,7 @@ def test_ranges_hold_an_hour_in_bounded_memory(live, clock) -> None:
         assert not any(point["output"] for point in view["points"])
 
 
+@pytest.mark.smoke
 def test_percentiles_are_of_the_range_and_of_the_last_seconds_in_a_point(live, clock) -> None:
     finish(live, gaps=[0.05, 0.05])
     clock.now += 1
@@ -211,6 +217,7 @@ def test_percentiles_are_of_the_range_and_of_the_last_seconds_in_a_point(live, c
         assert next(live.views(name))["summary"]["ttft"] == [pytest.approx(0.75, rel=0.06)] * 2
 
 
+@pytest.mark.smoke
 def test_a_requests_row(live) -> None:
     finish(live)
     finish(live, timing=RequestTiming(990.0, finished=992.75), finish_reasons=["error"], error="it was too long")
@@ -226,6 +233,7 @@ def test_a_requests_row(live) -> None:
     assert view["summary"]["errors"] == 1
 
 
+@pytest.mark.smoke
 def test_unfinished_requests_come_by_state_and_are_bounded(live, client) -> None:
     waiting = [request(f"w{number}", timing=RequestTiming(990.0), finish_reasons=[None]) for number in range(200)]
     prefill = request("p", timing=RequestTiming(990.0, 991.0), finish_reasons=[None])
@@ -238,6 +246,7 @@ def test_unfinished_requests_come_by_state_and_are_bounded(live, client) -> None
     assert view["num_unfinished"] == 202
 
 
+@pytest.mark.smoke
 def test_speculation_is_absent_until_there_is_some(live) -> None:
     assert next(live.views("1m"))["summary"]["speculation"] is None
     live.on_drafts(num_drafts=4, num_draft_tokens=12, accepted_per_position=[3, 2, 1])
@@ -327,6 +336,7 @@ def test_an_idle_engine_is_not_woken(monkeypatch) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.smoke
 def test_a_pool_of_100_000_blocks_is_three_numbers_in_an_event(live, client) -> None:
     rows = [{"pool": {"used": 40_000, "cached": 20_000, "free": 40_000, "total": 100_000}}] * 2
     assert pool_of(rows) == {"used": 80_000, "cached": 40_000, "free": 80_000, "total": 200_000}

@@ -19,6 +19,7 @@ def pieces_of(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool = 
     return [*(stream.add(token) for token in ids), stream.finish()]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @given(data=st.data(), skip_special_tokens=st.booleans())
 @settings(max_examples=150, deadline=None)
@@ -57,6 +58,7 @@ def test_pieces_of_random_bytes_join_to_the_decoded_text(contents):
         assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @given(data=st.data(), skip_special_tokens=st.booleans())
 @settings(max_examples=150, deadline=None)
@@ -83,6 +85,7 @@ def test_the_first_word_after_a_prompt_keeps_its_space():
         assert first([hello, bos]) == first([hello, 100_000]) == first([-1, hello]) == " Hello"
 
 
+@pytest.mark.smoke
 def test_a_character_begun_in_the_prompt_comes_whole():
     for name in ("bytes", "wrapped", "fallback"):
         tokenizer = VOCABULARIES[name]
@@ -94,6 +97,7 @@ def test_a_character_begun_in_the_prompt_comes_whole():
             assert rest == "aé😀b"[len(bytes("aé😀b".encode()[:cut]).decode(errors="ignore")) :], (name, cut)
 
 
+@pytest.mark.smoke
 def test_a_character_begun_in_the_prompt_and_left_is_no_text_of_the_answer():
     for name in ("bytes", "wrapped", "fallback"):
         tokenizer = VOCABULARIES[name]

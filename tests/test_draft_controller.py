@@ -11,6 +11,8 @@ from dispec.bench.speculative_run import predicted_speedup
 from dispec.engine.speculation.controller import Candidate, DraftController
 from dispec.engine.speculation.step_costs import StepCosts, bucket
 
+pytestmark = pytest.mark.smoke
+
 MAX_DRAFTS = 5
 
 

@@ -42,6 +42,7 @@ def alone(llm: LLM, prompts: list[list[int]], params) -> list[list[int]]:
     return [llm.generate([prompt], param)[0].outputs[0].token_ids for prompt, param in zip(prompts, each, strict=True)]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_transformers(family, tmp_path):
     reference = save_tiny(tmp_path, family).eval()
@@ -56,6 +57,7 @@ def test_greedy_tokens_equal_transformers(family, tmp_path):
         assert completion.prompt_token_ids == prompt
 
 
+@pytest.mark.smoke
 def test_a_mixed_batch_equals_each_prompt_alone(llm):
     prompts = random_prompts(12)
     params = [
@@ -67,12 +69,14 @@ def test_a_mixed_batch_equals_each_prompt_alone(llm):
     assert [len(tokens) for tokens in together] == [4 + index for index in range(12)]
 
 
+@pytest.mark.smoke
 def test_chunked_prefill_equals_whole(directory, llm):
     prompts = random_prompts(5, longest=200)
     chunked = LLM(directory, max_num_batched_tokens=8, max_num_seqs=4, **OPTIONS)
     assert [c.outputs[0].token_ids for c in chunked.generate(prompts, greedy())] == alone(llm, prompts, greedy())
 
 
+@pytest.mark.smoke
 def test_preemption_changes_no_output_and_loses_no_request(directory, llm):
     """A pool of nine blocks for eight sequences of up to seven: they take turns."""
     block_bytes = 2 * 3 * 3 * 16 * 16 * 4

@@ -55,6 +55,7 @@ def client(loop, shared_client):
     shared_client.observers.clear()
 
 
+@pytest.mark.smoke
 def test_64_concurrent_requests_are_answered_as_in_one_process(loop, client, llm):
     requests = many_requests(llm)
     expected = llm.generate([prompt for prompt, _ in requests], [params for _, params in requests])
@@ -209,6 +210,7 @@ def test_aborting_after_the_end_does_nothing(loop, client):
     loop.run(abort_late())
 
 
+@pytest.mark.smoke
 def test_a_timeout_ends_a_request_and_no_other(loop, client):
     async def time_out() -> None:
         other = ask(client, random_tokens(5), greedy(5))

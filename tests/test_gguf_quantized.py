@@ -47,6 +47,7 @@ SIZES = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize(("rows", "blocks_in_row"), [(1, 1), (7, 3)])
 def test_numbers_are_those_of_the_gguf_package(kind, rows, blocks_in_row, monkeypatch):

@@ -46,8 +46,7 @@ def expected(plain, cases) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("proposer", [None, "ngram", "other"])
-@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize(("proposer", "overlaps"), [(None, False), (None, True), ("ngram", True), ("other", False)])
 def test_preemption_changes_nothing(directory, other, cases, expected, proposer, overlaps):
     """A trace of arrivals and aborts on a cache that is too small, in steps of few tokens."""
     prompts, params = cases

@@ -13,6 +13,8 @@ from dispec.engine.structured_output.grammar_state import GrammarState
 from dispec.serving.client.output_processor import OutputProcessor
 from tests.checkpoints import EOS_TOKEN_ID, tiny_tokenizer
 
+pytestmark = pytest.mark.smoke
+
 TOKENIZER = LLTokenizer(tiny_tokenizer().to_str(), eos_token=EOS_TOKEN_ID)
 Q, X, Z = (TOKENIZER.tokenize_str(letter)[0] for letter in "qxz")
 

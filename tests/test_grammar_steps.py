@@ -23,6 +23,7 @@ def llm(directory) -> LLM:
     return make(directory)
 
 
+@pytest.mark.smoke
 def test_outputs_follow_their_grammars_in_any_batch(llm):
     """With every kind of sampling, beside each other and beside free text; each is what it is alone."""
     prompts = random_prompts(18)
@@ -36,6 +37,7 @@ def test_outputs_follow_their_grammars_in_any_batch(llm):
     assert [completion.outputs[0].token_ids for completion in together] == alone(llm, prompts, params)
 
 
+@pytest.mark.smoke
 def test_forced_tokens_take_no_step(llm):
     params = SamplingParams(temperature=1, seed=3, max_tokens=200, structured_outputs={"regex": FORM})
     llm.engine.records.clear()
@@ -89,6 +91,7 @@ def test_a_batch_without_grammars_makes_no_masks(llm, monkeypatch):
     assert not masked
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("logprobs", [None, 2])
 def test_reasoning_comes_first_and_has_no_end_token(llm, logprobs):
     """The start marker is forced; free text of any tokens but end tokens follows; after the end marker, the grammar."""

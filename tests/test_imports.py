@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.smoke
+
 ROOT = Path(__file__).resolve().parent.parent
 # Each package may import itself and the packages before it. A module of `dispec.engine` or `dispec.serving` that is in
 # no sub-package counts as a package.

@@ -142,6 +142,7 @@ def test_answers_are_those_of_one_engine(directory, plain, front, failure, optio
         assert computed == 0, "the decode engine computed a prompt that it received"
 
 
+@pytest.mark.smoke
 def test_logprobs_and_first_tokens_come_with_the_blocks(directory, plain):
     pair = Pair(directory, Network(2), front=False)
     params = SamplingParams(max_tokens=6, logprobs=2, prompt_logprobs=1, n=2, seed=4, temperature=1.0, ignore_eos=True)

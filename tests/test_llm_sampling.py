@@ -37,6 +37,7 @@ def reference_logprobs(checkpoint, token_ids: list[int]) -> torch.Tensor:
         return checkpoint[1](torch.tensor([token_ids])).logits[0].float().log_softmax(-1)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_logprobs_are_those_of_the_model_itself(llm, checkpoint, temperature):
     """Neither temperature nor penalties change them."""
@@ -127,6 +128,7 @@ def test_prompt_logprobs_of_preempted_requests(checkpoint):
         assert found == pytest.approx([expected[i, tokens[i + 1]].item() for i in range(len(found))], abs=1e-4)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("penalty", [1.3, 0.8])
 def test_repetition_penalty_equals_transformers(llm, checkpoint, penalty):
     for prompt in random_prompts(4):
@@ -158,6 +160,7 @@ def test_presence_and_frequency_penalties_follow_the_published_formula(llm, chec
         assert llm.generate([prompt], params)[0].outputs[0].token_ids == tokens[len(prompt) :]
 
 
+@pytest.mark.smoke
 def test_logit_bias_allowed_tokens_and_bad_words(llm):
     prompt = random_tokens(10)
     hot = {"temperature": 3.0, "max_tokens": 60, "ignore_eos": True, "seed": 5}
@@ -175,6 +178,7 @@ def test_logit_bias_allowed_tokens_and_bad_words(llm):
     assert set(tokens) == {5, 8, 400}
 
 
+@pytest.mark.smoke
 def test_bad_words_as_texts(llm):
     params = greedy(40)
     text = llm.generate(["the"], params)[0].outputs[0].text
@@ -213,6 +217,7 @@ def test_draws_through_the_engine_follow_the_processed_distribution(llm, checkpo
     assert statistic < 24.3  # 7 degrees
 
 
+@pytest.mark.smoke
 def test_min_tokens_withholds_the_end(llm):
     prompt = random_tokens(10)
     eager_to_end = {"logit_bias": {EOS_TOKEN_ID: 100.0}, "temperature": 0}
@@ -226,6 +231,7 @@ def test_min_tokens_withholds_the_end(llm):
     assert (completion.outputs[0].finish_reason, completion.outputs[0].stop_reason) == ("stop", None)
 
 
+@pytest.mark.smoke
 def test_stop_strings_end_the_text_and_the_work(llm):
     prompt = "the quick"
     whole = llm.generate([prompt], greedy(60))[0]

@@ -15,6 +15,8 @@ from dispec.layers.logit_processing import apply_penalties, apply_token_mask, ap
 from dispec.layers.logprobs import logprobs
 from dispec.layers.types import Penalties, SamplingFilters
 
+pytestmark = pytest.mark.smoke
+
 VOCAB = 77  # neither a multiple of 32 nor of anything else
 PROMPT = [3, 9, 9, 40, 76, 3]
 OUTPUT = [5, 9, 5, 70, 5, 31, 9]

@@ -67,6 +67,7 @@ def finish(metrics: Metrics, stream: RequestStream) -> None:
     metrics.on_request_finished(stream)
 
 
+@pytest.mark.smoke
 def test_the_names_are_all_there_and_no_others() -> None:
     assert sorted(families(Metrics("m"))) == sorted(
         [f"vllm:{name}" for name in VLLM.split()] + [f"dispec_{name}" for name in OURS.split()]
@@ -118,6 +119,7 @@ def test_queue_prefill_and_decode_add_up_however_the_request_ended(cases) -> Non
     assert math.isclose(total, found["dispec_request_seconds_sum"], rel_tol=1e-9, abs_tol=1e-6)
 
 
+@pytest.mark.smoke
 def test_what_a_request_leaves_behind() -> None:
     metrics = Metrics("m")
     finish(metrics, ended())
@@ -155,6 +157,7 @@ def test_a_request_that_never_started_counts_as_an_end_and_as_nothing_else() -> 
     assert changed == {"dispec_requests_total", "vllm:request_success_total"}
 
 
+@pytest.mark.smoke
 def test_ends_are_counted_by_choice_and_reason() -> None:
     metrics = Metrics("m")
     finish(metrics, ended(finish_reasons=("stop", "stop", "length")))
@@ -166,6 +169,7 @@ def test_ends_are_counted_by_choice_and_reason() -> None:
     assert ends == {"stop": 2, "length": 1, "abort": 0, "error": 0}
 
 
+@pytest.mark.smoke
 def test_what_a_step_leaves_behind() -> None:
     metrics = Metrics("m")
     metrics.on_step(step(num_tokens=33, num_preempted=2, schedule=0.5, launch=1, wait=2, commit=4), 8.0)
@@ -179,6 +183,7 @@ def test_what_a_step_leaves_behind() -> None:
     assert {name: found[name] for name in expected} == expected
 
 
+@pytest.mark.smoke
 def test_drafts_are_counted_by_position() -> None:
     metrics = Metrics("m")
     metrics.on_drafts(num_drafts=2, num_draft_tokens=6, accepted_per_position=[2, 1, 0])

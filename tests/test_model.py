@@ -13,6 +13,8 @@ from dispec.layers.weights import load_weights
 from tests.checkpoints import FAMILIES, save_tiny
 from tests.paged_model import PagedModel
 
+pytestmark = pytest.mark.smoke
+
 TOLERANCE = 1e-4
 
 
@@ -55,6 +57,15 @@ def test_families_cover_the_flags(tmp_path_factory):
     assert configs["qwen3"].tie_embeddings
     assert configs["llama"].num_heads // configs["llama"].num_kv_heads == 3
     assert configs["llama"].rope_scaling.kind == "llama3"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_norm_has_the_epsilon_of_the_config(family, tmp_path):
+    case = make_case(tmp_path, family, rms_norm_eps=0.3)
+    paged = PagedModel(case.weights, case.config, case.prompts)
+    for sequence, prompt in enumerate(case.prompts):
+        (logits,) = paged.compute({sequence: len(prompt)})
+        case.assert_close(sequence, 0, logits)
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64])

@@ -15,6 +15,8 @@ from tests.api_server import CONTEXT, MESSAGES, PARAMETERS, chat, complete
 from tests.servers import Server
 from tests.small_engine import prompt_logprobs, random_tokens, sampled_logprobs
 
+pytestmark = pytest.mark.smoke
+
 pytest_plugins = ["tests.api_server"]
 
 

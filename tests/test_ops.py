@@ -67,6 +67,7 @@ def attention_case(
     return query, keys, values, tables, starts, torch.tensor(contexts, dtype=torch.int32), query_len, head_dim**-0.5
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("query_len", [None, 1, 2, 5, 16])
 @pytest.mark.parametrize("seed", range(6))
 def test_paged_attention(query_len, seed):
@@ -74,6 +75,17 @@ def test_paged_attention(query_len, seed):
     case = attention_case(random.Random(f"{query_len} {seed}"), query_len)
     result = ops.paged_attention(*case)
     torch.testing.assert_close(result, reference.paged_attention(*case[:6], case[7]), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_paged_attention_over_several_spans(query_len):
+    """Contexts that a kernel divides, whose parts are combined."""
+    torch.manual_seed(0)
+    case = attention_case(random.Random(query_len), query_len, prefixes=(500, 700, 1100))
+    case[0].mul_(4)  # the largest score of each part differs
+    result = ops.paged_attention(*case)
+    torch.testing.assert_close(result, reference.paged_attention(*case[:6], case[7]), atol=5e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("query_len", [None, 1])
@@ -103,6 +115,7 @@ def test_attention_does_not_hide_nan(dtype, query_len):
     assert torch.equal(result.isnan(), expected[:, :, None].expand_as(result))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("seed", range(4))
 def test_prefill_in_bfloat16(seed):
     """Long enough for several spans and several tasks of a key head."""
@@ -142,6 +155,7 @@ def test_a_sequence_without_context_is_zero():
     assert (result[1] != 0).all()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 def test_write_kv(block_size):
     torch.manual_seed(block_size)
@@ -165,6 +179,7 @@ def test_copy_blocks():
     assert torch.equal(values, expected_values)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
 @pytest.mark.parametrize("bias", [True, False])
 def test_packed_linear_rounds_once(rows, bias):
@@ -178,6 +193,7 @@ def test_packed_linear_rounds_once(rows, bias):
     torch.testing.assert_close(ops.linear(x, packed, offset).double(), exact, atol=0.04, rtol=2**-7)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("rows", [1, 13, 40])
 @pytest.mark.parametrize(("features", "columns"), [(192, 96), (70, 33), (96, 40)])
 def test_norm_gate_and_residual_of_a_packed_linear(rows, features, columns):
@@ -200,6 +216,7 @@ def test_norm_gate_and_residual_of_a_packed_linear(rows, features, columns):
     torch.testing.assert_close(given.double(), gated + half.double(), atol=0.05, rtol=2**-5)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_argmax_is_torchs(dtype):
     torch.manual_seed(0)
@@ -224,6 +241,7 @@ def token_masks(rows: int, size: int) -> torch.Tensor:
     return words
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masked_logits_and_their_argmax(dtype):
     torch.manual_seed(1)
@@ -240,6 +258,7 @@ def test_masked_logits_and_their_argmax(dtype):
         assert torch.equal(x.nan_to_num(3.0), expected.nan_to_num(3.0))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [16, 48, 64, 128])
 @pytest.mark.parametrize("has_norm", [False, True])

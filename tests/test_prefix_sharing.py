@@ -6,6 +6,8 @@ from dispec import LLM, SamplingParams
 from tests.checkpoints import save_tiny
 from tests.small_engine import BLOCK_SIZE, alone, greedy, make, mixed_params, random_prompts, random_tokens
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):

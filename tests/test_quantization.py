@@ -7,6 +7,8 @@ import torch
 
 from dispec.ops.quantization import Quantization, quantize
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.mark.parametrize(("rows", "columns", "size"), [(3, 96, 32), (1100, 40, 32), (2, 100, 64), (4, 20, 128)])
 @pytest.mark.parametrize("shift", [0.0, 3.0, -500.0])

@@ -181,6 +181,7 @@ def odd_heads(dtype: torch.dtype, tokens: int, heads: int, head_dim: int) -> Ten
     return x.to(dtype)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", CACHE_DTYPES)
 @pytest.mark.parametrize(("head_dim", "block_size"), [(64, 16), (80, 32), (96, 64), (128, 16)])
@@ -216,6 +217,7 @@ def test_a_write_stores_the_nearest_codes(dtype, kind, head_dim, block_size):
         assert np.isnan(scales[untouched]).all()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", CACHE_DTYPES)
 @pytest.mark.parametrize("has_norm", [False, True])

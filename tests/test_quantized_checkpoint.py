@@ -53,6 +53,7 @@ def logits_of(directory: Path, weights: Weights) -> Tensor:
     return logits
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_format_gives_the_numbers_of_its_specification(name, tmp_path):
     family = "llama" if name in ("gptq-8", "awq", "packed-4-asym") else "qwen2"

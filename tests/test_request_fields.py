@@ -50,6 +50,7 @@ def names(*forms: type) -> set[str]:
     return {name for form in forms for name in form.__annotations__}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("form", "documented"),
     [
@@ -93,6 +94,7 @@ def test_every_documented_field_is_in_one_list(form: type, documented: Set[str])
     assert honoured & refused.keys() == honoured & ignored == refused.keys() & ignored == set()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("form", ROUTES, ids=lambda form: form.__name__)
 def test_fields_of_missing_features_are_refused_by_name(form: type) -> None:
     for name, harmless in ROUTES[form].refused.items():

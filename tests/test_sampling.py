@@ -10,6 +10,8 @@ from dispec.layers.types import Sampling, SamplingFilters
 from dispec.ops import reference, uniform_noise
 from tests.instruction_sets import EMULATED_AMX, identifier, usable_instruction_sets, use
 
+pytestmark = pytest.mark.smoke
+
 # Sampling has no tiles: emulated ones are those of AVX512.
 INSTRUCTION_SETS = [item for item in usable_instruction_sets() if item is not EMULATED_AMX]
 

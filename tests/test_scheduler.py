@@ -9,6 +9,8 @@ from dispec.engine.scheduling.scheduler_output import SchedulerOutput
 from dispec.engine.scheduling.sequence import Sequence
 from tests.fake_engine import SIZE, FakeEngine, alone, computed, tokens
 
+pytestmark = pytest.mark.smoke
+
 
 def order_of_first_work(steps: Iterable[SchedulerOutput]) -> list[Sequence]:
     return list(dict.fromkeys(scheduled.sequence for step in steps for scheduled in step.scheduled_sequences))

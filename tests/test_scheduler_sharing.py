@@ -1,10 +1,14 @@
 """Which blocks sequences share: prefixes that are in the cache, and prompts of several choices."""
 
+import random
+
 import pytest
 
 from dispec.engine.scheduling.block_pool import BlockPool
 from dispec.engine.scheduling.sequence import Status
 from tests.fake_engine import SIZE, FakeEngine, alone, computed, tokens
+
+pytestmark = pytest.mark.smoke
 
 
 class TestSharing:
@@ -50,6 +54,17 @@ class TestSharing:
         engine.step(overlaps=True)
         engine.add(tokens(3 * SIZE))
         assert engine.step(overlaps=True).num_cached_tokens == 0
+
+    def test_blocks_that_accepted_draft_tokens_have_filled_are_found_again(self) -> None:
+        found = []
+        for drafts in (None, random.Random(1)):
+            engine = FakeEngine(drafts=drafts)
+            first = engine.add(tokens(6), max_tokens=40)
+            engine.run()
+            again = engine.add(first.token_ids)
+            engine.run()
+            found.append(again.num_cached_tokens)
+        assert found == [(6 + 40 - 1) // SIZE * SIZE] * 2
 
     def test_a_second_turn_computes_only_what_is_new(self) -> None:
         engine = FakeEngine()

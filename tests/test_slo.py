@@ -21,6 +21,8 @@ from tests.engine_clients import directory as directory
 from tests.engine_clients import one_thread_each as one_thread_each
 from tests.small_engine import greedy, random_tokens
 
+pytestmark = pytest.mark.smoke
+
 FAST = Slo("fast", 0.5, 0.05)
 
 

@@ -48,6 +48,7 @@ def assert_same(ours: list[RequestOutput], expected: list[RequestOutput]) -> Non
                 )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("count", [1, 16])
 @pytest.mark.parametrize("proposer", ["ngram", "itself", "other"])
 @pytest.mark.parametrize("is_adaptive", [False, True])
@@ -162,6 +163,7 @@ def test_another_tokenizer_is_refused(directory, tmp_path):
         make(directory, speculative_model=tmp_path)
 
 
+@pytest.mark.smoke
 def test_penalties_of_draft_tokens_are_not_kept():
     params = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2, logit_bias={3: 1.0})
     prompt, rng = [1, 2, 3], random.Random(0)
@@ -188,6 +190,7 @@ def entries(arrays) -> dict[int, tuple[float, float]]:
     return {token: pair for token, pair in found.items() if pair != (1.0, 0.0)}
 
 
+@pytest.mark.smoke
 def test_ngrams_follow_the_latest_of_the_longest_matches():
     rng = random.Random(1)
     index, tokens = NgramIndex(), []

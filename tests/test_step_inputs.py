@@ -1,11 +1,14 @@
 """What a step's inputs say, padding included."""
 
+import pytest
 import torch
 
 from dispec.engine.execution.input_buffers import StepShape, host_views, input_views, write_inputs
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.scheduler_output import ScheduledSequence
 from dispec.engine.scheduling.sequence import Sequence
+
+pytestmark = pytest.mark.smoke
 
 
 def prompt_of(length: int, block_table: list[int]) -> ScheduledSequence:

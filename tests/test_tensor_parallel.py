@@ -5,6 +5,7 @@ import math
 import os
 import select
 import signal
+from pathlib import Path
 
 import psutil
 import pytest
@@ -54,14 +55,31 @@ def config(heads: int, kv_heads: int, intermediate: int, vocabulary: int) -> Mod
     )
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
-def directory(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """Nine heads in three groups with a vocabulary that three ranks do not divide; fourteen in two, which three ranks
     must share."""
-    path = tmp_path_factory.mktemp(request.param)
-    biased = {"attention_bias": True} if request.param == "llama" else {}
-    save_tiny(path, request.param, **biased)
-    return path
+    found = {family: tmp_path_factory.mktemp(family) for family in ("llama", "qwen2")}
+    for family, path in found.items():
+        save_tiny(path, family, **({"attention_bias": True} if family == "llama" else {}))
+    return found
+
+
+@pytest.fixture(params=["llama", "qwen2"])
+def directory(request, checkpoints) -> Path:
+    return checkpoints[request.param]
+
+
+@pytest.fixture
+def llama(checkpoints) -> Path:
+    """A checkpoint for tests in which the shapes of the parts make no difference."""
+    return checkpoints["llama"]
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoints) -> dict[Path, list]:
+    """Return the answers of one rank by checkpoint."""
+    return {path: answers(path) for path in checkpoints.values()}
 
 
 def answers(directory, **options) -> list:
@@ -133,9 +151,9 @@ def logprobs_of(entry: TokenLogprobs | None) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_answers_are_those_of_one_rank(directory, size):
-    alone, together = answers(directory), answers(directory, tensor_parallel_size=size)
-    for one, several in zip(alone, together, strict=True):
+def test_answers_are_those_of_one_rank(directory, alone, size):
+    together = answers(directory, tensor_parallel_size=size)
+    for one, several in zip(alone[directory], together, strict=True):
         for choice, other in zip(one.outputs, several.outputs, strict=True):
             assert other.token_ids == choice.token_ids
             for expected, found in zip(choice.logprobs or [], other.logprobs or [], strict=True):
@@ -145,14 +163,13 @@ def test_answers_are_those_of_one_rank(directory, size):
             assert logprobs_of(found) == pytest.approx(logprobs_of(expected), abs=1e-4)
 
 
-@pytest.mark.parametrize("is_target", [True, False])
-def test_the_first_rank_alone_runs_a_draft_model(directory, tmp_path, is_target):
+@pytest.mark.parametrize(("family", "is_target"), [("qwen2", True), ("llama", False)])
+def test_the_first_rank_alone_runs_a_draft_model(checkpoints, alone, tmp_path, family, is_target):
     """The target itself, whose draft tokens are accepted, and a model of other weights."""
-    draft = directory
+    directory = draft = checkpoints[family]
     if not is_target:
         save_tiny(tmp_path, "llama", seed=1)
         draft = tmp_path
-    alone = answers(directory)
     llm = LLM(directory, **FLOAT32, tensor_parallel_size=2, speculative_model=draft)
     try:
         llm.engine.speculator.is_adaptive = False
@@ -160,24 +177,32 @@ def test_the_first_rank_alone_runs_a_draft_model(directory, tmp_path, is_target)
         records = [record for record in llm.engine.records if record.num_drafts]
     finally:
         llm.engine.close()
-    assert [c.token_ids for one in together for c in one.outputs] == [c.token_ids for one in alone for c in one.outputs]
+    expected = alone[directory]
+    assert [c.token_ids for one in together for c in one.outputs] == [
+        c.token_ids for one in expected for c in one.outputs
+    ]
     num_draft_tokens = sum(record.num_draft_tokens for record in records)
     num_accepted = sum(sum(record.num_accepted_per_position) for record in records)
     assert num_draft_tokens > 50
     assert num_accepted > 0.9 * num_draft_tokens if is_target else num_accepted < 0.2 * num_draft_tokens
 
 
-@pytest.mark.parametrize("options", [{}, {"speculative_model": "ngram"}, {"async_scheduling": True}])
-def test_draft_tokens_small_steps_and_overlap_change_nothing(directory, options):
-    alone = answers(directory)
-    together = answers(directory, tensor_parallel_size=2, max_num_batched_tokens=8, **options)
-    assert [c.token_ids for one in together for c in one.outputs] == [c.token_ids for one in alone for c in one.outputs]
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("qwen2", {}), ("llama", {"speculative_model": "ngram"}), ("qwen2", {"async_scheduling": True})],
+)
+def test_draft_tokens_small_steps_and_overlap_change_nothing(checkpoints, alone, family, options):
+    together = answers(checkpoints[family], tensor_parallel_size=2, max_num_batched_tokens=8, **options)
+    expected = alone[checkpoints[family]]
+    assert [c.token_ids for one in together for c in one.outputs] == [
+        c.token_ids for one in expected for c in one.outputs
+    ]
 
 
-def test_other_ranks_read_a_token_that_only_the_first_has_sampled(directory):
+def test_other_ranks_read_a_token_that_only_the_first_has_sampled(llama, alone):
     """The host does not know it when the step is launched: what the first rank sampled is broadcast on the device."""
-    expected = answers(directory)[0].token_ids
-    llm = LLM(directory, **FLOAT32, tensor_parallel_size=2, async_scheduling=True)
+    expected = alone[llama][0].outputs[0].token_ids
+    llm = LLM(llama, **FLOAT32, tensor_parallel_size=2, async_scheduling=True)
     try:
         engine = llm.engine
         sequence = engine.add(llm.tokenizer.encode(PROMPTS[0]), PARAMS[0])
@@ -202,8 +227,8 @@ def test_dummy_weights_are_parts_of_the_same():
     assert found[0] == found[1]
 
 
-def test_a_rank_that_dies_is_named(directory):
-    llm = LLM(directory, **FLOAT32, tensor_parallel_size=2)
+def test_a_rank_that_dies_is_named(llama):
+    llm = LLM(llama, **FLOAT32, tensor_parallel_size=2)
     follower = llm.engine._ranks._followers[0]
     try:
         llm.generate("one", SamplingParams(max_tokens=2), use_tqdm=False)
@@ -215,16 +240,16 @@ def test_a_rank_that_dies_is_named(directory):
     assert not dist.is_initialized()
 
 
-def test_a_rank_that_does_not_start_is_named(directory, monkeypatch):
+def test_a_rank_that_does_not_start_is_named(llama, monkeypatch):
     monkeypatch.setattr(tensor_parallel, "_WORKER", "tests.no_such_module")
     with pytest.raises(TensorParallelError, match="rank 1 ended with status 1, rank 2 ended with status 1"):
-        LLM(directory, **FLOAT32, tensor_parallel_size=3)
+        LLM(llama, **FLOAT32, tensor_parallel_size=3)
     assert not dist.is_initialized()
 
 
-def test_a_compiler_that_fails_amid_a_step_of_all_ranks_ends_them(directory, monkeypatch):
+def test_a_compiler_that_fails_amid_a_step_of_all_ranks_ends_them(llama, monkeypatch):
     """The others wait in a sum to which the first does not come: answering eagerly is no way out."""
-    llm = LLM(directory, **FLOAT32, tensor_parallel_size=2)
+    llm = LLM(llama, **FLOAT32, tensor_parallel_size=2)
     runner = llm.engine.runner
 
     def fail(*_):
@@ -239,8 +264,8 @@ def test_a_compiler_that_fails_amid_a_step_of_all_ranks_ends_them(directory, mon
         llm.engine.close()
 
 
-def test_a_rank_that_dies_while_nothing_is_to_be_done_wakes_the_engine(directory):
-    llm = LLM(directory, **FLOAT32, tensor_parallel_size=3)
+def test_a_rank_that_dies_while_nothing_is_to_be_done_wakes_the_engine(llama):
+    llm = LLM(llama, **FLOAT32, tensor_parallel_size=3)
     try:
         os.kill(llm.engine._ranks._followers[1].pid, signal.SIGKILL)
         readable, _, _ = select.select(llm.engine.wake_ups, [], [], 60)
@@ -251,16 +276,16 @@ def test_a_rank_that_dies_while_nothing_is_to_be_done_wakes_the_engine(directory
         llm.engine.close()
 
 
-def test_what_is_refused_late_leaves_no_ranks(directory):
+def test_what_is_refused_late_leaves_no_ranks(llama):
     with pytest.raises(ValueError, match="max_model_len is 100000"):
-        LLM(directory, **FLOAT32, tensor_parallel_size=2, max_model_len=100_000)
+        LLM(llama, **FLOAT32, tensor_parallel_size=2, max_model_len=100_000)
     assert not dist.is_initialized()
-    answers(directory, tensor_parallel_size=2)
+    answers(llama, tensor_parallel_size=2)
 
 
-def test_an_engine_that_is_forgotten_leaves_no_ranks(directory):
+def test_an_engine_that_is_forgotten_leaves_no_ranks(llama):
     before = set(psutil.Process().children(recursive=True))
-    llm = LLM(directory, **FLOAT32, tensor_parallel_size=2)
+    llm = LLM(llama, **FLOAT32, tensor_parallel_size=2)
     assert len(set(psutil.Process().children(recursive=True)) - before) == 1
     del llm
     gc.collect()
@@ -268,11 +293,11 @@ def test_an_engine_that_is_forgotten_leaves_no_ranks(directory):
     assert not dist.is_initialized()
 
 
-def test_one_engine_with_ranks_at_a_time(directory):
-    llm = LLM(directory, **FLOAT32, tensor_parallel_size=2)
+def test_one_engine_with_ranks_at_a_time(llama):
+    llm = LLM(llama, **FLOAT32, tensor_parallel_size=2)
     try:
         with pytest.raises(ValueError, match="tensor_parallel_size is 2, but this process has"):
-            LLM(directory, **FLOAT32, tensor_parallel_size=2)
+            LLM(llama, **FLOAT32, tensor_parallel_size=2)
     finally:
         llm.engine.close()
 
@@ -289,7 +314,7 @@ def test_what_cannot_be_is_refused(options, message):
         EngineOptions(**{"tensor_parallel_size": 2} | options)
 
 
-def test_more_ranks_than_heads_are_refused_before_anything_starts(directory):
+def test_more_ranks_than_heads_are_refused_before_anything_starts(llama):
     with pytest.raises(ValueError, match=r"tensor_parallel_size is 20: the model has . key/value heads"):
-        LLM(directory, **FLOAT32, tensor_parallel_size=20)
+        LLM(llama, **FLOAT32, tensor_parallel_size=20)
     assert not dist.is_initialized()

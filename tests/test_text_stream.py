@@ -11,6 +11,8 @@ from dispec.engine.text.tokenizer import Tokenizer
 from tests.checkpoints import tiny_tokenizer
 from tests.vocabularies import with_byte_fallback
 
+pytestmark = pytest.mark.smoke
+
 TOKENIZER = Tokenizer(tiny_tokenizer())
 FALLBACK = with_byte_fallback()
 TOKEN_OF = {TOKENIZER.token_bytes(token): token for token in range(TOKENIZER.vocab_size)}

@@ -11,6 +11,8 @@ from dispec import ops
 from dispec.ops import reference
 from tests.threshold_cases import cases, weights_of
 
+pytestmark = pytest.mark.smoke
+
 module = importlib.import_module("dispec.ops.token_threshold")  # the package's attribute of that name is the function
 
 

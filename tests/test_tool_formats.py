@@ -88,6 +88,7 @@ GOLDEN = [
 CASES = pytest.mark.parametrize(("name", "text", "content", "calls"), GOLDEN)
 
 
+@pytest.mark.smoke
 @CASES
 def test_texts_are_content_and_calls(name: str, text: str, content: str, calls: list[tuple[str, str]]) -> None:
     for pieces in ([text], list(text)):

@@ -20,6 +20,7 @@ def needs(transport: str) -> None:
         pytest.importorskip("nixl_cu12")
 
 
+@pytest.mark.smoke
 def test_the_bytes_of_blocks_are_their_keys_then_their_values_layer_by_layer() -> None:
     with peers(Peer("source")) as (source,):
         blocks = [7, 8, 3]
@@ -37,6 +38,7 @@ def test_a_cache_that_is_not_in_the_shared_memory_is_refused() -> None:
             HostBlocks.of_cache(swapped, source.shared)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_pulled_blocks_equal_the_sources(transport: str) -> None:
     needs(transport)

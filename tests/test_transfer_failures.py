@@ -171,6 +171,7 @@ def test_the_time_of_a_handshake_is_bounded() -> None:
         assert puller.next_event() == Pulled("a", b"")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("transport", ["shm", "nixl"])
 def test_bytes_that_change_after_they_were_published_are_caught(transport: str) -> None:
     if transport == "nixl":

@@ -17,6 +17,8 @@ from dispec.engine.transfer.messages import BlocksReady, PullDone, QueryBlocks, 
 from dispec.engine.transfer.receiver import Receiver
 from dispec.engine.transfer.sender import Sender
 
+pytestmark = pytest.mark.smoke
+
 LEASE, QUERY, PULL = 60.0, 2.5, 120.0  # seconds
 PEER = 1  # the puller's number at the source
 NUM_BLOCKS, NUM_TRANSFERS = 6, 2

@@ -1,11 +1,10 @@
 """The kernels of a layer's ops against the oracles, run by Triton's interpreter: see test_triton_kernels."""
 
+import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -19,21 +18,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if not INTERPRETED:
 
-    @pytest.mark.slow
-    def test_layers_in_the_interpreter(tmp_path: Path) -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k"]
+    def test_layers_in_the_interpreter() -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
         environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        halves = {half: tmp_path / f"{half}.txt" for half in ("bfloat16", "not bfloat16")}
-        processes = {}
-        with ExitStack() as stack:
-            for half, log in halves.items():  # each keeps one core busy for a minute
-                file = stack.enter_context(log.open("w"))
-                started = subprocess.Popen([*command, half], env=environment, stdout=file, stderr=subprocess.STDOUT)
-                processes[half] = stack.enter_context(started)
-            for process in processes.values():
-                stack.callback(process.kill)
-            for half, process in processes.items():
-                assert process.wait(timeout=600) == 0, halves[half].read_text()[-20000:]
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+        assert finished.returncode == 0, finished.stdout[-20000:] + finished.stderr[-5000:]
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
@@ -85,7 +74,44 @@ else:
     NORMED_DOT = SkinnyGemmConfig(16, 32, 1, 4, 3)  # normed by a kernel before it
     SPLIT = SkinnyGemmConfig(16, 32, 3, 4, 3)
 
-    both_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+    TYPES = (torch.float16, torch.bfloat16)
+    both_types = pytest.mark.parametrize("dtype", TYPES, ids=["float16", "bfloat16"])
+
+    # Shapes, rows and configurations of a product, and of a projection.
+    PRODUCTS = [
+        (SMALL, 1, SUM),
+        (SMALL, 2, WIDE_SUM),
+        (WIDE, 4, SUM),
+        (ODD, 3, WIDE_SUM),
+        (SMALL, 1, DOT),
+        (WIDE, 8, WIDE_DOT),
+        (ODD, 6, DOT),
+        (SMALL, 20, NORMED_DOT),
+        (SMALL, 5, SPLIT),
+        (WIDE, 16, SPLIT),
+        (ODD, 3, None),
+        (SMALL, 33, None),
+        (SMALL, 0, None),
+    ]
+    PROJECTIONS = [
+        (SMALL, 1, SUM),
+        (WIDE, 4, WIDE_SUM),
+        (ODD, 2, SUM),
+        (SMALL, 7, DOT),
+        (WIDE, 16, WIDE_DOT),
+        (ODD, 3, DOT),
+        (WIDE, 5, NORMED_DOT),
+        (SMALL, 7, SPLIT),
+        (SMALL, 17, None),
+        (WIDE, 1, None),
+        (ODD, 40, None),
+        (SMALL, 0, None),
+    ]
+
+    def crossed(cases: list[tuple], others: Iterable[object]) -> list[tuple]:
+        """Return each case with each of the others, in one of the two types: each pair of the three occurs."""
+        pairs = itertools.product(enumerate(cases), enumerate(others))
+        return [(*case, other, TYPES[(number + index) % 2]) for (number, case), (index, other) in pairs]
 
     @pytest.fixture(autouse=True)
     def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,26 +149,7 @@ else:
 
         return replace
 
-    @both_types
-    @pytest.mark.parametrize("name", products(SMALL))
-    @pytest.mark.parametrize(
-        ("shape", "rows", "config"),
-        [
-            (SMALL, 1, SUM),
-            (SMALL, 2, WIDE_SUM),
-            (WIDE, 4, SUM),
-            (ODD, 3, WIDE_SUM),
-            (SMALL, 1, DOT),
-            (WIDE, 8, WIDE_DOT),
-            (ODD, 6, DOT),
-            (SMALL, 20, NORMED_DOT),
-            (SMALL, 5, SPLIT),
-            (WIDE, 16, SPLIT),
-            (ODD, 3, None),
-            (SMALL, 33, None),
-            (SMALL, 0, None),
-        ],
-    )
+    @pytest.mark.parametrize(("shape", "rows", "config", "name", "dtype"), crossed(PRODUCTS, products(SMALL)))
     def test_linear(
         shape: Shape,
         rows: int,
@@ -182,24 +189,8 @@ else:
         arguments = product_arguments(products(shape)["gate_up"], rows, dtype)
         expect_product(arguments, linear.fused_linear(*arguments))
 
-    @both_types
-    @pytest.mark.parametrize("has_head_norms", [True, False])
     @pytest.mark.parametrize(
-        ("shape", "rows", "config"),
-        [
-            (SMALL, 1, SUM),
-            (WIDE, 4, WIDE_SUM),
-            (ODD, 2, SUM),
-            (SMALL, 7, DOT),
-            (WIDE, 16, WIDE_DOT),
-            (ODD, 3, DOT),
-            (WIDE, 5, NORMED_DOT),
-            (SMALL, 7, SPLIT),
-            (SMALL, 17, None),
-            (WIDE, 1, None),
-            (ODD, 40, None),
-            (SMALL, 0, None),
-        ],
+        ("shape", "rows", "config", "has_head_norms", "dtype"), crossed(PROJECTIONS, [True, False])
     )
     def test_projection(
         shape: Shape,
@@ -216,9 +207,9 @@ else:
         arguments = projection.arguments()
         expect_projection(projection, arguments, qkv_rope_write.qkv_rope_write(*arguments))
 
-    @both_types
-    @pytest.mark.parametrize("has_head_norms", [True, False])
-    @pytest.mark.parametrize(("shape", "rows"), [(SMALL, 33), (WIDE, 16), (ODD, 40)])
+    @pytest.mark.parametrize(
+        ("shape", "rows", "has_head_norms", "dtype"), crossed([(SMALL, 33), (WIDE, 16), (ODD, 40)], [True, False])
+    )
     def test_projection_of_a_prompt(
         shape: Shape,
         rows: int,

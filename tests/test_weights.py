@@ -42,6 +42,7 @@ def load(config: ModelConfig, tensors: list[tuple[str, Tensor]], dtype=torch.flo
     return load_weights(config, iter(tensors), dtype, CPU)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_declaration_names_exactly_what_transformers_saves(family, tmp_path):
     reference = save_tiny(tmp_path, family)
@@ -143,6 +144,7 @@ def test_order_does_not_matter(checkpoint):
         assert torch.equal(left, right)
 
 
+@pytest.mark.smoke
 def test_fused_rows_stand_in_order(checkpoint):
     config, tensors = checkpoint
     weights = load(config, list(tensors.items()))

@@ -189,7 +189,7 @@ def test_two_compiled_engines_do_not_take_each_other_for_themselves():
         for llm, known in zip(engines, expected, strict=True):
             found = llm.generate(prompts(5), params)
             if known is not None:
-                assert [c.outputs[0].token_ids for c in found] == [c.token_ids for c in known]
+                assert [c.outputs[0].token_ids for c in found] == [c.outputs[0].token_ids for c in known]
 
 
 def test_a_budget_smaller_than_the_warm_up():

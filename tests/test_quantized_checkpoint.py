@@ -211,7 +211,7 @@ def test_an_engine_runs_it_and_says_how_it_is_quantised(tmp_path, caplog):
     params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
     for dtype, quantization, note in (
         ("bfloat16", None, "  gptq, 4 bits, groups of 32"),
-        ("float32", "off", "  float32"),
+        ("float32", "off", "  float32, dequantised from gptq, 4 bits, groups of 32"),
     ):
         caplog.clear()
         with LLM(str(tmp_path), dtype=dtype, quantization=quantization, **options) as llm:

@@ -44,9 +44,11 @@ def owner(parent: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
 
 
 @pytest.fixture
-def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
+def parent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory for temporary files, with a path that is short enough for sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        yield Path(directory)
 
 
 def test_what_a_killed_owner_left_is_removed_and_nothing_else(parent: Path) -> None:

@@ -246,9 +246,10 @@ def _serve(start: Start, channel: Channel) -> None:
     options = place_worker(start.options, start.place) if start.place is not None else start.options
     engine = Engine(EngineOptions(**options))
     engine.phase_seconds = {"import": imported, **engine.phase_seconds}
-    channel.send(engine_info(engine))
     shared = start.shared_cores if engine.device.type == "cpu" else None
-    EngineLoop(engine, channel, CorePriority(shared.path, shared.role) if shared else None).run()
+    cores = CorePriority(shared.path, shared.role) if shared else None
+    channel.send(engine_info(engine))
+    EngineLoop(engine, channel, cores).run()
     engine.close()  # the processes of other ranks do not outlive this one
 
 

@@ -150,7 +150,7 @@ def with_declared_fields(cls: type[_T]) -> type[_T]:
         raise FrozenInstanceError(f"{cls.__name__} cannot be changed: use dataclasses.replace(…, {name}=…)")
 
     cls.__init__ = checked  # type: ignore[method-assign]
-    cls.__setattr__ = __setattr__  # type: ignore[method-assign,assignment]
+    cls.__setattr__ = __setattr__  # type: ignore[method-assign]
     signature = inspect.signature(make)
     parameters = [one.replace(annotation=_without_metadata(one.annotation)) for one in signature.parameters.values()]
     cls.__signature__ = signature.replace(parameters=parameters[1:])  # type: ignore[attr-defined]

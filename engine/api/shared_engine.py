@@ -1,9 +1,9 @@
 """One engine for several callers: iterators that are read in turns, and threads."""
 
-import itertools
 import logging
 import random
 import threading
+import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Series
@@ -95,7 +95,6 @@ class SharedEngine:
         self._lock = FairLock()
         self._places: dict[str, tuple[Call, int]] = {}  # call, and index of the request in it, by request id
         self._abandoned: deque[Call] = deque()
-        self._ids = itertools.count()  # of requests that their caller does not name
         self._seeds = None if engine.options.seed is None else random.Random(engine.options.seed)
         self._thread = threading.get_ident()
         self._is_closed = False
@@ -172,7 +171,7 @@ class SharedEngine:
                         engine_params,
                         cache_salt=prompt.cache_salt,
                         grammar=grammar,
-                        request_id=request_id or self._free_id(),
+                        request_id=request_id or uuid.uuid4().hex,  # which no caller's own id is
                     )
                 kind = param.output_kind or default_kind
                 call.requests.append(RunningRequest(first, prompt, param, kind, self.tokenizer))
@@ -234,10 +233,6 @@ class SharedEngine:
             if not self._is_closed:
                 self._is_closed = True
                 self.engine.close()
-
-    def _free_id(self) -> str:
-        """Return a request id that no running request has: callers of vLLM often count theirs too."""
-        return next(name for name in map("request-{}".format, self._ids) if name not in self._places)
 
     def _step_for(self, call: Call) -> None:
         """Run a step, unless a step of another thread has brought outputs for this call in the meantime."""

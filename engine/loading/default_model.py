@@ -13,9 +13,8 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 
 from filelock import FileLock
 
@@ -48,7 +47,7 @@ class BuiltInModel:
     folder: str
     members: Mapping[str, int]
     alternative: str
-    generation_config: Mapping[str, float] = MappingProxyType({})
+    generation_config: Mapping[str, float] = field(default_factory=dict)
 
     def files(self, cache: Path) -> list[Path]:
         """Return the paths of the model's files in a cache directory, whether they exist or not."""
@@ -93,7 +92,7 @@ BUILT_IN_MODEL = BuiltInModel(
     alternative="give a model directory or a .gguf file",
     # Eight questions of fact with eight seeds have 64 right answers with these values, 49 with a temperature of 0.7. A
     # repetition penalty of 1.05 makes fewer long answers loop (7 of 12, not 9), but misspells names of earlier turns.
-    generation_config=MappingProxyType({"temperature": 0.1, "top_p": 0.9}),
+    generation_config={"temperature": 0.1, "top_p": 0.9},
 )
 BUILT_IN_DRAFT = BuiltInModel(
     name=DEFAULT_DRAFT,

@@ -74,6 +74,19 @@ def test_the_pieces_of_logprobs_are_the_whole(llm: LLM) -> None:
     assert pieces[-1].cumulative_logprob == pytest.approx(whole.cumulative_logprob)
 
 
+def test_the_pieces_of_several_outputs_are_the_whole(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.5, seed=1, n=3, max_tokens=9, ignore_eos=True)
+    (whole,) = llm.generate("the quick", params)
+    assert len({tuple(output.token_ids) for output in whole.outputs}) == 3
+    assert whole.metrics.num_generation_tokens == 27
+    pieces = [piece for one in llm.stream("the quick", params) for piece in one.outputs]
+    for output in whole.outputs:
+        own = [piece for piece in pieces if piece.index == output.index]
+        assert [token for piece in own for token in piece.token_ids] == output.token_ids
+        assert "".join(piece.text for piece in own) == output.text
+        assert [piece.finish_reason for piece in own][-2:] == [None, "length"]
+
+
 def test_reprs_are_short(llm: LLM) -> None:
     (output,) = llm.generate("the quick " * 50, greedy(100))
     shown = repr(output)

@@ -8,7 +8,7 @@ from torch import Tensor
 from dispec.bench.machine import Rates, seconds_of
 from dispec.bench.workload import Workload
 from dispec.layers.config import ModelConfig
-from dispec.layers.weight_specs import count_parameters, declare
+from dispec.layers.weight_specs import declare
 
 ELEMENT = 2  # bytes of a bf16 number
 
@@ -23,7 +23,7 @@ def weight_read_bytes(config: ModelConfig) -> int:
 
 def weight_bytes(config: ModelConfig) -> int:
     """Return bytes of all weights in bf16."""
-    return count_parameters(config) * ELEMENT
+    return config.num_parameters * ELEMENT
 
 
 def kv_bytes(config: ModelConfig, tokens: int) -> int:

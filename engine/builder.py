@@ -232,7 +232,7 @@ class EngineBuilder:
     ) -> Weights:
         shard = self._ranks.shard if self._ranks is not None and is_sharded else None
         if self._options.load_format == "dummy" or checkpoint is None:
-            return dummy_weights(config, self._dtype, self._device, self._options.seed, shard, packing)
+            return dummy_weights(config, self._dtype, self._device, self._options.seed or 0, shard, packing)
         with tqdm(
             desc="loading weights", unit="param", unit_scale=True, disable=not self._options.show_progress, leave=False
         ) as bar:

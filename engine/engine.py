@@ -120,7 +120,7 @@ class Engine:
                 "kv_transfer_params",
                 "kv_transfer is off: this engine neither sends its KV cache to other engines nor receives theirs",
             )
-        max_tokens = min(params.max_tokens, self.max_model_len - len(prompt))  # of this engine and the next together
+        max_tokens = min(params.token_limit, self.max_model_len - len(prompt))  # of this engine and the next together
         if publish_as is not None:
             params = replace(params, max_tokens=1, min_tokens=min(1, params.min_tokens))
         grammar = grammar or self.compile_grammar(params)
@@ -153,7 +153,7 @@ class Engine:
 
         Raises InvalidField for a wrong grammar, and for any grammar where the model has no tokenizer.
         """
-        structure = params.structured_outputs
+        structure = params.structure
         return None if structure is None else self.grammar_compiler.compile(structure)
 
     def resume(self, first: Sequence, outputs: list[list[int] | None]) -> None:

@@ -11,13 +11,17 @@ _ENGINE = {
     "download_dir": "set the variable HF_HOME, or pass the directory of the checkpoint as model",
     "enable_chunked_prefill": "prompts are computed in chunks, see max_num_batched_tokens and max_prefill_chunk",
     "enable_lora": "adapters are not supported, merge them into the checkpoint",
+    "generation_config": "calls without sampling_params follow the model's, and SamplingParams() leaves it out",
     "guided_decoding_backend": "there is one grammar engine, leave it out",
     "hf_overrides": "change the checkpoint's config.json",
     "hf_token": "set the variable HF_TOKEN",
     "kv_cache_memory_bytes": "did you mean kv_cache_memory?",
     "kv_transfer_config": "did you mean kv_transfer?",
+    "limit_mm_per_prompt": "models take text alone, leave it out",
     "long_prefill_token_threshold": "did you mean max_prefill_chunk?",
+    "max_logprobs": "SamplingParams takes logprobs up to 20, leave it out",
     "num_gpu_blocks_override": "did you mean kv_cache_memory?",
+    "override_generation_config": "pass sampling_params to the calls",
     "pipeline_parallel_size": "did you mean tensor_parallel_size?",
     "revision": "download the revision, and pass its directory as model",
     "runner": "models generate text, leave it out",
@@ -40,15 +44,32 @@ _SAMPLING = {
     "use_beam_search": "there is no beam search, leave it out",
 }
 _CALL = {
+    "chat_template": "it is read from the checkpoint, write it to the directory's chat_template.jinja",
+    "chat_template_content_format": "contents take the form that the template expects, leave it out",
     "lora_request": "adapters are not supported, merge them into the checkpoint",
     "params": "did you mean sampling_params?",
     "prompt_token_ids": 'pass lists of token ids, or mappings {"prompt_token_ids": …}, as prompts',
+    "mm_processor_kwargs": "models take text alone, leave it out",
     "priority": "requests of the Python API are first come, first served, leave it out",
+    "tokenization_kwargs": "tokenize with encode, and pass the token ids",
+}
+_PACKAGE = {
+    "AsyncEngineArgs": "AsyncLLM takes the options itself, as AsyncLLM(model, max_model_len=…)",
+    "AsyncLLMEngine": "did you mean AsyncLLM?",
+    "BeamSearchParams": "there is no beam search",
+    "EngineArgs": "LLM takes the options itself, as LLM(model, max_model_len=…)",
+    "GuidedDecodingParams": 'pass a mapping, as SamplingParams(structured_outputs={"json": …})',
+    "LLMEngine": "did you mean LLM?",
+    "PoolingParams": "models generate text, there is no pooling",
+    "StructuredOutputsParams": 'pass a mapping, as SamplingParams(structured_outputs={"json": …})',
+    "TextPrompt": 'pass the text, or a mapping {"prompt": …}',
+    "TokensPrompt": 'pass the list of token ids, or a mapping {"prompt_token_ids": …}',
 }
 
 ADVICE = {
     "SamplingParams": _SAMPLING,
     **dict.fromkeys(("LLM", "AsyncLLM", "EngineOptions"), _ENGINE | {"params": "did you mean sampling_params?"}),
-    **dict.fromkeys(("generate", "stream", "chat"), _CALL),
+    **dict.fromkeys(("generate", "stream", "chat", "chat_prompt"), _CALL),
+    "dispec": _PACKAGE,
 }
-"""By the class or function that does not have the name."""
+"""By the package, class or function that does not have the name."""

@@ -6,7 +6,7 @@ Checks, documentation, command-line flags, environment variables and TOML keys a
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, MISSING, dataclass, fields
+from dataclasses import KW_ONLY, MISSING, FrozenInstanceError, dataclass, fields
 from numbers import Integral, Real
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -133,7 +133,9 @@ def _check_limits(name: str, value: Any, option: Option) -> None:
 
 
 def with_declared_fields(cls: type[_T]) -> type[_T]:
-    """Have a dataclass document its declared fields, and raise ValueError, not TypeError, for an unknown name.
+    """Have a frozen dataclass document its declared fields, and name the way where it cannot be set or called so.
+
+    An unknown name raises ValueError, not TypeError, and an assignment FrozenInstanceError.
 
     The class calls `check_fields` in `__post_init__`.
     """
@@ -144,7 +146,11 @@ def with_declared_fields(cls: type[_T]) -> type[_T]:
         refuse_unknown(cls.__name__, given, names)
         make(self, *args, **given)
 
+    def __setattr__(self: Any, name: str, value: Any) -> None:  # noqa: N807
+        raise FrozenInstanceError(f"{cls.__name__} cannot be changed: use dataclasses.replace(…, {name}=…)")
+
     cls.__init__ = checked  # type: ignore[method-assign]
+    cls.__setattr__ = __setattr__  # type: ignore[method-assign]
     signature = inspect.signature(make)
     parameters = [one.replace(annotation=_without_metadata(one.annotation)) for one in signature.parameters.values()]
     cls.__signature__ = signature.replace(parameters=parameters[1:])  # type: ignore[attr-defined]

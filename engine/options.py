@@ -35,9 +35,10 @@ class EngineOptions:
     ] = "smollm2"
     _: KW_ONLY
     dtype: Annotated[
-        Dtype,
+        Literal["auto", Dtype],
         Option(
-            "Type of weights that are not quantised, and of activations: bfloat16, float16 (CUDA only) or float32.",
+            "Type of weights that are not quantised, and of activations: bfloat16, float16 (CUDA only) or float32; auto"
+            " is bfloat16.",
             group="Model",
         ),
     ] = "bfloat16"
@@ -173,7 +174,16 @@ class EngineOptions:
             group="CPU and GPUs",
         ),
     ] = None
-    seed: Annotated[int, Option("Seed of the random weights of load_format dummy.", ge=-(2**63), le=2**63 - 1)] = 0
+    seed: Annotated[
+        int | None,
+        Option(
+            "Makes what an LLM samples for requests without a seed repeatable, where they come in the same order; also"
+            " seeds the random weights of load_format dummy.",
+            ge=-(2**63),
+            le=2**63 - 1,
+            default="random, and 0 for weights",
+        ),
+    ] = None
     kv_transfer: Annotated[
         Literal["auto", Transport] | None,
         Option(
@@ -210,6 +220,8 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.dtype == "auto":
+            object.__setattr__(self, "dtype", "bfloat16")
         for name in ("model", "speculative_model"):
             self._check_model(name)
         if self.enforce_eager and self.compile not in (None, "off"):

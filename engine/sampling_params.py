@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 from dispec.engine.option_fields import Option, check_fields, invalid_field, with_declared_fields
 from dispec.engine.structured_output.structured_outputs import StructuredOutputs
@@ -40,7 +40,7 @@ _LISTS = ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids", "allowed
 class SamplingParams:
     """How to continue one prompt. Raises InvalidField, a ValueError, with the field, its value and the limit.
 
-    A list or mapping that is None is empty.
+    A list or mapping that is None is empty. max_tokens None generates until the end of the context.
 
     output_kind: What each output of a stream holds. Default: DELTA in LLM.stream, CUMULATIVE in AsyncLLM.
     """
@@ -100,7 +100,8 @@ class SamplingParams:
     ] = 0
     # The HTTP API refuses a value beyond max_model_len, because clients rely on that; here it asks for all that fits.
     max_tokens: Annotated[
-        int, Option("Most tokens to generate; the end of the context ends the output too.", ge=1, le=_MAX_INT)
+        int | None,
+        Option("Most tokens to generate; the end of the context ends the output too.", ge=1, le=_MAX_INT),
     ] = 256
     seed: Annotated[
         int | None,
@@ -131,7 +132,7 @@ class SamplingParams:
     ] = None
     skip_special_tokens: Annotated[bool, Option("Leave special tokens out of the text.")] = True
     structured_outputs: Annotated[
-        StructuredOutputs | None,
+        StructuredOutputs | Mapping[str, Any] | None,
         Option("The grammar that the output follows: json, json_object, regex, choice, grammar or structural_tag."),
     ] = None
     # No option of the command line: it is about what a call of the Python API returns.
@@ -142,7 +143,7 @@ class SamplingParams:
         if not isinstance(self.output_kind, RequestOutputKind | None):
             raise invalid_field("output_kind", f"is {self.output_kind!r:.50}, must be a RequestOutputKind")
         self._freeze()
-        if self.min_tokens > self.max_tokens:
+        if self.min_tokens > self.token_limit:
             raise invalid_field("min_tokens", f"is {self.min_tokens}, must be at most max_tokens ({self.max_tokens})")
         for name, tokens in self.token_fields().items():
             for token in tokens:
@@ -161,12 +162,23 @@ class SamplingParams:
                     raise invalid_field(name, f"holds {text!r:.50}, must be texts of 1 to {MAX_STOP_LENGTH} characters")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise invalid_field("stop", f"holds {len(self.stop)} texts, must be at most {MAX_STOP_STRINGS}")
-        structure = self.structured_outputs
+        structure = self.structure
         if structure is not None and structure.kind is not None:
             for name in ("stop", "stop_token_ids"):
                 if getattr(self, name):
                     said = f"could end an output before it follows {structure.label}: leave one of them out"
                     raise invalid_field(name, said)
+
+    @property
+    def token_limit(self) -> int:
+        """`max_tokens` as a number."""
+        return _MAX_INT if self.max_tokens is None else self.max_tokens
+
+    @property
+    def structure(self) -> StructuredOutputs | None:
+        """`structured_outputs`, which a mapping has become when the parameters were made."""
+        assert not isinstance(self.structured_outputs, Mapping)
+        return self.structured_outputs
 
     @property
     def filters_tokens(self) -> bool:
@@ -215,6 +227,9 @@ class SamplingParams:
         if isinstance(self.structured_outputs, Mapping):
             structure = StructuredOutputs.from_mapping(self.structured_outputs)
             object.__setattr__(self, "structured_outputs", structure)
+        elif not isinstance(self.structured_outputs, StructuredOutputs | None):
+            said = f"is {type(self.structured_outputs).__name__}, must be a mapping such as {{'json': …}}"
+            raise invalid_field("structured_outputs", said)
 
     def _check_logit_bias(self) -> None:
         if len(self.logit_bias) > MAX_LOGIT_BIAS:

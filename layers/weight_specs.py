@@ -3,7 +3,6 @@
 Loading, dummy weights and tests derive from `declare`.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -74,11 +73,6 @@ def declare(config: ModelConfig) -> Iterator[WeightSpec]:
     yield WeightSpec("final_norm", "vector", (Source("model.norm.weight", (hidden,)),))
     if not config.tie_embeddings:
         yield WeightSpec("lm_head", "matrix", (Source("lm_head.weight", (vocab, hidden), "vocabulary"),))
-
-
-def count_parameters(config: ModelConfig) -> int:
-    """Return the number of parameters of a model; tied embeddings count once."""
-    return sum(math.prod(spec.shape) for spec in declare(config))
 
 
 def _declare_layer(config: ModelConfig, prefix: str) -> Iterator[WeightSpec]:

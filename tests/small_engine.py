@@ -27,7 +27,7 @@ def random_prompts(count: int, longest: int = 90) -> list[list[int]]:
     return [random_tokens(rng.randint(1, longest), index) for index in range(count)]
 
 
-def greedy(max_tokens: int = 12, **others) -> SamplingParams:
+def greedy(max_tokens: int | None = 12, **others) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **others)
 
 

@@ -222,6 +222,21 @@ def test_a_refused_request_costs_the_others_nothing(async_llm: AsyncLLM, llm: LL
     assert run(main).outputs[0].token_ids == expected.outputs[0].token_ids
 
 
+def test_ids_of_callers_and_ids_made_here_do_not_meet(async_llm: AsyncLLM, llm: LLM) -> None:
+    (expected,) = llm.generate("the quick", greedy(30))
+
+    async def main() -> list[RequestOutput]:
+        ids = [None if index % 3 == 2 else f"request-{index}" for index in range(9)]
+        found = await asyncio.gather(*(last(async_llm.generate("the quick", greedy(30), one)) for one in ids))
+        for output, one in zip(found, ids, strict=True):
+            assert one in (None, output.request_id)
+        return found
+
+    found = run(main)
+    assert len({output.request_id for output in found}) == 9
+    assert all(output.outputs[0].token_ids == expected.outputs[0].token_ids for output in found)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -304,6 +319,11 @@ def test_close_ends_what_runs_and_refuses_more(directory: Path) -> None:
             assert (await llm.get_tokenizer()) is llm.tokenizer
             half_read = llm.generate("the quick", greedy(400))
             await anext(half_read)
+            without_news = greedy(400, output_kind=RequestOutputKind.FINAL_ONLY)
+            waiting = asyncio.create_task(last(llm.generate("the quick", without_news)))
+            await last(llm.generate("Es war", greedy(4)))  # that one has begun
+        with pytest.raises(RuntimeError, match=r"^this LLM is closed$"):
+            await waiting
         with pytest.raises(RuntimeError, match=r"^this LLM is closed$"):
             await last(half_read)
         with pytest.raises(RuntimeError, match=r"^this LLM is closed$"):

@@ -16,6 +16,7 @@ import pytest
 from dispec.engine.loading import default_model
 from dispec.engine.loading.checkpoint import CheckpointError, find_checkpoint
 from dispec.engine.loading.default_model import BUILT_IN_DRAFT, BUILT_IN_MODEL, BuiltInModel
+from dispec.engine.loading.generation_config import generation_defaults
 from tests.commands import dispec, one_sentence
 
 CONTENTS = b"contents of "
@@ -186,6 +187,15 @@ def test_a_cache_that_cannot_be_written_is_replaced(
     with pytest.warns(RuntimeWarning, match="set DISPEC_CACHE_DIR"):
         path = default_model.default_model_file()
     assert path.read_bytes() == CONTENTS + path.name.encode()
+
+
+def test_the_built_in_model_recommends_how_to_sample_it() -> None:
+    built_in = find_checkpoint("smollm2")
+    assert generation_defaults(built_in.directory) == BUILT_IN_MODEL.generation_config
+    assert 0 < BUILT_IN_MODEL.generation_config["temperature"] < 0.7
+    as_file = find_checkpoint(default_model.default_model_file())  # a user's own file, of the same tokenizer
+    assert generation_defaults(as_file.directory) == {}
+    assert as_file.eos_token_ids == built_in.eos_token_ids
 
 
 def test_the_real_file_has_the_size_that_later_starts_check() -> None:

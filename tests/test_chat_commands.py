@@ -265,16 +265,14 @@ def test_the_banner_tells_model_and_settings() -> None:
 
 
 def test_sampling_defaults_are_the_models_own(tmp_path: Path) -> None:
-    checkpoint: Any = SimpleNamespace(directory=tmp_path, is_built_in=False)
+    checkpoint: Any = SimpleNamespace(directory=tmp_path)
     usual = sampling_defaults(checkpoint)
     assert usual["temperature"] == 0.7
-    checkpoint.is_built_in = True
-    assert sampling_defaults(checkpoint)["temperature"] < 0.7
+    assert sampling_defaults(None) == usual
     stated = {"temperature": 0.6, "top_k": 20, "top_p": None, "do_sample": True, "eos_token_id": 2}
     (tmp_path / "generation_config.json").write_text(json.dumps(stated))
     assert dict(sampling_defaults(checkpoint)) == {"temperature": 0.6, "top_k": 20}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
-    checkpoint.is_built_in = False
     assert sampling_defaults(checkpoint) == usual
     SamplingParams(**usual)
 

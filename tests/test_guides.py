@@ -1,6 +1,7 @@
 """The Python of guides runs as written, beside a server of the default model."""
 
 import ast
+import json
 import re
 import textwrap
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import MistralConfig
 
+from dispec.engine.loading.default_model import BUILT_IN_MODEL
 from dispec.layers import config
 from tests import checkpoints
 from tests.commands import ROOT
@@ -59,6 +61,17 @@ def test_structured_output_with_langchain(served: Server) -> None:
     assert found["answer"].content
     assert found["size"] in ("small", "medium", "large")
     assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", found["date"].content)
+
+
+@pytest.mark.slow
+def test_the_first_request_of_the_readme_is_answered_well(served: Server) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (body,) = re.findall(r"curl http://127.0.0.1:8000/v1/chat/completions .*?-d '(.*?)'", text, re.DOTALL)
+    assert "temperature" not in body
+    for _ in range(3):
+        answer = served.post("/v1/chat/completions", json.loads(body)).json()
+        assert "Paris" in answer["choices"][0]["message"]["content"]
+    assert served.get("/model_info").json()["preferred_sampling_params"] == BUILT_IN_MODEL.generation_config
 
 
 @pytest.mark.slow

@@ -170,7 +170,6 @@ def test_names_that_a_class_does_not_have(make_it, message):
     [
         (SamplingParams, "max_tokens", "3"),
         (SamplingParams, "max_tokens", 3.5),
-        (SamplingParams, "max_tokens", None),
         (SamplingParams, "temperature", "0"),
         (SamplingParams, "temperature", None),
         (SamplingParams, "stop", 3),
@@ -182,6 +181,7 @@ def test_names_that_a_class_does_not_have(make_it, message):
         (SamplingParams, "logit_bias", {"1": 2.0}),
         (SamplingParams, "logit_bias", {1: "2"}),
         (SamplingParams, "seed", "x"),
+        (SamplingParams, "structured_outputs", "json"),
         (EngineOptions, "max_model_len", "12"),
         (EngineOptions, "max_num_seqs", None),
         (EngineOptions, "block_size", 32.0),
@@ -197,6 +197,26 @@ def test_lists_that_are_none_are_empty(unchecked):
     """As vLLM's defaults are, which callers pass on."""
     none = dict.fromkeys(("stop", "stop_token_ids", "bad_words", "bad_words_token_ids", "logit_bias"))
     assert SamplingParams(**none) == SamplingParams()
+
+
+def test_max_tokens_of_none_generates_until_the_context_ends(directory):
+    with make(directory, max_model_len=48) as llm:
+        (output,) = llm.generate([5, 6, 7], greedy(None))
+        assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (45, "length")
+    with pytest.raises(ValueError, match=r"^min_tokens is 2147483648"):
+        SamplingParams(max_tokens=None, min_tokens=2**31)
+
+
+@pytest.mark.parametrize(
+    ("value", "name"), [(SamplingParams(), "max_tokens"), (EngineOptions(), "max_num_seqs"), (SamplingParams(), "top")]
+)
+def test_an_assignment_tells_how_to_change_a_value(value, name):
+    with pytest.raises(AttributeError, match=rf"^{type(value).__name__} cannot be changed: use .*replace\(…, {name}=…"):
+        setattr(value, name, 3)
+
+
+def test_the_dtype_auto():
+    assert EngineOptions(dtype="auto") == EngineOptions(dtype="bfloat16") == EngineOptions()
 
 
 def test_variables_of_the_template_reach_it(llm):
@@ -220,7 +240,7 @@ def test_variables_of_the_template_reach_it(llm):
             {"reasoning_effort": "low"},  # another model's
             r"has no reasoning_effort: did you mean chat_template_kwargs=\{'reasoning_effort': …\}\?$",
         ),
-        ({"chat_template": "x"}, r"has no chat_template: did you mean chat_template_kwargs\?$"),
+        ({"chat_template": "x"}, r"has no chat_template: it is read from the checkpoint"),
         ({"chat_template_kwargs": ["x"]}, "^chat_template_kwargs is list, must be a mapping"),
         ({"chat_template_kwargs": {"messages": []}}, "^chat_template_kwargs holds 'messages'"),
         (

@@ -1,19 +1,24 @@
 """What `LLM` returns and shows: kinds of outputs, reprs, progress bars; and names that callers bring from vLLM."""
 
+import asyncio
 import inspect
 import io
+import json
+import shutil
 import sys
 import threading
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import dispec
 from dispec import LLM, AsyncLLM, EngineOptions, RequestOutputKind, SamplingParams, generate
 from dispec.engine.names_of_vllm import ADVICE
 from dispec.engine.unknown_names import field_names
 from tests.checkpoints import save_tiny, save_tokenizer
-from tests.small_engine import greedy, make, random_prompts
+from tests.small_engine import OPTIONS, greedy, make, random_prompts, sampled_logprobs, tokens_of
 
 PATIENCE = 120
 
@@ -66,7 +71,21 @@ def test_the_pieces_of_logprobs_are_the_whole(llm: LLM) -> None:
     whole = llm.generate("the quick", params)[0].outputs[0]
     pieces = [one.outputs[0] for one in llm.stream("the quick", params)]
     assert [entry for piece in pieces for entry in piece.logprobs or []] == whole.logprobs
-    assert pieces[-1].cumulative_logprob == pytest.approx(whole.cumulative_logprob)
+    for found in (whole, pieces[-1]):
+        assert found.cumulative_logprob == pytest.approx(sum(one.logprob for one in sampled_logprobs(whole)))
+
+
+def test_the_pieces_of_several_outputs_are_the_whole(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.5, seed=1, n=3, max_tokens=9, ignore_eos=True)
+    (whole,) = llm.generate("the quick", params)
+    assert len({tuple(output.token_ids) for output in whole.outputs}) == 3
+    assert whole.metrics.num_generation_tokens == 27
+    pieces = [piece for one in llm.stream("the quick", params) for piece in one.outputs]
+    for output in whole.outputs:
+        own = [piece for piece in pieces if piece.index == output.index]
+        assert [token for piece in own for token in piece.token_ids] == output.token_ids
+        assert "".join(piece.text for piece in own) == output.text
+        assert [piece.finish_reason for piece in own][-2:] == [None, "length"]
 
 
 def test_reprs_are_short(llm: LLM) -> None:
@@ -135,6 +154,66 @@ def test_names_of_vllm_that_are_others_here_are_answered(llm: LLM) -> None:
                 call([{"role": "user", "content": "x"}], **{name: None})  # type: ignore[operator]
     with pytest.raises(ValueError, match=r"^LLM has no trust_remote_code: code of a checkpoint is never run"):
         generate("x", "y", trust_remote_code=True)
+    for name in ADVICE["dispec"]:
+        assert name not in dispec.__all__
+        with pytest.raises(ImportError, match=f"^dispec has no {name}: "):
+            exec(f"from dispec import {name}")
+    with pytest.raises(ImportError, match="cannot import name 'Nothing' from 'dispec'"):
+        exec("from dispec import Nothing")
+    assert not hasattr(dispec, "Nothing")
+
+
+def test_the_seed_of_an_llm_is_that_of_its_requests(directory: Path) -> None:
+    def sample(seed: int | None) -> list[list[int]]:
+        params = SamplingParams(temperature=2.0, max_tokens=12, ignore_eos=True)
+        with make(directory, seed=seed) as llm:
+            found = [*llm.generate(["the quick"] * 2, params), *llm.generate("the quick", replace(params, seed=1))]
+            return [one.outputs[0].token_ids for one in found]
+
+    first, again, other, free = sample(3), sample(3), sample(4), sample(None)
+    assert first == again
+    assert first[0] != first[1]
+    assert first[:2] != other[:2]
+    assert free[:2] not in (first[:2], other[:2])
+    assert first[2] == other[2] == free[2]  # a request's own seed is not changed
+
+
+@pytest.fixture(scope="module")
+def advised(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that recommends greedy sampling with a repetition penalty, and a value that is none."""
+    path = tmp_path_factory.mktemp("advised")
+    shutil.copytree(directory, path, dirs_exist_ok=True)
+    stated = {"temperature": 0.0, "repetition_penalty": 1.3, "top_p": 7}
+    (path / "generation_config.json").write_text(json.dumps(stated))
+    return path
+
+
+def test_calls_without_parameters_take_those_of_the_model(advised: Path, caplog: pytest.LogCaptureFixture) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    default = SamplingParams(temperature=0.0, repetition_penalty=1.3)
+    with make(advised, max_model_len=64) as llm:
+        assert llm.get_default_sampling_params() == default
+        assert "top_p is 7, must be above 0 and at most 1: requests are sampled with the usual default" in caplog.text
+        expected = llm.generate("the quick", default)[0].outputs[0].token_ids
+        assert llm.generate(["the quick"] * 2)[1].outputs[0].token_ids == expected
+        assert tokens_of(llm.stream("the quick")) == expected
+        assert llm.chat(messages)[0].outputs[0].token_ids == llm.chat(messages, default)[0].outputs[0].token_ids
+        plain = {tuple(llm.generate("the quick", SamplingParams())[0].outputs[0].token_ids) for _ in range(3)}
+        assert len(plain) == 3
+
+        answer = llm.chat(messages)[0].outputs[0].token_ids
+
+    async def main() -> list[list[int]]:
+        async with AsyncLLM(advised, **OPTIONS, max_model_len=64) as llm:
+            assert llm.get_default_sampling_params() == default
+            found = [[one async for one in outputs] for outputs in (llm.generate("the quick"), llm.chat(messages))]
+            return [outputs[-1].outputs[0].token_ids for outputs in found]
+
+    assert asyncio.run(main()) == [expected, answer]
+
+
+def test_a_model_without_recommendations_has_the_usual_parameters(llm: LLM) -> None:
+    assert llm.get_default_sampling_params() == SamplingParams()
 
 
 def test_options_by_their_names_in_vllm(directory: Path) -> None:

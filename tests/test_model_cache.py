@@ -22,6 +22,7 @@ from safetensors import safe_open
 from dispec.engine.loading import default_model
 from dispec.engine.loading.default_model import BUILT_IN_MODEL
 from dispec.engine.loading.model_cache import model_facts, weights_on_disk
+from dispec.serving.cli.console import parameter_count
 from tests.checkpoints import save_tiny, save_tiny_gguf, tiny_model
 from tests.commands import COMMAND, ROOT, dispec, one_sentence
 
@@ -124,6 +125,13 @@ def test_parameters_are_counted_as_transformers_counts(tmp_path: Path, family: s
     model = tiny_model(family, tie_word_embeddings=ties)
     model.save_pretrained(tmp_path)
     assert model_facts(tmp_path).num_parameters == sum(weight.numel() for weight in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(999, "999"), (134_515_008, "135M"), (1_543_714_304, "1.5B"), (70_553_706_496, "70.6B")]
+)
+def test_numbers_of_parameters_read_as_in_names_of_models(count: int, shown: str) -> None:
+    assert parameter_count(count) == shown
 
 
 def test_the_format_of_weights_on_disk(caches: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

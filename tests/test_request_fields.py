@@ -161,7 +161,7 @@ def test_the_param_of_an_error_is_a_field_or_null(form: type, body: Any, param: 
     [
         {"n": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -2}, {"min_p": 2}, {"repetition_penalty": 0},
         {"presence_penalty": 3}, {"logit_bias": {1: 200}}, {"logit_bias": {-1: 0}}, {"allowed_token_ids": ()},
-        {"bad_words": "x"}, {"bad_words": ("",)}, {"stop": "x"}, {"stop": ("x" * 2000,)}, {"stop": ("x",) * 17},
+        {"bad_words": "x"}, {"bad_words": ("",)}, {"stop": 3}, {"stop": ("x" * 2000,)}, {"stop": ("x",) * 17},
         {"min_tokens": 300}, {"max_tokens": 0}, {"seed": 2**63}, {"logprobs": 21}, {"stop_token_ids": (-1,)},
     ],
     ids=str,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from dispec.engine.api.arguments import IN_PARAMS, one_for_each, refusing_unknown_names, with_parameters_of
+from dispec.engine.api.arguments import IN_PARAMS, refusing_unknown_names, with_parameters_of
 from dispec.engine.api.engine_thread import EngineThread
 from dispec.engine.api.outputs import RequestOutput
 from dispec.engine.api.prompt_processor import Messages, PromptProcessor, template_arguments
@@ -62,7 +62,7 @@ class AsyncLLM:
         prompts = as_prompts(prompt)
         if len(prompts) > 1:
             raise ValueError(f"prompt holds {len(prompts)} prompts, generate of AsyncLLM takes one: use asyncio.gather")
-        params = one_for_each(sampling_params, 1)
+        params = self._shared.params_of_each(sampling_params, 1)
 
         def prepare() -> list[PreparedRequest]:
             return self._shared.prepare([self._prompts.tokenize(prompts[0])], params)
@@ -95,7 +95,7 @@ class AsyncLLM:
             chat_template_kwargs=chat_template_kwargs,
             allow_special_tokens_in_content=allow_special_tokens_in_content,
         )
-        params = one_for_each(sampling_params, 1)
+        params = self._shared.params_of_each(sampling_params, 1)
 
         def prepare() -> list[PreparedRequest]:
             return self._shared.prepare([self._prompts.chat(messages, **given)], params)
@@ -118,6 +118,10 @@ class AsyncLLM:
     async def get_tokenizer(self) -> Tokenizer:
         """Return `tokenizer`; a coroutine, as in vLLM."""
         return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the parameters of calls without `sampling_params`, as `LLM.get_default_sampling_params` does."""
+        return self._shared.default_params
 
     def close(self) -> None:
         """End the engine and its thread, after the step that runs. What runs, and later calls, raise RuntimeError."""

@@ -70,6 +70,11 @@ class LLM:
         """Return `tokenizer`. It has `encode`, `decode` and `apply_chat_template`, as those of transformers have."""
         return self.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the parameters of calls without `sampling_params`: `SamplingParams()`, with the values that the model
+        states in its `generation_config.json`. `dataclasses.replace` changes some of them."""
+        return self._shared.default_params
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a text. (vLLM's `LLM.encode` is pooling, which this engine does not have.)
 
@@ -94,13 +99,13 @@ class LLM:
 
         prompts: each a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids` and optionally
             `cache_salt`; a prompt shares cached prefixes only with prompts of the same salt.
-        sampling_params: one for all prompts, or one for each.
+        sampling_params: one for all prompts, or one for each; by default `get_default_sampling_params()`.
         use_tqdm: show a progress bar with tokens per second; by default in a terminal and in a notebook.
         Raises ValueError, before anything runs, if any prompt cannot be served, and RuntimeError if the engine fails or
         is closed.
         """
         several = as_prompts(prompts)
-        each = one_for_each(sampling_params, len(several))
+        each = self._shared.params_of_each(sampling_params, len(several))
         return self._generate([self._prompts.tokenize(prompt) for prompt in several], each, use_tqdm)
 
     @refusing_unknown_names
@@ -115,7 +120,7 @@ class LLM:
         prompts = as_prompts(prompt)
         if len(prompts) > 1:
             raise ValueError(f"prompt holds {len(prompts)} prompts, stream takes one")
-        return self._stream(prompts[0], one_for_each(sampling_params, 1))
+        return self._stream(prompts[0], self._shared.params_of_each(sampling_params, 1))
 
     def chat(
         self,
@@ -145,7 +150,7 @@ class LLM:
         )
         several = isinstance(messages, list | tuple) and bool(messages) and isinstance(messages[0], list | tuple)
         conversations: Any = messages if several else [messages]
-        each = one_for_each(sampling_params, len(conversations))
+        each = self._shared.params_of_each(sampling_params, len(conversations))
         prompts = []
         for index, conversation in enumerate(conversations):
             try:

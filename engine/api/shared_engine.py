@@ -1,22 +1,27 @@
 """One engine for several callers: iterators that are read in turns, and threads."""
 
 import logging
+import random
 import threading
+import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Series
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
+from dispec.engine.api.arguments import Params, one_for_each
 from dispec.engine.api.fair_lock import FairLock
 from dispec.engine.api.interrupts import deferred_interrupt
 from dispec.engine.api.outputs import RequestOutput
 from dispec.engine.api.prompts import TokenizedPrompt
 from dispec.engine.api.running_request import RunningRequest
 from dispec.engine.engine import Engine
+from dispec.engine.loading.generation_config import generation_defaults
 from dispec.engine.options import EngineOptions
 from dispec.engine.sampling_params import RequestOutputKind, SamplingParams
 from dispec.engine.scheduling.token_output import TokenOutput
@@ -90,8 +95,19 @@ class SharedEngine:
         self._lock = FairLock()
         self._places: dict[str, tuple[Call, int]] = {}  # call, and index of the request in it, by request id
         self._abandoned: deque[Call] = deque()
+        self._seeds = None if engine.options.seed is None else random.Random(engine.options.seed)
         self._thread = threading.get_ident()
         self._is_closed = False
+
+    @cached_property
+    def default_params(self) -> SamplingParams:
+        """The parameters of calls without `sampling_params`: the model's own, else the usual ones."""
+        checkpoint = self.engine.checkpoint
+        return SamplingParams(**generation_defaults(None if checkpoint is None else checkpoint.directory))
+
+    def params_of_each(self, given: Params, count: int) -> list[SamplingParams]:
+        """Return the parameters of each of `count` prompts. Raises ValueError for anything but SamplingParams."""
+        return one_for_each(self.default_params if given is None else given, count)
 
     def run(
         self,
@@ -147,13 +163,15 @@ class SharedEngine:
             if request_id in self._places:
                 raise ValueError(f"request_id is {request_id!r}, which another request has that still runs")
             for index, (prompt, param, engine_params, grammar) in enumerate(requests):
+                if self._seeds is not None and engine_params.seed is None:
+                    engine_params = replace(engine_params, seed=self._seeds.getrandbits(63))
                 with _naming(index, len(requests)):
                     first = self.engine.add(
                         prompt.token_ids,
                         engine_params,
                         cache_salt=prompt.cache_salt,
                         grammar=grammar,
-                        request_id=request_id,
+                        request_id=request_id or uuid.uuid4().hex,  # which no caller's own id is
                     )
                 kind = param.output_kind or default_kind
                 call.requests.append(RunningRequest(first, prompt, param, kind, self.tokenizer))

@@ -45,7 +45,7 @@ def _join(request: JoinGroup) -> Callable[[AllocateCache], ModelRunner]:
     assert config is not None
     packing = packing_for(options, device)
     if checkpoint is None or is_dummy:
-        weights = dummy_weights(config, dtype, device, options.seed, shard, packing)
+        weights = dummy_weights(config, dtype, device, options.seed or 0, shard, packing)
     else:
         tensors = with_kernels(checkpoint.tensors(dtype, options.quantization), dtype, device)
         weights = load_weights(config, tensors, dtype, device, shard=shard, packing=packing)

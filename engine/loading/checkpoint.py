@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dispec.engine.errors import CheckpointError
 from dispec.engine.json_file import read_json
-from dispec.engine.loading.default_model import DEFAULT_MODEL, default_model_file
+from dispec.engine.loading.default_model import BUILT_IN_MODEL, DEFAULT_MODEL, BuiltInModel, default_model_file
 from dispec.engine.loading.gguf_file import GgufFile
 from dispec.engine.loading.model_source import (
     INDEX,
@@ -117,7 +117,7 @@ def find_checkpoint(model: str | Path, *, without_weights: bool = False) -> Chec
     source = find_source(model)
     match source.kind:
         case "built-in":
-            return _open_gguf(default_model_file(), source.name, is_built_in=True)
+            return _open_gguf(default_model_file(), source.name, BUILT_IN_MODEL)
         case "hub":
             # The small files first: an unsupported model is refused before gigabytes are downloaded.
             directory = download_small_files(source.name)
@@ -131,9 +131,9 @@ def find_checkpoint(model: str | Path, *, without_weights: bool = False) -> Chec
     return _open_directory(source.path, source.name, without_weights=without_weights)
 
 
-def _open_gguf(path: Path, name: str, *, is_built_in: bool = False) -> Checkpoint:
+def _open_gguf(path: Path, name: str, built_in: BuiltInModel | None = None) -> Checkpoint:
     file = GgufFile(path)
-    directory = gguf_tokenizer(file)
+    directory = gguf_tokenizer(file, {} if built_in is None else built_in.generation_config)
     return Checkpoint(
         name,
         file.config,
@@ -141,7 +141,7 @@ def _open_gguf(path: Path, name: str, *, is_built_in: bool = False) -> Checkpoin
         _generation_ends(directory),
         (path,),
         quantized_format=file.quantized_format(),
-        is_built_in=is_built_in,
+        is_built_in=built_in is not None,
     )
 
 

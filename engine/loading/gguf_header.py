@@ -139,11 +139,6 @@ class GgufHeader:
             names = [f"{', '.join(names[:-1])} and {names[-1]}"]
         return f"GGUF {names[0]}" if names else None
 
-    @property
-    def num_parameters(self) -> int:
-        """The number of weights; tied ones count once."""
-        return sum(int(tensor.n_elements) for tensor in self._reader.tensors if tensor.name != ROPE_FACTORS)
-
     def _refuse_unsupported(self) -> None:
         architecture = self._metadata.get("general.architecture")
         if architecture not in ARCHITECTURES:

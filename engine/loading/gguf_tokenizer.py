@@ -66,8 +66,8 @@ class GgufTokenizer:
         defaults = _SENTENCEPIECE_ROLES if self._is_sentencepiece else {}
         self.roles = {role: self._id(key, defaults.get(role)) for role, key in _ROLES.items()}
 
-    def save(self, directory: Path) -> None:
-        """Write `tokenizer.json`, its config, the chat templates, and the end tokens as a `generation_config.json`."""
+    def save(self, directory: Path, generation_config: Mapping[str, Any] | None = None) -> None:
+        """Write `tokenizer.json`, its config, the chat templates, and `generation_config.json` with the end tokens."""
         contents = {
             "version": "1.0",
             "truncation": None,
@@ -86,7 +86,9 @@ class GgufTokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         named = {role: self.tokens[token] for role, token in self.roles.items() if token is not None}
         _write_json(directory / "tokenizer_config.json", config | named)
-        _write_json(directory / "generation_config.json", {"eos_token_id": self.end_ids})
+        _write_json(
+            directory / "generation_config.json", {"eos_token_id": self.end_ids} | dict(generation_config or {})
+        )
         self._save_templates(directory)
 
     def _get(self, key: str, default: Any = None) -> Any:

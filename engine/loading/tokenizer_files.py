@@ -7,10 +7,11 @@ and into the cache: later starts and the server process avoid the four seconds o
 import contextlib
 import hashlib
 import importlib.metadata
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from dispec.engine.errors import CheckpointError
@@ -45,11 +46,15 @@ def directory_tokenizer(directory: Path) -> Path:
     return prepared
 
 
-def gguf_tokenizer(file: GgufFile) -> Path:
-    """Return a cached directory with the tokenizer and chat template of a GGUF file. Raises CheckpointError."""
-    prepared = _cache_entry(file.path.stem, [file.path])
+def gguf_tokenizer(file: GgufFile, generation_config: Mapping[str, float] | None = None) -> Path:
+    """Return a cached directory with the tokenizer and chat template of a GGUF file. Raises CheckpointError.
+
+    generation_config: sampling parameters that its `generation_config.json` gets.
+    """
+    stated = dict(generation_config or {})
+    prepared = _cache_entry(file.path.stem, [file.path], json.dumps(stated) if stated else "")
     if not prepared.is_dir():
-        _convert(prepared, file.path.name, lambda target: GgufTokenizer(file.tokenizer_metadata()).save(target))
+        _convert(prepared, file.path.name, lambda target: GgufTokenizer(file.tokenizer_metadata()).save(target, stated))
     return prepared
 
 

@@ -113,7 +113,7 @@ class EngineLoop:
             if key in self._requests or key in self._grammars:
                 raise InvalidField("request_id", f"request_id {key!r} is under way already")
             params = SamplingParams(**message.params)
-            structure, grammar = params.structured_outputs, None
+            structure, grammar = params.structure, None
             if structure is not None:
                 grammar = self._grammars.find(structure)
                 if grammar is None:

@@ -216,6 +216,6 @@ def encode_params(params: SamplingParams) -> dict[str, Any]:
     defaults = SamplingParams()
     found = {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
     changed = {name: value for name, value in found.items() if value != getattr(defaults, name)}
-    if params.structured_outputs is not None:
-        changed["structured_outputs"] = params.structured_outputs.as_mapping()
+    if params.structure is not None:
+        changed["structured_outputs"] = params.structure.as_mapping()
     return {name: dict(value) if name == "logit_bias" else value for name, value in changed.items()}

@@ -53,7 +53,7 @@ def make_choices(
                 params=own_params,
                 seed=(seed + index + 2**63) % 2**64 - 2**63,
                 stop_token_ids=stop_token_ids,
-                max_len=min(max_model_len, len(prompt) + params.max_tokens),
+                max_len=min(max_model_len, len(prompt) + params.token_limit),
                 arrival_time=arrival_time,
                 request_id=request_id,
                 index=index,

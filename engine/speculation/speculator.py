@@ -75,7 +75,7 @@ class Speculator:
             max_drafts,
             self._acceptance_rates.setdefault(sequence, self.controller.acceptance_rate),
             self.proposer.num_missing_tokens(sequence),
-            sequence.params.max_tokens - sequence.num_output_tokens,
+            sequence.params.token_limit - sequence.num_output_tokens,
         )
 
     def propose(self, step: SchedulerOutput) -> float:

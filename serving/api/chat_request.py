@@ -61,7 +61,7 @@ async def prepare_chat(model: ServedModel, body: ChatRequest) -> PreparedChat:
     prompt = model.prompts.checked_chat(body, await _prompt(model, body, tools))
     reasoning, is_open = _reasoning(model.reasoning, prompt.text or "", body)
     params = sampling_params(body, model.defaults, len(prompt.token_ids), model.info.max_model_len)
-    structure = _structure(model.tool_format, tools, params.structured_outputs)
+    structure = _structure(model.tool_format, tools, params.structure)
     budget = _reasoning_budget(model, body)
     if reasoning is not None and (structure is not None or budget is not None):
         start, end = reasoning.token_ids(model.prompts.tokenizer)
@@ -70,7 +70,7 @@ async def prepare_chat(model: ServedModel, body: ChatRequest) -> PreparedChat:
         if budget is not None:
             before |= {"reasoning_max_tokens": budget}
         structure = StructuredOutputs.from_mapping(({} if structure is None else structure.as_mapping()) | before)
-    if structure is not params.structured_outputs:
+    if structure is not params.structure:
         params = replace(params, structured_outputs=structure)
     params = await model.prompts.tokenize_bad_words(params)
     return PreparedChat(model, prompt, params, tools, reasoning, is_open)

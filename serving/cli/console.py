@@ -33,6 +33,11 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
+def parameter_count(count: int) -> str:
+    """Return a number of parameters as models are named by it, such as "135M" or "1.5B"."""
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M" if count >= 1e6 else str(count)
+
+
 def printable(text: str) -> str:
     """Return what of a generated text to write to standard output.
 

@@ -12,7 +12,7 @@ import typer
 
 from dispec.engine.loading.default_model import DEFAULT_DRAFT, DEFAULT_MODEL
 from dispec.serving.cli.completion import complete_model
-from dispec.serving.cli.console import reporting, say, shows_progress
+from dispec.serving.cli.console import parameter_count, reporting, say, shows_progress
 from dispec.serving.cli.option_groups import Debug, Quiet
 
 _HEADINGS = ("NAME", "PARAMETERS", "SIZE", "LAST USED", "MODEL")
@@ -93,7 +93,7 @@ def _record(model: Any) -> dict[str, Any]:
 def _cells(model: Any) -> tuple[str, ...]:
     facts = model.facts
     used = datetime.fromtimestamp(model.last_used).date().isoformat()
-    count = _count(facts.num_parameters) if facts.num_parameters else ""
+    count = parameter_count(facts.num_parameters) if facts.num_parameters else ""
     return model.name, count, _size(model.size), used, facts.problem or f"{facts.architecture}, {_weights(model)}"
 
 
@@ -115,10 +115,6 @@ def _table(rows: Iterable[tuple[str, ...]], notes: list[str], width: int | None)
         yield from (f"{indent}{line}" for line in more)
         if note:
             yield f"{_GAP}{note}"
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
 def _size(number: int) -> str:

@@ -198,7 +198,7 @@ class WorkerPool(EngineClient):
 
     def _ends_with_first_token(self, request: GenerationRequest) -> bool:
         info = self.info
-        room = request.params.max_tokens
+        room = request.params.token_limit
         if info is not None:
             room = min(room, info.max_model_len - len(request.prompt_token_ids))
         return room <= 1

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import dispec.engine  # noqa: F401  # sets the spin count of OpenMP's threads before torch is loaded
+from dispec.engine.names_of_vllm import ADVICE
 
 if TYPE_CHECKING:
     from dispec.engine.api.async_llm import AsyncLLM as AsyncLLM
@@ -39,6 +40,8 @@ __all__ = list(_MODULE_OF)
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         return getattr(import_module(_MODULE_OF[name]), name)
+    if (advice := ADVICE["dispec"].get(name)) is not None:  # Python replaces an AttributeError of `from dispec import`
+        raise ImportError(f"dispec has no {name}: {advice}")
     raise AttributeError(f"module 'dispec' has no attribute {name!r}")
 
 

@@ -7,7 +7,7 @@ from dispec.serving.cli.chat.commands import run_command
 from dispec.serving.cli.chat.session import ChatSession
 from dispec.serving.cli.chat.settings import changed_settings
 from dispec.serving.cli.chat.terminal import is_terminal
-from dispec.serving.cli.console import explain, say
+from dispec.serving.cli.console import explain, parameter_count, say
 
 Reader = Callable[[], str | None]
 
@@ -36,15 +36,9 @@ def open_reader(keeps_history: bool) -> Reader:
 
 def banner(session: ChatSession) -> Iterator[str]:
     """Yield lines on the model, its settings and the keys."""
-    from dispec.layers.weight_specs import count_parameters
-
     engine = session.llm.engine
-    count = _in_words(count_parameters(engine.config))
+    count = parameter_count(engine.config.num_parameters)
     seconds = sum(engine.phase_seconds.values())
     yield f"{engine.options.model} on {engine.device}: {count} parameters in {engine.weights_format}"
     yield f"loaded in {seconds:.1f} s; context {session.max_model_len} tokens; {changed_settings(session.params)}"
     yield "/help lists commands, Alt-Enter begins a new line, Ctrl-C stops an answer, Ctrl-D leaves"
-
-
-def _in_words(count: int) -> str:
-    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M" if count >= 1e6 else str(count)

@@ -61,7 +61,7 @@ class ChatSession:
 
     def _answer(self, turns: list[Turn], question: str) -> bool:
         prompt, kept = fit(
-            turns, question, self.system, self.llm.chat_prompt, self.max_model_len, self.params.max_tokens
+            turns, question, self.system, self.llm.chat_prompt, self.max_model_len, self.params.token_limit
         )
         text, last = write_answer(self.llm, prompt, self.params)
         if text:

@@ -4,24 +4,32 @@ import itertools
 import json
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import psutil
 import pytest
+from litestar.testing import TestClient
 
 from dispec.engine.process.messages import Inspection
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.serving.client.request_stream import RequestStream, RequestTiming
+from dispec.serving.api.app import create_app
+from dispec.serving.client.errors import Overloaded
+from dispec.serving.client.request_stream import GenerationRequest, RequestStream, RequestTiming
+from dispec.serving.client.slo import Slo
 from dispec.serving.dashboard.dashboard_events import dashboard_events
 from dispec.serving.dashboard.dashboard_state import STEPS, DashboardState
 from dispec.serving.dashboard.engine_usage import EngineUsage, pool_of
 from dispec.serving.dashboard.request_rows import MOST_ROWS
 from dispec.serving.dashboard.time_buckets import RANGES
 from dispec.serving.http.web_assets import plotly_script
+from dispec.serving.observability.metrics import Metrics
+from dispec.serving.settings import ServerSettings
 from tests.checkpoints import save_tiny
 from tests.engine_clients import ask, ended_request, generate, one_thread_each, running_client  # noqa: F401
 from tests.running_server import PATIENCE, serving
+from tests.scripted_engine import ScriptedEngine, thinking_tokenizer
 
 
 class Clock:
@@ -231,6 +239,42 @@ def test_a_requests_row(live) -> None:
     assert (failed["state"], failed["reason"], failed["error"]) == ("error", "error", "it was too long")
     assert (view["num_ended"], view["num_errors"]) == (2, 1)
     assert view["summary"]["errors"] == 1
+
+
+@pytest.mark.smoke
+def test_a_request_that_is_shed_in_the_queue_counts_once(live) -> None:
+    live.on_shed(Slo("chat", ttft=1.0))
+    finish(live, timing=RequestTiming(990.0, finished=991.0), finish_reasons=["error"], error=Overloaded("it waited"))
+    summary = next(live.views("1m"))["summary"]
+    assert (summary["errors"], summary["refused"]) == (1, 0)
+
+
+class FullEngine(ScriptedEngine):
+    """Refuses requests, as if its queue were full or its model not loaded."""
+
+    state = "ready"
+
+    def submit(self, request: GenerationRequest) -> RequestStream:
+        raise Overloaded("1 requests are waiting, which is the most")
+
+
+def test_refused_requests_are_counted_and_invalid_ones_are_not() -> None:
+    engine = FullEngine(thinking_tokenizer())
+    live = DashboardState(engine)
+    message = {"messages": [{"role": "user", "content": "Hello"}]}
+    routes = {"/v1/chat/completions": message, "/v1/completions": {"prompt": "a"}, "/v1/responses": {"input": "a"}}
+    with TestClient(create_app(engine, ServerSettings(), Metrics("tiny"), names=["tiny"])) as http:
+
+        def refused(status: int, **fields: Any) -> int:
+            answers = [http.post(path, json=body | fields).status_code for path, body in routes.items()]
+            assert answers == [status] * len(routes)
+            return next(live.views("1m"))["summary"]["refused"]
+
+        assert refused(503) == 3
+        engine.state = "loading"
+        assert refused(503) == 6
+        engine.state = "ready"
+        assert refused(400, temperature=-1) == 6
 
 
 @pytest.mark.smoke

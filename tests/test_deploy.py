@@ -68,6 +68,7 @@ def test_the_build_context_has_all_sources_of_the_package() -> None:
     lines = (DEPLOY / "docker" / "Dockerfile.dockerignore").read_text().splitlines()
     kept = {line.removeprefix("!") for line in lines if line.startswith("!")}
     assert "*" in lines
+    assert lines.index("**/.env") > lines.index("!serving")  # the keys of compose's server
     project = (ROOT / "pyproject.toml").read_text()
     folders = set(re.findall(r'^"?dispec[\w.]*"? = "(\w+)[/"]', project, re.MULTILINE))
     assert {"engine", "layers", "ops", "serving", "bench"} <= folders

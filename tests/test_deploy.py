@@ -20,7 +20,8 @@ from dispec.serving.http.auth import OPEN_PATHS
 from dispec.serving.observability.metrics import Metrics
 from dispec.serving.settings import ServerSettings
 from tests.commands import ROOT
-from tests.scripted_engine import ScriptedEngine, thinking_tokenizer
+from tests.paced_engine import PacedEngine
+from tests.scripted_engine import thinking_tokenizer
 
 DEPLOY = ROOT / "serving" / "deploy"
 DOCKERFILES = sorted((DEPLOY / "docker").glob("*Dockerfile"))
@@ -125,7 +126,7 @@ def test_the_proxy_lets_through_what_the_server_takes() -> None:
 def test_the_proxy_hides_what_the_server_tells_of_itself() -> None:
     """Under every path that leads there: Litestar ignores slashes at the end."""
     (hidden,) = re.findall(r"location ~ (\S+) \{[^}]*return 404;", NGINX.read_text())
-    engine = ScriptedEngine(thinking_tokenizer())
+    engine = PacedEngine(thinking_tokenizer())
     with TestClient(create_app(engine, ServerSettings(), Metrics("tiny"))) as http:
         for path in ("/metrics", "/stats", "/load", "/server_info"):
             for written in (path, f"{path}/", f"{path}//"):

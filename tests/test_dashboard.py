@@ -3,6 +3,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -260,10 +261,11 @@ class FullEngine(ScriptedEngine):
 
 def test_refused_requests_are_counted_and_invalid_ones_are_not() -> None:
     engine = FullEngine(thinking_tokenizer())
-    live = DashboardState(engine)
+    live, metrics = DashboardState(engine), Metrics("tiny")
+    metrics.attach(engine)
     message = {"messages": [{"role": "user", "content": "Hello"}]}
     routes = {"/v1/chat/completions": message, "/v1/completions": {"prompt": "a"}, "/v1/responses": {"input": "a"}}
-    with TestClient(create_app(engine, ServerSettings(), Metrics("tiny"), names=["tiny"])) as http:
+    with TestClient(create_app(engine, ServerSettings(), metrics, names=["tiny"])) as http:
 
         def refused(status: int, **fields: Any) -> int:
             answers = [http.post(path, json=body | fields).status_code for path, body in routes.items()]
@@ -275,6 +277,8 @@ def test_refused_requests_are_counted_and_invalid_ones_are_not() -> None:
         assert refused(503) == 6
         engine.state = "ready"
         assert refused(400, temperature=-1) == 6
+        (counted,) = re.findall(r"^dispec_requests_refused_total\{.*\} (.+)$", http.get("/metrics").text, re.MULTILINE)
+        assert float(counted) == 6
 
 
 @pytest.mark.smoke

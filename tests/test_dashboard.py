@@ -177,6 +177,21 @@ def test_seconds_without_events_keep_the_load(live, client, clock) -> None:
 
 
 @pytest.mark.smoke
+def test_wide_buckets_hold_peaks_and_summaries_the_current_second(live, client, clock) -> None:
+    client.streams = [request(str(number), timing=RequestTiming(999.0), num_output_tokens=0) for number in range(3)]
+    step(live, clock)
+    client.streams = []
+    clock.now += 1
+    step(live, clock)
+    clock.now += 30
+    for name in ("10m", "1h"):
+        assert [point["waiting"] for point in next(live.views(name))["points"]][0] == 3
+    finish(live)
+    for name in RANGES:
+        assert next(live.views(name))["summary"]["ttft"] is not None
+
+
+@pytest.mark.smoke
 def test_ranges_hold_an_hour_in_bounded_memory(live, clock) -> None:
     """One token a second and one request every ten, for two hours, seen in buckets of 1, 5 and 30 seconds."""
     for second in range(7200):
@@ -215,7 +230,9 @@ def test_percentiles_are_of_the_range_and_of_the_last_seconds_in_a_point(live, c
         assert latencies["queue"] == [pytest.approx(0.25, rel=0.06)] * 2
         assert latencies["e2e"] == [pytest.approx(2.75, rel=0.06)] * 2
     assert view["summary"]["hit_rate"] == 0.5
-    clock.now += 30
+    clock.now += 8
+    assert next(live.views("1m"))["points"][-1]["itl"] is not None  # of the last ten seconds
+    clock.now += 22
     view = next(live.views("1m"))
     assert view["points"][-1]["itl"] is None
     assert view["summary"]["ttft"] is not None
@@ -240,6 +257,8 @@ def test_a_requests_row(live) -> None:
     assert (failed["state"], failed["reason"], failed["error"]) == ("error", "error", "it was too long")
     assert (view["num_ended"], view["num_errors"]) == (2, 1)
     assert view["summary"]["errors"] == 1
+    finish(live, finish_reasons=["stop", "error"])  # of two choices
+    assert next(live.views("1m"))["ended"][-1]["state"] == "error"
 
 
 @pytest.mark.smoke

@@ -137,17 +137,17 @@ def test_a_view_holds_whole_seconds_and_the_next_what_is_new(live, client, clock
 
 @pytest.mark.smoke
 def test_tokens_are_counted_once_while_a_request_runs_and_at_its_end(live, client, clock) -> None:
-    stream = request(timing=RequestTiming(999.0, 999.5, 1000.0), num_output_tokens=2, gaps=[0.1])
+    stream = request(timing=RequestTiming(999.0, 999.5, 1000.0), num_output_tokens=4, gaps=[0.1] * 3)
     client.streams = [stream]
     for _ in range(3):
         step(live, clock)
         clock.now += 0.4
-    stream.num_output_tokens, stream.gaps = 5, [0.1, 0.2, 0.2, 0.4]
+    stream.num_output_tokens, stream.gaps = 8, [0.1] * 3 + [0.2] * 3 + [0.4]
     client.streams = []
     live.on_request_finished(stream)
     clock.now += 1
     view = next(live.views("1m"))
-    assert sum(point["output"] for point in view["points"]) == 5
+    assert sum(point["output"] for point in view["points"]) == 8
     assert view["summary"]["itl"] == [pytest.approx(0.2, rel=0.06), pytest.approx(0.4, rel=0.06)]
 
 
@@ -177,6 +177,20 @@ def test_seconds_without_events_keep_the_load(live, client, clock) -> None:
 
 
 @pytest.mark.smoke
+def test_the_end_of_the_last_request_ends_the_load(live, client, clock) -> None:
+    client.streams = [request(timing=RequestTiming(999.0, 999.5), num_output_tokens=0, gaps=[])]
+    step(live, clock)
+    client.streams = []
+    live.on_request_finished(request())  # no step follows
+    clock.now += 3
+    step(live, clock)
+    clock.now += 7
+    view = next(live.views("1m"))
+    assert [point["running"] for point in view["points"]][:3] == [1, 0, 0]
+    assert view["summary"]["finished"] == 0.1  # of the ten seconds since the start
+
+
+@pytest.mark.smoke
 def test_wide_buckets_hold_peaks_and_summaries_the_current_second(live, client, clock) -> None:
     client.streams = [request(str(number), timing=RequestTiming(999.0), num_output_tokens=0) for number in range(3)]
     step(live, clock)
@@ -185,7 +199,7 @@ def test_wide_buckets_hold_peaks_and_summaries_the_current_second(live, client, 
     step(live, clock)
     clock.now += 30
     for name in ("10m", "1h"):
-        assert [point["waiting"] for point in next(live.views(name))["points"]][0] == 3
+        assert next(live.views(name))["points"][0]["waiting"] == 3
     finish(live)
     for name in RANGES:
         assert next(live.views(name))["summary"]["ttft"] is not None
@@ -246,17 +260,18 @@ def test_percentiles_are_of_the_range_and_of_the_last_seconds_in_a_point(live, c
 @pytest.mark.smoke
 def test_a_requests_row(live) -> None:
     finish(live)
-    finish(live, timing=RequestTiming(990.0, finished=992.75), finish_reasons=["error"], error="it was too long")
+    finish(live, timing=RequestTiming(990.0, finished=991.0), finish_reasons=["error"], error="it was too long")
     view = next(live.views("1m"))
     done, failed = view["ended"]
     assert (done["queue"], done["prefill"], done["decode"]) == (0.25, 0.5, 2.0)
     assert (done["state"], done["reason"], done["error"], done["worker"]) == ("finished", "stop", None, None)
     assert (done["prompt"], done["cached"], done["output"]) == (10, 5, 3)
     assert view["now"] - done["arrival"] == pytest.approx(10.0)
-    assert (failed["queue"], failed["prefill"], failed["decode"]) == (2.75, 0, 0)
+    assert (failed["queue"], failed["prefill"], failed["decode"]) == (1.0, 0, 0)
     assert (failed["state"], failed["reason"], failed["error"]) == ("error", "error", "it was too long")
     assert (view["num_ended"], view["num_errors"]) == (2, 1)
     assert view["summary"]["errors"] == 1
+    assert view["summary"]["e2e"] == [pytest.approx(2.75, rel=0.06)] * 2  # the other one never started
     finish(live, finish_reasons=["stop", "error"])  # of two choices
     assert next(live.views("1m"))["ended"][-1]["state"] == "error"
 

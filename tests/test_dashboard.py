@@ -113,7 +113,7 @@ def test_a_view_holds_whole_seconds_and_the_next_what_is_new(live, client, clock
     client.streams = [request(key, timing=RequestTiming(999.0, 999.5), num_output_tokens=0, gaps=[]) for key in "01"]
     client.streams.append(request("2", timing=RequestTiming(999.0), num_output_tokens=0, gaps=[]))
     client.kv_usage = 0.25
-    step(live, clock, num_tokens=40, num_prompt_tokens=30, num_cached_tokens=16, num_preempted=1)
+    step(live, clock, num_tokens=40, num_prompt_tokens=30, num_cached_tokens=16, num_preempted=1, launch=0.25)
     client.streams[0].num_output_tokens = 7
     clock.now += 0.2
     step(live, clock, num_tokens=3)
@@ -124,6 +124,7 @@ def test_a_view_holds_whole_seconds_and_the_next_what_is_new(live, client, clock
     assert point["at"] == 1_700_001_000
     assert (point["output"], point["computed"], point["cached"]) == (7, 30, 16)
     assert second["summary"]["preemptions"] == 1
+    assert (second["summary"]["input"], second["summary"]["busy"]) == (46, 0.25)
     assert (point["running"], point["waiting"], point["kv_usage"]) == (2, 1, 0.25)
     assert [(entry["prefill"], entry["decode"]) for entry in second["steps"]] == [(30, 10), (0, 3)]
     third = next(views)
@@ -145,6 +146,7 @@ def test_tokens_are_counted_once_while_a_request_runs_and_at_its_end(live, clien
     stream.num_output_tokens, stream.gaps = 8, [0.1] * 3 + [0.2] * 3 + [0.4]
     client.streams = []
     live.on_request_finished(stream)
+    assert not live._seen
     clock.now += 1
     view = next(live.views("1m"))
     assert sum(point["output"] for point in view["points"]) == 8

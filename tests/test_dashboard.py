@@ -3,25 +3,34 @@ import gzip
 import itertools
 import json
 import os
+import re
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import psutil
 import pytest
+from litestar.testing import TestClient
 
 from dispec.engine.process.messages import Inspection
 from dispec.engine.sampling_params import SamplingParams
 from dispec.engine.scheduling.step_record import StepRecord
-from dispec.serving.client.request_stream import RequestStream, RequestTiming
+from dispec.serving.api.app import create_app
+from dispec.serving.client.errors import Overloaded
+from dispec.serving.client.request_stream import GenerationRequest, RequestStream, RequestTiming
+from dispec.serving.client.slo import Slo
 from dispec.serving.dashboard.dashboard_events import dashboard_events
 from dispec.serving.dashboard.dashboard_state import STEPS, DashboardState
 from dispec.serving.dashboard.engine_usage import EngineUsage, pool_of
 from dispec.serving.dashboard.request_rows import MOST_ROWS
 from dispec.serving.dashboard.time_buckets import RANGES
 from dispec.serving.http.web_assets import plotly_script
+from dispec.serving.observability.metrics import Metrics
+from dispec.serving.settings import ServerSettings
 from tests.checkpoints import save_tiny
 from tests.engine_clients import ask, ended_request, generate, one_thread_each, running_client  # noqa: F401
 from tests.running_server import PATIENCE, serving
+from tests.scripted_engine import ScriptedEngine, thinking_tokenizer
 
 
 class Clock:
@@ -104,7 +113,7 @@ def test_a_view_holds_whole_seconds_and_the_next_what_is_new(live, client, clock
     client.streams = [request(key, timing=RequestTiming(999.0, 999.5), num_output_tokens=0, gaps=[]) for key in "01"]
     client.streams.append(request("2", timing=RequestTiming(999.0), num_output_tokens=0, gaps=[]))
     client.kv_usage = 0.25
-    step(live, clock, num_tokens=40, num_prompt_tokens=30, num_cached_tokens=16, num_preempted=1)
+    step(live, clock, num_tokens=40, num_prompt_tokens=30, num_cached_tokens=16, num_preempted=1, launch=0.25)
     client.streams[0].num_output_tokens = 7
     clock.now += 0.2
     step(live, clock, num_tokens=3)
@@ -115,6 +124,7 @@ def test_a_view_holds_whole_seconds_and_the_next_what_is_new(live, client, clock
     assert point["at"] == 1_700_001_000
     assert (point["output"], point["computed"], point["cached"]) == (7, 30, 16)
     assert second["summary"]["preemptions"] == 1
+    assert (second["summary"]["input"], second["summary"]["busy"]) == (46, 0.25)
     assert (point["running"], point["waiting"], point["kv_usage"]) == (2, 1, 0.25)
     assert [(entry["prefill"], entry["decode"]) for entry in second["steps"]] == [(30, 10), (0, 3)]
     third = next(views)
@@ -128,17 +138,18 @@ def test_a_view_holds_whole_seconds_and_the_next_what_is_new(live, client, clock
 
 @pytest.mark.smoke
 def test_tokens_are_counted_once_while_a_request_runs_and_at_its_end(live, client, clock) -> None:
-    stream = request(timing=RequestTiming(999.0, 999.5, 1000.0), num_output_tokens=2, gaps=[0.1])
+    stream = request(timing=RequestTiming(999.0, 999.5, 1000.0), num_output_tokens=4, gaps=[0.1] * 3)
     client.streams = [stream]
     for _ in range(3):
         step(live, clock)
         clock.now += 0.4
-    stream.num_output_tokens, stream.gaps = 5, [0.1, 0.2, 0.2, 0.4]
+    stream.num_output_tokens, stream.gaps = 8, [0.1] * 3 + [0.2] * 3 + [0.4]
     client.streams = []
     live.on_request_finished(stream)
+    assert not live._seen
     clock.now += 1
     view = next(live.views("1m"))
-    assert sum(point["output"] for point in view["points"]) == 5
+    assert sum(point["output"] for point in view["points"]) == 8
     assert view["summary"]["itl"] == [pytest.approx(0.2, rel=0.06), pytest.approx(0.4, rel=0.06)]
 
 
@@ -165,6 +176,35 @@ def test_seconds_without_events_keep_the_load(live, client, clock) -> None:
     live.on_request_finished(request())
     clock.now += 2
     assert [point["running"] for point in next(live.views("1m"))["points"]][-2:] == [1, 0]
+
+
+@pytest.mark.smoke
+def test_the_end_of_the_last_request_ends_the_load(live, client, clock) -> None:
+    client.streams = [request(timing=RequestTiming(999.0, 999.5), num_output_tokens=0, gaps=[])]
+    step(live, clock)
+    client.streams = []
+    live.on_request_finished(request())  # no step follows
+    clock.now += 3
+    step(live, clock)
+    clock.now += 7
+    view = next(live.views("1m"))
+    assert [point["running"] for point in view["points"]][:3] == [1, 0, 0]
+    assert view["summary"]["finished"] == 0.1  # of the ten seconds since the start
+
+
+@pytest.mark.smoke
+def test_wide_buckets_hold_peaks_and_summaries_the_current_second(live, client, clock) -> None:
+    client.streams = [request(str(number), timing=RequestTiming(999.0), num_output_tokens=0) for number in range(3)]
+    step(live, clock)
+    client.streams = []
+    clock.now += 1
+    step(live, clock)
+    clock.now += 30
+    for name in ("10m", "1h"):
+        assert next(live.views(name))["points"][0]["waiting"] == 3
+    finish(live)
+    for name in RANGES:
+        assert next(live.views(name))["summary"]["ttft"] is not None
 
 
 @pytest.mark.smoke
@@ -206,7 +246,9 @@ def test_percentiles_are_of_the_range_and_of_the_last_seconds_in_a_point(live, c
         assert latencies["queue"] == [pytest.approx(0.25, rel=0.06)] * 2
         assert latencies["e2e"] == [pytest.approx(2.75, rel=0.06)] * 2
     assert view["summary"]["hit_rate"] == 0.5
-    clock.now += 30
+    clock.now += 8
+    assert next(live.views("1m"))["points"][-1]["itl"] is not None  # of the last ten seconds
+    clock.now += 22
     view = next(live.views("1m"))
     assert view["points"][-1]["itl"] is None
     assert view["summary"]["ttft"] is not None
@@ -220,17 +262,59 @@ def test_percentiles_are_of_the_range_and_of_the_last_seconds_in_a_point(live, c
 @pytest.mark.smoke
 def test_a_requests_row(live) -> None:
     finish(live)
-    finish(live, timing=RequestTiming(990.0, finished=992.75), finish_reasons=["error"], error="it was too long")
+    finish(live, timing=RequestTiming(990.0, finished=991.0), finish_reasons=["error"], error="it was too long")
     view = next(live.views("1m"))
     done, failed = view["ended"]
     assert (done["queue"], done["prefill"], done["decode"]) == (0.25, 0.5, 2.0)
     assert (done["state"], done["reason"], done["error"], done["worker"]) == ("finished", "stop", None, None)
     assert (done["prompt"], done["cached"], done["output"]) == (10, 5, 3)
     assert view["now"] - done["arrival"] == pytest.approx(10.0)
-    assert (failed["queue"], failed["prefill"], failed["decode"]) == (2.75, 0, 0)
+    assert (failed["queue"], failed["prefill"], failed["decode"]) == (1.0, 0, 0)
     assert (failed["state"], failed["reason"], failed["error"]) == ("error", "error", "it was too long")
     assert (view["num_ended"], view["num_errors"]) == (2, 1)
     assert view["summary"]["errors"] == 1
+    assert view["summary"]["e2e"] == [pytest.approx(2.75, rel=0.06)] * 2  # the other one never started
+    finish(live, finish_reasons=["stop", "error"])  # of two choices
+    assert next(live.views("1m"))["ended"][-1]["state"] == "error"
+
+
+@pytest.mark.smoke
+def test_a_request_that_is_shed_in_the_queue_counts_once(live) -> None:
+    live.on_shed(Slo("chat", ttft=1.0))
+    finish(live, timing=RequestTiming(990.0, finished=991.0), finish_reasons=["error"], error=Overloaded("it waited"))
+    summary = next(live.views("1m"))["summary"]
+    assert (summary["errors"], summary["refused"]) == (1, 0)
+
+
+class FullEngine(ScriptedEngine):
+    """Refuses requests, as if its queue were full or its model not loaded."""
+
+    state = "ready"
+
+    def submit(self, request: GenerationRequest) -> RequestStream:
+        raise Overloaded("1 requests are waiting, which is the most")
+
+
+def test_refused_requests_are_counted_and_invalid_ones_are_not() -> None:
+    engine = FullEngine(thinking_tokenizer())
+    live, metrics = DashboardState(engine), Metrics("tiny")
+    metrics.attach(engine)
+    message = {"messages": [{"role": "user", "content": "Hello"}]}
+    routes = {"/v1/chat/completions": message, "/v1/completions": {"prompt": "a"}, "/v1/responses": {"input": "a"}}
+    with TestClient(create_app(engine, ServerSettings(), metrics, names=["tiny"])) as http:
+
+        def refused(status: int, **fields: Any) -> int:
+            answers = [http.post(path, json=body | fields).status_code for path, body in routes.items()]
+            assert answers == [status] * len(routes)
+            return next(live.views("1m"))["summary"]["refused"]
+
+        assert refused(503) == 3
+        engine.state = "loading"
+        assert refused(503) == 6
+        engine.state = "ready"
+        assert refused(400, temperature=-1) == 6
+        (counted,) = re.findall(r"^dispec_requests_refused_total\{.*\} (.+)$", http.get("/metrics").text, re.MULTILINE)
+        assert float(counted) == 6
 
 
 @pytest.mark.smoke

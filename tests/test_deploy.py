@@ -11,12 +11,17 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from litestar.testing import TestClient
 
 from dispec.engine.option_fields import option_fields
 from dispec.engine.options import EngineOptions
+from dispec.serving.api.app import create_app
 from dispec.serving.http.auth import OPEN_PATHS
+from dispec.serving.observability.metrics import Metrics
 from dispec.serving.settings import ServerSettings
 from tests.commands import ROOT
+from tests.paced_engine import PacedEngine
+from tests.scripted_engine import thinking_tokenizer
 
 DEPLOY = ROOT / "serving" / "deploy"
 DOCKERFILES = sorted((DEPLOY / "docker").glob("*Dockerfile"))
@@ -64,6 +69,7 @@ def test_the_build_context_has_all_sources_of_the_package() -> None:
     lines = (DEPLOY / "docker" / "Dockerfile.dockerignore").read_text().splitlines()
     kept = {line.removeprefix("!") for line in lines if line.startswith("!")}
     assert "*" in lines
+    assert lines.index("**/.env") > lines.index("!serving")  # the keys of compose's server
     project = (ROOT / "pyproject.toml").read_text()
     folders = set(re.findall(r'^"?dispec[\w.]*"? = "(\w+)[/"]', project, re.MULTILINE))
     assert {"engine", "layers", "ops", "serving", "bench"} <= folders
@@ -115,6 +121,18 @@ def test_the_proxy_lets_through_what_the_server_takes() -> None:
     assert int(settings["client_max_body_size"].removesuffix("m")) * 2**20 == ServerSettings.max_body_bytes
     assert settings["proxy_buffering"] == "off"
     assert float(settings["proxy_read_timeout"].removesuffix("s")) > ServerSettings.keep_alive_seconds
+
+
+def test_the_proxy_hides_what_the_server_tells_of_itself() -> None:
+    """Under every path that leads there: Litestar ignores slashes at the end."""
+    (hidden,) = re.findall(r"location ~ (\S+) \{[^}]*return 404;", NGINX.read_text())
+    engine = PacedEngine(thinking_tokenizer())
+    with TestClient(create_app(engine, ServerSettings(), Metrics("tiny"))) as http:
+        for path in ("/metrics", "/stats", "/load", "/server_info"):
+            for written in (path, f"{path}/", f"{path}//"):
+                assert http.get(written).status_code == 200
+                assert re.search(hidden, written)
+    assert not re.search(hidden, "/v1/models")
 
 
 @pytest.mark.skipif(shutil.which("nginx", path=SBIN) is None, reason="there is no nginx")

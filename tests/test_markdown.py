@@ -13,7 +13,7 @@ from litestar.testing import TestClient
 
 from dispec.serving.api.app import create_app
 from dispec.serving.dashboard.markdown import MAX_HIGHLIGHTED, render_blocks
-from dispec.serving.dashboard.markdown_process import MAX_TEXT, MarkdownProcess
+from dispec.serving.dashboard.markdown_process import MAX_TEXT, MAX_WAITING, MarkdownProcess
 from dispec.serving.dashboard.routes_dashboard import dashboard_router
 from dispec.serving.http.errors import ApiError
 from dispec.serving.observability.metrics import Metrics
@@ -178,6 +178,22 @@ def test_the_process_renders_texts_and_one_that_hangs_is_replaced() -> None:
         second = renderer._process
         second.stdin.close()
         assert await second.wait() == 0
+
+    asyncio.run(main())
+
+
+def test_texts_that_wait_are_bounded() -> None:
+    async def main() -> None:
+        renderer = MarkdownProcess(timeout=60)
+        tasks = [asyncio.create_task(renderer.render("a")) for _ in range(MAX_WAITING)]
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match=f"{MAX_WAITING} texts are waiting") as raised:
+            await renderer.render("b")
+        assert raised.value.status == 503
+        assert len(set(await asyncio.gather(*tasks))) == 1
+        assert await _rendered(renderer, "c") == render_blocks("c")
+        renderer._process.stdin.close()
+        assert await renderer._process.wait() == 0
 
     asyncio.run(main())
 

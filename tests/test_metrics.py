@@ -27,7 +27,7 @@ spec_decode_num_accepted_tokens_per_pos
 OURS = """
 requests tokens_generated ttft_seconds tpot_seconds request_seconds step_seconds batch_tokens running_requests
 waiting_requests draft_replicas_desired draft_replicas_actual kv_transfers slo_requests server_info engine_up
-engine_restarts
+engine_restarts requests_refused
 """
 
 

@@ -90,8 +90,9 @@ class ApiContext:
         return self._model
 
     def open_model(self) -> ServedModel:
-        """Return the model for new requests. Raises NotReady if the engine takes none."""
+        """Return the model for a new request. Raises NotReady if the engine takes none."""
         if self.client.state != "ready":
+            self.client.report_refusal()
             raise self._not_ready()
         return self.model()
 

@@ -15,7 +15,7 @@ from dispec.serving.api.kv_transfer import read_transfer
 from dispec.serving.api.prompts import Prompt
 from dispec.serving.api.protocol import SamplingRequest, StreamOptions
 from dispec.serving.api.response_bodies import CompletionTokensDetails, PromptTokensDetails, Usage
-from dispec.serving.client.errors import RETRY_SECONDS
+from dispec.serving.client.errors import RETRY_SECONDS, Unavailable
 from dispec.serving.client.request_stream import ChoiceUpdate, GenerationRequest, RequestStream
 from dispec.serving.http.errors import ApiError
 from dispec.serving.http.middleware import MAX_REQUEST_ID, REQUEST_ID
@@ -71,7 +71,9 @@ class Generation:
                     kept_token_ids=kept_token_ids,
                 )
                 self._streams.append(context.client.submit(submitted))
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Unavailable):
+                context.client.report_refusal()
             self.abort()
             raise
 

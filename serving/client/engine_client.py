@@ -33,6 +33,9 @@ class EngineObserver:
     def on_request_finished(self, stream: RequestStream) -> None:
         """A request has ended: completed, failed or aborted."""
 
+    def on_refused(self) -> None:
+        """A request was refused with 503: no engine takes any, the queue is full, or it cannot meet its TTFT target."""
+
     def on_shed(self, slo: Slo) -> None:
         """A request of this class was rejected: its first token would have come too late."""
 
@@ -138,6 +141,10 @@ class EngineClient(ABC):
     def num_waiting(self) -> int:
         """Choices of requests that no engine has started."""
         return sum(stream.num_open for stream in self._streams.values() if not stream.has_started)
+
+    def report_refusal(self) -> None:
+        """Tell the observers of a request that was not accepted."""
+        self._notify(lambda observer: observer.on_refused())
 
     def _notify(self, call: Callable[[EngineObserver], None]) -> None:
         for observer in self.observers:

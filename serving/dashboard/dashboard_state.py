@@ -11,7 +11,6 @@ from typing import Any
 from dispec.engine.scheduling.step_record import StepRecord
 from dispec.serving.client.engine_client import EngineClient, EngineObserver
 from dispec.serving.client.request_stream import RequestStream
-from dispec.serving.client.slo import Slo
 from dispec.serving.dashboard.engine_list import engine_name, engines_of
 from dispec.serving.dashboard.request_rows import RequestRows
 from dispec.serving.dashboard.time_buckets import RANGES, Bucket, History, latencies, total
@@ -67,16 +66,14 @@ class DashboardState(EngineObserver):
         second = self._history.second(self._now())
         self._count_tokens(second, stream)
         self._seen.pop(stream.key, None)
-        errors = self._requests.num_errors
-        self._requests.add_ended(stream)
-        second.errors += self._requests.num_errors - errors
+        second.errors += self._requests.add_ended(stream)
         second.finished += 1
         if stream.has_started:  # else it says nothing about the speed of requests
             second.e2e.add([stream.timing.total])
         self._sample()
 
-    def on_shed(self, slo: Slo) -> None:
-        self._history.second(self._now()).shed += 1
+    def on_refused(self) -> None:
+        self._history.second(self._now()).refused += 1
 
     def on_drafts(self, num_drafts: int, num_draft_tokens: int, accepted_per_position: Sequence[int]) -> None:
         self._speculates = True
@@ -150,7 +147,7 @@ class DashboardState(EngineObserver):
             "input": (total(recent, "computed") + total(recent, "cached")) / max(1, len(recent)),
             "finished": total(window, "finished") / seconds,
             "busy": total(window, "busy") / seconds / max(1, len(engines_of(self._client))),
-            **{name: total(window, name) for name in ("errors", "shed", "preemptions")},
+            **{name: total(window, name) for name in ("errors", "refused", "preemptions")},
             **latencies(window),
             "hit_rate": total(window, "prompt_cached") / prompt if prompt else None,
             "speculation": speculation if self._speculates else None,

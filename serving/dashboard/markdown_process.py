@@ -10,6 +10,7 @@ from dispec.serving.http.errors import ApiError
 
 MAX_TEXT = 200_000  # characters
 TIMEOUT = 3.0  # seconds for one text
+MAX_WAITING = 100  # texts; browsers send at most that many requests at once
 _MODULE = "dispec.serving.dashboard.markdown"
 _LINE_LIMIT = 64 * 2**20  # bytes; a character becomes up to some 60 bytes of HTML
 
@@ -24,25 +25,38 @@ class MarkdownProcess:
     def __init__(self, timeout: float = TIMEOUT) -> None:
         self._timeout = timeout
         self._lock = asyncio.Lock()
+        self._num_waiting = 0
         self._process: asyncio.subprocess.Process | None = None
 
     async def render(self, text: str) -> bytes:
-        """Return the JSON of `render_blocks`. Raises ApiError: 503 for a text that takes longer than the timeout."""
-        async with self._lock:
-            process = self._process or await self._start()
-            self._process = None  # unless it ends this text
-            try:
-                async with asyncio.timeout(self._timeout):
-                    blocks = await _exchange(process, text)
-            except (TimeoutError, OSError, ValueError):
-                raise ApiError(503, f"the text could not be rendered in {self._timeout:g} s") from None
-            else:
-                self._process = process
-                return blocks
-            finally:
-                if self._process is None and process.returncode is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        process.kill()
+        """Return the JSON of `render_blocks`.
+
+        Raises ApiError: 503 for a text that takes longer than the timeout, and while MAX_WAITING others wait.
+        """
+        if self._num_waiting >= MAX_WAITING:
+            raise ApiError(503, f"{self._num_waiting} texts are waiting, which is the most", retry_after=1)
+        self._num_waiting += 1
+        try:
+            async with self._lock:
+                return await self._render(text)
+        finally:
+            self._num_waiting -= 1
+
+    async def _render(self, text: str) -> bytes:
+        process = self._process or await self._start()
+        self._process = None  # unless it ends this text
+        try:
+            async with asyncio.timeout(self._timeout):
+                blocks = await _exchange(process, text)
+        except (TimeoutError, OSError, ValueError):
+            raise ApiError(503, f"the text could not be rendered in {self._timeout:g} s") from None
+        else:
+            self._process = process
+            return blocks
+        finally:
+            if self._process is None and process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
 
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE

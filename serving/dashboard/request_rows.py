@@ -49,11 +49,14 @@ class RequestRows:
         self._worker_of = worker_of
         self._ended: deque[tuple[int, dict[str, Any]]] = deque(maxlen=MOST_ROWS)
 
-    def add_ended(self, stream: RequestStream) -> None:
+    def add_ended(self, stream: RequestStream) -> bool:
+        """Add a request that has ended; return whether it did with an error."""
         self.num_ended += 1
         row = self._of(stream)
-        self.num_errors += row["state"] == "error"
+        is_error = row["state"] == "error"
+        self.num_errors += is_error
         self._ended.append((self.num_ended, row))
+        return is_error
 
     def ended_after(self, number: int) -> list[dict[str, Any]]:
         """Return the kept rows of requests that ended after the first `number` did, the newest last."""

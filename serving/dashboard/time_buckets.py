@@ -34,7 +34,7 @@ class Bucket:
     """Counts of the events from second `at` of the clock on; of running, waiting and kv_usage, the highest values.
 
     output: generated tokens. computed, cached: prompt tokens that were computed, and found in the cache. prompt,
-    prompt_cached: those of requests that got their first token. shed: requests that were rejected for their SLO.
+    prompt_cached: those of requests that got their first token. refused: requests that got 503 before they were queued.
     busy: seconds of steps. ttft, itl, e2e, queue: seconds.
     """
 
@@ -46,7 +46,7 @@ class Bucket:
     prompt_cached: int = 0
     finished: int = 0
     errors: int = 0
-    shed: int = 0
+    refused: int = 0
     preemptions: int = 0
     drafts: int = 0
     draft_tokens: int = 0

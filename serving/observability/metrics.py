@@ -101,6 +101,9 @@ class Metrics(EngineObserver):
         if state == "restarting":
             self._engine_restarts.inc()
 
+    def on_refused(self) -> None:
+        self._refused.inc()
+
     def on_shed(self, slo: Slo) -> None:
         self._count_slo(slo, "shed")
 
@@ -165,6 +168,7 @@ class Metrics(EngineObserver):
         self._engine_up = gauge("dispec_engine_up", "1 if requests are accepted and make progress, else 0.")
         self._engine_restarts = counter("dispec_engine_restarts", "Engines that died and are restarted.")
         self._requests = counter("dispec_requests", "Requests that ended, in any way.")
+        self._refused = counter("dispec_requests_refused", "Requests refused with 503 before they were queued.")
         self._tokens_generated = counter("dispec_tokens_generated", "Tokens generated.")
         self._ttft = histogram("dispec_ttft_seconds", "From a request's arrival to its first token.", FIRST_TOKEN)
         self._tpot = histogram("dispec_tpot_seconds", "Time per token after the first, by request.", BETWEEN_TOKENS)

@@ -1,6 +1,7 @@
 // One answer of the model: the request, the turns that fit the context, and the stream.
 
 import { messagesFrom } from "./chat_history.js";
+import { duration, integer, plural } from "./format.js";
 import { events, HttpError, request } from "./stream.js";
 
 const TEMPLATE_TOKENS = 64; // of a chat template around each message, at most
@@ -69,13 +70,13 @@ function statistics({ start, firstToken, lastToken }, usage, finishReason) {
   if (firstToken === null) return finishReason ? "empty answer" : "";
   const tokens = usage?.completion_tokens ?? 0;
   const seconds = (lastToken - firstToken) / 1000;
-  const parts = [`${tokens} tokens`];
+  const parts = [plural(tokens, "token")];
   const rate = (tokens - 1) / seconds;
   if (tokens > 1 && seconds > 0) parts.push(`${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`);
-  parts.push(`TTFT ${Math.round(firstToken - start)} ms`);
+  parts.push(`TTFT ${duration((firstToken - start) / 1000)}`);
   if (usage && finishReason) {
     const cached = usage.prompt_tokens_details?.cached_tokens;
-    parts.push(`prompt ${usage.prompt_tokens} tokens${cached ? `, ${cached} cached` : ""}`);
+    parts.push(`prompt ${plural(usage.prompt_tokens, "token")}${cached ? `, ${integer(cached)} cached` : ""}`);
   }
   if (finishReason === "length") parts.push("ended at the limit of tokens");
   return parts.join(" · ");

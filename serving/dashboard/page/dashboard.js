@@ -72,9 +72,10 @@ function showNumbers(update) {
   text("waiting", integer(update.waiting));
   text("request-rate", rate(summary.finished));
   text("busy", percent(Math.min(1, summary.busy)));
-  text("errors", integer(summary.errors + summary.shed));
-  text("errors-unit", summary.errors + summary.shed === 1 ? "request" : "requests");
-  element("errors").parentElement.classList.toggle("alert", summary.errors + summary.shed > 0);
+  const errors = summary.errors + summary.refused;
+  text("errors", integer(errors));
+  text("errors-unit", errors === 1 ? "request" : "requests");
+  element("errors").parentElement.classList.toggle("alert", errors > 0);
   text("preemptions", plural(summary.preemptions, "preemption"));
   text("kv-usage", info ? percent(update.kv_usage) : "–");
   text("kv-tokens", info ? integer(info.num_blocks * info.block_size) : "–");

@@ -27,9 +27,12 @@ export function drawPool(pool, blockSize, color) {
   const columns = Math.floor(width / size);
   const context = canvas.getContext("2d");
   context.scale(scale, scale);
-  for (let cell = 0; cell < cells.count; cell++) {
-    context.fillStyle = color(cell < cells.used ? "decode" : cell < cells.used + cells.cached ? "cached" : "free");
-    context.fillRect((cell % columns) * size, Math.floor(cell / columns) * size, size - GAP, size - GAP);
+  let cell = 0;
+  for (const [name, end] of [["decode", cells.used], ["cached", cells.used + cells.cached], ["free", cells.count]]) {
+    context.fillStyle = color(name);
+    for (; cell < end; cell++) {
+      context.fillRect((cell % columns) * size, Math.floor(cell / columns) * size, size - GAP, size - GAP);
+    }
   }
   const share = (name) => `${percent(pool[name] / pool.total)} ${name}`;
   canvas.setAttribute("aria-label", `KV cache blocks: ${["used", "cached", "free"].map(share).join(", ")}`);

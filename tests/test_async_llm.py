@@ -150,6 +150,9 @@ def test_chat(async_llm: AsyncLLM, llm: LLM) -> None:
     found = run(lambda: last(async_llm.chat(messages, greedy(6))))
     assert (found.prompt, found.prompt_token_ids) == (expected.prompt, expected.prompt_token_ids)
     assert found.outputs[0].token_ids == expected.outputs[0].token_ids
+    bare = run(lambda: last(async_llm.chat(messages, greedy(6), add_generation_prompt=False)))
+    assert bare.prompt_token_ids == llm.chat_prompt(messages, add_generation_prompt=False)
+    assert bare.prompt_token_ids != found.prompt_token_ids
     with pytest.raises(ValueError, match=r"^chat has no enable_thinkin: did you mean chat_template_kwargs="):
         async_llm.chat(messages, enable_thinkin=True)
 

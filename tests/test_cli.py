@@ -194,7 +194,7 @@ def test_options_by_environment_variable(tiny: str, monkeypatch: pytest.MonkeyPa
         (["hi", "--temperature", "-1"], "temperature is -1.0, must be between 0 and 100"),
         (["hi", "--raw", "--system", "x"], "--system is part of a chat template"),
         (["hi", "--model", "/no/such/model"], "there is no model at /no/such/model"),
-        (["hi", "--dtype", "int3"], "dtype is 'int3', must be one of bfloat16"),
+        (["hi", "--dtype", "int3"], "dtype is 'int3', must be one of auto, bfloat16"),
         (["hi", "--device", "cuda:99"], "device is 'cuda:99', but torch sees"),
         (["hi", "--block-size", "17"], "block_size is 17"),
         (["hi", "--kv-cache-memory", "much"], "kv_cache_memory is 'much'"),

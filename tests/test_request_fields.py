@@ -25,6 +25,7 @@ from dispec.serving.api.protocol import (
 from dispec.serving.api.request_body import decode_body
 from dispec.serving.api.request_fields import ROUTES
 from dispec.serving.api.responses.protocol import ResponsesRequest
+from dispec.serving.api.sampling import sampling_params
 from dispec.serving.http.errors import ApiError
 from tests import vllm_fields
 
@@ -107,6 +108,20 @@ def test_fields_of_missing_features_are_refused_by_name(form: type) -> None:
             decode(form, {name: value})
     for name in ROUTES[form].ignored:
         decode(form, {name: "x"})
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("form", [CompletionRequest, ChatRequest])
+def test_sampling_fields_reach_the_engine(form: type) -> None:
+    given = {
+        **{"temperature": 0.3, "top_p": 0.7, "top_k": 5, "min_p": 0.1, "frequency_penalty": 0.4, "seed": 9, "n": 2},
+        **{"presence_penalty": 0.6, "repetition_penalty": 1.2, "stop_token_ids": (4,), "stop": ("end",)},
+        **{"include_stop_str_in_output": True, "min_tokens": 2, "ignore_eos": True, "skip_special_tokens": False},
+        **{"bad_words": ("x",), "allowed_token_ids": (1, 2), "prompt_logprobs": 1, "max_tokens": 7},
+    }
+    params = sampling_params(decode(form, given | {"logit_bias": {"3": 1.5}}), {}, 1, 100)
+    assert {name: getattr(params, name) for name in given} == given
+    assert params.logit_bias == {3: 1.5}
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,14 @@ def test_a_class_is_read_from_its_option():
         ServerSettings(slo=(FAST, FAST))
 
 
+def test_a_request_meets_its_targets_by_its_first_token_and_the_mean_of_its_gaps():
+    assert FAST.is_met(0.5, [0.08, 0.01])
+    assert FAST.is_met(0.5, [])
+    assert not FAST.is_met(0.5, [0.06, 0.05])
+    assert not FAST.is_met(0.6, [0.01])
+    assert not FAST.is_met(None, [])
+
+
 def test_least_slack_goes_first_and_no_request_starves():
     """Random arrivals of three classes at an overloaded scheduler: sequences start in the order of their latest start,
     and only those that arrived before its latest start overtake a waiting sequence."""

@@ -9,11 +9,12 @@ from types import TracebackType
 from typing import Any
 
 from dispec.engine.api.arguments import IN_PARAMS, refusing_unknown_names, with_parameters_of
+from dispec.engine.api.call import Call, PreparedRequest
 from dispec.engine.api.engine_thread import EngineThread
 from dispec.engine.api.outputs import RequestOutput
 from dispec.engine.api.prompt_processor import Messages, PromptProcessor, template_arguments
 from dispec.engine.api.prompts import Prompt, as_prompts
-from dispec.engine.api.shared_engine import Call, PreparedRequest, SharedEngine, describe
+from dispec.engine.api.shared_engine import SharedEngine, describe
 from dispec.engine.options import EngineOptions
 from dispec.engine.sampling_params import RequestOutputKind, SamplingParams
 from dispec.engine.text.tokenizer import Tokenizer

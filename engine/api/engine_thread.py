@@ -6,7 +6,8 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from dispec.engine.api.shared_engine import Call, SharedEngine
+from dispec.engine.api.call import Call
+from dispec.engine.api.shared_engine import SharedEngine
 
 # Returns the calls that have news.
 Command = Callable[[SharedEngine], list[Call]]

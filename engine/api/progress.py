@@ -6,7 +6,7 @@ from types import TracebackType
 
 from tqdm.auto import tqdm
 
-from dispec.engine.api.shared_engine import Call
+from dispec.engine.api.call import Call
 
 
 class Progress:

@@ -8,13 +8,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Series
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 
 from dispec.engine.api.arguments import Params, one_for_each
+from dispec.engine.api.call import Call, PreparedRequest
 from dispec.engine.api.fair_lock import FairLock
 from dispec.engine.api.interrupts import deferred_interrupt
 from dispec.engine.api.outputs import RequestOutput
@@ -25,52 +25,11 @@ from dispec.engine.loading.generation_config import generation_defaults
 from dispec.engine.options import EngineOptions
 from dispec.engine.sampling_params import RequestOutputKind, SamplingParams
 from dispec.engine.scheduling.token_output import TokenOutput
-from dispec.engine.structured_output.grammar_compiler import Grammar
 from dispec.engine.text.text_stream import without_texts
 from dispec.engine.text.tokenizer import Tokenizer
 from dispec.layers.config import ModelConfig
 
 log = logging.getLogger("dispec")
-
-
-class PreparedRequest(NamedTuple):
-    """A request that passed the checks of its texts. engine_params: `params` without texts."""
-
-    prompt: TokenizedPrompt
-    params: SamplingParams
-    engine_params: SamplingParams
-    grammar: Grammar | None
-
-
-@dataclass(eq=False)
-class Call:
-    """The requests of one caller.
-
-    outputs: in the order of arrival, each with its request's index, until the caller reads them.
-    num_open: requests that have not ended.
-    num_prompt_tokens, num_output_tokens: that were computed so far, prompt tokens from the cache included.
-    error: the reason why no more outputs come.
-    """
-
-    requests: list[RunningRequest] = field(default_factory=list)
-    outputs: deque[tuple[int, RequestOutput]] = field(default_factory=deque)
-    num_open: int = 0
-    num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
-    error: Exception | None = None
-
-    def take(self) -> tuple[int, RequestOutput] | None:
-        """Return the next output; None if there is none. Any thread may call it."""
-        try:
-            return self.outputs.popleft()
-        except IndexError:
-            return None
-
-    def put(self, index: int, output: RequestOutput) -> None:
-        """Append an output of a request. One that holds all tokens so far replaces one that was not read."""
-        if len(self.requests) == 1 and self.requests[0].kind is RequestOutputKind.CUMULATIVE:
-            self.outputs.clear()
-        self.outputs.append((index, output))
 
 
 class SharedEngine:

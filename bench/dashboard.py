@@ -9,16 +9,12 @@ Needs playwright (`pip install playwright`) and Chromium (`apt-get install chrom
 import contextlib
 import itertools
 import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,36 +23,13 @@ import psutil
 import typer
 from tqdm import tqdm
 
+from dispec.bench.serve_process import serving
+
 Picture = Literal["idle", "light", "dark", "phone", "dead"]
 PICTURES: tuple[Picture, ...] = ("idle", "light", "dark", "phone", "dead")
 WIDE, PHONE = (1440, 1000), (390, 844)  # pixels
 _PATIENCE = 60  # seconds
 _TOPICS = ("the sea", "a lighthouse", "winter", "an old train", "bread", "the moon", "a garden", "two brothers")
-
-
-@dataclass(frozen=True)
-class Server:
-    url: str
-    pid: int
-
-
-@contextlib.contextmanager
-def serving(options: list[str]) -> Iterator[Server]:
-    """Run `dispec serve` on a free port. Raises RuntimeError if it ends before it listens."""
-    command = [sys.executable, "-m", "dispec", "serve", "--port", "0", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        try:
-            found = next(filter(None, (re.search(r"(http://\S+)/dashboard", line) for line in process.stdout)), None)
-            if found is None:
-                raise RuntimeError(f"dispec serve {' '.join(options)} ended before it listened: run it to see why")
-            yield Server(found.group(1), process.pid)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
 
 
 @contextlib.contextmanager
@@ -151,9 +124,9 @@ def _chat(page: Any) -> None:
     page.wait_for_function("() => document.getElementById('chat-send').textContent.trim() === 'Send'")
 
 
-def _kill_engine(server: Server) -> None:
+def _kill_engine(server_pid: int) -> None:
     """Kill the engine of a server that does not restart it."""
-    for child in psutil.Process(server.pid).children(recursive=True):
+    for child in psutil.Process(server_pid).children(recursive=True):
         if "dispec.engine.process.engine_loop" in child.cmdline():
             os.kill(child.pid, signal.SIGKILL)
 
@@ -172,13 +145,14 @@ def main(
         raise ValueError(f"--picture is {unknown.pop()!r}, must be one of {', '.join(PICTURES)}")
     output.mkdir(parents=True, exist_ok=True)
     options = ["--model", model, "--max-num-seqs", str(max_num_seqs), "--max-engine-restarts", "0"]
-    with chromium() as browser, serving(options) as server:
-        camera = Photographer(browser, server.url, output)
+    with chromium() as browser, serving(options, is_silent=True) as server:
+        url = f"http://{server.address}"
+        camera = Photographer(browser, url, output)
         if "idle" in wanted:
             with camera.page("light", WIDE) as page:
                 camera.take(page, "idle")
         if {"light", "dark", "phone"} & set(wanted):
-            with under_load(server.url, concurrency):
+            with under_load(url, concurrency):
                 time.sleep(seconds)
                 for scheme in ("light", "dark"):
                     if scheme in wanted:
@@ -190,7 +164,7 @@ def main(
                         camera.take(page, "phone", full_page=True)
         if "dead" in wanted:
             with camera.page("dark", WIDE) as page:
-                _kill_engine(server)
+                _kill_engine(server.pid)
                 page.wait_for_function("() => document.querySelector('#state').dataset.state === 'dead'")
                 camera.take(page, "dead")
 

@@ -7,8 +7,6 @@ Measures `dispec generate`, and `dispec serve` with a request as soon as it list
 
 import http.client
 import json
-import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from dispec.bench.loading import EnforceEager
 from dispec.bench.machine import describe_machine
 from dispec.bench.report import Output, Plot, Report
 from dispec.bench.resident_memory import peak_bytes
+from dispec.bench.serve_process import serving
 
 PROMPT = "What is the capital of France?"
 _COMMAND = [sys.executable, "-m", "dispec"]
@@ -55,37 +54,22 @@ def start_generate(options: list[str], environment: dict[str, str]) -> Start:
 def start_serve(options: list[str], environment: dict[str, str]) -> Start:
     """Start `dispec serve` and measure until the first chunk of a streamed completion."""
     began = time.perf_counter()
-    command = [*_COMMAND, "serve", "--port", "0", *options]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            address = None
-            for line in process.stdout:
-                if address := re.search(r"http://([^/\s]+)/dashboard", line):
-                    break
-            if address is None:
-                raise RuntimeError("dispec serve ended before it listened")
-            ready = time.perf_counter() - began
-            body = {"prompt": PROMPT, "max_tokens": 16, "temperature": 0, "stream": True, "ignore_eos": True}
-            connection = http.client.HTTPConnection(address.group(1), timeout=600)
-            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            for line_ in response:
-                if line_.startswith(b"data:") and b'"text"' in line_:
-                    break
-            else:
-                raise RuntimeError(f"dispec serve answered {response.status} without a token")
-            first_token = time.perf_counter() - began
-            peak = peak_bytes(process.pid)
-            response.read()
-            compiled = began_compiled(connection, began)
-            connection.close()
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    with serving(options, environment) as server:
+        ready = time.perf_counter() - began
+        body = {"prompt": PROMPT, "max_tokens": 16, "temperature": 0, "stream": True, "ignore_eos": True}
+        connection = http.client.HTTPConnection(server.address, timeout=600)
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        for line in response:
+            if line.startswith(b"data:") and b'"text"' in line:
+                break
+        else:
+            raise RuntimeError(f"dispec serve answered {response.status} without a token")
+        first_token = time.perf_counter() - began
+        peak = peak_bytes(server.pid)
+        response.read()
+        compiled = began_compiled(connection, began)
+        connection.close()
     return Start(ready, first_token, peak, compiled)
 
 

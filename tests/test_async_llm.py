@@ -17,23 +17,11 @@ import pytest
 
 from dispec import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
 from dispec.engine.api.shared_engine import SharedEngine
-from tests.checkpoints import save_tiny, save_tokenizer
-from tests.small_engine import OPTIONS, greedy, make, mixed_params, random_prompts
+from tests.small_engine import OPTIONS, greedy, mixed_params, random_prompts
+from tests.tiny_llm import directory as directory
+from tests.tiny_llm import llm as llm
 
 PATIENCE = 120  # seconds after which something counts as never coming
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    save_tiny(path, "llama")
-    save_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def llm(directory: Path) -> LLM:
-    return make(directory)
 
 
 @pytest.fixture

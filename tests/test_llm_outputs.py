@@ -17,23 +17,11 @@ import dispec
 from dispec import LLM, AsyncLLM, EngineOptions, RequestOutputKind, SamplingParams, generate
 from dispec.engine.names_of_vllm import ADVICE
 from dispec.engine.unknown_names import field_names
-from tests.checkpoints import save_tiny, save_tokenizer
 from tests.small_engine import OPTIONS, greedy, make, random_prompts, sampled_logprobs, tokens_of
+from tests.tiny_llm import directory as directory
+from tests.tiny_llm import llm as llm
 
 PATIENCE = 120
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    save_tiny(path, "llama")
-    save_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def llm(directory: Path) -> LLM:
-    return make(directory)
 
 
 def test_prompts_are_told_as_they_were_given(llm: LLM) -> None:
